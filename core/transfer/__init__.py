@@ -1,0 +1,101 @@
+"""Transfer learning for images and text: any backbone, any head, any freeze policy, one engine, every part a plugin.
+
+Public names are listed in ``__all__`` and imported on first use, so that ``import transfer`` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transfer.errors import (
+        ConfigError,
+        DataError,
+        PluginError,
+        RunError,
+        TrainingError,
+        TransferError,
+        UserError,
+        WeightsError,
+    )
+    from transfer.files import data_folder, download, find_file
+    from transfer.interfaces import (
+        Backbone,
+        Data,
+        Dataset,
+        DataSpec,
+        FeatureSpec,
+        Head,
+        Preprocessing,
+        PrimaryMetric,
+        Split,
+        Task,
+    )
+    from transfer.registry import plugins, register
+
+_MODULES = {
+    "errors": (
+        "ConfigError",
+        "DataError",
+        "PluginError",
+        "RunError",
+        "TrainingError",
+        "TransferError",
+        "UserError",
+        "WeightsError",
+    ),
+    "files": ("data_folder", "download", "find_file"),
+    "interfaces": (
+        "Backbone",
+        "Data",
+        "DataSpec",
+        "Dataset",
+        "FeatureSpec",
+        "Head",
+        "Preprocessing",
+        "PrimaryMetric",
+        "Split",
+        "Task",
+    ),
+    "registry": ("plugins", "register"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "Backbone",
+    "ConfigError",
+    "Data",
+    "DataError",
+    "DataSpec",
+    "Dataset",
+    "FeatureSpec",
+    "Head",
+    "PluginError",
+    "Preprocessing",
+    "PrimaryMetric",
+    "RunError",
+    "Split",
+    "Task",
+    "TrainingError",
+    "TransferError",
+    "UserError",
+    "WeightsError",
+    "data_folder",
+    "download",
+    "find_file",
+    "plugins",
+    "register",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'transfer' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"transfer.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

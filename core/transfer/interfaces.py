@@ -1,0 +1,338 @@
+"""The contracts between the parts: Dataset -> Backbone (+ its Preprocessing) -> Head, and the Task that judges.
+
+**Options.** A component's constructor signature is the schema of its config block. What stands *before* the ``*`` is
+handed over by the framework; what stands *after* it (keyword-only) is an option that a config may set. Each option
+has a type, a default unless it is required, and a line under ``Args:`` in the class docstring.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+TargetKind = Literal["class", "labels", "number"]
+Layout = Literal["vector", "sequence"]
+SPLITS = ("train", "validation", "test")
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a dataset holds, as far as it is known.
+
+    Args:
+        fields: Names of the inputs of one example, each with its modality's usual name (``image``, ``text``).
+        target: What is to be predicted: one ``class`` per example (int64, ()), a set of ``labels`` (float32 of zeros
+            and ones, (C,)), or a ``number`` (float32, (C,)).
+        classes: Names of the classes, labels or numbers in the order of the model's outputs; empty as long as the
+            data has not been read and the options do not fix them.
+    """
+
+    fields: tuple[str, ...]
+    target: TargetKind
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Raw examples of one split, as columns.
+
+    Args:
+        fields: For each field a sequence of raw values (a PIL image, a string). A sequence may read its values only
+            when they are asked for; it must then be picklable.
+        targets: int64 (N,) of class indices, or float32 (N, C) of labels or numbers.
+        names: What each example is called in messages (its path); empty: its index.
+    """
+
+    fields: Mapping[str, Sequence[Any]]
+    targets: npt.NDArray[Any]
+    names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse columns of different lengths."""
+        lengths = {name: len(column) for name, column in self.fields.items()} | {"targets": len(self.targets)}
+        if self.names:
+            lengths["names"] = len(self.names)
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the columns of a split differ in length: {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        """Return what example ``index`` is called in messages."""
+        return self.names[index] if self.names else f"example {index}"
+
+    def select(self, indices: npt.NDArray[np.int64]) -> Split:
+        """Return the split of these examples, in this order; nothing is read or copied but the targets."""
+        return Split(
+            {name: _Selection(column, indices) for name, column in self.fields.items()},
+            self.targets[indices],
+            _Selection(self.names, indices) if self.names else (),
+        )
+
+
+class _Selection(Sequence[Any]):
+    """Some items of a sequence, without reading any."""
+
+    def __init__(self, column: Sequence[Any], indices: npt.NDArray[np.int64]) -> None:
+        if isinstance(column, _Selection):  # a selection of a selection is one selection
+            column, indices = column._column, column._indices[indices]
+        self._column = column
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._column[int(i)] for i in self._indices[index]]
+        return self._column[int(self._indices[index])]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset that has been read.
+
+    Args:
+        spec: With the classes filled in (for ``class`` and ``labels``).
+        splits: ``train`` and, where the dataset has them, ``validation`` and ``test``. The engine's side cuts what is
+            missing from ``train`` (see :mod:`transfer.splits`).
+    """
+
+    spec: DataSpec
+    splits: Mapping[str, Split]
+
+
+class Dataset(ABC):
+    """Raw examples of a task.
+
+    The constructor takes options alone and reads nothing, so that a config can be checked without data.
+    """
+
+    @property
+    @abstractmethod
+    def spec(self) -> DataSpec:
+        """What the options alone say of the data; nothing is read."""
+
+    @abstractmethod
+    def load(self) -> Data:
+        """Find (or download) and read the data.
+
+        Raises:
+            transfer.DataError: It is missing, empty or not what it should be; the message says which file to put where.
+        """
+
+
+# ----------------------------------------------------------------------------------------------------------- backbone
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What leaves a backbone.
+
+    Args:
+        layout: ``vector``: a float tensor (B, D). ``sequence``: a pair of a float tensor (B, T, D) and a bool mask
+            (B, T) that is True at real steps and False at padding; every example has at least one real step.
+        size: D.
+    """
+
+    layout: Layout
+    size: int
+
+
+class Preprocessing(ABC):
+    """From raw values of the backbone's field to its input: a part of the backbone, because it must match pretraining.
+
+    It comes in two halves, deterministic and random, so that the first can be done once. Objects are small and
+    picklable: loader processes get a copy.
+    """
+
+    encode_once: ClassVar[bool] = False
+    """Encoded values are small: a split is encoded once, as a whole, and kept in memory."""
+
+    @abstractmethod
+    def encode(self, values: Sequence[Any]) -> Sequence[Any]:
+        """Do the deterministic half (decode and resize; tokenize and numericalise) for some raw values, in order.
+
+        Raises:
+            ValueError, OSError: One value cannot be encoded; the framework then names the example.
+        """
+
+    def augment(self, encoded: Any) -> Any:
+        """Do the random half, for training examples alone; by default nothing.
+
+        Draw only from the global generators of ``torch``, ``numpy`` and ``random``: the framework seeds them from
+        (seed, epoch, example index) before the call and restores them after it.
+        """
+        return encoded
+
+    @abstractmethod
+    def collate(self, encoded: Sequence[Any]) -> Any:
+        """Make the backbone's input of a batch of encoded (and, in training, augmented) values.
+
+        Returns:
+            A tensor or a tuple of tensors, with the batch first in each.
+        """
+
+    def length(self, encoded: Any) -> int:
+        """Return the length of an encoded value: what padding to the longest makes a batch cost. By default 1."""
+        return 1
+
+    @abstractmethod
+    def read(self, source: str) -> Any:
+        """Return the raw value that a person means by ``source`` at the command line (a path, a text).
+
+        Raises:
+            transfer.DataError: Nothing can be read there.
+        """
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return the settings that decide what the model sees, for tables and for the model folder; JSON alone."""
+        return {}
+
+
+class Backbone(nn.Module, ABC):
+    """A pretrained feature extractor: an ordered chain of named stages.
+
+    Freezing, learning rates by layer and the feature cache all speak of stages. A backbone that is no chain has one.
+
+    A subclass's constructor builds the whole architecture from its options with random weights, without reading data
+    or weights, and must work under ``torch.device("meta")``: that is how a config is checked. It hands its stages to
+    this constructor.
+
+    Args:
+        stages: From input to output. Each module takes what the one before it returns: a tensor or a tuple of
+            tensors; the last returns what :attr:`features` says. Names hold no dot, and none is ``head``.
+    """
+
+    field: ClassVar[str]
+    """The field of an example that this backbone consumes."""
+
+    def __init__(self, stages: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        if not stages or any("." in name or name == "head" or not name for name in stages):
+            raise ValueError(f"stages need names without a dot, and none is 'head': {list(stages)}")
+        self.stages = nn.Sequential()
+        for name, module in stages.items():
+            self.stages.add_module(name, module)
+
+    def forward(self, inputs: Any) -> Any:
+        """Run the chain of stages."""
+        return self.stages(inputs)
+
+    @property
+    @abstractmethod
+    def features(self) -> FeatureSpec:
+        """What the last stage returns."""
+
+    @property
+    @abstractmethod
+    def preprocessing(self) -> Preprocessing:
+        """How raw values become this backbone's input."""
+
+    @classmethod
+    def from_data(cls, values: Sequence[Any], **options: Any) -> Self:
+        """Build from the options and, where the backbone must see data first (a vocabulary), the training split.
+
+        Args:
+            values: The raw values of :attr:`field` in the training split.
+            options: The config block.
+        """
+        return cls(**options)
+
+    @classmethod
+    def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
+        """Build from the options and what :meth:`assets` returned: how a saved model comes back, without data."""
+        return cls(**options)
+
+    def assets(self) -> Mapping[str, str]:
+        """Return what was learned from the training split, as text files by name (``vocabulary.json``)."""
+        return {}
+
+    def load_pretrained(self) -> Mapping[str, Any]:
+        """Read the pretrained weights that the options name into this backbone.
+
+        Returns:
+            What was read, for the log and the summary; JSON alone. Empty where there is nothing to read.
+
+        Raises:
+            transfer.WeightsError: They are missing or do not fit.
+        """
+        return {}
+
+
+# --------------------------------------------------------------------------------------------------------------- head
+
+
+class Head(nn.Module, ABC):
+    """From a backbone's features to a task's outputs: float tensor (B, out_features).
+
+    A subclass's constructor is called as ``(features: FeatureSpec, out_features: int, *, <options>)``. Its ``forward``
+    takes what the layout says: (B, D), or the pair of (B, T, D) and the mask (B, T).
+    """
+
+    layouts: ClassVar[frozenset[Layout]] = frozenset({"vector"})
+    """The layouts of features that this head takes."""
+
+
+# --------------------------------------------------------------------------------------------------------------- task
+
+
+@dataclass(frozen=True)
+class PrimaryMetric:
+    """The metric that picks the best epoch.
+
+    Args:
+        name: As :meth:`Task.metrics` has it.
+        higher_is_better: Its direction.
+    """
+
+    name: str
+    higher_is_better: bool
+
+
+class Task(ABC):
+    """What is learned: the number of outputs, the loss, the metrics and how to read a prediction. No device, no loop.
+
+    A subclass's constructor is called as ``(data: DataSpec, *, <options>)``.
+    """
+
+    targets: ClassVar[frozenset[TargetKind]]
+    """The kinds of target that this task takes."""
+
+    primary_metric: PrimaryMetric
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int:
+        """The number of outputs of the model."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each example, (B,), of float outputs (B, out_features); the engine takes the mean."""
+
+    @abstractmethod
+    def metrics(self) -> Mapping[str, Any]:
+        """Return fresh torchmetrics by name, each to be updated with (:meth:`predictions`, targets)."""
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """Return what the metrics want of the outputs; by default the outputs themselves."""
+        return outputs
+
+    @abstractmethod
+    def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
+        """Say what each row of outputs (B, out_features) means, for a person: JSON alone, one dict per example."""
+
+    def prepare(self, targets: npt.NDArray[Any]) -> None:
+        """See the targets of the training split once before training (class weights); by default nothing."""
+        return

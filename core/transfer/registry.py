@@ -1,0 +1,174 @@
+"""Plugins by name, found through entry points and imported only when asked for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from transfer.errors import PluginError, nearest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+Kind = Literal["dataset", "backbone", "head", "task"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_T = TypeVar("_T", bound=type)
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin as its distribution declares it; nothing of it has been imported.
+
+    Args:
+        kind: What it plugs in as.
+        name: What a config calls it.
+        distribution: The installed package that brings it, or ``"(registered)"`` for ``@register``.
+        version: That package's version.
+        target: ``module:attribute``.
+    """
+
+    kind: Kind
+    name: str
+    distribution: str
+    version: str
+    target: str
+
+    @property
+    def qualified_name(self) -> str:
+        """``distribution:name``, which a config uses when two distributions claim one name."""
+        return f"{self.distribution}:{self.name}"
+
+
+IN_PROCESS = "(registered)"
+_registered: dict[tuple[Kind, str], type] = {}
+
+
+def register(kind: Kind, name: str) -> Callable[[_T], _T]:
+    """Register a class under a name for this process: for notebooks, scripts and tests.
+
+    A package registers through an entry point in the group ``transfer.<kind>s`` instead.
+
+    Raises:
+        PluginError: The kind is unknown, the class is not of that kind, or the name is taken by another class.
+    """
+    if kind not in KINDS:
+        raise PluginError(f"there is no kind of plugin called {kind!r}", available=KINDS)
+
+    def decorate(cls: _T) -> _T:
+        _check(cls, kind, name, IN_PROCESS)
+        known = _registered.get((kind, name))
+        # A notebook cell that is run again defines the same class anew; only a different class is a collision.
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise PluginError(
+                f"{kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}",
+                fix="register it under another name",
+            )
+        _registered[kind, name] = cls
+        return cls
+
+    return decorate
+
+
+def plugins(kind: Kind | None = None) -> list[Plugin]:
+    """List every plugin (of one kind) by kind and name, without importing any."""
+    found = [
+        Plugin(k, name, IN_PROCESS, "", f"{cls.__module__}:{cls.__qualname__}")
+        for (k, name), cls in _registered.items()
+        if kind in (None, k)
+    ]
+    for k in KINDS if kind is None else (kind,):
+        found += [_describe(k, entry_point) for entry_point in _entry_points(k)]
+    return sorted(found, key=lambda p: (KINDS.index(p.kind), p.name, p.distribution))
+
+
+def find(kind: Kind, name: str) -> Plugin:
+    """Return the one plugin that ``name`` or ``distribution:name`` means, without importing it.
+
+    Raises:
+        PluginError: No plugin has that name (the nearest ones are listed), or two distributions claim it.
+    """
+    candidates = [p for p in plugins(kind) if name in (p.name, p.qualified_name)]
+    registered = [p for p in candidates if p.distribution == IN_PROCESS]
+    if registered:  # what this very process registers was meant to be used
+        return registered[0]
+    if not candidates:
+        names = sorted({p.name for p in plugins(kind)})
+        close = nearest(name, names)
+        raise PluginError(
+            f"there is no {kind} called {name!r}",
+            available=names,
+            fix=f"did you mean {close!r}?" if close else f"install the package that brings {kind} {name!r}",
+        )
+    if len(candidates) > 1:
+        raise PluginError(
+            f"{kind} {name!r} is claimed by {' and '.join(f'{p.distribution} {p.version}' for p in candidates)}",
+            available=[p.qualified_name for p in candidates],
+            fix=f"write {candidates[0].qualified_name!r} to say which one",
+        )
+    return candidates[0]
+
+
+def load(kind: Kind, name: str) -> type[Any]:
+    """Import the one plugin that ``name`` means, and no other, and return its class.
+
+    Raises:
+        PluginError: As :func:`find`; or the import fails (the cause is kept); or the class is not of that kind.
+    """
+    plugin = find(kind, name)
+    if plugin.distribution == IN_PROCESS:
+        return _registered[kind, plugin.name]
+    origin = f"entry point {plugin.name} = {plugin.target} of {plugin.distribution} {plugin.version}"
+    try:
+        cls = metadata.EntryPoint(plugin.name, f"transfer.{kind}s", plugin.target).load()
+    # A plugin's module may raise anything at all while it is imported; whatever it is must name the plugin.
+    except Exception as error:
+        raise PluginError(
+            f"{kind} {plugin.name!r} cannot be imported: {type(error).__name__}: {error}",
+            where=origin,
+            fix=f"reinstall or update {plugin.distribution}, or choose another {kind}",
+        ) from error
+    _check(cls, kind, plugin.name, origin)
+    return cls  # type: ignore[no-any-return]  # _check has just made sure of it
+
+
+def _check(cls: object, kind: Kind, name: str, where: str) -> None:
+    from transfer import interfaces  # torch is imported by whoever loads a plugin, not by whoever lists them
+
+    base = {
+        "dataset": interfaces.Dataset,
+        "backbone": interfaces.Backbone,
+        "head": interfaces.Head,
+        "task": interfaces.Task,
+    }[kind]
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise PluginError(
+            f"{kind} {name!r} is {cls!r}, which is no subclass of transfer.{base.__name__}",
+            where=where,
+            fix=f"derive it from transfer.{base.__name__}",
+        )
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise PluginError(
+            f"{kind} {name!r} does not define {', '.join(missing)}",
+            where=where,
+            fix=f"define what transfer.{base.__name__} asks for",
+        )
+
+
+def _describe(kind: Kind, entry_point: EntryPoint) -> Plugin:
+    distribution = entry_point.dist
+    name = distribution.name if distribution else "(unknown)"
+    return Plugin(kind, entry_point.name, name, distribution.version if distribution else "", entry_point.value)
+
+
+@cache
+def _entry_points(kind: Kind) -> tuple[EntryPoint, ...]:
+    # A distribution found twice on sys.path (an editable install beside a build folder) declares the same entry twice.
+    unique = {
+        (e.name, e.value, e.dist.name if e.dist else ""): e for e in metadata.entry_points(group=f"transfer.{kind}s")
+    }
+    return tuple(unique.values())

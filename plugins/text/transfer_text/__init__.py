@@ -1,0 +1,1 @@
+"""Text for transfer: word vectors, vocabularies, TextCNN, and datasets of texts."""

@@ -1,0 +1,1 @@
+"""Images for transfer: torchvision backbones, image preprocessing, and datasets of pictures."""
