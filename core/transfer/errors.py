@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 _E = TypeVar("_E", bound="TransferError")
 
@@ -46,6 +46,11 @@ class TransferError(Exception):
         self.problems: tuple[Problem, ...] = (Problem(message, where, tuple(available), fix),)
         super().__init__(message)
 
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> Self:
+        """Return one error that holds every problem found."""
+        return _rebuild(cls, tuple(problems))
+
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
 
@@ -62,11 +67,6 @@ class UserError(TransferError):
 
 class ConfigError(UserError):
     """One or more problems in a config, all found before anything was loaded."""
-
-    @classmethod
-    def of(cls, problems: Sequence[Problem]) -> ConfigError:
-        """Return one error that holds every problem found."""
-        return _rebuild(cls, tuple(problems))
 
 
 class PluginError(UserError):

@@ -82,7 +82,9 @@ def download(url: str, name: str, *, sha256: str | None = None) -> Path:
     except OSError as error:  # urllib's errors are OSErrors too
         partial.unlink(missing_ok=True)
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise DataError(f"{target.name} is not in {target.parent} and cannot be downloaded: {reason}", fix=fix) from error
+        raise DataError(
+            f"{target.name} is not in {target.parent} and cannot be downloaded: {reason}", fix=fix
+        ) from error
     if sha256 is not None and digest.hexdigest() != sha256:
         partial.unlink()
         raise DataError(f"what {url} gave has SHA-256 {digest.hexdigest()}, expected {sha256}", fix=fix)

@@ -8,13 +8,12 @@ has a type, a default unless it is required, and a line under ``Args:`` in the c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 TargetKind = Literal["class", "labels", "number"]
@@ -86,9 +85,10 @@ class _Selection(Sequence[Any]):
 
     def __init__(self, column: Sequence[Any], indices: npt.NDArray[np.int64]) -> None:
         if isinstance(column, _Selection):  # a selection of a selection is one selection
-            column, indices = column._column, column._indices[indices]
-        self._column = column
-        self._indices = indices
+            indices = column._indices[indices]
+            column = column._column
+        self._column: Sequence[Any] = column
+        self._indices: npt.NDArray[np.int64] = indices
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -123,7 +123,7 @@ def load(kind: Kind, name: str) -> type[Any]:
         return _registered[kind, plugin.name]
     origin = f"entry point {plugin.name} = {plugin.target} of {plugin.distribution} {plugin.version}"
     try:
-        cls = metadata.EntryPoint(plugin.name, f"transfer.{kind}s", plugin.target).load()
+        cls = metadata.EntryPoint(plugin.name, plugin.target, f"transfer.{kind}s").load()
     # A plugin's module may raise anything at all while it is imported; whatever it is must name the plugin.
     except Exception as error:
         raise PluginError(
@@ -135,7 +135,7 @@ def load(kind: Kind, name: str) -> type[Any]:
     return cls  # type: ignore[no-any-return]  # _check has just made sure of it
 
 
-def _check(cls: object, kind: Kind, name: str, where: str) -> None:
+def _check(cls: Any, kind: Kind, name: str, where: str) -> None:
     from transfer import interfaces  # torch is imported by whoever loads a plugin, not by whoever lists them
 
     base = {
@@ -144,7 +144,8 @@ def _check(cls: object, kind: Kind, name: str, where: str) -> None:
         "head": interfaces.Head,
         "task": interfaces.Task,
     }[kind]
-    if not (isinstance(cls, type) and issubclass(cls, base)):
+    derived = isinstance(cls, type) and issubclass(cls, base)
+    if not derived:
         raise PluginError(
             f"{kind} {name!r} is {cls!r}, which is no subclass of transfer.{base.__name__}",
             where=where,

@@ -1,0 +1,198 @@
+"""From a config to an experiment: first on the meta device, where every misfit shows, then with data and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from transfer import freezing, optim
+from transfer.config import Component, RunConfig, located
+from transfer.engine import QUICK_BATCHES, Experiment, PhasePlan
+from transfer.errors import ConfigError, Problem, UserError
+from transfer.events import Note, Observer
+from transfer.interfaces import Backbone, Data, Dataset, DataSpec, Split, Task
+from transfer.loading import Loader
+from transfer.model import Model
+from transfer.splits import complete, count_classes
+
+ASSUMED_CLASSES = ("(class 1)", "(class 2)")
+"""Stand in for the classes of a dataset that must be read to know them."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a model, fitted together.
+
+    Args:
+        dataset: What it learns from; nothing has been read.
+        backbone, task: As the config names them.
+        model: The stages of backbone and head.
+        phases: Worked out for this model.
+    """
+
+    dataset: Dataset
+    backbone: Backbone
+    task: Task
+    model: Model
+    phases: tuple[PhasePlan, ...]
+
+
+@dataclass(frozen=True)
+class Built:
+    """An experiment, and what the run directory keeps of how it came about.
+
+    Args:
+        experiment: For the engine.
+        loaders: The batches of each split.
+        backbone: With its preprocessing and what it learned from the training split.
+        data: What the data holds.
+        pretrained: What was read into the backbone.
+        classes: Examples of each class in each split.
+    """
+
+    experiment: Experiment
+    loaders: dict[str, Loader]
+    backbone: Backbone
+    data: DataSpec
+    pretrained: dict[str, Any]
+    classes: dict[str, dict[str, int]]
+
+
+def preflight(config: RunConfig) -> Parts:
+    """Build the model on the meta device and fit everything together: no data, no weights, no memory.
+
+    Raises:
+        ConfigError: Parts that do not fit, freeze policies or learning rates that name nothing; all that is found.
+    """
+    dataset: Dataset = config.data.make()
+    spec = dataset.spec if dataset.spec.classes else replace(dataset.spec, classes=ASSUMED_CLASSES)
+    with torch.device("meta"):
+        backbone: Backbone = config.backbone.make()
+        _fit_together(config, spec, backbone)
+        task, model = assemble(backbone, config.head, config.task, spec)
+    return Parts(dataset, backbone, task, model, _phases(config, model))
+
+
+def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built:
+    """Check the config, read the data, build the model and read its pretrained weights.
+
+    Args:
+        config: What to build.
+        observe: Is told what was found.
+        quick: Run a few batches of each part only.
+
+    Raises:
+        UserError: As :func:`preflight`, or the data or the weights are not right.
+    """
+    preflight(config)
+    data, splits = read_data(config)
+    backbone_class: type[Backbone] = config.backbone.cls
+    torch.manual_seed(config.seed)
+    with located(config.backbone.where):
+        values = splits["train"].fields[backbone_class.field]
+        backbone = backbone_class.from_data(values, **config.backbone.options)
+        pretrained = dict(backbone.load_pretrained())
+    if pretrained:
+        observe(Note("pretrained weights", pretrained))
+    task, model = assemble(backbone, config.head, config.task, data.spec)
+    task.prepare(splits["train"].targets)
+    loaders = {name: make_loader(config, split, backbone, training=name == "train") for name, split in splits.items()}
+    experiment = Experiment(
+        model,
+        task,
+        loaders["train"],
+        loaders["validation"],
+        loaders.get("test"),
+        _phases(config, model),
+        config.optimizer,
+        config.seed,
+        QUICK_BATCHES if quick else None,
+    )
+    counts = {name: dict(count_classes(split, data.spec.classes)) for name, split in splits.items()}
+    return Built(experiment, loaders, backbone, data.spec, pretrained, counts)
+
+
+def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
+    """Read the data and complete its splits.
+
+    Raises:
+        DataError: Something about the data is not right.
+    """
+    dataset: Dataset = config.data.make()
+    with located(config.data.where):
+        data = dataset.load()
+        options = config.data_options
+        return data, complete(data, validation=options.validation, limit=options.limit)
+
+
+def make_loader(config: RunConfig, split: Split, backbone: Backbone, *, training: bool = False) -> Loader:
+    """Make the batches of a split, as training and every later evaluation of a run does."""
+    train = config.train
+    return Loader(
+        split,
+        backbone.field,
+        backbone.preprocessing,
+        batch_size=train.batch_size if training else train.evaluation_batch_size or 2 * train.batch_size,
+        seed=config.seed,
+        training=training,
+        bucket=train.bucket,
+        workers=train.workers,
+    )
+
+
+def assemble(backbone: Backbone, head: Component, task: Component, data: DataSpec) -> tuple[Task, Model]:
+    """Make the task for this data, and the model of a backbone and a head for this task."""
+    the_task: Task = task.make(data)
+    return the_task, Model(backbone, head.make(backbone.features, the_task.out_features))
+
+
+def _fit_together(config: RunConfig, data: DataSpec, backbone: Backbone) -> None:
+    """Refuse parts that do not fit, naming the lines of both."""
+    where = {section: config.document.where((section,)) for section in ("data", "backbone", "head", "task")}
+    names = {
+        "data": f"dataset {config.data.plugin.name!r}",
+        "backbone": f"backbone {config.backbone.plugin.name!r}",
+        "head": f"head {config.head.plugin.name!r}",
+        "task": f"task {config.task.plugin.name!r}",
+    }
+    problems = []
+    if backbone.field not in data.fields:
+        message = (
+            f"{names['backbone']} takes the field {backbone.field!r}, which {names['data']} ({where['data']}) lacks"
+        )
+        fix = f"choose a backbone for {' or '.join(data.fields)}, or another dataset"
+        problems.append(Problem(message, where["backbone"], data.fields, fix))
+    if data.target not in config.task.cls.targets:
+        wants = " or ".join(sorted(config.task.cls.targets))
+        message = (
+            f"{names['task']} learns a target of kind {wants}, and {names['data']} ({where['data']}) has {data.target}"
+        )
+        fix = f"choose a task for {data.target}"
+        problems.append(Problem(message, where["task"], fix=fix))
+    layout = backbone.features.layout
+    if layout not in config.head.cls.layouts:
+        wants = " or ".join(sorted(config.head.cls.layouts))
+        message = f"{names['head']} takes a {wants}, and {names['backbone']} ({where['backbone']}) gives a {layout}"
+        problems.append(Problem(message, where["head"], fix=f"choose a head that takes a {layout}"))
+    if problems:
+        raise ConfigError.of(problems)
+
+
+def _phases(config: RunConfig, model: Model) -> tuple[PhasePlan, ...]:
+    plans, problems = [], []
+    for index, phase in enumerate(config.phases):
+        key = ("train", "phases", index)
+        own_lr = config.train.phases[index].lr is not None
+        try:
+            with config.at(*key, "freeze"):
+                frozen = freezing.resolve(model, phase.freeze)
+            with config.at(*(*key, "lr") if own_lr else ("train", "optimizer", "lr")):
+                groups = optim.groups(model, frozen, phase.lr)
+            plans.append(PhasePlan(phase.epochs, frozen, groups, phase.scheduler))
+        except UserError as error:
+            problems += [p for p in error.problems if p not in problems]
+    if problems:
+        raise ConfigError.of(problems)
+    return tuple(plans)

@@ -1,0 +1,218 @@
+"""The command line: thin commands over :mod:`transfer.workflow`, which import nothing heavy before they need it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transfer.errors import TransferError, UserError
+
+app = typer.Typer(
+    name="transfer",
+    help="Take a pretrained backbone, put a head on it, freeze what should stay, train the rest on your task.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values to change, for example train.batch_size=128."),
+]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["TRANSFER_DEBUG"] = "1"
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="The folder in which the run makes its own.")] = Path("runs"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few batches of every part, to prove a config.")] = False,
+) -> None:
+    """Train what CONFIG says; the last line printed is the run's folder."""
+    from rich.console import Console
+
+    from transfer.console import RunConsole
+    from transfer.workflow import run as run_config
+
+    console = Console()
+    with RunConsole(console) as observe:
+        ended = run_config(config, overrides or [], output=output, quick=quick, observe=observe)
+    console.print(
+        f"next: transfer predict {ended.folder} INPUT...   or   transfer evaluate {ended.folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    print(ended.folder)  # noqa: T201  # plain, so that a script can take the last line
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Show what CONFIG would do, stage by stage, without data and without weights."""
+    from rich.console import Console
+
+    from transfer.plan import render
+    from transfer.workflow import check as check_config
+
+    checked, parts = check_config(config, overrides or [])
+    for part in render(checked, parts):
+        Console().print(part)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    as_json: AsJSON = False,
+) -> None:
+    """Score a split with a run's model."""
+    from rich.console import Console
+
+    from transfer.console import RunConsole, facts_table
+    from transfer.workflow import evaluate as evaluate_run
+
+    with RunConsole(Console(stderr=as_json)) as observe:
+        metrics = evaluate_run(run, split, observe=observe)
+    if as_json:
+        print(json.dumps({split: metrics}))  # noqa: T201
+    else:
+        Console().print(facts_table({name: repr(value) for name, value in {"split": split, **metrics}.items()}))
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="A path, a pattern, a text, or - for lines on standard input."),
+    ],
+    as_json: AsJSON = False,
+) -> None:
+    """Say what a run's model makes of some inputs."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from transfer.workflow import predict as predict_with
+
+    if as_json:
+        for answer in predict_with(run, _lines(inputs)):
+            print(json.dumps(answer, ensure_ascii=False), flush=True)  # noqa: T201
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for number, answer in enumerate(predict_with(run, _lines(inputs))):
+        if not number:
+            for name in answer:
+                table.add_column(name, overflow="fold")
+        table.add_row(*(Text(_cell(value)) for value in answer.values()))
+    Console().print(table)
+
+
+def _lines(inputs: list[str]) -> Iterator[str]:
+    for source in inputs:
+        if source == "-":
+            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        else:
+            yield source
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, dict):
+        return "  ".join(f"{name} {_cell(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+@app.command()
+def plugins(as_json: AsJSON = False) -> None:
+    """List what is installed, without importing any of it."""
+    from transfer.registry import plugins as installed
+
+    found = installed()
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps([asdict(plugin) for plugin in found], indent=2))  # noqa: T201
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("kind", "name", "distribution", "version", "from"):
+        table.add_column(heading)
+    for plugin in found:
+        table.add_row(plugin.kind, plugin.name, plugin.distribution, plugin.version, plugin.target)
+    Console().print(table)
+
+
+@app.command()
+def show(
+    kind: Annotated[str, typer.Argument(help="dataset, backbone, head or task.")],
+    name: Annotated[str, typer.Argument(help="As a config calls it.")],
+) -> None:
+    """Show the options of a plugin: type, default, description."""
+    import inspect
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from transfer.registry import KINDS, find, load
+    from transfer.schema import describe_options
+
+    known = [k for k in KINDS if k == kind]
+    if not known:
+        raise UserError(f"there is no kind of plugin called {kind!r}", available=KINDS)
+    plugin, cls = find(known[0], name), load(known[0], name)
+    summary = (inspect.getdoc(cls) or "").partition("Args:")[0].strip()
+    console = Console()
+    console.print(
+        Text(f"{kind} {plugin.name}  ({plugin.distribution} {plugin.version}, {plugin.target})", style="bold")
+    )
+    console.print(Text(summary))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("option", "type", "default", "description"):
+        table.add_column(heading, overflow="fold")
+    for option in describe_options(cls):
+        table.add_row(option.name, Text(option.type), Text(option.default), Text(option.description))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0 done, 1 it failed, 2 the user's input is wrong, 130 interrupted."""
+    try:
+        app()
+    except TransferError as error:
+        if os.environ.get("TRANSFER_DEBUG"):
+            raise
+        from rich.console import Console
+
+        from transfer.console import error_panel
+
+        Console(stderr=True).print(error_panel(error))
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

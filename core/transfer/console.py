@@ -1,0 +1,182 @@
+"""What a person sees: tables, panels and live progress on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from transfer.errors import TransferError
+from transfer.events import (
+    EpochEnded,
+    EpochStarted,
+    EvaluationStarted,
+    EvaluationStep,
+    Event,
+    Note,
+    RunEnded,
+    RunStarted,
+    StepEnded,
+)
+
+PLAIN_LINE_SECONDS = 10.0
+"""Without a terminal, a line of progress is printed this often."""
+
+
+def error_panel(error: TransferError) -> Panel:
+    """Show what was asked, where, what exists and the fix, for every problem."""
+    parts: list[RenderableType] = []
+    for problem in error.problems:
+        rows = Table.grid(padding=(0, 1))
+        rows.add_column(style="dim", no_wrap=True)
+        rows.add_column(overflow="fold")
+        rows.add_row("error", Text(problem.message, style="bold"))
+        if problem.where:
+            rows.add_row("where", Text(problem.where))
+        if problem.available:
+            rows.add_row("exists", Text(", ".join(problem.available)))
+        if problem.fix:
+            rows.add_row("fix", Text(problem.fix, style="green"))
+        parts += [rows, Text()]
+    count = len(error.problems)
+    title = type(error).__name__ if count == 1 else f"{count} problems"
+    return Panel(Group(*parts[:-1]), title=title, title_align="left", border_style="red")
+
+
+def facts_table(facts: Mapping[str, Any]) -> Table:
+    """Show names and values."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), Text(_show(value)))
+    return table
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """Show metrics in one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_show(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_show(item) for item in value) or "none"
+    return str(value)
+
+
+class RunConsole:
+    """Observes a run and shows it: a context manager, to be called with each event."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not self.live,
+        )
+        self.epochs: TaskID | None = None
+        self.steps: TaskID | None = None
+        self.epoch: EpochStarted | None = None
+        self.split: EvaluationStarted | None = None
+        self.last_line_seconds = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case Note():
+                self.console.print(Panel(facts_table(event.details or {}), title=event.text, title_align="left"))
+            case RunStarted():
+                self.console.print(Panel(facts_table(event.facts), title=str(event.folder), title_align="left"))
+                self.epochs = self.progress.add_task("epochs", total=event.epochs, figures="")
+            case EpochStarted():
+                self.epoch = event
+                self._bar(f"epoch {event.epoch}/{event.epochs}", event.steps)
+            case StepEnded():
+                self._step(event)
+            case EvaluationStarted():
+                self.split = event
+                self._bar(f"scoring {event.split}", event.steps)
+            case EvaluationStep():
+                self._advance(event.step, "")
+            case EpochEnded():
+                self._epoch_ended(event)
+            case RunEnded():
+                self._run_ended(event)
+
+    def _bar(self, description: str, total: int) -> None:
+        if self.steps is not None:
+            self.progress.remove_task(self.steps)
+        self.steps = self.progress.add_task(description, total=total, figures="")
+        self.last_line_seconds = time.monotonic()
+
+    def _advance(self, step: int, figures: str) -> None:
+        if self.steps is not None:
+            self.progress.update(self.steps, completed=step, figures=figures)
+
+    def _step(self, event: StepEnded) -> None:
+        name, value = event.metric
+        figures = f"loss {event.loss:.4f}  {name} {value:.4f}  {event.examples_per_second:,.0f} examples/s"
+        self._advance(event.step, figures)
+        due = time.monotonic() - self.last_line_seconds >= PLAIN_LINE_SECONDS
+        if not self.live and due and self.epoch:
+            self.last_line_seconds = time.monotonic()
+            at = f"epoch {self.epoch.epoch}/{self.epoch.epochs}  step {event.step}/{self.epoch.steps}"
+            self.console.print(f"{at}  {figures}", highlight=False, soft_wrap=True)
+
+    def _epoch_ended(self, event: EpochEnded) -> None:
+        record = event.record
+        assert self.epoch is not None
+        train, validation = metrics_text(record["train"]), metrics_text(record["validation"])
+        line = Text(f"epoch {record['epoch']}/{self.epoch.epochs}")
+        if self.epoch.phases > 1:
+            line.append(f"  phase {record['phase']}/{self.epoch.phases}")
+        line.append(f"  train {train}", style="dim").append(f"  validation {validation}")
+        line.append(f"  {record['seconds']:.1f} s  {record['examples_per_second']:,.0f} examples/s", style="dim")
+        if event.best:
+            line.append("  best", style="green")
+        self.console.print(line, soft_wrap=True)
+        if self.epochs is not None:
+            self.progress.advance(self.epochs)
+
+    def _run_ended(self, event: RunEnded) -> None:
+        summary = event.summary
+        self.progress.stop()
+        facts = {
+            "best epoch": summary["best_epoch"],
+            "validation": metrics_text(summary["validation"]),
+            "test": metrics_text(summary["test"]) if summary["test"] else "the data has no test split",
+            "parameters": f"{summary['parameters']['trainable']:,} trained of {summary['parameters']['total']:,}",
+            "speed": f"{summary['examples_per_second']:,.0f} examples/s, {summary['seconds']:.1f} s in all",
+            "memory": f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB at most",
+        }
+        self.console.print(Panel(facts_table(facts), title="done", title_align="left", border_style="green"))

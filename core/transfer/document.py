@@ -1,0 +1,246 @@
+"""A YAML file as plain data that remembers the file and line of every value."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transfer.errors import ConfigError, Problem
+
+Key = tuple[str | int, ...]
+
+MOST_VALUES = 100_000
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe types, with the scalars of YAML 1.2: ``1e-3`` is a number, ``off`` and ``no`` are strings."""
+
+
+_SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]{1,300}",
+    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _pattern in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), None)
+_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in (*_SCALARS, "str"))
+
+
+@dataclass
+class Document:
+    """Plain data and where each value came from.
+
+    Args:
+        data: Nested dicts, lists and scalars.
+        source: What the data was read from, for messages about the whole.
+        places: File and line (or command-line override) by path.
+    """
+
+    data: dict[str, Any]
+    source: str
+    places: dict[Key, str] = field(default_factory=dict)
+
+    def where(self, key: Key) -> str:
+        """Return where the value at ``key`` was written, or the nearest thing around it that was."""
+        while key and key not in self.places:
+            key = key[:-1]
+        return self.places.get(key, self.source)
+
+    def override(self, assignment: str) -> None:
+        """Set one value from ``path.to.key=value``; the value is parsed as YAML, a number in the path indexes a list.
+
+        Raises:
+            ConfigError: It is no assignment, or the path runs through a value that holds nothing.
+        """
+        where = f"override {assignment!r}"
+        path, equals, text = assignment.partition("=")
+        parts = path.split(".")
+        if not equals or not all(parts):
+            raise ConfigError("an override is written key=value", where=where, fix="for example train.batch_size=128")
+        value, places = _parse(text, where, lines=False)
+        at: Any = self.data
+        key: Key = ()
+        for depth, part in enumerate(parts):
+            last = depth == len(parts) - 1
+            step: str | int
+            if isinstance(at, list):
+                if not part.isdigit() or int(part) >= len(at):
+                    raise ConfigError(
+                        f"{'.'.join(map(str, key))} is a list of {len(at)} items, and {part!r} is none of them",
+                        where=where,
+                        available=[str(i) for i in range(len(at))],
+                    )
+                step = int(part)
+            elif isinstance(at, dict):
+                step = part
+                if not last and at.get(step) is None:
+                    at[step] = {}
+            else:
+                raise ConfigError(f"{'.'.join(map(str, key))} is {at!r}, which holds no {part!r}", where=where)
+            key = (*key, step)
+            if last:
+                at[step] = value
+            else:
+                at = at[step]
+        for old in [k for k in self.places if k[: len(key)] == key]:
+            del self.places[old]
+        self.places.update({key + k: v for k, v in places.items()})
+
+
+def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+    """Read a YAML file, fill in environment variables and apply command-line overrides.
+
+    ``${NAME}`` is replaced by the environment's value and ``${NAME:-default}`` by the default where there is none; a
+    value that is not quoted is then read as YAML reads it (``${EPOCHS:-5}`` is a number).
+
+    Raises:
+        ConfigError: The file is missing or not YAML, a variable is not set, a key stands twice, an override is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        folder = path.parent if path.parent.is_dir() else Path()
+        siblings = sorted(p.name for p in folder.glob("*.y*ml"))
+        close = difflib.get_close_matches(path.name, siblings, n=1)
+        raise ConfigError(
+            f"there is no config file {path}",
+            available=siblings,
+            fix=f"did you mean {folder / close[0]}?" if close else "give the path of a YAML file",
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config: {error}", where=str(path), fix="give a UTF-8 YAML file") from error
+    data, places = _parse(text, str(path), lines=True)
+    if not isinstance(data, dict):
+        raise ConfigError(
+            "a config is a mapping of data, backbone, head, task and train",
+            where=str(path),
+            fix="see configs/quickstart_text.yaml",
+        )
+    document = Document(data, str(path), places)
+    _apply(document, overrides)
+    return document
+
+
+def make_document(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Document:
+    """Take a config that is already plain data (in a script or notebook)."""
+    document = Document(_copy(data), source)
+    _apply(document, overrides)
+    return document
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _apply(document: Document, overrides: Sequence[str]) -> None:
+    problems: list[Problem] = []
+    for assignment in overrides:
+        try:
+            document.override(assignment)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError.of(problems)
+
+
+def _parse(text: str, source: str, *, lines: bool) -> tuple[Any, dict[Key, str]]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        reader = _Reader(loader, source, lines)
+        data = None if node is None else reader.value(node, ())
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark is not None and lines else source
+        what = getattr(error, "problem", None) or str(error)
+        raise ConfigError(
+            f"this is not YAML: {what}", where=where, fix="check indentation, quotes and brackets"
+        ) from error
+    finally:
+        loader.dispose()
+    if reader.problems:
+        raise ConfigError.of(reader.problems)
+    return data, reader.places
+
+
+class _Reader:
+    """Turns YAML's nodes into plain data, noting places and problems on the way."""
+
+    def __init__(self, loader: _Loader, source: str, lines: bool) -> None:
+        self.loader = loader
+        self.source = source
+        self.lines = lines
+        self.places: dict[Key, str] = {}
+        self.problems: list[Problem] = []
+
+    def value(self, node: yaml.Node, key: Key, place: str | None = None) -> Any:
+        place = place or self.place(node)
+        self.places[key] = place
+        if len(self.places) > MOST_VALUES:  # aliases of aliases make a small file a huge one
+            raise yaml.YAMLError(f"more than {MOST_VALUES} values")
+        if isinstance(node, yaml.MappingNode):
+            data: dict[str, Any] = {}
+            for name, item in node.value:
+                at = self.place(name)
+                if not isinstance(name, yaml.ScalarNode):
+                    self.problems.append(Problem("a key is a word", at))
+                elif name.value in data:
+                    self.problems.append(Problem(f"the key {name.value!r} stands twice", at, fix="keep one of them"))
+                else:
+                    data[name.value] = self.value(item, (*key, name.value), at)
+            return data
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, (*key, index)) for index, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode), "YAML has no fourth kind of node"
+        return self.scalar(node, place)
+
+    def scalar(self, node: yaml.ScalarNode, place: str) -> Any:
+        text = _VARIABLE.sub(lambda match: self.variable(match, place), node.value)
+        quoted = node.style in ("'", '"')
+        if node.tag not in _PLAIN_TAGS:
+            self.problems.append(Problem(f"the tag {node.tag!r} is not allowed", place, fix="write plain YAML"))
+            return None
+        tag = node.tag
+        if text != node.value and not quoted:
+            tag = self.loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        if tag.endswith(":null"):
+            return None
+        if tag.endswith(":bool"):
+            return text.lower() == "true"
+        if tag.endswith(":int"):
+            return int(text)
+        if tag.endswith(":float"):
+            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        return text
+
+    def variable(self, match: re.Match[str], place: str) -> str:
+        name, default = match.groups()
+        value = os.environ.get(name) or default  # as in a shell, ":-" also stands in for an empty variable
+        if value is None:
+            self.problems.append(
+                Problem(
+                    f"the environment variable {name} is not set",
+                    place,
+                    fix=f"export {name}=..., or write ${{{name}:-default}}",
+                )
+            )
+            return ""
+        return value
+
+    def place(self, node: yaml.Node) -> str:
+        return f"{self.source}:{node.start_mark.line + 1}" if self.lines else self.source

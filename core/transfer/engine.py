@@ -1,0 +1,302 @@
+"""The one training loop, read downward: phases, epochs, steps; then the test split, once."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from transfer import checkpoint, freezing
+from transfer.config import TorchPart
+from transfer.errors import TrainingError
+from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, EvaluationStep, Observer, StepEnded
+from transfer.freezing import Frozen
+from transfer.interfaces import PrimaryMetric, Task
+from transfer.loading import Batch, Loader
+from transfer.model import Model
+from transfer.optim import Group, Schedule, build_optimizer
+from transfer.run_directory import RunDirectory
+
+QUICK_BATCHES = 3
+"""Batches of each part in a quick try."""
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase, worked out for one model.
+
+    Args:
+        epochs: Passes over the training split.
+        frozen: What does not change.
+        groups: What is trained, and how fast.
+        scheduler: How the learning rates move, if they do.
+    """
+
+    epochs: int
+    frozen: Frozen
+    groups: list[Group]
+    scheduler: TorchPart | None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that the engine needs.
+
+    Args:
+        model: With its pretrained weights.
+        task: Loss and metrics.
+        train, validation, test: The splits' batches; without a test split the validation figures stand alone.
+        phases: In order.
+        optimizer: Which, with its options.
+        seed: Of everything random during training.
+        most_batches: No more than so many batches of each part (a quick try).
+    """
+
+    model: Model
+    task: Task
+    train: Loader
+    validation: Loader
+    test: Loader | None
+    phases: tuple[PhasePlan, ...]
+    optimizer: TorchPart
+    seed: int
+    most_batches: int | None = None
+
+
+def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[str, Any]:
+    """Train, keep the best epoch by the validation split, score the test split once with it.
+
+    The model ends with the weights of the best epoch. Every epoch writes a line of metrics and the checkpoint ``last``.
+
+    Returns:
+        The summary: ``best_epoch``, ``validation``, ``test``, ``parameters``, throughput, time and memory.
+
+    Raises:
+        TrainingError: The loss is not finite, or memory ran out.
+    """
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise TrainingError("training in several processes is not supported yet", fix="start it without a launcher")
+    model, task = experiment.model, experiment.task
+    model.to(accelerator.device)
+    primary = task.primary_metric
+    total_epochs = sum(phase.epochs for phase in experiment.phases)
+    started, trained_seconds, trained_examples = time.perf_counter(), 0.0, 0
+    optimizer: Optimizer | None = None
+    best: dict[str, Any] | None = None
+    epoch = steps_done = 0
+
+    for number, phase in enumerate(experiment.phases, 1):
+        freezing.apply(model, phase.frozen)
+        optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=optimizer)
+        steps = min(len(experiment.train), experiment.most_batches or sys.maxsize)
+        schedule = Schedule(
+            phase.scheduler,
+            optimizer,
+            epochs=phase.epochs,
+            steps_per_epoch=steps,
+            higher_is_better=primary.higher_is_better,
+        )
+        prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+
+        for _ in range(phase.epochs):
+            observe(EpochStarted(epoch + 1, total_epochs, number, len(experiment.phases), steps))
+            rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+            epoch_started = time.perf_counter()
+            train = _train_epoch(
+                experiment, accelerator, prepared_model, prepared_optimizer, schedule, epoch, steps_done, observe
+            )
+            seconds = time.perf_counter() - epoch_started
+            validation = evaluate(model, task, experiment.validation, observe, "validation", experiment.most_batches)
+            schedule.after_epoch(validation[primary.name])
+            examples = int(train.pop("examples"))
+            epoch, steps_done = epoch + 1, steps_done + steps
+            trained_seconds, trained_examples = trained_seconds + seconds, trained_examples + examples
+            record = {
+                "phase": number,
+                "epoch": epoch,
+                "train": train,
+                "validation": validation,
+                "lr": rates,
+                "seconds": round(time.perf_counter() - epoch_started, 3),
+                "examples_per_second": round(examples / seconds, 2),
+            }
+            improved = best is None or _better(primary, validation, best["validation"])
+            if best is None or improved:
+                best = {"epoch": epoch, "validation": validation}
+            run.append_metrics(record)
+            _save(run, model, optimizer, schedule, record, best, improved)
+            observe(EpochEnded(record, improved))
+
+    assert best is not None, "a config has at least one phase of at least one epoch"
+    tensors, _ = checkpoint.load(run.checkpoints / "best")
+    model.load_state_dict(tensors["model"])
+    test = None
+    if experiment.test is not None:
+        test = evaluate(model, task, experiment.test, observe, "test", experiment.most_batches)
+    ever_trained = {name for phase in experiment.phases for group in phase.groups for name in group.parameters}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {
+        "best_epoch": best["epoch"],
+        "epochs": epoch,
+        "validation": best["validation"],
+        "test": test,
+        "primary_metric": primary.name,
+        "parameters": {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in ever_trained)},
+        "examples_per_second": round(trained_examples / trained_seconds, 2),
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "device": str(accelerator.device),
+    }
+
+
+def _train_epoch(
+    experiment: Experiment,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    schedule: Schedule,
+    epoch: int,
+    steps_done: int,
+    observe: Observer,
+) -> dict[str, float]:
+    """Train one epoch; return loss and metrics over it (as the model was at each step) and the number of examples."""
+    task, device = experiment.task, accelerator.device
+    metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
+    primary = task.primary_metric.name
+    model.train()
+    started, examples, loss_sum = time.perf_counter(), 0, 0.0
+    before: tuple[Tensor, Batch] | None = None
+
+    for step, on_cpu in enumerate(experiment.train.epoch(epoch, most=experiment.most_batches), 1):
+        batch = on_cpu.to(device)
+        # Dropout is a function of the seed and the step, whatever has drawn random numbers in between.
+        torch.manual_seed(int(np.random.SeedSequence((experiment.seed, steps_done + step)).generate_state(1)[0]))
+        with _memory(len(batch.indices)):
+            outputs = model(batch.inputs)
+            losses = task.loss(outputs, batch.targets)
+            accelerator.backward(losses.mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.after_step()
+
+        outputs = outputs.detach()
+        for metric in metrics.values():
+            metric.update(task.predictions(outputs), batch.targets)
+        # .item() waits for the device, so it reads the loss of the step before, which has long been computed.
+        if before is not None:
+            loss_sum += _finite_sum(before, epoch, step - 1, optimizer)
+        before = (losses.detach().sum(), batch)
+        examples += len(batch.indices)
+        known = examples - len(batch.indices) if step > 1 else 0
+        observe(
+            StepEnded(
+                step,
+                loss_sum / known if known else math.nan,
+                (primary, float(metrics[primary].compute())),
+                examples / (time.perf_counter() - started),
+            )
+        )
+    assert before is not None, "a split without examples was refused when the data was read"
+    loss_sum += _finite_sum(before, epoch, step, optimizer)
+    values = {name: float(metric.compute()) for name, metric in metrics.items()}
+    return {"loss": loss_sum / examples, **values, "examples": examples}
+
+
+def evaluate(
+    model: nn.Module, task: Task, loader: Loader, observe: Observer, split: str, most_batches: int | None = None
+) -> dict[str, float]:
+    """Return the mean loss and the metrics of a split, in eval mode and without gradients."""
+    device = next(model.parameters()).device
+    metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
+    examples, loss_sum = 0, torch.zeros((), dtype=torch.float64, device=device)
+    observe(EvaluationStarted(split, min(len(loader), most_batches or sys.maxsize)))
+    for step, (outputs, batch) in enumerate(outputs_of(model, loader, most_batches), 1):
+        targets = batch.targets.to(device)
+        loss_sum += task.loss(outputs, targets).sum()
+        for metric in metrics.values():
+            metric.update(task.predictions(outputs), targets)
+        examples += len(batch.indices)
+        observe(EvaluationStep(step))
+    return {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
+
+
+def outputs_of(model: nn.Module, loader: Loader, most_batches: int | None = None) -> Iterator[tuple[Tensor, Batch]]:
+    """Yield a model's outputs for each batch of a split, in eval mode and without gradients."""
+    device = next(model.parameters()).device
+    model.eval()
+    for on_cpu in loader.epoch(most=most_batches):
+        batch = on_cpu.to(device)
+        with torch.inference_mode(), _memory(len(batch.indices)):
+            yield model(batch.inputs), batch
+
+
+def _finite_sum(before: tuple[Tensor, Batch], epoch: int, step: int, optimizer: Any) -> float:
+    total, batch = before
+    value = total.item()
+    if not math.isfinite(value):
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        raise TrainingError(
+            f"the loss of epoch {epoch + 1}, step {step} is {value}: learning rates {rates}, "
+            f"examples {batch.indices[:16].tolist()}{'...' if len(batch.indices) > 16 else ''} of the training split",
+            fix="lower the learning rate, or look at these examples; the checkpoint `best` holds the best epoch so far",
+        )
+    return value
+
+
+@contextmanager
+def _memory(examples: int) -> Iterator[None]:
+    """Say what to do when memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one; the CPU's allocator raises a plain one
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise TrainingError(
+                f"memory ran out on a batch of {examples} examples",
+                fix="set a smaller train.batch_size (or train.evaluation_batch_size)",
+            ) from error
+        raise
+
+
+def _better(primary: PrimaryMetric, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
+    """Compare by the primary metric; where that is equal, as it often is on a small split, by the loss."""
+    if new[primary.name] != old[primary.name]:
+        return (new[primary.name] > old[primary.name]) == primary.higher_is_better
+    return new["loss"] < old["loss"]
+
+
+def _save(
+    run: RunDirectory,
+    model: Model,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    record: Mapping[str, Any],
+    best: Mapping[str, Any],
+    improved: bool,
+) -> None:
+    weights = model.state_dict()
+    tensors, rest = checkpoint.optimizer_tensors(model, optimizer)
+    state = {"epoch": record["epoch"], "phase": record["phase"], "record": record, "best": best}
+    progress = {"optimizer": rest, "scheduler": schedule.state_dict()}
+    checkpoint.save(run.checkpoints / "last", {"model": weights, "optimizer": tensors}, state | progress)
+    if improved:
+        checkpoint.save(run.checkpoints / "best", {"model": weights}, state)
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory in use so far: the device's on a GPU, the process's on the CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux

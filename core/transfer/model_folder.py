@@ -1,0 +1,108 @@
+"""The folder ``model/`` of a run: all that is needed to predict anywhere the plugins are installed. No pickle."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from transfer.build import assemble
+from transfer.checkpoint import load_tensors
+from transfer.config import Component, RunConfig, load_component, located
+from transfer.errors import PluginError, Problem, RunError
+from transfer.interfaces import Backbone, DataSpec, Task
+from transfer.model import Model
+from transfer.registry import Kind
+from transfer.run_directory import FORMAT, read_json, write_atomically, write_json
+
+PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model as it comes back from its folder.
+
+    Args:
+        model: In eval mode, on the CPU.
+        backbone: With its preprocessing and what it learned from the training split.
+        task: Reads the outputs.
+        data: What the model was trained on.
+    """
+
+    model: Model
+    backbone: Backbone
+    task: Task
+    data: DataSpec
+
+
+def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backbone, model: Model) -> None:
+    """Write a trained model: weights, the blocks of its parts, classes, preprocessing, what was learned from the data.
+
+    ``model.json`` is written last: a folder without it is no model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, folder / "weights.safetensors"
+    )
+    assets = backbone.assets()
+    for name, text in assets.items():
+        write_atomically(folder / name, text)
+    components = {"backbone": config.backbone, "head": config.head, "task": config.task}
+    write_json(
+        folder / "model.json",
+        {
+            "format": FORMAT,
+            **{kind: dict(component.plain) for kind, component in components.items()},
+            "data": asdict(data),
+            "features": asdict(backbone.features),
+            "preprocessing": dict(backbone.preprocessing.describe()),
+            "assets": sorted(assets),
+            "plugins": {kind: asdict(component.plugin) for kind, component in components.items()},
+        },
+    )
+
+
+def read_model(folder: Path) -> LoadedModel:
+    """Rebuild a trained model from its folder.
+
+    Raises:
+        RunError: The folder is incomplete or damaged, or a plugin that it needs is not installed.
+    """
+    file = folder / "model.json"
+    described = read_json(file, "there is no model here: the run did not end")
+    if described.get("format") != FORMAT:
+        fix = "use the version of transfer that wrote it"
+        raise RunError(
+            f"the model is of format {described.get('format')!r}", where=str(file), available=[str(FORMAT)], fix=fix
+        )
+    try:
+        backbone_block, head, task = (_component(kind, described, file) for kind in PARTS)
+        data = described["data"]
+        spec = DataSpec(tuple(data["fields"]), data["target"], tuple(data["classes"]))
+        names = [Path(name).name for name in described["assets"]]  # names, never paths out of the folder
+        assets = {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    except (KeyError, TypeError, OSError, UnicodeDecodeError) as error:
+        raise RunError(f"the model folder is incomplete: {error!r}", where=str(file)) from error
+    backbone_class: type[Backbone] = backbone_block.cls
+    with located(str(file)):
+        backbone = backbone_class.from_assets(assets, **backbone_block.options)
+        the_task, model = assemble(backbone, head, task, spec)
+    weights = folder / "weights.safetensors"
+    try:
+        model.load_state_dict(load_tensors(weights))
+    except RuntimeError as error:
+        raise RunError(f"the weights do not fit the model: {error}", where=str(weights)) from error
+    model.eval()
+    return LoadedModel(model, backbone, the_task, spec)
+
+
+def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:
+    try:
+        return load_component(kind, described[kind], str(file))
+    except PluginError as error:
+        plugin = described["plugins"][kind]
+        package = f"{plugin['distribution']}=={plugin['version']}"
+        problems = [Problem(p.message, p.where, p.available, f"pip install {package}") for p in error.problems]
+        raise RunError.of(problems) from error

@@ -1,0 +1,205 @@
+"""Torch's optimizers and schedulers by name, over real parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+
+from transfer.errors import ConfigError, nearest
+from transfer.freezing import Frozen
+from transfer.model import Model
+
+if TYPE_CHECKING:
+    from transfer.config import TorchPart
+
+
+def _classes(module: Any, base: type, leave_out: set[str]) -> dict[str, type[Any]]:
+    public = {name: cls for name, cls in vars(module).items() if not name.startswith("_") and name not in leave_out}
+    return {
+        name.lower(): c for name, c in public.items() if isinstance(c, type) and issubclass(c, base) and c is not base
+    }
+
+
+# LBFGS evaluates the model several times a step, SparseAdam takes sparse gradients alone, Muon matrices alone.
+OPTIMIZERS = _classes(torch.optim, Optimizer, {"LBFGS", "SparseAdam", "Muon"})
+# These take functions or other schedulers, which a config cannot write.
+_SCHEDULERS = _classes(
+    lr_scheduler,
+    lr_scheduler.LRScheduler,
+    {"LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"},
+)
+SCHEDULERS = _SCHEDULERS | {
+    "step": lr_scheduler.StepLR,
+    "cosine": lr_scheduler.CosineAnnealingLR,
+    "one_cycle": lr_scheduler.OneCycleLR,
+    "plateau": lr_scheduler.ReduceLROnPlateau,
+    "linear": lr_scheduler.LinearLR,
+    "exponential": lr_scheduler.ExponentialLR,
+}
+# What the framework knows and hands over, so that a config need not repeat the length of its phases.
+HANDED_OVER = {
+    "optimizer",
+    "last_epoch",
+    "verbose",
+    "T_max",
+    "max_lr",
+    "total_steps",
+    "epochs",
+    "steps_per_epoch",
+    "mode",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group.
+
+    Args:
+        stage: The stage that its parameters belong to.
+        lr: Its learning rate.
+        parameters: Names of its parameters; none is frozen.
+    """
+
+    stage: str
+    lr: float
+    parameters: tuple[str, ...]
+
+
+def groups(model: Model, frozen: Frozen, lr: float | Mapping[str, float]) -> list[Group]:
+    """Return a parameter group for every stage that has something to train, from input to output.
+
+    ``lr`` by group: a stage's own name wins, then ``head`` or ``backbone``. With ``layer_decay`` the topmost backbone
+    stage with parameters has the rate ``backbone`` (or, where that is not given, ``head`` times the decay), and every
+    stage below it that of the one above times the decay (ULMFiT, Howard and Ruder 2018; BEiT, Bao et al. 2021).
+
+    Raises:
+        ConfigError: A key of ``lr`` is no group of this model, or a stage that is trained has no learning rate.
+    """
+    stages = {
+        stage: tuple(f"{stage}.{name}" for name, _ in module.named_parameters())
+        for stage, module in model.stages.items()
+    }
+    rates = _rates([stage for stage, names in stages.items() if names or stage == "head"], list(stages), lr)
+    found = []
+    for stage, names in stages.items():
+        trained = tuple(name for name in names if name not in frozen.parameters)
+        if not trained:
+            continue
+        if stage not in rates:
+            raise ConfigError(
+                f"lr says nothing of the stage {stage!r}, which is trained",
+                available=["head", "backbone", *list(stages)[:-1]],
+                fix="add backbone: ..., or freeze the stage",
+            )
+        found.append(Group(stage, rates[stage], trained))
+    return found
+
+
+def _rates(with_parameters: list[str], stages: list[str], lr: float | Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(lr, Mapping):
+        return dict.fromkeys(stages, lr)
+    known = ["head", "backbone", "layer_decay", *stages[:-1]]
+    for key in lr:
+        if key not in known:
+            close = nearest(key, known)
+            fix = f"did you mean {close!r}?" if close else None
+            raise ConfigError(f"lr names {key!r}, which is no group of this model", available=known, fix=fix)
+    decay = lr.get("layer_decay", 1.0)
+    top = lr.get("backbone", lr["head"] * decay if "layer_decay" in lr and "head" in lr else None)
+    rates: dict[str, float] = {}
+    if top is not None:
+        below = [stage for stage in with_parameters if stage != "head"][::-1]
+        rates = {stage: top * decay**depth for depth, stage in enumerate(below)}
+    return rates | {stage: lr[stage] for stage in stages if stage in lr}
+
+
+def build_optimizer(model: Model, found: list[Group], part: TorchPart, before: Optimizer | None) -> Optimizer:
+    """Build the optimizer of a phase; parameters that were trained in the phase before keep their state.
+
+    Args:
+        model: The model.
+        found: What :func:`groups` returned.
+        part: Which optimizer, with its options.
+        before: The optimizer of the phase before.
+
+    Raises:
+        ConfigError: Torch refuses the options.
+    """
+    parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+    try:
+        optimizer: Optimizer = part.cls(
+            [{"params": [parameters[name] for name in g.parameters], "lr": g.lr, "name": g.stage} for g in found],
+            **part.options,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"torch's {part.cls.__name__} refuses its options: {error}") from error
+    if before is not None:
+        kept: dict[Tensor, Any] = {
+            p: before.state[p] for g in optimizer.param_groups for p in g["params"] if p in before.state
+        }
+        optimizer.state.update(kept)
+    return optimizer
+
+
+class Schedule:
+    """One of torch's schedulers over a phase, stepped where torch says it should be.
+
+    OneCycleLR and CyclicLR step after every batch, ReduceLROnPlateau after every validation, all others after every
+    epoch; no scheduler is a constant learning rate.
+    """
+
+    def __init__(
+        self,
+        part: TorchPart | None,
+        optimizer: Optimizer,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        higher_is_better: bool,
+    ) -> None:
+        self.scheduler: Any = None
+        if part is None:
+            return
+        options = dict(part.options)
+        if part.cls is lr_scheduler.CosineAnnealingLR:
+            options["T_max"] = epochs
+        elif part.cls is lr_scheduler.OneCycleLR:
+            options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
+            options["total_steps"] = epochs * steps_per_epoch
+        elif part.cls is lr_scheduler.ReduceLROnPlateau:
+            options["mode"] = "max" if higher_is_better else "min"
+        elif part.cls is lr_scheduler.CyclicLR:
+            options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
+            options.setdefault("cycle_momentum", "momentum" in optimizer.defaults)
+        try:
+            self.scheduler = part.cls(optimizer, **options)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"torch's {part.cls.__name__} refuses its options: {error}") from error
+
+    def after_step(self) -> None:
+        """Follow an optimizer step."""
+        if isinstance(self.scheduler, lr_scheduler.OneCycleLR | lr_scheduler.CyclicLR):
+            self.scheduler.step()
+
+    def after_epoch(self, metric: float) -> None:
+        """Follow an epoch whose validation gave ``metric``."""
+        if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(metric)
+        elif self.scheduler is not None and not isinstance(
+            self.scheduler, lr_scheduler.OneCycleLR | lr_scheduler.CyclicLR
+        ):
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scheduler's state; JSON alone."""
+        return {} if self.scheduler is None else dict(self.scheduler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of a scheduler of the same kind."""
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state)

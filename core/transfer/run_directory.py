@@ -1,0 +1,197 @@
+"""The folder of one run: what is in it, and how it is written so that nothing is half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from transfer.errors import RunError
+
+FORMAT = 1
+"""Version of the folder's layout; a reader refuses one that it does not know."""
+
+
+class RunDirectory:
+    """A run's folder.
+
+    ``config.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (a line per epoch), ``summary.json``,
+    ``checkpoints/best`` and ``checkpoints/last``, and ``model/``: all that is needed to predict elsewhere.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, output: Path, name: str) -> RunDirectory:
+        """Make a new folder ``output/name-DATE-TIME``; two runs that start in one second get two folders.
+
+        Raises:
+            RunError: It cannot be written there.
+        """
+        stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+        for attempt in range(1, 1000):
+            path = output / (f"{name}-{stamp}" if attempt == 1 else f"{name}-{stamp}-{attempt}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError as error:
+                if not output.is_dir():
+                    raise RunError(f"{output} is no folder", fix="choose another --output") from error
+                continue
+            except OSError as error:
+                fix = "choose another --output"
+                raise RunError(f"cannot make a run folder in {output}: {error.strerror}", fix=fix) from error
+            return cls(path)
+        raise RunError(f"cannot find a free name for a run in {output}", fix="choose another --output")
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """Take the folder of a run that exists.
+
+        Raises:
+            RunError: There is no such folder, or it is no run's.
+        """
+        path = Path(path)
+        if not (path / "config.yaml").is_file():
+            parent = path if path.is_dir() else path.parent
+            runs = sorted(p.parent.name for p in parent.glob("*/config.yaml"))
+            what = "is no run directory" if path.exists() else "does not exist"
+            raise RunError(
+                f"{path} {what}", available=runs[-8:], fix="give the folder that `transfer run` printed last"
+            )
+        return cls(path)
+
+    @property
+    def model(self) -> Path:
+        """The folder that predicts anywhere the plugins are installed."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints ``best`` and ``last``."""
+        return self.path / "checkpoints"
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved config.
+
+        Raises:
+            RunError: It cannot be read.
+        """
+        try:
+            data = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunError(f"the run's config cannot be read: {error}", where=str(self.path / "config.yaml")) from error
+        if not isinstance(data, dict):
+            raise RunError("the run's config is not a mapping", where=str(self.path / "config.yaml"))
+        return data
+
+    def summary(self) -> dict[str, Any]:
+        """Return ``summary.json``.
+
+        Raises:
+            RunError: The run did not end, or the file is damaged.
+        """
+        return read_json(self.path / "summary.json", "the run has no summary: it did not end")
+
+    def write_config(self, plain: Mapping[str, Any]) -> None:
+        """Write the resolved config."""
+        text = yaml.safe_dump(dict(plain), sort_keys=False, allow_unicode=True)
+        write_atomically(self.path / "config.yaml", f"# The resolved config of this run, defaults filled in.\n{text}")
+
+    def write_environment(self, device: str, distributions: Mapping[str, str]) -> None:
+        """Write versions, git revision, command and device."""
+        names = ("torch", "torchvision", "accelerate", "numpy", "tokenizers", "safetensors", "torchmetrics")
+        write_json(
+            self.path / "environment.json",
+            {
+                "format": FORMAT,
+                "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+                "command": shlex.join(sys.argv),
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "device": device,
+                "threads": torch.get_num_threads(),
+                "git_revision": _git_revision(),
+                "versions": {name: version for name in names if (version := _version(name))} | dict(distributions),
+            },
+        )
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add a line to ``metrics.jsonl`` and flush it to the disk."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``."""
+        write_json(self.path / "summary.json", summary)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    flush_folder(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically; NaN and infinity, which JSON lacks, are errors."""
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        RunError: The file is not there (``missing`` says what that means), or damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(missing, where=str(path)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"the file cannot be read: {error}", where=str(path)) from error
+    if not isinstance(content, dict):
+        raise RunError("the file holds no JSON object", where=str(path))
+    return content
+
+
+def flush_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk: a rename is only safe after that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    try:
+        # The revision of the user's project is wanted; git is looked up on their own PATH.
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)  # noqa: S607
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,184 @@
+"""What one does with a config or a run: check, run, evaluate, predict. The command line and scripts call these."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transfer.build import Built, Parts, build, make_loader, preflight, read_data
+from transfer.config import RunConfig, load_config
+from transfer.engine import QUICK_BATCHES, fit
+from transfer.engine import evaluate as score
+from transfer.errors import RunError
+from transfer.events import Observer, RunEnded, RunStarted
+from transfer.loading import encode
+from transfer.model_folder import LoadedModel, read_model, write_model
+from transfer.registry import IN_PROCESS
+from transfer.run_directory import RunDirectory
+
+PREDICTION_BATCH = 64
+MOST_CLASSES_SHOWN = 6
+
+Config = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that ended.
+
+    Args:
+        folder: Its run directory.
+        summary: As in ``summary.json``.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+
+def _silent(_: object) -> None:
+    return
+
+
+def check(config: Config, overrides: Sequence[str] = ()) -> tuple[RunConfig, Parts]:
+    """Check a config and fit its parts together on the meta device: no data, no weights, seconds.
+
+    Raises:
+        UserError: With every problem found.
+    """
+    checked = load_config(config, overrides)
+    return checked, preflight(checked)
+
+
+def run(
+    config: Config,
+    overrides: Sequence[str] = (),
+    *,
+    output: str | Path = "runs",
+    quick: bool = False,
+    observe: Observer = _silent,
+) -> Run:
+    """Train what a config says and return the run.
+
+    Args:
+        config: The path of a YAML file, or the config as plain data.
+        overrides: ``path.to.key=value`` each.
+        output: The folder in which the run makes its own.
+        quick: One epoch per phase over a few batches of each part, to prove a config before a long run.
+        observe: Is called with every event of the run (:mod:`transfer.events`).
+
+    Raises:
+        UserError: The config, the data or the weights are not right; nothing has been written.
+        TrainingError: Training cannot go on; the run directory holds what was reached.
+    """
+    checked = load_config(config, overrides)
+    if quick:
+        checked = checked.quick()
+    built = build(checked, observe, quick=quick)
+    directory = RunDirectory.create(Path(output), checked.name)
+    directory.write_config(checked.plain)
+    plugins = [c.plugin for c in (checked.data, checked.backbone, checked.head, checked.task)]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    directory.write_environment(device, {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS})
+    observe(RunStarted(directory.path, _facts(checked, built, device), sum(phase.epochs for phase in checked.phases)))
+    try:
+        summary = {"status": "complete", "quick": quick} | fit(built.experiment, directory, observe)
+    except BaseException as error:
+        directory.write_summary({"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        raise
+    summary |= {"data": built.classes, "pretrained": built.pretrained}
+    write_model(directory.model, checked, built.data, built.backbone, built.experiment.model)
+    directory.write_summary(summary)
+    observe(RunEnded(directory.path, summary))
+    return Run(directory.path, summary)
+
+
+def evaluate(run: str | Path, split: str = "test", *, observe: Observer = _silent) -> dict[str, float]:
+    """Score a split with the model of a run: on the same machine exactly the figures of its summary.
+
+    Args:
+        run: A run directory.
+        split: ``train``, ``validation`` or ``test``.
+        observe: Is called with the events of the evaluation.
+
+    Raises:
+        UserError: The run or its data are not right, or there is no such split.
+    """
+    directory = RunDirectory.open(run)
+    config = load_config(directory.config())
+    loaded = read_model(directory.model)
+    _, splits = read_data(config)
+    if split not in splits:
+        raise RunError(f"the data has no split {split!r}", where=str(directory.path), available=list(splits))
+    loader = make_loader(config, splits[split], loaded.backbone)
+    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    most = QUICK_BATCHES if directory.summary().get("quick") else None
+    return score(model, loaded.task, loader, observe, split, most)
+
+
+def predict(run: str | Path, sources: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Say what a run's model makes of some inputs, in batches, in order.
+
+    Args:
+        run: A run directory.
+        sources: For each the path of a file, a pattern of paths, or what the backbone's field is made of (a text).
+
+    Yields:
+        ``input`` and what the task says of it (for classification ``label``, ``probability``, ``probabilities``).
+
+    Raises:
+        UserError: The run is not right, or an input cannot be read.
+    """
+    directory = RunDirectory.open(run)
+    loaded = read_model(directory.model)
+    names: list[str] = []
+    for name in _expand(sources):
+        names.append(name)
+        if len(names) == PREDICTION_BATCH:
+            yield from _predict(loaded, names)
+            names = []
+    if names:
+        yield from _predict(loaded, names)
+
+
+def _predict(loaded: LoadedModel, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    preprocessing = loaded.backbone.preprocessing
+    values = [preprocessing.read(name) for name in names]
+    encoded = encode(preprocessing, values, range(len(values)), lambda i: names[i] or "(empty input)")
+    with torch.inference_mode():
+        outputs = loaded.model(preprocessing.collate(encoded))
+    for name, meaning in zip(names, loaded.task.interpret(outputs), strict=True):
+        yield {"input": name, **meaning}
+
+
+def _expand(sources: Iterable[str]) -> Iterator[str]:
+    """Put the files that a pattern matches in its place; a source that is no pattern, or matches nothing, stays."""
+    for source in sources:
+        # A text may hold a question mark; only what matches files is a pattern.
+        matches = sorted(glob.glob(os.path.expanduser(source))) if glob.has_magic(source) else []
+        yield from matches or [source]
+
+
+def _facts(config: RunConfig, built: Built, device: str) -> dict[str, str]:
+    """Say what is trained, on what and how, for a table."""
+    sizes = {name: len(loader.split) for name, loader in built.loaders.items()}
+    model = built.experiment.model
+    total = sum(p.numel() for p in model.parameters())
+    return {
+        "data": f"{config.data.plugin.name}: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()),
+        "classes": ", ".join(built.data.classes[:MOST_CLASSES_SHOWN])
+        + (f" and {more} more" if (more := len(built.data.classes) - MOST_CLASSES_SHOWN) > 0 else ""),
+        "model": f"{config.backbone.plugin.name} ({' > '.join(list(model.stages)[:-1])}) + {config.head.plugin.name}",
+        "parameters": f"{total:,}",
+        "phases": ", then ".join(
+            f"{phase.epochs} epochs of {', '.join(group.stage for group in phase.groups)}"
+            for phase in built.experiment.phases
+        ),
+        "optimizer": f"{config.optimizer.name}, batch size {config.train.batch_size}",
+        "device": device,
+    }
