@@ -28,6 +28,8 @@ from transfer.model import Model
 from transfer.optim import Group, Schedule, build_optimizer
 from transfer.run_directory import RunDirectory
 
+TELL_SECONDS = 0.2
+"""Observers hear of steps this often: computing a metric for them waits for the device."""
 QUICK_BATCHES = 3
 """Batches of each part in a quick try."""
 
@@ -90,6 +92,7 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
         raise TrainingError("training in several processes is not supported yet", fix="start it without a launcher")
     model, task = experiment.model, experiment.task
     model.to(accelerator.device)
+    prepared_model = accelerator.prepare_model(model)
     primary = task.primary_metric
     total_epochs = sum(phase.epochs for phase in experiment.phases)
     started, trained_seconds, trained_examples = time.perf_counter(), 0.0, 0
@@ -108,7 +111,7 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
             steps_per_epoch=steps,
             higher_is_better=primary.higher_is_better,
         )
-        prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+        prepared_optimizer = accelerator.prepare_optimizer(optimizer)
 
         for _ in range(phase.epochs):
             observe(EpochStarted(epoch + 1, total_epochs, number, len(experiment.phases), steps))
@@ -176,7 +179,8 @@ def _train_epoch(
     metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
     primary = task.primary_metric.name
     model.train()
-    started, examples, loss_sum = time.perf_counter(), 0, 0.0
+    started = told = time.perf_counter()
+    examples, known, loss_sum = 0, 0, 0.0
     before: tuple[Tensor, Batch] | None = None
 
     for step, on_cpu in enumerate(experiment.train.epoch(epoch, most=experiment.most_batches), 1):
@@ -197,17 +201,14 @@ def _train_epoch(
         # .item() waits for the device, so it reads the loss of the step before, which has long been computed.
         if before is not None:
             loss_sum += _finite_sum(before, epoch, step - 1, optimizer)
+            known = examples
         before = (losses.detach().sum(), batch)
         examples += len(batch.indices)
-        known = examples - len(batch.indices) if step > 1 else 0
-        observe(
-            StepEnded(
-                step,
-                loss_sum / known if known else math.nan,
-                (primary, float(metrics[primary].compute())),
-                examples / (time.perf_counter() - started),
-            )
-        )
+        now = time.perf_counter()
+        if known and now - told >= TELL_SECONDS:
+            told = now
+            metric = (primary, float(metrics[primary].compute()))
+            observe(StepEnded(step, loss_sum / known, metric, examples / (now - started)))
     assert before is not None, "a split without examples was refused when the data was read"
     loss_sum += _finite_sum(before, epoch, step, optimizer)
     values = {name: float(metric.compute()) for name, metric in metrics.items()}

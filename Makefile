@@ -1,0 +1,40 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each sets up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow check format clean
+.DELETE_ON_ERROR:
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "transfer needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/ready  ## train on data that comes with the package, then predict
+	$(BIN)/transfer run configs/quickstart_text.yaml
+	@run=$$(ls -td runs/quickstart_text-* | head -n 1); \
+	$(BIN)/transfer predict $$run "a warm, funny film that I would gladly watch again" "two hours of my life that I will never get back"; \
+	echo; echo "The run is in $$run. What to try next:"; \
+	echo "  $(BIN)/transfer evaluate $$run"; \
+	echo "  $(BIN)/transfer run configs/quickstart_text.yaml backbone.variant=static train.batch_size=16"; \
+	echo "  $(BIN)/transfer run configs/quickstart_vision.yaml"; \
+	echo "  $(BIN)/transfer check configs/hymenoptera_finetune.yaml"
+
+test: .venv/ready  ## the tests that take seconds; those on real data run when TRANSFER_DATA is set
+	$(BIN)/python -m pytest
+
+slow: .venv/ready  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/ready  ## style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build
