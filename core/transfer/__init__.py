@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Task,
     )
     from transfer.registry import plugins, register
+    from transfer.workflow import Run, check, evaluate, predict, run
 
 _MODULES = {
     "errors": (
@@ -59,6 +60,7 @@ _MODULES = {
         "Task",
     ),
     "registry": ("plugins", "register"),
+    "workflow": ("Run", "check", "evaluate", "predict", "run"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -74,6 +76,7 @@ __all__ = [
     "PluginError",
     "Preprocessing",
     "PrimaryMetric",
+    "Run",
     "RunError",
     "Split",
     "Task",
@@ -81,11 +84,15 @@ __all__ = [
     "TransferError",
     "UserError",
     "WeightsError",
+    "check",
     "data_folder",
     "download",
+    "evaluate",
     "find_file",
     "plugins",
+    "predict",
     "register",
+    "run",
 ]
 
 __version__ = "0.1.0"

@@ -311,11 +311,10 @@ class Task(ABC):
     """The kinds of target that this task takes."""
 
     primary_metric: PrimaryMetric
+    """What picks the best epoch."""
 
-    @property
-    @abstractmethod
-    def out_features(self) -> int:
-        """The number of outputs of the model."""
+    out_features: int
+    """The number of outputs of the model; the constructor sets it."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Classification(Task):
         class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None,
     ) -> None:
         self.classes = data.classes
+        self.out_features = len(data.classes)
         self.label_smoothing = label_smoothing
         self.balanced = class_weights == "balanced"
         self.weights: Tensor | None = None
@@ -56,11 +57,6 @@ class Classification(Task):
                     fix="give a weight for every class",
                 )
             self.weights = torch.tensor([class_weights[name] for name in self.classes or class_weights])
-
-    @property
-    def out_features(self) -> int:
-        """One output per class."""
-        return len(self.classes)
 
     def prepare(self, targets: npt.NDArray[Any]) -> None:
         """Count the classes of the training split, for balanced weights."""
@@ -114,12 +110,8 @@ class MultiLabel(Task):
 
     def __init__(self, data: DataSpec, *, threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5) -> None:
         self.classes = data.classes
+        self.out_features = len(data.classes)
         self.threshold = threshold
-
-    @property
-    def out_features(self) -> int:
-        """One output per label."""
-        return len(self.classes)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return (B,) mean binary cross-entropy in nats of logits (B, C) and float targets (B, C) of zeros and ones."""
@@ -164,12 +156,8 @@ class Regression(Task):
         loss: Literal["squared", "absolute", "huber"] = "squared",
     ) -> None:
         self.names = data.classes
+        self.out_features = len(data.classes)
         self.kind = loss
-
-    @property
-    def out_features(self) -> int:
-        """One output per number."""
-        return len(self.names)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return (B,) error, mean over the numbers, of outputs and float targets (B, C)."""

@@ -1,0 +1,94 @@
+"""A text backbone without a vocabulary, and a head that compares directions: what a plugin package looks like."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from transfer import Backbone, FeatureSpec, Head, Preprocessing
+
+
+class HashingPreprocessing(Preprocessing):
+    """Words and pairs of words to bucket numbers, by CRC-32: nothing to learn, nothing to store."""
+
+    encode_once: ClassVar[bool] = True
+
+    def __init__(self, buckets: int) -> None:
+        self.buckets = buckets
+
+    def encode(self, values: Sequence[str]) -> list[Tensor]:
+        """Return for each text an int64 tensor (number of words and pairs,)."""
+        encoded = []
+        for text in values:
+            words = re.findall(r"\w+|[^\w\s]", text.lower())
+            if not words:
+                raise ValueError("the text is empty")
+            grams = words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+            encoded.append(torch.tensor([zlib.crc32(gram.encode()) % self.buckets for gram in grams]))
+        return encoded
+
+    def collate(self, encoded: Sequence[Tensor]) -> Tensor:
+        """Return int64 (B, T): bucket numbers, padded with one past the last."""
+        return nn.utils.rnn.pad_sequence(list(encoded), batch_first=True, padding_value=self.buckets)
+
+    def length(self, encoded: Tensor) -> int:
+        """Return the number of words and pairs."""
+        return len(encoded)
+
+    def read(self, source: str) -> str:
+        """Return the content of a file, or the text itself."""
+        return Path(source).read_text(encoding="utf-8") if len(source) < 256 and Path(source).is_file() else source
+
+
+class Hashing(Backbone):
+    """Mean of hashed word and bigram embeddings (Joulin et al. 2017, Bag of Tricks for Efficient Text Classification).
+
+    Args:
+        buckets: Rows of the embedding table; more means fewer collisions.
+        size: Width of the features.
+    """
+
+    field = "text"
+
+    def __init__(self, *, buckets: Annotated[int, Field(ge=1)] = 2**16, size: Annotated[int, Field(ge=1)] = 50) -> None:
+        bag = nn.EmbeddingBag(buckets + 1, size, mode="mean", padding_idx=buckets)
+        nn.init.uniform_(bag.weight, -1 / size, 1 / size)  # as fastText does
+        super().__init__({"bag": bag})
+        self.buckets, self.size = buckets, size
+
+    @property
+    def features(self) -> FeatureSpec:
+        """A vector per text."""
+        return FeatureSpec("vector", self.size)
+
+    @property
+    def preprocessing(self) -> HashingPreprocessing:
+        """Hashing."""
+        return HashingPreprocessing(self.buckets)
+
+
+class Cosine(Head):
+    """Scaled cosine similarity to a learned direction per class (Gidaris and Komodakis 2018).
+
+    Args:
+        scale: Initial factor before the softmax; it is learned.
+    """
+
+    def __init__(
+        self, features: FeatureSpec, out_features: int, *, scale: Annotated[float, Field(gt=0)] = 10.0
+    ) -> None:
+        super().__init__()
+        self.directions = nn.Parameter(torch.randn(out_features, features.size))
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, features: Tensor) -> Any:
+        """Return (B, out_features) of (B, D)."""
+        return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.directions, dim=1))
