@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F  # noqa: N812  # torch's own custom
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric

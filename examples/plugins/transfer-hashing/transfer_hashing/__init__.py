@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class HashingPreprocessing(Preprocessing):
             words = re.findall(r"\w+|[^\w\s]", text.lower())
             if not words:
                 raise ValueError("the text is empty")
-            grams = words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+            grams = words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
             encoded.append(torch.tensor([zlib.crc32(gram.encode()) % self.buckets for gram in grams]))
         return encoded
 
