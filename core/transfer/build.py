@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,13 +94,22 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     with located(config.backbone.where):
         values = splits["train"].fields[backbone_class.field]
         backbone = backbone_class.from_data(values, **config.backbone.options)
-        pretrained = dict(backbone.load_pretrained())
+        pretrained = dict(backbone.load_pretrained()) if config.pretrained else {}
     if pretrained:
         observe(Note("pretrained weights", pretrained))
     task, model = assemble(backbone, config.head, config.task, data.spec)
     task.prepare(splits["train"].targets)
     loaders = {name: make_loader(config, split, backbone, training=name == "train") for name, split in splits.items()}
-    experiment = Experiment(
+    experiment = make_experiment(config, model, task, backbone, loaders, quick=quick)
+    counts = {name: dict(count_classes(split, data.spec.classes)) for name, split in splits.items()}
+    return Built(experiment, loaders, backbone, data.spec, pretrained, counts)
+
+
+def make_experiment(
+    config: RunConfig, model: Model, task: Task, backbone: Backbone, loaders: Mapping[str, Loader], *, quick: bool
+) -> Experiment:
+    """Put together what the engine needs."""
+    return Experiment(
         model,
         task,
         loaders["train"],
@@ -107,11 +117,11 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         loaders.get("test"),
         _phases(config, model),
         config.optimizer,
+        config.train,
         config.seed,
+        backbone.assets(),
         QUICK_BATCHES if quick else None,
     )
-    counts = {name: dict(count_classes(split, data.spec.classes)) for name, split in splits.items()}
-    return Built(experiment, loaders, backbone, data.spec, pretrained, counts)
 
 
 def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
@@ -182,15 +192,15 @@ def _fit_together(config: RunConfig, data: DataSpec, backbone: Backbone) -> None
 
 def _phases(config: RunConfig, model: Model) -> tuple[PhasePlan, ...]:
     plans, problems = [], []
-    for index, phase in enumerate(config.phases):
-        key = ("train", "phases", index)
-        own_lr = config.train.phases[index].lr is not None
+    stages = [name for name, stage in list(model.stages.items())[:-1] if any(True for _ in stage.parameters())]
+    for index, phase in enumerate(config.phases(stages)):
+        own_lr = config.train.phases is not None and config.train.phases[index].lr is not None
         try:
-            with config.at(*key, "freeze"):
-                frozen = freezing.resolve(model, phase.freeze)
-            with config.at(*(*key, "lr") if own_lr else ("train", "optimizer", "lr")):
-                groups = optim.groups(model, frozen, phase.lr)
-            plans.append(PhasePlan(phase.epochs, frozen, groups, phase.scheduler))
+            with config.at(*phase.key, "freeze"):
+                frozen = freezing.resolve(model, phase.freeze, phase.batch_norm)
+            with config.at(*(*phase.key, "lr") if own_lr else ("train", "optimizer", "lr")):
+                groups = optim.groups(model, frozen, phase.lr, config.optimizer_options.no_weight_decay)
+            plans.append(PhasePlan(phase.epochs, frozen, groups, phase.scheduler, phase.patience))
         except UserError as error:
             problems += [p for p in error.problems if p not in problems]
     if problems:

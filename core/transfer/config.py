@@ -6,122 +6,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field
 
 from transfer import registry
 from transfer.document import Document, Key, make_document, read_document
 from transfer.errors import ConfigError, PluginError, Problem, UserError, nearest
 from transfer.optim import HANDED_OVER, OPTIMIZERS, SCHEDULERS
+from transfer.recipes import expand
 from transfer.registry import Kind
 from transfer.schema import Block, options_model, validate
+from transfer.settings import (
+    LEARNING_RATE,
+    BatchNorm,
+    DataOptions,
+    Freeze,
+    Named,
+    OptimizerOptions,
+    Phase,
+    TrainConfig,
+)
 
-
-def _one_of(text: str) -> WrapValidator:
-    """Say what a union takes in one sentence, where pydantic would list the complaint of every member."""
-
-    def check(value: Any, handler: Any) -> Any:
-        try:
-            return handler(value)
-        except ValueError as error:
-            raise PydanticCustomError("one_of", "it should be {text}", {"text": text}) from error
-
-    return WrapValidator(check)
-
-
+DEFAULT_EPOCHS = 5
+"""Where a config lists no phases."""
 QUICK_EXAMPLES = 64
 """Examples per class of each split in a quick try."""
-
-
-class Until(Block):
-    """Freeze a stage and all before it."""
-
-    until: str
-
-
-class Parameters(Block):
-    """Freeze every parameter whose name a pattern matches (``re.search``)."""
-
-    parameters: Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-Freeze = Annotated[
-    Literal["none", "backbone"] | Until | Parameters | tuple[str, ...],
-    _one_of("none, backbone, {until: STAGE}, a list of stages, or {parameters: [REGEX, ...]}"),
-]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-LearningRate = Annotated[
-    Positive | Annotated[dict[str, Positive], Field(min_length=1)],
-    _one_of("a positive number, or a positive number for each of head, backbone, any stage, and layer_decay"),
-]
-
-
-class Named(Block):
-    """A block that names a plugin or one of torch's classes; the options of what it names stand beside the name."""
-
-    name: str
-
-
-class DataOptions(Named):
-    """What every dataset's block takes beside the dataset's own options.
-
-    Args:
-        validation: The share of ``train`` that is cut off to pick the best epoch, where the data has no split for it.
-        limit: Take only the first so many examples per class of each split.
-    """
-
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    limit: Annotated[int, Field(ge=1)] | None = None
-
-
-class OptimizerOptions(Named):
-    """What every optimizer's block takes beside torch's own options.
-
-    Args:
-        lr: The learning rate: of all parameters, or by group.
-    """
-
-    lr: LearningRate = 1e-3
-
-
-class Phase(Block):
-    """One stretch of training with one freeze policy.
-
-    Args:
-        epochs: Passes over the training split.
-        freeze: What does not change in this phase.
-        lr: Learning rates of this phase, instead of the optimizer's.
-        scheduler: Scheduler of this phase, instead of the run's.
-    """
-
-    epochs: Annotated[int, Field(ge=1)]
-    freeze: Freeze = "none"
-    lr: LearningRate | None = None
-    scheduler: dict[str, Any] | None = None
-
-
-class TrainConfig(Block):
-    """How the model is trained.
-
-    Args:
-        batch_size: Examples per step.
-        evaluation_batch_size: Examples per step where nothing is trained; by default twice the batch size.
-        optimizer: One of torch's optimizers by its lower-case name, with its options; lr may differ by group.
-        scheduler: One of torch's schedulers by its lower-case name, with its options.
-        phases: Run in order.
-        bucket: Put examples of like length into one batch (texts); the order stays random by seed.
-        workers: Loader processes; 0 loads in the training process.
-    """
-
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    evaluation_batch_size: Annotated[int, Field(ge=1)] | None = None
-    optimizer: dict[str, Any] = Field(default_factory=lambda: {"name": "adam", "lr": 1e-3})
-    scheduler: dict[str, Any] | None = None
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(epochs=5),)
-    bucket: bool = True
-    workers: Annotated[int, Field(ge=0)] = 0
 
 
 class _Sections(Block):
@@ -178,12 +88,15 @@ class TorchPart:
 
 @dataclass(frozen=True)
 class ResolvedPhase:
-    """A phase with everything that it inherits from the run filled in."""
+    """A phase with everything that it inherits from the run filled in; ``key`` is where it stands in the config."""
 
     epochs: int
     freeze: Freeze
     lr: float | Mapping[str, float]
     scheduler: TorchPart | None
+    patience: int | None
+    batch_norm: BatchNorm
+    key: Key
 
 
 @dataclass(frozen=True)
@@ -195,8 +108,8 @@ class RunConfig:
         data, backbone, head, task: The components.
         data_options: Core's own options of the data block.
         train: How the model is trained.
-        optimizer: The optimizer, without its learning rate, which is each phase's.
-        phases: In order.
+        optimizer, optimizer_options: Torch's part of the optimizer's block, and core's.
+        schedulers: That of each phase that the config lists, or one for all.
         document: Where each value was written.
         plain: The whole config as plain data, defaults filled in: what ``config.yaml`` of a run holds.
     """
@@ -209,9 +122,11 @@ class RunConfig:
     data_options: DataOptions
     train: TrainConfig
     optimizer: TorchPart
-    phases: tuple[ResolvedPhase, ...]
+    optimizer_options: OptimizerOptions
+    schedulers: tuple[TorchPart | None, ...]
     document: Document
     plain: dict[str, Any]
+    quick_try: bool = False
 
     @property
     def name(self) -> str:
@@ -219,17 +134,44 @@ class RunConfig:
         source = Path(self.document.source)
         return source.stem if source.suffix in (".yaml", ".yml") else "run"
 
+    @property
+    def pretrained(self) -> bool:
+        """Pretrained weights are read: always but for the recipe that asks what they are worth."""
+        return self.train.recipe is None or self.train.recipe.name != "scratch"
+
+    def phases(self, stages: Sequence[str]) -> tuple[ResolvedPhase, ...]:
+        """Return the phases for a model.
+
+        Args:
+            stages: The backbone's stages that have parameters, for recipes.
+
+        Raises:
+            ConfigError: A recipe does not fit.
+        """
+        recipe, lr = self.train.recipe, self.optimizer_options.lr
+        listed = self.train.phases or (Phase(epochs=DEFAULT_EPOCHS),)
+        if recipe is not None:
+            if self.quick_try:
+                recipe = recipe.model_copy(update={"epochs": len(stages) + 2})
+            with self.at("train", "recipe"):
+                listed = expand(recipe, lr, stages)
+        found = []
+        for index, phase in enumerate(listed):
+            key: Key = ("train", "phases", index) if self.train.phases else ("train", "recipe")
+            scheduler = self.schedulers[index if len(self.schedulers) > 1 else 0]
+            epochs = 1 if self.quick_try else phase.epochs
+            rate = lr if phase.lr is None else phase.lr
+            found.append(ResolvedPhase(epochs, phase.freeze, rate, scheduler, phase.patience, phase.batch_norm, key))
+        return tuple(found)
+
     def quick(self) -> RunConfig:
         """Return the config of a quick try: one epoch per phase over a few examples of each class."""
         limit = min(self.data_options.limit or QUICK_EXAMPLES, QUICK_EXAMPLES)
-        plain = self.plain | {"data": {**self.plain["data"], "limit": limit}}
-        phases = [{**phase, "epochs": 1} for phase in plain["train"]["phases"]]
-        plain["train"] = plain["train"] | {"phases": phases}
         return replace(
             self,
             data_options=self.data_options.model_copy(update={"limit": limit}),
-            phases=tuple(replace(phase, epochs=1) for phase in self.phases),
-            plain=plain,
+            plain=self.plain | {"data": {**self.plain["data"], "limit": limit}},
+            quick_try=True,
         )
 
     def at(self, *key: str | int) -> AbstractContextManager[None]:
@@ -256,6 +198,8 @@ def load_component(kind: Kind, block: Mapping[str, Any], source: str) -> Compone
         ConfigError: With every problem found.
     """
     section = "data" if kind == "dataset" else kind
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"{section} is {block!r}: it should be a mapping", where=source)
     check = _Check(make_document({section: block}, source=source))
     component, _ = check.component(kind, check.document.data[section], Named)
     if component is None:
@@ -294,16 +238,33 @@ class _Check:
         head, _ = self.component("head", raw["head"], Named)
         task, _ = self.component("task", raw["task"], Named)
         train = self.block(TrainConfig, raw["train"], ("train",), "train") if isinstance(raw["train"], dict) else None
-        optimizer, phases = self.training(train) if train else (None, [])
+        optimizer, optimizer_options, schedulers = self.training(train) if train else (None, None, ())
+        if train is None and isinstance(raw["train"], dict) and isinstance(raw["train"].get("optimizer"), dict):
+            self.optimizer(raw["train"]["optimizer"])  # for its problems
         if self.problems:
-            raise ConfigError.of(self.problems)
+            # Phases share the run's scheduler: what is wrong with it is said once.
+            raise ConfigError.of(list(dict.fromkeys(self.problems)))
         # Every part that is missing has put a problem on the list.
-        assert top and dataset and data_options and backbone and head and task and train and optimizer  # noqa: PT018
+        assert top and dataset and data_options and backbone and head and task and train  # noqa: PT018
+        assert optimizer
+        assert optimizer_options
         plain: dict[str, Any] = {"seed": top.seed, "data": dataset.plain}
         plain |= {"backbone": backbone.plain, "head": head.plain, "task": task.plain}
         plain |= {"train": train.model_dump(mode="json")}
+        plain["train"]["optimizer"] = {"lr": LEARNING_RATE} | plain["train"]["optimizer"]
         return RunConfig(
-            top.seed, dataset, backbone, head, task, data_options, train, optimizer, tuple(phases), self.document, plain
+            top.seed,
+            dataset,
+            backbone,
+            head,
+            task,
+            data_options,
+            train,
+            optimizer,
+            optimizer_options,
+            schedulers,
+            self.document,
+            plain,
         )
 
     def block(self, model: type[_M], value: Any, key: Key, what: str) -> _M | None:
@@ -336,27 +297,36 @@ class _Check:
         where = self.document.where((section,))
         return Component(kind, plugin, cls, options, block.model_dump(mode="json"), where), block
 
-    def training(self, train: TrainConfig) -> tuple[TorchPart | None, list[ResolvedPhase]]:
-        key: Key = ("train", "optimizer")
-        optimizer, block = self.torch_part(
-            train.optimizer, key, "optimizer", OPTIMIZERS, OptimizerOptions, {"params", "lr"}
-        )
-        phases = []
-        for index, phase in enumerate(train.phases):
-            key = ("train", "phases", index, "scheduler") if phase.scheduler else ("train", "scheduler")
-            scheduler = None
-            if raw := phase.scheduler or train.scheduler:
-                scheduler, _ = self.torch_part(raw, key, "scheduler", SCHEDULERS, Named, HANDED_OVER)
-            lr = phase.lr if phase.lr is not None else block.lr if block else 1e-3
-            phases.append(ResolvedPhase(phase.epochs, phase.freeze, lr, scheduler))
-        return optimizer, phases
+    def training(
+        self, train: TrainConfig
+    ) -> tuple[TorchPart | None, OptimizerOptions | None, tuple[TorchPart | None, ...]]:
+        optimizer, options = self.optimizer(train.optimizer)
+        schedulers = []
+        for index, phase in enumerate(train.phases or [None]):
+            raw: dict[str, Any] | None = train.scheduler
+            key: Key = ("train", "scheduler")
+            if phase is not None and phase.scheduler is not None:
+                raw, key = phase.scheduler, ("train", "phases", index, "scheduler")
+            part = None
+            if raw is not None:
+                part, _ = self.torch_part(raw, key, "scheduler", SCHEDULERS, Named, HANDED_OVER)
+            schedulers.append(part)
+        return optimizer, options, tuple(schedulers)
+
+    def optimizer(self, raw: dict[str, Any]) -> tuple[TorchPart | None, OptimizerOptions | None]:
+        skip = {"params", "lr"}
+        return self.torch_part(raw, ("train", "optimizer"), "optimizer", OPTIMIZERS, OptimizerOptions, skip)
 
     def torch_part(
         self, raw: dict[str, Any], key: Key, what: str, known: Mapping[str, type[Any]], base: type[_N], skip: set[str]
     ) -> tuple[TorchPart | None, _N | None]:
         name = raw.get("name")
-        if not isinstance(name, str) or name not in known:
-            close = nearest(str(name), known)
+        if not isinstance(name, str):
+            fix = f"add name: ... to {what}"
+            self.problems.append(Problem(f"{what} needs a name", self.document.where(key), tuple(sorted(known)), fix))
+            return None, None
+        if name not in known:
+            close = nearest(name, known)
             fix = f"did you mean {close!r}?" if close else f"choose one of torch's {what}s"
             where = self.document.where((*key, "name"))
             self.problems.append(Problem(f"there is no {what} called {name!r}", where, tuple(sorted(known)), fix))

@@ -114,7 +114,10 @@ class RunConsole:
         """Show an event."""
         match event:
             case Note():
-                self.console.print(Panel(facts_table(event.details or {}), title=event.text, title_align="left"))
+                if event.details is None:
+                    self.console.print(Text(event.text, style="dim"))
+                else:
+                    self.console.print(Panel(facts_table(event.details), title=event.text, title_align="left"))
             case RunStarted():
                 self.console.print(Panel(facts_table(event.facts), title=str(event.folder), title_align="left"))
                 self.epochs = self.progress.add_task("epochs", total=event.epochs, figures="")

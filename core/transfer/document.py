@@ -33,7 +33,7 @@ _SCALARS = {
 _Loader.yaml_implicit_resolvers = {}
 for _kind, _pattern in _SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), None)
-_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in (*_SCALARS, "str"))
+_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in (*_SCALARS, "str", "seq", "map"))
 
 
 @dataclass
@@ -133,18 +133,37 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 
 
 def make_document(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Document:
-    """Take a config that is already plain data (in a script or notebook)."""
-    document = Document(_copy(data), source)
+    """Take a config that is already plain data (in a script or notebook).
+
+    Raises:
+        ConfigError: A value is none that YAML could hold, or an override is wrong.
+    """
+    problems: list[Problem] = []
+    document = Document(_copy(data, source, (), problems), source)
+    if problems:
+        raise ConfigError.of(problems)
     _apply(document, overrides)
     return document
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: Any, source: str, key: Key, problems: list[Problem]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
+        if odd := [name for name in value if not isinstance(name, str)]:
+            problems.append(Problem(f"a key is a word, not {odd[0]!r}", _place(source, key)))
+        return {name: _copy(item, source, (*key, name), problems) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_copy(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+        return [_copy(item, source, (*key, index), problems) for index, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is not None and not isinstance(value, bool | int | float | str):
+        problems.append(
+            Problem(f"a value of type {type(value).__name__} cannot stand in a config", _place(source, key))
+        )
+    return value
+
+
+def _place(source: str, key: Key) -> str:
+    return f"{source}: {'.'.join(map(str, key))}" if key else source
 
 
 def _apply(document: Document, overrides: Sequence[str]) -> None:
@@ -159,20 +178,18 @@ def _apply(document: Document, overrides: Sequence[str]) -> None:
 
 
 def _parse(text: str, source: str, *, lines: bool) -> tuple[Any, dict[Key, str]]:
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         reader = _Reader(loader, source, lines)
         data = None if node is None else reader.value(node, ())
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None and lines else source
-        what = getattr(error, "problem", None) or str(error)
+        what = "too deeply nested" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
         raise ConfigError(
             f"this is not YAML: {what}", where=where, fix="check indentation, quotes and brackets"
         ) from error
-    finally:
-        loader.dispose()
     if reader.problems:
         raise ConfigError.of(reader.problems)
     return data, reader.places
@@ -193,6 +210,9 @@ class _Reader:
         self.places[key] = place
         if len(self.places) > MOST_VALUES:  # aliases of aliases make a small file a huge one
             raise yaml.YAMLError(f"more than {MOST_VALUES} values")
+        if node.tag not in _PLAIN_TAGS:
+            self.problems.append(Problem(f"the tag {node.tag!r} is not allowed", place, fix="write plain YAML"))
+            return None
         if isinstance(node, yaml.MappingNode):
             data: dict[str, Any] = {}
             for name, item in node.value:
@@ -211,20 +231,21 @@ class _Reader:
 
     def scalar(self, node: yaml.ScalarNode, place: str) -> Any:
         text = _VARIABLE.sub(lambda match: self.variable(match, place), node.value)
-        quoted = node.style in ("'", '"')
-        if node.tag not in _PLAIN_TAGS:
-            self.problems.append(Problem(f"the tag {node.tag!r} is not allowed", place, fix="write plain YAML"))
-            return None
+        plain = node.style is None  # neither quoted nor a block of text
         tag = node.tag
-        if text != node.value and not quoted:
+        if text != node.value and plain:
             tag = self.loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
-        if tag.endswith(":null"):
+        kind = tag.rpartition(":")[2]
+        if kind in _SCALARS and not re.fullmatch(_SCALARS[kind], text):
+            self.problems.append(Problem(f"{text!r} is no {kind}", place, fix=f"leave out the tag !!{kind}"))
             return None
-        if tag.endswith(":bool"):
+        if kind == "null":
+            return None
+        if kind == "bool":
             return text.lower() == "true"
-        if tag.endswith(":int"):
+        if kind == "int":
             return int(text)
-        if tag.endswith(":float"):
+        if kind == "float":
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         return text
 

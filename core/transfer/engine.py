@@ -6,27 +6,32 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from transfer import checkpoint, freezing
 from transfer.config import TorchPart
 from transfer.errors import TrainingError
-from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, EvaluationStep, Observer, StepEnded
+from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, EvaluationStep, Note, Observer, StepEnded
+from transfer.feature_cache import FeatureCache, Prefix, Source, source
 from transfer.freezing import Frozen
 from transfer.interfaces import PrimaryMetric, Task
 from transfer.loading import Batch, Loader
+from transfer.mixing import blend
 from transfer.model import Model
 from transfer.optim import Group, Schedule, build_optimizer
+from transfer.precision import Precision, autocast
 from transfer.run_directory import RunDirectory
+from transfer.settings import TrainConfig
 
 TELL_SECONDS = 0.2
 """Observers hear of steps this often: computing a metric for them waits for the device."""
@@ -39,16 +44,18 @@ class PhasePlan:
     """One phase, worked out for one model.
 
     Args:
-        epochs: Passes over the training split.
+        epochs: Passes over the training split, at most.
         frozen: What does not change.
         groups: What is trained, and how fast.
         scheduler: How the learning rates move, if they do.
+        patience: End after so many epochs without a better validation metric.
     """
 
     epochs: int
     frozen: Frozen
     groups: list[Group]
     scheduler: TorchPart | None
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,9 @@ class Experiment:
         train, validation, test: The splits' batches; without a test split the validation figures stand alone.
         phases: In order.
         optimizer: Which, with its options.
+        settings: How to train.
         seed: Of everything random during training.
+        assets: What the backbone learned from the training split, for the keys of the feature cache.
         most_batches: No more than so many batches of each part (a quick try).
     """
 
@@ -72,8 +81,25 @@ class Experiment:
     test: Loader | None
     phases: tuple[PhasePlan, ...]
     optimizer: TorchPart
+    settings: TrainConfig
     seed: int
+    assets: Mapping[str, str]
     most_batches: int | None = None
+
+    def features(self, loader: Loader, stages: int, *, training: bool = False) -> Source:
+        """Return a split's batches, from the feature cache where the first ``stages`` stages are frozen."""
+        prefix = Prefix(self.model, stages, self.assets, self.settings.precision)
+        cache = None
+        # A few batches of a quick try are not worth the features of every example.
+        if self.settings.cache != "off" and self.most_batches is None:
+            limit_bytes = int(self.settings.cache_limit_gib * 2**30)
+            cache = FeatureCache(limit_bytes, verify=self.settings.cache == "verify")
+        mixed = training and self.settings.mix is not None
+        return source(cache, prefix, loader, views=self.settings.views, mixed=mixed)
+
+    def always_frozen(self) -> int:
+        """Return how many stages, from the input on, stay frozen through all phases: the test split's prefix."""
+        return min(freezing.prefix_length(self.model, phase.frozen) for phase in self.phases)
 
 
 def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[str, Any]:
@@ -82,72 +108,105 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
     The model ends with the weights of the best epoch. Every epoch writes a line of metrics and the checkpoint ``last``.
 
     Returns:
-        The summary: ``best_epoch``, ``validation``, ``test``, ``parameters``, throughput, time and memory.
+        The summary: ``best_epoch``, ``validation``, ``test``, ``parameters``, ``cache``, throughput, time and memory.
 
     Raises:
         TrainingError: The loss is not finite, or memory ran out.
     """
-    accelerator = Accelerator()
+    settings, model, task = experiment.settings, experiment.model, experiment.task
+    accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision)
     if accelerator.num_processes > 1:
         raise TrainingError("training in several processes is not supported yet", fix="start it without a launcher")
-    model, task = experiment.model, experiment.task
     model.to(accelerator.device)
+    average = None
+    if settings.ema is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))  # type: ignore[no-untyped-call]
+    scored = model if average is None else cast("Model", average.module)
     prepared_model = accelerator.prepare_model(model)
+    forward = torch.compile(prepared_model) if settings.compile else prepared_model
     primary = task.primary_metric
     total_epochs = sum(phase.epochs for phase in experiment.phases)
     started, trained_seconds, trained_examples = time.perf_counter(), 0.0, 0
     optimizer: Optimizer | None = None
     best: dict[str, Any] | None = None
+    caches: list[dict[str, Any]] = []
     epoch = steps_done = 0
 
     for number, phase in enumerate(experiment.phases, 1):
         freezing.apply(model, phase.frozen)
+        stages = freezing.prefix_length(model, phase.frozen)
+        train = experiment.features(experiment.train, stages, training=True)
+        validation = experiment.features(experiment.validation, stages)
+        caches += [{"phase": number, "split": "train", **train.report}]
+        caches += [{"phase": number, "split": "validation", **validation.report}]
+        observe(Note(f"phase {number}: training examples {train}, validation {validation}"))
+
         optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=optimizer)
-        steps = min(len(experiment.train), experiment.most_batches or sys.maxsize)
+        batches = min(len(train.loader), experiment.most_batches or sys.maxsize)
         schedule = Schedule(
             phase.scheduler,
             optimizer,
             epochs=phase.epochs,
-            steps_per_epoch=steps,
+            steps_per_epoch=math.ceil(batches / settings.accumulate),
+            warmup_epochs=settings.warmup_epochs,
             higher_is_better=primary.higher_is_better,
         )
         prepared_optimizer = accelerator.prepare_optimizer(optimizer)
+        phase_best: dict[str, Any] | None = None
 
         for _ in range(phase.epochs):
-            observe(EpochStarted(epoch + 1, total_epochs, number, len(experiment.phases), steps))
+            observe(EpochStarted(epoch + 1, total_epochs, number, len(experiment.phases), batches))
             rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
             epoch_started = time.perf_counter()
-            train = _train_epoch(
-                experiment, accelerator, prepared_model, prepared_optimizer, schedule, epoch, steps_done, observe
+            trained = _train_epoch(
+                experiment,
+                train,
+                accelerator,
+                forward,
+                prepared_optimizer,
+                schedule,
+                average,
+                epoch,
+                steps_done,
+                observe,
             )
             seconds = time.perf_counter() - epoch_started
-            validation = evaluate(model, task, experiment.validation, observe, "validation", experiment.most_batches)
-            schedule.after_epoch(validation[primary.name])
-            examples = int(train.pop("examples"))
-            epoch, steps_done = epoch + 1, steps_done + steps
+            scores = evaluate(
+                scored, task, validation, settings.precision, observe, "validation", experiment.most_batches
+            )
+            schedule.after_epoch(scores[primary.name])
+            examples = int(trained.pop("examples"))
+            epoch, steps_done = epoch + 1, steps_done + batches
             trained_seconds, trained_examples = trained_seconds + seconds, trained_examples + examples
             record = {
                 "phase": number,
                 "epoch": epoch,
-                "train": train,
-                "validation": validation,
+                "train": trained,
+                "validation": scores,
                 "lr": rates,
                 "seconds": round(time.perf_counter() - epoch_started, 3),
                 "examples_per_second": round(examples / seconds, 2),
             }
-            improved = best is None or _better(primary, validation, best["validation"])
+            improved = best is None or _better(primary, scores, best["validation"])
             if best is None or improved:
-                best = {"epoch": epoch, "validation": validation}
+                best = {"epoch": epoch, "validation": scores}
             run.append_metrics(record)
-            _save(run, model, optimizer, schedule, record, best, improved)
+            _save(run, model, average, optimizer, schedule, record, best, improved)
             observe(EpochEnded(record, improved))
+            if phase_best is None or _better(primary, scores, phase_best["validation"]):
+                phase_best = {"epoch": epoch, "validation": scores}
+            if phase.patience is not None and epoch - phase_best["epoch"] >= phase.patience:
+                observe(Note(f"phase {number} ends after epoch {epoch}: no better for {phase.patience} epochs"))
+                break
 
     assert best is not None, "a config has at least one phase of at least one epoch"
     tensors, _ = checkpoint.load(run.checkpoints / "best")
     model.load_state_dict(tensors["model"])
     test = None
     if experiment.test is not None:
-        test = evaluate(model, task, experiment.test, observe, "test", experiment.most_batches)
+        loader = experiment.features(experiment.test, experiment.always_frozen())
+        caches += [{"split": "test", **loader.report}]
+        test = evaluate(model, task, loader, settings.precision, observe, "test", experiment.most_batches)
     ever_trained = {name for phase in experiment.phases for group in phase.groups for name in group.parameters}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return {
@@ -160,40 +219,60 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
         "examples_per_second": round(trained_examples / trained_seconds, 2),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
+        "cache": caches,
         "device": str(accelerator.device),
     }
 
 
 def _train_epoch(
     experiment: Experiment,
+    train: Source,
     accelerator: Accelerator,
-    model: nn.Module,
+    forward: Callable[..., Tensor],
     optimizer: Any,
     schedule: Schedule,
+    average: AveragedModel | None,
     epoch: int,
     steps_done: int,
     observe: Observer,
 ) -> dict[str, float]:
     """Train one epoch; return loss and metrics over it (as the model was at each step) and the number of examples."""
-    task, device = experiment.task, accelerator.device
+    task, settings, device = experiment.task, experiment.settings, accelerator.device
     metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
     primary = task.primary_metric.name
-    model.train()
+    sizes = [len(batch) for batch in experiment.train.plan(epoch)[: experiment.most_batches]]
+    experiment.model.train()
     started = told = time.perf_counter()
     examples, known, loss_sum = 0, 0, 0.0
     before: tuple[Tensor, Batch] | None = None
 
-    for step, on_cpu in enumerate(experiment.train.epoch(epoch, most=experiment.most_batches), 1):
+    for step, on_cpu in enumerate(train.loader.epoch(epoch, most=experiment.most_batches), 1):
         batch = on_cpu.to(device)
         # Dropout is a function of the seed and the step, whatever has drawn random numbers in between.
         torch.manual_seed(int(np.random.SeedSequence((experiment.seed, steps_done + step)).generate_state(1)[0]))
+        # The batches between two steps of the optimizer weigh as one batch of all their examples.
+        group = (step - 1) // settings.accumulate * settings.accumulate
+        together = sum(sizes[group : group + settings.accumulate])
         with _memory(len(batch.indices)):
-            outputs = model(batch.inputs)
+            inputs, mixed = batch.inputs, None
+            if settings.mix is not None:
+                mixed = blend(inputs, settings.mix)
+                inputs = mixed.inputs
+            with autocast(settings.precision, device):
+                outputs = forward(inputs, train.first_stage)
+            outputs = outputs.float()
             losses = task.loss(outputs, batch.targets)
-            accelerator.backward(losses.mean())
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.after_step()
+            if mixed is not None:
+                losses = mixed.loss(losses, task.loss(outputs, batch.targets[mixed.partners]))
+            accelerator.backward(losses.sum() / together)
+        if step % settings.accumulate == 0 or step == len(sizes):
+            if settings.clip_norm is not None:
+                accelerator.clip_grad_norm_(experiment.model.parameters(), settings.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.after_step()
+            if average is not None:
+                average.update_parameters(experiment.model)
 
         outputs = outputs.detach()
         for metric in metrics.values():
@@ -207,8 +286,8 @@ def _train_epoch(
         now = time.perf_counter()
         if known and now - told >= TELL_SECONDS:
             told = now
-            metric = (primary, float(metrics[primary].compute()))
-            observe(StepEnded(step, loss_sum / known, metric, examples / (now - started)))
+            value = (primary, float(metrics[primary].compute()))
+            observe(StepEnded(step, loss_sum / known, value, examples / (now - started)))
     assert before is not None, "a split without examples was refused when the data was read"
     loss_sum += _finite_sum(before, epoch, step, optimizer)
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
@@ -216,31 +295,32 @@ def _train_epoch(
 
 
 def evaluate(
-    model: nn.Module, task: Task, loader: Loader, observe: Observer, split: str, most_batches: int | None = None
+    model: Model,
+    task: Task,
+    source: Source,
+    precision: Precision,
+    observe: Observer,
+    split: str,
+    most_batches: int | None = None,
 ) -> dict[str, float]:
     """Return the mean loss and the metrics of a split, in eval mode and without gradients."""
     device = next(model.parameters()).device
     metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
     examples, loss_sum = 0, torch.zeros((), dtype=torch.float64, device=device)
-    observe(EvaluationStarted(split, min(len(loader), most_batches or sys.maxsize)))
-    for step, (outputs, batch) in enumerate(outputs_of(model, loader, most_batches), 1):
-        targets = batch.targets.to(device)
-        loss_sum += task.loss(outputs, targets).sum()
-        for metric in metrics.values():
-            metric.update(task.predictions(outputs), targets)
-        examples += len(batch.indices)
-        observe(EvaluationStep(step))
-    return {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
-
-
-def outputs_of(model: nn.Module, loader: Loader, most_batches: int | None = None) -> Iterator[tuple[Tensor, Batch]]:
-    """Yield a model's outputs for each batch of a split, in eval mode and without gradients."""
-    device = next(model.parameters()).device
+    observe(EvaluationStarted(split, min(len(source.loader), most_batches or sys.maxsize)))
     model.eval()
-    for on_cpu in loader.epoch(most=most_batches):
-        batch = on_cpu.to(device)
-        with torch.inference_mode(), _memory(len(batch.indices)):
-            yield model(batch.inputs), batch
+    with torch.inference_mode():
+        for step, on_cpu in enumerate(source.loader.epoch(most=most_batches), 1):
+            batch = on_cpu.to(device)
+            with _memory(len(batch.indices)), autocast(precision, device):
+                outputs = model(batch.inputs, source.first_stage)
+            outputs = outputs.float()
+            loss_sum += task.loss(outputs, batch.targets).sum()
+            for metric in metrics.values():
+                metric.update(task.predictions(outputs), batch.targets)
+            examples += len(batch.indices)
+            observe(EvaluationStep(step))
+    return {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
 
 
 def _finite_sum(before: tuple[Tensor, Batch], epoch: int, step: int, optimizer: Any) -> float:
@@ -280,6 +360,7 @@ def _better(primary: PrimaryMetric, new: Mapping[str, float], old: Mapping[str, 
 def _save(
     run: RunDirectory,
     model: Model,
+    average: AveragedModel | None,
     optimizer: Optimizer,
     schedule: Schedule,
     record: Mapping[str, Any],
@@ -287,12 +368,16 @@ def _save(
     improved: bool,
 ) -> None:
     weights = model.state_dict()
+    scored = weights if average is None else average.module.state_dict()
     tensors, rest = checkpoint.optimizer_tensors(model, optimizer)
     state = {"epoch": record["epoch"], "phase": record["phase"], "record": record, "best": best}
     progress = {"optimizer": rest, "scheduler": schedule.state_dict()}
-    checkpoint.save(run.checkpoints / "last", {"model": weights, "optimizer": tensors}, state | progress)
+    parts: dict[str, Mapping[str, Tensor]] = {"model": weights, "optimizer": tensors}
+    if average is not None:
+        parts["average"] = scored
+    checkpoint.save(run.checkpoints / "last", parts, state | progress)
     if improved:
-        checkpoint.save(run.checkpoints / "best", {"model": weights}, state)
+        checkpoint.save(run.checkpoints / "best", {"model": scored}, state)
 
 
 def peak_memory_bytes() -> int:

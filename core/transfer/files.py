@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -77,14 +79,16 @@ def download(url: str, name: str, *, sha256: str | None = None) -> Path:
                     digest.update(chunk)
                     progress.advance(bar, len(chunk))
         received = partial.stat().st_size
-        if total is not None and received != total:
-            raise DataError(f"the download of {url} broke off after {received} of {total} bytes", fix="try again")
-    except OSError as error:  # urllib's errors are OSErrors too
-        partial.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors too
+        with contextlib.suppress(OSError):
+            partial.unlink()
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise DataError(
             f"{target.name} is not in {target.parent} and cannot be downloaded: {reason}", fix=fix
         ) from error
+    if total is not None and received != total:
+        partial.unlink()
+        raise DataError(f"the download of {url} broke off after {received} of {total} bytes", fix="try again")
     if sha256 is not None and digest.hexdigest() != sha256:
         partial.unlink()
         raise DataError(f"what {url} gave has SHA-256 {digest.hexdigest()}, expected {sha256}", fix=fix)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from transfer.errors import ConfigError, nearest
-from transfer.model import Model
-
-if TYPE_CHECKING:
-    from transfer.config import Freeze
+from transfer.model import BATCH_NORM, Model
+from transfer.settings import BatchNorm, Freeze, Until
 
 
 @dataclass(frozen=True)
@@ -22,17 +19,20 @@ class Frozen:
     Args:
         parameters: Names of the parameters that do not change.
         stages: Names of the stages of which nothing changes, parameters and buffers.
+        batch_norm: ``train`` lets the statistics of frozen batch-norm layers follow the training data after all.
     """
 
     parameters: frozenset[str]
     stages: frozenset[str]
+    batch_norm: BatchNorm = "frozen"
 
 
-def resolve(model: Model, policy: Freeze) -> Frozen:
+def resolve(model: Model, policy: Freeze, batch_norm: BatchNorm = "frozen") -> Frozen:
     """Work out a freeze policy for a model (on any device, meta included).
 
     Raises:
-        ConfigError: A stage does not exist, a pattern matches no parameter, or nothing is left to train.
+        ConfigError: A stage does not exist, a pattern matches no parameter, nothing is left to train, or there are no
+            frozen batch-norm layers whose statistics could follow.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen, whole = _named(model, names, policy)
@@ -42,7 +42,36 @@ def resolve(model: Model, policy: Freeze) -> Frozen:
             available=list(model.stages),
             fix="freeze fewer stages; the head is a stage too",
         )
-    return Frozen(frozen, whole)
+    found = Frozen(frozen, whole, batch_norm)
+    if batch_norm == "train" and not any(
+        isinstance(inner, BATCH_NORM) for module in _frozen_modules(model, found) for inner in module.modules()
+    ):
+        raise ConfigError(
+            "batch_norm: train lets frozen batch-norm layers follow the data, and none is frozen",
+            fix="remove it, or freeze a stage with batch norm",
+        )
+    return found
+
+
+def prefix_length(model: Model, frozen: Frozen) -> int:
+    """Return how many stages, counted from the input, compute the same thing in every epoch and are worth storing.
+
+    A stage without parameters, buffers or dropout (a pool) goes with the frozen one before it. A last stage that is
+    cheaper to compute than to read back (a look-up says so by an attribute ``recompute``) is left out.
+    """
+    count = 0
+    for name, stage in model.stages.items():
+        if frozen.batch_norm == "train" and any(isinstance(inner, BATCH_NORM) for inner in stage.modules()):
+            break
+        still = not any(True for _ in stage.parameters()) and not any(True for _ in stage.buffers())
+        random = any(isinstance(inner, nn.modules.dropout._DropoutNd) for inner in stage.modules())
+        if name not in frozen.stages and not (count and still and not random):
+            break
+        count += 1
+    count = min(count, len(model) - 1)  # a head that is frozen too still gives the outputs
+    while count and getattr(model[count - 1], "recompute", False):
+        count -= 1
+    return count
 
 
 def apply(model: Model, frozen: Frozen) -> None:
@@ -51,7 +80,7 @@ def apply(model: Model, frozen: Frozen) -> None:
         parameter.requires_grad_(name not in frozen.parameters)
         if name in frozen.parameters:
             parameter.grad = None
-    model.keep_in_eval(tuple(_frozen_modules(model, frozen)))
+    model.keep_in_eval(tuple(_frozen_modules(model, frozen)), batch_norm=frozen.batch_norm == "frozen")
 
 
 def _named(model: Model, names: list[str], policy: Freeze) -> tuple[frozenset[str], frozenset[str]]:
@@ -62,7 +91,7 @@ def _named(model: Model, names: list[str], policy: Freeze) -> tuple[frozenset[st
         for stage in policy:
             _known(stage, stages)
         whole = list(policy)
-    elif hasattr(policy, "until"):
+    elif isinstance(policy, Until):
         _known(policy.until, stages)
         whole = stages[: stages.index(policy.until) + 1]
     else:

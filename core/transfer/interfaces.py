@@ -7,6 +7,7 @@ has a type, a default unless it is required, and a line under ``Args:`` in the c
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,14 @@ class Split:
         """Return what example ``index`` is called in messages."""
         return self.names[index] if self.names else f"example {index}"
 
+    def fingerprint(self, field: str) -> str:
+        """Return what identifies the raw values of a field, in their order.
+
+        A column may know a cheap answer (names, sizes and times of files) and give it by a method ``fingerprint() ->
+        str``; of any other column every value is read.
+        """
+        return _fingerprint(self.fields[field])
+
     def select(self, indices: npt.NDArray[np.int64]) -> Split:
         """Return the split of these examples, in this order; nothing is read or copied but the targets."""
         return Split(
@@ -97,6 +106,19 @@ class _Selection(Sequence[Any]):
         if isinstance(index, slice):
             return [self._column[int(i)] for i in self._indices[index]]
         return self._column[int(self._indices[index])]
+
+
+def _fingerprint(column: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    if isinstance(column, _Selection):
+        digest.update(_fingerprint(column._column).encode() + np.ascontiguousarray(column._indices).tobytes())
+    elif callable(known := getattr(column, "fingerprint", None)):
+        return str(known())
+    else:
+        for value in column:
+            content = value.encode() if isinstance(value, str) else np.asarray(value).tobytes()
+            digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,10 +78,12 @@ class Loader:
         workers: int = 0,
     ) -> None:
         self.split = split
+        self.field = field
+        self.preprocessing = preprocessing
         self.batch_size = batch_size
         self.seed = seed
         self.training = training
-        self.examples = _Examples(split, field, preprocessing, seed=seed, training=training)
+        self.examples = _Examples(split, field, preprocessing, seed=seed, augments=training)
         self.lengths = None
         if bucket and self.examples.encoded is not None:
             self.lengths = np.array([preprocessing.length(value) for value in self.examples.encoded])
@@ -107,6 +110,19 @@ class Loader:
             members = order[start : start + pool]
             batches += self._chunk(members[np.argsort(self.lengths[members], kind="stable")])
         return [batches[i] for i in generator.permutation(len(batches))]
+
+    @property
+    def augments(self) -> bool:
+        """Examples differ from epoch to epoch."""
+        return self.examples.augments
+
+    def in_fixed_order(self, batch_size: int, *, augment: bool) -> Loader:
+        """Return the same examples, encoded once for both, in batches of another size and in no random order."""
+        other = copy.copy(self)
+        other.batch_size, other.training = batch_size, False
+        other.examples = copy.copy(self.examples)
+        other.examples.augments = augment
+        return other
 
     def epoch(self, epoch: int = 0, *, first: int = 0, most: int | None = None) -> Iterator[Batch]:
         """Yield the batches of an epoch.
@@ -140,12 +156,12 @@ def _as_it_is(batch: Batch) -> Batch:
 class _Examples(Dataset[Any]):
     """Makes batches of (epoch, index) pairs; loader processes get a copy."""
 
-    def __init__(self, split: Split, field: str, preprocessing: Preprocessing, *, seed: int, training: bool) -> None:
+    def __init__(self, split: Split, field: str, preprocessing: Preprocessing, *, seed: int, augments: bool) -> None:
         self.split = split
         self.column: Sequence[Any] = split.fields[field]
         self.preprocessing = preprocessing
         self.seed = seed
-        self.augments = training and type(preprocessing).augment is not Preprocessing.augment
+        self.augments = augments and type(preprocessing).augment is not Preprocessing.augment
         self.encoded: Sequence[Any] | None = None
         if preprocessing.encode_once:
             self.encoded = encode(preprocessing, self.column, range(len(split)), split.name)

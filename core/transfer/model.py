@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import nn
 
 from transfer.errors import PluginError
 from transfer.interfaces import Backbone, Head
+
+BATCH_NORM = nn.modules.batchnorm._NormBase
+"""Every layer with running statistics: batch norm of any dimension, synchronised or not, and tracked instance norm."""
 
 
 class Model(nn.Sequential):
@@ -19,8 +23,8 @@ class Model(nn.Sequential):
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__(OrderedDict([*backbone.stages.named_children(), ("head", head)]))
-        # nn.Module would register modules in a list attribute of its own kind; a plain tuple stays a plain tuple.
-        self._frozen: tuple[nn.Module, ...] = ()
+        self._frozen: tuple[nn.Module, ...] = ()  # a tuple, which nn.Module does not register
+        self._batch_norm_stays = True
         outside = [name for name, _ in backbone.named_parameters() if not name.startswith("stages.")]
         if outside:
             raise PluginError(
@@ -28,19 +32,43 @@ class Model(nn.Sequential):
                 fix="put every parameter into one of the stages",
             )
 
+    def forward(self, inputs: Any, first_stage: int = 0) -> Any:
+        """Run the chain of stages.
+
+        Args:
+            inputs: What the first of these stages takes.
+            first_stage: Where to begin: later than at 0 with stored features.
+
+        Returns:
+            Outputs (B, out_features).
+        """
+        for stage in list(self)[first_stage:]:
+            inputs = stage(inputs)
+        return inputs
+
     @property
     def stages(self) -> dict[str, nn.Module]:
         """The stages by name, from input to output; the last is ``head``."""
         return dict(self.named_children())
 
-    def keep_in_eval(self, frozen: tuple[nn.Module, ...]) -> None:
-        """Say which modules stay in eval mode from now on, whatever mode the rest is in."""
+    def keep_in_eval(self, frozen: tuple[nn.Module, ...], *, batch_norm: bool = True) -> None:
+        """Say which modules stay in eval mode from now on, whatever mode the rest is in.
+
+        Args:
+            frozen: The outermost such modules.
+            batch_norm: Batch-norm layers inside them stay too; False lets their statistics follow the training data.
+        """
         self._frozen = frozen
+        self._batch_norm_stays = batch_norm
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Model:
         """Set the mode of all but the frozen modules, which stay in eval mode."""
         super().train(mode)
-        for module in getattr(self, "_frozen", ()):
+        for module in self._frozen:
             module.eval()
+            if not self._batch_norm_stays:
+                for inner in module.modules():
+                    if isinstance(inner, BATCH_NORM):
+                        inner.train(mode)
         return self

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from transfer.errors import ConfigError, nearest
 from transfer.freezing import Frozen
-from transfer.model import Model
+from transfer.model import BATCH_NORM, Model
 
 if TYPE_CHECKING:
     from transfer.config import TorchPart
@@ -55,6 +56,9 @@ HANDED_OVER = {
 }
 
 
+NORMS = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+
+
 @dataclass(frozen=True)
 class Group:
     """One parameter group.
@@ -63,15 +67,24 @@ class Group:
         stage: The stage that its parameters belong to.
         lr: Its learning rate.
         parameters: Names of its parameters; none is frozen.
+        decays: Weight decay applies to it.
     """
 
     stage: str
     lr: float
     parameters: tuple[str, ...]
+    decays: bool = True
 
 
-def groups(model: Model, frozen: Frozen, lr: float | Mapping[str, float]) -> list[Group]:
-    """Return a parameter group for every stage that has something to train, from input to output.
+def groups(
+    model: Model,
+    frozen: Frozen,
+    lr: float | Mapping[str, float],
+    no_weight_decay: Collection[Literal["norm", "bias"]] = (),
+) -> list[Group]:
+    """Return parameter groups for every stage that has something to train, from input to output.
+
+    A stage has one group, or two where some of its parameters are left out of weight decay.
 
     ``lr`` by group: a stage's own name wins, then ``head`` or ``backbone``. With ``layer_decay`` the topmost backbone
     stage with parameters has the rate ``backbone`` (or, where that is not given, ``head`` times the decay), and every
@@ -96,8 +109,22 @@ def groups(model: Model, frozen: Frozen, lr: float | Mapping[str, float]) -> lis
                 available=["head", "backbone", *list(stages)[:-1]],
                 fix="add backbone: ..., or freeze the stage",
             )
-        found.append(Group(stage, rates[stage], trained))
+        spared = _spared(model.stages[stage], no_weight_decay)
+        for decays in (True, False):
+            members = tuple(name for name in trained if (name.removeprefix(f"{stage}.") in spared) != decays)
+            if members:
+                found.append(Group(stage, rates[stage], members, decays))
     return found
+
+
+def _spared(stage: nn.Module, kinds: Collection[str]) -> set[str]:
+    """Return the names of a stage's parameters that are left out of weight decay."""
+    spared = set()
+    for prefix, module in stage.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            if ("norm" in kinds and isinstance(module, NORMS)) or ("bias" in kinds and name.startswith("bias")):
+                spared.add(f"{prefix}.{name}" if prefix else name)
+    return spared
 
 
 def _rates(with_parameters: list[str], stages: list[str], lr: float | Mapping[str, float]) -> dict[str, float]:
@@ -133,7 +160,11 @@ def build_optimizer(model: Model, found: list[Group], part: TorchPart, before: O
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     try:
         optimizer: Optimizer = part.cls(
-            [{"params": [parameters[name] for name in g.parameters], "lr": g.lr, "name": g.stage} for g in found],
+            [
+                {"params": [parameters[name] for name in g.parameters], "lr": g.lr, "name": g.stage}
+                | ({} if g.decays else {"weight_decay": 0.0})
+                for g in found
+            ],
             **part.options,
         )
     except (ValueError, TypeError) as error:
@@ -147,10 +178,22 @@ def build_optimizer(model: Model, found: list[Group], part: TorchPart, before: O
 
 
 class Schedule:
-    """One of torch's schedulers over a phase, stepped where torch says it should be.
+    """One of torch's schedulers over a phase, stepped where torch says it should be, after a linear warm-up.
 
     OneCycleLR and CyclicLR step after every batch, ReduceLROnPlateau after every validation, all others after every
-    epoch; no scheduler is a constant learning rate.
+    epoch; no scheduler is a constant learning rate. During the warm-up the rates rise linearly from a small share, and
+    the scheduler begins when it is over (Goyal et al. 2017).
+
+    Args:
+        part: Which scheduler, if any.
+        optimizer: Of the phase.
+        epochs: Of the phase.
+        steps_per_epoch: Optimizer steps.
+        warmup_epochs: The warm-up's length, in whole epochs or parts of one.
+        higher_is_better: Direction of the metric that ReduceLROnPlateau watches.
+
+    Raises:
+        ConfigError: Torch refuses the options, or the warm-up leaves nothing of the phase.
     """
 
     def __init__(
@@ -160,46 +203,64 @@ class Schedule:
         *,
         epochs: int,
         steps_per_epoch: int,
+        warmup_epochs: float = 0.0,
         higher_is_better: bool,
     ) -> None:
+        self.warmup: lr_scheduler.LinearLR | None = None
+        self.warmup_steps = round(warmup_epochs * steps_per_epoch)
+        self.warming = False  # some of this epoch's steps were warm-up
         self.scheduler: Any = None
-        if part is None:
-            return
-        options = dict(part.options)
-        if part.cls is lr_scheduler.CosineAnnealingLR:
-            options["T_max"] = epochs
-        elif part.cls is lr_scheduler.OneCycleLR:
-            options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
-            options["total_steps"] = epochs * steps_per_epoch
-        elif part.cls is lr_scheduler.ReduceLROnPlateau:
-            options["mode"] = "max" if higher_is_better else "min"
-        elif part.cls is lr_scheduler.CyclicLR:
-            options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
-            options.setdefault("cycle_momentum", "momentum" in optimizer.defaults)
-        try:
-            self.scheduler = part.cls(optimizer, **options)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"torch's {part.cls.__name__} refuses its options: {error}") from error
+        if part is not None:
+            options = dict(part.options)
+            if part.cls is lr_scheduler.CosineAnnealingLR:
+                options["T_max"] = max(1, epochs - math.ceil(warmup_epochs))
+            elif part.cls is lr_scheduler.OneCycleLR:
+                options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
+                options["total_steps"] = epochs * steps_per_epoch - self.warmup_steps
+                options.setdefault("cycle_momentum", {"momentum", "betas"} & set(optimizer.defaults) != set())
+            elif part.cls is lr_scheduler.ReduceLROnPlateau:
+                options["mode"] = "max" if higher_is_better else "min"
+            elif part.cls is lr_scheduler.CyclicLR:
+                options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
+                options.setdefault("cycle_momentum", "momentum" in optimizer.defaults)
+            try:
+                self.scheduler = part.cls(optimizer, **options)
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"torch's {part.cls.__name__} refuses its options: {error}") from error
+        if self.warmup_steps:
+            if isinstance(self.scheduler, _BY_STEP):
+                raise ConfigError(
+                    f"{type(self.scheduler).__name__} has a warm-up of its own", fix="remove warmup_epochs"
+                )
+            if self.warmup_steps >= epochs * steps_per_epoch:
+                fix = "warm up for less than the shortest phase"
+                raise ConfigError(f"warmup_epochs of {warmup_epochs:g} leaves nothing of a phase of {epochs}", fix=fix)
+            start = 1 / (self.warmup_steps + 1)
+            self.warmup = lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=self.warmup_steps)
 
     def after_step(self) -> None:
         """Follow an optimizer step."""
-        if isinstance(self.scheduler, lr_scheduler.OneCycleLR | lr_scheduler.CyclicLR):
+        if self.warmup_steps and self.warmup is not None:
+            self.warmup.step()
+            self.warmup_steps -= 1
+            self.warming = True
+        elif isinstance(self.scheduler, _BY_STEP):
             self.scheduler.step()
 
     def after_epoch(self, metric: float) -> None:
         """Follow an epoch whose validation gave ``metric``."""
+        warming, self.warming = self.warming, False
+        if warming or self.scheduler is None or isinstance(self.scheduler, _BY_STEP):
+            return
         if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
             self.scheduler.step(metric)
-        elif self.scheduler is not None and not isinstance(
-            self.scheduler, lr_scheduler.OneCycleLR | lr_scheduler.CyclicLR
-        ):
+        else:
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scheduler's state; JSON alone."""
-        return {} if self.scheduler is None else dict(self.scheduler.state_dict())
+        """Return the state of scheduler and warm-up; JSON alone."""
+        parts = {"scheduler": self.scheduler, "warmup": self.warmup}
+        return {"warmup_steps": self.warmup_steps} | {k: v.state_dict() for k, v in parts.items() if v is not None}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state of a scheduler of the same kind."""
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state)
+
+_BY_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)

@@ -38,11 +38,11 @@ def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
         cells = []
         count = sum(p.numel() for p in module.parameters())
         for phase in parts.phases:
-            rates = {group.stage: group for group in phase.groups}
-            if stage in rates:
-                trained = len(rates[stage].parameters)
+            groups = [group for group in phase.groups if group.stage == stage]
+            if groups:
+                trained = sum(len(group.parameters) for group in groups)
                 whole = trained == len(list(module.parameters()))
-                cells.append(Text(f"lr {rates[stage].lr:g}" + ("" if whole else " (partly frozen)"), style="green"))
+                cells.append(Text(f"lr {groups[0].lr:g}" + ("" if whole else " (partly frozen)"), style="green"))
             else:
                 cells.append(Text("frozen" if stage in phase.frozen.stages or count else "-", style="dim"))
         table.add_row(stage, f"{count:,}", *cells)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import collections.abc
 import inspect
 import json
 import re
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, PydanticUserError, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from torch import Tensor
@@ -51,8 +53,10 @@ def options_model(component: type, base: type[_Model], *, skip: Iterable[str] = 
     skip = frozenset(skip)
     name = component.__name__
     where = f"{component.__module__}.{name}"
+    # Torch's schedulers name some of these without importing them.
+    ours = None if not skip else vars(collections.abc)
     try:
-        hints = typing.get_type_hints(component.__init__, include_extras=True)  # type: ignore[misc]
+        hints = typing.get_type_hints(component.__init__, localns=ours, include_extras=True)  # type: ignore[misc]
     except Exception as error:  # whatever a plugin's annotations raise when they are evaluated
         raise PluginError(
             f"the option types of {name} cannot be resolved: {error}",
@@ -68,21 +72,35 @@ def options_model(component: type, base: type[_Model], *, skip: Iterable[str] = 
         if parameter.name in base.model_fields:
             fix = f"rename it: {', '.join(base.model_fields)} belong to the framework"
             raise PluginError(f"{name} has an option called {parameter.name!r}", where=where, fix=fix)
+        if parameter.name.startswith("_") or (parameter.name.startswith("model_") and hasattr(Block, parameter.name)):
+            fix = "rename it: pydantic, which checks it, has another use for that name"
+            raise PluginError(f"{name} has an option called {parameter.name!r}", where=where, fix=fix)
         if parameter.name not in hints and not skip:
             fix = "annotate it: the signature is the schema of the config block"
             raise PluginError(f"option {parameter.name!r} of {name} has no type", where=where, fix=fix)
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-        fields[parameter.name] = (_without_tensors(hints.get(parameter.name, Any)), default)
-    return create_model(f"{name} options", __base__=base, **fields)
+        hint = hints.get(parameter.name, Any)
+        fields[parameter.name] = (_for_a_config(hint) if skip else hint, default)
+    try:
+        with warnings.catch_warnings():
+            # An option may be called what pydantic calls one of a model's methods (copy, json): it is read as data.
+            warnings.filterwarnings("ignore", "Field name .* shadows an attribute", UserWarning)
+            return create_model(f"{name} options", __base__=base, **fields)
+    except (PydanticUserError, TypeError) as error:
+        fix = "give options types that JSON can hold"
+        raise PluginError(f"the options of {name} make no schema: {error}", where=where, fix=fix) from error
 
 
-def _without_tensors(hint: Any) -> Any:
-    """Drop Tensor from unions: torch's optimizers take ``float | Tensor``, a config only the number."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        kept = tuple(_without_tensors(a) for a in typing.get_args(hint) if a is not Tensor)
+def _for_a_config(hint: Any) -> Any:
+    """Reduce torch's types to what a config can write: no Tensor in ``float | Tensor``, a list for an Iterable."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        kept = tuple(_for_a_config(a) for a in arguments if a is not Tensor)
         return Union[kept]  # noqa: UP007  # built from values; the | operator has no such form
-    if typing.get_origin(hint) is tuple:
-        return tuple[tuple(_without_tensors(a) for a in typing.get_args(hint))]  # type: ignore[misc]
+    if origin is tuple:
+        return tuple[tuple(_for_a_config(a) for a in arguments)]  # type: ignore[misc]
+    if origin is collections.abc.Iterable:  # pydantic would hand over a generator, good for one phase only
+        return tuple[_for_a_config(arguments[0]), ...]  # type: ignore[misc]
     return hint
 
 
@@ -105,13 +123,21 @@ def validate(
         # JSON mode is strict about types and still reads a list as a tuple, which is what a YAML file needs.
         return model.model_validate_json(json.dumps(value), strict=True), []
     except ValidationError as error:
+        errors = [(one, _locate(value, one["loc"])) for one in error.errors(include_url=False)]
         found: dict[tuple[Key, str], Problem] = {}
-        for one in error.errors(include_url=False):
-            at = _locate(value, one["loc"])
-            problem = _problem(model, one, at, document, key, what)
-            # Each member of a union reports the same place; the first one says enough.
-            found.setdefault((at, one["type"] if one["type"] == "extra_forbidden" else ""), problem)
+        for one, at in errors:
+            # What is wrong inside a value is enough: pydantic also says that too few of its items are right, and what
+            # every other member of a union would have wanted.
+            vague = one["type"] == "too_short" or _is_of_union(one, at)
+            if not (vague and any(len(other) > len(at) and other[: len(at)] == at for _, other in errors)):
+                extra = one["type"] if one["type"] == "extra_forbidden" else ""
+                found.setdefault((at, extra), _problem(model, one, at, document, key, what))
         return None, list(found.values())
+
+
+def _is_of_union(one: Any, at: Key) -> bool:
+    """Say whether this is what one member of a union wants: its place then ends in that member's name."""
+    return len(one["loc"]) > len(at) and one["type"] not in ("missing", "extra_forbidden")
 
 
 def _locate(value: Any, location: tuple[int | str, ...]) -> Key:
@@ -138,13 +164,33 @@ def _problem(model: type[BaseModel], one: Any, at: Key, document: Document, key:
         owner = what if len(at) == 1 else ".".join(map(str, key + at[:-1]))
         fix = f"did you mean {close!r}?" if close else "remove it"
         return Problem(f"{owner} has no option {name!r}", where, tuple(keys), fix)
-    if one["type"] == "missing":
+    if one["type"] == "missing" and not name.isdigit():
         return Problem(f"{what} needs {'.'.join([*map(str, at), name])!r}", where, fix=f"add {name}: ...")
-    message = re.sub(
-        r"^(Input should|Value error, )", lambda m: "it should" if m[1] == "Input should" else "", one["msg"]
-    )
-    given = one["input"]
-    return Problem(f"{path or what} is {_show(given)}: {message}", where)
+    complaint = _complaint(one)
+    if _is_of_union(one, at) and len(at) == 1:
+        field = model.model_fields[str(at[0])]
+        complaint = f"it should be {_type_name(field.annotation, field.metadata)}"
+    return Problem(f"{path or what} is {_show(one['input'])}: {complaint}", where)
+
+
+def _complaint(one: Any) -> str:
+    """Say what is wrong with a value in the words of YAML, where pydantic uses those of Python and JSON."""
+    match one["type"]:
+        case "tuple_type" | "list_type" | "set_type" | "frozen_set_type":
+            return "it should be a list"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return "it should be a mapping"
+        case "string_type":
+            return "it should be text; quote it" if isinstance(one["input"], int | float) else "it should be text"
+        case "bool_type":
+            return "it should be true or false"
+        case "too_short":
+            return f"the least number of items is {one['ctx']['min_length']}"
+        case "too_long":
+            return f"the greatest number of items is {one['ctx']['max_length']}"
+        case "missing":
+            return "it should have more items"
+    return re.sub(r"^Input should", "it should", re.sub(r"^Value error, ", "", one["msg"]))
 
 
 def _show(value: Any) -> str:
@@ -173,25 +219,42 @@ def _flatten(annotation: Any) -> list[Any]:
 
 
 def describe_options(component: type) -> list[Option]:
-    """List a component's options with type, default and description, from its signature and class docstring."""
-    described = _argument_descriptions(inspect.getdoc(component) or "")
+    """List a component's options with type, default and description, from its signature and class docstrings."""
+    described: dict[str, str] = {}
+    for cls in reversed(component.__mro__):  # a constructor is often inherited, and its options' descriptions with it
+        described |= _argument_descriptions(inspect.cleandoc(cls.__doc__ or ""))
     return [
-        Option(name, _type_name(field), _default(field), described.get(name, ""))
+        Option(name, _type_name(field.annotation, field.metadata), _default(field), described.get(name, ""))
         for name, field in options_model(component, Block).model_fields.items()
     ]
 
 
-def _type_name(field: FieldInfo) -> str:
-    name = inspect.formatannotation(field.annotation)
-    name = re.sub(r"typing\.|collections\.abc\.|Annotated\[", "", name) if "Annotated" in name else name
-    name = name.replace("typing.", "").replace("NoneType", "null").replace("None", "null")
-    bounds = {"Gt": (">", "gt"), "Ge": (">=", "ge"), "Lt": ("<", "lt"), "Le": ("<=", "le")}
-    limits = [
-        f"{bounds[type(m).__name__][0]} {getattr(m, bounds[type(m).__name__][1])}"
-        for m in field.metadata
-        if type(m).__name__ in bounds
-    ]
-    return f"{name} ({', '.join(limits)})" if limits else name
+_TYPE_NAMES = {int: "int", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "any value"}
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _type_name(annotation: Any, limits: Iterable[Any] = ()) -> str:
+    """Name a type for a person: ``number >= 0 and < 1``, ``"a" | "b"``, ``list of int``, ``text or null``."""
+    bounds = [f"{sign} {getattr(m, name):g}" for m in limits for name, sign in _BOUNDS.items() if hasattr(m, name)]
+    return " ".join([_bare_type_name(annotation), " and ".join(bounds)]).rstrip()
+
+
+def _bare_type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        limits = [m for a in arguments[1:] for m in (a.metadata if isinstance(a, FieldInfo) else [a])]
+        return _type_name(arguments[0], limits)
+    if origin is Literal:
+        return " | ".join(json.dumps(value) for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_bare_type_name(a) for a in sorted(arguments, key=lambda a: a is type(None)))
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"[{', '.join(map(_bare_type_name, arguments))}]"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"mapping of {_bare_type_name(arguments[0])} to {_bare_type_name(arguments[1])}"
+    if isinstance(origin, type) and issubclass(origin, collections.abc.Iterable):
+        return f"list of {_bare_type_name(arguments[0])}"
+    return _TYPE_NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def _default(field: FieldInfo) -> str:

@@ -37,11 +37,11 @@ def complete(data: Data, *, validation: float, limit: int | None) -> dict[str, S
         splits["test"] = splits.pop("validation")
     if "validation" not in splits:
         splits["train"], splits["validation"] = cut(splits["train"], validation)
-    if limit is not None:
-        splits = {name: split.select(_first(split.targets, limit)) for name, split in splits.items()}
     for name, split in splits.items():
         if not len(split):
             raise DataError(f"the {name} split is empty", fix="give it examples, or cut a larger share of train")
+    if limit is not None:
+        splits = {name: split.select(_first(split.targets, limit)) for name, split in splits.items()}
     present = np.unique(splits["train"].targets) if data.spec.target == "class" else None
     if present is not None and len(present) < 2:
         only = data.spec.classes[int(present[0])]

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from transfer.build import Built, Parts, build, make_loader, preflight, read_data
+from transfer.build import Built, Parts, build, make_experiment, make_loader, preflight, read_data
 from transfer.config import RunConfig, load_config
-from transfer.engine import QUICK_BATCHES, fit
 from transfer.engine import evaluate as score
+from transfer.engine import fit
 from transfer.errors import RunError
 from transfer.events import Observer, RunEnded, RunStarted
 from transfer.loading import encode
@@ -85,7 +85,11 @@ def run(
     plugins = [c.plugin for c in (checked.data, checked.backbone, checked.head, checked.task)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     directory.write_environment(device, {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS})
-    observe(RunStarted(directory.path, _facts(checked, built, device), sum(phase.epochs for phase in checked.phases)))
+    observe(
+        RunStarted(
+            directory.path, _facts(checked, built, device), sum(phase.epochs for phase in built.experiment.phases)
+        )
+    )
     try:
         summary = {"status": "complete", "quick": quick} | fit(built.experiment, directory, observe)
     except BaseException as error:
@@ -115,10 +119,13 @@ def evaluate(run: str | Path, split: str = "test", *, observe: Observer = _silen
     _, splits = read_data(config)
     if split not in splits:
         raise RunError(f"the data has no split {split!r}", where=str(directory.path), available=list(splits))
-    loader = make_loader(config, splits[split], loaded.backbone)
-    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    most = QUICK_BATCHES if directory.summary().get("quick") else None
-    return score(model, loaded.task, loader, observe, split, most)
+    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaders = {name: make_loader(config, part, loaded.backbone) for name, part in splits.items()}
+    quick = bool(directory.summary().get("quick"))
+    experiment = make_experiment(config, loaded.model, loaded.task, loaded.backbone, loaders, quick=quick)
+    source = experiment.features(loaders[split], experiment.always_frozen())
+    precision = config.train.precision
+    return score(loaded.model, loaded.task, source, precision, observe, split, experiment.most_batches)
 
 
 def predict(run: str | Path, sources: Iterable[str]) -> Iterator[dict[str, Any]]:

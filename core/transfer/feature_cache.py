@@ -1,0 +1,427 @@
+"""The frozen prefix of a model, run once per example: its features on disk, keyed by content, shared between runs.
+
+Stages that are frozen from the input on compute the same thing every epoch. What they return is stored under a key
+made of everything that decides it: the weights and buffers of these stages, the preprocessing, the examples, the
+precision and, for augmented views, the seed. Entries are written to a temporary folder and renamed when complete, so
+that a crash leaves nothing half in use, and the second of two runs that make one entry at once drops its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from transfer.errors import TrainingError, TransferError
+from transfer.loading import Batch, Loader, move
+from transfer.model import Model
+from transfer.precision import Precision, autocast
+from transfer.run_directory import flush_folder, read_json, write_json
+
+FORMAT = 1
+BATCH_SIZE = 64
+"""Features are always computed in batches of this size, so that a key stands for the same bits whatever a run's own."""
+STALE_SECONDS = 24 * 3600.0
+"""A temporary folder that nobody has written to for so long was left by a crash."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of all entries: ``$TRANSFER_CACHE``, else ``transfer/features`` in the user's cache folder."""
+    chosen = os.environ.get("TRANSFER_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transfer" / "features"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The features of every example of a split, memory-mapped.
+
+    Args:
+        folder: Where it is.
+        tensors: What the last stage of the prefix returned, (N, ...) each; or, where steps differ in number, all real
+            steps in a row, (sum of steps, ...).
+        rows: int64 (N,), the row of each example.
+        offsets: int64 (N + 1,), where each row's steps begin; None where every row has the same shape.
+        pair: The prefix returns a tuple, not a tensor.
+    """
+
+    folder: Path
+    tensors: tuple[Tensor, ...]
+    rows: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64] | None
+    pair: bool
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Any:
+        """Return the features of some examples as the next stage wants them: a tensor or a tuple of tensors."""
+        rows = self.rows[indices]
+        if self.offsets is None:
+            found = tuple(tensor[torch.from_numpy(rows)] for tensor in self.tensors)
+            return found if self.pair else found[0]
+        steps = [self.tensors[0][self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        lengths = torch.tensor([len(step) for step in steps])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        return torch.nn.utils.rnn.pad_sequence(steps, batch_first=True), mask
+
+
+class CachedLoader:
+    """The batches of a loader, with stored features in place of the backbone's input.
+
+    Args:
+        loader: Whose order it keeps.
+        views: An entry per augmented view; each example draws one of them by (seed, epoch, index).
+    """
+
+    def __init__(self, loader: Loader, views: Sequence[Entry]) -> None:
+        self.loader = loader
+        self.split = loader.split
+        self.views = tuple(views)
+
+    def __len__(self) -> int:
+        """The number of batches of an epoch."""
+        return len(self.loader)
+
+    def epoch(self, epoch: int = 0, *, first: int = 0, most: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of an epoch, as :meth:`transfer.loading.Loader.epoch`."""
+        views = np.zeros(len(self.split), dtype=np.int64)
+        if len(self.views) > 1:
+            views = np.random.default_rng((self.loader.seed, epoch, 1)).integers(len(self.views), size=len(self.split))
+        for indices in self.loader.plan(epoch)[first:][:most]:
+            targets = torch.as_tensor(self.split.targets[indices])
+            yield Batch(self._take(indices, views[indices]), targets, indices)
+
+    def _take(self, indices: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> Any:
+        if len(self.views) == 1:
+            return self.views[0].take(indices)
+        parts = [self.views[view].take(indices[views == view]) for view in np.unique(views)]
+        back = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(views == v) for v in np.unique(views)])))
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)[back]
+        return tuple(torch.cat(tensors)[back] for tensors in zip(*parts, strict=True))
+
+
+class FeatureCache:
+    """All entries of a folder.
+
+    Args:
+        limit_bytes: After a new entry those used longest ago are dropped until all fit.
+        verify: Recompute a sample of every entry that is used, and refuse one that differs.
+        folder: Where the entries are; by default :func:`cache_folder`.
+    """
+
+    def __init__(self, limit_bytes: int, *, verify: bool = False, folder: Path | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self.verify = verify
+        self.folder = folder or cache_folder()
+
+    def features(self, prefix: Prefix, loader: Loader, *, view: int | None = None) -> Entry | str:
+        """Return the prefix's features of a split, from the cache or computed now; or the reason why there are none.
+
+        Args:
+            prefix: The frozen stages.
+            loader: The split's batches; their order and size do not matter here.
+            view: Which augmented view of the examples; None for the examples as they are.
+
+        Raises:
+            TrainingError: An entry is not what the prefix gives (verify mode).
+        """
+        key = prefix.key(loader, view)
+        entry = self._open(self.folder / key)
+        if entry is None:
+            return self._write(key, prefix, loader, view)
+        if self.verify:
+            self._compare(entry, prefix, loader, view)
+        return entry
+
+    def entries(self) -> list[dict[str, Any]]:
+        """List all entries, the one used last first: ``key``, ``bytes``, ``used`` (seconds since the epoch), what."""
+        found = []
+        for path in self._complete():
+            described = json.loads((path / "entry.json").read_text(encoding="utf-8"))
+            size = sum(file.stat().st_size for file in path.iterdir())
+            used = (path / "entry.json").stat().st_mtime
+            found.append({"key": path.name, "bytes": size, "used": used, **described["what"]})
+        return sorted(found, key=lambda entry: -entry["used"])
+
+    def clear(self) -> int:
+        """Drop every entry and everything half written; return how many bytes that freed."""
+        if not self.folder.is_dir():
+            return 0
+        size = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        for path in self.folder.iterdir():
+            shutil.rmtree(path, ignore_errors=True)
+        return size
+
+    def _complete(self) -> list[Path]:
+        return [path.parent for path in self.folder.glob("*/entry.json") if not path.parent.name.startswith(".")]
+
+    def _open(self, path: Path) -> Entry | None:
+        """Return an entry that is there and whole; one that is damaged is dropped."""
+        if not (path / "entry.json").is_file():
+            return None
+        try:
+            described = read_json(path / "entry.json", "the entry has just been dropped")
+            for name, digest in described["sha256"].items():
+                with (path / Path(name).name).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                        raise OSError(f"{name} is damaged")
+            entry = _map(path, described)
+        # Whatever is wrong with an entry, it can be computed again.
+        except (TransferError, OSError, KeyError, TypeError, ValueError, RuntimeError):
+            shutil.rmtree(path, ignore_errors=True)
+            return None
+        os.utime(path / "entry.json")  # used now: the last to be evicted
+        return entry
+
+    def _write(self, key: str, prefix: Prefix, loader: Loader, view: int | None) -> Entry | str:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        temporary = self.folder / f".{key}.{uuid.uuid4().hex}"
+        temporary.mkdir()
+        try:
+            described = _store(temporary, prefix, loader, view, self.limit_bytes)
+            if isinstance(described, str):
+                return described
+            write_json(temporary / "entry.json", described)
+            flush_folder(temporary)
+            try:
+                temporary.rename(self.folder / key)
+            except OSError:  # another run was first, with the same content
+                if not (self.folder / key / "entry.json").is_file():
+                    raise
+            flush_folder(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._evict(keep=key)
+        return _map(self.folder / key, described)
+
+    def _sweep(self) -> None:
+        for path in self.folder.glob(".*"):
+            newest = max((file.stat().st_mtime for file in path.iterdir()), default=path.stat().st_mtime)
+            if time.time() - newest > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _evict(self, keep: str) -> None:
+        total = 0
+        for entry in self.entries():
+            total += entry["bytes"]
+            if total > self.limit_bytes and entry["key"] != keep:
+                # A run that has mapped the files keeps them until it ends: the kernel frees them then.
+                shutil.rmtree(self.folder / entry["key"], ignore_errors=True)
+
+    def _compare(self, entry: Entry, prefix: Prefix, loader: Loader, view: int | None) -> None:
+        indices, fresh = next(prefix.run(loader, view, most=1))
+        stored = entry.take(indices)
+        for one, other in zip(_tuple(stored), _tuple(fresh), strict=True):
+            if one.shape != other.shape or not torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-5):
+                raise TrainingError(
+                    "stored features differ from what the frozen stages give now",
+                    where=str(entry.folder),
+                    fix="a stage or the preprocessing is not deterministic: set train.cache: off, and clear the cache",
+                )
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The stages of a model that are frozen from the input on.
+
+    Args:
+        model: Whose first stages they are.
+        count: How many.
+        assets: What the backbone learned from the training split: it decides how values are encoded.
+        precision: What the features are computed in.
+    """
+
+    model: Model
+    count: int
+    assets: Mapping[str, str]
+    precision: Precision
+
+    @property
+    def stages(self) -> list[str]:
+        """Their names."""
+        return list(self.model.stages)[: self.count]
+
+    def key(self, loader: Loader, view: int | None) -> str:
+        """Return the digest of everything that decides the features."""
+        digest = hashlib.sha256()
+
+        def add(*parts: object) -> None:
+            digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
+
+        preprocessing = loader.preprocessing
+        add(FORMAT, torch.__version__, self.precision, loader.field, view, None if view is None else loader.seed)
+        add(type(preprocessing).__qualname__, dict(preprocessing.describe()), dict(self.assets))
+        for name in self.stages:
+            stage = self.model.stages[name]
+            add(name, type(stage).__qualname__, repr(stage))
+            for key, tensor in stage.state_dict().items():
+                add(key, str(tensor.dtype), list(tensor.shape))
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(loader.split.fingerprint(loader.field).encode())
+        return digest.hexdigest()[:40]
+
+    @torch.inference_mode()
+    def run(
+        self, loader: Loader, view: int | None, most: int | None = None
+    ) -> Iterator[tuple[npt.NDArray[np.int64], Any]]:
+        """Yield indices and features, on the CPU, of a split's examples, in batches of a fixed size and order."""
+        device = next(self.model.parameters()).device
+        stages = list(self.model)[: self.count]
+        training = self.model.training
+        self.model.eval()
+        for on_cpu in loader.in_fixed_order(BATCH_SIZE, augment=view is not None).epoch(view or 0, most=most):
+            features = on_cpu.to(device).inputs
+            with autocast(self.precision, device):
+                for stage in stages:
+                    features = stage(features)
+            yield on_cpu.indices, move(features, torch.device("cpu"))
+        self.model.train(training)
+
+
+def _store(folder: Path, prefix: Prefix, loader: Loader, view: int | None, limit_bytes: int) -> dict[str, Any] | str:
+    """Write the features of all examples; return what ``entry.json`` says, or why they cannot be kept."""
+    count = len(loader.split)
+    order: list[npt.NDArray[np.int64]] = []
+    lengths: list[npt.NDArray[np.int64]] = []
+    files: list[Any] = []
+    shapes: list[list[int]] = []
+    kinds: list[str] = []
+    pair = ragged = False
+    written = 0
+    try:
+        for indices, features in prefix.run(loader, view):
+            tensors = _tuple(features)
+            if not order:
+                pair = isinstance(features, tuple)
+                ragged = _is_sequence(tensors)
+                tensors = tensors[:1] if ragged else tensors
+                shapes = [list(t.shape[2:] if ragged else t.shape[1:]) for t in tensors]
+                kinds = [str(t.dtype).removeprefix("torch.") for t in tensors]
+                files = [(folder / f"{i}.bin").open("wb") for i in range(len(tensors))]
+            order.append(indices)
+            if ragged:
+                values, mask = features
+                lengths.append(mask.sum(1).numpy())
+                parts: tuple[Tensor, ...] = (values[mask],)
+            else:
+                parts = tensors
+            for tensor, shape, file in zip(parts, shapes, files, strict=True):
+                if list(tensor.shape[1:]) != shape or (not ragged and len(tensor) != len(indices)):
+                    return f"what {prefix.stages[-1]} returns differs in shape between batches"
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                written += tensor.numel() * tensor.element_size()
+            done = sum(map(len, order))
+            if written / done * count > limit_bytes:
+                size, limit = written / done * count / 2**30, limit_bytes / 2**30
+                return f"it would take about {size:.1f} GiB, and train.cache_limit_gib is {limit:g}"
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        for file in files:
+            file.close()
+    np.save(folder / "order.npy", np.concatenate(order))
+    if ragged:
+        np.save(folder / "lengths.npy", np.concatenate(lengths))
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    what = {"stages": prefix.stages, "examples": count, "view": view, "field": loader.field}
+    return {"format": FORMAT, "shapes": shapes, "kinds": kinds, "pair": pair, "sha256": digests, "what": what}
+
+
+def _map(folder: Path, described: Mapping[str, Any]) -> Entry:
+    order = np.load(folder / "order.npy", allow_pickle=False)
+    rows = np.empty_like(order)
+    rows[order] = np.arange(len(order))
+    offsets = None
+    count = len(order)
+    if (folder / "lengths.npy").is_file():
+        offsets = np.concatenate([[0], np.load(folder / "lengths.npy", allow_pickle=False).cumsum()])
+        count = int(offsets[-1])
+    tensors = []
+    for number, (shape, kind) in enumerate(zip(described["shapes"], described["kinds"], strict=True)):
+        size = count * math.prod(shape)
+        flat = torch.from_file(str(folder / f"{number}.bin"), size=size, dtype=getattr(torch, kind))
+        tensors.append(flat.view(count, *shape))
+    return Entry(folder, tuple(tensors), rows, offsets, bool(described["pair"]))
+
+
+def _tuple(features: Any) -> tuple[Tensor, ...]:
+    return features if isinstance(features, tuple) else (features,)
+
+
+def _is_sequence(tensors: tuple[Tensor, ...]) -> bool:
+    """Tell a pair of values (B, T, ...) and their mask (B, T), whose T differs between batches."""
+    if len(tensors) != 2:
+        return False
+    values, mask = tensors
+    return mask.dtype == torch.bool and mask.dim() == 2 and values.shape[:2] == mask.shape
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the batches of a split come from.
+
+    Args:
+        loader: Raw or cached.
+        first_stage: The stage that takes them.
+        report: What was cached, or why not; for the log and the summary.
+    """
+
+    loader: Loader | CachedLoader
+    first_stage: int
+    report: dict[str, Any]
+
+    def __str__(self) -> str:
+        if not self.report["cached"]:
+            return f"not cached: {self.report['why']}"
+        return f"cached after {self.report['stages'][-1]} ({self.report['bytes'] / 2**20:.1f} MiB)"
+
+
+def source(cache: FeatureCache | None, prefix: Prefix, loader: Loader, *, views: int | None, mixed: bool) -> Source:
+    """Return a split's batches: stored features where that is possible, else the loader as it is and the reason.
+
+    Args:
+        cache: None where it is switched off.
+        prefix: The stages that are frozen from the input on, perhaps none.
+        loader: The split's batches.
+        views: Augmented views to keep per example, where the loader augments.
+        mixed: Batches are blended at the input.
+    """
+    reason = None
+    if not prefix.count:
+        reason = "no stage is frozen from the input on that is worth storing"
+    elif cache is None:
+        reason = "train.cache is off"
+    elif mixed:
+        reason = "train.mix blends examples at the input"
+    elif loader.augments and views is None:
+        reason = "augmentation differs from epoch to epoch (train.views: K keeps K augmented views of each example)"
+    if reason is None and cache is not None:
+        entries = []
+        for view in range(views or 1) if loader.augments else (None,):
+            entry = cache.features(prefix, loader, view=view)
+            if isinstance(entry, str):
+                return Source(loader, 0, {"cached": False, "why": entry})
+            entries.append(entry)
+        report = {"cached": True, "stages": prefix.stages, "views": len(entries) if loader.augments else None}
+        size = sum(tensor.numel() * tensor.element_size() for entry in entries for tensor in entry.tensors)
+        return Source(CachedLoader(loader, entries), prefix.count, report | {"bytes": size})
+    return Source(loader, 0, {"cached": False, "why": reason})

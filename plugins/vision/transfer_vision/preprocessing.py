@@ -1,0 +1,200 @@
+"""From PIL images to a normalised batch: resize, augment, crop, normalise."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from transfer import ConfigError, DataError, Preprocessing
+from transfer_vision.pictures import open_picture, to_upright_rgb
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Augmentation = Literal["usual", "none"] | list[dict[str, Any]]
+
+
+class ImagePreprocessing(Preprocessing):
+    """Preprocessing of pictures as torchvision's classification models are evaluated and fine-tuned.
+
+    Args:
+        image_size: Height and width of what the model sees.
+        resize: Pixels of the shorter side before the crop; null: 256/224 of ``image_size``.
+        interpolation: The filter of that resize, antialiased.
+        mean: Of each channel in the pretraining data, for values in [0, 1].
+        std: Standard deviation of each channel, likewise.
+        augmentation: ``usual`` (a random resized crop and a horizontal flip), ``none``, or a list of
+            torchvision.transforms.v2 classes with options, in order: ``[{name: ColorJitter, brightness: 0.2}]``.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 224,
+        resize: int | None = None,
+        interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear",
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        augmentation: Augmentation = "usual",
+    ) -> None:
+        self.image_size = image_size
+        self.resize = round(image_size * 256 / 224) if resize is None else resize
+        if self.resize < image_size:
+            raise ConfigError(
+                f"resize {self.resize} is smaller than image_size {image_size}",
+                fix=f"set resize to {image_size} or more, or leave it out",
+            )
+        self.interpolation = interpolation
+        self.mean, self.std = mean, std
+        self.augmentation = augmentation
+        self._augment = _transform(augmentation, image_size, self.resize)
+
+    def encode(self, values: Sequence[Any]) -> list[Tensor]:
+        """Decode PIL images, turn them upright, convert them to RGB and resize their shorter side.
+
+        Returns:
+            For each a uint8 tensor (3, H, W) with min(H, W) = ``resize``.
+
+        Raises:
+            ValueError, OSError: A value is no picture, or is a damaged one.
+        """
+        return [self._encode(value) for value in values]
+
+    def _encode(self, value: Any) -> Tensor:
+        if not isinstance(value, Image.Image):
+            raise ValueError(f"expected a PIL image, got {type(value).__name__}")
+        resampling = Image.Resampling[self.interpolation.upper()]
+        pixels: Tensor = v2.functional.pil_to_tensor(to_upright_rgb(value, self.resize, resampling))
+        return pixels
+
+    def augment(self, encoded: Tensor) -> Tensor:
+        """Apply the random augmentation to a uint8 tensor (3, H, W); the result is uint8 (3, H', W')."""
+        if self._augment is None:
+            return encoded
+        augmented: Tensor = v2.functional.to_dtype(self._augment(encoded), torch.uint8, scale=True)
+        return augmented
+
+    def collate(self, encoded: Sequence[Tensor]) -> Tensor:
+        """Crop the centre (what is smaller is padded with black), stack and normalise.
+
+        Args:
+            encoded: B uint8 tensors (3, H, W), of any sizes.
+
+        Returns:
+            A float32 tensor (B, 3, image_size, image_size).
+        """
+        size = [self.image_size, self.image_size]
+        batch = torch.stack([v2.functional.center_crop(image, size) for image in encoded]).float()
+        mean, std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in (self.mean, self.std))
+        return batch.sub_(mean).div_(std)
+
+    def read(self, source: str) -> Image.Image:
+        """Open the picture at a path.
+
+        Raises:
+            transfer.DataError: There is no file, or it is no picture.
+        """
+        path = Path(source).expanduser()
+        try:
+            return open_picture(path.read_bytes(), str(path))
+        except FileNotFoundError as error:
+            raise DataError("there is no such picture", where=str(path)) from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"this picture cannot be read: {error}", where=str(path)) from error
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return the options as they hold, with ``resize`` filled in."""
+        return {
+            "image_size": self.image_size,
+            "resize": self.resize,
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "augmentation": self.augmentation,
+        }
+
+
+def _transform(augmentation: Augmentation, image_size: int, resize: int) -> v2.Transform | None:
+    if augmentation == "none":
+        return None
+    if augmentation == "usual":
+        return v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
+    transform = v2.Compose([_named_transform(step) for step in augmentation]) if augmentation else None
+    if transform is not None:
+        _try(transform, resize)
+    return transform
+
+
+def _named_transform(step: Mapping[str, Any]) -> v2.Transform:
+    options = dict(step)
+    name = options.pop("name", None)
+    names = sorted(
+        key
+        for key, value in vars(v2).items()
+        if isinstance(value, type) and issubclass(value, v2.Transform) and value is not v2.Transform
+    )
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+        raise ConfigError(
+            "an augmentation needs a name"
+            if name is None
+            else f"torchvision.transforms.v2 has no augmentation {name!r}",
+            available=close or names,
+            fix=f"did you mean {close[0]!r}?" if close else "write {name: CLASS, OPTION: VALUE}",
+        )
+    cls: type[v2.Transform] = getattr(v2, name)
+    known = [key for key in inspect.signature(cls).parameters if key not in ("args", "kwargs")]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"augmentation {name} has no option {key!r}",
+                available=known,
+                fix=f"did you mean {near[0]!r}?" if near else None,
+            )
+    try:
+        return cls(**_with_enums(cls, options))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"augmentation {name} does not take {options}: {error}", available=known) from error
+
+
+def _with_enums(cls: type[v2.Transform], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn ``bilinear`` or ``imagenet`` into the member of torchvision's enumeration that the option wants."""
+    hints = typing.get_type_hints(cls.__init__)
+    converted = dict(options)
+    for key, value in options.items():
+        for hint in (hints.get(key), *typing.get_args(hints.get(key))):
+            if isinstance(value, str) and isinstance(hint, type) and issubclass(hint, Enum):
+                converted[key] = hint(value)
+    return converted
+
+
+def _try(transform: v2.Transform, resize: int) -> None:
+    """Run an augmentation once, so that one which cannot work is refused before any picture is read."""
+    # The caller may be building on the meta device, and its random numbers are not ours to draw.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        picture = torch.zeros(3, resize, resize, dtype=torch.uint8)
+        try:
+            result = transform(picture)
+        # Whatever a transform raises on a plain picture, it would raise on the user's pictures too.
+        except Exception as error:
+            raise ConfigError(
+                f"the augmentation fails on a picture of {resize} x {resize} pixels: {error}",
+                fix="augmentations take and return one picture of 8-bit values; look at their order and sizes",
+            ) from error
+    if not isinstance(result, Tensor) or result.ndim != 3 or result.shape[0] != 3:
+        what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise ConfigError(
+            f"the augmentation does not return a picture of three channels but {what}",
+            fix="leave out the step that changes the number of channels",
+        )

@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torchvision.models import ResNet50_Weights
+
+from transfer import ConfigError, DataError
+from transfer_vision.pictures import open_picture
+from transfer_vision.preprocessing import ImagePreprocessing
+
+
+def picture(width: int = 90, height: int = 60, mode: str = "RGB") -> Image.Image:
+    """Return a smooth picture whose quarters differ, so that no two turns of it are alike."""
+    x, y = np.linspace(0, 255, width)[None, :], np.linspace(0, 255, height)[:, None]
+    pixels = np.stack([x + 0 * y, y + 0 * x, (x + y) / 2], -1)
+    return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
+
+
+def stored(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def small() -> ImagePreprocessing:
+    return ImagePreprocessing(image_size=32, augmentation="none")
+
+
+def one(preprocessing: ImagePreprocessing, image: Image.Image) -> torch.Tensor:
+    return preprocessing.encode([image])[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- encode
+
+
+@pytest.mark.parametrize(("size", "expected"), [((90, 60), (37, 55)), ((60, 90), (55, 37)), ((20, 20), (37, 37))])
+def test_encode_resizes_the_shorter_side(
+    small: ImagePreprocessing, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    encoded = one(small, picture(*size))
+    assert encoded.dtype == torch.uint8
+    assert encoded.shape == (3, *expected)
+
+
+@pytest.mark.parametrize("size", [(301, 200), (200, 333), (500, 375)])
+def test_evaluation_input_is_what_torchvisions_own_preset_makes(size: tuple[int, int]) -> None:
+    preset = ResNet50_Weights.IMAGENET1K_V2.transforms()
+    ours = ImagePreprocessing(image_size=224, resize=232)
+    image = picture(*size)
+    torch.testing.assert_close(ours.collate(ours.encode([image])), preset(image)[None], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16"])
+def test_every_mode_becomes_rgb(small: ImagePreprocessing, mode: str) -> None:
+    grey = picture().convert("L")
+    if mode.startswith("I"):
+        sixteen = np.asarray(grey).astype(np.int32) * 257
+        image = Image.fromarray(sixteen.astype(np.uint16) if mode == "I;16" else sixteen)
+        assert image.mode == mode
+    elif mode in ("P", "PA"):
+        image = grey.convert("P").convert(mode)
+    else:
+        image = grey.convert("RGB").convert(mode)
+    encoded = one(small, image).float()
+    expected = one(small, grey).float()
+    assert encoded.shape == expected.shape
+    assert (encoded - expected).abs().mean() < (40 if mode == "1" else 3)  # one bit per pixel is dithered
+
+
+def test_sixteen_bit_png_keeps_its_range(small: ImagePreprocessing) -> None:
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    encoded = one(small, open_picture(stored(Image.fromarray(values), "PNG"), "deep.png")).float()
+    assert encoded.min() < 6
+    assert encoded.max() > 249
+    assert abs(encoded.mean() - 127.5) < 2
+
+
+def test_transparency_is_put_over_white(small: ImagePreprocessing) -> None:
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    half = Image.new("RGBA", (64, 64), (0, 0, 0, 128))
+    assert (one(small, clear) == 255).all()
+    assert (one(small, half).float() - 127).abs().max() <= 1
+
+
+def test_transparent_colour_of_a_palette_is_put_over_white(small: ImagePreprocessing) -> None:
+    image = Image.new("P", (64, 64), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    opened = open_picture(stored(image, "PNG", transparency=b"\x00\xff"), "palette.png")
+    assert (one(small, opened) == 255).all()
+
+
+def test_cmyk_jpeg(small: ImagePreprocessing) -> None:
+    red = Image.new("RGB", (64, 64), (250, 10, 10)).convert("CMYK")
+    encoded = one(small, open_picture(stored(red, "JPEG", quality=95), "press.jpg")).float().mean((1, 2))
+    torch.testing.assert_close(encoded, torch.tensor([250.0, 10.0, 10.0]), atol=6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(small: ImagePreprocessing, orientation: int, kind: str) -> None:
+    upright = picture()
+    turns = [
+        [],
+        [Image.Transpose.FLIP_LEFT_RIGHT],
+        [Image.Transpose.ROTATE_180],
+        [Image.Transpose.FLIP_TOP_BOTTOM],
+        [Image.Transpose.TRANSPOSE],
+        [Image.Transpose.ROTATE_90],
+        [Image.Transpose.TRANSVERSE],
+        [Image.Transpose.ROTATE_270],
+    ]
+    turned = upright
+    for turn in turns[orientation - 1]:
+        turned = turned.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    opened = open_picture(stored(turned, kind, exif=exif), "phone")
+    expected, got = one(small, upright).float(), one(small, opened).float()
+    assert got.shape == expected.shape
+    assert (got - expected).abs().mean() < 3
+
+
+def test_large_jpeg_decoded_at_a_smaller_scale_looks_the_same(small: ImagePreprocessing) -> None:
+    image = picture(1200, 800)
+    ImageDraw.Draw(image).ellipse((300, 200, 700, 600), fill=(240, 30, 30))
+    content = stored(image, "JPEG", quality=90)
+    scaled = one(small, open_picture(content, "large.jpg")).float()
+    loaded = open_picture(content, "large.jpg")
+    loaded.load()  # what has been decoded cannot be decoded at another scale
+    full = one(small, loaded).float()
+    assert (scaled - full).abs().mean() < 1
+    assert (scaled - full).abs().max() < 25
+
+
+def test_encode_leaves_the_image_as_it_was(small: ImagePreprocessing) -> None:
+    image = open_picture(stored(picture(1200, 800), "JPEG"), "large.jpg")
+    first = one(small, image)
+    assert image.size == (1200, 800)
+    assert torch.equal(one(small, image), first)
+    assert ImagePreprocessing(image_size=400).encode([image])[0].shape == (3, 457, 685)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM"])
+def test_truncated_files_are_refused(small: ImagePreprocessing, kind: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3)).astype(np.uint8))
+    content = stored(noise, kind)
+    with pytest.raises((ValueError, OSError)):
+        one(small, open_picture(content[: len(content) // 2], "cut"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"this is a text, not a picture", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n" + b"x" * 40]
+)
+def test_what_is_no_picture_is_refused_clearly(content: bytes) -> None:
+    with pytest.raises((ValueError, OSError)) as caught:
+        open_picture(content, "notes.jpg")
+    assert "BytesIO" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP"])
+def test_damaged_files_raise_nothing_else(small: ImagePreprocessing, kind: str) -> None:
+    content = stored(picture(), kind, exif=Image.Exif()) if kind != "BMP" else stored(picture(), kind)
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(content)
+        for place in random.integers(0, min(len(damaged), 400), 5):
+            damaged[place] = random.integers(0, 256)
+        try:
+            encoded = one(small, open_picture(bytes(damaged), "damaged"))
+        except (ValueError, OSError):
+            continue
+        assert encoded.ndim == 3
+
+
+def test_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = stored(Image.new("1", (3000, 3000)), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000_000)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        open_picture(content, "bomb.png")
+
+
+def test_warnings_of_pillow_are_logged_with_the_name(
+    small: ImagePreprocessing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = stored(Image.new("1", (2000, 2000)), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3_000_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert one(small, open_picture(content, "panorama.png")).shape == (3, 37, 37)
+    assert "panorama.png: " in caplog.text
+    assert "3000000" in caplog.text
+
+
+def test_damaged_exif_is_logged_and_the_picture_kept(
+    small: ImagePreprocessing, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = stored(picture(), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\x00\x00\x00\x08\x00\x09" + b"\xff" * 30)
+    assert one(small, open_picture(content, "odd.jpg")).shape == (3, 37, 55)
+    assert "odd.jpg" in caplog.text
+
+
+def test_a_line_of_pixels_is_refused_before_it_fills_memory(small: ImagePreprocessing) -> None:
+    with pytest.raises(ValueError, match="too long and thin"):
+        one(small, Image.new("L", (3_000_000, 1)))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("a.jpg", "PIL image, got str"), (Image.new("F", (9, 9)), "8 or 16 bits")]
+)
+def test_values_that_cannot_be_encoded(small: ImagePreprocessing, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small.encode([value])
+
+
+# ------------------------------------------------------------------------------------------------- augment and collate
+
+
+def test_augmentation_is_a_function_of_the_seed() -> None:
+    preprocessing = ImagePreprocessing(image_size=32)
+    encoded = one(preprocessing, picture())
+
+    def augmented(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return preprocessing.augment(encoded)
+
+    assert augmented(0).shape == (3, 32, 32)
+    assert augmented(0).dtype == torch.uint8
+    assert torch.equal(augmented(0), augmented(0))
+    assert not torch.equal(augmented(0), augmented(1))
+
+
+def test_no_augmentation_changes_nothing(small: ImagePreprocessing) -> None:
+    encoded = one(small, picture())
+    assert small.augment(encoded) is encoded
+
+
+def test_collate_crops_the_centre_and_pads_what_is_smaller(small: ImagePreprocessing) -> None:
+    wide, tiny = torch.zeros(3, 32, 64, dtype=torch.uint8), torch.full((3, 16, 16), 255, dtype=torch.uint8)
+    wide[:, :, 16:48] = 255
+    batch = small.collate([wide, tiny])
+    assert batch.shape == (2, 3, 32, 32)
+    assert batch.dtype == torch.float32
+    white = (1 - torch.tensor(small.mean)) / torch.tensor(small.std)
+    torch.testing.assert_close(batch[0], white.view(3, 1, 1).expand(3, 32, 32))
+    torch.testing.assert_close(batch[1, :, 8:24, 8:24], white.view(3, 1, 1).expand(3, 16, 16))
+    assert (batch[1, :, 0] < 0).all()
+
+
+def test_listed_augmentations_are_applied_in_order() -> None:
+    steps = [{"name": "RandomVerticalFlip", "p": 1.0}, {"name": "CenterCrop", "size": 16}]
+    preprocessing = ImagePreprocessing(image_size=16, resize=32, augmentation=steps)
+    encoded = one(preprocessing, picture(32, 32))
+    assert torch.equal(preprocessing.augment(encoded), encoded.flip(1)[:, 8:24, 8:24])
+
+
+def test_options_that_are_enumerations_are_given_by_name() -> None:
+    steps = [{"name": "AutoAugment", "policy": "cifar10", "interpolation": "bilinear"}]
+    preprocessing = ImagePreprocessing(image_size=32, augmentation=steps)
+    assert preprocessing.augment(one(preprocessing, picture())).shape == (3, 37, 55)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message", "hint"),
+    [
+        ([{"name": "RandomHorizontalFlop"}], "no augmentation 'RandomHorizontalFlop'", "RandomHorizontalFlip"),
+        ([{"name": "RandomHorizontalFlip", "q": 0.5}], "no option 'q'", "p"),
+        ([{"name": "ColorJitter", "brightnes": 0.5}], "no option 'brightnes'", "brightness"),
+        ([{"name": "ColorJitter", "brightness": "much"}], "does not take", None),
+        ([{"name": "AutoAugment", "policy": "imagenot"}], "does not take", None),
+        ([{"p": 0.5}], "needs a name", None),
+        ([{"name": "RandomCrop", "size": 500}], "fails on a picture of 37 x 37", None),
+        ([{"name": "MixUp", "num_classes": 2}], "fails", None),
+        ([{"name": "Grayscale"}], "three channels", None),
+    ],
+)
+def test_augmentations_that_cannot_work_are_refused_at_once(
+    steps: list[dict[str, object]], message: str, hint: str | None
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        ImagePreprocessing(image_size=32, augmentation=steps)
+    if hint:
+        assert hint in str(caught.value)
+
+
+def test_checking_an_augmentation_draws_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    ImagePreprocessing(image_size=32, augmentation=[{"name": "RandomRotation", "degrees": 10}])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rest
+
+
+def test_resize_below_image_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match="resize 20 is smaller than image_size 32"):
+        ImagePreprocessing(image_size=32, resize=20)
+
+
+def test_read_opens_a_path(small: ImagePreprocessing, tmp_path) -> None:
+    path = tmp_path / "picture.png"
+    picture().save(path)
+    assert small.read(str(path)).size == (90, 60)
+
+
+def test_read_names_the_path_of_what_it_cannot_read(small: ImagePreprocessing, tmp_path) -> None:
+    text = tmp_path / "notes.jpg"
+    text.write_text("no picture")
+    for path, message in (
+        (text, "cannot be read: not a picture"),
+        (tmp_path / "absent.png", "no such"),
+        (tmp_path, "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            small.read(str(path))
+        assert str(path) in str(caught.value)
+
+
+def test_a_copy_in_another_process_does_the_same() -> None:
+    preprocessing = ImagePreprocessing(image_size=32, augmentation=[{"name": "RandomHorizontalFlip"}])
+    copy = pickle.loads(pickle.dumps(preprocessing))
+    assert copy.describe() == preprocessing.describe()
+    assert torch.equal(one(copy, picture()), one(preprocessing, picture()))
+
+
+def test_describe_says_what_the_model_sees() -> None:
+    assert ImagePreprocessing().describe() == {
+        "image_size": 224,
+        "resize": 256,
+        "interpolation": "bilinear",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "augmentation": "usual",
+    }
