@@ -1,0 +1,124 @@
+"""The commands that a newcomer types, in processes of their own, on data that comes with the package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def transfer(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "transfer.cli", *arguments]
+    env = os.environ | {"TRANSFER_CACHE": str(cwd / "cache"), "COLUMNS": "160"} | environment
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    answer = transfer("run", str(ROOT / "configs/quickstart_text.yaml"), cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    return folder, folder / answer.stdout.splitlines()[-1]
+
+
+def test_the_last_line_is_a_run_directory_with_exactly_these_files(text_run):
+    _, run = text_run
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert files >= {"config.yaml", "environment.json", "metrics.jsonl", "summary.json"}
+    assert {name for name in files if name.startswith("model/")} == {
+        "model/model.json",
+        "model/weights.safetensors",
+        "model/vocabulary.json",
+        "model/embedding.json",
+    }
+    assert {name.split("/")[1] for name in files if name.startswith("checkpoints/")} >= {"best", "last"}
+    assert not [name for name in files if name.endswith((".pt", ".pth", ".pkl", ".tmp"))]
+
+
+def test_it_learns(text_run):
+    _, run = text_run
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    assert summary["test"]["accuracy"] > 0.7  # chance is 0.5 on 104 reviews
+
+
+def test_evaluate_gives_the_figures_of_the_summary_exactly(text_run):
+    folder, run = text_run
+    answer = transfer("evaluate", str(run), "--json", cwd=folder)
+    assert json.loads(answer.stdout) == {"test": json.loads((run / "summary.json").read_text())["test"]}
+
+
+def test_predict_reads_arguments_files_and_standard_input(text_run, tmp_path):
+    folder, run = text_run
+    review = tmp_path / "review.txt"
+    review.write_text("a film I would gladly watch again")
+    answer = transfer("predict", str(run), "a film I would gladly watch again", str(review), "--json", cwd=folder)
+    first, second = map(json.loads, answer.stdout.splitlines())
+    assert first["probabilities"] == second["probabilities"]
+    assert first["label"] in ("positive", "negative")
+    command = [sys.executable, "-m", "transfer.cli", "predict", str(run), "-", "--json"]
+    piped = subprocess.run(command, input="one line\nanother line\n", capture_output=True, text=True, check=True)
+    assert [json.loads(line)["input"] for line in piped.stdout.splitlines()] == ["one line", "another line"]
+
+
+def test_an_empty_text_is_refused_in_one_panel(text_run):
+    folder, run = text_run
+    answer = transfer("predict", str(run), "   ", cwd=folder)
+    assert answer.returncode == 2
+    assert "empty" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_quick_try_runs_every_part_of_the_vision_config(tmp_path):
+    answer = transfer("run", str(ROOT / "configs/quickstart_vision.yaml"), "--quick", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    run = tmp_path / answer.stdout.splitlines()[-1]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["quick"], summary["epochs"]) == (True, 1)
+    again = transfer("evaluate", str(run), "--json", cwd=tmp_path)
+    assert json.loads(again.stdout) == {"test": summary["test"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "configs/quickstart_text.yml"], "quickstart_text.yaml"),
+        (["run", "configs/quickstart_text.yaml", "backbone.name=textcn"], "did you mean 'textcnn'"),
+        (["run", "configs/quickstart_text.yaml", "backbone.filter=3"], "did you mean 'filters'"),
+        (["run", "configs/quickstart_text.yaml", "train.batch_size=big"], "train.batch_size"),
+        (["run", "configs/quickstart_text.yaml", "backbone.vectors=nowhere.txt"], "nowhere.txt"),
+        (["run", "configs/quickstart_text.yaml", "head.name=nothing"], "linear, mlp"),
+        (
+            ["run", "configs/quickstart_text.yaml", "backbone={name: resnet18, weights: null}"],
+            "takes the field 'image'",
+        ),
+        (["run", "configs/quickstart_text.yaml", "task={name: regression}"], "target of kind number"),
+        (
+            ["run", "configs/quickstart_text.yaml", "train.phases.0.freeze={until: lstm}"],
+            "embedding, convolution, head",
+        ),
+        (["run", "configs/imdb_textcnn.yaml"], "aclImdb_v1.tar.gz"),
+        (["run", "configs/hymenoptera_finetune.yaml"], "hymenoptera_data.zip"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["predict", "nowhere", "text"], "nowhere"),
+        (["show", "backbone", "textcn"], "did you mean 'textcnn'"),
+    ],
+)
+def test_a_users_mistake_is_one_panel_and_status_2(arguments, said, tmp_path):
+    answer = transfer(
+        *arguments[:1],
+        *(str(ROOT / a) if a.startswith("configs/") else a for a in arguments[1:]),
+        cwd=tmp_path,
+        TRANSFER_DATA=str(tmp_path / "empty"),
+        https_proxy="http://127.0.0.1:9",
+    )
+    assert answer.returncode == 2, answer.stdout + answer.stderr
+    assert said in " ".join(answer.stderr.replace("│", " ").split())
+    assert "Traceback" not in answer.stderr
+    assert not (tmp_path / "runs").exists()

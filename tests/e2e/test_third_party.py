@@ -1,0 +1,63 @@
+"""A package that core and the built-in plugins know nothing of: installed as anybody's, named in a config."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "examples/plugins/transfer-hashing"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    site = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(site), str(PACKAGE)], check=True, timeout=120)
+    return os.environ | {"PYTHONPATH": str(site), "COLUMNS": "160"}
+
+
+def run(environment, cwd, *arguments):
+    command = [sys.executable, "-m", "transfer.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_nothing_of_ours_knows_it():
+    sources = [p.read_text() for folder in ("core", "plugins") for p in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 20
+    assert not any("transfer_hashing" in source for source in sources)
+
+
+def test_its_plugins_are_listed_with_their_distribution(installed, tmp_path):
+    listed = json.loads(run(installed, tmp_path, "plugins", "--json").stdout)
+    mine = {(p["kind"], p["name"]) for p in listed if p["distribution"] == "transfer-hashing"}
+    assert mine == {("backbone", "hashing"), ("head", "cosine")}
+
+
+def test_its_options_are_shown(installed, tmp_path):
+    answer = run(installed, tmp_path, "show", "backbone", "hashing")
+    assert "buckets" in answer.stdout
+    assert "fewer collisions" in answer.stdout
+
+
+def test_a_config_trains_it_and_the_run_predicts(installed, tmp_path):
+    answer = run(installed, tmp_path, "run", str(PACKAGE / "reviews.yaml"))
+    assert answer.returncode == 0, answer.stderr
+    folder = tmp_path / answer.stdout.splitlines()[-1]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["test"]["accuracy"] > 0.6
+    said = run(installed, tmp_path, "predict", str(folder), "wonderful and moving", "--json")
+    assert json.loads(said.stdout)["label"] in ("positive", "negative")
+
+
+def test_where_it_is_not_installed_the_run_says_what_to_install(installed, tmp_path):
+    answer = run(installed, tmp_path, "run", str(PACKAGE / "reviews.yaml"), "--quick")
+    folder = tmp_path / answer.stdout.splitlines()[-1]
+    said = run(os.environ | {"COLUMNS": "160"}, tmp_path, "predict", str(folder), "some text")
+    assert said.returncode == 2
+    assert "pip install transfer-hashing==0.1.0" in said.stderr

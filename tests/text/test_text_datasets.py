@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from transfer import ConfigError, DataError, data_folder
+from transfer_text import datasets
+from transfer_text.datasets import IMDb, MiniReviews, TextCSV
+
+# ---------------------------------------------------------------------------------------------------------------- IMDb
+
+REVIEWS = {
+    f"aclImdb/{split}/{sentiment}/{number}_{stars}.txt": f"{split} {sentiment} {number} caf\u00e9<br />"
+    for split in ("train", "test")
+    for sentiment, stars in (("neg", 2), ("pos", 9))
+    for number in (0, 10, 2)
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRANSFER_DATA", str(tmp_path))
+    monkeypatch.setattr(datasets, "IMDB_REVIEWS", 3)
+    return tmp_path
+
+
+def pack(folder: Path, reviews: dict[str, str]) -> Path:
+    path = folder / "aclImdb_v1.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in reviews.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return path
+
+
+def unpack(folder: Path, reviews: dict[str, str]) -> Path:
+    for name, text in reviews.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder / "aclImdb"
+
+
+def test_the_archive_and_the_folder_give_the_same_reviews_in_order(folder: Path) -> None:
+    (folder / "packed").mkdir()
+    (folder / "open").mkdir()
+    shuffled = dict(reversed(REVIEWS.items())) | {
+        "aclImdb/train/unsup/0_0.txt": "no label",
+        "aclImdb/README": "read me",
+        "../../evil/train/pos/x.txt": "outside",
+    }
+    packed, opened = pack(folder / "packed", shuffled), unpack(folder / "open", REVIEWS)
+    for root in (packed, packed.parent, opened, opened.parent):
+        data = IMDb(root=str(root)).load()
+        train = data.splits["train"]
+        assert list(data.splits) == ["train", "test"]
+        assert train.names == [
+            *(f"aclImdb/train/neg/{n}_2.txt" for n in (0, 10, 2)),
+            *(f"aclImdb/train/pos/{n}_9.txt" for n in (0, 10, 2)),
+        ]
+        assert train.fields["text"] == [REVIEWS[name] for name in train.names]
+        assert train.targets.tolist() == [0, 0, 0, 1, 1, 1]
+        assert data.spec.classes == ("negative", "positive")
+
+
+def test_the_data_folder_is_looked_in_before_anything_is_downloaded(folder: Path) -> None:
+    pack(folder, REVIEWS)
+    assert len(IMDb().load().splits["test"]) == 6
+
+
+def test_what_is_not_there_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(url: str, name: str) -> Path:
+        asked.append((url, name))
+        return pack(folder, REVIEWS)
+
+    monkeypatch.setattr(datasets, "download", download)
+    assert len(IMDb().load().splits["train"]) == 6
+    assert asked == [(datasets.IMDB_URL, "aclImdb_v1.tar.gz")]
+
+
+def test_an_incomplete_archive_is_refused(folder: Path) -> None:
+    path = pack(folder, dict(list(REVIEWS.items())[:-1]))
+    with pytest.raises(DataError, match="test holds 3 negative and 2 positive") as caught:
+        IMDb().load()
+    assert caught.value.problems[0].where == str(path)
+
+
+def test_a_damaged_archive_is_refused(folder: Path) -> None:
+    path = pack(folder, REVIEWS)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match="cannot be read"):
+        IMDb().load()
+
+
+def test_a_root_without_the_data_says_what_it_holds(folder: Path) -> None:
+    (folder / "somewhere").mkdir()
+    (folder / "somewhere" / "else.txt").touch()
+    with pytest.raises(DataError) as caught:
+        IMDb(root=str(folder / "somewhere")).load()
+    assert caught.value.problems[0].available == ("else.txt",)
+
+
+@pytest.mark.data
+def test_all_of_imdb_is_read() -> None:
+    if not (data_folder() / "aclImdb_v1.tar.gz").is_file():
+        pytest.skip("needs aclImdb_v1.tar.gz")
+    splits = IMDb().load().splits
+    assert {name: (len(split), int(split.targets.sum())) for name, split in splits.items()} == {
+        "train": (25_000, 12_500),
+        "test": (25_000, 12_500),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- mini reviews
+
+
+def test_mini_reviews_are_balanced_in_three_splits() -> None:
+    data = MiniReviews().load()
+    assert {name: (len(s), int(s.targets.sum())) for name, s in data.splits.items()} == {
+        "train": (480, 240),
+        "validation": (104, 52),
+        "test": (104, 52),
+    }
+    assert data.splits["train"].name(0) == "mini_reviews.csv:2"
+    assert data.spec == MiniReviews().spec
+
+
+def test_no_mini_review_is_in_two_splits() -> None:
+    texts = [text for split in MiniReviews().load().splits.values() for text in split.fields["text"]]
+    assert len({" ".join(text.lower().split()) for text in texts}) == len(texts) == 688
+    assert all(text == text.strip() and len(text.split()) >= 5 for text in texts)
+
+
+# ------------------------------------------------------------------------------------------------------------ text_csv
+
+TABLE = "text,label\nA fine film,good\nToo slow,bad\n"
+
+
+def write(folder: Path, content: str | bytes, name: str = "train.csv") -> str:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def problem(folder: Path, content: str | bytes, name: str = "train.csv", **options: Any) -> str:
+    path = write(folder, content, name)
+    with pytest.raises(DataError) as caught:
+        TextCSV(train=path, **options).load()
+    assert len(caught.value.problems) == 1
+    return str(caught.value).replace(str(folder) + "/", "")
+
+
+def test_classes_are_the_labels_in_alphabetical_order(tmp_path: Path) -> None:
+    path = write(tmp_path, TABLE)
+    data = TextCSV(train=path).load()
+    assert data.spec.classes == ("bad", "good")
+    assert data.splits["train"].targets.tolist() == [1, 0]
+    assert data.splits["train"].targets.dtype == np.int64
+    assert data.splits["train"].fields["text"] == ["A fine film", "Too slow"]
+    assert data.splits["train"].names == [f"{path}:2", f"{path}:3"]
+    assert list(data.splits) == ["train"]
+
+
+def test_the_test_split_uses_the_classes_of_training(tmp_path: Path) -> None:
+    train = write(tmp_path, TABLE + "So so,middling\n")
+    test = write(tmp_path, "text,label\nFine,good\n", "test.csv")
+    assert TextCSV(train=train, test=test).load().splits["test"].targets.tolist() == [1]
+
+
+def test_quoting_is_that_of_python(tmp_path: Path) -> None:
+    rows = [['He said "no",\nand left', "bad"], ["x" * 200_000, "good"], ["plain", "bad"]]
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer).writerows([["text", "label"], *rows])
+    path = write(tmp_path, buffer.getvalue())
+    split = TextCSV(train=path).load().splits["train"]
+    assert split.fields["text"] == [row[0] for row in rows]
+    assert split.names == [f"{path}:2", f"{path}:4", f"{path}:5"]
+    assert csv.field_size_limit() == 131_072  # what is global is put back
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("a.tsv", "text\tlabel\none, two\tx\nthree\ty\n", {}),
+        ("a.csv", "text;label\none, two;x\nthree;y\n", {"delimiter": ";"}),
+        ("a.csv", b'\xef\xbb\xbftext,label\r\n"one, two",x\r\n\r\nthree,y\r\n', {}),
+        ("a.csv", 'text,label\n"one, two",x\nthree,y\n'.encode("utf-16"), {"encoding": "utf-16"}),
+        ("a.jsonl", '{"text": "one, two", "label": "x"}\n\n{"text": "three", "label": "y", "more": [1]}\n', {}),
+    ],
+)
+def test_every_format_gives_the_same_rows(
+    tmp_path: Path, name: str, content: str | bytes, options: dict[str, Any]
+) -> None:
+    data = TextCSV(train=write(tmp_path, content, name), **options).load()
+    assert data.splits["train"].fields["text"] == ["one, two", "three"]
+    assert data.spec.classes == ("x", "y")
+
+
+def test_labels_of_json_lines_may_be_numbers_and_booleans(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps({"text": "a", "label": label}) for label in (1, 0, True, "x"))
+    assert TextCSV(train=write(tmp_path, lines, "a.jsonl")).load().spec.classes == ("0", "1", "true", "x")
+
+
+def test_several_columns_are_labels_or_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path, "text,a,b\none,1,0\ntwo,TRUE,false\n")
+    labels = TextCSV(train=path, label=("b", "a"), target="labels").load()
+    assert labels.spec.classes == ("b", "a")
+    assert labels.splits["train"].targets.tolist() == [[0, 1], [0, 1]]
+    numbers = TextCSV(train=write(tmp_path, "text,a\none,-1.5e1\n"), label="a", target="number").load()
+    assert numbers.spec.classes == ("a",)
+    assert numbers.splits["train"].targets.tolist() == [[-15]]
+    assert numbers.splits["train"].targets.dtype == np.float32
+
+
+def test_the_options_alone_say_what_they_can(tmp_path: Path) -> None:
+    assert TextCSV(train="nowhere.csv").spec.classes == ()
+    assert TextCSV(train="nowhere.csv", label=("a", "b"), target="labels").spec.classes == ("a", "b")
+
+
+def test_a_table_in_the_data_folder_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFER_DATA", str(tmp_path))
+    write(tmp_path, TABLE, "in_the_folder.csv")
+    assert len(TextCSV(train="in_the_folder.csv").load().splits["train"]) == 2
+
+
+def test_a_missing_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No such file") as caught:
+        TextCSV(train=str(tmp_path / "none.csv")).load()
+    assert caught.value.problems[0].where == str(tmp_path / "none.csv")
+
+
+def test_a_missing_column_lists_the_columns_and_the_nearest(tmp_path: Path) -> None:
+    message = problem(tmp_path, TABLE, text="texts")
+    assert "train.csv:2: there is no column 'texts'" in message
+    assert "available: text, label" in message
+    assert "did you mean 'text'?" in message
+
+
+def test_a_table_with_another_delimiter_is_recognised(tmp_path: Path) -> None:
+    assert "set delimiter" in problem(tmp_path, "text;label\nabc;x\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\nfine,x\n  ,y\n", "train.csv:3: column 'text' is empty"),
+        ("text,label\nfine,x\nslow, \n", "train.csv:3: column 'label' is empty"),
+        ('text,label\n"a\nb",x\none,two,three\n', "train.csv:4: the row has 3 fields, the header 2"),
+        ("text,label\nfine,x\nslow\n", "train.csv:3: the row has 1 fields, the header 2"),
+        ('text,label\nfine,x\n"never closed,y\nmore,x\n', "train.csv:3: the row cannot be parsed"),
+        (b"text,label\nfine,x\ncaf\xe9,y\n", "train.csv:3: byte 0xe9 is not utf-8-sig"),
+        (b"\xef\xbb\xbftext,label\nfine,x\n\xe9,y\n", "train.csv:3: byte 0xe9 is not utf-8-sig"),
+        ("text,label\nfine,x\nslow,x\n", "train.csv: column 'label' holds one class alone: 'x'"),
+        ("text,label,text\nfine,x,y\n", "train.csv:1: two columns are called 'text'"),
+        ("text,label\n", "train.csv: the table holds no rows"),
+        ("", "train.csv: the table holds no rows"),
+    ],
+)
+def test_a_wrong_table_is_named_by_file_and_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+    assert message in problem(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "b"', "a.jsonl:2: the line is not JSON"),
+        ('["b", "x"]', "a.jsonl:2: the line holds a list, not an object"),
+        ('{"text": "b", "label": ["x", "y"]}', "a.jsonl:2: 'label' holds a list"),
+        ('{"text": "b", "label": null}', "a.jsonl:2: column 'label' is empty"),
+        ('{"text": "b", "labels": "x"}', "a.jsonl:2: there is no column 'label'"),
+    ],
+)
+def test_a_wrong_json_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    assert message in problem(tmp_path, '{"text": "a", "label": "x"}\n' + line + "\n", "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "message"),
+    [
+        ("2", "labels", "train.csv:3: column 'a' holds '2', which is neither 0 nor 1"),
+        ("many", "number", "train.csv:3: column 'a' holds 'many', which is no finite number"),
+        ("nan", "number", "train.csv:3: column 'a' holds 'nan', which is no finite number"),
+    ],
+)
+def test_a_target_that_cannot_be_parsed_is_named(tmp_path: Path, value: str, target: str, message: str) -> None:
+    content = f"text,a\none,1\ntwo,{value}\n"
+    assert message in problem(tmp_path, content, label="a", target=target)
+
+
+def test_a_class_that_training_never_saw_is_named(tmp_path: Path) -> None:
+    train = write(tmp_path, TABLE)
+    test = write(tmp_path, "text,label\nFine,good\nOdd,strange\n", "test.csv")
+    with pytest.raises(DataError, match="'strange' is not in the training data") as caught:
+        TextCSV(train=train, test=test).load()
+    assert caught.value.problems[0].where == f"{test}:3"
+    assert caught.value.problems[0].available == ("bad", "good")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label": ("a", "b")}, "a class is in one column"),
+        ({"label": ()}, "do not name different columns"),
+        ({"label": "text"}, "do not name different columns"),
+        ({"delimiter": ";;"}, "one character"),
+        ({"encoding": "utf-9"}, "no encoding called 'utf-9'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TextCSV(train="a.csv", **options)

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from transfer import ConfigError, FeatureSpec, WeightsError
+from transfer_text.textcnn import TextCNN
+
+TEXTS = ["a fine film with a fine cast", "it is n't a film", "so slow , so very slow , I left"]
+SMALL: Mapping[str, Any] = {"kernel_sizes": (2, 3), "filters": (4, 5)}
+VARIANTS = ("rand", "static", "nonstatic", "multichannel")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 6, generator=generator).tolist()
+    words = ("a", "fine", "film", "slow")
+    (tmp_path / "own.txt").write_text(
+        "".join(f"{word} {' '.join(map(str, row))}\n" for word, row in zip(words, rows, strict=True))
+    )
+    return str(tmp_path / "own.txt")
+
+
+def build(source: str, variant: str = "multichannel", **options: Any) -> TextCNN:
+    torch.manual_seed(0)
+    vectors = None if variant == "rand" else source
+    backbone = TextCNN.from_data(TEXTS, variant=variant, vectors=vectors, **{**SMALL, **options})
+    backbone.load_pretrained()
+    return backbone
+
+
+def inputs(backbone: TextCNN, texts: list[str]) -> Tensor:
+    return backbone.preprocessing.collate(backbone.preprocessing.encode(texts))
+
+
+def vector(source: str, word: str) -> Tensor:
+    for line in Path(source).read_text().splitlines():
+        if line.split(" ")[0] == word:
+            return torch.tensor([float(number) for number in line.split(" ")[1:]])
+    raise KeyError(word)
+
+
+def index(backbone: TextCNN, word: str) -> int:
+    return backbone.vocabulary.tokens.index(word)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_features_are_one_number_per_filter(source: str, variant: str) -> None:
+    backbone = build(source, variant)
+    assert backbone.features == FeatureSpec("vector", 9)
+    assert backbone(inputs(backbone, TEXTS)).shape == (3, 9)
+    assert [name for name, _ in backbone.stages.named_children()] == ["embedding", "convolution"]
+
+
+def test_one_number_of_filters_is_for_every_kernel(source: str) -> None:
+    assert build(source, kernel_sizes=(1, 2, 3), filters=7).features.size == 21
+
+
+def test_features_are_the_definition_of_the_paper(source: str) -> None:
+    backbone = build(source, "multichannel")
+    (ids,) = backbone.preprocessing.encode([TEXTS[0]])
+    features = backbone(inputs(backbone, [TEXTS[0]]))[0]
+    embedding = backbone.stages[0]
+    words = torch.cat([embedding.static[ids.tolist()], embedding.tuned[ids.tolist()]], dim=1)  # (T, 2 D)
+    expected = []
+    for convolution in backbone.stages[1].convolutions:
+        size = convolution.kernel_size[1]
+        windows = torch.stack([words[t : t + size] for t in range(len(words) - size + 1)])  # (T', k, 2 D)
+        responses = torch.einsum("tkd,fdk->tf", windows, convolution.weight.squeeze(2)) + convolution.bias
+        expected.append(functional.relu(responses).max(0).values)
+    torch.testing.assert_close(features, torch.cat(expected))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_text_has_the_same_features_alone_and_in_a_longer_batch(source: str, variant: str) -> None:
+    backbone = build(source, variant)
+    for parameter in backbone.stages[1].parameters():
+        torch.nn.init.uniform_(parameter, -1, 1)  # a bias that is large shows padding that counts
+    texts = ["film", "a film", *TEXTS]
+    together = backbone(inputs(backbone, [*texts, "slow " * 40]))[: len(texts)]
+    alone = torch.cat([backbone(inputs(backbone, [text])) for text in texts])
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_text_shorter_than_every_kernel_works(source: str) -> None:
+    backbone = build(source, kernel_sizes=(3, 5), filters=2)
+    assert torch.isfinite(backbone(inputs(backbone, ["film", "a"]))).all()
+
+
+def test_vectors_are_read_into_both_channels(source: str) -> None:
+    embedding = (backbone := build(source)).stages[0]
+    for word in ("a", "slow"):
+        torch.testing.assert_close(embedding.static[index(backbone, word)], vector(source, word))
+    torch.testing.assert_close(embedding.static, embedding.tuned.detach())
+    assert embedding.static.data_ptr() != embedding.tuned.data_ptr()
+
+
+def test_only_the_tuned_channel_is_trained(source: str) -> None:
+    backbone = build(source)
+    embedding = backbone.stages[0]
+    before = embedding.static.clone()
+    optimizer = torch.optim.Adam(backbone.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        backbone(inputs(backbone, TEXTS)).sum().backward()
+        optimizer.step()
+    assert torch.equal(embedding.static, before)
+    assert not torch.equal(embedding.tuned, before)
+    assert not embedding.tuned[0].any()  # padding
+
+
+def test_the_channels_of_each_variant(source: str) -> None:
+    channels = {}
+    for variant in VARIANTS:
+        embedding = build(source, variant).stages[0]
+        channels[variant] = (embedding.static is not None, embedding.tuned is not None, embedding.out_dimensions)
+    assert channels == {
+        "rand": (False, True, 100),
+        "static": (True, False, 6),
+        "nonstatic": (False, True, 6),
+        "multichannel": (True, True, 12),
+    }
+
+
+def test_unknown_words_are_zero_the_mean_or_random_with_the_same_spread(source: str) -> None:
+    known = torch.stack([vector(source, word) for word in ("a", "fine", "film", "slow")])
+    rows = {}
+    for unknown in ("zero", "mean", "random"):
+        backbone = build(source, unknown=unknown)
+        rows[unknown] = backbone.stages[0].static[[1, index(backbone, "cast"), index(backbone, "left")]]
+        assert not backbone.stages[0].static[0].any()
+    assert not rows["zero"].any()
+    torch.testing.assert_close(rows["mean"], known.mean(0).expand(3, -1))
+    reach = known.std(0, unbiased=False) * 3**0.5
+    assert (rows["random"].abs() <= reach).all()
+    assert len(rows["random"].unique(dim=0)) == 3
+
+
+def test_random_vectors_follow_torchs_seed(source: str) -> None:
+    assert torch.equal(build(source).stages[0].static, build(source).stages[0].static)
+
+
+def test_loading_reports_coverage(source: str) -> None:
+    backbone = TextCNN.from_data(TEXTS, vectors=source, **SMALL)
+    report = backbone.load_pretrained()
+    words = backbone.vocabulary.tokens[2:]
+    assert report["vectors"] == source
+    assert (report["words"], report["found"]) == (len(words), 4)
+    assert report["tokens"] == round(9 / 21, 4)
+    assert report["missing"][:2] == [",", "so"]
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_vectors_of_another_language_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("xyzzy 1 2 3\n")
+    backbone = TextCNN.from_data(TEXTS, vectors=str(tmp_path / "other.txt"), **SMALL)
+    with pytest.raises(WeightsError, match="a vector for none"):
+        backbone.load_pretrained()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_model_comes_back_without_the_vectors(source: str, variant: str) -> None:
+    options = {**SMALL, "variant": variant, "vectors": None if variant == "rand" else source, "max_length": 5}
+    backbone = TextCNN.from_data(TEXTS, **options)
+    backbone.load_pretrained()
+    assets, state = backbone.assets(), backbone.state_dict()
+    Path(source).unlink()
+    again = TextCNN.from_assets(assets, **options)
+    again.load_state_dict(state)
+    assert again.preprocessing.describe() == backbone.preprocessing.describe()
+    assert torch.equal(again(inputs(again, TEXTS)), backbone(inputs(backbone, TEXTS)))
+
+
+def test_the_vocabulary_follows_its_options() -> None:
+    backbone = TextCNN.from_data(TEXTS, tokenizer="whitespace", min_frequency=2, max_size=3)
+    assert backbone.vocabulary.tokens[2:] == ("a", ",", "film")
+
+
+@pytest.mark.parametrize("vectors", [None, "mini", "glove.840B.300d"])
+def test_a_config_can_be_checked_on_the_meta_device(vectors: str | None) -> None:
+    with torch.device("meta"):
+        backbone = TextCNN(vectors=vectors)
+        assert backbone(torch.ones(2, 7, dtype=torch.int64)).shape == (2, backbone.features.size)
+    assert all(tensor.is_meta for tensor in backbone.state_dict().values())
+
+
+def test_the_variant_follows_the_vectors_when_left_out(source: str) -> None:
+    assert TextCNN().stages[0].static is None
+    assert TextCNN(vectors=source).stages[0].out_dimensions == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "rand", "vectors": "mini"}, "reads none"),
+        ({"variant": "static"}, "needs pretrained vectors"),
+        ({"vectors": "mini", "dimensions": 50}, "dimensions is 50, but mini is 100 wide"),
+        ({"kernel_sizes": (3, 4), "filters": (10,)}, "2 kernel_sizes and 1 numbers of filters"),
+        ({"kernel_sizes": ()}, "0 kernel_sizes"),
+        ({"vectors": "glove.6B.101d"}, "no word vectors 'glove.6B.101d'"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        TextCNN(**options)
+    assert caught.value.problems[0].fix
+
+
+def test_a_saved_width_counts_for_dimensions_too() -> None:
+    assets = TextCNN.from_data(TEXTS, dimensions=8).assets()
+    assert TextCNN.from_assets(assets, dimensions=8).width == 8
+    with pytest.raises(ConfigError, match="is 8 wide"):
+        TextCNN.from_assets(assets, dimensions=9)
+
+
+def test_a_few_steps_learn_to_tell_two_words_apart() -> None:
+    torch.manual_seed(0)
+    texts = [f"the film was {word}" for word in ("fine", "slow")] * 8
+    backbone = TextCNN.from_data(texts, dimensions=8, **SMALL)
+    head = torch.nn.Linear(backbone.features.size, 2)
+    optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=0.05)
+    batch, targets = inputs(backbone, texts), torch.tensor([0, 1] * 8)
+    for _ in range(20):
+        loss = functional.cross_entropy(head(backbone(batch)), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05

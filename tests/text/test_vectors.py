@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import gzip
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transfer import DataError, WeightsError
+from transfer_text import vectors
+from transfer_text.vectors import coverage, read_vectors, width_of
+
+LINES = "the 0.1 0.2 0.3\nfilm 1 -2 3e-1\n. . . 7.0 8.0 9.0\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRANSFER_DATA", str(tmp_path))
+    (tmp_path / "vectors").mkdir()
+    return tmp_path
+
+
+def plain(folder: Path, content: str = LINES) -> str:
+    (folder / "own.txt").write_text(content, encoding="utf-8")
+    return str(folder / "own.txt")
+
+
+def test_rows_follow_the_words_and_missing_ones_are_zero(folder: Path) -> None:
+    read = read_vectors(plain(folder), ["film", "nowhere", "the"])
+    assert read.found.tolist() == [True, False, True]
+    np.testing.assert_allclose(read.matrix, [[1, -2, 0.3], [0, 0, 0], [0.1, 0.2, 0.3]], rtol=1e-6)
+    assert read.matrix.dtype == np.float32
+
+
+def test_a_word_may_hold_spaces(folder: Path) -> None:
+    assert read_vectors(plain(folder), [". . ."]).matrix.tolist() == [[7, 8, 9]]
+
+
+def test_other_spellings_are_tried_and_the_exact_one_wins(folder: Path) -> None:
+    source = plain(folder, "mr 1 1\nThe 2 2\nthe 3 3\n. 4 4\nTHE 5 5\n")
+    read = read_vectors(source, ["mr.", "the", "THE", "The", "...", "tHe", "!"])
+    assert read.matrix[:, 0].tolist() == [1, 3, 5, 2, 4, 3, 0]
+    assert read.found.tolist() == [True] * 6 + [False]
+
+
+def test_of_two_lines_for_a_word_the_first_counts(folder: Path) -> None:
+    assert read_vectors(plain(folder, "a 1 1\na 2 2\n"), ["a"]).matrix.tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("header", ["", "2 3\n", "2 3 \n"])
+def test_a_header_line_is_skipped(folder: Path, header: str) -> None:
+    source = plain(folder, header + "the 0.1 0.2 0.3 \n2 1 2 3\n\n")
+    assert width_of(source) == 3
+    assert read_vectors(source, ["2"]).matrix.tolist() == [[1, 2, 3]]
+
+
+def test_every_packing_gives_the_same_vectors(folder: Path) -> None:
+    plain(folder)
+    with gzip.open(folder / "own.txt.gz", "wt", encoding="utf-8") as file:
+        file.write(LINES)
+    with zipfile.ZipFile(folder / "one.zip", "w") as archive:
+        archive.writestr("inner.txt", LINES)
+    with zipfile.ZipFile(folder / "two.zip", "w") as archive:
+        archive.writestr("a/inner.txt", LINES)
+        archive.writestr("other.txt", "the 9 9\n")
+    for source in ("own.txt", "own.txt.gz", "one.zip", "one.zip:inner.txt", "two.zip:a/inner.txt"):
+        assert width_of(str(folder / source)) == 3
+        assert read_vectors(str(folder / source), ["film", "x"]).found.tolist() == [True, False]
+
+
+def test_an_archive_of_several_files_asks_which(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "two.zip", "w") as archive:
+        archive.writestr("a.txt", LINES)
+        archive.writestr("b.txt", LINES)
+    with pytest.raises(WeightsError) as caught:
+        width_of(str(folder / "two.zip"))
+    assert caught.value.problems[0].available == ("a.txt", "b.txt")
+    with pytest.raises(WeightsError, match=r"no 'c\.txt'"):
+        width_of(str(folder / "two.zip:c.txt"))
+
+
+@pytest.mark.parametrize("place", ["glove.6B.50d.txt", "vectors/glove.6B.50d.txt", "vectors/glove.6B.50d.txt.gz"])
+def test_a_known_name_is_found_in_the_data_folder(folder: Path, place: str) -> None:
+    line = "film" + " 0.5" * 50 + "\n"
+    with (gzip.open if place.endswith(".gz") else open)(folder / place, "wt", encoding="utf-8") as file:
+        file.write(line)
+    assert read_vectors("glove.6B.50d", ["film"]).matrix.tolist() == [[0.5] * 50]
+
+
+@pytest.mark.parametrize("place", ["glove.6B.zip", "vectors/glove.6B.zip", "glove.6B.50d.zip"])
+def test_a_known_name_is_found_inside_the_archive(folder: Path, place: str) -> None:
+    with zipfile.ZipFile(folder / place, "w") as archive:
+        archive.writestr("glove.6B.50d.txt", "film" + " 0.5" * 50 + "\n")
+    assert read_vectors("glove.6B.50d", ["film"]).matrix.tolist() == [[0.5] * 50]
+
+
+def test_a_file_in_the_data_folder_goes_by_its_name(folder: Path) -> None:
+    (folder / "vectors" / "own.3d.txt").write_text(LINES)
+    assert width_of("own.3d") == width_of("own.3d.txt") == width_of("vectors/own.3d.txt") == 3
+
+
+def test_a_known_name_needs_no_file_for_its_width() -> None:
+    assert [width_of(name) for name in ("glove.6B.200d", "glove.42B.300d", "glove.840B.300d")] == [200, 300, 300]
+
+
+def test_a_known_name_that_is_not_there_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(url: str, name: str) -> Path:
+        asked.append((url, name))
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr("glove.6B.50d.txt", "film" + " 0.5" * 50 + "\n")
+        return folder / name
+
+    monkeypatch.setattr(vectors, "download", download)
+    assert read_vectors("glove.6B.50d", ["film"]).found.all()
+    assert asked == [("https://nlp.stanford.edu/data/glove.6B.zip", "vectors/glove.6B.zip")]
+
+
+def test_a_failed_download_says_which_file_to_put_where(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(url: str, name: str) -> Path:
+        raise DataError("no network")
+
+    monkeypatch.setattr(vectors, "download", download)
+    with pytest.raises(WeightsError, match="no network") as caught:
+        read_vectors("glove.6B.100d", ["film"])
+    assert f"glove.6B.zip into {folder / 'vectors'}" in str(caught.value)
+
+
+def test_an_unknown_source_lists_what_there_is(folder: Path) -> None:
+    (folder / "vectors" / "own.3d.txt").write_text(LINES)
+    with pytest.raises(WeightsError, match=r"no word vectors 'glove\.6B\.10d'") as caught:
+        width_of("glove.6B.10d")
+    assert {"glove.6B.100d", "mini", "own.3d.txt"} <= set(caught.value.problems[0].available)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("bad 1 2", "holds 2 numbers where the file's width is 3"),
+        ("bad 0.1 0.2 0.3 0.4", "holds 4 numbers"),
+        ("film 1 x 3", "no finite number"),
+        ("film 1 nan 3", "no finite number"),
+    ],
+)
+def test_a_wrong_line_is_named_by_file_and_number(folder: Path, line: str, message: str) -> None:
+    source = plain(folder, f"the 0.1 0.2 0.3\n{line}\n")
+    with pytest.raises(WeightsError, match=message) as caught:
+        read_vectors(source, ["film"])
+    assert caught.value.problems[0].where == f"{source}:2"
+
+
+@pytest.mark.parametrize("content", ["", "word\n", "PK\x03 not a vector\n"])
+def test_a_file_that_holds_no_vectors_is_refused(folder: Path, content: str) -> None:
+    with pytest.raises(WeightsError):
+        width_of(plain(folder, content))
+
+
+def test_a_damaged_archive_is_named(folder: Path) -> None:
+    (folder / "cut.zip").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(WeightsError, match="damaged archive"):
+        width_of(str(folder / "cut.zip"))
+    whole = gzip.compress((LINES * 2000).encode())
+    (folder / "cut.txt.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="damaged archive"):
+        read_vectors(str(folder / "cut.txt.gz"), ["film"])
+
+
+def test_memory_stays_near_the_rows_that_are_kept(folder: Path) -> None:
+    numbers = " 0.123" * 100
+    source = plain(folder, "".join(f"word{i}{numbers}\n" for i in range(20_000)))  # 12 MB
+    tracemalloc.start()
+    read_vectors(source, ["word1", "word19999"])
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 3_000_000
+
+
+def test_the_packaged_vectors_have_the_width_they_claim() -> None:
+    read = read_vectors("mini", ["film", "good", "n't", "zzzz"])
+    assert read.matrix.shape[1] == width_of("mini") == 100
+    assert read.found.tolist() == [True, True, True, False]
+
+
+def test_coverage_counts_types_and_tokens() -> None:
+    report = coverage(["a", "b", "c"], np.array([True, False, False]), np.array([6, 1, 3]))
+    assert report == {"words": 3, "found": 1, "types": 0.3333, "tokens": 0.6, "missing": ["c", "b"]}
+
+
+def test_coverage_without_counts_leaves_tokens_open() -> None:
+    assert coverage(["a", "b"], np.array([True, False]), None)["tokens"] is None

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transfer import DataError, data_folder
+from transfer_text.vocabulary import PADDING, TOKENIZERS, UNKNOWN, TokenizerName, Vocabulary
+
+TEXTS = ["A fine film, a fine cast.", "It isn't a film."]
+
+
+def tokenize(text: str, name: TokenizerName) -> list[str]:
+    return Vocabulary.nominal(name).tokenize(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("I don't think it's the dogs' film.", "i do n't think it 's the dogs ' film ."),
+        ("We'll say you're right, they've won't and I'd", "we 'll say you 're right , they 've wo n't and i 'd"),
+        ("I can't, I'm O'Brien at 5 o'clock", "i ca n't , i 'm o'brien at 5 o'clock"),
+        ("Mr. Smith of the U.S. cannot.", "mr. smith of the u.s. cannot ."),
+        ('A well-made "B-movie" (1980s)!?', 'a well-made " b-movie " ( 1980s ) ! ?'),
+        ("$1,000 or 7.5/10", "$ 1,000 or 7.5 / 10"),
+        ("so..... slow -- very---slow", "so ... slow -- very -- slow"),
+        ("one<br /><br />two<BR>three</i>", "one two three"),
+        ("a &amp; b &lt;3 &quot;c&quot; d&#39;s e&nbsp;f &hellip; &amp;quot;", 'a & b < 3 " c " d \'s e f ... "'),
+        (
+            "it\u2019s \u201cfine\u201d \u2014 really\u2026 \x93quoted\x94 \x96 I don\u00b4t",
+            'it \'s " fine " -- really ... " quoted " - i do n\'t',
+        ),
+        ("caf\u00e9 cafe\u0301", "caf\u00e9 caf\u00e9"),
+    ],
+)
+def test_glove_follows_the_conventions_of_gloves_own_text(text: str, tokens: str) -> None:
+    assert tokenize(text, "glove") == tokens.split(" ")
+
+
+def test_basic_english_follows_torchtexts_rules() -> None:
+    # torchtext.data.functional's patterns and replacements, as its last release has them.
+    rules = [
+        (r"\'", " '  "),
+        (r"\"", ""),
+        (r"\.", " . "),
+        (r"<br \/>", " "),
+        (r",", " , "),
+        (r"\(", " ( "),
+        (r"\)", " ) "),
+        (r"\!", " ! "),
+        (r"\?", " ? "),
+        (r"\;", " "),
+        (r"\:", " "),
+        (r"\s+", " "),
+    ]
+    text = "It's \"great\"<br /><br />(really): A+; 10/10! Isn't it? 3.5, yes...\tEND &amp; more\n"
+    expected = text.lower()
+    for pattern, replacement in rules:
+        expected = re.sub(pattern, replacement, expected)
+    assert tokenize(text, "basic_english") == expected.split()
+
+
+def test_whitespace_splits_at_blanks_alone() -> None:
+    assert tokenize(" A  b's\tC.\n<br /> ", "whitespace") == ["A", "b's", "C.", "<br", "/>"]
+
+
+def test_words_are_ordered_by_frequency_then_alphabetically() -> None:
+    vocabulary = Vocabulary.build(TEXTS)
+    assert vocabulary.tokens[2:] == ("a", ".", "film", "fine", ",", "cast", "is", "it", "n't")
+    assert vocabulary.counts is not None
+    assert vocabulary.counts.tolist() == [0, 0, 3, 2, 2, 2, 1, 1, 1, 1, 1]
+
+
+def test_rare_words_are_unknown_and_counted_so() -> None:
+    vocabulary = Vocabulary.build(TEXTS, min_frequency=2, max_size=3)
+    assert vocabulary.tokens[2:] == ("a", ".", "film")
+    assert vocabulary.counts is not None
+    assert vocabulary.counts[UNKNOWN] == 7
+    assert [ids.tolist() for ids in vocabulary.encode(["A new film"])] == [[2, UNKNOWN, 4]]
+
+
+def test_json_brings_back_the_same_vocabulary() -> None:
+    for name in TOKENIZERS:
+        vocabulary = Vocabulary.build(TEXTS, name)
+        again = Vocabulary.from_json(vocabulary.to_json())
+        assert again.to_json() == vocabulary.to_json()
+        assert again.tokens == vocabulary.tokens
+        assert again.tokenize("It isn't <br /> X") == vocabulary.tokenize("It isn't <br /> X")
+        np.testing.assert_array_equal(again.encode(TEXTS)[1], vocabulary.encode(TEXTS)[1])
+
+
+def test_the_same_texts_give_the_same_json_byte_for_byte() -> None:
+    assert Vocabulary.build(TEXTS * 100).to_json() == Vocabulary.build(TEXTS * 100).to_json()
+
+
+def test_pickling_keeps_the_vocabulary() -> None:
+    vocabulary = Vocabulary.build(TEXTS)
+    assert pickle.loads(pickle.dumps(vocabulary)).to_json() == vocabulary.to_json()
+
+
+def test_no_text_can_spell_the_special_tokens() -> None:
+    for name in TOKENIZERS:
+        vocabulary = Vocabulary.build(["some words"], name)
+        for special in vocabulary.tokens[:2]:
+            assert PADDING not in vocabulary.encode([special])[0]
+
+
+def test_encode_keeps_order_across_chunks_and_cuts_to_length() -> None:
+    vocabulary = Vocabulary.build([" ".join(map(str, range(10)))], "whitespace")
+    texts = [f"{i % 10} {i % 7} 1" for i in range(3000)]
+    encoded = vocabulary.encode(texts, max_length=2)
+    assert [[vocabulary.tokens[i] for i in ids] for ids in encoded] == [text.split()[:2] for text in texts]
+    assert encoded[0].dtype == np.int32
+
+
+def test_a_vocabulary_without_words_is_refused() -> None:
+    with pytest.raises(DataError, match="no word occurs 5 times"):
+        Vocabulary.build(TEXTS, min_frequency=5)
+
+
+def test_json_of_another_tokenizer_is_refused() -> None:
+    broken = json.loads(Vocabulary.build(TEXTS).to_json())
+    broken["model"]["vocab"] = {"a": 0, "< unknown >": 1}
+    with pytest.raises(ValueError, match="begins with"):
+        Vocabulary.from_json(json.dumps(broken))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forking_after_encoding_prints_no_warning() -> None:
+    program = (
+        "import os; from transfer_text.vocabulary import Vocabulary\n"
+        "vocabulary = Vocabulary.build(['a b'] * 9); vocabulary.encode(['a', 'b'] * 9); child = os.fork()\n"
+        "vocabulary.encode(['a', 'b'] * 9)\n"
+        "if child: raise SystemExit(os.waitpid(child, 0)[1])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.data
+def test_gloves_own_tokens_come_through_whole() -> None:
+    path = data_folder() / "vectors" / "glove.6B.100d.head.txt"
+    if not path.is_file():
+        pytest.skip(f"needs {path.name}")
+    words = [line.partition(" ")[0] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    vocabulary = Vocabulary.nominal("glove")
+    whole = [word for word in words if vocabulary.tokenize(word) == [word]]
+    assert len(whole) > 0.99 * len(words)
