@@ -195,11 +195,14 @@ def load_component(kind: Kind, block: Mapping[str, Any], source: str) -> Compone
     """Check the block of one component on its own (in a model folder).
 
     Raises:
+        PluginError: The plugin is not installed, or cannot be imported.
         ConfigError: With every problem found.
     """
     section = "data" if kind == "dataset" else kind
     if not isinstance(block, Mapping):
         raise ConfigError(f"{section} is {block!r}: it should be a mapping", where=source)
+    if isinstance(name := block.get("name"), str):
+        registry.load(kind, name)  # a plugin that is missing is no mistake in the block: the caller knows its package
     check = _Check(make_document({section: block}, source=source))
     component, _ = check.component(kind, check.document.data[section], Named)
     if component is None:

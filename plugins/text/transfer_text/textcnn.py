@@ -193,6 +193,9 @@ class WordEmbedding(nn.Module):
         tuned: Have a channel that is.
     """
 
+    recompute = True
+    """Looking up is cheaper than reading stored features back."""
+
     def __init__(self, size: int, dimensions: int, *, frozen: bool, tuned: bool) -> None:
         super().__init__()
         weight = torch.empty(size, dimensions).uniform_(-RANDOM_RANGE, RANDOM_RANGE)
