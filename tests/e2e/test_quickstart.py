@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from transfer.cli import main
+
 ROOT = Path(__file__).parents[2]
 
 
-def transfer(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "transfer.cli", *arguments]
+def command_line(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "transfer", *arguments]
     env = os.environ | {"TRANSFER_CACHE": str(cwd / "cache"), "COLUMNS": "160"} | environment
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
 
@@ -22,7 +24,7 @@ def transfer(*arguments: str, cwd: Path, **environment: str) -> subprocess.Compl
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    answer = transfer("run", str(ROOT / "configs/quickstart_text.yaml"), cwd=folder)
+    answer = command_line("run", str(ROOT / "configs/quickstart_text.yaml"), cwd=folder)
     assert answer.returncode == 0, answer.stderr
     return folder, folder / answer.stdout.splitlines()[-1]
 
@@ -50,7 +52,7 @@ def test_it_learns(text_run):
 
 def test_evaluate_gives_the_figures_of_the_summary_exactly(text_run):
     folder, run = text_run
-    answer = transfer("evaluate", str(run), "--json", cwd=folder)
+    answer = command_line("evaluate", str(run), "--json", cwd=folder)
     assert json.loads(answer.stdout) == {"test": json.loads((run / "summary.json").read_text())["test"]}
 
 
@@ -58,30 +60,30 @@ def test_predict_reads_arguments_files_and_standard_input(text_run, tmp_path):
     folder, run = text_run
     review = tmp_path / "review.txt"
     review.write_text("a film I would gladly watch again")
-    answer = transfer("predict", str(run), "a film I would gladly watch again", str(review), "--json", cwd=folder)
+    answer = command_line("predict", str(run), "a film I would gladly watch again", str(review), "--json", cwd=folder)
     first, second = map(json.loads, answer.stdout.splitlines())
     assert first["probabilities"] == second["probabilities"]
     assert first["label"] in ("positive", "negative")
-    command = [sys.executable, "-m", "transfer.cli", "predict", str(run), "-", "--json"]
+    command = [sys.executable, "-m", "transfer", "predict", str(run), "-", "--json"]
     piped = subprocess.run(command, input="one line\nanother line\n", capture_output=True, text=True, check=True)
     assert [json.loads(line)["input"] for line in piped.stdout.splitlines()] == ["one line", "another line"]
 
 
 def test_an_empty_text_is_refused_in_one_panel(text_run):
     folder, run = text_run
-    answer = transfer("predict", str(run), "   ", cwd=folder)
+    answer = command_line("predict", str(run), "   ", cwd=folder)
     assert answer.returncode == 2
     assert "empty" in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
 def test_a_quick_try_runs_every_part_of_the_vision_config(tmp_path):
-    answer = transfer("run", str(ROOT / "configs/quickstart_vision.yaml"), "--quick", cwd=tmp_path)
+    answer = command_line("run", str(ROOT / "configs/quickstart_vision.yaml"), "--quick", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     run = tmp_path / answer.stdout.splitlines()[-1]
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["quick"], summary["epochs"]) == (True, 1)
-    again = transfer("evaluate", str(run), "--json", cwd=tmp_path)
+    again = command_line("evaluate", str(run), "--json", cwd=tmp_path)
     assert json.loads(again.stdout) == {"test": summary["test"]}
 
 
@@ -110,15 +112,17 @@ def test_a_quick_try_runs_every_part_of_the_vision_config(tmp_path):
         (["show", "backbone", "textcn"], "did you mean 'textcnn'"),
     ],
 )
-def test_a_users_mistake_is_one_panel_and_status_2(arguments, said, tmp_path):
-    answer = transfer(
-        *arguments[:1],
-        *(str(ROOT / a) if a.startswith("configs/") else a for a in arguments[1:]),
-        cwd=tmp_path,
-        TRANSFER_DATA=str(tmp_path / "empty"),
-        https_proxy="http://127.0.0.1:9",
-    )
-    assert answer.returncode == 2, answer.stdout + answer.stderr
-    assert said in " ".join(answer.stderr.replace("│", " ").split())
-    assert "Traceback" not in answer.stderr
+def test_a_users_mistake_is_one_panel_and_status_2(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRANSFER_DATA", str(tmp_path / "empty"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network, whatever the machine has
+    monkeypatch.setenv("COLUMNS", "160")
+    paths = [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]
+    monkeypatch.setattr(sys, "argv", ["transfer", *paths])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr()
+    assert ended.value.code == 2, shown.out + shown.err
+    assert said in " ".join(shown.err.replace("│", " ").split())
+    assert "Traceback" not in shown.err
     assert not (tmp_path / "runs").exists()

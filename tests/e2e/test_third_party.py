@@ -23,7 +23,7 @@ def installed(tmp_path_factory):
 
 
 def run(environment, cwd, *arguments):
-    command = [sys.executable, "-m", "transfer.cli", *arguments]
+    command = [sys.executable, "-m", "transfer", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 

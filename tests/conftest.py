@@ -1,0 +1,208 @@
+"""Plugins small enough to train in a blink, registered for one test at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Head, Preprocessing, Split, registry
+
+torch.set_num_threads(1)
+
+POINT_SIZE = 4
+
+
+class Points(Dataset):
+    """Two clouds of points in four dimensions, one per class, which overlap a little.
+
+    Args:
+        count: Points in all; a quarter of them is the test split.
+        distance: Between the centres of the two clouds.
+        target: The cloud that a point belongs to, or its first coordinate.
+    """
+
+    def __init__(
+        self, *, count: int = 160, distance: float = 1.0, target: Literal["class", "number"] = "class"
+    ) -> None:
+        self.count = count
+        self.distance = distance
+        self.target: Literal["class", "number"] = target
+
+    @property
+    def spec(self) -> DataSpec:
+        """Field ``point``; classes ``near`` and ``far``, or the number ``first``."""
+        return DataSpec(("point",), self.target, ("near", "far") if self.target == "class" else ("first",))
+
+    def load(self) -> Data:
+        """Draw the points, the same ones every time."""
+        generator = np.random.default_rng(0)
+        cloud = np.arange(self.count) % 2
+        points = generator.normal(size=(self.count, POINT_SIZE)) + self.distance * cloud[:, None]
+        targets = cloud if self.target == "class" else points[:, :1].astype(np.float32)
+        whole = Split({"point": [row.tolist() for row in points]}, targets)
+        test = self.count // 4
+        indices = np.arange(self.count)
+        return Data(self.spec, {"train": whole.select(indices[test:]), "test": whole.select(indices[:test])})
+
+
+class PointPreprocessing(Preprocessing):
+    """Points as float32 tensors (4,); a text of four numbers and commas is a point too."""
+
+    def encode(self, values: Sequence[Any]) -> list[Tensor]:
+        """Refuse a point of another size."""
+        for value in values:
+            if len(value) != POINT_SIZE:
+                raise ValueError(f"a point has {POINT_SIZE} numbers, this one has {len(value)}")
+        return [torch.tensor(value, dtype=torch.float32) for value in values]
+
+    def collate(self, encoded: Sequence[Tensor]) -> Tensor:
+        """Stack to (B, 4)."""
+        return torch.stack(list(encoded))
+
+    def read(self, source: str) -> list[float]:
+        """Read ``1,2,3,4``."""
+        return [float(number) for number in source.split(",")]
+
+    def describe(self) -> Mapping[str, Any]:
+        """Say the size."""
+        return {"size": POINT_SIZE}
+
+
+class Dense(Backbone):
+    """Three dense stages with batch norm and dropout, (B, 4) -> (B, width).
+
+    Args:
+        width: Units of each stage.
+        dropout: Share of the second stage's units that is dropped in training.
+    """
+
+    field: ClassVar[str] = "point"
+
+    def __init__(self, *, width: int = 8, dropout: float = 0.1) -> None:
+        super().__init__(
+            {
+                "first": nn.Sequential(nn.Linear(POINT_SIZE, width), nn.BatchNorm1d(width), nn.ReLU()),
+                "second": nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout)),
+                "third": nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()),
+            }
+        )
+        self.width = width
+
+    @property
+    def features(self) -> FeatureSpec:
+        """A vector of ``width``."""
+        return FeatureSpec("vector", self.width)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Points as tensors."""
+        return PointPreprocessing()
+
+
+class _Steps(nn.Module):
+    """(B, 4) -> a pair of (B, 4, width) and a mask (B, 4)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, width)
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(points.unsqueeze(-1)), torch.ones_like(points, dtype=torch.bool)
+
+
+class Steps(Backbone):
+    """A point as a sequence of its numbers, (B, 4) -> (B, 4, width) and a mask.
+
+    Args:
+        width: Features of each step.
+    """
+
+    field: ClassVar[str] = "point"
+
+    def __init__(self, *, width: int = 3) -> None:
+        super().__init__({"steps": _Steps(width)})
+        self.width = width
+
+    @property
+    def features(self) -> FeatureSpec:
+        """A sequence of ``width``."""
+        return FeatureSpec("sequence", self.width)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Points as tensors."""
+        return PointPreprocessing()
+
+
+class MeanOfSteps(Head):
+    """The mean over real steps, then one linear layer."""
+
+    layouts: ClassVar[frozenset[Literal["vector", "sequence"]]] = frozenset({"sequence"})
+
+    def __init__(self, features: FeatureSpec, out_features: int) -> None:
+        super().__init__()
+        self.output = nn.Linear(features.size, out_features)
+
+    def forward(self, features: tuple[Tensor, Tensor]) -> Tensor:
+        """Return (B, out_features) of (B, T, D) and a mask (B, T)."""
+        steps, mask = features
+        weights = mask.unsqueeze(-1).to(steps.dtype)
+        return self.output((steps * weights).sum(1) / weights.sum(1))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep stored features out of the user's cache."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRANSFER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _registered_anew() -> Iterator[None]:
+    """Forget after each test what it registered."""
+    before = dict(registry._registered)
+    yield
+    registry._registered.clear()
+    registry._registered.update(before)
+
+
+@pytest.fixture
+def tiny() -> None:
+    """Register the plugins of this file: ``points``, ``dense``, ``steps`` and ``mean_of_steps``."""
+    registry.register("dataset", "points")(Points)
+    registry.register("backbone", "dense")(Dense)
+    registry.register("backbone", "steps")(Steps)
+    registry.register("head", "mean_of_steps")(MeanOfSteps)
+
+
+@pytest.fixture
+def config(tiny: None) -> dict[str, Any]:
+    """Return the config of a run of a second or less."""
+    return {
+        "seed": 3,
+        "data": {"name": "points"},
+        "backbone": {"name": "dense"},
+        "head": {"name": "linear"},
+        "task": {"name": "classification"},
+        "train": {
+            "batch_size": 16,
+            "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+            "phases": [{"epochs": 2}],
+        },
+    }
+
+
+@pytest.fixture
+def config_file(config: dict[str, Any], tmp_path: Path) -> Path:
+    """Write that config as ``tiny.yaml``."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path

@@ -1,0 +1,132 @@
+"""Imports run one way: read from the syntax trees, so that an import inside a function counts too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORE = ROOT / "core" / "transfer"
+PLUGINS = ROOT / "plugins"
+
+# Each module may import those that stand before it, and no other.
+ORDER = (
+    "errors",
+    "files",
+    "document",
+    "interfaces",
+    "splits",
+    "registry",
+    "schema",
+    "precision",
+    "settings",
+    "recipes",
+    "heads",
+    "tasks",
+    "model",
+    "freezing",
+    "events",
+    "run_directory",
+    "checkpoint",
+    "loading",
+    "mixing",
+    "feature_cache",
+    "optim",
+    "config",
+    "engine",
+    "build",
+    "console",
+    "plan",
+    "model_folder",
+    "workflow",
+    "cli",
+    "__main__",
+)
+
+
+def _is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def _nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Walk a tree without what stands under TYPE_CHECKING."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt) and _is_type_checking(child):
+            assert isinstance(child, ast.If)
+            for other in child.orelse:
+                yield from _nodes(other)
+            continue
+        yield child
+        yield from _nodes(child)
+
+
+def imports(file: Path) -> Iterator[tuple[int, str, str | None]]:
+    """Yield line, module and imported name (None for ``import module``) of each import."""
+    for node in _nodes(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            yield from ((node.lineno, str(node.module), alias.name) for alias in node.names)
+
+
+def modules_of_core() -> list[str]:
+    return sorted(file.stem for file in CORE.glob("*.py") if file.stem != "__init__")
+
+
+def sources_of_plugins() -> list[Path]:
+    return sorted(PLUGINS.glob("*/transfer_*/**/*.py"))
+
+
+def test_every_module_of_core_has_a_place() -> None:
+    assert set(modules_of_core()) <= set(ORDER)
+
+
+@pytest.mark.parametrize("module", modules_of_core())
+def test_core_imports_run_one_way(module: str) -> None:
+    file = CORE / f"{module}.py"
+    before = ORDER[: ORDER.index(module)]
+    for line, source, name in imports(file):
+        if source == "transfer" and name is not None:
+            source = f"transfer.{name}"
+        if source.startswith("transfer."):
+            assert source.split(".")[1] in before, f"{file}:{line}: {module} stands below {source}"
+
+
+@pytest.mark.parametrize("module", ["__init__", *modules_of_core()])
+def test_core_imports_no_plugin(module: str) -> None:
+    file = CORE / f"{module}.py"
+    for line, source, _ in imports(file):
+        assert not source.startswith("transfer_"), f"{file}:{line}: core knows no plugin"
+
+
+@pytest.mark.parametrize("module", ["errors", "registry", "files", "document", "cli", "__init__"])
+def test_the_light_modules_import_no_torch_at_the_top(module: str) -> None:
+    tree = ast.parse((CORE / f"{module}.py").read_text(encoding="utf-8"))
+    heavy = {"torch", "numpy", "pydantic", "transfer.interfaces", "transfer.schema", "transfer.workflow"}
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            assert not heavy & {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module not in heavy
+
+
+@pytest.mark.parametrize("file", sources_of_plugins(), ids=lambda file: str(file.relative_to(PLUGINS)))
+def test_plugins_import_public_names_alone(file: Path) -> None:
+    import transfer
+
+    own = file.relative_to(PLUGINS).parts[1]
+    for line, source, name in imports(file):
+        package = source.split(".")[0]
+        if package == "transfer":
+            assert source == "transfer", f"{file}:{line}: import {name} from transfer itself"
+            assert name in transfer.__all__, f"{file}:{line}: {name} is no public name of transfer"
+        elif package.startswith("transfer_"):
+            assert package == own, f"{file}:{line}: a plugin imports no other plugin"
+
+
+def test_there_are_plugins_to_check() -> None:
+    assert {file.relative_to(PLUGINS).parts[0] for file in sources_of_plugins()} >= {"vision", "text"}

@@ -1,0 +1,210 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transfer import TransferError, cli, workflow
+
+
+def transfer(*arguments: str | Path, prelude: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    code = f"{prelude}\nimport sys\nfrom transfer.cli import main\nsys.argv[0] = 'transfer'\nmain()"
+    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRANSFER_DEBUG", None)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
+
+
+NO_TORCH = "import atexit, sys; atexit.register(lambda: print('TORCH' if 'torch' in sys.modules else 'LIGHT'))"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plugins"], ["plugins", "--json"]])
+def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
+    ended = transfer(*arguments, prelude=NO_TORCH)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "LIGHT"
+    assert ended.stderr == ""
+
+
+def test_plugins_as_json() -> None:
+    ended = transfer("plugins", "--json")
+    found = {(p["kind"], p["name"]): p for p in json.loads(ended.stdout)}
+    assert found["head", "linear"]["distribution"] == "transfer"
+
+
+def test_the_installed_command_is_this_one() -> None:
+    from importlib import metadata
+
+    (entry,) = metadata.entry_points(group="console_scripts", name="transfer")
+    assert entry.load() is cli.main
+
+
+def test_a_mistake_is_a_panel_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "near.yaml").write_text("data: {}\nbackbone: {name: resnet}\n", encoding="utf-8")
+    ended = transfer("check", tmp_path / "naer.yaml")
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    for part in ("there is no config file", "exists", "near.yaml", "fix", "did you mean"):
+        assert part in ended.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    ended = transfer("--debug", "check", tmp_path / "nothing.yaml")
+    assert ended.returncode not in (0, 2)
+    assert "Traceback" in ended.stderr
+    assert "ConfigError" in ended.stderr
+
+
+def test_an_unknown_command_is_a_mistake_of_the_user() -> None:
+    ended = transfer("rnu")
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Return a function that runs the command line in this process: status, output, errors."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("TRANSFER_DEBUG", raising=False)
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["transfer", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_run_prints_the_folder_last(call: Any, config_file: Path, tmp_path: Path) -> None:
+    status, out, _ = call("run", config_file, "train.phases=[{epochs: 1}]", "--output", tmp_path / "runs")
+    assert status == 0
+    folder = Path(out.splitlines()[-1])
+    assert folder.parent == tmp_path / "runs"
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["epochs"] == 1
+
+
+def test_a_quick_run(call: Any, config_file: Path, tmp_path: Path) -> None:
+    status, out, _ = call("run", config_file, "--quick", "--output", tmp_path / "runs")
+    assert status == 0
+    assert json.loads((Path(out.splitlines()[-1]) / "summary.json").read_text(encoding="utf-8"))["quick"] is True
+
+
+def test_check_shows_the_plan(call: Any, config_file: Path) -> None:
+    status, out, _ = call("check", config_file, "train.phases=[{epochs: 1, freeze: backbone}]")
+    assert status == 0
+    assert "frozen" in out
+    assert "dense" in out
+
+
+def test_wrong_overrides_are_a_panel(call: Any, config_file: Path) -> None:
+    status, out, err = call("check", config_file, "backbone.widht=3", "head.name=linaer")
+    assert (status, out) == (2, "")
+    for part in (
+        "2 problems",
+        "backbone 'dense' has no option 'widht'",
+        "override 'backbone.widht=3'",
+        "did you mean 'width'?",
+        "did you mean 'linear'?",
+    ):
+        assert part in err
+
+
+@pytest.fixture
+def folder(config: dict[str, Any], tmp_path: Path) -> Path:
+    return workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path).folder
+
+
+def test_evaluate_as_json(call: Any, folder: Path) -> None:
+    status, out, _ = call("evaluate", folder, "--json")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert status == 0
+    assert json.loads(out) == {"test": summary["test"]}
+
+
+def test_evaluate_for_people(call: Any, folder: Path) -> None:
+    status, out, _ = call("evaluate", folder, "--split", "validation")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert status == 0
+    assert repr(summary["validation"]["accuracy"]) in out
+
+
+def test_predict_as_json(call: Any, folder: Path) -> None:
+    status, out, _ = call("predict", folder, "1,2,3,4", "0,0,0,0", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [row["input"] for row in rows] == ["1,2,3,4", "0,0,0,0"]
+    assert {row["label"] for row in rows} <= {"near", "far"}
+
+
+def test_predict_reads_lines(call: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1,2,3,4\n\n5,6,7,8\n"))
+    _, out, _ = call("predict", folder, "-", "--json")
+    assert [json.loads(line)["input"] for line in out.splitlines()] == ["1,2,3,4", "5,6,7,8"]
+
+
+def test_predict_for_people(call: Any, folder: Path) -> None:
+    status, out, _ = call("predict", folder, "1,2,3,4")
+    assert status == 0
+    assert "near" in out
+    assert "1,2,3,4" in out
+
+
+def test_predict_with_no_run(call: Any, tmp_path: Path) -> None:
+    status, _, err = call("predict", tmp_path, "1,2,3,4")
+    assert status == 2
+    assert "is no run directory" in err
+
+
+def test_show_describes_the_options(call: Any) -> None:
+    status, out, _ = call("show", "head", "linear")
+    assert status == 0
+    for part in ("transfer.heads:Linear", "number >= 0 and < 1", "0.0", "Share of the features that is dropped"):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(("optimizer", "adam"), "no kind of plugin"), (("head", "linaer"), "did you mean 'linear'?")],
+)
+def test_show_of_the_unknown(call: Any, arguments: tuple[str, str], part: str) -> None:
+    status, _, err = call("show", *arguments)
+    assert status == 2
+    assert part in err
+
+
+@pytest.mark.parametrize(("error", "status"), [(TransferError("it broke"), 1), (KeyboardInterrupt(), 130)])
+def test_other_exit_statuses(
+    call: Any, config_file: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transfer.workflow.run", fail)
+    got, _, err = call("run", config_file)
+    assert got == status
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    prelude = "import transfer.registry as r; p = r.plugins(); r.plugins = lambda *_: p * 100"
+    code = f"{prelude}\nfrom transfer.cli import main\nmain()"
+    command = f"{sys.executable} -c '{code}' plugins --json | head -n 1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert ended.stdout == "[\n"
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,114 @@
+"""Freeze policies: what does not change, bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Dense
+
+from transfer import ConfigError, workflow
+from transfer.build import build
+from transfer.config import load_config
+from transfer.freezing import apply, resolve
+from transfer.heads import Linear
+from transfer.model import Model
+from transfer.model_folder import read_model
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    backbone = Dense()
+    return Model(backbone, Linear(backbone.features, 2, dropout=0.5))
+
+
+def policy(config: dict[str, Any], text: str) -> Any:
+    phases = load_config(config, [f"train.phases=[{{epochs: 1, freeze: {text}}}]"]).train.phases
+    assert phases
+    return phases[0].freeze
+
+
+FIRST = {"first.0.weight", "first.0.bias", "first.1.weight", "first.1.bias"}
+SECOND = {"second.0.weight", "second.0.bias"}
+THIRD = {"third.0.weight", "third.0.bias", "third.1.weight", "third.1.bias"}
+POLICIES = [
+    ("none", set(), set()),
+    ("backbone", FIRST | SECOND | THIRD, {"first", "second", "third"}),
+    ("{until: second}", FIRST | SECOND, {"first", "second"}),
+]
+
+
+@pytest.mark.parametrize(("text", "parameters", "stages"), POLICIES)
+def test_policies(model: Model, config: dict[str, Any], text: str, parameters: set[str], stages: set[str]) -> None:
+    frozen = resolve(model, policy(config, text))
+    assert frozen.parameters == parameters
+    assert frozen.stages == stages
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{until: secnd}", "there is no stage called 'secnd'"),
+        ("{until: head}", "leaves nothing to train"),
+    ],
+)
+def test_wrong_policies(model: Model, config: dict[str, Any], text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(model, policy(config, text))
+
+
+def test_an_unknown_stage_names_the_nearest(model: Model, config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(model, policy(config, "{until: secnd}"))
+    (problem,) = caught.value.problems
+    assert problem.available == ("first", "second", "third", "head")
+    assert problem.fix == "did you mean 'second'?"
+
+
+def test_a_wrong_policy_has_its_line(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        workflow.check(config, ["train.phases.0.freeze={until: secnd}"])
+    assert caught.value.problems[0].where == "override 'train.phases.0.freeze={until: secnd}'"
+
+
+@pytest.mark.parametrize(("text", "parameters", "stages"), POLICIES)
+def test_frozen_parameters_want_no_gradient(
+    model: Model, config: dict[str, Any], text: str, parameters: set[str], stages: set[str]
+) -> None:
+    apply(model, resolve(model, policy(config, text)))
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == parameters
+
+
+def test_frozen_modules_stay_in_eval_mode(model: Model, config: dict[str, Any]) -> None:
+    apply(model, resolve(model, policy(config, "{until: second}")))
+    model.train()
+    training = {name: module.training for name, module in model.named_modules()}
+    assert not any(training[name] for name in ("first", "first.1", "second", "second.2"))
+    assert all(training[name] for name in ("third", "third.1", "head", "head.dropout"))
+    model.eval()
+    assert not any(module.training for module in model.modules())
+    model.train()
+    assert not model.stages["first"].training
+
+
+def test_unfreezing_brings_everything_back(model: Model, config: dict[str, Any]) -> None:
+    apply(model, resolve(model, policy(config, "backbone")))
+    apply(model, resolve(model, policy(config, "none")))
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(module.training for module in model.train().modules())
+
+
+@pytest.mark.parametrize(("text", "parameters", "stages"), POLICIES)
+def test_what_is_frozen_is_bit_identical_after_training(
+    config: dict[str, Any], tmp_path: Any, text: str, parameters: set[str], stages: set[str]
+) -> None:
+    overrides = [f"train.phases=[{{epochs: 2, freeze: {text}}}]", "train.optimizer={name: adamw, lr: 0.01}"]
+    before = build(load_config(config, overrides), lambda event: None).experiment.model.state_dict()
+    after = read_model(workflow.run(config, overrides, output=tmp_path).folder / "model").model.state_dict()
+    for name, tensor in before.items():
+        module = name.rpartition(".")[0]
+        # Buffers stay where everything else of their module does.
+        frozen = name in parameters or parameters >= {f"{module}.weight", f"{module}.bias"}
+        assert torch.equal(tensor, after[name]) == frozen, name

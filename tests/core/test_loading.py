@@ -1,0 +1,209 @@
+"""From raw examples to batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from transfer import DataError, Preprocessing, Split
+from transfer.loading import Batch, Loader, encode, move
+
+
+class Ragged(Preprocessing):
+    """Lists of numbers, padded with zeros; a negative one cannot be encoded."""
+
+    encode_once: ClassVar[bool] = True
+
+    def encode(self, values: Sequence[Any]) -> list[Tensor]:
+        for value in values:
+            if min(value) < 0:
+                raise ValueError("a number is negative")
+        return [torch.tensor(value, dtype=torch.float32) for value in values]
+
+    def collate(self, encoded: Sequence[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(encoded), batch_first=True)
+
+    def length(self, encoded: Tensor) -> int:
+        return len(encoded)
+
+    def read(self, source: str) -> Any:
+        return [float(source)]
+
+
+class Lazy(Ragged):
+    """The same, encoded batch by batch."""
+
+    encode_once: ClassVar[bool] = False
+
+
+class Noisy(Lazy):
+    """The same with noise from every global generator."""
+
+    def augment(self, encoded: Tensor) -> Tensor:
+        return encoded + torch.rand(1) + float(np.random.rand()) + random.random()
+
+
+class NoisyOnce(Noisy):
+    """Noise upon what was encoded once."""
+
+    encode_once: ClassVar[bool] = True
+
+
+def split(count: int = 50, *, longest: int = 12) -> Split:
+    lengths = np.random.default_rng(1).integers(1, longest + 1, count)
+    return Split({"x": [[float(i)] * n for i, n in enumerate(lengths)]}, np.arange(count) % 3)
+
+
+def loader(preprocessing: Preprocessing, part: Split | None = None, **options: Any) -> Loader:
+    return Loader(part or split(), "x", preprocessing, **{"batch_size": 8, "training": True, **options})
+
+
+def batches(made: Loader, epoch: int = 0) -> list[Batch]:
+    return list(made.epoch(epoch))
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets) and np.array_equal(a.indices, b.indices)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("preprocessing", [Ragged(), Lazy(), Noisy(), NoisyOnce()])
+def test_batches_are_a_function_of_seed_and_epoch(preprocessing: Preprocessing) -> None:
+    one = loader(preprocessing, seed=5)
+    first, second = batches(one, 0), batches(one, 1)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    assert same(batches(loader(preprocessing, seed=5), 1), second)
+    assert same(batches(one, 0), first)
+    assert not same(first, second)
+    assert not same(batches(loader(preprocessing, seed=6), 0), first)
+
+
+@pytest.mark.parametrize("preprocessing", [Lazy(), Noisy(), NoisyOnce()])
+def test_the_number_of_workers_changes_nothing(preprocessing: Preprocessing) -> None:
+    assert same(batches(loader(preprocessing, workers=2), 3), batches(loader(preprocessing, workers=0), 3))
+
+
+def test_augmentation_differs_by_example_and_epoch() -> None:
+    part = Split({"x": [[0.0]] * 40}, np.zeros(40, dtype=np.int64))
+    made = loader(Noisy(), part)
+    drawn = [{round(float(v), 5) for batch in batches(made, epoch) for v in batch.inputs} for epoch in (0, 1)]
+    assert len(drawn[0]) == len(drawn[1]) == 40
+    assert len(drawn[0] | drawn[1]) == 80
+
+
+def test_augmentation_leaves_the_global_generators_alone() -> None:
+    def states() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    made = loader(Noisy()).epoch()
+    next(made)
+    before = states()
+    assert len(list(made)) == 6
+    assert states() == before
+
+
+def test_evaluation_is_not_augmented() -> None:
+    made = loader(Noisy(), training=False)
+    assert same(batches(made, 0), batches(made, 1))
+    for batch in batches(made):
+        assert torch.equal(batch.inputs[:, 0], torch.as_tensor(batch.indices, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("preprocessing", [Ragged(), Lazy()])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 50, 1000])
+def test_every_example_comes_exactly_once(preprocessing: Preprocessing, training: bool, count: int) -> None:
+    made = loader(preprocessing, split(count), training=training)
+    found = np.concatenate([batch.indices for batch in batches(made)])
+    assert sorted(found.tolist()) == list(range(count))
+    assert len(made) == len(batches(made))
+
+
+def test_inputs_and_targets_belong_to_the_indices() -> None:
+    for batch in batches(loader(Ragged())):
+        assert batch.inputs[:, 0].tolist() == batch.indices.tolist()
+        assert batch.targets.tolist() == (batch.indices % 3).tolist()
+        assert batch.targets.dtype == torch.int64
+
+
+def test_a_last_batch_of_one_joins_the_batch_before_in_training() -> None:
+    sizes = [len(batch) for batch in loader(Lazy(), split(17)).plan(0)]
+    assert sizes == [8, 9]
+    assert [len(batch) for batch in loader(Lazy(), split(17), training=False).plan(0)] == [8, 8, 1]
+    assert [len(batch) for batch in loader(Lazy(), split(1)).plan(0)] == [1]
+
+
+def padding_share(made: Loader) -> float:
+    inputs = [batch.inputs for batch in batches(made)]
+    lengths = sum(len(value) for value in made.split.fields["x"])
+    return 1 - lengths / sum(tensor.numel() for tensor in inputs)
+
+
+def test_buckets_save_padding() -> None:
+    part = split(800, longest=100)
+    without, with_buckets = (padding_share(loader(Ragged(), part, bucket=b)) for b in (False, True))
+    assert without > 0.3
+    assert with_buckets < 0.1
+
+
+def test_buckets_stay_random() -> None:
+    made = loader(Ragged(), split(800, longest=100))
+    first, second = made.plan(0), made.plan(1)
+    assert not any(set(a) == set(b) for a in first for b in second)
+    lengths = [max(len(made.split.fields["x"][i]) for i in batch) for batch in first]
+    assert lengths != sorted(lengths)
+
+
+def test_evaluation_goes_from_long_to_short() -> None:
+    made = loader(Ragged(), training=False)
+    lengths = [len(made.split.fields["x"][i]) for batch in made.plan(0) for i in batch]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_an_epoch_can_begin_and_end_in_the_middle() -> None:
+    made = loader(Noisy())
+    whole = batches(made, 2)
+    assert same(list(made.epoch(2, first=3)), whole[3:])
+    assert same(list(made.epoch(2, first=1, most=2)), whole[1:3])
+    assert list(made.epoch(2, first=len(whole))) == []
+
+
+BROKEN = Split({"x": [[1.0], [2.0], [-3.0], [4.0]]}, np.zeros(4, dtype=np.int64), ["a", "b", "c.txt", "d"])
+
+
+def test_what_cannot_be_encoded_once_is_named() -> None:
+    with pytest.raises(DataError, match="a number is negative") as caught:
+        loader(Ragged(), BROKEN)
+    assert caught.value.problems[0].where == "c.txt"
+
+
+def test_what_cannot_be_encoded_in_a_batch_is_named() -> None:
+    with pytest.raises(DataError, match="a number is negative") as caught:
+        batches(loader(Lazy(), BROKEN))
+    assert caught.value.problems[0].where == "c.txt"
+
+
+def test_a_batch_that_fails_as_a_whole_says_so() -> None:
+    class Choosy(Lazy):
+        def encode(self, values: Sequence[Any]) -> list[Tensor]:
+            if len(values) > 1:
+                raise ValueError("too many")
+            return super().encode(values)
+
+    with pytest.raises(DataError, match="a batch cannot be encoded: too many"):
+        encode(Choosy(), [[1.0], [2.0]], [0, 1], str)
+
+
+def test_tuples_of_tensors_move_as_a_whole() -> None:
+    moved = move((torch.zeros(1), (torch.ones(2), torch.ones(3))), torch.device("meta"))
+    assert [moved[0].device.type, moved[1][0].device.type, moved[1][1].shape] == ["meta", "meta", (3,)]

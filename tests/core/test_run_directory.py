@@ -1,0 +1,94 @@
+"""The folder of one run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from transfer import RunError
+from transfer.run_directory import RunDirectory, read_json, write_atomically, write_json
+
+
+def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    paths = {RunDirectory.create(tmp_path / "runs", "name").path for _ in range(5)}
+    assert len(paths) == 5
+    assert all(path.is_dir() and path.name.startswith("name-") for path in paths)
+
+
+def test_a_file_is_no_folder_for_runs(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(RunError) as caught:
+        RunDirectory.create(tmp_path / "runs", "name")
+    assert "--output" in str(caught.value.problems[0].fix)
+
+
+def test_the_config_comes_back(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "name")
+    plain = {"a": {"b": [1, 1e-5, "off", "1e-3", None, True]}, "c": "ü"}
+    run.write_config(plain)
+    assert RunDirectory.open(run.path).config() == plain
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words"])
+def test_a_config_that_was_edited_badly_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RunError) as caught:
+        RunDirectory.open(tmp_path).config()
+    assert caught.value.problems[0].where == str(tmp_path / "config.yaml")
+
+
+def test_another_folder_names_the_runs_inside_it(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    with pytest.raises(RunError, match="is no run directory") as caught:
+        RunDirectory.open(tmp_path)
+    assert caught.value.problems[0].available == ("first", "second")
+    with pytest.raises(RunError, match="does not exist") as missing:
+        RunDirectory.open(tmp_path / "third")
+    assert missing.value.problems[0].available == ("first", "second")
+
+
+def test_a_run_that_did_not_end_has_no_summary(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="it did not end"):
+        RunDirectory(tmp_path).summary()
+
+
+def test_metrics_are_a_line_each(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for epoch in (1, 2):
+        run.append_metrics({"epoch": epoch})
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"epoch": 1},
+        {"epoch": 2},
+    ]
+
+
+def test_the_environment_is_written(tmp_path: Path) -> None:
+    RunDirectory(tmp_path).write_environment("cpu", {"some-plugin": "1.2"})
+    content = json.loads((tmp_path / "environment.json").read_text())
+    assert content["versions"]["some-plugin"] == "1.2"
+    assert content["versions"]["torch"]
+    assert {"command", "python", "device", "git_revision", "started", "threads"} <= set(content)
+
+
+def test_writing_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        write_atomically(tmp_path / "file", content)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "second")]
+
+
+def test_json_has_no_infinity(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "file.json", {"a": math.inf})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000])
+def test_damaged_json_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "file.json").write_text(text, encoding="utf-8")
+    with pytest.raises(RunError):
+        read_json(tmp_path / "file.json", "missing")
