@@ -10,14 +10,17 @@ import torch
 
 from transfer import freezing, optim
 from transfer.config import Component, RunConfig, located
+from transfer.document import Key
 from transfer.engine import QUICK_BATCHES, Experiment, PhasePlan
 from transfer.errors import ConfigError, Problem, UserError
 from transfer.events import Note, Observer
 from transfer.interfaces import Backbone, Data, Dataset, DataSpec, Split, Task
 from transfer.loading import Loader
-from transfer.model import Model
+from transfer.model import BATCH_NORM, Model
 from transfer.splits import complete, count_classes
 
+LARGE_EPOCH_STEPS = 1000
+"""Stand in for the steps of an epoch before the data has been counted."""
 ASSUMED_CLASSES = ("(class 1)", "(class 2)")
 """Stand in for the classes of a dataset that must be read to know them."""
 
@@ -200,9 +203,38 @@ def _phases(config: RunConfig, model: Model) -> tuple[PhasePlan, ...]:
                 frozen = freezing.resolve(model, phase.freeze, phase.batch_norm)
             with config.at(*(*phase.key, "lr") if own_lr else ("train", "optimizer", "lr")):
                 groups = optim.groups(model, frozen, phase.lr, config.optimizer_options.no_weight_decay)
-            plans.append(PhasePlan(phase.epochs, frozen, groups, phase.scheduler, phase.patience))
+            plan = PhasePlan(phase.epochs, frozen, groups, phase.scheduler, phase.patience)
+            _try_out(config, model, plan, phase.key)
+            plans.append(plan)
         except UserError as error:
             problems += [p for p in error.problems if p not in problems]
     if problems:
         raise ConfigError.of(problems)
     return tuple(plans)
+
+
+def _try_out(config: RunConfig, model: Model, plan: PhasePlan, key: Key) -> None:
+    """Find what torch would only refuse once the phase began."""
+    with config.at("train", "optimizer"):
+        optimizer = optim.build_optimizer(model, plan.groups, config.optimizer, before=None)
+    with config.at(*key, "scheduler") if config.train.phases else config.at("train", "scheduler"):
+        optim.Schedule(
+            plan.scheduler,
+            optimizer,
+            epochs=plan.epochs,
+            steps_per_epoch=LARGE_EPOCH_STEPS,
+            warmup_epochs=0.0 if config.quick_try else config.train.warmup_epochs,
+            higher_is_better=True,
+        )
+    trained = {name for group in plan.groups for name in group.parameters}
+    norms = [
+        prefix
+        for prefix, module in model.named_modules()
+        if isinstance(module, BATCH_NORM) and trained & {f"{prefix}.{name}" for name, _ in module.named_parameters()}
+    ]
+    if norms and config.train.batch_size == 1:
+        raise ConfigError(
+            f"batch norm ({norms[0]}) cannot train on batches of one example",
+            where=config.document.where(("train", "batch_size")),
+            fix="set a larger train.batch_size, or freeze the stages with batch norm",
+        )

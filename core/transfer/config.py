@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from transfer import registry
 from transfer.document import Document, Key, make_document, read_document
 from transfer.errors import ConfigError, PluginError, Problem, UserError, nearest
-from transfer.optim import HANDED_OVER, OPTIMIZERS, SCHEDULERS
+from transfer.optim import NOT_OPTIONS, OPTIMIZERS, SCHEDULERS, handed_over
 from transfer.recipes import expand
 from transfer.registry import Kind
 from transfer.schema import Block, options_model, validate
@@ -312,16 +312,22 @@ class _Check:
                 raw, key = phase.scheduler, ("train", "phases", index, "scheduler")
             part = None
             if raw is not None:
-                part, _ = self.torch_part(raw, key, "scheduler", SCHEDULERS, Named, HANDED_OVER)
+                part, _ = self.torch_part(raw, key, "scheduler", SCHEDULERS, Named, handed_over)
             schedulers.append(part)
         return optimizer, options, tuple(schedulers)
 
     def optimizer(self, raw: dict[str, Any]) -> tuple[TorchPart | None, OptimizerOptions | None]:
-        skip = {"params", "lr"}
-        return self.torch_part(raw, ("train", "optimizer"), "optimizer", OPTIMIZERS, OptimizerOptions, skip)
+        key: Key = ("train", "optimizer")
+        return self.torch_part(raw, key, "optimizer", OPTIMIZERS, OptimizerOptions, lambda _: NOT_OPTIONS)
 
     def torch_part(
-        self, raw: dict[str, Any], key: Key, what: str, known: Mapping[str, type[Any]], base: type[_N], skip: set[str]
+        self,
+        raw: dict[str, Any],
+        key: Key,
+        what: str,
+        known: Mapping[str, type[Any]],
+        base: type[_N],
+        no_options: Callable[[type[Any]], set[str]],
     ) -> tuple[TorchPart | None, _N | None]:
         name = raw.get("name")
         if not isinstance(name, str):
@@ -334,7 +340,7 @@ class _Check:
             where = self.document.where((*key, "name"))
             self.problems.append(Problem(f"there is no {what} called {name!r}", where, tuple(sorted(known)), fix))
             return None, None
-        block = self.block(options_model(known[name], base, skip=skip), raw, key, f"{what} {name!r}")
+        block = self.block(options_model(known[name], base, skip=no_options(known[name])), raw, key, f"{what} {name!r}")
         if block is None:
             return None, None
         given = {k: getattr(block, k) for k in sorted(block.model_fields_set) if k not in base.model_fields}

@@ -166,6 +166,26 @@ def _place(source: str, key: Key) -> str:
     return f"{source}: {'.'.join(map(str, key))}" if key else source
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that is not a plain word: YAML 1.1 and 1.2 then read the same."""
+
+
+_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", text) and text.lower() not in _WORDS
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump(data: Mapping[str, Any]) -> str:
+    """Return plain data as YAML that :func:`read_document` reads back as it was."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def _apply(document: Document, overrides: Sequence[str]) -> None:
     problems: list[Problem] = []
     for assignment in overrides:

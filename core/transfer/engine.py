@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -114,6 +115,8 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
         TrainingError: The loss is not finite, or memory ran out.
     """
     settings, model, task = experiment.settings, experiment.model, experiment.task
+    # Accelerate keeps its state for the whole process, and refuses a second run of another precision otherwise.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision)
     if accelerator.num_processes > 1:
         raise TrainingError("training in several processes is not supported yet", fix="start it without a launcher")
@@ -148,7 +151,7 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
             optimizer,
             epochs=phase.epochs,
             steps_per_epoch=math.ceil(batches / settings.accumulate),
-            warmup_epochs=settings.warmup_epochs,
+            warmup_epochs=0.0 if experiment.most_batches else settings.warmup_epochs,
             higher_is_better=primary.higher_is_better,
         )
         prepared_optimizer = accelerator.prepare_optimizer(optimizer)
@@ -320,7 +323,14 @@ def evaluate(
                 metric.update(task.predictions(outputs), batch.targets)
             examples += len(batch.indices)
             observe(EvaluationStep(step))
-    return {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
+    scores = {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
+    broken = [name for name, value in scores.items() if not math.isfinite(value)]
+    if broken:
+        raise TrainingError(
+            f"{' and '.join(broken)} of the {split} split is not finite",
+            fix="look for values that are not finite in the data, or lower the learning rate",
+        )
+    return scores
 
 
 def _finite_sum(before: tuple[Tensor, Batch], epoch: int, step: int, optimizer: Any) -> float:

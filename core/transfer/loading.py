@@ -102,14 +102,14 @@ class Loader:
             order = np.arange(count) if self.lengths is None else np.argsort(-self.lengths, kind="stable")
             return self._chunk(order)
         order = generator.permutation(count)
-        if self.lengths is None:
-            return self._chunk(order)
-        batches: list[npt.NDArray[np.int64]] = []
-        pool = self.batch_size * BUCKET_BATCHES
-        for start in range(0, count, pool):
-            members = order[start : start + pool]
-            batches += self._chunk(members[np.argsort(self.lengths[members], kind="stable")])
-        return [batches[i] for i in generator.permutation(len(batches))]
+        if self.lengths is not None:
+            pools = np.split(order, range(self.batch_size * BUCKET_BATCHES, count, self.batch_size * BUCKET_BATCHES))
+            order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
+        batches = self._chunk(order)
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            # Batch norm cannot train on a batch of one: it joins the batch before.
+            batches[-2:] = [np.concatenate(batches[-2:])]
+        return batches if self.lengths is None else [batches[i] for i in generator.permutation(len(batches))]
 
     @property
     def augments(self) -> bool:
@@ -139,14 +139,15 @@ class Loader:
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # __getitems__ has made the batch already
             num_workers=min(self.workers, len(batches)),
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # it draws from this one, not from the model's
         )
-        yield from loader
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
     def _chunk(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        cuts = list(range(self.batch_size, len(order), self.batch_size))
-        if self.training and cuts and len(order) - cuts[-1] == 1:
-            cuts.pop()  # batch norm cannot train on a batch of one: it joins the batch before
-        return np.split(order, cuts)
+        return np.split(order, range(self.batch_size, len(order), self.batch_size))
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -167,9 +168,16 @@ class _Examples(Dataset[Any]):
             self.encoded = encode(preprocessing, self.column, range(len(split)), split.name)
 
     def __getitem__(self, pair: tuple[int, int]) -> Batch:
-        return self.__getitems__([pair])
+        return self.batch([pair])
 
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch:
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch | DataError:
+        try:
+            return self.batch(pairs)
+        except DataError as error:
+            # An exception that leaves a loader process is rebuilt from its text alone; as a value it arrives whole.
+            return error
+
+    def batch(self, pairs: list[tuple[int, int]]) -> Batch:
         indices = np.array([index for _, index in pairs])
         if self.encoded is not None:
             encoded = [self.encoded[i] for i in indices]

@@ -42,18 +42,19 @@ SCHEDULERS = _SCHEDULERS | {
     "linear": lr_scheduler.LinearLR,
     "exponential": lr_scheduler.ExponentialLR,
 }
-# What the framework knows and hands over, so that a config need not repeat the length of its phases.
-HANDED_OVER = {
-    "optimizer",
-    "last_epoch",
-    "verbose",
-    "T_max",
-    "max_lr",
-    "total_steps",
-    "epochs",
-    "steps_per_epoch",
-    "mode",
-}
+NOT_OPTIONS = {"params", "lr", "differentiable", "capturable"}
+"""Of optimizers: what the framework hands over, and what needs another loop than this one."""
+
+
+def handed_over(scheduler: type[Any]) -> set[str]:
+    """Return the parameters of a scheduler that the framework knows, so that a config need not repeat them."""
+    known = {
+        lr_scheduler.CosineAnnealingLR: {"T_max"},
+        lr_scheduler.OneCycleLR: {"max_lr", "total_steps", "epochs", "steps_per_epoch"},
+        lr_scheduler.CyclicLR: {"max_lr", "scale_fn", "scale_mode"},
+        lr_scheduler.ReduceLROnPlateau: {"mode"},
+    }
+    return {"optimizer", "last_epoch", "verbose"} | known.get(scheduler, set())
 
 
 NORMS = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
@@ -167,7 +168,7 @@ def build_optimizer(model: Model, found: list[Group], part: TorchPart, before: O
             ],
             **part.options,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"torch's {part.cls.__name__} refuses its options: {error}") from error
     if before is not None:
         kept: dict[Tensor, Any] = {
@@ -260,7 +261,11 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of scheduler and warm-up; JSON alone."""
         parts = {"scheduler": self.scheduler, "warmup": self.warmup}
-        return {"warmup_steps": self.warmup_steps} | {k: v.state_dict() for k, v in parts.items() if v is not None}
+        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        # The best value so far is infinite until there is one, which JSON cannot say and a new scheduler knows.
+        finite = {name: {k: v for k, v in state.items() if v not in _INFINITE} for name, state in states.items()}
+        return {"warmup_steps": self.warmup_steps, **finite}
 
 
+_INFINITE = (math.inf, -math.inf)
 _BY_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from transfer.document import dump
 from transfer.errors import RunError
 
 FORMAT = 1
@@ -106,7 +107,7 @@ class RunDirectory:
 
     def write_config(self, plain: Mapping[str, Any]) -> None:
         """Write the resolved config."""
-        text = yaml.safe_dump(dict(plain), sort_keys=False, allow_unicode=True)
+        text = dump(dict(plain))
         write_atomically(self.path / "config.yaml", f"# The resolved config of this run, defaults filled in.\n{text}")
 
     def write_environment(self, device: str, distributions: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WrapValidator, model_validator
+from pydantic import BeforeValidator, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from transfer.precision import Precision
@@ -26,6 +26,10 @@ def _one_of(text: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+# Inside a Python validator a list is a list, which strict mode does not take for a tuple as it does in JSON.
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+
+
 class Until(Block):
     """Freeze a stage and all before it."""
 
@@ -35,11 +39,11 @@ class Until(Block):
 class Parameters(Block):
     """Freeze every parameter whose name a pattern matches (``re.search``)."""
 
-    parameters: Annotated[tuple[str, ...], Field(min_length=1)]
+    parameters: Annotated[Names, Field(min_length=1)]
 
 
 Freeze = Annotated[
-    Literal["none", "backbone"] | Until | Parameters | tuple[str, ...],
+    Literal["none", "backbone"] | Until | Parameters | Names,
     _one_of("none, backbone, {until: STAGE}, a list of stages, or {parameters: [REGEX, ...]}"),
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 from transfer import ConfigError, PluginError, RunError, register
 from transfer.config import load_component, load_config, located
 from transfer.errors import Problem
-from transfer.settings import Until
+from transfer.settings import Parameters, Until
 
 STAGES = ("first", "second", "third")
 
@@ -72,7 +72,8 @@ def test_a_resolved_config_resolves_to_itself(config: dict[str, Any], tmp_path: 
         "train.scheduler={name: step, step_size: 2}",
         "train.optimizer={name: adamw, lr: {head: 1.0e-5, layer_decay: 0.8}, betas: [0.8, 0.9]}",
         "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 1, freeze: {until: first}, lr: 1e-7}, "
-        "{epochs: 1, scheduler: {name: cosine}}]",
+        "{epochs: 2, freeze: {parameters: ['^second', bias]}}, "
+        "{epochs: 1, freeze: [third], scheduler: {name: cosine}}]",
         "head={name: mlp, hidden: [4, 2]}",
         "task.class_weights={near: 1, far: 2.5}",
         "data.limit=7",
@@ -215,6 +216,9 @@ def test_a_wrong_scheduler_of_several_phases_is_reported_once(config: dict[str, 
         ("none", "none"),
         ("backbone", "backbone"),
         ("{until: second}", Until(until="second")),
+        ("[first, third]", ("first", "third")),
+        ("[]", ()),
+        ("{parameters: [bias$]}", Parameters(parameters=("bias$",))),
     ],
 )
 def test_freeze_policies(config: dict[str, Any], text: str, freeze: Any) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import POINT_SIZE, Points
 
-from transfer import Data, Split, TrainingError, register, workflow
+from transfer import ConfigError, Data, Split, TrainingError, register, workflow
+from transfer.config import load_config
 from transfer.events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted
 from transfer.model_folder import read_model
 
@@ -171,3 +172,42 @@ def test_observers_hear_of_the_run_in_order(config: dict[str, Any], tmp_path: Pa
     assert [e.record["epoch"] for e in ended if e.best][-1] == run.summary["best_epoch"]
     assert isinstance(seen[-1], RunEnded)
     assert seen[-1].summary == run.summary
+
+
+def test_plateau_runs(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, ["train.scheduler={name: plateau, patience: 0}"], output=tmp_path)
+    assert run.summary["status"] == "complete"
+
+
+def test_two_runs_in_one_process_may_differ_in_precision(config: dict[str, Any], tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        workflow.run(config, [f"train.precision={precision}"], output=tmp_path)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_an_evaluation_that_is_not_finite_is_a_training_error(
+    config: dict[str, Any], tmp_path: Path, split: str
+) -> None:
+
+    class Spoiled(Faulty):
+        def load(self) -> Data:
+            data = super().load()
+            splits = dict(data.splits)
+            if split == "validation":
+                splits["validation"] = splits["test"]
+            return Data(data.spec, splits)
+
+    register("dataset", "spoiled")(Spoiled)
+    with pytest.raises(TrainingError, match=split):
+        workflow.run(config, ["data={name: spoiled, where: test}"], output=tmp_path)
+
+
+def test_options_that_torch_refuses_together_are_a_config_error(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="refuses its options"):
+        workflow.run(config, ["train.optimizer={name: adam, fused: true, foreach: true}"], output=tmp_path)
+
+
+def test_cyclic_takes_its_mode(config: dict[str, Any]) -> None:
+    load_config(config, ["train.scheduler={name: cycliclr, base_lr: 0.01, mode: triangular2}"])
+    with pytest.raises(ConfigError, match="scale_fn"):
+        load_config(config, ["train.scheduler={name: cycliclr, base_lr: 0.01, scale_fn: abs}"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Dense
+from torch import nn
 
 from transfer import ConfigError, workflow
 from transfer.build import build
@@ -37,6 +38,16 @@ POLICIES = [
     ("none", set(), set()),
     ("backbone", FIRST | SECOND | THIRD, {"first", "second", "third"}),
     ("{until: second}", FIRST | SECOND, {"first", "second"}),
+    ("[]", set(), set()),
+    ("[second]", SECOND, {"second"}),
+    ("[first, third]", FIRST | THIRD, {"first", "third"}),
+    ("[head]", {"head.output.weight", "head.output.bias"}, {"head"}),
+    ("{parameters: ['^second']}", SECOND, {"second"}),
+    (
+        "{parameters: ['0.bias$', '^third.1']}",
+        {"first.0.bias", "second.0.bias", "third.0.bias", "third.1.weight", "third.1.bias"},
+        set(),
+    ),
 ]
 
 
@@ -51,11 +62,16 @@ def test_policies(model: Model, config: dict[str, Any], text: str, parameters: s
     ("text", "message"),
     [
         ("{until: secnd}", "there is no stage called 'secnd'"),
+        ("[first, fourth]", "there is no stage called 'fourth'"),
         ("{until: head}", "leaves nothing to train"),
+        ("[first, second, third, head]", "leaves nothing to train"),
+        ("{parameters: ['.']}", "leaves nothing to train"),
+        ("{parameters: ['^first', nothing]}", "the pattern 'nothing' matches no parameter"),
+        ("{parameters: ['(']}", "is no regular expression"),
     ],
 )
 def test_wrong_policies(model: Model, config: dict[str, Any], text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message.replace("(", "\\(")):
         resolve(model, policy(config, text))
 
 
@@ -93,11 +109,27 @@ def test_frozen_modules_stay_in_eval_mode(model: Model, config: dict[str, Any]) 
     assert not model.stages["first"].training
 
 
+def test_a_module_whose_parameters_are_all_frozen_stays_in_eval_mode(model: Model, config: dict[str, Any]) -> None:
+    apply(model, resolve(model, policy(config, "{parameters: ['^first.1', '^third.0.bias']}")))
+    model.train()
+    assert not model.get_submodule("first.1").training
+    assert model.get_submodule("first").training
+    assert model.get_submodule("third.0").training
+
+
 def test_unfreezing_brings_everything_back(model: Model, config: dict[str, Any]) -> None:
     apply(model, resolve(model, policy(config, "backbone")))
     apply(model, resolve(model, policy(config, "none")))
     assert all(p.requires_grad for p in model.parameters())
     assert all(module.training for module in model.train().modules())
+
+
+def test_a_stage_without_parameters_can_be_frozen(config: dict[str, Any]) -> None:
+    backbone = Dense()
+    backbone.stages.add_module("pool", nn.Dropout(0.5))
+    model = Model(backbone, Linear(backbone.features, 2))
+    apply(model, resolve(model, policy(config, "[pool]")))
+    assert not model.train().stages["pool"].training
 
 
 @pytest.mark.parametrize(("text", "parameters", "stages"), POLICIES)

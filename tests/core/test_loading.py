@@ -207,3 +207,23 @@ def test_a_batch_that_fails_as_a_whole_says_so() -> None:
 def test_tuples_of_tensors_move_as_a_whole() -> None:
     moved = move((torch.zeros(1), (torch.ones(2), torch.ones(3))), torch.device("meta"))
     assert [moved[0].device.type, moved[1][0].device.type, moved[1][1].shape] == ["meta", "meta", (3,)]
+
+
+def test_iterating_leaves_the_global_generators_alone() -> None:
+    made = loader(Noisy())
+    before = torch.get_rng_state().tolist()
+    batches(made)
+    assert torch.get_rng_state().tolist() == before
+
+
+def test_no_bucket_leaves_a_batch_of_one() -> None:
+    made = loader(Ragged(), split(8 * 50 * 2 + 1), batch_size=8)
+    sizes = [len(batch) for batch in made.plan(0)]
+    assert min(sizes) > 1
+    assert max(sizes) <= 9
+
+
+def test_what_cannot_be_encoded_in_a_loader_process_is_named() -> None:
+    with pytest.raises(DataError, match="a number is negative") as caught:
+        batches(loader(Lazy(), BROKEN, workers=2))
+    assert caught.value.problems[0].where == "c.txt"

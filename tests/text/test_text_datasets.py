@@ -126,9 +126,9 @@ def test_all_of_imdb_is_read() -> None:
 def test_mini_reviews_are_balanced_in_three_splits() -> None:
     data = MiniReviews().load()
     assert {name: (len(s), int(s.targets.sum())) for name, s in data.splits.items()} == {
-        "train": (480, 240),
-        "validation": (104, 52),
-        "test": (104, 52),
+        "train": (792, 396),
+        "validation": (168, 84),
+        "test": (168, 84),
     }
     assert data.splits["train"].name(0) == "mini_reviews.csv:2"
     assert data.spec == MiniReviews().spec
@@ -136,7 +136,7 @@ def test_mini_reviews_are_balanced_in_three_splits() -> None:
 
 def test_no_mini_review_is_in_two_splits() -> None:
     texts = [text for split in MiniReviews().load().splits.values() for text in split.fields["text"]]
-    assert len({" ".join(text.lower().split()) for text in texts}) == len(texts) == 688
+    assert len({" ".join(text.lower().split()) for text in texts}) == len(texts) == 1128
     assert all(text == text.strip() and len(text.split()) >= 5 for text in texts)
 
 
