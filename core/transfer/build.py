@@ -12,10 +12,10 @@ from transfer import freezing, optim
 from transfer.config import Component, RunConfig, located
 from transfer.document import Key
 from transfer.engine import QUICK_BATCHES, Experiment, PhasePlan
-from transfer.errors import ConfigError, Problem, UserError
+from transfer.errors import ConfigError, PluginError, Problem, UserError
 from transfer.events import Note, Observer
-from transfer.interfaces import Backbone, Data, Dataset, DataSpec, Split, Task
-from transfer.loading import Loader
+from transfer.interfaces import Backbone, Data, Dataset, DataSpec, FeatureSpec, Split, Task
+from transfer.loading import Loader, move
 from transfer.model import BATCH_NORM, Model
 from transfer.splits import complete, count_classes
 
@@ -34,6 +34,7 @@ class Parts:
         backbone, task: As the config names them.
         model: The stages of backbone and head.
         phases: Worked out for this model.
+        shapes: What each stage returns for a batch of two examples, where the backbone knows a typical one.
     """
 
     dataset: Dataset
@@ -41,6 +42,7 @@ class Parts:
     task: Task
     model: Model
     phases: tuple[PhasePlan, ...]
+    shapes: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def preflight(config: RunConfig) -> Parts:
         backbone: Backbone = config.backbone.make()
         _fit_together(config, spec, backbone)
         task, model = assemble(backbone, config.head, config.task, spec)
-    return Parts(dataset, backbone, task, model, _phases(config, model))
+    shapes = _run_on_meta(config, backbone, task, model)
+    return Parts(dataset, backbone, task, model, _phases(config, model), shapes)
 
 
 def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built:
@@ -191,6 +194,51 @@ def _fit_together(config: RunConfig, data: DataSpec, backbone: Backbone) -> None
         problems.append(Problem(message, where["head"], fix=f"choose a head that takes a {layout}"))
     if problems:
         raise ConfigError.of(problems)
+
+
+def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model) -> dict[str, str]:
+    """Send two typical examples through the stages on the meta device, and hold what comes to the contracts."""
+    example = backbone.preprocessing.example()
+    if example is None:
+        return {}
+    encoded = backbone.preprocessing.encode([example, example])
+    value = move(backbone.preprocessing.collate(encoded), torch.device("meta"))
+    shapes = {}
+    spec = backbone.features
+    model.eval()
+    with torch.no_grad():
+        for name, stage in model.stages.items():
+            if name == "head":
+                _check_features(config, value, spec)
+            value = stage(value)
+            shapes[name] = _shape(value)
+    if not isinstance(value, torch.Tensor) or value.shape != (2, task.out_features):
+        raise PluginError(
+            f"head {config.head.plugin.name!r} returns {_shape(value)}, and the task has {task.out_features} outputs",
+            where=config.head.where,
+            fix="a head returns a float tensor (B, out_features)",
+        )
+    return shapes
+
+
+def _check_features(config: RunConfig, value: Any, spec: FeatureSpec) -> None:
+    if spec.layout == "vector":
+        good = isinstance(value, torch.Tensor) and value.shape == (2, spec.size)
+    else:
+        good = isinstance(value, tuple) and len(value) == 2 and value[0].dim() == 3 and value[0].shape[2] == spec.size
+        good = good and value[1].shape == value[0].shape[:2] and value[1].dtype == torch.bool
+    if not good:
+        raise PluginError(
+            f"backbone {config.backbone.plugin.name!r} returns {_shape(value)}, and says {spec.layout} of {spec.size}",
+            where=config.backbone.where,
+            fix="a vector is (B, D); a sequence is a pair of (B, T, D) and a bool mask (B, T)",
+        )
+
+
+def _shape(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"({', '.join(['B', *map(str, value.shape[1:])])})"
+    return " and ".join(map(_shape, value)) if isinstance(value, tuple) else type(value).__name__
 
 
 def _phases(config: RunConfig, model: Model) -> tuple[PhasePlan, ...]:

@@ -405,23 +405,36 @@ def source(cache: FeatureCache | None, prefix: Prefix, loader: Loader, *, views:
         views: Augmented views to keep per example, where the loader augments.
         mixed: Batches are blended at the input.
     """
-    reason = None
-    if not prefix.count:
-        reason = "no stage is frozen from the input on that is worth storing"
-    elif cache is None:
-        reason = "train.cache is off"
-    elif mixed:
-        reason = "train.mix blends examples at the input"
-    elif loader.augments and views is None:
-        reason = "augmentation differs from epoch to epoch (train.views: K keeps K augmented views of each example)"
-    if reason is None and cache is not None:
-        entries = []
-        for view in range(views or 1) if loader.augments else (None,):
-            entry = cache.features(prefix, loader, view=view)
-            if isinstance(entry, str):
-                return Source(loader, 0, {"cached": False, "why": entry})
-            entries.append(entry)
-        report = {"cached": True, "stages": prefix.stages, "views": len(entries) if loader.augments else None}
-        size = sum(tensor.numel() * tensor.element_size() for entry in entries for tensor in entry.tensors)
-        return Source(CachedLoader(loader, entries), prefix.count, report | {"bytes": size})
-    return Source(loader, 0, {"cached": False, "why": reason})
+    reason = why_not(prefix.count, cache=cache is not None, augments=loader.augments, views=views, mixed=mixed)
+    if reason is not None or cache is None:
+        return Source(loader, 0, {"cached": False, "why": reason})
+    entries = []
+    for view in range(views or 1) if loader.augments else (None,):
+        entry = cache.features(prefix, loader, view=view)
+        if isinstance(entry, str):
+            return Source(loader, 0, {"cached": False, "why": entry})
+        entries.append(entry)
+    report = {"cached": True, "stages": prefix.stages, "views": len(entries) if loader.augments else None}
+    size = sum(tensor.numel() * tensor.element_size() for entry in entries for tensor in entry.tensors)
+    return Source(CachedLoader(loader, entries), prefix.count, report | {"bytes": size})
+
+
+def why_not(stages: int, *, cache: bool, augments: bool, views: int | None, mixed: bool) -> str | None:
+    """Return why features are not stored, as far as that is known without data; None where they are.
+
+    Args:
+        stages: How many are frozen from the input on and worth storing.
+        cache: It is switched on.
+        augments: The examples are augmented at random.
+        views: Augmented views to keep per example.
+        mixed: Batches are blended at the input.
+    """
+    if not stages:
+        return "no stage is frozen from the input on that is worth storing"
+    if not cache:
+        return "train.cache is off"
+    if mixed:
+        return "train.mix blends examples at the input"
+    if augments and views is None:
+        return "augmentation differs from epoch to epoch (train.views: K keeps K augmented views of each example)"
+    return None

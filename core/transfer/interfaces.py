@@ -198,6 +198,11 @@ class Preprocessing(ABC):
         """
         return encoded
 
+    @property
+    def augments(self) -> bool:
+        """Whether :meth:`augment` does anything; by default, whether a subclass defines it."""
+        return type(self).augment is not Preprocessing.augment
+
     @abstractmethod
     def collate(self, encoded: Sequence[Any]) -> Any:
         """Make the backbone's input of a batch of encoded (and, in training, augmented) values.
@@ -217,6 +222,10 @@ class Preprocessing(ABC):
         Raises:
             transfer.DataError: Nothing can be read there.
         """
+
+    def example(self) -> Any:
+        """Return a raw value to check shapes with before any data is read; None where there is no typical one."""
+        return None
 
     def describe(self) -> Mapping[str, Any]:
         """Return the settings that decide what the model sees, for tables and for the model folder; JSON alone."""

@@ -162,7 +162,7 @@ class _Examples(Dataset[Any]):
         self.column: Sequence[Any] = split.fields[field]
         self.preprocessing = preprocessing
         self.seed = seed
-        self.augments = augments and type(preprocessing).augment is not Preprocessing.augment
+        self.augments = augments and preprocessing.augments
         self.encoded: Sequence[Any] | None = None
         if preprocessing.encode_once:
             self.encoded = encode(preprocessing, self.column, range(len(split)), split.name)

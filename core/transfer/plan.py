@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 from rich.console import RenderableType
@@ -11,12 +12,15 @@ from rich.text import Text
 from transfer.build import ASSUMED_CLASSES, Parts
 from transfer.config import RunConfig
 from transfer.console import facts_table
+from transfer.engine import PhasePlan
+from transfer.feature_cache import why_not
+from transfer.freezing import prefix_length
 
 
 def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
-    """Yield the plan of a checked config."""
-    features = parts.backbone.features
-    data = parts.dataset.spec
+    """Yield the plan of a checked config: the parts, the stages in each phase, and what will be cached."""
+    features, data, train = parts.backbone.features, parts.dataset.spec, config.train
+    optimizer = ", ".join([config.optimizer.name, *(f"{k} {v}" for k, v in config.optimizer.options.items())])
     yield facts_table(
         {
             "data": f"{config.data.plugin.name}: {', '.join(data.fields)} -> {data.target}",
@@ -24,26 +28,72 @@ def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
             "backbone": f"{config.backbone.plugin.name}: {features.layout} of {features.size}",
             "head": f"{config.head.plugin.name}: {features.size} -> {parts.task.out_features}",
             "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
-            "optimizer": ", ".join([config.optimizer.name, *(f"{k} {v}" for k, v in config.optimizer.options.items())]),
-            "batch size": str(config.train.batch_size),
+            "training": f"{optimizer}, batch size {train.batch_size}"
+            + (f", recipe {train.recipe.name}" if train.recipe else ""),
             **{f"preprocessing: {k}": v for k, v in parts.backbone.preprocessing.describe().items()},
         }
     )
-    table = Table(title="plan", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    yield _stages(config, parts)
+    yield _cache(config, parts)
+
+
+def _stages(config: RunConfig, parts: Parts) -> Table:
+    table = Table(title="stages", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("stage")
     table.add_column("parameters", justify="right")
+    if parts.shapes:
+        table.add_column("returns")
     for number, phase in enumerate(parts.phases, 1):
         table.add_column(f"phase {number}: {phase.epochs} epoch{'s' * (phase.epochs > 1)}")
     for stage, module in parts.model.stages.items():
+        count = sum(parameter.numel() for parameter in module.parameters())
+        shapes = [parts.shapes[stage]] if parts.shapes else []
+        table.add_row(stage, f"{count:,}", *shapes, *(_cell(config, parts, phase, stage) for phase in parts.phases))
+    if config.optimizer_options.no_weight_decay:
+        table.caption = f"* not for parameters of kind {' and '.join(config.optimizer_options.no_weight_decay)}"
+        table.caption_justify = "left"
+    return table
+
+
+def _cell(config: RunConfig, parts: Parts, phase: PhasePlan, stage: str) -> Text:
+    """Say what a phase does with a stage."""
+    groups = [group for group in phase.groups if group.stage == stage]
+    parameters = len(list(parts.model.stages[stage].parameters()))
+    if not groups:
+        return Text("frozen" if stage in phase.frozen.stages or parameters else "-", style="dim")
+    decay = _weight_decay(config)
+    text = f"lr {groups[0].lr:.3g}"
+    if decay:
+        text += f", decay {decay:g}{'' if all(group.decays for group in groups) else '*'}"
+    if sum(len(group.parameters) for group in groups) < parameters:
+        text += ", partly frozen"
+    return Text(text, style="green")
+
+
+def _weight_decay(config: RunConfig) -> float:
+    default = inspect.signature(config.optimizer.cls).parameters.get("weight_decay")
+    return float(config.optimizer.options.get("weight_decay", default.default if default else 0.0))
+
+
+def _cache(config: RunConfig, parts: Parts) -> Table:
+    """Say what the feature cache will hold in each phase, and why not."""
+    table = Table(title="feature cache", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("phase", "training examples", "validation examples"):
+        table.add_column(heading, overflow="fold")
+    train, stages = config.train, list(parts.model.stages)
+    augments = parts.backbone.preprocessing.augments
+    for number, phase in enumerate(parts.phases, 1):
+        count = prefix_length(parts.model, phase.frozen)
         cells = []
-        count = sum(p.numel() for p in module.parameters())
-        for phase in parts.phases:
-            groups = [group for group in phase.groups if group.stage == stage]
-            if groups:
-                trained = sum(len(group.parameters) for group in groups)
-                whole = trained == len(list(module.parameters()))
-                cells.append(Text(f"lr {groups[0].lr:g}" + ("" if whole else " (partly frozen)"), style="green"))
-            else:
-                cells.append(Text("frozen" if stage in phase.frozen.stages or count else "-", style="dim"))
-        table.add_row(stage, f"{count:,}", *cells)
-    yield table
+        for training in (True, False):
+            reason = why_not(
+                count,
+                cache=train.cache != "off",
+                augments=augments and training,
+                views=train.views,
+                mixed=train.mix is not None and training,
+            )
+            views = f", {train.views} views each" if augments and training else ""
+            cells.append(Text(f"no: {reason}") if reason else Text(f"after {stages[count - 1]}{views}", style="green"))
+        table.add_row(str(number), *cells)
+    return table

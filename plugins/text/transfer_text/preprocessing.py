@@ -65,6 +65,10 @@ class TextPreprocessing(Preprocessing):
                 f"the text cannot be read: {error}", where=source, fix="give a text file in UTF-8"
             ) from error
 
+    def example(self) -> str:
+        """Return a short text."""
+        return "An example of a text that is longer than any kernel is wide."
+
     def describe(self) -> Mapping[str, Any]:
         """Return the size and digest of the vocabulary, and the longest length."""
         return {

@@ -77,6 +77,11 @@ class ImagePreprocessing(Preprocessing):
         pixels: Tensor = v2.functional.pil_to_tensor(to_upright_rgb(value, self.resize, resampling))
         return pixels
 
+    @property
+    def augments(self) -> bool:
+        """There is a random augmentation."""
+        return self._augment is not None
+
     def augment(self, encoded: Tensor) -> Tensor:
         """Apply the random augmentation to a uint8 tensor (3, H, W); the result is uint8 (3, H', W')."""
         if self._augment is None:
@@ -111,6 +116,10 @@ class ImagePreprocessing(Preprocessing):
             raise DataError("there is no such picture", where=str(path)) from error
         except (OSError, ValueError) as error:
             raise DataError(f"this picture cannot be read: {error}", where=str(path)) from error
+
+    def example(self) -> Image.Image:
+        """Return a black picture."""
+        return Image.new("RGB", (self.resize, self.resize))
 
     def describe(self) -> Mapping[str, Any]:
         """Return the options as they hold, with ``resize`` filled in."""
