@@ -62,7 +62,7 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
 
 def metrics_text(metrics: Mapping[str, float]) -> str:
     """Show metrics in one line."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def _show(value: Any) -> str:

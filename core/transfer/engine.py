@@ -142,7 +142,8 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
         validation = experiment.features(experiment.validation, stages)
         caches += [{"phase": number, "split": "train", **train.report}]
         caches += [{"phase": number, "split": "validation", **validation.report}]
-        observe(Note(f"phase {number}: training examples {train}, validation {validation}"))
+        if stages:
+            observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
 
         optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=optimizer)
         batches = min(len(train.loader), experiment.most_batches or sys.maxsize)

@@ -1,0 +1,33 @@
+"""Draw docs/console.svg: a run of the quickstart as the console shows it. Run: python docs/console_picture.py."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import transfer
+from transfer.console import RunConsole
+
+ROOT = Path(__file__).parents[1]
+SENTENCES = ("a warm, funny film that I would gladly watch again", "two hours of my life that I will never get back")
+
+console = Console(record=True, width=150, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+observe = RunConsole(console)
+observe.live = False  # a picture has no moving bars
+console.print(Text("$ transfer run configs/quickstart_text.yaml", style="bold"))
+with tempfile.TemporaryDirectory() as folder:
+    run = transfer.run(ROOT / "configs/quickstart_text.yaml", output=Path(folder) / "runs", observe=observe)
+    console.print(Text("$ transfer predict RUN " + " ".join(f'"{s}"' for s in SENTENCES), style="bold"))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("input", "label", "probability"):
+        table.add_column(name)
+    for answer in transfer.predict(run.folder, SENTENCES):
+        table.add_row(answer["input"], answer["label"], f"{answer['probability']:.4f}")
+    console.print(table)
+text = console.export_svg(title="transfer").replace(folder, "")
+(ROOT / "docs/console.svg").write_text(text, encoding="utf-8")
