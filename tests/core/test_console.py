@@ -50,7 +50,7 @@ def test_values_are_shown_for_people() -> None:
     )
     for part in ("some thing", "0.1235", "12,345", "true", "none  ", "1, 2.5", "a 1"):
         assert part in text
-    assert metrics_text({"loss": 0.51234, "accuracy": 0.9}) == "loss 0.5123  accuracy 0.9"
+    assert metrics_text({"loss": 0.51234, "accuracy": 0.9}) == "loss 0.5123  accuracy 0.9000"
 
 
 def test_a_run_on_no_terminal_is_plain_lines(config: dict[str, Any], tmp_path: Path) -> None:
