@@ -97,6 +97,7 @@ class RunConsole:
         )
         self.epochs: TaskID | None = None
         self.steps: TaskID | None = None
+        self.primary_metric = ""
         self.epoch: EpochStarted | None = None
         self.split: EvaluationStarted | None = None
         self.last_line_seconds = time.monotonic()
@@ -120,6 +121,7 @@ class RunConsole:
                     self.console.print(Panel(facts_table(event.details), title=event.text, title_align="left"))
             case RunStarted():
                 self.console.print(Panel(facts_table(event.facts), title=str(event.folder), title_align="left"))
+                self.primary_metric = event.primary_metric
                 self.epochs = self.progress.add_task("epochs", total=event.epochs, figures="")
             case EpochStarted():
                 self.epoch = event
@@ -159,7 +161,12 @@ class RunConsole:
     def _epoch_ended(self, event: EpochEnded) -> None:
         record = event.record
         assert self.epoch is not None
-        train, validation = metrics_text(record["train"]), metrics_text(record["validation"])
+        # All metrics are in metrics.jsonl; a line has room for the one that matters.
+        short = {"loss", self.primary_metric}
+        train, validation = (
+            metrics_text({name: value for name, value in record[split].items() if name in short})
+            for split in ("train", "validation")
+        )
         line = Text(f"epoch {record['epoch']}/{self.epoch.epochs}")
         if self.epoch.phases > 1:
             line.append(f"  phase {record['phase']}/{self.epoch.phases}")

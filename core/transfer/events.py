@@ -24,11 +24,13 @@ class RunStarted:
         folder: The run directory.
         facts: What is trained, on what, for how long: names and values for a table.
         epochs: Over all phases.
+        primary_metric: The metric that picks the best epoch.
     """
 
     folder: Path
     facts: Mapping[str, Any]
     epochs: int
+    primary_metric: str
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ BATCH_SIZE = 64
 """Features are always computed in batches of this size, so that a key stands for the same bits whatever a run's own."""
 STALE_SECONDS = 24 * 3600.0
 """A temporary folder that nobody has written to for so long was left by a crash."""
+KEY_DIGITS = 40
+_ENTRY = re.compile(rf"[0-9a-f]{{{KEY_DIGITS}}}")
+_TEMPORARY = re.compile(rf"\.[0-9a-f]{{{KEY_DIGITS}}}\.[0-9a-f]{{32}}")
 
 
 def cache_folder() -> Path:
@@ -71,10 +76,23 @@ class Entry:
         if self.offsets is None:
             found = tuple(tensor[torch.from_numpy(rows)] for tensor in self.tensors)
             return found if self.pair else found[0]
-        steps = [self.tensors[0][self.offsets[row] : self.offsets[row + 1]] for row in rows]
-        lengths = torch.tensor([len(step) for step in steps])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        return torch.nn.utils.rnn.pad_sequence(steps, batch_first=True), mask
+        return pad([self.steps(index) for index in indices])
+
+    def steps(self, index: int) -> Tensor:
+        """Return the real steps (T, ...) of one example, where examples differ in number."""
+        assert self.offsets is not None
+        row = self.rows[index]
+        return self.tensors[0][self.offsets[row] : self.offsets[row + 1]]
+
+
+def pad(steps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return steps (T, ...) of B examples as (B, T, ...), zero after the last real step, and their mask (B, T)."""
+    return torch.nn.utils.rnn.pad_sequence(list(steps), batch_first=True), _real(torch.tensor([len(s) for s in steps]))
+
+
+def _real(lengths: Tensor, longest: int | None = None) -> Tensor:
+    """Return the mask (B, T) of B examples with so many real steps (B,)."""
+    return torch.arange(int(lengths.max()) if longest is None else longest) < lengths[:, None]
 
 
 class CachedLoader:
@@ -106,6 +124,8 @@ class CachedLoader:
     def _take(self, indices: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> Any:
         if len(self.views) == 1:
             return self.views[0].take(indices)
+        if self.views[0].offsets is not None:
+            return pad([self.views[view].steps(index) for view, index in zip(views, indices, strict=True)])
         parts = [self.views[view].take(indices[views == view]) for view in np.unique(views)]
         back = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(views == v) for v in np.unique(views)])))
         if isinstance(parts[0], Tensor):
@@ -139,41 +159,55 @@ class FeatureCache:
             TrainingError: An entry is not what the prefix gives (verify mode).
         """
         key = prefix.key(loader, view)
-        entry = self._open(self.folder / key)
+        entry: Entry | str | None = self._open(self.folder / key)
         if entry is None:
-            return self._write(key, prefix, loader, view)
-        if self.verify:
+            try:
+                entry = self._write(key, prefix, loader, view)
+            except OSError as error:  # the disk is full, or the folder is not ours to write: training goes on without
+                return f"{error.filename or self.folder} cannot be written: {error.strerror}"
+        if self.verify and isinstance(entry, Entry):
             self._compare(entry, prefix, loader, view)
         return entry
 
     def entries(self) -> list[dict[str, Any]]:
         """List all entries, the one used last first: ``key``, ``bytes``, ``used`` (seconds since the epoch), what."""
         found = []
-        for path in self._complete():
-            described = json.loads((path / "entry.json").read_text(encoding="utf-8"))
-            size = sum(file.stat().st_size for file in path.iterdir())
-            used = (path / "entry.json").stat().st_mtime
-            found.append({"key": path.name, "bytes": size, "used": used, **described["what"]})
+        for path in self._ours(_ENTRY):
+            try:
+                described = read_json(path / "entry.json", "the entry is incomplete")
+                size = sum(file.stat().st_size for file in path.iterdir())
+                used = (path / "entry.json").stat().st_mtime
+                found.append({"key": path.name, "bytes": size, "used": used, **described["what"]})
+            except (TransferError, OSError, KeyError, TypeError):  # damaged, or another run has just dropped it
+                self._drop(path)
         return sorted(found, key=lambda entry: -entry["used"])
 
     def clear(self) -> int:
         """Drop every entry and everything half written; return how many bytes that freed."""
-        if not self.folder.is_dir():
-            return 0
-        size = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
-        for path in self.folder.iterdir():
-            shutil.rmtree(path, ignore_errors=True)
+        size = 0
+        for path in [*self._ours(_ENTRY), *self._ours(_TEMPORARY)]:
+            with suppress(OSError):
+                size += sum(file.stat().st_size for file in path.iterdir())
+            self._drop(path)
         return size
 
-    def _complete(self) -> list[Path]:
-        return [path.parent for path in self.folder.glob("*/entry.json") if not path.parent.name.startswith(".")]
+    def _ours(self, name: re.Pattern[str]) -> list[Path]:
+        # The folder is the user's choice and may hold other things, which are none of our business.
+        return [path for path in self.folder.glob("*") if name.fullmatch(path.name)]
+
+    def _drop(self, path: Path) -> None:
+        """Remove a folder. A run that has mapped its files keeps them until it ends: the kernel frees them then."""
+        aside = self.folder / f".{path.name.strip('.')[:KEY_DIGITS]}.{uuid.uuid4().hex}"
+        with suppress(OSError):
+            path.rename(aside)  # in one go, so that nobody ever finds half an entry
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _open(self, path: Path) -> Entry | None:
         """Return an entry that is there and whole; one that is damaged is dropped."""
-        if not (path / "entry.json").is_file():
+        if not path.is_dir():
             return None
         try:
-            described = read_json(path / "entry.json", "the entry has just been dropped")
+            described = read_json(path / "entry.json", "the entry is incomplete")
             for name, digest in described["sha256"].items():
                 with (path / Path(name).name).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
@@ -181,9 +215,10 @@ class FeatureCache:
             entry = _map(path, described)
         # Whatever is wrong with an entry, it can be computed again.
         except (TransferError, OSError, KeyError, TypeError, ValueError, RuntimeError):
-            shutil.rmtree(path, ignore_errors=True)
+            self._drop(path)
             return None
-        os.utime(path / "entry.json")  # used now: the last to be evicted
+        with suppress(OSError):  # somebody else's folder, which may be read alone
+            os.utime(path / "entry.json")  # used now: the last to be evicted
         return entry
 
     def _write(self, key: str, prefix: Prefix, loader: Loader, view: int | None) -> Entry | str:
@@ -197,6 +232,8 @@ class FeatureCache:
                 return described
             write_json(temporary / "entry.json", described)
             flush_folder(temporary)
+            # Mapped before anybody else can find it, and drop it.
+            entry = replace(_map(temporary, described), folder=self.folder / key)
             try:
                 temporary.rename(self.folder / key)
             except OSError:  # another run was first, with the same content
@@ -206,26 +243,28 @@ class FeatureCache:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self._evict(keep=key)
-        return _map(self.folder / key, described)
+        return entry
 
     def _sweep(self) -> None:
-        for path in self.folder.glob(".*"):
-            newest = max((file.stat().st_mtime for file in path.iterdir()), default=path.stat().st_mtime)
-            if time.time() - newest > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self._ours(_TEMPORARY):
+            with suppress(OSError):  # another run has just renamed it
+                newest = max((file.stat().st_mtime for file in path.iterdir()), default=path.stat().st_mtime)
+                if time.time() - newest > STALE_SECONDS:
+                    self._drop(path)
 
     def _evict(self, keep: str) -> None:
         total = 0
         for entry in self.entries():
             total += entry["bytes"]
             if total > self.limit_bytes and entry["key"] != keep:
-                # A run that has mapped the files keeps them until it ends: the kernel frees them then.
-                shutil.rmtree(self.folder / entry["key"], ignore_errors=True)
+                self._drop(self.folder / entry["key"])
 
     def _compare(self, entry: Entry, prefix: Prefix, loader: Loader, view: int | None) -> None:
-        indices, fresh = next(prefix.run(loader, view, most=1))
-        stored = entry.take(indices)
-        for one, other in zip(_tuple(stored), _tuple(fresh), strict=True):
+        ((indices, fresh),) = prefix.run(loader, view, most=1)
+        stored, fresh = _tuple(entry.take(indices)), _tuple(fresh)
+        if entry.offsets is not None:  # what stands at padding is not kept
+            stored, fresh = ((values[mask],) for values, mask in (stored, fresh))
+        for one, other in zip(stored, fresh, strict=True):
             if one.shape != other.shape or not torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-5):
                 raise TrainingError(
                     "stored features differ from what the frozen stages give now",
@@ -264,15 +303,15 @@ class Prefix:
 
         preprocessing = loader.preprocessing
         add(FORMAT, torch.__version__, self.precision, loader.field, view, None if view is None else loader.seed)
-        add(type(preprocessing).__qualname__, dict(preprocessing.describe()), dict(self.assets))
+        add(_settings(preprocessing), dict(preprocessing.describe()), dict(self.assets))
         for name in self.stages:
             stage = self.model.stages[name]
-            add(name, type(stage).__qualname__, repr(stage))
+            add(name, repr(stage), [_settings(module) for module in stage.modules()])
             for key, tensor in stage.state_dict().items():
                 add(key, str(tensor.dtype), list(tensor.shape))
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         digest.update(loader.split.fingerprint(loader.field).encode())
-        return digest.hexdigest()[:40]
+        return digest.hexdigest()[:KEY_DIGITS]
 
     @torch.inference_mode()
     def run(
@@ -283,13 +322,15 @@ class Prefix:
         stages = list(self.model)[: self.count]
         training = self.model.training
         self.model.eval()
-        for on_cpu in loader.in_fixed_order(BATCH_SIZE, augment=view is not None).epoch(view or 0, most=most):
-            features = on_cpu.to(device).inputs
-            with autocast(self.precision, device):
-                for stage in stages:
-                    features = stage(features)
-            yield on_cpu.indices, move(features, torch.device("cpu"))
-        self.model.train(training)
+        try:
+            for on_cpu in loader.in_fixed_order(BATCH_SIZE, augment=view is not None).epoch(view or 0, most=most):
+                features = on_cpu.to(device).inputs
+                with autocast(self.precision, device):
+                    for stage in stages:
+                        features = stage(features)
+                yield on_cpu.indices, move(features, torch.device("cpu"))
+        finally:
+            self.model.train(training)
 
 
 def _store(folder: Path, prefix: Prefix, loader: Loader, view: int | None, limit_bytes: int) -> dict[str, Any] | str:
@@ -315,7 +356,10 @@ def _store(folder: Path, prefix: Prefix, loader: Loader, view: int | None, limit
             order.append(indices)
             if ragged:
                 values, mask = features
-                lengths.append(mask.sum(1).numpy())
+                steps = mask.sum(1)
+                if not torch.equal(mask, _real(steps, mask.shape[1])):
+                    return f"what {prefix.stages[-1]} returns has padding elsewhere than after the last step"
+                lengths.append(steps.numpy())
                 parts: tuple[Tensor, ...] = (values[mask],)
             else:
                 parts = tensors
@@ -324,10 +368,11 @@ def _store(folder: Path, prefix: Prefix, loader: Loader, view: int | None, limit
                     return f"what {prefix.stages[-1]} returns differs in shape between batches"
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 written += tensor.numel() * tensor.element_size()
-            done = sum(map(len, order))
-            if written / done * count > limit_bytes:
-                size, limit = written / done * count / 2**30, limit_bytes / 2**30
-                return f"it would take about {size:.1f} GiB, and train.cache_limit_gib is {limit:g}"
+            # Long examples come first: of those that differ in length, the first say little of the rest.
+            expected = written if ragged else written / sum(map(len, order)) * count
+            if expected > limit_bytes:
+                size, limit = f"{'more than' if ragged else 'about'} {expected / 2**30:.2g}", limit_bytes / 2**30
+                return f"it would take {size} GiB, and train.cache_limit_gib is {limit:.2g}"
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -361,6 +406,18 @@ def _map(folder: Path, described: Mapping[str, Any]) -> Entry:
         flat = torch.from_file(str(folder / f"{number}.bin"), size=size, dtype=getattr(torch, kind))
         tensors.append(flat.view(count, *shape))
     return Entry(folder, tuple(tensors), rows, offsets, bool(described["pair"]))
+
+
+def _settings(part: object) -> list[object]:
+    """Return the class of a module or a preprocessing and its attributes of plain data: they may change what it does."""
+    values = {name: value for name, value in vars(part).items() if name != "training" and _is_plain(value)}
+    return [type(part).__module__, type(part).__qualname__, values]
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _tuple(features: Any) -> tuple[Tensor, ...]:

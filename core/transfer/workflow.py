@@ -85,15 +85,14 @@ def run(
     plugins = [c.plugin for c in (checked.data, checked.backbone, checked.head, checked.task)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     directory.write_environment(device, {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS})
-    observe(
-        RunStarted(
-            directory.path, _facts(checked, built, device), sum(phase.epochs for phase in built.experiment.phases)
-        )
-    )
+    epochs = sum(phase.epochs for phase in built.experiment.phases)
+    primary_metric = built.experiment.task.primary_metric.name
+    observe(RunStarted(directory.path, _facts(checked, built, device), epochs, primary_metric))
     try:
         summary = {"status": "complete", "quick": quick} | fit(built.experiment, directory, observe)
     except BaseException as error:
-        directory.write_summary({"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        directory.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
         raise
     summary |= {"data": built.classes, "pretrained": built.pretrained}
     write_model(directory.model, checked, built.data, built.backbone, built.experiment.model)
