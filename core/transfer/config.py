@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from transfer import registry
 from transfer.document import Document, Key, make_document, read_document
 from transfer.errors import ConfigError, PluginError, Problem, UserError, nearest
-from transfer.optim import NOT_OPTIONS, OPTIMIZERS, SCHEDULERS, handed_over
+from transfer.optim import NOT_OPTIONS, OPTIMIZERS, SCHEDULERS, TorchPart, handed_over
 from transfer.recipes import expand
 from transfer.registry import Kind
 from transfer.schema import Block, options_model, validate
@@ -69,21 +69,6 @@ class Component:
         """Build it from what the framework hands over and its options; its mistakes name the line of its block."""
         with located(self.where):
             return self.cls(*handed_over, **self.options)
-
-
-@dataclass(frozen=True)
-class TorchPart:
-    """One of torch's optimizers or schedulers that a config names.
-
-    Args:
-        name: Its lower-case name.
-        cls: Its class.
-        options: Checked options as the config gives them (torch's own defaults fill in the rest), without lr.
-    """
-
-    name: str
-    cls: type[Any]
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from transfer import checkpoint, freezing
-from transfer.config import TorchPart
-from transfer.errors import TrainingError
+from transfer.errors import ConfigError, TrainingError
 from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, EvaluationStep, Note, Observer, StepEnded
 from transfer.feature_cache import FeatureCache, Prefix, Source, source
 from transfer.freezing import Frozen
@@ -29,7 +28,7 @@ from transfer.interfaces import PrimaryMetric, Task
 from transfer.loading import Batch, Loader
 from transfer.mixing import blend
 from transfer.model import Model
-from transfer.optim import Group, Schedule, build_optimizer
+from transfer.optim import Group, Schedule, TorchPart, build_optimizer
 from transfer.precision import Precision, autocast
 from transfer.run_directory import RunDirectory
 from transfer.settings import TrainConfig
@@ -89,10 +88,11 @@ class Experiment:
 
     def features(self, loader: Loader, stages: int, *, training: bool = False) -> Source:
         """Return a split's batches, from the feature cache where the first ``stages`` stages are frozen."""
+        if self.most_batches is not None:
+            return Source(loader, 0, {"cached": False, "why": "a quick try takes a few batches, not every example"})
         prefix = Prefix(self.model, stages, self.assets, self.settings.precision)
         cache = None
-        # A few batches of a quick try are not worth the features of every example.
-        if self.settings.cache != "off" and self.most_batches is None:
+        if self.settings.cache != "off":
             limit_bytes = int(self.settings.cache_limit_gib * 2**30)
             cache = FeatureCache(limit_bytes, verify=self.settings.cache == "verify")
         mixed = training and self.settings.mix is not None
@@ -117,6 +117,8 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
     settings, model, task = experiment.settings, experiment.model, experiment.task
     # Accelerate keeps its state for the whole process, and refuses a second run of another precision otherwise.
     AcceleratorState._reset_state()
+    if settings.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("train.precision: fp16 needs a GPU, which scales its gradients", fix="use bf16 or fp32")
     accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision)
     if accelerator.num_processes > 1:
         raise TrainingError("training in several processes is not supported yet", fix="start it without a launcher")
@@ -137,6 +139,8 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
 
     for number, phase in enumerate(experiment.phases, 1):
         freezing.apply(model, phase.frozen)
+        if average is not None:
+            _hold_still(average, model, phase.frozen)
         stages = freezing.prefix_length(model, phase.frozen)
         train = experiment.features(experiment.train, stages, training=True)
         validation = experiment.features(experiment.validation, stages)
@@ -271,7 +275,9 @@ def _train_epoch(
             accelerator.backward(losses.sum() / together)
         if step % settings.accumulate == 0 or step == len(sizes):
             if settings.clip_norm is not None:
-                accelerator.clip_grad_norm_(experiment.model.parameters(), settings.clip_norm)
+                # Of this optimizer alone: accelerate's own clipping unscales those of earlier phases with it.
+                accelerator.unscale_gradients(optimizer)
+                torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), settings.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             schedule.after_step()
@@ -332,6 +338,15 @@ def evaluate(
             fix="look for values that are not finite in the data, or lower the learning rate",
         )
     return scores
+
+
+def _hold_still(average: AveragedModel, model: Model, frozen: Frozen) -> None:
+    """Give the average the frozen weights as they are: what is trained from now on is trained on top of these."""
+    averaged: dict[str, Tensor] = dict(average.module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in frozen.parameters:
+                averaged[name].copy_(parameter)
 
 
 def _finite_sum(before: tuple[Tensor, Batch], epoch: int, step: int, optimizer: Any) -> float:

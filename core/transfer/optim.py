@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from torch.optim import Optimizer, lr_scheduler
 from transfer.errors import ConfigError, nearest
 from transfer.freezing import Frozen
 from transfer.model import BATCH_NORM, Model
-
-if TYPE_CHECKING:
-    from transfer.config import TorchPart
 
 
 def _classes(module: Any, base: type, leave_out: set[str]) -> dict[str, type[Any]]:
@@ -57,7 +54,23 @@ def handed_over(scheduler: type[Any]) -> set[str]:
     return {"optimizer", "last_epoch", "verbose"} | known.get(scheduler, set())
 
 
-NORMS = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+NORMS = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
+"""RMSNorm came with torch 2.4."""
+
+
+@dataclass(frozen=True)
+class TorchPart:
+    """One of torch's optimizers or schedulers that a config names.
+
+    Args:
+        name: Its lower-case name.
+        cls: Its class.
+        options: Checked options as the config gives them (torch's own defaults fill in the rest), without lr.
+    """
+
+    name: str
+    cls: type[Any]
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,8 @@ def _spared(stage: nn.Module, kinds: Collection[str]) -> set[str]:
     spared = set()
     for prefix, module in stage.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            if ("norm" in kinds and isinstance(module, NORMS)) or ("bias" in kinds and name.startswith("bias")):
+            bias = name.startswith(("bias", "in_proj_bias"))  # in_proj_bias: of attention
+            if ("norm" in kinds and isinstance(module, NORMS)) or ("bias" in kinds and bias):
                 spared.add(f"{prefix}.{name}" if prefix else name)
     return spared
 
@@ -209,12 +223,13 @@ class Schedule:
     ) -> None:
         self.warmup: lr_scheduler.LinearLR | None = None
         self.warmup_steps = round(warmup_epochs * steps_per_epoch)
+        warming_epochs = math.ceil(self.warmup_steps / steps_per_epoch)
         self.warming = False  # some of this epoch's steps were warm-up
         self.scheduler: Any = None
         if part is not None:
             options = dict(part.options)
             if part.cls is lr_scheduler.CosineAnnealingLR:
-                options["T_max"] = max(1, epochs - math.ceil(warmup_epochs))
+                options["T_max"] = max(1, epochs - warming_epochs)
             elif part.cls is lr_scheduler.OneCycleLR:
                 options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
                 options["total_steps"] = epochs * steps_per_epoch - self.warmup_steps
