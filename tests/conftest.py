@@ -70,6 +70,10 @@ class PointPreprocessing(Preprocessing):
         """Read ``1,2,3,4``."""
         return [float(number) for number in source.split(",")]
 
+    def example(self) -> list[float]:
+        """Return the origin."""
+        return [0.0] * POINT_SIZE
+
     def describe(self) -> Mapping[str, Any]:
         """Say the size."""
         return {"size": POINT_SIZE}

@@ -14,8 +14,10 @@ from transfer.document import Key
 from transfer.engine import QUICK_BATCHES, Experiment, PhasePlan
 from transfer.errors import ConfigError, PluginError, Problem, UserError
 from transfer.events import Note, Observer
+from transfer.feature_cache import why_not
 from transfer.interfaces import Backbone, Data, Dataset, DataSpec, FeatureSpec, Split, Task
 from transfer.loading import Loader, move
+from transfer.mixing import check_blendable
 from transfer.model import BATCH_NORM, Model
 from transfer.splits import complete, count_classes
 
@@ -79,7 +81,9 @@ def preflight(config: RunConfig) -> Parts:
         _fit_together(config, spec, backbone)
         task, model = assemble(backbone, config.head, config.task, spec)
     shapes = _run_on_meta(config, backbone, task, model)
-    return Parts(dataset, backbone, task, model, _phases(config, model), shapes)
+    phases = _phases(config, model)
+    _refuse_dead_settings(config, backbone, model, phases)
+    return Parts(dataset, backbone, task, model, phases, shapes)
 
 
 def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built:
@@ -203,6 +207,9 @@ def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model
         return {}
     encoded = backbone.preprocessing.encode([example, example])
     value = move(backbone.preprocessing.collate(encoded), torch.device("meta"))
+    if config.train.mix is not None:
+        with config.at("train", "mix"):
+            check_blendable(value, config.train.mix)
     shapes = {}
     spec = backbone.features
     model.eval()
@@ -244,12 +251,12 @@ def _shape(value: object) -> str:
 def _phases(config: RunConfig, model: Model) -> tuple[PhasePlan, ...]:
     plans, problems = [], []
     stages = [name for name, stage in list(model.stages.items())[:-1] if any(True for _ in stage.parameters())]
-    for index, phase in enumerate(config.phases(stages)):
-        own_lr = config.train.phases is not None and config.train.phases[index].lr is not None
+    for phase in config.phases(stages):
         try:
             with config.at(*phase.key, "freeze"):
                 frozen = freezing.resolve(model, phase.freeze, phase.batch_norm)
-            with config.at(*(*phase.key, "lr") if own_lr else ("train", "optimizer", "lr")):
+            own = (*phase.key, "lr")
+            with config.at(*own if config.document.wrote(own) else ("train", "optimizer", "lr")):
                 groups = optim.groups(model, frozen, phase.lr, config.optimizer_options.no_weight_decay)
             plan = PhasePlan(phase.epochs, frozen, groups, phase.scheduler, phase.patience)
             _try_out(config, model, plan, phase.key)
@@ -261,11 +268,39 @@ def _phases(config: RunConfig, model: Model) -> tuple[PhasePlan, ...]:
     return tuple(plans)
 
 
+def _refuse_dead_settings(config: RunConfig, backbone: Backbone, model: Model, phases: tuple[PhasePlan, ...]) -> None:
+    """Refuse settings that would change nothing: who sets them believes that they do."""
+    train = config.train
+    if train.views is None:
+        return
+    reasons = [
+        why_not(
+            freezing.prefix_length(model, phase.frozen),
+            cache=train.cache != "off",
+            augments=backbone.preprocessing.augments,
+            views=train.views,
+            mixed=train.mix is not None,
+        )
+        for phase in phases
+    ]
+    dead = "nothing is augmented at random" if not backbone.preprocessing.augments else None
+    if dead is None and all(reasons):
+        dead = reasons[0]
+    if dead:
+        raise ConfigError(
+            f"train.views keeps augmented views of each example, and {dead}",
+            where=config.document.where(("train", "views")),
+            fix="remove train.views",
+        )
+
+
 def _try_out(config: RunConfig, model: Model, plan: PhasePlan, key: Key) -> None:
     """Find what torch would only refuse once the phase began."""
     with config.at("train", "optimizer"):
         optimizer = optim.build_optimizer(model, plan.groups, config.optimizer, before=None)
-    with config.at(*key, "scheduler") if config.train.phases else config.at("train", "scheduler"):
+    own = (*key, "scheduler")
+    # A scheduler of the phase's own, else the run's; a warm-up that is too long is named there too.
+    with config.at(*own if config.document.wrote(own) else ("train", "scheduler")):
         optim.Schedule(
             plan.scheduler,
             optimizer,

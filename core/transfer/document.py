@@ -56,6 +56,18 @@ class Document:
             key = key[:-1]
         return self.places.get(key, self.source)
 
+    def wrote(self, key: Key) -> bool:
+        """Tell whether there is a value at ``key``."""
+        at: Any = self.data
+        for part in key:
+            if isinstance(at, dict) and part in at:
+                at = at[str(part)]
+            elif isinstance(at, list) and isinstance(part, int) and part < len(at):
+                at = at[part]
+            else:
+                return False
+        return at is not None
+
     def override(self, assignment: str) -> None:
         """Set one value from ``path.to.key=value``; the value is parsed as YAML, a number in the path indexes a list.
 

@@ -31,6 +31,20 @@ class Blend:
         return self.share * own + (1 - self.share) * partners
 
 
+def check_blendable(inputs: object, mix: Mix) -> Tensor:
+    """Return the backbone's input if its examples can be blended, also on the meta device.
+
+    Raises:
+        ConfigError: It is no float tensor, or holds no pictures (B, C, H, W) for cutmix.
+    """
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        message = "train.mix blends the backbone's input, which is no tensor of numbers"
+        raise ConfigError(message, fix="remove train.mix")
+    if mix.cutmix is not None and inputs.dim() != 4:
+        raise ConfigError("cutmix pastes rectangles of pictures (B, C, H, W)", fix="use mixup")
+    return inputs
+
+
 def blend(inputs: object, mix: Mix) -> Blend:
     """Blend a batch with a permutation of itself; random by torch's global generator.
 
@@ -42,20 +56,15 @@ def blend(inputs: object, mix: Mix) -> Blend:
         mix: Parameters.
 
     Raises:
-        ConfigError: The backbone's input is no float tensor, or no pictures for cutmix.
+        ConfigError: As :func:`check_blendable`.
     """
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        raise ConfigError(
-            "train.mix blends the backbone's input, which is no tensor of numbers", fix="remove train.mix"
-        )
+    inputs = check_blendable(inputs, mix)
     use_cutmix = mix.cutmix is not None and (mix.mixup is None or bool(torch.rand(()) < 0.5))
     concentration = torch.tensor(mix.cutmix if use_cutmix else mix.mixup)
     share = float(torch.distributions.Beta(concentration, concentration).sample())
     partners = torch.randperm(len(inputs)).to(inputs.device)
     if not use_cutmix:
         return Blend(torch.lerp(inputs[partners], inputs, share), partners, share)
-    if inputs.dim() != 4:
-        raise ConfigError("cutmix pastes rectangles of pictures (B, C, H, W)", fix="use mixup")
     height, width = inputs.shape[2:]
     cut_height, cut_width = (round(side * math.sqrt(1 - share)) for side in (height, width))
     top, left = (int(torch.randint(side, ())) - cut // 2 for side, cut in ((height, cut_height), (width, cut_width)))
