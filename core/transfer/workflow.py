@@ -17,6 +17,7 @@ from transfer.engine import evaluate as score
 from transfer.engine import fit
 from transfer.errors import RunError
 from transfer.events import Observer, RunEnded, RunStarted
+from transfer.interfaces import SPLITS
 from transfer.loading import encode
 from transfer.model_folder import LoadedModel, read_model, write_model
 from transfer.registry import IN_PROCESS
@@ -119,10 +120,12 @@ def evaluate(run: str | Path, split: str = "test", *, observe: Observer = _silen
     if split not in splits:
         raise RunError(f"the data has no split {split!r}", where=str(directory.path), available=list(splits))
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    loaders = {name: make_loader(config, part, loaded.backbone) for name, part in splits.items()}
+    loader = make_loader(config, splits[split], loaded.backbone)
+    # One split is scored, so only that one is encoded and stands where the engine would have all three.
+    loaders = dict.fromkeys(SPLITS, loader)
     quick = bool(directory.summary().get("quick"))
     experiment = make_experiment(config, loaded.model, loaded.task, loaded.backbone, loaders, quick=quick)
-    source = experiment.features(loaders[split], experiment.always_frozen())
+    source = experiment.features(loader, experiment.always_frozen())
     precision = config.train.precision
     return score(loaded.model, loaded.task, source, precision, observe, split, experiment.most_batches)
 
