@@ -409,7 +409,7 @@ def _map(folder: Path, described: Mapping[str, Any]) -> Entry:
 
 
 def _settings(part: object) -> list[object]:
-    """Return the class of a module or a preprocessing and its attributes of plain data: they may change what it does."""
+    """Return a module's or a preprocessing's class and attributes of plain data: they may change what it does."""
     values = {name: value for name, value in vars(part).items() if name != "training" and _is_plain(value)}
     return [type(part).__module__, type(part).__qualname__, values]
 

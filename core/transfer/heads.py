@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from transfer.interfaces import FeatureSpec, Head
+from transfer.interfaces import FeatureSpec, Head, Layout
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
@@ -57,3 +58,44 @@ class MLP(Head):
     def forward(self, features: Tensor) -> Tensor:
         """Return float outputs (B, out_features) of float features (B, D)."""
         return self.output(self.dropout(self.hidden(features)))  # type: ignore[no-any-return]
+
+
+class Attention(Head):
+    """A learned weighted mean of a sequence's steps, then one linear layer, (B, T, D) -> (B, out_features).
+
+    The weight of a step h is the softmax over the real steps of u . tanh(W h + b): additive attention (Bahdanau et al.
+    2015, https://arxiv.org/abs/1409.0473) with a learned query u (Yang et al. 2016, https://aclanthology.org/N16-1174).
+
+    Args:
+        hidden: Width of the layer that scores a step; null: that of the features.
+        dropout: Share of the weighted mean that is dropped in training.
+    """
+
+    layouts: ClassVar[frozenset[Layout]] = frozenset({"sequence"})
+
+    def __init__(
+        self,
+        features: FeatureSpec,
+        out_features: int,
+        *,
+        hidden: Annotated[int, Field(ge=1)] | None = None,
+        dropout: Dropout = 0.0,
+    ) -> None:
+        super().__init__()
+        width = features.size if hidden is None else hidden
+        self.projection = nn.Linear(features.size, width)
+        self.query = nn.Linear(width, 1, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(features.size, out_features)
+
+    def forward(self, features: tuple[Tensor, Tensor]) -> Tensor:
+        """Return float outputs (B, out_features) of float steps (B, T, D) and their bool mask (B, T)."""
+        steps, _ = features
+        mean = (self.weights(features).unsqueeze(1) @ steps).squeeze(1)
+        return self.output(self.dropout(mean))  # type: ignore[no-any-return]
+
+    def weights(self, features: tuple[Tensor, Tensor]) -> Tensor:
+        """Return how much each step counts, float (B, T): 0 at padding, 1 in sum."""
+        steps, mask = features
+        scores: Tensor = self.query(torch.tanh(self.projection(steps))).squeeze(2)
+        return scores.masked_fill(~mask, -torch.inf).softmax(1)

@@ -12,7 +12,7 @@ from torch import nn
 from transfer import ConfigError, workflow
 from transfer.build import build
 from transfer.config import load_config
-from transfer.freezing import apply, resolve
+from transfer.freezing import Frozen, apply, prefix_length, resolve
 from transfer.heads import Linear
 from transfer.model import Model
 from transfer.model_folder import read_model
@@ -144,3 +144,98 @@ def test_what_is_frozen_is_bit_identical_after_training(
         # Buffers stay where everything else of their module does.
         frozen = name in parameters or parameters >= {f"{module}.weight", f"{module}.bias"}
         assert torch.equal(tensor, after[name]) == frozen, name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("none", 0),
+        ("backbone", 3),
+        ("{until: first}", 1),
+        ("{until: second}", 2),
+        ("[second]", 0),
+        ("[first, third]", 1),
+        ("[first, head]", 1),
+        ("{parameters: ['^first', '^second']}", 2),
+        ("{parameters: ['^first.0', '^second']}", 0),
+    ],
+)
+def test_the_prefix_ends_where_something_changes(
+    model: Model, config: dict[str, Any], text: str, expected: int
+) -> None:
+    assert prefix_length(model, resolve(model, policy(config, text))) == expected
+
+
+def with_stage(stage: nn.Module, name: str = "last") -> Model:
+    backbone = Dense()
+    backbone.stages.add_module(name, stage)
+    return Model(backbone, Linear(backbone.features, 2))
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (nn.Flatten(), 4),
+        (nn.Sequential(nn.ReLU(), nn.Identity()), 4),
+        (nn.Dropout(0.5), 3),
+        (nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), 3),
+        (nn.BatchNorm1d(8, affine=False), 3),
+    ],
+    ids=["pool", "nested", "dropout", "nested dropout", "statistics"],
+)
+def test_a_stage_without_anything_of_its_own_goes_with_the_one_before(
+    config: dict[str, Any], stage: nn.Module, expected: int
+) -> None:
+    model = with_stage(stage)
+    assert prefix_length(model, resolve(model, policy(config, "{until: third}"))) == expected
+    assert prefix_length(model, resolve(model, policy(config, "none"))) == 0
+
+
+def test_a_last_stage_that_is_cheap_to_recompute_is_left_out(config: dict[str, Any]) -> None:
+    model = with_stage(nn.Linear(8, 8))
+    model.stages["second"].recompute = True  # type: ignore[assignment]
+    assert prefix_length(model, resolve(model, policy(config, "{until: second}"))) == 1
+    assert prefix_length(model, resolve(model, policy(config, "{until: third}"))) == 3
+
+
+def batch_norm(model: Model, config: dict[str, Any], text: str) -> Frozen:
+    return resolve(model, policy(config, text), "train")
+
+
+def test_batch_norm_train_moves_the_statistics_of_frozen_layers_and_nothing_else(
+    model: Model, config: dict[str, Any]
+) -> None:
+    apply(model, batch_norm(model, config, "{until: second}"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    training = {name for name, module in model.named_modules() if module.training}
+    assert "first.1" in training
+    assert not training & {"first", "first.0", "second", "second.2"}
+    model(torch.randn(16, 4)).sum().backward()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert changed == {f"{name}.{buffer}" for name in ("first.1", "third.1") for buffer in statistics}
+    assert model.get_parameter("first.1.weight").grad is None
+    assert not any(module.training for module in model.eval().modules())
+
+
+def test_statistics_that_move_end_the_prefix(model: Model, config: dict[str, Any]) -> None:
+    assert prefix_length(model, batch_norm(model, config, "backbone")) == 0
+    backbone = Dense()
+    backbone.stages[0] = nn.Linear(4, 8)
+    other = Model(backbone, Linear(backbone.features, 2))
+    assert prefix_length(other, batch_norm(other, config, "backbone")) == 2
+
+
+@pytest.mark.parametrize("text", ["none", "[second]", "{parameters: ['^first.0', 'bias$']}"])
+def test_batch_norm_train_without_a_frozen_batch_norm_is_refused(
+    model: Model, config: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match="none is frozen"):
+        batch_norm(model, config, text)
+
+
+def test_a_later_phase_freezes_the_statistics_again(model: Model, config: dict[str, Any]) -> None:
+    apply(model, batch_norm(model, config, "backbone"))
+    apply(model, resolve(model, policy(config, "backbone")))
+    assert not any(module.training for module in model.train().stages["first"].modules())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -220,3 +222,154 @@ def test_cyclic_moves_after_every_batch(model: Model) -> None:
 def test_options_that_a_scheduler_refuses_are_a_config_error(model: Model) -> None:
     with pytest.raises(ConfigError, match="OneCycleLR refuses its options"):
         schedule(optimizer(model, momentum=0.9), "one_cycle", pct_start=5.0)
+
+
+def warmed(
+    model: Model, name: str | None, warmup_epochs: float, *, epochs: int = 4, steps: int = 4, **options: Any
+) -> list[float]:
+    """Return the learning rate of the head at every step."""
+    made = optimizer(model, momentum=0.9)
+    part = TorchPart(name, SCHEDULERS[name], options) if name else None
+    plan = Schedule(
+        part, made, epochs=epochs, steps_per_epoch=steps, warmup_epochs=warmup_epochs, higher_is_better=True
+    )
+    seen = []
+    for _ in range(epochs):
+        for _ in range(steps):
+            seen.append(made.param_groups[-1]["lr"])
+            made.step()
+            plan.after_step()
+        plan.after_epoch(0.0)
+    return seen
+
+
+RISING = [0.02, 0.04, 0.06, 0.08]
+"""Four steps on the way to 0.1."""
+
+
+def test_warm_up_rises_linearly_to_the_rate(model: Model) -> None:
+    assert warmed(model, None, 1.0) == pytest.approx([*RISING, *[0.1] * 12])
+
+
+def test_a_warm_up_may_end_within_an_epoch(model: Model) -> None:
+    assert warmed(model, None, 0.5) == pytest.approx([0.1 / 3, 0.2 / 3, *[0.1] * 14])
+    rising = [0.1 * k / 7 for k in range(1, 7)]
+    assert warmed(model, None, 1.5) == pytest.approx([*rising, *[0.1] * 10])
+
+
+def test_warm_up_rises_to_the_rate_of_each_group(model: Model) -> None:
+    made = optimizer(model, lr={"head": 0.4, "backbone": 0.1})
+    plan = Schedule(None, made, epochs=2, steps_per_epoch=3, warmup_epochs=1.0, higher_is_better=True)
+    seen = []
+    for _ in range(4):
+        seen.append([group["lr"] for group in made.param_groups])
+        made.step()
+        plan.after_step()
+    assert seen[0] == pytest.approx([0.025, 0.025, 0.025, 0.1])
+    assert seen[3] == pytest.approx([0.1, 0.1, 0.1, 0.4])
+
+
+def test_step_begins_after_the_warm_up(model: Model) -> None:
+    seen = warmed(model, "step", 1.0, step_size=1, gamma=0.1)
+    assert seen == pytest.approx([*RISING, *[0.1] * 4, *[0.01] * 4, *[0.001] * 4])
+
+
+def cosine(epoch: int, epochs: int) -> float:
+    return 0.05 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+@pytest.mark.parametrize("warmup_epochs", [1.0, 1.1])
+def test_cosine_covers_what_the_warm_up_leaves(model: Model, warmup_epochs: float) -> None:
+    """Four steps of warm-up, also where rounding makes them so."""
+    rest = [cosine(epoch, 3) for epoch in range(3) for _ in range(4)]
+    assert warmed(model, "cosine", warmup_epochs) == pytest.approx([*RISING, *rest])
+
+
+def test_cosine_after_a_warm_up_of_part_of_an_epoch(model: Model) -> None:
+    rest = [cosine(epoch, 3) for epoch in range(3) for _ in range(4)]
+    assert warmed(model, "cosine", 0.5) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1, *rest])
+
+
+def test_a_warm_up_of_less_than_half_a_step_is_none(model: Model) -> None:
+    assert warmed(model, "cosine", 0.1) == pytest.approx([cosine(epoch, 4) for epoch in range(4) for _ in range(4)])
+
+
+def test_plateau_does_not_count_while_warming_up(model: Model) -> None:
+    seen = warmed(model, "plateau", 2.0, epochs=5, patience=0, factor=0.5)
+    assert seen[8:] == pytest.approx([*[0.1] * 8, *[0.05] * 4])
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup_epochs", "message"),
+    [
+        ("one_cycle", 1.0, "OneCycleLR has a warm-up of its own"),
+        ("cycliclr", 1.0, "CyclicLR has a warm-up of its own"),
+        ("cosine", 4.0, "warmup_epochs of 4 leaves nothing of a phase of 4"),
+        (None, 9.0, "leaves nothing"),
+    ],
+)
+def test_a_warm_up_that_does_not_fit_is_refused(
+    model: Model, name: str | None, warmup_epochs: float, message: str
+) -> None:
+    options = {"base_lr": 0.01} if name == "cycliclr" else {}
+    with pytest.raises(ConfigError, match=message):
+        warmed(model, name, warmup_epochs, **options)
+
+
+@pytest.mark.parametrize("name", [None, "cosine", "plateau"])
+def test_the_state_of_a_schedule_is_json(model: Model, name: str | None) -> None:
+    part = TorchPart(name, SCHEDULERS[name], {}) if name else None
+    made = optimizer(model)
+    plan = Schedule(part, made, epochs=4, steps_per_epoch=3, warmup_epochs=1.0, higher_is_better=True)
+    made.step()
+    plan.after_step()
+    state = json.loads(json.dumps(plan.state_dict(), allow_nan=False))
+    assert state["warmup_steps"] == 2
+    assert state["warmup"]["last_epoch"] == 1
+
+
+NORMS = {"first.1.weight", "first.1.bias", "third.1.weight", "third.1.bias"}
+BIASES = {"first.0.bias", "first.1.bias", "second.0.bias", "third.0.bias", "third.1.bias", "head.output.bias"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"), [((), set()), (("norm",), NORMS), (("bias",), BIASES), (("norm", "bias"), NORMS | BIASES)]
+)
+def test_kinds_of_parameters_are_left_out_of_weight_decay(model: Model, kinds: Any, expected: set[str]) -> None:
+    found = groups(model, NOTHING, 0.1, kinds)
+    assert {name for group in found if not group.decays for name in group.parameters} == expected
+    names = [name for group in found for name in group.parameters]
+    assert sorted(names) == sorted(dict(model.named_parameters()))
+    part = TorchPart("adamw", OPTIMIZERS["adamw"], {"weight_decay": 0.3})
+    made = build_optimizer(model, found, part, None)
+    assert [group["weight_decay"] for group in made.param_groups] == [0.3 if g.decays else 0.0 for g in found]
+    assert all(group["lr"] == 0.1 for group in made.param_groups)
+
+
+def test_frozen_parameters_are_in_neither_group(model: Model) -> None:
+    found = groups(model, freeze(model, "first", "second", "third"), 0.1, ("norm", "bias"))
+    assert [(group.stage, group.decays, group.parameters) for group in found] == [
+        ("head", True, ("head.output.weight",)),
+        ("head", False, ("head.output.bias",)),
+    ]
+
+
+def test_norms_and_biases_of_other_layers_are_known() -> None:
+    backbone = Dense()
+    backbone.stages.add_module("attention", nn.MultiheadAttention(8, 2))
+    backbone.stages.add_module("norms", nn.ModuleList([nn.LayerNorm(8), nn.GroupNorm(2, 8)]))
+    backbone.stages.add_module("recurrent", nn.LSTM(8, 3))
+    model = Model(backbone, Linear(backbone.features, 2))
+    found = groups(model, NOTHING, 0.1, ("norm", "bias"))
+    spared = {name for group in found if not group.decays for name in group.parameters}
+    assert {name for name in spared if name.startswith("attention")} == {
+        "attention.in_proj_bias",
+        "attention.out_proj.bias",
+    }
+    assert {name for name in spared if name.startswith("norms")} == {
+        f"norms.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")
+    }
+    assert {name for name in spared if name.startswith("recurrent")} == {
+        "recurrent.bias_ih_l0",
+        "recurrent.bias_hh_l0",
+    }

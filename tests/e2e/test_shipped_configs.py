@@ -17,6 +17,7 @@ def test_all_are_here():
         "hotdog_finetune",
         "hymenoptera_features",
         "hymenoptera_finetune",
+        "imdb_bilstm",
         "imdb_textcnn",
         "quickstart_text",
         "quickstart_vision",

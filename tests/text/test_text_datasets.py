@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import importlib
 import io
 import json
+import logging
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,10 @@ import pytest
 
 from transfer import ConfigError, DataError, data_folder
 from transfer_text import datasets
-from transfer_text.datasets import IMDb, MiniReviews, TextCSV
+from transfer_text.datasets import IMDb, MiniReviews
+from transfer_text.folders import TextFolder
+from transfer_text.hugging_face import HuggingFace
+from transfer_text.tables import TextCSV
 
 # ---------------------------------------------------------------------------------------------------------------- IMDb
 
@@ -73,6 +80,17 @@ def test_the_archive_and_the_folder_give_the_same_reviews_in_order(folder: Path)
 def test_the_data_folder_is_looked_in_before_anything_is_downloaded(folder: Path) -> None:
     pack(folder, REVIEWS)
     assert len(IMDb().load().splits["test"]) == 6
+
+
+def test_unlabelled_reviews_are_counted_and_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unlabelled = {f"aclImdb/train/unsup/{number}_0.txt": "no label" for number in range(2)}
+    (folder / "packed").mkdir()
+    roots = pack(folder / "packed", REVIEWS | unlabelled), unpack(folder, REVIEWS | unlabelled)
+    for root in roots:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="transfer_text.datasets"):
+            assert len(IMDb(root=str(root)).load().splits["train"]) == 6
+        assert "2 unlabelled reviews are left out" in caplog.text
 
 
 def test_what_is_not_there_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +184,7 @@ def test_classes_are_the_labels_in_alphabetical_order(tmp_path: Path) -> None:
     assert data.splits["train"].targets.tolist() == [1, 0]
     assert data.splits["train"].targets.dtype == np.int64
     assert data.splits["train"].fields["text"] == ["A fine film", "Too slow"]
-    assert data.splits["train"].names == [f"{path}:2", f"{path}:3"]
+    assert list(data.splits["train"].names) == [f"{path}:2", f"{path}:3"]
     assert list(data.splits) == ["train"]
 
 
@@ -183,7 +201,7 @@ def test_quoting_is_that_of_python(tmp_path: Path) -> None:
     path = write(tmp_path, buffer.getvalue())
     split = TextCSV(train=path).load().splits["train"]
     assert split.fields["text"] == [row[0] for row in rows]
-    assert split.names == [f"{path}:2", f"{path}:4", f"{path}:5"]
+    assert list(split.names) == [f"{path}:2", f"{path}:4", f"{path}:5"]
     assert csv.field_size_limit() == 131_072  # what is global is put back
 
 
@@ -194,6 +212,9 @@ def test_quoting_is_that_of_python(tmp_path: Path) -> None:
         ("a.csv", "text;label\none, two;x\nthree;y\n", {"delimiter": ";"}),
         ("a.csv", b'\xef\xbb\xbftext,label\r\n"one, two",x\r\n\r\nthree,y\r\n', {}),
         ("a.csv", 'text,label\n"one, two",x\nthree,y\n'.encode("utf-16"), {"encoding": "utf-16"}),
+        ("a.csv.gz", gzip.compress(b'text,label\n"one, two",x\nthree,y\n'), {}),
+        ("a.TSV", b"\xef\xbb\xbftext\tlabel\rone, two\tx\rthree\ty\r", {}),
+        ("a.csv", b"text,label\n'one, two',x\nthree,y\n".replace(b"'", b'"'), {"encoding": "cp1252"}),
         ("a.jsonl", '{"text": "one, two", "label": "x"}\n\n{"text": "three", "label": "y", "more": [1]}\n', {}),
     ],
 )
@@ -219,6 +240,41 @@ def test_several_columns_are_labels_or_numbers(tmp_path: Path) -> None:
     assert numbers.spec.classes == ("a",)
     assert numbers.splits["train"].targets.tolist() == [[-15]]
     assert numbers.splits["train"].targets.dtype == np.float32
+
+
+def test_one_column_may_name_all_labels_of_a_text(tmp_path: Path) -> None:
+    train = write(tmp_path, "text,genres\none,drama| comedy\ntwo,\nthree,war\n")
+    test = write(tmp_path, '{"text": "a", "genres": ["war", "drama"]}\n{"text": "b", "genres": []}\n', "test.jsonl")
+    data = TextCSV(train=train, test=test, label="genres", target="label_list", separator="|").load()
+    assert (data.spec.target, data.spec.classes) == ("labels", ("comedy", "drama", "war"))
+    assert data.splits["train"].targets.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
+    assert data.splits["test"].targets.tolist() == [[0, 1, 1], [0, 0, 0]]
+
+
+def test_a_label_that_training_never_saw_is_named(tmp_path: Path) -> None:
+    train = write(tmp_path, "text,genres\none,drama\n")
+    test = write(tmp_path, "text,genres\none,drama\ntwo,farce\n", "test.csv")
+    with pytest.raises(DataError, match="label 'farce' is not in the training data") as caught:
+        TextCSV(train=train, test=test, label="genres", target="label_list").load()
+    assert caught.value.problems[0].where == f"{test}:3"
+
+
+def test_a_validation_table_is_a_split(tmp_path: Path) -> None:
+    train, val = write(tmp_path, TABLE), write(tmp_path, "text,label\nFine,good\n", "val.csv")
+    assert {name: len(split) for name, split in TextCSV(train=train, val=val).load().splits.items()} == {
+        "train": 2,
+        "validation": 1,
+    }
+
+
+def test_names_of_rows_survive_a_loader_process_and_slicing(tmp_path: Path) -> None:
+    path = write(tmp_path, TABLE)
+    names = pickle.loads(pickle.dumps(TextCSV(train=path).load().splits["train"].names))
+    assert list(names[1:]) == [f"{path}:3"]
+
+
+def test_utf_16_is_recognised(tmp_path: Path) -> None:
+    assert "set encoding: utf-16" in problem(tmp_path, TABLE.encode("utf-16"))
 
 
 def test_the_options_alone_say_what_they_can(tmp_path: Path) -> None:
@@ -309,6 +365,8 @@ def test_a_class_that_training_never_saw_is_named(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"label": ("a", "b")}, "a class is in one column"),
+        ({"label": ("a", "b"), "target": "label_list"}, "a label list is in one column"),
+        ({"separator": ""}, "separator is empty"),
         ({"label": ()}, "do not name different columns"),
         ({"label": "text"}, "do not name different columns"),
         ({"delimiter": ";;"}, "one character"),
@@ -318,3 +376,194 @@ def test_a_class_that_training_never_saw_is_named(tmp_path: Path) -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TextCSV(train="a.csv", **options)
+
+
+# --------------------------------------------------------------------------------------------------------- text_folder
+
+
+def plant(root: Path, *names: str) -> str:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"\ufefftext of {name}", encoding="utf-8")
+    return str(root)
+
+
+def sizes(root: str, **options: Any) -> dict[str, int]:
+    return {name: len(split) for name, split in TextFolder(root=root, **options).load().splits.items()}
+
+
+def test_a_folder_for_each_class_is_read_in_order(tmp_path: Path) -> None:
+    root = plant(tmp_path, "train/b/1.txt", "train/a/2.txt", "train/a/deep/1.txt", "test/a/x.TXT", "test/b/y.txt")
+    data = TextFolder(root=root).load()
+    train = data.splits["train"]
+    assert data.spec.classes == ("a", "b")
+    assert train.fields["text"] == ["text of train/a/2.txt", "text of train/a/deep/1.txt", "text of train/b/1.txt"]
+    assert train.targets.tolist() == [0, 0, 1]
+    assert train.names[2] == f"{root}/train/b/1.txt"
+    assert TextFolder(root=root).spec.classes == ()
+
+
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [
+        (("train", "val", "test"), {"train": 2, "validation": 2, "test": 2}),
+        (("train", "valid"), {"train": 2, "test": 2}),
+        (("train", "test"), {"train": 2, "test": 2}),
+        (("train",), {"train": 2}),
+    ],
+)
+def test_folders_of_splits_go_by_their_usual_names(
+    tmp_path: Path, folders: tuple[str, ...], splits: dict[str, int]
+) -> None:
+    root = plant(tmp_path, *(f"{folder}/{label}/1.txt" for folder in folders for label in "ab"))
+    assert sizes(root) == splits
+
+
+def test_without_folders_of_splits_a_part_of_each_class_is_the_test_split(tmp_path: Path) -> None:
+    root = plant(tmp_path, *(f"{label}/{number}.txt" for label in "ab" for number in range(10)))
+    data = TextFolder(root=root, test_fraction=0.3).load()
+    assert {name: split.targets.tolist() for name, split in data.splits.items()} == {
+        "train": [0] * 7 + [1] * 7,
+        "test": [0] * 3 + [1] * 3,
+    }
+    again = TextFolder(root=root, test_fraction=0.3).load()
+    assert list(again.splits["test"].names) == list(data.splits["test"].names)
+    assert sizes(root, test_fraction=0.0) == {"train": 20}
+
+
+def test_other_files_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = plant(tmp_path, "train/a/1.txt", "train/b/1.txt", "train/b/notes.md", "train/README", "train/a/.hidden.txt")
+    assert sizes(root) == {"train": 2}
+    assert "skipped 2 files that are no texts: 1 without extension, 1 .md" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (("1.txt",), {}, "holds 1 files but no folder of a class"),
+        (("a/1.txt",), {}, "only one class, 'a'"),
+        (("a/1.txt", "b/1.md"), {}, "class 'b' has no texts, only 1 .md"),
+        (("a/1.txt", "b/1.txt"), {}, "class 'a' has a single text"),
+        (("train/a/1.txt", "train/b/1.txt", "test/a/1.txt", "test/c/1.txt"), {}, "only in test: c"),
+        (("train/a/1.txt", "train/b/1.txt"), {"test": "held_out"}, "there is no folder 'held_out'"),
+        (("train/a/1.txt", "val/a/1.txt", "valid/a/1.txt"), {}, "could each be the val split"),
+    ],
+)
+def test_a_wrong_folder_is_explained(
+    tmp_path: Path, names: tuple[str, ...], options: dict[str, Any], message: str
+) -> None:
+    root = plant(tmp_path, *names)
+    with pytest.raises(DataError, match=message) as caught:
+        TextFolder(root=root, **options).load()
+    assert str(caught.value.problems[0].where).startswith(root)
+    assert caught.value.problems[0].fix
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    root = plant(tmp_path, "train/a/1.txt", "train/b/1.txt")
+    (tmp_path / "train/b/1.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="byte 0xe9 is not utf-8-sig") as caught:
+        TextFolder(root=root).load()
+    assert caught.value.problems[0].where == f"{root}/train/b/1.txt"
+    assert TextFolder(root=root, encoding="latin-1").load().splits["train"].fields["text"][1] == "caf\xe9"
+    (tmp_path / "train/b/1.txt").write_text(" ")
+    with pytest.raises(DataError, match="the text is empty"):
+        TextFolder(root=root).load()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no such folder"):
+        TextFolder(root=str(tmp_path / "none")).load()
+
+
+@pytest.mark.parametrize("options", [{"val": "train"}, {"encoding": "utf-9"}])
+def test_options_of_a_folder_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        TextFolder(root="texts", **options)
+
+
+# --------------------------------------------------------------------------------------------------------- huggingface
+
+
+def test_without_the_library_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(DataError, match="not installed") as caught:
+        HuggingFace(dataset="stanfordnlp/imdb").load()
+    assert caught.value.problems[0].fix == "pip install 'transfer[huggingface]'"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"train": "a.pickle"}, {"dataset": "x", "label": "text"}, {"dataset": "x", "label": ("a", "b")}]
+)
+def test_options_of_huggingface_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        HuggingFace(**options)
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = pytest.importorskip("datasets", reason="the extra `huggingface` is not installed")
+    monkeypatch.setattr(found.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found.disable_progress_bars()
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_files_are_read_by_the_library(library: Any, tmp_path: Path, suffix: str) -> None:
+    rows = library.Dataset.from_dict({"text": ["one, two", "three", "four"], "label": ["x", "y", "x"]})
+    path = str(tmp_path / f"train.{suffix}")
+    getattr(rows, {"jsonl": "to_json"}.get(suffix, f"to_{suffix}"))(path)
+    data = HuggingFace(train=path, test=path).load()
+    assert data.spec.classes == ("x", "y")
+    assert data.splits["test"].fields["text"] == ["one, two", "three", "four"]
+    assert data.splits["train"].targets.tolist() == [0, 1, 0]
+    assert data.splits["train"].name(2) == "train[2]"
+
+
+def test_a_saved_dataset_keeps_its_classes_and_splits(library: Any, tmp_path: Path) -> None:
+    features = library.Features({"text": library.Value("string"), "label": library.ClassLabel(names=["neg", "pos"])})
+    rows = library.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    library.DatasetDict({"train": rows, "test": rows, "unsupervised": rows}).save_to_disk(str(tmp_path / "saved"))
+    data = HuggingFace(dataset=str(tmp_path / "saved")).load()
+    assert (list(data.splits), data.spec.classes) == (["train", "test"], ("neg", "pos"))
+    assert data.splits["train"].targets.tolist() == [1, 0]
+    with pytest.raises(DataError, match="no split 'held_out'") as caught:
+        HuggingFace(dataset=str(tmp_path / "saved"), test="held_out").load()
+    assert caught.value.problems[0].available == ("train", "test", "unsupervised")
+
+
+def test_lists_of_labels_and_numbers_are_targets(library: Any, tmp_path: Path) -> None:
+    rows = library.Dataset.from_dict(
+        {"text": ["a", "b"], "tags": [["war", "drama"], []], "stars": [1.5, -2], "good": [True, False]}
+    )
+    rows.to_parquet(path := str(tmp_path / "rows.parquet"))
+    lists = HuggingFace(train=path, label="tags", target="label_list").load()
+    assert lists.spec.classes == ("drama", "war")
+    assert lists.splits["train"].targets.tolist() == [[1, 1], [0, 0]]
+    numbers = HuggingFace(train=path, label="stars", target="number").load()
+    assert numbers.splits["train"].targets.tolist() == [[1.5], [-2]]
+    assert HuggingFace(train=path, label="good", target="labels").load().splits["train"].targets.tolist() == [[1], [0]]
+    with pytest.raises(DataError, match="neither 0 nor 1"):
+        HuggingFace(train=path, label="stars", target="labels").load()
+
+
+def test_unlabelled_rows_and_missing_columns_are_named(library: Any, tmp_path: Path) -> None:
+    features = library.Features({"text": library.Value("string"), "label": library.ClassLabel(names=["neg", "pos"])})
+    rows = library.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    rows.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="class '-1' is not") as caught:
+        HuggingFace(dataset=str(tmp_path / "saved")).load()
+    assert caught.value.problems[0].where == "train[1]"
+    with pytest.raises(DataError, match="no column 'review'"):
+        HuggingFace(dataset=str(tmp_path / "saved"), text="review").load()
+
+
+def test_a_broken_file_is_named(library: Any, tmp_path: Path) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        HuggingFace(train=str(tmp_path / "broken.parquet")).load()
+    assert caught.value.problems[0].where == str(tmp_path / "broken.parquet")

@@ -1,25 +1,181 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from transfer import DataError
+from transfer_text import cache, vocabulary
+from transfer_text.encoded import EncodedTexts, Truncation, truncation_loss
+from transfer_text.pieces import PieceTable
 from transfer_text.preprocessing import TextPreprocessing
 from transfer_text.vocabulary import Vocabulary
+
+TEXTS = ["a b c d", "a b c", "a b", "a"]
 
 
 @pytest.fixture
 def preprocessing() -> TextPreprocessing:
-    return TextPreprocessing(Vocabulary.build(["a b c d", "a b c", "a b", "a"]), max_length=3)
+    return TextPreprocessing(Vocabulary.build(TEXTS), max_length=3)
+
+
+def lists(encoded: Any) -> list[list[int]]:
+    return [ids.tolist() for ids in encoded]
 
 
 def test_encoding_cuts_to_the_longest_length(preprocessing: TextPreprocessing) -> None:
     encoded = preprocessing.encode(["a b c d", "b x"])
-    assert [ids.tolist() for ids in encoded] == [[2, 3, 4], [3, 1]]
+    assert lists(encoded) == [[2, 3, 4], [3, 1]]
     assert [preprocessing.length(ids) for ids in encoded] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("truncation", "kept"),
+    [("head", [[2, 3, 4], [2, 3]]), ("tail", [[4, 5, 6], [2, 3]]), ("both", [[2, 3, 6], [2, 3]])],
+)
+def test_truncation_says_which_words_stay(truncation: Truncation, kept: list[list[int]]) -> None:
+    words = Vocabulary.build(["a b c d e"])
+    assert lists(TextPreprocessing(words, 3, truncation).encode(["a b c d e", "a b"])) == kept
+    whole = TextPreprocessing(words, None, truncation).encode(["a b c d e"])
+    assert lists(whole) == [[2, 3, 4, 5, 6]]
+    assert TextPreprocessing(words, 3, truncation).describe()["truncation"] == truncation
+
+
+def test_encoded_texts_are_a_sequence_over_one_flat_array(preprocessing: TextPreprocessing) -> None:
+    encoded = preprocessing.encode(TEXTS)
+    assert len(encoded) == 4
+    assert lists(encoded[1:3]) == lists(encoded)[1:3]
+    assert encoded[-1].tolist() == encoded[np.int64(3)].tolist() == [2]
+    assert encoded.lengths.tolist() == [3, 3, 2, 1]
+    assert all(ids.base is encoded.indices for ids in encoded)
+    with pytest.raises(IndexError):
+        encoded[4]
+    assert torch.from_numpy(encoded[0]).dtype == torch.int32
+    assert lists(pickle.loads(pickle.dumps(encoded))) == lists(encoded)
+    assert list(preprocessing.encode([])) == []
+
+
+def test_the_loss_by_truncation_is_told() -> None:
+    lengths = np.array([2, 4, 10])
+    assert truncation_loss(lengths, 4) == {"max_length": 4, "texts_cut": 0.3333, "tokens_cut": 0.375}
+    assert truncation_loss(lengths, None) == {"max_length": None, "texts_cut": 0.0, "tokens_cut": 0.0}
+    assert truncation_loss(lengths[:0], 4)["tokens_cut"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------- kept on disk
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep texts of any length, in a cache of its own."""
+    monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(vocabulary, "WORTH_KEEPING_CHARACTERS", 1)
+    monkeypatch.setattr(vocabulary, "BLOCK_TEXTS", 3)
+    return tmp_path / "cache" / "text"
+
+
+def no_more_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("texts are numericalised again")
+
+    monkeypatch.setattr(PieceTable, "numericalise", fail)
+
+
+def test_the_second_start_reads_what_the_first_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Vocabulary.build(TEXTS)
+    encoded = lists(first.encode(TEXTS))
+    no_more_work(monkeypatch)
+    second = Vocabulary.build(TEXTS)
+    assert second.to_json() == first.to_json()
+    assert first.counts is not None
+    assert first.lengths is not None
+    np.testing.assert_array_equal(second.counts, first.counts)
+    np.testing.assert_array_equal(second.lengths, first.lengths)
+    kept = TextPreprocessing(second, 2, "tail").encode(TEXTS)  # cut afterwards: any length shares the entry
+    assert lists(kept) == [ids[-2:] for ids in encoded]
+    assert kept.indices.flags.writeable  # torch warns of others
+    assert sorted(path.name.partition("-")[0] for path in folder.iterdir()) == ["encoded", "vocabulary"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options"),
+    [([*TEXTS[:3], "b"], {}), (TEXTS[::-1], {}), (TEXTS, {"tokenizer": "whitespace"}), (TEXTS, {"max_size": 2})],
+)
+def test_other_texts_or_settings_are_other_entries(folder: Path, texts: list[str], options: dict[str, Any]) -> None:
+    Vocabulary.build(TEXTS).encode(TEXTS)
+    before = set(folder.iterdir())
+    words = Vocabulary.build(texts, **options)
+    fresh = Vocabulary.from_json(words.to_json())
+    expected = [fresh.tokenize(text) for text in texts]
+    found = [[words.tokens[i] for i in ids] for ids in words.encode(texts)]
+    assert [len(tokens) for tokens in found] == [len(tokens) for tokens in expected]
+    assert set(folder.iterdir()) - before
+
+
+@pytest.mark.parametrize("file", ["indices.bin", "offsets.npy", "vocabulary.json", "counts.npz"])
+def test_a_damaged_entry_is_made_again(folder: Path, file: str) -> None:
+    words = Vocabulary.build(TEXTS)
+    encoded = lists(words.encode(TEXTS))
+    (damaged,) = folder.glob(f"*/{file}")
+    damaged.write_bytes(damaged.read_bytes()[:-2])
+    again = Vocabulary.build(TEXTS)
+    assert again.to_json() == words.to_json()
+    assert lists(again.encode(TEXTS)) == encoded
+
+
+def test_without_a_cache_everything_goes_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder.parent.write_text("a file where the folder should be")
+    assert lists(Vocabulary.build(TEXTS).encode(TEXTS))[3] == [2]
+    assert "nothing is kept" in caplog.text
+
+
+def test_what_was_used_longest_ago_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LIMIT_BYTES", 100)
+
+    def write(name: str) -> Path | None:
+        return cache.entry(
+            "encoded", cache.digest(name), lambda path: path.joinpath("x").write_bytes(bytes(60)) and None
+        )
+
+    first = write("first")
+    (folder / "of somebody else").mkdir()
+    second = write("second")
+    assert first is not None
+    assert second is not None
+    assert not first.exists()
+    assert second.exists()
+    assert (folder / "of somebody else").exists()
+
+
+def test_nothing_half_written_stays(folder: Path) -> None:
+    def write(path: Path) -> None:
+        path.joinpath("half").write_bytes(b"1")
+        raise ValueError("broken off")
+
+    with pytest.raises(ValueError, match="broken off"):
+        cache.entry("encoded", cache.digest(1), write)
+    assert list(folder.iterdir()) == []
+
+
+def test_an_entry_that_another_run_made_first_is_taken(folder: Path) -> None:
+    def write(path: Path) -> None:
+        path.joinpath("x").write_bytes(b"ours")
+        other = folder / f"encoded-{cache.digest(1)}"
+        shutil.copytree(path, other)
+        other.joinpath("x").write_bytes(b"theirs")
+
+    found = cache.entry("encoded", cache.digest(1), write)
+    assert found is not None
+    assert found.joinpath("x").read_bytes() == b"theirs"
+    assert len(list(folder.iterdir())) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
 
 
 def test_a_batch_is_padded_to_its_longest_text(preprocessing: TextPreprocessing) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from transfer import ConfigError, FeatureSpec, WeightsError
-from transfer_text.textcnn import TextCNN
+from transfer_text import embedding, textcnn
+from transfer_text.embedding import WordEmbedding
+from transfer_text.textcnn import Convolutions, TextCNN
 
 TEXTS = ["a fine film with a fine cast", "it is n't a film", "so slow , so very slow , I left"]
 SMALL: Mapping[str, Any] = {"kernel_sizes": (2, 3), "filters": (4, 5)}
@@ -233,3 +235,128 @@ def test_a_few_steps_learn_to_tell_two_words_apart() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
+
+
+# ---------------------------------------------------------------------------------- one product per different word
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, list[int]]:
+    """Return a table of 12 vectors of width 6, rows of it for texts of 1 to 9 words, and their lengths."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [9, 9, 4, 2, 1]
+    table = torch.randn(12, 6, generator=generator, dtype=dtype)
+    table[0] = 0
+    rows = torch.randint(1, 12, (5, 9), generator=generator)
+    for row, length in zip(rows, lengths, strict=True):
+        row[length:] = 0
+    return table.requires_grad_(), rows, lengths
+
+
+def convolutions(dtype: torch.dtype = torch.float32) -> Convolutions:
+    torch.manual_seed(1)
+    layers = Convolutions(6, (1, 3, 4), (7, 5, 3)).to(dtype)
+    for parameter in layers.parameters():
+        torch.nn.init.uniform_(parameter, -1, 1)
+    return layers
+
+
+def by_conv1d(layers: Convolutions, table: Tensor, rows: Tensor, lengths: list[int]) -> Tensor:
+    """Convolve each text alone by torch's own layer, in one dimension."""
+    features = []
+    for row, length in zip(rows, lengths, strict=True):
+        for layer in layers.convolutions:
+            plain = torch.nn.Conv1d(layer.in_channels, layer.out_channels, layer.kernel_size[1])
+            words = functional.embedding(row[: max(length, layer.kernel_size[1])], table, padding_idx=0)
+            parameters = {"weight": layer.weight.squeeze(2), "bias": layer.bias}
+            responses = torch.func.functional_call(plain, parameters, (words.T,))
+            features.append(functional.relu(responses).amax(1))
+    return torch.cat(features).view(len(rows), -1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("by_words", [True, False])
+def test_outputs_and_gradients_are_those_of_conv1d(
+    by_words: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(textcnn, "in_batch_terms", lambda rows: by_words)
+    table, rows, lengths = batch(dtype)
+    layers = convolutions(dtype)
+    wanted = [table, *layers.parameters()]
+    features, expected = layers((table, rows)), by_conv1d(layers, table, rows, lengths)
+    torch.testing.assert_close(features, expected, rtol=0, atol=tolerance * 10)
+    direction = torch.randn(features.shape, dtype=dtype)
+    gradients = torch.autograd.grad(features, wanted, direction)
+    for name, found, right in zip(
+        ["table", *(name for name, _ in layers.named_parameters())],
+        gradients,
+        torch.autograd.grad(expected, wanted, direction),
+        strict=True,
+    ):
+        if name == "table":  # by words, the row of padding is left to the embedding
+            found, right = found[1:], right[1:]
+        torch.testing.assert_close(found, right, rtol=0, atol=tolerance * 10, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_the_gradient_is_that_of_small_differences() -> None:
+    table, rows, _ = batch(torch.float64)
+    layers = convolutions(torch.float64)
+    assert torch.autograd.gradcheck(lambda *_: layers((table, rows)), [table, *layers.parameters()])
+
+
+def test_without_gradients_the_features_are_the_same() -> None:
+    table, rows, _ = batch()
+    layers = convolutions()
+    with torch.inference_mode():
+        found = layers((table, rows))
+    assert torch.equal(found, layers((table, rows)))
+
+
+def test_lower_precision_is_near() -> None:
+    table, rows, _ = batch()
+    layers = convolutions()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layers((table, rows))
+    torch.testing.assert_close(found.float(), layers((table, rows)), rtol=0.05, atol=0.05)
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in layers.parameters())
+
+
+def test_the_table_holds_each_word_of_the_batch_once() -> None:
+    embedded = WordEmbedding(50, 6, frozen=True, tuned=True)
+    indices = torch.tensor([[7, 3, 7, 49], [3, 3, 0, 0]])
+    table, rows = embedded(indices)
+    assert table.shape == (4, 12)  # padding, 3, 7, 49
+    assert not table[0].any()
+    assert torch.equal(rows == 0, indices == 0)
+    assert torch.equal(table[rows], torch.cat([embedded.static, embedded.tuned], 1)[indices])
+
+
+def test_the_whole_table_gives_the_same_features(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = build(source)
+    features = backbone(inputs(backbone, TEXTS))
+    for module in (embedding, textcnn):
+        monkeypatch.setattr(module, "in_batch_terms", lambda rows: False)
+    assert len(backbone.stages[0](inputs(backbone, TEXTS))[0]) == len(backbone.vocabulary)
+    torch.testing.assert_close(backbone(inputs(backbone, TEXTS)), features)
+
+
+def test_padding_gets_no_gradient(source: str) -> None:
+    backbone = build(source, "nonstatic", kernel_sizes=(5,), filters=3)
+    torch.nn.init.ones_(backbone.stages[1].convolutions[0].bias)
+    backbone(inputs(backbone, ["a film", "a fine film with a fine cast"])).sum().backward()
+    gradient = backbone.stages[0].tuned.grad
+    assert not gradient[0].any()
+    assert gradient[index(backbone, "film")].any()
+
+
+def test_the_saved_format_is_one_convolution_per_kernel_size(source: str) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in build(source).state_dict().items()}
+    size = len(build(source).vocabulary)
+    assert shapes == {
+        "stages.embedding.static": (size, 6),
+        "stages.embedding.tuned": (size, 6),
+        "stages.convolution.convolutions.0.weight": (4, 12, 1, 2),
+        "stages.convolution.convolutions.0.bias": (4,),
+        "stages.convolution.convolutions.1.weight": (5, 12, 1, 3),
+        "stages.convolution.convolutions.1.bias": (5,),
+    }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from transfer import DataError, WeightsError
-from transfer_text import vectors
+from transfer_text import vector_files
 from transfer_text.vectors import coverage, read_vectors, width_of
 
 LINES = "the 0.1 0.2 0.3\nfilm 1 -2 3e-1\n. . . 7.0 8.0 9.0\n"
@@ -114,7 +114,7 @@ def test_a_known_name_that_is_not_there_is_downloaded(folder: Path, monkeypatch:
             archive.writestr("glove.6B.50d.txt", "film" + " 0.5" * 50 + "\n")
         return folder / name
 
-    monkeypatch.setattr(vectors, "download", download)
+    monkeypatch.setattr(vector_files, "download", download)
     assert read_vectors("glove.6B.50d", ["film"]).found.all()
     assert asked == [("https://nlp.stanford.edu/data/glove.6B.zip", "vectors/glove.6B.zip")]
 
@@ -123,7 +123,7 @@ def test_a_failed_download_says_which_file_to_put_where(folder: Path, monkeypatc
     def download(url: str, name: str) -> Path:
         raise DataError("no network")
 
-    monkeypatch.setattr(vectors, "download", download)
+    monkeypatch.setattr(vector_files, "download", download)
     with pytest.raises(WeightsError, match="no network") as caught:
         read_vectors("glove.6B.100d", ["film"])
     assert f"glove.6B.zip into {folder / 'vectors'}" in str(caught.value)

@@ -115,7 +115,7 @@ def test_no_text_can_spell_the_special_tokens() -> None:
 def test_encode_keeps_order_across_chunks_and_cuts_to_length() -> None:
     vocabulary = Vocabulary.build([" ".join(map(str, range(10)))], "whitespace")
     texts = [f"{i % 10} {i % 7} 1" for i in range(3000)]
-    encoded = vocabulary.encode(texts, max_length=2)
+    encoded = vocabulary.encode(texts).truncated(2)
     assert [[vocabulary.tokens[i] for i in ids] for ids in encoded] == [text.split()[:2] for text in texts]
     assert encoded[0].dtype == np.int32
 
