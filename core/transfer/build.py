@@ -269,8 +269,20 @@ def _phases(config: RunConfig, model: Model) -> tuple[PhasePlan, ...]:
 
 
 def _refuse_dead_settings(config: RunConfig, backbone: Backbone, model: Model, phases: tuple[PhasePlan, ...]) -> None:
-    """Refuse settings that would change nothing: who sets them believes that they do."""
+    """Refuse settings that would change nothing, and those that need another machine."""
     train = config.train
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError(
+            "train.precision: fp16 needs a GPU, which scales its gradients",
+            where=config.document.where(("train", "precision")),
+            fix="use bf16 or fp32",
+        )
+    if config.optimizer_options.no_weight_decay and not config.weight_decay:
+        raise ConfigError(
+            f"no_weight_decay spares parameters from weight decay, and {config.optimizer.name} applies none here",
+            where=config.document.where(("train", "optimizer", "no_weight_decay")),
+            fix="set weight_decay, or remove no_weight_decay",
+        )
     if train.views is None:
         return
     reasons = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -118,6 +119,12 @@ class RunConfig:
         """What a run of this config is called."""
         source = Path(self.document.source)
         return source.stem if source.suffix in (".yaml", ".yml") else "run"
+
+    @property
+    def weight_decay(self) -> float:
+        """The optimizer's weight decay, torch's default filled in."""
+        default = inspect.signature(self.optimizer.cls).parameters.get("weight_decay")
+        return float(self.optimizer.options.get("weight_decay", default.default if default else 0.0))
 
     @property
     def pretrained(self) -> bool:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from transfer import checkpoint, freezing
-from transfer.errors import ConfigError, TrainingError
+from transfer.errors import TrainingError
 from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, EvaluationStep, Note, Observer, StepEnded
 from transfer.feature_cache import FeatureCache, Prefix, Source, source
 from transfer.freezing import Frozen
@@ -117,8 +117,6 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
     settings, model, task = experiment.settings, experiment.model, experiment.task
     # Accelerate keeps its state for the whole process, and refuses a second run of another precision otherwise.
     AcceleratorState._reset_state()
-    if settings.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("train.precision: fp16 needs a GPU, which scales its gradients", fix="use bf16 or fp32")
     accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision)
     if accelerator.num_processes > 1:
         raise TrainingError("training in several processes is not supported yet", fix="start it without a launcher")

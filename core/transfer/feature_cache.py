@@ -8,12 +8,15 @@ that a crash leaves nothing half in use, and the second of two runs that make on
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -302,7 +305,9 @@ class Prefix:
             digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
 
         preprocessing = loader.preprocessing
-        add(FORMAT, torch.__version__, self.precision, loader.field, view, None if view is None else loader.seed)
+        device = next(self.model.parameters()).device.type
+        add(FORMAT, torch.__version__, device, self.precision, loader.field)
+        add(view, None if view is None else loader.seed)
         add(_settings(preprocessing), dict(preprocessing.describe()), dict(self.assets))
         for name in self.stages:
             stage = self.model.stages[name]
@@ -411,7 +416,18 @@ def _map(folder: Path, described: Mapping[str, Any]) -> Entry:
 def _settings(part: object) -> list[object]:
     """Return a module's or a preprocessing's class and attributes of plain data: they may change what it does."""
     values = {name: value for name, value in vars(part).items() if name != "training" and _is_plain(value)}
-    return [type(part).__module__, type(part).__qualname__, values]
+    return [type(part).__module__, type(part).__qualname__, _source(type(part).__module__), values]
+
+
+@functools.cache
+def _source(module: str) -> str:
+    """Return a module's source code, so that features of a plugin that was changed are computed anew."""
+    if module.startswith("torch."):
+        return ""  # torch's version is in the key
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):  # defined where there is no file: in a notebook's cell that has gone
+        return ""
 
 
 def _is_plain(value: object) -> bool:

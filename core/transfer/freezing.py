@@ -53,19 +53,32 @@ def resolve(model: Model, policy: Freeze, batch_norm: BatchNorm = "frozen") -> F
     return found
 
 
+_WITHOUT_STATE = (
+    nn.Sequential,
+    nn.Identity,
+    nn.Flatten,
+    nn.ReLU,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._MaxPoolNd,
+)
+
+
 def prefix_length(model: Model, frozen: Frozen) -> int:
     """Return how many stages, counted from the input, compute the same thing in every epoch and are worth storing.
 
-    A stage without parameters, buffers or dropout (a pool) goes with the frozen one before it. A last stage that is
-    cheaper to compute than to read back (a look-up says so by an attribute ``recompute``) is left out.
+    A stage that only pools, reshapes or rectifies goes with the frozen one before it. A last stage that is cheaper to compute than
+    to read back (a look-up says so by an attribute ``recompute``) is left out.
     """
     count = 0
     for name, stage in model.stages.items():
-        if frozen.batch_norm == "train" and any(isinstance(inner, BATCH_NORM) for inner in stage.modules()):
+        norms = [inner for inner in stage.modules() if isinstance(inner, BATCH_NORM)]
+        # Without running statistics batch norm depends on the rest of the batch, in eval mode too.
+        if norms and (frozen.batch_norm == "train" or not all(norm.track_running_stats for norm in norms)):
             break
-        still = not any(True for _ in stage.parameters()) and not any(True for _ in stage.buffers())
-        random = any(isinstance(inner, nn.modules.dropout._DropoutNd) for inner in stage.modules())
-        if name not in frozen.stages and not (count and still and not random):
+        follows = count and all(isinstance(inner, _WITHOUT_STATE) for inner in stage.modules())
+        if name not in frozen.stages and not follows:
             break
         count += 1
     count = min(count, len(model) - 1)  # a head that is frozen too still gives the outputs

@@ -116,9 +116,22 @@ def _fingerprint(column: Sequence[Any]) -> str:
         return str(known())
     else:
         for value in column:
-            content = value.encode() if isinstance(value, str) else np.asarray(value).tobytes()
+            content = _content(value)
             digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
+
+
+def _content(value: Any) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        return repr(value).encode()
+    # The bytes of an array of objects are addresses, which the next process has others of.
+    return (
+        repr(value).encode() if array.dtype.hasobject else repr((array.dtype, array.shape)).encode() + array.tobytes()
+    )
 
 
 @dataclass(frozen=True)

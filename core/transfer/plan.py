@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
 from rich.console import RenderableType
@@ -61,18 +60,13 @@ def _cell(config: RunConfig, parts: Parts, phase: PhasePlan, stage: str) -> Text
     parameters = len(list(parts.model.stages[stage].parameters()))
     if not groups:
         return Text("frozen" if stage in phase.frozen.stages or parameters else "-", style="dim")
-    decay = _weight_decay(config)
+    decay = config.weight_decay
     text = f"lr {groups[0].lr:.3g}"
     if decay:
         text += f", decay {decay:g}{'' if all(group.decays for group in groups) else '*'}"
     if sum(len(group.parameters) for group in groups) < parameters:
         text += ", partly frozen"
     return Text(text, style="green")
-
-
-def _weight_decay(config: RunConfig) -> float:
-    default = inspect.signature(config.optimizer.cls).parameters.get("weight_decay")
-    return float(config.optimizer.options.get("weight_decay", default.default if default else 0.0))
 
 
 def _cache(config: RunConfig, parts: Parts) -> Table:

@@ -185,7 +185,7 @@ def _facts(config: RunConfig, built: Built, device: str) -> dict[str, str]:
         "model": f"{config.backbone.plugin.name} ({' > '.join(list(model.stages)[:-1])}) + {config.head.plugin.name}",
         "parameters": f"{total:,}",
         "phases": ", then ".join(
-            f"{phase.epochs} epochs of {', '.join(group.stage for group in phase.groups)}"
+            f"{phase.epochs} epochs of {', '.join(dict.fromkeys(group.stage for group in phase.groups))}"
             for phase in built.experiment.phases
         ),
         "optimizer": f"{config.optimizer.name}, batch size {config.train.batch_size}",

@@ -439,10 +439,10 @@ def test_features_in_bf16_stay_bf16() -> None:
 def test_shapes_that_vary_without_a_mask_are_not_cached_and_the_run_goes_on(
     config: dict[str, Any], tmp_path: Path, cache_folder: Path
 ) -> None:
-    overrides = ["data={name: lists}", "backbone={name: varying}", "train.phases=[{epochs: 1, freeze: [lower]}]"]
+    overrides = ["data={name: lists}", "backbone={name: varying}", "train.phases=[{epochs: 1, freeze: backbone}]"]
     run = workflow.run(config, overrides, output=tmp_path)
     first = run.summary["cache"][0]
-    assert first["cached"] is True  # the stage after it, which has no parameters, makes vectors of them
+    assert first["cached"] is True  # the stage after it makes vectors of them
     prefix, loader = ragged(Varying)  # type: ignore[arg-type]
     reason = FeatureCache(PLENTY, folder=tmp_path / "other").features(prefix, loader)
     assert reason == "what lower returns differs in shape between batches"
