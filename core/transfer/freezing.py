@@ -68,8 +68,8 @@ _WITHOUT_STATE = (
 def prefix_length(model: Model, frozen: Frozen) -> int:
     """Return how many stages, counted from the input, compute the same thing in every epoch and are worth storing.
 
-    A stage that only pools, reshapes or rectifies goes with the frozen one before it. A last stage that is cheaper to compute than
-    to read back (a look-up says so by an attribute ``recompute``) is left out.
+    A stage that only pools, reshapes or rectifies goes with the frozen one before it. A last stage that is cheaper to
+    compute than to read back (a look-up says so by an attribute ``recompute``) is left out.
     """
     count = 0
     for name, stage in model.stages.items():

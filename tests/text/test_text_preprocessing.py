@@ -11,7 +11,7 @@ import torch
 
 from transfer import DataError
 from transfer_text import cache, vocabulary
-from transfer_text.encoded import EncodedTexts, Truncation, truncation_loss
+from transfer_text.encoded import Truncation, truncation_loss
 from transfer_text.pieces import PieceTable
 from transfer_text.preprocessing import TextPreprocessing
 from transfer_text.vocabulary import Vocabulary

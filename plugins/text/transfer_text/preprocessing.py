@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transfer import DataError, Preprocessing
+from transfer_text.encoded import EncodedTexts, Truncation
 from transfer_text.vocabulary import PADDING, Vocabulary
 
 
@@ -21,26 +22,30 @@ class TextPreprocessing(Preprocessing):
 
     Args:
         vocabulary: The words and their indices, with the tokenizer.
-        max_length: Tokens after so many are dropped; None keeps all.
+        max_length: The most tokens of a text that are kept; None keeps all.
+        truncation: Which tokens of a longer text are kept: the first (``head``), the last (``tail``), or half from
+            each end (``both``), as Sun et al. 2019 compare them (https://arxiv.org/abs/1905.05583).
     """
 
     encode_once: ClassVar[bool] = True
 
-    def __init__(self, vocabulary: Vocabulary, max_length: int | None) -> None:
+    def __init__(self, vocabulary: Vocabulary, max_length: int | None, truncation: Truncation = "head") -> None:
         self.vocabulary = vocabulary
         self.max_length = max_length
+        self.truncation: Truncation = truncation
 
-    def encode(self, values: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Return the word indices of each text, int32 (T,).
+    def encode(self, values: Sequence[str]) -> EncodedTexts:
+        """Return the word indices of each text, int32 (T,), as a sequence over one flat array.
 
         Raises:
             ValueError: A text is empty, blank, or nothing but markup.
         """
-        encoded = self.vocabulary.encode(values, self.max_length)
-        for text, indices in zip(values, encoded, strict=True):
-            if not len(indices):
-                what = f"no word in {text[:60]!r}" if text.strip() else "no text: it is empty or blank"
-                raise ValueError(f"there is {what}")
+        encoded = self.vocabulary.encode(values).truncated(self.max_length, self.truncation)
+        empty = np.flatnonzero(encoded.lengths == 0)
+        if len(empty):
+            text = values[int(empty[0])]
+            what = f"no word in {text[:60]!r}" if text.strip() else "no text: it is empty or blank"
+            raise ValueError(f"there is {what}")
         return encoded
 
     def collate(self, encoded: Sequence[npt.NDArray[np.int32]]) -> Tensor:
@@ -70,9 +75,10 @@ class TextPreprocessing(Preprocessing):
         return "An example of a text that is longer than any kernel is wide."
 
     def describe(self) -> Mapping[str, Any]:
-        """Return the size and digest of the vocabulary, and the longest length."""
+        """Return the size and digest of the vocabulary, the longest length and what is cut."""
         return {
             "vocabulary_size": len(self.vocabulary),
             "vocabulary_sha256": self.vocabulary.digest,
             "max_length": self.max_length,
+            "truncation": self.truncation,
         }

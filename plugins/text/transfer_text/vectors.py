@@ -1,42 +1,35 @@
-"""Word vectors in GloVe's text format: a word and its numbers on each line, packed or not."""
+"""Pretrained word vectors: those of a vocabulary's words, and how many of them there are.
+
+A file is parsed once; its matrix and words are kept as one safetensors file in the user's cache folder and mapped from
+there, so that the second look-up takes a moment.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
-import re
+import json
 import string
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from transfer import DataError, WeightsError, data_folder, download
+from transfer_text import cache
+from transfer_text.vector_files import KNOWN, PACKAGED, VectorFile, locate
+from transfer_text.vector_formats import Block, read_blocks
 
-SITE = "https://nlp.stanford.edu/data/"
-_6B = "glove.6B.zip"
-# The archive and the width of each known name (Pennington et al. 2014, https://nlp.stanford.edu/projects/glove).
-KNOWN: dict[str, tuple[str, int]] = {
-    "glove.6B.50d": (_6B, 50),
-    "glove.6B.100d": (_6B, 100),
-    "glove.6B.200d": (_6B, 200),
-    "glove.6B.300d": (_6B, 300),
-    "glove.42B.300d": ("glove.42B.300d.zip", 300),
-    "glove.840B.300d": ("glove.840B.300d.zip", 300),
-}
-PACKAGED = {"mini": ("mini.vectors.txt.gz", 100)}
+__all__ = ["WordVectors", "coverage", "read_vectors", "width_of", "words_of"]
+
+FORMAT = 1
 MISSING = 1_000  # above the rank of any spelling
-SUFFIXES = (".txt", ".txt.gz", ".zip", ".vec", ".vec.gz")
-BUFFER_BYTES = 1 << 20
-_DECIMAL = re.compile(rb"-?\d*\.\d+(?:e-?\d+)?")
+HEADER_BYTES = 1024
+"""Room for the header of a safetensors file, whose sizes are known at the end."""
+KEPT_ROWS = 1 << 14
+"""Rows of a kept matrix that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +55,20 @@ def width_of(source: str) -> int:
         return KNOWN[source][1]
     if source in PACKAGED:
         return PACKAGED[source][1]
-    with _open(source, fetch=False) as (lines, where):
-        return _first(lines, where)[0]
+    with locate(source, fetch=False).open() as (content, where, binary):
+        return read_blocks(content, where, binary=binary)[0]
 
 
 def read_vectors(source: str, words: Sequence[str]) -> WordVectors:
-    """Read the vectors of these words; the others on file pass by, so memory stays near the rows that are kept.
+    """Read the vectors of these words; the others pass by, so memory stays near the rows that are wanted.
 
     A word that the source lacks is looked up in other spellings too: in lower case, without the marks around it, a
     run of marks as one (``mr.`` as ``mr``, ``...`` as ``.``), since not all vectors come from one tokenizer.
 
     Args:
-        source: A known name (``glove.6B.100d``), ``mini``, the name or path of a file (``.txt``, ``.gz``, ``.zip``),
-            or ``archive.zip:member.txt``.
+        source: A known name (``glove.6B.100d``), ``mini``, the name or path of a file in the text format of GloVe,
+            word2vec or fastText or in word2vec's binary one (``.bin``), plain, ``.gz`` or ``.zip``, or
+            ``archive.zip:member.txt``.
         words: The words that are needed.
 
     Raises:
@@ -84,21 +78,31 @@ def read_vectors(source: str, words: Sequence[str]) -> WordVectors:
     for row, word in enumerate(words):
         for rank, spelling in enumerate(_spellings(word)):
             wanted.setdefault(spelling.encode(), []).append((row, rank))
-    with _open(source) as (lines, where):
-        width, numbered = _first(lines, where)
+    with _blocks(source) as (width, blocks):
         matrix = np.zeros((len(words), width), dtype=np.float32)
         best = np.full(len(words), MISSING, dtype=np.int64)  # the rank of the spelling that gave a row
-        for number, line in numbered:
-            spelling_found, numbers = _part(line, width, where, number)
-            if (rows := wanted.get(spelling_found)) is None:
-                continue
-            vector = None
-            for row, rank in rows:
-                if rank < best[row]:  # of two lines for one word the first counts
-                    vector = _parse(numbers, width, where, number) if vector is None else vector
-                    matrix[row] = vector
-                    best[row] = rank
+        for spellings, vectors in blocks:
+            for place, found in enumerate(map(wanted.get, spellings)):
+                for row, rank in found or ():
+                    if rank < best[row]:  # of two lines for one word the first counts
+                        matrix[row] = vectors[place]
+                        best[row] = rank
     return WordVectors(matrix, best < MISSING)
+
+
+def words_of(source: str) -> list[str]:
+    """Return all words that a source has vectors of, in its order; words that are not UTF-8 are left out.
+
+    Raises:
+        transfer.WeightsError: As :func:`read_vectors`.
+    """
+    words = []
+    with _blocks(source) as (_, blocks):
+        for spellings, _ in blocks:
+            for spelling in spellings:
+                with contextlib.suppress(UnicodeDecodeError):
+                    words.append(spelling.decode())
+    return list(dict.fromkeys(words))
 
 
 def coverage(
@@ -128,152 +132,101 @@ def coverage(
     }
 
 
-# --------------------------------------------------------------------------------------------------------------- lines
-
-
 def _spellings(word: str) -> list[str]:
     """Return the word and what else it may be called, the best first."""
     lower = word.lower()
     return list(dict.fromkeys((word, lower, lower.strip(string.punctuation) or lower[:1])))
 
 
-def _first(lines: IO[bytes], where: str) -> tuple[int, Iterator[tuple[int, bytes]]]:
-    """Return the width, and the lines that hold vectors with their numbers."""
-    number, first = 1, lines.readline().rstrip()
-    fields = first.split(b" ")
-    width = len(fields) - 1
-    if width == 1 and fields[0].isdigit() and fields[1].isdigit():  # word2vec and fastText say COUNT WIDTH first
-        width = int(fields[1])
-        number, first = 2, lines.readline().rstrip()
-    if width < 1:
-        raise WeightsError(
-            "the first line holds no vector",
-            where=f"{where}:{number}",
-            fix="give a file with a word and its numbers, separated by single spaces, on each line",
-        )
-    _parse(_part(first, width, where, number)[1], width, where, number)
-
-    def numbered() -> Iterator[tuple[int, bytes]]:
-        yield number, first
-        for later, line in enumerate(lines, number + 1):
-            if line := line.rstrip():
-                yield later, line
-
-    return width, numbered()
-
-
-def _part(line: bytes, width: int, where: str, number: int) -> tuple[bytes, bytes]:
-    """Part a line into its word and its numbers."""
-    if (spaces := line.count(b" ")) == width:
-        word, _, numbers = line.partition(b" ")
-        return word, numbers
-    # glove.840B has words with spaces in them; anything else that is too long is wrong, as is what is too short.
-    fields = line.split(b" ")
-    if spaces < width or all(_DECIMAL.fullmatch(field) for field in fields[1:-width]):
-        raise WeightsError(
-            f"the line holds {spaces} numbers where the file's width is {width}: {_excerpt(line)}",
-            where=f"{where}:{number}",
-            fix="the file is damaged or was cut short; fetch it again",
-        )
-    return b" ".join(fields[:-width]), b" ".join(fields[-width:])
-
-
-def _parse(numbers: bytes, width: int, where: str, number: int) -> npt.NDArray[np.float32]:
-    try:
-        vector = np.array(numbers.split(b" "), dtype=np.float32)
-    except ValueError:
-        vector = np.full(width, np.nan, dtype=np.float32)
-    if not np.isfinite(vector).all():
-        raise WeightsError(
-            f"the vector holds something that is no finite number: {_excerpt(numbers)}", where=f"{where}:{number}"
-        )
-    return vector
-
-
-def _excerpt(line: bytes) -> str:
-    text = line.decode(errors="replace")
-    return repr(text if len(text) <= 60 else text[:60] + "...")
-
-
-# ------------------------------------------------------------------------------------------------------------- sources
+# -------------------------------------------------------------------------------------------------------- parsed, once
 
 
 @contextlib.contextmanager
-def _open(source: str, *, fetch: bool = True) -> Iterator[tuple[IO[bytes], str]]:
-    """Open a source and give its lines, and its name for messages."""
-    with contextlib.ExitStack() as stack:
+def _blocks(source: str) -> Iterator[tuple[int, Iterator[Block]]]:
+    """Give the width of a source's vectors and all of them in blocks: from the cache, where that can be written."""
+    file = locate(source)
+    if (kept := _kept(file)) is not None:
+        yield kept
+        return
+    with file.open() as (content, where, binary):
+        yield read_blocks(content, where, binary=binary)
+
+
+def _kept(file: VectorFile) -> tuple[int, Iterator[Block]] | None:
+    if not isinstance(file.path, Path):  # a package that is not unpacked
+        return None
+    try:
+        known = file.path.stat()
+    except OSError:
+        return None  # opening it says what is wrong
+    key = cache.digest(FORMAT, str(file.path.resolve()), known.st_size, known.st_mtime_ns, file.member)
+    for _ in range(2):  # an entry that is damaged is made again
+        folder = cache.entry("vectors", key, lambda folder: _write(folder, file))
+        if folder is None:
+            return None
         try:
-            if source in PACKAGED:
-                path: Traversable = resources.files("transfer_text") / "resources" / PACKAGED[source][0]
-                member: str | None = None
-                where = source
-            else:
-                path, member = _locate(source, fetch=fetch)
-                where = str(path)
-            lines: IO[bytes] = stack.enter_context(path.open("rb"))
-            if path.name.endswith(".gz"):
-                lines = io.BufferedReader(gzip.GzipFile(fileobj=lines), BUFFER_BYTES)
-            elif path.name.endswith(".zip"):
-                archive = stack.enter_context(zipfile.ZipFile(lines))
-                member = _member(archive, member, where)
-                where = f"{where}:{member}"
-                lines = io.BufferedReader(archive.open(member), BUFFER_BYTES)  # type: ignore[type-var]  # reads like one
-            yield lines, where
-        except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise WeightsError(
-                f"the vectors {source!r} are in a damaged archive: {error}", fix="delete it and fetch it again"
-            ) from error
-        except OSError as error:
-            raise WeightsError(f"the vectors {source!r} cannot be read: {error}") from error
+            return _open_kept(folder / "vectors.safetensors")
+        except (OSError, ValueError, KeyError, TypeError):
+            cache.drop(folder)
+    return None
 
 
-def _member(archive: zipfile.ZipFile, member: str | None, where: str) -> str:
-    names = [name for name in archive.namelist() if not name.endswith("/")]
-    if member is None and len(names) == 1:
-        return names[0]
-    if member is None or member not in names:
-        raise WeightsError(
-            f"the archive holds {len(names)} files" if member is None else f"the archive holds no {member!r}",
-            where=where,
-            available=names,
-            fix=f"name one of them: {where}:{names[0]}" if names else "fetch the archive again",
-        )
-    return member
-
-
-def _locate(source: str, *, fetch: bool) -> tuple[Path, str | None]:
-    """Return the file that a source means, and the member of it where it is an archive that was told."""
-    name, _, member = source.partition(".zip:")
-    written = Path(f"{name}.zip" if member else source).expanduser()
-    folders = (data_folder(), data_folder() / "vectors")
-    for path in (written, *(folder / written for folder in folders)):
-        if path.is_file():
-            return path, member or None
-    for folder in folders:
-        for suffix in SUFFIXES:
-            if (path := folder / f"{source}{suffix}").is_file():
-                return path, f"{source}.txt" if suffix == ".zip" and source in KNOWN else None
-    if source in KNOWN:
-        archive = KNOWN[source][0]
-        for folder in folders:
-            if (path := folder / archive).is_file():
-                return path, f"{source}.txt"
-        if fetch:
+def _write(folder: Path, file: VectorFile) -> None:
+    """Parse a file into ``vectors.safetensors``: the matrix (N, D), and the words in UTF-8 with new lines between."""
+    words = io.BytesIO()
+    count = 0
+    with file.open() as (content, where, binary), (folder / "vectors.safetensors").open("wb") as out:
+        width, blocks = read_blocks(content, where, binary=binary)
+        out.seek(8 + HEADER_BYTES)
+        for spellings, matrix in blocks:
             try:
-                return download(SITE + archive, f"vectors/{archive}"), f"{source}.txt"
-            except DataError as error:
-                raise WeightsError(
-                    error.problems[0].message,
-                    fix=f"put {source}.txt, {source}.txt.gz or {archive} into {folders[1]}",
-                ) from error
-    raise WeightsError(
-        f"there are no word vectors {source!r}",
-        available=(*KNOWN, *PACKAGED, *_on_disk(folders)),
-        fix=f"give a known name, a path, or put {source}.txt into {folders[1]}",
+                out.write(matrix.astype("<f4", copy=False).tobytes())
+            except OSError as error:  # the disk is full
+                raise cache.UnwritableError(str(error)) from error
+            words.writelines(spelling.replace(b"\n", b" ") + b"\n" for spelling in spellings)
+            count += len(spellings)
+        matrix_bytes = 4 * count * width
+        header = {
+            "__metadata__": {"source": where},
+            "matrix": {"dtype": "F32", "shape": [count, width], "data_offsets": [0, matrix_bytes]},
+            "words": {
+                "dtype": "U8",
+                "shape": [words.tell()],
+                "data_offsets": [matrix_bytes, matrix_bytes + words.tell()],
+            },
+        }
+        written = json.dumps(header)
+        if len(written.encode()) > HEADER_BYTES:  # a path beyond all measure
+            header["__metadata__"] = {}
+            written = json.dumps(header)
+        try:
+            out.write(words.getvalue())
+            out.seek(0)
+            out.write(HEADER_BYTES.to_bytes(8, "little") + written.ljust(HEADER_BYTES).encode())
+        except OSError as error:
+            raise cache.UnwritableError(str(error)) from error
+
+
+def _open_kept(path: Path) -> tuple[int, Iterator[Block]]:
+    """Map a file that :func:`_write` wrote; the safetensors library would read all of the matrix."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size != HEADER_BYTES:
+            raise ValueError("the header is of another size")
+        header = json.loads(file.read(size))
+        begin, end = (8 + size + offset for offset in header["words"]["data_offsets"])
+        if path.stat().st_size != end:
+            raise ValueError("the file was cut short")
+        file.seek(begin)
+        words = io.BytesIO(file.read())
+    count, width = header["matrix"]["shape"]
+    matrix: npt.NDArray[np.float32] = np.asarray(
+        np.memmap(path, dtype="<f4", mode="r", offset=8 + size, shape=(count, width))
     )
 
+    def blocks() -> Iterator[Block]:
+        for first in range(0, count, KEPT_ROWS):
+            rows = matrix[first : first + KEPT_ROWS]
+            yield [words.readline()[:-1] for _ in range(len(rows))], rows
 
-def _on_disk(folders: Sequence[Path]) -> list[str]:
-    """Return the names of what looks like vectors in the folder of vectors."""
-    found = folders[-1]
-    return sorted(path.name for path in found.iterdir() if path.name.endswith(SUFFIXES)) if found.is_dir() else []
+    return width, blocks()

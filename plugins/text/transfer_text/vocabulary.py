@@ -1,112 +1,248 @@
-"""From texts to word indices: tokenizers by name, and a vocabulary learned from the training texts."""
+"""From texts to word indices: a vocabulary learned from the training texts, or one that a tokenizer file brings."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models
 
-from transfer import DataError
+from transfer import ConfigError, DataError, find_file
+from transfer_text import cache
+from transfer_text.encoded import EncodedTexts
+from transfer_text.pieces import PieceTable
+from transfer_text.tokenization import TOKENIZERS, TokenizerName, assemble, cut_at_blanks, name_of
 
-TokenizerName = Literal["glove", "basic_english", "whitespace"]
-TOKENIZERS: tuple[TokenizerName, ...] = get_args(TokenizerName)
+__all__ = ["MIN_FREQUENCY", "PADDING", "TOKENIZERS", "UNKNOWN", "TokenizerName", "Vocabulary"]
 
 # No tokenizer gives a token with a blank in it, so no text can spell these two.
 PADDING_TOKEN = "< padding >"  # noqa: S105
 UNKNOWN_TOKEN = "< unknown >"  # noqa: S105
+SPECIAL = (PADDING_TOKEN, UNKNOWN_TOKEN)
 PADDING = 0
 UNKNOWN = 1
 
 MIN_FREQUENCY = 1
 
-# An encoding with its offsets takes a hundred times the memory of its indices, so they live a chunk at a time.
-CHUNK_TEXTS = 1024
+FORMAT = 1
+BLOCK_TEXTS = 4096
+"""Texts that are worked on at a time: what is written piece by piece takes no memory beyond that."""
+WORTH_KEEPING_CHARACTERS = 4_000_000
+"""Shorter collections of texts are numericalised in a second or less, and not kept on disk."""
 
 
 class Vocabulary:
     """Words and their indices, with the tokenizer that finds the words; one JSON string says it all.
 
-    Index 0 is padding, 1 any unknown word; the words follow by frequency, then alphabetically.
+    Index 0 is padding and 1 any unknown word. A learned vocabulary goes on with its words by frequency, then
+    alphabetically; that of a tokenizer file with the file's own tokens in their order: index ``id + 2``.
 
     Args:
-        tokenizer: A word-level tokenizer with its normalizer and pre-tokenizer.
+        tokenizer: A learned one, whose first two tokens are the special ones, or any other.
         counts: How often the training texts hold each token, int64 (V,); None where that is not known.
+        lengths: The number of tokens of each training text, int64 (N,); None where that is not known.
     """
 
-    def __init__(self, tokenizer: Tokenizer, counts: npt.NDArray[np.int64] | None = None) -> None:
-        if tokenizer.token_to_id(PADDING_TOKEN) != PADDING or tokenizer.token_to_id(UNKNOWN_TOKEN) != UNKNOWN:
-            raise ValueError(f"a vocabulary begins with {PADDING_TOKEN!r} and {UNKNOWN_TOKEN!r}")
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        counts: npt.NDArray[np.int64] | None = None,
+        lengths: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        places = [tokenizer.token_to_id(token) for token in SPECIAL]
+        if places not in ([PADDING, UNKNOWN], [None, None]):
+            raise ValueError(f"a learned vocabulary begins with {PADDING_TOKEN!r} and {UNKNOWN_TOKEN!r}")
+        tokenizer.no_truncation()  # a tokenizer file may say so, but the backbone's options do
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._shift = 0 if places[0] == PADDING else len(SPECIAL)
+        self._table: PieceTable | None = None
         self.counts = counts
+        self.lengths = lengths
 
     @classmethod
     def build(
         cls,
         texts: Sequence[str],
-        tokenizer: TokenizerName = "glove",
+        tokenizer: str = "glove",
         *,
         min_frequency: int = MIN_FREQUENCY,
         max_size: int | None = None,
     ) -> Vocabulary:
-        """Learn the vocabulary of some texts.
+        """Learn the vocabulary of some texts; the same texts are learned from once and remembered on disk.
 
         Args:
             texts: The texts of the training split, and no others.
-            tokenizer: One of :data:`TOKENIZERS`.
+            tokenizer: One of :data:`TOKENIZERS`, or the path of a ``tokenizer.json``, which brings its vocabulary.
             min_frequency: Words that occur less often are unknown.
             max_size: The most words to keep, besides padding and the unknown word.
 
         Raises:
+            transfer.ConfigError: There is no such tokenizer, or its vocabulary is fixed and was to be cut.
             transfer.DataError: No word is left.
         """
-        counter = _assemble(tokenizer, models.WordLevel({UNKNOWN_TOKEN: 0}, unk_token=UNKNOWN_TOKEN))
-        trainer = trainers.WordLevelTrainer(min_frequency=0, special_tokens=[], show_progress=False)
-        _allow_parallelism()
-        counter.train_from_iterator(_chunks(texts), trainer)
-        # The trainer counts in parallel but keeps the counts to itself, except when pickled.
-        occurrences: Mapping[str, int] = json.loads(trainer.__getstate__())["WordLevelTrainer"]["words"]
-        frequent = [word for word, count in occurrences.items() if count >= min_frequency]
-        words = sorted(frequent, key=lambda word: (-occurrences[word], word))[:max_size]
-        if not words:
+        name = _name(tokenizer)
+        if name is None:
+            if min_frequency != MIN_FREQUENCY or max_size is not None:
+                raise ConfigError(
+                    f"{tokenizer} brings its own vocabulary, which min_frequency and max_size cannot cut",
+                    fix="leave them out, or choose a tokenizer by its name",
+                )
+            vocabulary = cls(_read(tokenizer))
+            encoded = vocabulary.encode(texts)
+            vocabulary.lengths = encoded.lengths
+            vocabulary.counts = np.bincount(encoded.indices, minlength=len(vocabulary))
+            return vocabulary
+        if not _worth_keeping(texts):
+            return cls._learn(texts, name, min_frequency, max_size)
+        made: list[Vocabulary] = []
+
+        def write(folder: Path) -> None:
+            learned = cls._learn(texts, name, min_frequency, max_size)
+            made.append(learned)
+            (folder / "vocabulary.json").write_text(learned.to_json(), encoding="utf-8")
+            np.savez(folder / "counts.npz", counts=_known(learned.counts), lengths=_known(learned.lengths))
+
+        settings = [FORMAT, learned_by(name), min_frequency, max_size]
+        folder = cache.entry("vocabulary", cache.digest(settings, _digest(texts)), write)
+        if made:
+            return made[0]
+        if folder is not None:
+            try:
+                text = (folder / "vocabulary.json").read_text(encoding="utf-8")
+                with (folder / "counts.npz").open("rb") as file:
+                    arrays = np.load(file, allow_pickle=False)
+                    return cls(Tokenizer.from_str(text), arrays["counts"], arrays["lengths"])
+            except Exception:  # whatever is wrong with an entry (the library raises this very class), it is made again
+                cache.drop(folder)
+        return cls._learn(texts, name, min_frequency, max_size)
+
+    @classmethod
+    def _learn(cls, texts: Sequence[str], name: TokenizerName, min_frequency: int, max_size: int | None) -> Vocabulary:
+        finder = cls.nominal(name)
+        places: dict[str, int] = {}
+
+        def number(pieces: Iterable[str]) -> Iterator[list[int]]:
+            for piece in pieces:
+                yield [places.setdefault(token, len(places)) for token in finder.tokenize(piece)]
+
+        table = PieceTable(functools.partial(cut_at_blanks, name), number)
+        occurrences = np.zeros(0, dtype=np.int64)
+        lengths = []
+        for block in _blocks(texts):
+            indices, sizes = table.numericalise(block)
+            lengths.append(sizes)
+            counted = np.bincount(indices, minlength=len(places))
+            counted[: len(occurrences)] += occurrences
+            occurrences = counted
+        found = list(places)
+        ranked = sorted(range(len(found)), key=lambda place: (-occurrences[place], found[place]))
+        kept = [place for place in ranked if occurrences[place] >= min_frequency][:max_size]
+        if not kept:
             raise DataError(
                 f"no word occurs {min_frequency} times or more in the {len(texts)} training texts",
                 fix="set min_frequency: 1, or check that the texts are not empty",
             )
-        unknown = sum(occurrences.values()) - sum(occurrences[word] for word in words)
-        tokens = {token: index for index, token in enumerate((PADDING_TOKEN, UNKNOWN_TOKEN, *words))}
-        counts = np.array([0, unknown, *(occurrences[word] for word in words)], dtype=np.int64)
-        return cls(_assemble(tokenizer, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN)), counts)
+        tokens = {token: index for index, token in enumerate((*SPECIAL, *(found[place] for place in kept)))}
+        known = occurrences[kept]
+        counts = np.concatenate([[0, occurrences.sum() - known.sum()], known]).astype(np.int64)
+        vocabulary = cls(
+            assemble(name, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN)), counts, np.concatenate(lengths)
+        )
+        # The training texts are numericalised next: what their pieces hold is known by now.
+        renumbered = np.full(len(found), UNKNOWN, dtype=np.int32)
+        renumbered[kept] = np.arange(len(SPECIAL), len(tokens))
+        table.map(renumbered)
+        table.then(vocabulary._indices_of)
+        vocabulary._table = table
+        return vocabulary
 
     @classmethod
-    def nominal(cls, tokenizer: TokenizerName = "glove") -> Vocabulary:
-        """Return a vocabulary of one word, for building a model before there is data."""
+    def nominal(cls, tokenizer: str = "glove") -> Vocabulary:
+        """Return a vocabulary for building a model before there is data: of one word, or that of a tokenizer file.
+
+        Raises:
+            transfer.ConfigError: There is no such tokenizer.
+        """
+        name = _name(tokenizer)
+        if name is None:
+            return cls(_read(tokenizer))
         tokens = {PADDING_TOKEN: PADDING, UNKNOWN_TOKEN: UNKNOWN, "the": 2}
-        return cls(_assemble(tokenizer, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN)))
+        return cls(assemble(name, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN)))
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
-        """Return the vocabulary that :meth:`to_json` wrote; the counts are not part of it."""
+        """Return the vocabulary that :meth:`to_json` wrote; counts and lengths are not part of it."""
         return cls(Tokenizer.from_str(text))
 
     def to_json(self) -> str:
         """Return all of it as one JSON string, which the ``tokenizers`` library also reads."""
         return str(self._tokenizer.to_str())
 
+    def extended(self, words: Sequence[str]) -> Vocabulary:
+        """Return this vocabulary with further words after its own, with counts of 0: those that texts can spell.
+
+        Words that training never saw, but word vectors know, keep their vectors in prediction. A vocabulary that a
+        tokenizer file brings is fixed and returned as it is.
+        """
+        if self._name is None:
+            return self
+        own = dict(zip(self.tokens, range(len(self)), strict=True))
+        possible = [word for word in dict.fromkeys(words) if word not in own]
+        spelled = self._spelled(possible)
+        for word, is_spelled in zip(possible, spelled, strict=True):
+            if is_spelled:
+                own[word] = len(own)
+        tokenizer = assemble(self._name, models.WordLevel(own, unk_token=UNKNOWN_TOKEN))
+        counts = None if self.counts is None else np.pad(self.counts, (0, len(own) - len(self)))
+        return Vocabulary(tokenizer, counts, self.lengths)
+
+    def _spelled(self, words: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Return which words the tokenizer gives back as one token, bool (N,)."""
+        made: list[npt.NDArray[np.bool_]] = []
+
+        def spell() -> npt.NDArray[np.bool_]:
+            return np.fromiter((self.tokenize(word) == [word] for word in words), dtype=np.bool_, count=len(words))
+
+        def write(folder: Path) -> None:
+            made.append(spell())
+            np.save(folder / "spelled.npy", made[0])
+
+        if not _worth_keeping(words):
+            return spell()
+        assert self._name is not None
+        folder = cache.entry("spelled", cache.digest(FORMAT, learned_by(self._name), _digest(words)), write)
+        if made:
+            return made[0]
+        if folder is not None:
+            try:
+                kept: npt.NDArray[np.bool_] = np.load(folder / "spelled.npy", allow_pickle=False)
+                if kept.shape == (len(words),):
+                    return kept
+            except (OSError, ValueError, EOFError):
+                pass
+            cache.drop(folder)
+        return spell()
+
     def __len__(self) -> int:
-        return int(self._tokenizer.get_vocab_size())
+        return len(self.tokens)
 
     @functools.cached_property
     def tokens(self) -> tuple[str, ...]:
         """Every token in the order of the indices, the two special ones first."""
         indices: Mapping[str, int] = self._tokenizer.get_vocab()
-        return tuple(sorted(indices, key=indices.__getitem__))
+        tokens = [""] * (max(indices.values(), default=-1) + 1)  # the ids of a tokenizer file may have gaps
+        for token, index in indices.items():
+            tokens[index] = token
+        return tuple(tokens) if not self._shift else (*SPECIAL, *tokens)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -115,32 +251,159 @@ class Vocabulary:
 
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of one text as the tokenizer finds them, known or not."""
+        if self._shift:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).tokens)
         normalizer = self._tokenizer.normalizer
         normalized = text if normalizer is None else normalizer.normalize_str(text)
         return [token for token, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
 
-    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[npt.NDArray[np.int32]]:
-        """Tokenize and numericalise some texts, in parallel.
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Tokenize and numericalise some texts; many texts are worked on once and then read from disk.
 
         Args:
             texts: The texts; an empty one gives an empty array.
-            max_length: Tokens after so many are dropped.
 
         Returns:
             For each text the indices of its tokens, int32 (T,).
+
+        Raises:
+            ValueError: A text holds half a surrogate pair.
         """
+        if _worth_keeping(texts):
+            key = cache.digest(FORMAT, self.digest, _digest(texts))
+            for _ in range(2):  # an entry that is damaged is made again
+                folder = cache.entry("encoded", key, functools.partial(self._write, texts))
+                if folder is None:
+                    break
+                if (encoded := _map(folder, len(texts))) is not None:
+                    return encoded
+                cache.drop(folder)
+        parts = [self._numericalise(block) for block in _blocks(texts)]
+        indices = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.int32)])
+        return EncodedTexts(indices, _offsets([part[1] for part in parts]))
+
+    def _write(self, texts: Sequence[str], folder: Path) -> None:
+        sizes = []
+        with (folder / "indices.bin").open("wb") as file:
+            for block in _blocks(texts):
+                indices, of_each = self._numericalise(block)
+                indices.astype("<i4", copy=False).tofile(file)
+                sizes.append(of_each)
+        np.save(folder / "offsets.npy", _offsets(sizes))
+
+    def _numericalise(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Return the indices of all texts in a row, and the number of each text's."""
+        if self._name is not None:
+            if self._table is None:
+                self._table = PieceTable(functools.partial(cut_at_blanks, self._name), self._indices_of)
+            return self._table.numericalise(texts)
         _allow_parallelism()
         encode_batch = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)  # tokenizers >= 0.20
-        return [
-            np.array(encoding.ids[:max_length], dtype=np.int32)
-            for chunk in _chunks(texts)
-            for encoding in encode_batch(chunk, add_special_tokens=False)
-        ]
+        for text in texts:
+            text.encode()  # the library would panic, not say that this is no text
+        found = [encoding.ids for encoding in encode_batch(texts, add_special_tokens=False)]
+        flat = np.array([index for ids in found for index in ids], dtype=np.int32) + np.int32(self._shift)
+        return flat, np.array([len(ids) for ids in found], dtype=np.int64)
+
+    def _indices_of(self, pieces: Iterable[str]) -> Iterator[list[int]]:
+        for piece in pieces:
+            yield [self._index.get(token, UNKNOWN) for token in self.tokenize(piece)]
+
+    @functools.cached_property
+    def _index(self) -> Mapping[str, int]:
+        index: Mapping[str, int] = self._tokenizer.get_vocab()
+        return index
+
+    @functools.cached_property
+    def _name(self) -> TokenizerName | None:
+        """Which of the named tokenizers this is, if any."""
+        return None if self._shift else name_of(json.loads(self.to_json()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"json": self.to_json(), "counts": self.counts, "lengths": self.lengths}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Vocabulary.__init__(self, Tokenizer.from_str(state["json"]), state["counts"], state["lengths"])
 
 
-def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
-    for start in range(0, len(texts), CHUNK_TEXTS):
-        yield list(texts[start : start + CHUNK_TEXTS])
+def _name(tokenizer: str) -> TokenizerName | None:
+    """Return the name of a tokenizer; None where it is the path of a file."""
+    for name in TOKENIZERS:
+        if tokenizer == name:
+            return name
+    if tokenizer.endswith(".json"):
+        return None
+    close = difflib.get_close_matches(tokenizer, TOKENIZERS, n=1)
+    raise ConfigError(
+        f"there is no tokenizer {tokenizer!r}",
+        available=(*TOKENIZERS, "PATH/tokenizer.json"),
+        fix=f"did you mean {close[0]!r}?" if close else "give one of these names, or the path of a tokenizer.json",
+    )
+
+
+def _read(written: str) -> Tokenizer:
+    path = Path(written).expanduser()
+    if not path.is_file():
+        path = find_file(written) or path
+    fix = "give a tokenizer.json as the tokenizers library writes it"
+    if not path.is_file():
+        raise ConfigError("there is no such tokenizer file", where=str(path), available=TOKENIZERS, fix=fix)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises this very class
+        raise ConfigError(f"the tokenizer cannot be read: {error}", where=str(path), fix=fix) from error
+
+
+def learned_by(name: TokenizerName) -> str:
+    """Return what decides the tokens that a named tokenizer finds: its JSON."""
+    return str(assemble(name, models.WordLevel({UNKNOWN_TOKEN: 0}, unk_token=UNKNOWN_TOKEN)).to_str())
+
+
+def _known(values: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+    assert values is not None
+    return values
+
+
+def _map(folder: Path, count: int) -> EncodedTexts | None:
+    """Return an entry of numericalised texts, memory-mapped; None if it is damaged."""
+    try:
+        offsets: npt.NDArray[np.int64] = np.load(folder / "offsets.npy", allow_pickle=False)
+        file = folder / "indices.bin"
+        if len(offsets) != count + 1 or file.stat().st_size != 4 * offsets[-1]:
+            return None
+        if not offsets[-1]:
+            return EncodedTexts(np.zeros(0, dtype=np.int32), offsets)
+        # Copy on write: torch warns of arrays that cannot be written.
+        return EncodedTexts(np.asarray(np.memmap(file, dtype="<i4", mode="c")), offsets)
+    except (OSError, ValueError, EOFError, IndexError):
+        return None
+
+
+def _offsets(sizes: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(np.concatenate([[0], *sizes])[1:])]).astype(np.int64)
+
+
+def _blocks(texts: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(texts), BLOCK_TEXTS):
+        yield list(texts[start : start + BLOCK_TEXTS])
+
+
+def _worth_keeping(texts: Sequence[str]) -> bool:
+    seen = 0
+    for block in _blocks(texts):
+        seen += sum(map(len, block))
+        if seen >= WORTH_KEEPING_CHARACTERS:
+            return True
+    return False
+
+
+def _digest(texts: Sequence[str]) -> str:
+    """Return the digest of some texts in their order."""
+    digest = hashlib.sha256()
+    for block in _blocks(texts):
+        digest.update(np.array([len(text) for text in block], dtype="<i8").tobytes())
+        digest.update("".join(block).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def _allow_parallelism() -> None:
@@ -152,85 +415,3 @@ def _allow_parallelism() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
-
-
-# --------------------------------------------------------------------------------------------------------- tokenizers
-
-
-def _assemble(name: TokenizerName, model: models.Model) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    if name == "glove":
-        tokenizer.normalizer = _web_text()
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_GLOVE_TOKEN), behavior="removed", invert=True)
-    elif name == "basic_english":
-        tokenizer.normalizer = _basic_english()
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    elif name == "whitespace":  # for text that is tokenized already: nothing but blanks counts
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    else:
-        raise ValueError(f"there is no tokenizer called {name!r}; there are {', '.join(TOKENIZERS)}")
-    return tokenizer
-
-
-# The conventions of the Stanford tokenizer, which GloVe's own text went through, after lower-casing. The first
-# alternative that matches counts.
-_GLOVE_TOKEN = "|".join(
-    (
-        r"n't\b",
-        r"'(?:s|re|ve|ll|d|m|em)\b",
-        r"\p{L}+?(?=n't\b)",  # do n't, ca n't
-        r"(?:mr|mrs|ms|dr|st|jr|sr|prof|gen|lt|sgt|capt|gov|sen|rep|rev|inc|corp|co|ltd|bros|vs)\.(?!\.)",
-        r"(?:jan|feb|aug|sept|oct|nov|dec)\.(?!\.)",
-        r"(?:\p{L}\.){2,}",  # u.s.
-        r"\p{N}+(?:[.,:]\p{N}+)+",  # 1,000 and 3.5
-        # Hyphens and the apostrophe of o'brien stay within a word; that of a clitic does not.
-        r"[\p{L}\p{M}\p{N}_]+(?:(?:-|'(?!(?:s|re|ve|ll|d|m)\b))[\p{L}\p{M}\p{N}_]+)*",
-        r"\.{2,}",
-        r"-{2,}",
-        r"\S",
-    )
-)
-
-
-def _web_text() -> normalizers.Normalizer:
-    """Lower-case and undo what the web does to text: tags, entities, typographic marks and their Windows codes.
-
-    Of the entities the common ones become their characters; any other becomes a blank.
-    """
-    return normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"</?(?:br|p|i|b|u|em|strong|hr|div|span|ul|ol|li)\s*/?>"), " "),
-            normalizers.Replace("&amp;", "&"),
-            normalizers.Replace("&lt;", "<"),
-            normalizers.Replace("&gt;", ">"),
-            normalizers.Replace(Regex("[\u2018\u2019\u0091\u0092\u00b4`]|&(?:#0?39|#821[67]|apos|[lr]squo);"), "'"),
-            normalizers.Replace(
-                Regex("[\u201c\u201d\u201e\u0093\u0094\u00ab\u00bb]|''|&(?:#34|#822[01]|quot|[lr]dquo);"), '"'
-            ),
-            normalizers.Replace(Regex(r"\.{3,}|[\u2026\u0085]|&(?:#8230|hellip);"), "..."),
-            normalizers.Replace(Regex(r"-{2,}|[\u2014\u0097]|&(?:#8212|mdash);"), "--"),
-            normalizers.Replace(Regex("[\u2013\u0096]|&(?:#8211|ndash);"), "-"),
-            normalizers.Replace(Regex(r"&(?:#\d{2,6}|#x[0-9a-f]{2,5}|[a-z]{2,8}\d?);"), " "),
-        ]
-    )
-
-
-def _basic_english() -> normalizers.Normalizer:
-    """Follow torchtext's ``basic_english`` to the letter, which leaves entities as they are."""
-    return normalizers.Sequence(
-        [
-            normalizers.Lowercase(),
-            normalizers.Replace("'", " ' "),
-            normalizers.Replace('"', ""),
-            normalizers.Replace(".", " . "),
-            normalizers.Replace("<br />", " "),
-            normalizers.Replace(",", " , "),
-            normalizers.Replace("(", " ( "),
-            normalizers.Replace(")", " ) "),
-            normalizers.Replace("!", " ! "),
-            normalizers.Replace("?", " ? "),
-            normalizers.Replace(Regex("[;:]"), " "),
-        ]
-    )
