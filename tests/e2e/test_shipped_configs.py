@@ -44,3 +44,11 @@ def test_hotdog_is_the_books_recipe():
     rates = {group.stage: group.lr for group in phase.groups}
     assert rates["head"] == pytest.approx(10 * rates["layer4"])
     assert (config.optimizer.name, phase.epochs, config.optimizer.options["weight_decay"]) == ("sgd", 5, 0.001)
+
+
+def test_bilstm_is_of_the_books_size_over_frozen_vectors():
+    _, parts = transfer.check(ROOT / "configs/imdb_bilstm.yaml")
+    stages = parts.model.stages
+    assert (stages["lstm"].num_layers, stages["lstm"].hidden_size, stages["lstm"].bidirectional) == (2, 100, True)
+    assert not list(stages["embedding"].parameters())
+    assert sum(phase.epochs for phase in parts.phases) <= 5

@@ -226,3 +226,12 @@ def test_a_few_steps_learn_the_order_of_two_words(readout: str) -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("readout", READOUTS)
+def test_a_gpu_gives_the_same_features(readout: str) -> None:
+    backbone = build(readout=readout)
+    ids = inputs(backbone, TEXTS)
+    expected = vector(backbone(ids))
+    torch.testing.assert_close(vector(backbone.cuda()(ids.cuda())).cpu(), expected, rtol=1e-4, atol=1e-5)

@@ -117,6 +117,20 @@ def test_other_texts_or_settings_are_other_entries(folder: Path, texts: list[str
     assert set(folder.iterdir()) - before
 
 
+def test_which_words_can_be_spelled_is_found_out_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "WORTH_KEEPING_WORDS", 1)
+    words = Vocabulary.build(TEXTS)
+    longer = words.extended(["new", "two words", "other"])
+    (kept,) = folder.glob("spelled-*/spelled.npy")
+    monkeypatch.setattr(Vocabulary, "tokenize", None)
+    assert words.extended(["new", "two words", "other"]).tokens == longer.tokens == (*words.tokens, "new", "other")
+    monkeypatch.undo()
+    kept.write_bytes(b"damaged")
+    monkeypatch.setenv("TRANSFER_CACHE", str(folder.parent))
+    monkeypatch.setattr(vocabulary, "WORTH_KEEPING_WORDS", 1)
+    assert words.extended(["new", "two words", "other"]).tokens == longer.tokens
+
+
 @pytest.mark.parametrize("file", ["indices.bin", "offsets.npy", "vocabulary.json", "counts.npz"])
 def test_a_damaged_entry_is_made_again(folder: Path, file: str) -> None:
     words = Vocabulary.build(TEXTS)

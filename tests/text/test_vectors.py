@@ -196,6 +196,11 @@ def test_coverage_counts_types_and_tokens() -> None:
     assert report == {"words": 3, "found": 1, "types": 0.3333, "tokens": 0.6, "missing": ["c", "b"]}
 
 
+def test_coverage_leaves_out_what_training_never_saw() -> None:
+    report = coverage(["a", "b", "c"], np.array([True, True, False]), np.array([6, 0, 2]))
+    assert report == {"words": 2, "found": 1, "types": 0.5, "tokens": 0.75, "missing": ["c"]}
+
+
 def test_coverage_without_counts_leaves_tokens_open() -> None:
     assert coverage(["a", "b"], np.array([True, False]), None)["tokens"] is None
 

@@ -113,13 +113,17 @@ def coverage(
     Args:
         words: The words of the vocabulary.
         found: bool (V,), which of them have a vector.
-        counts: How often each occurs in the training texts, int64 (V,), where that is known.
+        counts: How often each occurs in the training texts, int64 (V,), where that is known; words that never do are
+            left out.
         examples: How many missing words to name, the most frequent first.
 
     Returns:
         ``words``, ``found``, ``types`` (the share of words found), ``tokens`` (the share of their occurrences found;
         None where the counts are not known) and ``missing``.
     """
+    if counts is not None:
+        words = [words[int(index)] for index in np.flatnonzero(counts)]
+        found, counts = found[counts > 0], counts[counts > 0]
     missing = np.flatnonzero(~found)
     if counts is not None:
         missing = missing[np.argsort(-counts[missing], kind="stable")]

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ BLOCK_TEXTS = 4096
 """Texts that are worked on at a time: what is written piece by piece takes no memory beyond that."""
 WORTH_KEEPING_CHARACTERS = 4_000_000
 """Shorter collections of texts are numericalised in a second or less, and not kept on disk."""
+WORTH_KEEPING_WORDS = 50_000
+"""Whether fewer words can be spelled is found out every time."""
 
 
 class Vocabulary:
@@ -216,7 +218,7 @@ class Vocabulary:
             made.append(spell())
             np.save(folder / "spelled.npy", made[0])
 
-        if not _worth_keeping(words):
+        if len(words) < WORTH_KEEPING_WORDS:
             return spell()
         assert self._name is not None
         folder = cache.entry("spelled", cache.digest(FORMAT, learned_by(self._name), _digest(words)), write)
@@ -253,9 +255,13 @@ class Vocabulary:
         """Return the tokens of one text as the tokenizer finds them, known or not."""
         if self._shift:
             return list(self._tokenizer.encode(text, add_special_tokens=False).tokens)
-        normalizer = self._tokenizer.normalizer
-        normalized = text if normalizer is None else normalizer.normalize_str(text)
-        return [token for token, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
+        normalize, pre_tokenize = self._rules
+        return [token for token, _ in pre_tokenize(normalize(text))]
+
+    @functools.cached_property
+    def _rules(self) -> tuple[Callable[[str], str], Callable[[str], list[tuple[str, tuple[int, int]]]]]:
+        normalizer = self._tokenizer.normalizer  # each of these makes a new object
+        return str if normalizer is None else normalizer.normalize_str, self._tokenizer.pre_tokenizer.pre_tokenize_str
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Tokenize and numericalise some texts; many texts are worked on once and then read from disk.

@@ -1,0 +1,254 @@
+"""Texts from the ``datasets`` library: a name on the Hugging Face Hub, or Arrow, Parquet, CSV and JSON files."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, find_file
+from transfer_text.targets import class_indices, label_sets
+
+INSTALL = "pip install 'transfer[huggingface]'"
+FORMATS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+}
+
+
+class HuggingFace(Dataset):
+    """Texts and labels that the ``datasets`` library reads; it is installed by ``pip install 'transfer[huggingface]'``.
+
+    Args:
+        dataset: A name on the Hub (``stanfordnlp/imdb``), or a folder that ``save_to_disk`` wrote or that holds data
+            files; null: ``train``, ``val`` and ``test`` are the paths of files.
+        subset: The configuration of a dataset that has several.
+        revision: The commit, tag or branch of a dataset on the Hub, to get the same data every time.
+        train: The split to train on, or its file (``.parquet``, ``.arrow``, ``.csv``, ``.tsv``, ``.json``, ``.jsonl``).
+        val: The split that picks the best epoch, or its file; null: ``validation`` if there is one. Without a test
+            split it is the test split, and validation is cut from train.
+        test: The split to test on, or its file; null: ``test`` if there is one.
+        text: Column of the text.
+        label: Column of the label; for ``labels`` and ``number``, one column each.
+        target: ``class``: each text is of one class. ``labels``: each column says 0 or 1. ``label_list``: one column
+            lists all labels of a text. ``number``: each column is a number.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: str | None = None,
+        subset: str | None = None,
+        revision: str | None = None,
+        train: str = "train",
+        val: str | None = None,
+        test: str | None = None,
+        text: str = "text",
+        label: str | tuple[str, ...] = "label",
+        target: Literal["class", "labels", "label_list", "number"] = "class",
+    ) -> None:
+        labels = (label,) if isinstance(label, str) else label
+        if not labels or len({text, *labels}) != len(labels) + 1:
+            raise ConfigError(
+                f"text {text!r} and label {', '.join(map(repr, labels)) or '()'} do not name different columns",
+                fix="name one column for the text and at least one other for the label",
+            )
+        if target in ("class", "label_list") and len(labels) > 1:
+            raise ConfigError(
+                f"a {target.replace('_', ' ')} is in one column, but label names {len(labels)}: {', '.join(labels)}",
+                fix="name one column, or set target: labels (zeros and ones) or target: number",
+            )
+        self.splits = {"train": train, "validation": val, "test": test}
+        if dataset is None:
+            for written in filter(None, self.splits.values()):
+                if Path(written).suffix.lower() not in FORMATS:
+                    raise ConfigError(
+                        f"{written!r} is no file that can be read",
+                        available=tuple(FORMATS),
+                        fix="set dataset to the name of one on the Hub, or train to the path of a file",
+                    )
+        self.dataset = dataset
+        self.subset = subset
+        self.revision = revision
+        self.text = text
+        self.labels = labels
+        self.target = target
+
+    @property
+    def spec(self) -> DataSpec:
+        """A text and its target; the names of classes are in the data."""
+        if self.target == "class":
+            return DataSpec(("text",), "class")
+        if self.target == "label_list":
+            return DataSpec(("text",), "labels")
+        return DataSpec(("text",), self.target, self.labels)
+
+    def load(self) -> Data:
+        """Read the splits, or download them into the library's own cache folder.
+
+        Raises:
+            transfer.DataError: The library is not installed or cannot read the data, or a split, a column or a value is
+                not right.
+        """
+        try:
+            library = importlib.import_module("datasets")
+        except ImportError as error:
+            raise DataError("the library `datasets` is not installed", fix=INSTALL) from error
+        found = self._read_files(library) if self.dataset is None else self._choose(self._read(library, self.dataset))
+        for name, rows in found.items():
+            self._check(name, rows)
+        classes = self._classes(found["train"])
+        splits = {}
+        for name, rows in found.items():
+            texts = list(rows[self.text])
+            for index, text in enumerate(texts):
+                if not isinstance(text, str) or not text.strip():
+                    raise DataError(f"column {self.text!r} holds no text: {text!r}", where=f"{name}[{index}]")
+            targets = self._targets(rows, classes, lambda index, name=name: f"{name}[{index}]")  # type: ignore[misc]
+            splits[name] = Split({"text": texts}, targets, _Names(name, len(texts)))
+        spec = self.spec
+        return Data(DataSpec(spec.fields, spec.target, classes), splits)
+
+    def _read_files(self, library: Any) -> dict[str, Any]:
+        found = {}
+        for name, written in self.splits.items():
+            if written is None:
+                continue
+            path = Path(written).expanduser()
+            path = path if path.is_file() else find_file(written) or path
+            if not path.is_file():
+                raise DataError("there is no such file", where=str(path), fix=f"give the path of the {name} file")
+            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+            files = {name: str(path)}
+            found[name] = _load(library, FORMATS[path.suffix.lower()], data_files=files, split=name, **options)
+        return found
+
+    def _read(self, library: Any, dataset: str) -> Mapping[str, Any]:
+        folder = Path(dataset).expanduser()
+        folder = folder if folder.is_dir() else find_file(dataset) or folder
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            try:
+                loaded = library.load_from_disk(str(folder))
+            except Exception as error:  # the library raises many kinds
+                raise DataError(f"the dataset cannot be read: {error}", where=str(folder)) from error
+            return loaded if isinstance(loaded, Mapping) else {"train": loaded}
+        name = str(folder) if folder.is_dir() else dataset
+        splits: Mapping[str, Any] = _load(library, name, self.subset, revision=self.revision)
+        return splits
+
+    def _choose(self, there: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the splits that were asked for, and those with the usual names."""
+        found = {}
+        for name, asked in self.splits.items():
+            wanted = asked if asked is not None else name
+            if wanted in there:
+                found[name] = there[wanted]
+            elif asked is not None:
+                raise DataError(
+                    f"there is no split {asked!r}",
+                    where=self.dataset,
+                    available=list(there),
+                    fix="name a split that it has",
+                )
+        return found
+
+    def _check(self, name: str, rows: Any) -> None:
+        for column in (self.text, *self.labels):
+            if column not in rows.column_names:
+                raise DataError(
+                    f"there is no column {column!r}",
+                    where=name,
+                    available=rows.column_names,
+                    fix="set text and label to the names of the columns",
+                )
+
+    def _classes(self, rows: Any) -> tuple[str, ...]:
+        if self.target in ("labels", "number"):
+            return self.labels
+        (column,) = self.labels
+        feature = rows.features[column]
+        if (names := getattr(getattr(feature, "feature", feature), "names", None)) is not None:
+            return tuple(names)
+        values = list(rows[column])
+        if self.target == "label_list":
+            values = [item for value in values for item in value or ()]
+        classes = tuple(sorted({_written(value) for value in values}))
+        if len(classes) < (2 if self.target == "class" else 1):
+            raise DataError(
+                f"column {column!r} holds {'one class alone' if classes else 'no label'}",
+                where="train",
+                available=classes,
+                fix="training needs two classes or more",
+            )
+        return classes
+
+    def _targets(self, rows: Any, classes: Sequence[str], where: Callable[[int], str]) -> npt.NDArray[Any]:
+        if self.target in ("class", "label_list"):
+            (column,) = self.labels
+            feature = rows.features[column]
+            names = getattr(getattr(feature, "feature", feature), "names", None)
+            values = list(rows[column])
+            if self.target == "class":
+                return class_indices([_label(value, names) for value in values], classes, where)
+            return label_sets([[_label(item, names) for item in value or ()] for value in values], classes, where)
+        targets = np.empty((len(rows), len(self.labels)), dtype=np.float32)
+        for position, column in enumerate(self.labels):
+            try:
+                targets[:, position] = np.array(list(rows[column]), dtype=np.float32)
+            except (ValueError, TypeError) as error:
+                raise DataError(f"column {column!r} holds more than numbers: {error}", where=where(0)) from error
+            bad = ~np.isfinite(targets[:, position])
+            if self.target == "labels":
+                bad = ~np.isin(targets[:, position], (0, 1))
+            if bad.any():
+                index = int(np.flatnonzero(bad)[0])
+                what = "neither 0 nor 1" if self.target == "labels" else "no finite number"
+                raise DataError(f"column {column!r} holds {rows[column][index]!r}, which is {what}", where=where(index))
+        return targets
+
+
+class _Names(Sequence[str]):
+    """``train[0]`` and so on, put together when they are asked for."""
+
+    def __init__(self, split: str, count: int) -> None:
+        self._split = split
+        self._indices = range(count)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in self._indices[index]]
+        return f"{self._split}[{self._indices[index]}]"
+
+
+def _load(library: Any, *arguments: Any, **options: Any) -> Any:
+    try:
+        return library.load_dataset(*arguments, **options)
+    except Exception as error:  # the library raises many kinds: of its own, of its network and file layers
+        named = next(iter(options.get("data_files", {}).values()), arguments[0])
+        raise DataError(
+            f"the dataset cannot be read: {type(error).__name__}: {error}",
+            where=str(named),
+            fix="check its name on the Hub, its subset and the connection, or give the path of a file or folder",
+        ) from error
+
+
+def _label(value: object, names: Sequence[str] | None) -> str:
+    """Return the name of a label; what is none, such as the -1 of unlabelled texts, as it is written."""
+    if names is not None and isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else str(value)
+    return _written(value)
+
+
+def _written(value: object) -> str:
+    return value.strip() if isinstance(value, str) else str(value)

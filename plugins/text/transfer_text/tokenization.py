@@ -1,0 +1,129 @@
+"""Tokenizers by name: how a text is normalized and cut into tokens. Each is one of the ``tokenizers`` library."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+TokenizerName = Literal["glove", "basic_english", "whitespace"]
+TOKENIZERS: tuple[TokenizerName, ...] = get_args(TokenizerName)
+
+_TAGS = "br|p|i|b|u|em|strong|hr|div|span|ul|ol|li"
+
+
+def assemble(name: TokenizerName, model: models.Model) -> Tokenizer:
+    """Return a tokenizer by its name, over a model."""
+    tokenizer = Tokenizer(model)
+    if name == "glove":
+        tokenizer.normalizer = _web_text()
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_GLOVE_TOKEN), behavior="removed", invert=True)
+    elif name == "basic_english":
+        tokenizer.normalizer = _basic_english()
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:  # for text that is tokenized already: nothing but blanks counts
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def cut_at_blanks(name: TokenizerName, text: str) -> list[bytes]:
+    """Cut a text at ASCII blanks into pieces, so that the tokens of the pieces are the tokens of the text.
+
+    No token of these tokenizers reaches over a blank and none depends on what stands beyond one, except that a tag may
+    hold a blank; it is taken out first.
+
+    Raises:
+        ValueError: The text holds half a surrogate pair, which is no character.
+    """
+    content = text.encode()
+    if name != "whitespace" and b"<" in content:
+        if name == "glove":
+            content = content.replace(b"<br />", b"<br/>")  # nearly all there are, and much faster
+        content = _BLANK_IN_TAG.sub(rb"<\1\2>", content) if name == "glove" else _BREAK.sub(b" ", content)
+    return content.split()
+
+
+# All that Unicode takes for a blank, in UTF-8.
+_BLANK = rb"(?:\s|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
+_BLANK_IN_TAG = re.compile(rb"<(/?(?:" + _TAGS.encode() + rb"))" + _BLANK + rb"+(/?)>", re.IGNORECASE)
+_BREAK = re.compile(rb"<br />", re.IGNORECASE)
+
+
+def name_of(settings: Mapping[str, Any]) -> TokenizerName | None:
+    """Return the name of a tokenizer that :func:`assemble` made, from its JSON; None of any other."""
+    return next((name for name in TOKENIZERS if all(settings.get(k) == v for k, v in _settings(name).items())), None)
+
+
+@functools.cache
+def _settings(name: TokenizerName) -> dict[str, Any]:
+    tokenizer = assemble(name, models.WordLevel({"?": 0}, unk_token="?"))  # noqa: S106
+    settings: dict[str, Any] = json.loads(tokenizer.to_str())
+    return {part: settings[part] for part in ("normalizer", "pre_tokenizer")}
+
+
+# The conventions of the Stanford tokenizer, which GloVe's own text went through, after lower-casing. The first
+# alternative that matches counts.
+_GLOVE_TOKEN = "|".join(
+    (
+        r"n't\b",
+        r"'(?:s|re|ve|ll|d|m|em)\b",
+        r"\p{L}+?(?=n't\b)",  # do n't, ca n't
+        r"(?:mr|mrs|ms|dr|st|jr|sr|prof|gen|lt|sgt|capt|gov|sen|rep|rev|inc|corp|co|ltd|bros|vs)\.(?!\.)",
+        r"(?:jan|feb|aug|sept|oct|nov|dec)\.(?!\.)",
+        r"(?:\p{L}\.){2,}",  # u.s.
+        r"\p{N}+(?:[.,:]\p{N}+)+",  # 1,000 and 3.5
+        # Hyphens and the apostrophe of o'brien stay within a word; that of a clitic does not.
+        r"[\p{L}\p{M}\p{N}_]+(?:(?:-|'(?!(?:s|re|ve|ll|d|m)\b))[\p{L}\p{M}\p{N}_]+)*",
+        r"\.{2,}",
+        r"-{2,}",
+        r"\S",
+    )
+)
+
+
+def _web_text() -> normalizers.Normalizer:
+    """Lower-case and undo what the web does to text: tags, entities, typographic marks and their Windows codes.
+
+    Of the entities the common ones become their characters; any other becomes a blank.
+    """
+    return normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"</?(?:" + _TAGS + r")\s*/?>"), " "),
+            normalizers.Replace("&amp;", "&"),
+            normalizers.Replace("&lt;", "<"),
+            normalizers.Replace("&gt;", ">"),
+            normalizers.Replace(Regex("[\u2018\u2019\u0091\u0092\u00b4`]|&(?:#0?39|#821[67]|apos|[lr]squo);"), "'"),
+            normalizers.Replace(
+                Regex("[\u201c\u201d\u201e\u0093\u0094\u00ab\u00bb]|''|&(?:#34|#822[01]|quot|[lr]dquo);"), '"'
+            ),
+            normalizers.Replace(Regex(r"\.{3,}|[\u2026\u0085]|&(?:#8230|hellip);"), "..."),
+            normalizers.Replace(Regex(r"-{2,}|[\u2014\u0097]|&(?:#8212|mdash);"), "--"),
+            normalizers.Replace(Regex("[\u2013\u0096]|&(?:#8211|ndash);"), "-"),
+            normalizers.Replace(Regex(r"&(?:#\d{2,6}|#x[0-9a-f]{2,5}|[a-z]{2,8}\d?);"), " "),
+        ]
+    )
+
+
+def _basic_english() -> normalizers.Normalizer:
+    """Follow torchtext's ``basic_english`` to the letter, which leaves entities as they are."""
+    return normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace("'", " ' "),
+            normalizers.Replace('"', ""),
+            normalizers.Replace(".", " . "),
+            normalizers.Replace("<br />", " "),
+            normalizers.Replace(",", " , "),
+            normalizers.Replace("(", " ( "),
+            normalizers.Replace(")", " ) "),
+            normalizers.Replace("!", " ! "),
+            normalizers.Replace("?", " ? "),
+            normalizers.Replace(Regex("[;:]"), " "),
+        ]
+    )
