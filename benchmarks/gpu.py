@@ -1,0 +1,330 @@
+"""The engine beside a plain loop on a CUDA GPU: ResNet-18, ResNet-50 and TextCNN on synthetic inputs.
+
+For each model, fine-tuned and frozen, in fp32, bf16 and compiled: examples per second of both loops, the most memory,
+the share of this machine's measured matrix-product rate, and the share of its time that the engine waits for its
+loader. Runs of both loops alternate, and only one of them holds memory at a time. Each one's first epoch warms up and
+is not counted. In fp32 torch lets convolutions use TF32, so their share is of the TF32 rate. "cached": the engine
+trains the head on stored features, against a plain loop that runs the frozen backbone in every epoch.
+
+Losses: the engine on the GPU, with TF32 off, against the plain loop on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything.
+
+    Args:
+        image_size, batch, text_batch, length, steps: Of the inputs; steps in an epoch.
+        epochs: With the one to warm up.
+        matrix: Rows and columns of the matrices whose product is timed.
+        compiled: The models to compile: it takes a minute each.
+    """
+
+    image_size: int = 224
+    batch: int = 128
+    text_batch: int = 512
+    length: int = 400
+    steps: int = 16
+    epochs: int = 4
+    matrix: int = 8192
+    compiled: tuple[str, ...] = ("ResNet-18", "ResNet-50", "TextCNN")
+
+
+TINY = Sizes(image_size=32, batch=4, text_batch=4, length=24, steps=2, epochs=2, matrix=256, compiled=("TextCNN",))
+LOSS_TOLERANCE = 5e-3
+"""Relative, after a few steps in fp32 without TF32: sums in another order, amplified by batch norm of small batches."""
+
+
+@dataclass
+class Rate:
+    """What one loop reached.
+
+    Args:
+        examples_per_second: One value per counted epoch.
+        memory_bytes: The most that was allocated on the device.
+        waiting: The share of its time that the loop spent asking its loader for batches.
+    """
+
+    examples_per_second: list[float] = field(default_factory=list)
+    memory_bytes: int = 0
+    waiting: float | None = None
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small inputs, to see that everything runs")
+    parser.add_argument("--repeat", type=int, default=2, help="runs of each loop; they alternate")
+    parser.add_argument("--seconds", type=float, default=420.0, help="begin no further case after so many")
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the engine takes a GPU that it sees
+    import torch
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("there is no CUDA GPU here; to exercise this script without one: --device cpu --tiny")
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRANSFER_CACHE"] = cache  # the features of synthetic inputs are nobody's to keep
+        sys.exit(0 if benchmark(torch.device(arguments.device), arguments) else 1)
+
+
+def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
+    """Run every case; return whether the losses agree."""
+    from common import machine, print_table, spread
+
+    started = time.monotonic()
+    sizes = TINY if arguments.tiny else Sizes()
+    print(machine())
+    agree = compare_losses(device, sizes)
+    peak = {precision: matrix_rate(device, precision, sizes.matrix) for precision in ("fp32", "tf32", "bf16")}
+    print("matrix product, TFLOP/s: " + ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in peak.items()))
+    rows = []
+    for name, precision, compiled, frozen, cached in cases(sizes):
+        if time.monotonic() - started > arguments.seconds:
+            print(f"left out after {arguments.seconds:g} s: {name} {precision} and what follows")
+            break
+        config = make_config(name, sizes, precision=precision, compiled=compiled, frozen=frozen, cached=cached)
+        engine, plain = Rate(), Rate()
+        for _ in range(arguments.repeat):
+            run_engine(config, device, engine)
+            run_plain(config, device, plain)
+        rates = [statistics.median(rate.examples_per_second) for rate in (engine, plain)]
+        flops = count_flops(config, device)
+        share = flops * rates[0] / peak["tf32" if precision == "fp32" and device.type == "cuda" else precision]
+        rows.append(
+            {
+                "model": name,
+                "trained": "head, cached" if cached else "head" if frozen else "all",
+                "precision": f"{precision}, compiled" if compiled else precision,
+                "engine, examples/s": spread(engine.examples_per_second, ",.0f"),
+                "plain, examples/s": spread(plain.examples_per_second, ",.0f"),
+                "engine / plain": f"{rates[0] / rates[1]:.3f}",
+                "memory, MiB": "; ".join(
+                    f"{r.memory_bytes / 2**20:,.0f}" if r.memory_bytes else "-" for r in (engine, plain)
+                ),
+                "of matrix rate": "-" if cached else f"{share:.1%}",
+                "waiting for data": f"{engine.waiting or 0:.1%}",
+            }
+        )
+    print(
+        f"batches of {sizes.batch} pictures of {sizes.image_size}, of {sizes.text_batch} texts of up to {sizes.length} "
+        f"words; {arguments.repeat} runs of {sizes.epochs - 1} counted epochs, {sizes.steps} steps each; "
+        "median (least to greatest); memory: engine; plain"
+    )
+    print_table(rows)
+    print(f"{time.monotonic() - started:.0f} s in all")
+    return agree
+
+
+def cases(sizes: Sizes) -> Iterator[tuple[str, str, bool, bool, bool]]:
+    """Yield model, precision, compiled, frozen, cached: what matters most first."""
+    models = ("ResNet-18", "ResNet-50", "TextCNN")
+    for precision in ("bf16", "fp32"):
+        for name in models:
+            yield name, precision, False, False, False
+    for cached in (False, True):
+        for name in models[:2]:
+            yield name, "bf16", False, True, cached
+    for name in models:
+        if name in sizes.compiled:
+            yield name, "bf16", True, False, False
+
+
+def make_config(name: str, sizes: Sizes, *, precision: str, compiled: bool, frozen: bool, cached: bool) -> Any:
+    """Return the config of a case."""
+    from common import text_config, vision_config
+
+    train: dict[str, Any] = {"precision": precision, "compile": compiled, "cache": "auto" if cached else "off"}
+    if name == "TextCNN":
+        return text_config(
+            batch=sizes.text_batch, steps=sizes.steps, epochs=sizes.epochs, length=sizes.length, bucket=False, **train
+        )
+    config = vision_config(
+        name.replace("-", "").lower(),
+        batch=sizes.batch,
+        steps=sizes.steps,
+        epochs=sizes.epochs,
+        image_size=sizes.image_size,
+        **train,
+    )
+    config["train"]["phases"][0]["freeze"] = "backbone" if frozen else "none"
+    return config
+
+
+def run_engine(config: Any, device: Any, rate: Rate) -> None:
+    """Train with the engine; note what it reached after its first epoch."""
+    import transfer
+    from transfer.events import EpochEnded, Event
+
+    reset_memory(device)
+    seconds = {"waited": 0.0, "trained": 0.0}
+
+    def observe(event: Event) -> None:
+        if not isinstance(event, EpochEnded):
+            return
+        if event.record["epoch"] == 1:
+            seconds["waited"] = 0.0
+            return
+        reached = event.record["examples_per_second"]
+        rate.examples_per_second.append(reached)
+        seconds["trained"] += config["data"]["examples"] / reached
+        rate.memory_bytes = max(rate.memory_bytes, most_memory(device))
+
+    with tempfile.TemporaryDirectory() as folder, loaders_timed(seconds):
+        transfer.run(config, output=folder, observe=observe)
+    rate.waiting = seconds["waited"] / seconds["trained"]
+
+
+@contextmanager
+def loaders_timed(seconds: dict[str, float]) -> Iterator[None]:
+    """Add up the time in which the training loop waits for its next batch."""
+    from transfer.feature_cache import CachedLoader
+    from transfer.loading import Loader
+
+    def timed(epoch: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def batches(loader: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+            training = getattr(loader, "loader", loader).training
+            source = epoch(loader, *arguments, **options)
+            while True:
+                started = time.perf_counter()
+                batch = next(source, None)
+                if training:
+                    seconds["waited"] += time.perf_counter() - started
+                if batch is None:
+                    return
+                yield batch
+
+        return batches
+
+    with (
+        patch.object(Loader, "epoch", timed(Loader.epoch)),
+        patch.object(CachedLoader, "epoch", timed(CachedLoader.epoch)),
+    ):
+        yield
+
+
+def run_plain(config: Any, device: Any, rate: Rate) -> None:
+    """Train with the plain loop; note what it reached after its first epoch."""
+    from common import PlainLoop
+
+    reset_memory(device)
+    loop = PlainLoop(config, device)
+    for epoch in range(config["train"]["phases"][0]["epochs"]):
+        seconds, _ = loop.epoch(epoch)
+        if epoch:
+            rate.examples_per_second.append(len(loop.examples) / seconds)
+    rate.memory_bytes = max(rate.memory_bytes, most_memory(device))
+
+
+def reset_memory(device: Any) -> None:
+    """Drop what the run before left, so that the peak is that of the next."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def most_memory(device: Any) -> int:
+    """Return the most memory allocated on the device so far; 0 on the CPU, where it is not told apart."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated()) if device.type == "cuda" else 0
+
+
+def count_flops(config: Any, device: Any) -> float:
+    """Return the floating-point operations per example of a training step, as torch counts them."""
+    from common import PlainLoop
+    from torch.utils.flop_counter import FlopCounterMode
+
+    loop = PlainLoop({**config, "train": {**config["train"], "compile": False}}, device)
+    inputs, targets = next(loop.batches(0))
+    with FlopCounterMode(display=False) as counter:
+        loop.step(inputs, targets)
+    return float(counter.get_total_flops()) / len(targets)
+
+
+def matrix_rate(device: Any, precision: str, size: int, rounds: int = 5, products: int = 20) -> float:
+    """Return the operations per second of large matrix products: the median of some rounds."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    rates = []
+    for _ in range(rounds + 1):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(products):
+            one @ other
+        synchronize(device)
+        rates.append(products * 2 * size**3 / (time.perf_counter() - started))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return statistics.median(rates[1:])
+
+
+def synchronize(device: Any) -> None:
+    """Wait for the device."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def compare_losses(device: Any, sizes: Sizes) -> bool:
+    """Train three steps with the engine on the device and with the plain loop on the CPU; say how far they differ."""
+    import torch
+    from common import PlainLoop, text_config, vision_config
+
+    import transfer
+    from transfer.events import EpochEnded, Event
+
+    size = min(sizes.image_size, 96)
+    agree = True
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    for name, config in {
+        "ResNet-18": vision_config("resnet18", batch=16, steps=3, epochs=1, image_size=size),
+        "ResNet-50": vision_config("resnet50", batch=16, steps=3, epochs=1, image_size=size),
+        "TextCNN": text_config(batch=16, steps=3, epochs=1, length=min(sizes.length, 100)),
+    }.items():
+        losses: list[float] = []
+
+        def observe(event: Event, losses: list[float] = losses) -> None:
+            if isinstance(event, EpochEnded):
+                losses.append(event.record["train"]["loss"])
+
+        with tempfile.TemporaryDirectory() as folder:
+            transfer.run(config, output=folder, observe=observe)
+        _, on_cpu = PlainLoop(config, torch.device("cpu")).epoch(0)
+        difference = abs(losses[0] - on_cpu) / on_cpu
+        agree = agree and difference <= LOSS_TOLERANCE
+        print(
+            f"loss of {name}: engine on {device.type} {losses[0]:.6f}, plain loop on the CPU {on_cpu:.6f}, relative "
+            f"difference {difference:.1e} ({'agrees' if difference <= LOSS_TOLERANCE else 'DIFFERS'})"
+        )
+    torch.backends.cudnn.allow_tf32 = tf32
+    return agree
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""TextCNN and BiLSTM on IMDb beside the plain loop of Dive into Deep Learning, on the CPU.
+
+https://d2l.ai/chapter_natural-language-processing-applications/, sections 16.2 and 16.3: batches of 64 reviews in
+random order, each padded to 500 words; `nn.Conv1d` and `nn.LSTM`; Adam. The other side is the engine on the same words
+(split at blanks, cut at 500, the same vocabulary and vectors) with its loader, metrics and checks. Both train and
+evaluate in turn within one process: an epoch of some batches of the one, then as many of the other. The first round is
+not counted.
+
+"useful" is what the definition of the model computes for the real words, as a share of this machine's own rate for a
+product of large square matrices: a loop that computes padding has less of it, one that computes nothing twice has more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import THREADS, Config, data_file, machine, print_table, spread, wait_until_quiet
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from transfer.build import Built, build
+from transfer.config import load_config
+from transfer.engine import fit
+from transfer.events import EpochEnded, Event
+from transfer.run_directory import RunDirectory
+
+BATCH = 64
+STEPS = 500
+REVIEWS = 25_000
+VECTORS = "vectors/imdb.w2v.100d.txt.gz"
+
+
+def _embedding(vectors: Tensor, *, freeze: bool = True) -> nn.Embedding:
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(vectors.clone(), freeze=freeze)  # type: ignore[no-untyped-call]
+    return embedding
+
+
+class BookTextCNN(nn.Module):
+    """The book's, with the maximum over time that its text describes."""
+
+    def __init__(self, vectors: Tensor, kernel_sizes: tuple[int, ...] = (3, 4, 5), channels: int = 100) -> None:
+        super().__init__()
+        self.embedding = _embedding(vectors, freeze=False)
+        self.constant_embedding = _embedding(vectors)
+        self.dropout = nn.Dropout(0.5)
+        self.decoder = nn.Linear(channels * len(kernel_sizes), 2)
+        self.pool = nn.AdaptiveMaxPool1d(1)
+        self.relu = nn.ReLU()
+        self.convs = nn.ModuleList(nn.Conv1d(2 * vectors.shape[1], channels, size) for size in kernel_sizes)
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Return (B, 2) of (B, 500)."""
+        embeddings = torch.cat((self.embedding(inputs), self.constant_embedding(inputs)), dim=2).permute(0, 2, 1)
+        encoding = torch.cat([self.relu(self.pool(conv(embeddings))).squeeze(-1) for conv in self.convs], dim=1)
+        return self.decoder(self.dropout(encoding))
+
+
+class BookBiRNN(nn.Module):
+    """The book's, over frozen vectors."""
+
+    def __init__(self, vectors: Tensor, hidden: int = 100, layers: int = 2) -> None:
+        super().__init__()
+        self.embedding = _embedding(vectors)
+        self.encoder = nn.LSTM(vectors.shape[1], hidden, num_layers=layers, bidirectional=True)
+        self.decoder = nn.Linear(4 * hidden, 2)
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Return (B, 2) of (B, 500)."""
+        outputs, _ = self.encoder(self.embedding(inputs.T))
+        return self.decoder(torch.cat((outputs[0], outputs[-1]), dim=1))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model on both sides.
+
+    Args:
+        backbone, head, optimizer: Blocks of the engine's config.
+        book: Makes the book's model from the vectors.
+        operations: Floating-point operations per word in a forward pass, by the definition.
+    """
+
+    backbone: Config
+    head: Config
+    optimizer: Config
+    book: Callable[[Tensor], nn.Module]
+    operations: int
+
+
+TEXTCNN = {"name": "textcnn", "variant": "multichannel", "kernel_sizes": [3, 4, 5], "filters": 100}
+BILSTM = {"name": "bilstm", "variant": "static", "layers": 2, "hidden_size": 100, "readout": "first_last"}
+DROPOUT = {"name": "linear", "dropout": 0.5}
+CONVOLUTIONS = 2 * 200 * 100 * (3 + 4 + 5)
+RECURRENCES = 2 * 2 * 400 * ((100 + 100) + (200 + 100))
+WORKLOADS = {
+    "TextCNN": Workload(TEXTCNN, DROPOUT, {"name": "adam", "lr": 0.001}, BookTextCNN, CONVOLUTIONS),
+    "TextCNN, fused Adam": Workload(
+        TEXTCNN, DROPOUT, {"name": "adam", "lr": 0.001, "fused": True}, BookTextCNN, CONVOLUTIONS
+    ),
+    "BiLSTM": Workload(BILSTM, {"name": "linear"}, {"name": "adam", "lr": 0.01}, BookBiRNN, RECURRENCES),
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """Reviews per second of both sides in one round, and the loss of the last training epoch of each."""
+
+    train: tuple[float, float]
+    evaluation: tuple[float, float]
+    loss: tuple[float, float]
+
+
+def measure(work: Workload, vectors: Path, rounds: int, batches: int) -> tuple[list[Round], float, float]:
+    """Return the rounds, and the mean number of words of a training and of a validation review."""
+    config = {
+        "seed": 0,
+        "data": {"name": "imdb", "validation": batches * BATCH / REVIEWS},
+        "backbone": {
+            **work.backbone,
+            "vectors": str(vectors),
+            "tokenizer": "whitespace",
+            "min_frequency": 5,
+            "max_length": STEPS,
+        },
+        "head": work.head,
+        "task": {"name": "classification"},
+        "train": {
+            "batch_size": BATCH,
+            "evaluation_batch_size": BATCH,
+            "optimizer": work.optimizer,
+            "phases": [{"epochs": rounds + 1, "freeze": "none"}],
+        },
+    }
+    built = build(load_config(config), lambda _: None)
+    book = Book(built, work, batches)
+    found: list[Round] = []
+
+    def observe(event: Event) -> None:
+        if not isinstance(event, EpochEnded):
+            return
+        record = event.record
+        train_rate = record["examples_per_second"]
+        held_out = len(built.loaders["validation"].split)
+        evaluation_rate = held_out / (record["seconds"] - batches * BATCH / train_rate)
+        loss, book_train_rate = book.train()
+        found.append(
+            Round((train_rate, book_train_rate), (evaluation_rate, book.evaluate()), (record["train"]["loss"], loss))
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = replace(built.experiment, test=None, most_batches=batches)
+        fit(experiment, RunDirectory.create(Path(folder), "speed"), observe)
+    words = {split: np.mean([len(text) for text in _encoded(built, split)]) for split in ("train", "validation")}
+    return found[1:], float(words["train"]), float(words["validation"])
+
+
+def _encoded(built: Built, split: str) -> Sequence[Any]:
+    """Return the word indices of each review of a split."""
+    encoded = built.loaders[split].examples.encoded
+    assert encoded is not None, "texts are encoded once"
+    return encoded
+
+
+class Book:
+    """The book's loop on the words and vectors of a built experiment.
+
+    Args:
+        built: The other side.
+        work: Which model.
+        batches: Of a training epoch.
+    """
+
+    def __init__(self, built: Built, work: Workload, batches: int) -> None:
+        embedding = built.experiment.model.stages["embedding"]
+        assert isinstance(embedding.static, Tensor)
+        self.model = work.book(embedding.static)
+        self.optimizer = torch.optim.Adam(
+            [p for p in self.model.parameters() if p.requires_grad], lr=work.optimizer["lr"]
+        )
+        self.batches = batches
+        self.data = {name: self._features(built, name) for name in ("train", "validation")}
+
+    def _features(self, built: Built, split: str) -> TensorDataset:
+        loader = built.loaders[split]
+        features = torch.zeros(len(loader.split), STEPS, dtype=torch.int64)
+        for row, indices in zip(features, _encoded(built, split), strict=True):
+            row[: len(indices)] = torch.from_numpy(np.asarray(indices, dtype=np.int64))
+        return TensorDataset(features, torch.from_numpy(loader.split.targets))
+
+    def train(self) -> tuple[float, float]:
+        """Train on some batches; return the mean loss and the reviews per second."""
+        self.model.train()
+        total, examples, started = 0.0, 0, time.perf_counter()
+        for number, (inputs, targets) in enumerate(DataLoader(self.data["train"], BATCH, shuffle=True)):
+            if number == self.batches:
+                break
+            self.optimizer.zero_grad()
+            losses = nn.functional.cross_entropy(self.model(inputs), targets, reduction="none")
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            total, examples = total + losses.sum().item(), examples + len(targets)
+        return total / examples, examples / (time.perf_counter() - started)
+
+    def evaluate(self) -> float:
+        """Evaluate the validation split; return the reviews per second."""
+        self.model.eval()
+        right, started = 0, time.perf_counter()
+        with torch.no_grad():
+            for inputs, targets in DataLoader(self.data["validation"], BATCH):
+                right += int((self.model(inputs).argmax(1) == targets).sum())
+        return len(self.data["validation"]) / (time.perf_counter() - started)
+
+
+def product_rate(size: int = 2048, repeats: int = 5) -> float:
+    """Return the floating-point operations per second of a product of large square matrices, the best of a few."""
+    one, other = torch.randn(size, size), torch.randn(size, size)
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        torch.mm(one, other)
+        seconds.append(time.perf_counter() - started)
+    return float(2 * size**3 / min(seconds[1:]))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each model, beside one to warm up")
+    parser.add_argument("--batches", type=int, default=30, help="of 64 reviews, to train and to evaluate in a round")
+    parser.add_argument("--only", choices=WORKLOADS, help="one model alone")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    vectors = data_file(VECTORS)
+    data_file("aclImdb_v1.tar.gz")
+    wait_until_quiet(arguments.wait)
+    rate = product_rate()
+    print(f"{machine()}; matrix product {rate / 1e9:.0f} GFLOP/s")
+    rows = []
+    for name, work in WORKLOADS.items():
+        if arguments.only not in (None, name):
+            continue
+        rounds, train_words, evaluation_words = measure(work, vectors, arguments.rounds, arguments.batches)
+        for what, pairs, operations in (
+            ("train", [r.train for r in rounds], 3 * work.operations * train_words),
+            ("evaluate", [r.evaluation for r in rounds], work.operations * evaluation_words),
+        ):
+            engine, book = (statistics.median(side) for side in zip(*pairs, strict=True))
+            rows.append(
+                {
+                    "": f"{name}, {what}",
+                    "engine, reviews/s": f"{engine:.0f}",
+                    "book, reviews/s": f"{book:.0f}",
+                    "ratio of the rounds": spread([ours / theirs for ours, theirs in pairs], ".2f"),
+                    "useful, engine": f"{engine * operations / rate:.0%}",
+                    "useful, book": f"{book * operations / rate:.0%}",
+                }
+            )
+        print(f"{name}: last losses {rounds[-1].loss[0]:.3f} and {rounds[-1].loss[1]:.3f}", flush=True)
+    print(f"n = {arguments.rounds} rounds of {arguments.batches} batches, median (least to greatest)")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
