@@ -182,7 +182,7 @@ class _Examples(Dataset[Any]):
         if self.encoded is not None:
             encoded = [self.encoded[i] for i in indices]
         else:
-            encoded = encode(self.preprocessing, self.column, indices.tolist(), self.split.name)
+            encoded = list(encode(self.preprocessing, self.column, indices.tolist(), self.split.name))
         if self.augments:
             with _own_randomness():
                 for place, (epoch, index) in enumerate(pairs):
@@ -193,7 +193,7 @@ class _Examples(Dataset[Any]):
 
 def encode(
     preprocessing: Preprocessing, column: Sequence[Any], indices: Sequence[int], name: Callable[[int], str]
-) -> list[Any]:
+) -> Sequence[Any]:
     """Encode some values of a column; if that fails, find out which one it is.
 
     Args:
@@ -206,7 +206,7 @@ def encode(
         DataError: Names the value that cannot be encoded.
     """
     try:
-        return list(preprocessing.encode([column[i] for i in indices]))
+        return preprocessing.encode([column[i] for i in indices])
     except (ValueError, OSError) as error:
         for index in indices:
             try:

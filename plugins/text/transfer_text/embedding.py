@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from transfer import Backbone, ConfigError, FeatureSpec, WeightsError
-from transfer_text.encoded import Truncation
+from transfer_text.encoded import Truncation, truncation_loss
 from transfer_text.preprocessing import TextPreprocessing
 from transfer_text.vectors import coverage, read_vectors, width_of
 from transfer_text.vocabulary import PADDING, Vocabulary
@@ -109,7 +109,8 @@ class TextBackbone(Backbone):
         """Read the word vectors into the embedding.
 
         Returns:
-            ``vectors`` and their coverage of the vocabulary (see :func:`transfer_text.vectors.coverage`).
+            ``vectors``, their coverage of the vocabulary (see :func:`transfer_text.vectors.coverage`) and what the
+            longest length drops (:func:`transfer_text.encoded.truncation_loss`).
         """
         if self.vectors is None:
             return {}
@@ -128,7 +129,9 @@ class TextBackbone(Backbone):
         embedding.load(np.pad(vectors.matrix, rows), np.pad(vectors.found, rows[0]), self.unknown)
         counts = self.vocabulary.counts
         report = coverage(words, vectors.found, None if counts is None else counts[len(special) :])
-        return {"vectors": self.vectors, **report}
+        lengths = self.vocabulary.lengths
+        cut = {} if lengths is None else truncation_loss(lengths, self._preprocessing.max_length)
+        return {"vectors": self.vectors, **report, **cut}
 
     @property
     def features(self) -> FeatureSpec:
