@@ -19,7 +19,7 @@ from transfer_text import datasets
 from transfer_text.datasets import IMDb, MiniReviews
 from transfer_text.folders import TextFolder
 from transfer_text.hugging_face import HuggingFace
-from transfer_text.tables import TextCSV
+from transfer_text.tables import TextCSV, _delimited
 
 # ---------------------------------------------------------------------------------------------------------------- IMDb
 
@@ -203,6 +203,12 @@ def test_quoting_is_that_of_python(tmp_path: Path) -> None:
     assert split.fields["text"] == [row[0] for row in rows]
     assert list(split.names) == [f"{path}:2", f"{path}:4", f"{path}:5"]
     assert csv.field_size_limit() == 131_072  # what is global is put back
+
+
+def test_a_reader_that_is_left_half_way_lowers_no_limit(tmp_path: Path) -> None:
+    records = _delimited("text,label\na,b\nc,d\n", tmp_path / "short.csv", ",")
+    next(records)
+    assert csv.field_size_limit() == 131_072
 
 
 @pytest.mark.parametrize(

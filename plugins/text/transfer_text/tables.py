@@ -232,8 +232,10 @@ def _data(spec: DataSpec, tables: Mapping[str, _Table], targets: Mapping[str, np
 
 def _delimited(content: str, path: Path, delimiter: str) -> Iterator[tuple[int, Record]]:
     """Give each record of a table with a header, and the line where it begins."""
-    # Python's limit on a field is meant for broken files; a text may well be longer. It is global, so it is put back.
-    limit = csv.field_size_limit(max(len(content), 1))
+    # Python's limit on a field is meant for broken files; a text may well be longer. It is global, so it is put back,
+    # and never lowered: a reader that is left half way puts it back late.
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(len(content), limit))
     # Strict, because otherwise a quote that is never closed swallows the rest of the file in silence.
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     begin = 1
