@@ -498,7 +498,7 @@ def test_without_the_library_the_message_says_how_to_get_it(monkeypatch: pytest.
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(DataError, match="not installed") as caught:
         HuggingFace(dataset="stanfordnlp/imdb").load()
-    assert caught.value.problems[0].fix == "pip install 'transfer[huggingface]'"
+    assert caught.value.problems[0].fix == "pip install datasets"
 
 
 @pytest.mark.parametrize(

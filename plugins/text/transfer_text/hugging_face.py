@@ -13,7 +13,7 @@ import numpy.typing as npt
 from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, find_file
 from transfer_text.targets import class_indices, label_sets
 
-INSTALL = "pip install 'transfer[huggingface]'"
+INSTALL = "pip install datasets"
 FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -25,7 +25,7 @@ FORMATS = {
 
 
 class HuggingFace(Dataset):
-    """Texts and labels that the ``datasets`` library reads; it is installed by ``pip install 'transfer[huggingface]'``.
+    """Texts and labels that the ``datasets`` library reads; it is installed by ``pip install datasets``.
 
     Args:
         dataset: A name on the Hub (``stanfordnlp/imdb``), or a folder that ``save_to_disk`` wrote or that holds data
