@@ -110,6 +110,9 @@ class RunConsole:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
+        # Typer ends the process without a word, so what is left of the run is said here.
+        if kind is KeyboardInterrupt:
+            self.console.print("interrupted: the best and last checkpoints are kept; a run cannot be resumed yet")
 
     def __call__(self, event: Event) -> None:
         """Show an event."""

@@ -71,7 +71,7 @@ def read_model(folder: Path) -> LoadedModel:
         RunError: The folder is incomplete or damaged, or a plugin that it needs is not installed.
     """
     file = folder / "model.json"
-    described = read_json(file, "there is no model here: the run did not end")
+    described = read_json(file, "there is no model here: the run did not end", "run its config again, to the end")
     if described.get("format") != FORMAT:
         fix = "use the version of transfer that wrote it"
         raise RunError(

@@ -156,16 +156,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, missing: str) -> dict[str, Any]:
+def read_json(path: Path, missing: str, fix: str | None = None) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        RunError: The file is not there (``missing`` says what that means), or damaged.
+        RunError: The file is not there (``missing`` says what that means, ``fix`` what to do), or damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RunError(missing, where=str(path)) from error
+        raise RunError(missing, where=str(path), fix=fix) from error
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"the file cannot be read: {error}", where=str(path)) from error
     if not isinstance(content, dict):
