@@ -29,6 +29,10 @@ class Linear(Head):
         """Return float outputs (B, out_features) of float features (B, D)."""
         return self.output(self.dropout(features))  # type: ignore[no-any-return]
 
+    def as_linear(self) -> nn.Linear:
+        """Return the layer: dropout acts in training alone."""
+        return self.output
+
 
 class MLP(Head):
     """Hidden layers with ReLU and dropout over a feature vector, (B, D) -> (B, out_features).

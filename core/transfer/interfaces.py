@@ -245,6 +245,24 @@ class Preprocessing(ABC):
         return {}
 
 
+@dataclass(frozen=True)
+class ForeignModel:
+    """A network of another library that holds the same weights under names of its own.
+
+    Args:
+        factory: The function that builds it with random weights, ``module:function``
+            (``torchvision.models:resnet18``).
+        options: The function's keyword arguments, the number of classes among them; JSON alone.
+        names: That library's name of each tensor in the backbone's state dict.
+        output: Its name of the network's last layer, a linear one, which the head replaced.
+    """
+
+    factory: str
+    options: Mapping[str, Any]
+    names: Mapping[str, str]
+    output: str
+
+
 class Backbone(nn.Module, ABC):
     """A pretrained feature extractor: an ordered chain of named stages.
 
@@ -314,6 +332,14 @@ class Backbone(nn.Module, ABC):
         """
         return {}
 
+    def foreign_models(self, out_features: int) -> Mapping[str, ForeignModel]:
+        """Return the networks of other libraries that this one can be exported to, by format (``torchvision``).
+
+        Args:
+            out_features: The number of outputs of the network's last layer.
+        """
+        return {}
+
 
 # --------------------------------------------------------------------------------------------------------------- head
 
@@ -327,6 +353,10 @@ class Head(nn.Module, ABC):
 
     layouts: ClassVar[frozenset[Layout]] = frozenset({"vector"})
     """The layouts of features that this head takes."""
+
+    def as_linear(self) -> nn.Linear | None:
+        """Return the one layer that this head is outside training, for networks that end in one; None if it is more."""
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------------- task

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import pickle
 from functools import cache
 from typing import Any
@@ -12,6 +14,7 @@ from backbone_cases import Case, cases, head
 from torch import Tensor
 
 from transfer import Backbone, Preprocessing, registry
+from transfer.heads import Linear
 from transfer.loading import move
 from transfer.model import Model
 
@@ -181,3 +184,19 @@ def test_every_parameter_gets_a_finite_gradient(case: Case) -> None:
     for name, stage in model.stages.items():
         gradients = [p.grad for p in stage.parameters() if p.grad is not None]
         assert not gradients or any(g.abs().sum() > 0 for g in gradients), name
+
+
+@every
+def test_models_of_other_libraries_take_its_weights_and_give_its_outputs(case: Case) -> None:
+    backbone, inputs = built(case)
+    for foreign in backbone.foreign_models(3).values():
+        last = head(backbone.features)
+        assert isinstance(last, Linear)
+        weights = {foreign.names[name]: value for name, value in backbone.state_dict().items()}
+        weights |= {f"{foreign.output}.{name}": value for name, value in last.output.state_dict().items()}
+        module, _, function = foreign.factory.partition(":")
+        theirs = getattr(importlib.import_module(module), function)(**foreign.options)
+        theirs.load_state_dict(weights, strict=True)
+        assert json.loads(json.dumps(foreign.options)) == foreign.options
+        with torch.no_grad():
+            torch.testing.assert_close(theirs.eval()(inputs), last.eval()(outputs(backbone, inputs)))

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from transfer import Backbone, FeatureSpec
+from transfer import Backbone, FeatureSpec, ForeignModel
 from transfer_vision.preprocessing import Augmentation, ImagePreprocessing
 from transfer_vision.weights import find_weights, fit_weights, published, read_weights, sha256
 
@@ -109,6 +109,12 @@ class ResNet(Backbone):
             "tensors": sum(name in tensors for name in taken),
             "left_out": sorted(tensors.keys() - taken.keys()),
         }
+
+    def foreign_models(self, out_features: int) -> Mapping[str, ForeignModel]:
+        """Return torchvision's model, under ``torchvision``."""
+        names = {name: torchvision_name(name) for name in self.state_dict()}
+        factory = f"torchvision.models:{self.architecture}"
+        return {"torchvision": ForeignModel(factory, {"num_classes": out_features}, names, self._classifier)}
 
     def torchvision_state_dict(self) -> dict[str, Tensor]:
         """Return the tensors under torchvision's names: its model's state dict without the classifier."""
