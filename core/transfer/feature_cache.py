@@ -309,14 +309,20 @@ class Prefix:
         add(FORMAT, torch.__version__, device, self.precision, loader.field)
         add(view, None if view is None else loader.seed)
         add(_settings(preprocessing), dict(preprocessing.describe()), dict(self.assets))
+        add(self.digest, loader.split.fingerprint(loader.field))
+        return digest.hexdigest()[:KEY_DIGITS]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The digest of the stages: their code, settings, weights and buffers."""
+        digest = hashlib.sha256()
         for name in self.stages:
             stage = self.model.stages[name]
-            add(name, repr(stage), [_settings(module) for module in stage.modules()])
+            digest.update(repr((name, stage, [_settings(module) for module in stage.modules()])).encode())
             for key, tensor in stage.state_dict().items():
-                add(key, str(tensor.dtype), list(tensor.shape))
+                digest.update(repr((key, tensor.dtype, list(tensor.shape))).encode())
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        digest.update(loader.split.fingerprint(loader.field).encode())
-        return digest.hexdigest()[:KEY_DIGITS]
+        return digest.hexdigest()
 
     @torch.inference_mode()
     def run(
