@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from torchvision.models import ResNet50_Weights
 
 from transfer import ConfigError, DataError
+from transfer_vision import pictures
 from transfer_vision.pictures import open_picture
 from transfer_vision.preprocessing import ImagePreprocessing
 
@@ -196,6 +197,39 @@ def test_warnings_of_pillow_are_logged_with_the_name(
         assert one(small, open_picture(content, "panorama.png")).shape == (3, 37, 37)
     assert "panorama.png: " in caplog.text
     assert "3000000" in caplog.text
+
+
+def test_threads_change_neither_pixels_nor_order_nor_the_names_in_the_log(
+    small: ImagePreprocessing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15_000)
+    contents = [stored(picture(130 + i, 120), "PNG" if i % 3 else "JPEG") for i in range(24)]
+    before = warnings.showwarning, list(warnings.filters)
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(small.encode([open_picture(c, f"{threads}/{i}.png") for i, c in enumerate(contents)]))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert {f"{t}/{i}.png" for t in (1, 4) for i in range(24)} <= {r.getMessage().split(":")[0] for r in caplog.records}
+    assert (warnings.showwarning, list(warnings.filters)) == before
+
+
+@pytest.mark.parametrize("decoder", ["torchvision's", "Pillow's"])
+def test_a_jpeg_has_the_pixels_that_pillow_gives(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if decoder == "Pillow's":
+        monkeypatch.setattr(pictures, "decode_jpeg", None)
+    preprocessing = ImagePreprocessing(image_size=64, resize=64)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 90, 3)).astype(np.uint8))
+    for options in ({}, {"subsampling": 0}, {"progressive": True}, {"quality": 20}):
+        for image in (noise, noise.convert("L")):
+            content = stored(image, "JPEG", **options)
+            expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+            assert np.array_equal(one(preprocessing, open_picture(content, "a.jpg")).permute(1, 2, 0), expected)
+
+
+def test_batches_are_channels_last(small: ImagePreprocessing) -> None:
+    batch = small.collate(small.encode([picture(), picture()]))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_damaged_exif_is_logged_and_the_picture_kept(

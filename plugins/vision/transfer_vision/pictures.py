@@ -1,27 +1,41 @@
-"""One picture: from bytes to a PIL image, and from any PIL image to upright RGB of the wanted size."""
+"""One picture: from bytes to a PIL image, and from any PIL image to upright RGB pixels of the wanted size."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # a release that has no decoder any more
+    decode_jpeg = None
 
 logger = logging.getLogger(__name__)
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+_UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {
+    2: lambda pixels: pixels.flip(2),
+    3: lambda pixels: pixels.flip(1, 2),
+    4: lambda pixels: pixels.flip(1),
+    5: lambda pixels: pixels.transpose(1, 2),
+    6: lambda pixels: pixels.rot90(-1, (1, 2)),
+    7: lambda pixels: pixels.transpose(1, 2).flip(1, 2),
+    8: lambda pixels: pixels.rot90(1, (1, 2)),
 }
 # A JPEG decoded at least this many times larger than needed, and then resized, looks as if it had been decoded in full.
 _DRAFT_MARGIN = 2
@@ -47,7 +61,7 @@ def open_picture(content: bytes, name: str) -> Image.Image:
     return image
 
 
-def to_upright_rgb(image: Image.Image, shorter_side: int, resampling: Image.Resampling) -> Image.Image:
+def decode(image: Image.Image, shorter_side: int, interpolation: Interpolation) -> Tensor:
     """Decode, convert to RGB, resize and turn as the EXIF orientation says; the image that was given stays as it is.
 
     Transparency is put over white and 16-bit greys are scaled to 8 bits.
@@ -55,34 +69,57 @@ def to_upright_rgb(image: Image.Image, shorter_side: int, resampling: Image.Resa
     Args:
         image: Of any mode but ``F``, whose range nothing tells.
         shorter_side: Pixels of the shorter side; the longer one keeps the aspect ratio, rounded down.
-        resampling: Pillow's filter; all but ``NEAREST`` are antialiased.
+        interpolation: Torch's filter; all but ``nearest`` are antialiased.
+
+    Returns:
+        A uint8 tensor (3, H, W).
 
     Raises:
         ValueError, OSError: The picture is damaged, cut short, empty or too large, or has a mode that is no picture's.
     """
     with _pillow(getattr(image, "filename", None) or "a picture"):
-        opened = _reopened_jpeg(image)
-        if opened is None:
+        content = _jpeg(image)
+        if content is None:
             image.load()  # before its size is asked for: a TIFF is turned by decoding it
-            size = _resized(image.size, shorter_side)
-        else:
-            size = _resized(image.size, shorter_side)
-            opened.draft(None, (size[0] * _DRAFT_MARGIN, size[1] * _DRAFT_MARGIN))
-            opened.load()
-            image = opened
-        rgb = _to_rgb(image)
-        if rgb.size != size:
-            rgb = rgb.resize(size, resampling)
+        size = _resized(image.size, shorter_side)
+        pixels = pil_to_tensor(_to_rgb(image)) if content is None else _decode_jpeg(image, content, size)
+        if pixels.shape[1:] != (size[1], size[0]):
+            pixels = _resize(pixels, (size[1], size[0]), interpolation)
         turn = _turn(image)
-        return rgb if turn is None else rgb.transpose(turn)
+        return pixels if turn is None else turn(pixels)
 
 
-def _reopened_jpeg(image: Image.Image) -> Image.Image | None:
-    # Decoding at a smaller scale changes the image object for good, so it is done to a second one on the same bytes.
+def _jpeg(image: Image.Image) -> bytes | None:
+    """Return the bytes of a JPEG that has not been decoded; None of any other image."""
     stream = getattr(image, "fp", None)
     if image.format == "JPEG" and getattr(image, "tile", None) and isinstance(stream, io.BytesIO):
-        return Image.open(io.BytesIO(stream.getvalue()))
+        return stream.getvalue()
     return None
+
+
+def _decode_jpeg(image: Image.Image, content: bytes, size: tuple[int, int]) -> Tensor:
+    smallest = (size[0] * _DRAFT_MARGIN, size[1] * _DRAFT_MARGIN)
+    whole = min(image.width // smallest[0], image.height // smallest[1]) < 2
+    if whole and decode_jpeg is not None and image.mode in ("RGB", "L"):
+        # The same pixels as Pillow's, in less time. What it refuses, or cannot do as it was built without a library
+        # for JPEG, is left to Pillow.
+        try:
+            pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+            return pixels
+        except RuntimeError:
+            pass
+    # Decoding at a smaller scale changes the image object for good, so it is done to a second one on the same bytes.
+    opened = Image.open(io.BytesIO(content))
+    opened.draft(None, smallest)
+    rgb: Tensor = pil_to_tensor(_to_rgb(opened))
+    return rgb
+
+
+def _resize(pixels: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    # Not torchvision's resize, which takes another way, and rounds otherwise, on another processor.
+    if interpolation == "nearest":
+        return functional.interpolate(pixels[None], size, mode="nearest-exact")[0]
+    return functional.interpolate(pixels[None], size, mode=interpolation, antialias=True)[0]
 
 
 def _resized(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
@@ -112,7 +149,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def _turn(image: Image.Image) -> Callable[[Tensor], Tensor] | None:
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     # Damaged metadata raises nearly anything, and the pixels are good without it.
@@ -124,8 +161,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 @contextmanager
 def _pillow(name: str) -> Iterator[None]:
     """Log Pillow's warnings under the picture's name, and let only ValueError and OSError out."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with _warnings.of(name):
         try:
             yield
         except (OSError, ValueError, MemoryError):
@@ -133,9 +169,45 @@ def _pillow(name: str) -> Iterator[None]:
         # Decoders raise SyntaxError, struct.error, IndexError and more on damaged files, and a bomb is none of these.
         except Exception as error:
             raise ValueError(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+class _Warnings(threading.local):
+    """Logs the warnings of each thread under the name of its picture.
+
+    Python's own way to catch warnings is one for all threads, so the first thread that needs it sets it up, and the
+    last one takes it down.
+    """
+
+    _lock: ClassVar = threading.Lock()
+    _caught: ClassVar = contextlib.ExitStack()
+    _threads: ClassVar = 0
+    _name = "a picture"
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        self._name = name
+        cls = type(self)
+        with cls._lock:
+            if not cls._threads:
+                cls._caught.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("always")
+                # Torchvision's decoder will be taken out one day; until then it is the fastest.
+                warnings.filterwarnings("ignore", ".*capabilities of TorchVision are deprecated")
+                warnings.showwarning = self._log  # type: ignore[assignment]
+            cls._threads += 1
+        try:
+            yield
         finally:
-            for warning in caught:
-                _log_once(name, str(warning.message))
+            with cls._lock:
+                cls._threads -= 1
+                if not cls._threads:
+                    cls._caught.close()
+
+    def _log(self, message: Warning | str, *_: Any) -> None:
+        _log_once(self._name, str(message))
+
+
+_warnings = _Warnings()
 
 
 @lru_cache(maxsize=4096)

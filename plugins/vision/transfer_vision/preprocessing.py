@@ -6,6 +6,7 @@ import difflib
 import inspect
 import typing
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from transfer import ConfigError, DataError, Preprocessing
-from transfer_vision.pictures import open_picture, to_upright_rgb
+from transfer_vision.pictures import Interpolation, decode, open_picture
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -42,7 +43,7 @@ class ImagePreprocessing(Preprocessing):
         *,
         image_size: int = 224,
         resize: int | None = None,
-        interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear",
+        interpolation: Interpolation = "bilinear",
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         augmentation: Augmentation = "usual",
@@ -68,14 +69,17 @@ class ImagePreprocessing(Preprocessing):
         Raises:
             ValueError, OSError: A value is no picture, or is a damaged one.
         """
-        return [self._encode(value) for value in values]
+        # Decoders leave Python's lock alone. A loader process has one thread, and so has who wants no others.
+        threads = min(torch.get_num_threads(), len(values))
+        if threads < 2:
+            return [self._encode(value) for value in values]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self._encode, values))
 
     def _encode(self, value: Any) -> Tensor:
         if not isinstance(value, Image.Image):
             raise ValueError(f"expected a PIL image, got {type(value).__name__}")
-        resampling = Image.Resampling[self.interpolation.upper()]
-        pixels: Tensor = v2.functional.pil_to_tensor(to_upright_rgb(value, self.resize, resampling))
-        return pixels
+        return decode(value, self.resize, self.interpolation)
 
     @property
     def augments(self) -> bool:
@@ -96,10 +100,13 @@ class ImagePreprocessing(Preprocessing):
             encoded: B uint8 tensors (3, H, W), of any sizes.
 
         Returns:
-            A float32 tensor (B, 3, image_size, image_size).
+            A float32 tensor (B, 3, image_size, image_size), channels last in memory.
         """
         size = [self.image_size, self.image_size]
-        batch = torch.stack([v2.functional.center_crop(image, size) for image in encoded]).float()
+        shape = (len(encoded), 3, self.image_size, self.image_size)
+        batch = torch.empty(shape, memory_format=torch.channels_last)  # in which convolutions are faster
+        for place, pixels in zip(batch, encoded, strict=True):
+            place.copy_(v2.functional.center_crop(pixels, size))
         mean, std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in (self.mean, self.std))
         return batch.sub_(mean).div_(std)
 
