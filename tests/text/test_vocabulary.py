@@ -153,7 +153,7 @@ ODD = [
         "&nbsp;",
         "''",
     ),
-    *(" ", "  ", "\n", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2009", "\u3000", "\u200b", "\u2028"),
+    *(" ", "  ", "\n", "\t", "\x0b", "\x0c", "\x1c", "\x1f", "\x85", "\xa0", "\u2009", "\u3000", "\u200b", "\u2028"),
     *(
         "n't",
         "ca",
@@ -187,6 +187,7 @@ ODD = [
         "\U0001f600",
         "\x00",
         "Film",
+        "unbelievably-well-made",
     ),
 ]
 
@@ -203,6 +204,23 @@ def test_piece_by_piece_gives_what_the_tokenizers_library_gives(name: TokenizerN
     differ = [text for text, ours, theirs in zip(texts, found, expected, strict=True) if ours != theirs]
     assert [text for text in differ if name != "basic_english" or '"' not in text] == []
     assert len(differ) < 10
+
+
+def test_pieces_of_any_length_and_byte_are_told_apart() -> None:
+    words = [character * length for length in range(1, 40) for character in ("a", "\x00", "\x01", "\u00e9", "~")]
+    words += [word + end for word in words for end in ("\x00", "b")]
+    table = pieces.PieceTable(str.encode, lambda new: ([words.index(piece)] for piece in new))
+    for _ in range(2):
+        indices, counts = table.numericalise([" ".join(words[::-1]), "", " \t\n", words[7]])
+        assert counts.tolist() == [len(words), 0, 0, 1]
+        assert [words[i] for i in indices] == [*words[::-1], words[7]]
+
+
+def test_pieces_that_fall_on_one_slot_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "SLOT_BITS", 2)
+    texts = [f"w{i} w{i + 1} w{i // 2}" for i in range(60)] * 3
+    vocabulary = Vocabulary.build(texts)
+    assert [[vocabulary.tokens[i] for i in ids] for ids in vocabulary.encode(texts)] == [t.split() for t in texts]
 
 
 def test_counts_and_lengths_are_those_of_the_training_texts() -> None:

@@ -9,6 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 MOST_PIECES = 1_000_000  # about 200 MB; then the table is begun anew
+SLOT_BITS = 20
+"""Of the numbers of the slots of a table of short pieces: 20 MB."""
+
+_IS_BLANK = np.zeros(256, dtype=np.bool_)
+_IS_BLANK[list(b" \t\n\r\x0b\x0c")] = True  # as bytes.split() has them
+_WORD_BYTES = 8
+_BLANKS = np.uint64(int.from_bytes(b" " * _WORD_BYTES, "little"))
+_FIRST_BYTES = np.array([(1 << 8 * count) - 1 for count in range(_WORD_BYTES + 1)], dtype=np.uint64)
+_MULTIPLIERS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, without a pattern
 
 
 class PieceTable:
@@ -17,16 +26,16 @@ class PieceTable:
     Texts hold few distinct pieces (words as blanks part them), so almost all of a tokenizer's work is repeated work.
 
     Args:
-        cut: Cuts a text into pieces whose tokens, in a row, are those of the text.
+        part: Gives a text in UTF-8 with ASCII blanks between pieces whose tokens, in a row, are those of the text.
         tokenize: Gives the indices of the tokens of each of some pieces.
     """
 
     def __init__(
-        self, cut: Callable[[str], list[bytes]], tokenize: Callable[[Sequence[str]], Iterable[Sequence[int]]]
+        self, part: Callable[[str], bytes], tokenize: Callable[[Sequence[str]], Iterable[Sequence[int]]]
     ) -> None:
-        self._cut = cut
+        self._part = part
         self._tokenize = tokenize
-        self._places = _Places()
+        self._pieces = _Pieces()
         self._offsets: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)
         self._indices: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
@@ -36,19 +45,11 @@ class PieceTable:
         Raises:
             ValueError: A text holds half a surrogate pair.
         """
-        if len(self._places) > MOST_PIECES:
-            self._places = _Places()
+        if len(self._pieces) > MOST_PIECES:
+            self._pieces = _Pieces()
             self._offsets, self._indices = self._offsets[:1], self._indices[:0]
-        places: list[int] = []
-        ends = np.zeros(len(texts) + 1, dtype=np.int64)  # of each text, in pieces
-        find = self._places.__getitem__
-        try:
-            for number, text in enumerate(texts, 1):
-                places.extend(map(find, self._cut(text)))
-                ends[number] = len(places)
-        finally:
-            self._learn()
-        pieces = np.array(places, dtype=np.int64)
+        pieces, ends = self._pieces.numbers([self._part(text) for text in texts])
+        self._learn()
         begins = self._offsets[pieces]
         sizes = self._offsets[pieces + 1] - begins
         reached = np.concatenate([[0], np.cumsum(sizes)])  # tokens before each piece
@@ -67,20 +68,88 @@ class PieceTable:
     def _learn(self) -> None:
         """Tokenize the pieces that are new."""
         known = len(self._offsets) - 1
-        if known == len(self._places):
+        if known == len(self._pieces):
             return
-        newest = itertools.islice(reversed(self._places), len(self._places) - known)
-        fresh = [piece.decode() for piece in newest][::-1]
-        found = list(self._tokenize(fresh))
+        found = list(self._tokenize(self._pieces.since(known)))
         ends = np.cumsum([len(indices) for indices in found], dtype=np.int64) + self._offsets[-1]
         self._offsets = np.concatenate([self._offsets, ends])
-        flat = np.array([index for indices in found for index in indices], dtype=np.int32)
+        flat = np.fromiter(
+            itertools.chain.from_iterable(found), dtype=np.int32, count=int(ends[-1] - len(self._indices))
+        )
         self._indices = np.concatenate([self._indices, flat])
 
 
-class _Places(dict[bytes, int]):
+class _Pieces:
+    """Numbers pieces in the order in which they are first met.
+
+    Pieces of up to 16 bytes are looked up all at once: two machine words hold one whole and name its slot in a table.
+    Longer pieces, new ones, and those whose slot another piece has taken go through a dictionary.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = _InOrder()
+        slots = 1 << SLOT_BITS
+        self._first: npt.NDArray[np.uint64] = np.zeros(slots, dtype=np.uint64)  # no piece has zero here
+        self._second: npt.NDArray[np.uint64] = np.zeros(slots, dtype=np.uint64)
+        self._number: npt.NDArray[np.int64] = np.zeros(slots, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def since(self, count: int) -> list[str]:
+        """Return all pieces but the first so many."""
+        newest = itertools.islice(reversed(self._numbers), len(self._numbers) - count)
+        return [piece.decode() for piece in newest][::-1]
+
+    def numbers(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the number of each piece of some texts, int64, and where each text's begin and the last one's end."""
+        content = b" ".join(texts)
+        begins, ends = _bounds(content)
+        first, second = _words(content, begins, ends - begins)
+        slots = ((first * _MULTIPLIERS[0] ^ second * _MULTIPLIERS[1]) >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
+        numbers = self._number[slots]
+        known = (self._first[slots] == first) & (self._second[slots] == second) & (ends - begins <= 2 * _WORD_BYTES)
+        rest = np.flatnonzero(~known)
+        find = self._numbers.__getitem__
+        numbers[rest] = [
+            find(content[begin:end]) for begin, end in zip(begins[rest].tolist(), ends[rest].tolist(), strict=True)
+        ]
+        rest = rest[(ends - begins)[rest] <= 2 * _WORD_BYTES]
+        rest = rest[self._first[slots[rest]] == 0]  # whose slot is free
+        _, one_each = np.unique(slots[rest], return_index=True)
+        rest = rest[one_each]
+        taken = slots[rest]
+        self._first[taken], self._second[taken], self._number[taken] = first[rest], second[rest], numbers[rest]
+        lengths = np.array([0, *map(len, texts)], dtype=np.int64)
+        return numbers, np.searchsorted(begins, np.cumsum(lengths) + np.arange(len(lengths)))
+
+
+class _InOrder(dict[bytes, int]):
     """Pieces in the order in which they were first asked for."""
 
     def __missing__(self, piece: bytes) -> int:
-        place = self[piece] = len(self)
-        return place
+        number = self[piece] = len(self)
+        return number
+
+
+def _bounds(content: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return where each run of bytes that are no blanks begins, and where it ends."""
+    blank = np.ones(len(content) + 2, dtype=np.bool_)  # one before and one after
+    blank[1:-1] = _IS_BLANK[np.frombuffer(content, dtype=np.uint8)]
+    edges = np.flatnonzero(blank[1:] != blank[:-1])
+    return edges[::2], edges[1::2]
+
+
+def _words(
+    content: bytes, begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Return the first eight bytes of each piece and the next eight, as numbers that no other piece of up to 16 has.
+
+    Bytes are less a blank's, which no piece holds, and 0 after the end: so the numbers tell the length too.
+    """
+    padded = content + b" " * (2 * _WORD_BYTES)
+    count = len(content) + _WORD_BYTES + 1
+    at = np.ndarray((count,), dtype="<u8", buffer=padded, strides=(1,))  # the eight bytes from each place on
+    first = (at[begins] ^ _BLANKS) & _FIRST_BYTES[np.minimum(lengths, _WORD_BYTES)]
+    second = (at[begins + _WORD_BYTES] ^ _BLANKS) & _FIRST_BYTES[np.clip(lengths - _WORD_BYTES, 0, _WORD_BYTES)]
+    return first, second

@@ -21,7 +21,7 @@ def assemble(name: TokenizerName, model: models.Model) -> Tokenizer:
     tokenizer = Tokenizer(model)
     if name == "glove":
         tokenizer.normalizer = _web_text()
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_GLOVE_TOKEN), behavior="removed", invert=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(GLOVE_TOKEN), behavior="removed", invert=True)
     elif name == "basic_english":
         tokenizer.normalizer = _basic_english()
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -30,11 +30,11 @@ def assemble(name: TokenizerName, model: models.Model) -> Tokenizer:
     return tokenizer
 
 
-def cut_at_blanks(name: TokenizerName, text: str) -> list[bytes]:
-    """Cut a text at ASCII blanks into pieces, so that the tokens of the pieces are the tokens of the text.
+def parted_by_blanks(name: TokenizerName, text: str) -> bytes:
+    """Return a text in UTF-8 of which any two pieces between ASCII blanks can be tokenized apart.
 
     No token of these tokenizers reaches over a blank and none depends on what stands beyond one, except that a tag may
-    hold a blank; it is taken out first.
+    hold a blank; it is taken out.
 
     Raises:
         ValueError: The text holds half a surrogate pair, which is no character.
@@ -44,7 +44,7 @@ def cut_at_blanks(name: TokenizerName, text: str) -> list[bytes]:
         if name == "glove":
             content = content.replace(b"<br />", b"<br/>")  # nearly all there are, and much faster
         content = _BLANK_IN_TAG.sub(rb"<\1\2>", content) if name == "glove" else _BREAK.sub(b" ", content)
-    return content.split()
+    return content
 
 
 # All that Unicode takes for a blank, in UTF-8.
@@ -67,7 +67,7 @@ def _settings(name: TokenizerName) -> dict[str, Any]:
 
 # The conventions of the Stanford tokenizer, which GloVe's own text went through, after lower-casing. The first
 # alternative that matches counts.
-_GLOVE_TOKEN = "|".join(
+GLOVE_TOKEN = "|".join(
     (
         r"n't\b",
         r"'(?:s|re|ve|ll|d|m|em)\b",
@@ -83,6 +83,10 @@ _GLOVE_TOKEN = "|".join(
         r"\S",
     )
 )
+GLOVE_TOKEN_IN_ASCII = (
+    GLOVE_TOKEN.replace(r"[\p{L}\p{M}\p{N}_]", "[a-zA-Z0-9_]").replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]")
+)
+"""The same for Python's own regular expressions, which know no classes of Unicode, and for ASCII alone."""
 
 
 def _web_text() -> normalizers.Normalizer:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from transfer import ConfigError, DataError, find_file
 from transfer_text import cache
 from transfer_text.encoded import EncodedTexts
 from transfer_text.pieces import PieceTable
-from transfer_text.tokenization import TOKENIZERS, TokenizerName, assemble, cut_at_blanks, name_of
+from transfer_text.token_finder import TokenFinder
+from transfer_text.tokenization import TOKENIZERS, TokenizerName, assemble, name_of, parted_by_blanks
 
 __all__ = ["MIN_FREQUENCY", "PADDING", "TOKENIZERS", "UNKNOWN", "TokenizerName", "Vocabulary"]
 
@@ -129,14 +130,14 @@ class Vocabulary:
 
     @classmethod
     def _learn(cls, texts: Sequence[str], name: TokenizerName, min_frequency: int, max_size: int | None) -> Vocabulary:
-        finder = cls.nominal(name)
+        finder = TokenFinder(name)
         places: dict[str, int] = {}
 
-        def number(pieces: Iterable[str]) -> Iterator[list[int]]:
-            for piece in pieces:
-                yield [places.setdefault(token, len(places)) for token in finder.tokenize(piece)]
+        def number(pieces: Sequence[str]) -> Iterator[list[int]]:
+            for tokens in finder.tokens(pieces):
+                yield [places.setdefault(token, len(places)) for token in tokens]
 
-        table = PieceTable(functools.partial(cut_at_blanks, name), number)
+        table = PieceTable(functools.partial(parted_by_blanks, name), number)
         occurrences = np.zeros(0, dtype=np.int64)
         lengths = []
         for block in _blocks(texts):
@@ -301,7 +302,7 @@ class Vocabulary:
         """Return the indices of all texts in a row, and the number of each text's."""
         if self._name is not None:
             if self._table is None:
-                self._table = PieceTable(functools.partial(cut_at_blanks, self._name), self._indices_of)
+                self._table = PieceTable(functools.partial(parted_by_blanks, self._name), self._indices_of)
             return self._table.numericalise(texts)
         _allow_parallelism()
         encode_batch = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)  # tokenizers >= 0.20
@@ -311,9 +312,10 @@ class Vocabulary:
         flat = np.array([index for ids in found for index in ids], dtype=np.int32) + np.int32(self._shift)
         return flat, np.array([len(ids) for ids in found], dtype=np.int64)
 
-    def _indices_of(self, pieces: Iterable[str]) -> Iterator[list[int]]:
-        for piece in pieces:
-            yield [self._index.get(token, UNKNOWN) for token in self.tokenize(piece)]
+    def _indices_of(self, pieces: Sequence[str]) -> Iterator[list[int]]:
+        assert self._name is not None
+        for tokens in TokenFinder(self._name).tokens(pieces):
+            yield [self._index.get(token, UNKNOWN) for token in tokens]
 
     @functools.cached_property
     def _index(self) -> Mapping[str, int]:
