@@ -150,11 +150,15 @@ def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
 def make_loader(config: RunConfig, split: Split, backbone: Backbone, *, training: bool = False) -> Loader:
     """Make the batches of a split, as training and every later evaluation of a run does."""
     train = config.train
+    batch_size = train.batch_size
+    if not training:
+        batch_size = train.evaluation_batch_size or (batch_size and 2 * batch_size)
     return Loader(
         split,
         backbone.field,
         backbone.preprocessing,
-        batch_size=train.batch_size if training else train.evaluation_batch_size or 2 * train.batch_size,
+        batch_size=batch_size,
+        max_tokens=None if batch_size else train.max_tokens,
         seed=config.seed,
         training=training,
         bucket=train.bucket,
@@ -283,6 +287,12 @@ def _refuse_dead_settings(config: RunConfig, backbone: Backbone, model: Model, p
             where=config.document.where(("train", "optimizer", "no_weight_decay")),
             fix="set weight_decay, or remove no_weight_decay",
         )
+    if train.max_tokens is not None and not backbone.preprocessing.encode_once:
+        raise ConfigError(
+            f"train.max_tokens counts tokens, and what {config.backbone.plugin.name} takes has no length beforehand",
+            where=config.document.where(("train", "max_tokens")),
+            fix="set train.batch_size instead",
+        )
     if train.views is None:
         return
     reasons = [
@@ -327,9 +337,12 @@ def _try_out(config: RunConfig, model: Model, plan: PhasePlan, key: Key) -> None
         for prefix, module in model.named_modules()
         if isinstance(module, BATCH_NORM) and trained & {f"{prefix}.{name}" for name, _ in module.named_parameters()}
     ]
-    if norms and config.train.batch_size == 1:
+    if norms and (config.train.max_tokens or config.train.batch_size == 1):
+        setting, which = ("batch_size", "")
+        if config.train.max_tokens:
+            setting, which = ("max_tokens", ", which max_tokens may make")
         raise ConfigError(
-            f"batch norm ({norms[0]}) cannot train on batches of one example",
-            where=config.document.where(("train", "batch_size")),
+            f"batch norm ({norms[0]}) cannot train on batches of one example{which}",
+            where=config.document.where(("train", setting)),
             fix="set a larger train.batch_size, or freeze the stages with batch norm",
         )

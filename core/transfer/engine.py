@@ -150,19 +150,20 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
             observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
 
         optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=optimizer)
-        batches = min(len(train.loader), experiment.most_batches or sys.maxsize)
+        most = experiment.most_batches or sys.maxsize
+        counts = [min(train.loader.count(epoch + ahead), most) for ahead in range(phase.epochs)]
         schedule = Schedule(
             phase.scheduler,
             optimizer,
             epochs=phase.epochs,
-            steps_per_epoch=math.ceil(batches / settings.accumulate),
+            steps_per_epoch=[math.ceil(batches / settings.accumulate) for batches in counts],
             warmup_epochs=0.0 if experiment.most_batches else settings.warmup_epochs,
             higher_is_better=primary.higher_is_better,
         )
         prepared_optimizer = optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(optimizer)
         phase_best: dict[str, Any] | None = None
 
-        for _ in range(phase.epochs):
+        for batches in counts:
             observe(EpochStarted(epoch + 1, total_epochs, number, len(experiment.phases), batches))
             rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
             epoch_started = time.perf_counter()
@@ -390,7 +391,7 @@ def _memory(examples: int) -> Iterator[None]:
         if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise TrainingError(
                 f"memory ran out on a batch of {examples} examples",
-                fix="set a smaller train.batch_size (or train.evaluation_batch_size)",
+                fix="set a smaller train.batch_size (or train.evaluation_batch_size, or train.max_tokens)",
             ) from error
         raise
 

@@ -112,8 +112,12 @@ class CachedLoader:
         self.views = tuple(views)
 
     def __len__(self) -> int:
-        """The number of batches of an epoch."""
+        """The number of batches of the first epoch."""
         return len(self.loader)
+
+    def count(self, epoch: int) -> int:
+        """Return the number of batches of an epoch."""
+        return self.loader.count(epoch)
 
     def epoch(self, epoch: int = 0, *, first: int = 0, most: int | None = None) -> Iterator[Batch]:
         """Yield the batches of an epoch, as :meth:`transfer.loading.Loader.epoch`."""

@@ -228,6 +228,13 @@ class Preprocessing(ABC):
         """Return the length of an encoded value: what padding to the longest makes a batch cost. By default 1."""
         return 1
 
+    def lengths(self, encoded: Sequence[Any]) -> npt.NDArray[np.int64]:
+        """Return :meth:`length` of each value of what :meth:`encode` returned, int64 (N,).
+
+        Define it where the sequence knows all lengths at once: a split may hold millions of values.
+        """
+        return np.fromiter(map(self.length, encoded), dtype=np.int64, count=len(encoded))
+
     @abstractmethod
     def read(self, source: str) -> Any:
         """Return the raw value that a person means by ``source`` at the command line (a path, a text).

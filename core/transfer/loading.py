@@ -55,10 +55,13 @@ class Loader:
         split: Raw examples.
         field: The field that the backbone consumes.
         preprocessing: The backbone's.
-        batch_size: Examples per batch; the last one may be smaller.
+        batch_size: Examples per batch; the last one may be smaller. None: as ``max_tokens`` says.
+        max_tokens: Instead: the most that a batch may cost, its examples times the longest's length. An example that
+            costs more alone is a batch of its own. It needs values that are encoded once and so have known lengths.
         seed: Of order and augmentation.
         training: Shuffle and augment. Otherwise the order is fixed, longest first, and nothing is random.
-        bucket: Put examples of like length into one batch, where values are encoded once and so have known lengths.
+        bucket: Put examples of like length into one batch, where values are encoded once and so have known lengths: the
+            number of batches whose examples are sorted together (True: 50).
         workers: Loader processes; 0 loads in this one.
 
     Raises:
@@ -71,45 +74,53 @@ class Loader:
         field: str,
         preprocessing: Preprocessing,
         *,
-        batch_size: int,
+        batch_size: int | None,
+        max_tokens: int | None = None,
         seed: int = 0,
         training: bool = False,
-        bucket: bool = True,
+        bucket: bool | int = True,
         workers: int = 0,
     ) -> None:
         self.split = split
         self.field = field
         self.preprocessing = preprocessing
         self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.bucket_batches = BUCKET_BATCHES if bucket is True else int(bucket)
         self.seed = seed
         self.training = training
         self.examples = _Examples(split, field, preprocessing, seed=seed, augments=training)
-        self.lengths = None
-        if bucket and self.examples.encoded is not None:
-            self.lengths = np.array([preprocessing.length(value) for value in self.examples.encoded])
+        self.lengths: npt.NDArray[np.int64] | None = None
+        if self.examples.encoded is not None and (bucket or max_tokens):
+            self.lengths = preprocessing.lengths(self.examples.encoded)
         # Values that are ready need no process to prepare them.
         self.workers = 0 if self.examples.encoded is not None and not self.examples.augments else workers
 
     def __len__(self) -> int:
-        """The number of batches of an epoch."""
-        return len(self.plan(0))
+        """The number of batches of the first epoch."""
+        return self.count(0)
+
+    def count(self, epoch: int) -> int:
+        """Return the number of batches of an epoch; with ``max_tokens`` they may differ."""
+        return len(self.plan(epoch if self.max_tokens else 0))
 
     def plan(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """Return the indices of each batch of an epoch: a function of the seed and the epoch alone."""
         count = len(self.split)
         generator = np.random.default_rng((self.seed, epoch))
+        lengths = self.lengths if self.bucket_batches else None
         if not self.training:
-            order = np.arange(count) if self.lengths is None else np.argsort(-self.lengths, kind="stable")
-            return self._chunk(order)
+            return self._chunk(np.arange(count) if lengths is None else np.argsort(-lengths, kind="stable"))
         order = generator.permutation(count)
-        if self.lengths is not None:
-            pools = np.split(order, range(self.batch_size * BUCKET_BATCHES, count, self.batch_size * BUCKET_BATCHES))
-            order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
+        if lengths is not None:
+            size = self.batch_size or max(1, int(self._most_tokens // lengths.mean()))
+            pools = np.split(order, range(size * self.bucket_batches, count, size * self.bucket_batches))
+            order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
         batches = self._chunk(order)
-        if len(batches) > 1 and len(batches[-1]) == 1:
+        if self.batch_size and len(batches) > 1 and len(batches[-1]) == 1:
             # Batch norm cannot train on a batch of one: it joins the batch before.
             batches[-2:] = [np.concatenate(batches[-2:])]
-        return batches if self.lengths is None else [batches[i] for i in generator.permutation(len(batches))]
+        return batches if lengths is None else [batches[i] for i in generator.permutation(len(batches))]
 
     @property
     def augments(self) -> bool:
@@ -119,7 +130,7 @@ class Loader:
     def in_fixed_order(self, batch_size: int, *, augment: bool) -> Loader:
         """Return the same examples, encoded once for both, in batches of another size and in no random order."""
         other = copy.copy(self)
-        other.batch_size, other.training = batch_size, False
+        other.batch_size, other.max_tokens, other.training = batch_size, None, False
         other.examples = copy.copy(self.examples)
         other.examples.augments = augment
         return other
@@ -146,8 +157,26 @@ class Loader:
                 raise batch
             yield batch
 
+    @property
+    def _most_tokens(self) -> int:
+        assert self.max_tokens is not None, "a loader has a batch_size or max_tokens"
+        return self.max_tokens
+
     def _chunk(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        return np.split(order, range(self.batch_size, len(order), self.batch_size))
+        """Cut an order into batches of ``batch_size``, or as long as each fits into ``max_tokens``."""
+        if self.batch_size is not None:
+            return np.split(order, range(self.batch_size, len(order), self.batch_size))
+        assert self.lengths is not None, "max_tokens needs values that are encoded once"
+        lengths = self.lengths[order]
+        batches, start = [], 0
+        while start < len(order):
+            # No more can fit than were all as short as the first.
+            ahead = lengths[start : start + max(1, self._most_tokens // max(1, int(lengths[start])))]
+            costs = np.maximum.accumulate(ahead) * np.arange(1, len(ahead) + 1)
+            size = max(1, int(np.searchsorted(costs, self._most_tokens, side="right")))  # costs only rise
+            batches.append(order[start : start + size])
+            start += size
+        return batches
 
 
 def _as_it_is(batch: Batch) -> Batch:

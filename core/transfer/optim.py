@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
@@ -203,7 +204,7 @@ class Schedule:
         part: Which scheduler, if any.
         optimizer: Of the phase.
         epochs: Of the phase.
-        steps_per_epoch: Optimizer steps.
+        steps_per_epoch: Optimizer steps; those of each epoch of the phase, where they differ.
         warmup_epochs: The warm-up's length, in whole epochs or parts of one.
         higher_is_better: Direction of the metric that ReduceLROnPlateau watches.
 
@@ -217,13 +218,16 @@ class Schedule:
         optimizer: Optimizer,
         *,
         epochs: int,
-        steps_per_epoch: int,
+        steps_per_epoch: int | Sequence[int],
         warmup_epochs: float = 0.0,
         higher_is_better: bool,
     ) -> None:
         self.warmup: lr_scheduler.LinearLR | None = None
-        self.warmup_steps = round(warmup_epochs * steps_per_epoch)
-        warming_epochs = math.ceil(self.warmup_steps / steps_per_epoch)
+        steps = [steps_per_epoch] * epochs if isinstance(steps_per_epoch, int) else list(steps_per_epoch)
+        # Where the epochs' ends lie, in steps; a part of an epoch is that part of its steps.
+        ends = np.cumsum([0, *steps])
+        self.warmup_steps = round(float(np.interp(warmup_epochs, range(epochs + 1), ends)))
+        warming_epochs = int(np.searchsorted(ends, self.warmup_steps))
         self.warming = False  # some of this epoch's steps were warm-up
         self.scheduler: Any = None
         if part is not None:
@@ -232,7 +236,7 @@ class Schedule:
                 options["T_max"] = max(1, epochs - warming_epochs)
             elif part.cls is lr_scheduler.OneCycleLR:
                 options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
-                options["total_steps"] = epochs * steps_per_epoch - self.warmup_steps
+                options["total_steps"] = sum(steps) - self.warmup_steps
                 options.setdefault("cycle_momentum", {"momentum", "betas"} & set(optimizer.defaults) != set())
             elif part.cls is lr_scheduler.ReduceLROnPlateau:
                 options["mode"] = "max" if higher_is_better else "min"
@@ -248,7 +252,7 @@ class Schedule:
                 raise ConfigError(
                     f"{type(self.scheduler).__name__} has a warm-up of its own", fix="remove warmup_epochs"
                 )
-            if self.warmup_steps >= epochs * steps_per_epoch:
+            if self.warmup_steps >= sum(steps):
                 fix = "warm up for less than the shortest phase"
                 raise ConfigError(f"warmup_epochs of {warmup_epochs:g} leaves nothing of a phase of {epochs}", fix=fix)
             start = 1 / (self.warmup_steps + 1)

@@ -27,8 +27,7 @@ def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
             "backbone": f"{config.backbone.plugin.name}: {features.layout} of {features.size}",
             "head": f"{config.head.plugin.name}: {features.size} -> {parts.task.out_features}",
             "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
-            "training": f"{optimizer}, batch size {train.batch_size}"
-            + (f", recipe {train.recipe.name}" if train.recipe else ""),
+            "training": f"{optimizer}, {train.step}" + (f", recipe {train.recipe.name}" if train.recipe else ""),
             **{f"preprocessing: {k}": v for k, v in parts.backbone.preprocessing.describe().items()},
         }
     )

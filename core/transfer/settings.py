@@ -145,14 +145,18 @@ class TrainConfig(Block):
 
     Args:
         batch_size: Examples per step.
-        evaluation_batch_size: Examples per step where nothing is trained; by default twice the batch size.
+        max_tokens: Instead of batch_size: as many examples per step as are no longer than this together when all are
+            padded to the longest of them (texts); one that is longer alone is a step of its own.
+        evaluation_batch_size: Examples per step where nothing is trained; by default twice the batch size, or as
+            max_tokens says.
         optimizer: One of torch's optimizers by its lower-case name, with its options; lr may differ by group.
         scheduler: One of torch's schedulers by its lower-case name, with its options.
         warmup_epochs: Raise the learning rates linearly from zero over the first so many epochs (or part of one) of
             each phase; the scheduler begins after them.
         phases: Run in order; by default one of 5 epochs with nothing frozen.
         recipe: A named sequence of phases, instead of phases.
-        bucket: Put examples of like length into one batch (texts); the order stays random by seed.
+        bucket: Put examples of like length into one batch (texts); the order stays random by seed. The number of
+            batches that are drawn at random and then sorted by length together; true: 50; false: plain shuffling.
         workers: Loader processes; 0 loads in the training process.
         accumulate: Batches whose gradients make one step of the optimizer.
         clip_norm: The gradient is scaled down to this norm where it is longer.
@@ -166,14 +170,15 @@ class TrainConfig(Block):
         cache_limit_gib: Size of the feature cache on disk; what was used longest ago goes first.
     """
 
-    batch_size: Count = 32
+    batch_size: Count | None = 32
+    max_tokens: Count | None = None
     evaluation_batch_size: Count | None = None
     optimizer: dict[str, Any] = Field(default_factory=lambda: {"name": "adam", "lr": LEARNING_RATE})
     scheduler: dict[str, Any] | None = None
     warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = None
     recipe: Recipe | None = None
-    bucket: bool = True
+    bucket: Annotated[bool | Count, _one_of("true, false, or a number of batches, 1 or more")] = True
     workers: Annotated[int, Field(ge=0)] = 0
     accumulate: Count = 1
     clip_norm: Positive | None = None
@@ -184,6 +189,20 @@ class TrainConfig(Block):
     cache: Literal["auto", "off", "verify"] = "auto"
     views: Count | None = None
     cache_limit_gib: Positive = 20.0
+
+    @property
+    def step(self) -> str:
+        """What one step consumes, for a person."""
+        return f"batch size {self.batch_size}" if self.batch_size else f"at most {self.max_tokens:,} tokens a batch"
+
+    @model_validator(mode="after")
+    def _batch_size_or_max_tokens(self) -> TrainConfig:
+        chosen = "batch_size" in self.model_fields_set and self.batch_size is not None
+        if chosen and self.max_tokens is not None:
+            raise ValueError("it should set batch_size or max_tokens, not both")
+        if self.batch_size is None and self.max_tokens is None:
+            raise ValueError("it should set batch_size or max_tokens")
+        return self if self.max_tokens is None else self.model_copy(update={"batch_size": None})
 
     @model_validator(mode="after")
     def _phases_or_recipe(self) -> TrainConfig:

@@ -188,6 +188,6 @@ def _facts(config: RunConfig, built: Built, device: str) -> dict[str, str]:
             f"{phase.epochs} epochs of {', '.join(dict.fromkeys(group.stage for group in phase.groups))}"
             for phase in built.experiment.phases
         ),
-        "optimizer": f"{config.optimizer.name}, batch size {config.train.batch_size}",
+        "optimizer": f"{config.optimizer.name}, {config.train.step}",
         "device": device,
     }

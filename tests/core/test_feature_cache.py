@@ -323,6 +323,14 @@ RUNS: Mapping[str, list[str]] = {
         "backbone={name: textcnn, vectors: mini, variant: multichannel, kernel_sizes: [1, 3], filters: 8}",
         "train.phases=[{epochs: 3, freeze: {until: convolution}}]",
     ],
+    "texts by tokens": [
+        "data={name: mini_reviews, limit: 40}",
+        "backbone={name: bilstm, vectors: mini, layers: 1, hidden_size: 4, readout: sequence}",
+        "head={name: attention}",
+        "train.batch_size=null",
+        "train.max_tokens=200",
+        "train.phases=[{epochs: 3, freeze: {until: lstm}}]",
+    ],
     "pictures": [
         "data={name: pictures}",
         "backbone={name: resnet18, weights: null, image_size: 32, augmentation: none}",
@@ -643,7 +651,9 @@ def test_a_phase_that_unfreezes_moves_the_boundary(config: dict[str, Any], tmp_p
     ]
 
 
-@pytest.mark.parametrize("name", ["points", "sequences of different lengths", "texts", "pictures", "two phases"])
+@pytest.mark.parametrize(
+    "name", ["points", "sequences of different lengths", "texts by tokens", "pictures", "two phases"]
+)
 def test_evaluate_gives_the_figures_of_the_summary_with_and_without_the_cache(
     config: dict[str, Any], tmp_path: Path, prefix_runs: list[str], name: str
 ) -> None:

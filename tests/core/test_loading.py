@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -227,3 +228,79 @@ def test_what_cannot_be_encoded_in_a_loader_process_is_named() -> None:
     with pytest.raises(DataError, match="a number is negative") as caught:
         batches(loader(Lazy(), BROKEN, workers=2))
     assert caught.value.problems[0].where == "c.txt"
+
+
+# ------------------------------------------------------------------------------------------------ batches by their cost
+
+
+def costs(made: Loader, epoch: int = 0) -> list[int]:
+    """Return the size of each batch when padded to its longest example."""
+    assert made.lengths is not None
+    return [len(batch) * int(made.lengths[batch].max()) for batch in made.plan(epoch)]
+
+
+def by_tokens(part: Split | None = None, max_tokens: int = 40, **options: Any) -> Loader:
+    return loader(Ragged(), part, batch_size=None, max_tokens=max_tokens, **options)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bucket", [True, False, 3])
+def test_a_batch_costs_no_more_than_it_may(training: bool, bucket: bool | int) -> None:
+    made = by_tokens(split(400), training=training, bucket=bucket)
+    for epoch in range(3):
+        plan = made.plan(epoch)
+        assert sorted(np.concatenate(plan).tolist()) == list(range(400))
+        assert max(costs(made, epoch)) <= 40
+        assert made.count(epoch) == len(plan) == len(batches(made, epoch))
+
+
+def test_no_batch_has_room_for_the_first_example_of_the_next() -> None:
+    made = by_tokens(split(400), bucket=False)
+    assert made.lengths is not None
+    plan = made.plan(0)
+    for batch, following in itertools.pairwise(plan):
+        together = [*batch, following[0]]
+        assert len(together) * int(made.lengths[together].max()) > 40
+
+
+def test_an_example_that_costs_more_alone_is_a_batch_of_its_own() -> None:
+    part = Split({"x": [[1.0] * n for n in (3, 90, 4, 2)]}, np.zeros(4, dtype=np.int64))
+    for bucket in (True, False):
+        plan = by_tokens(part, bucket=bucket).plan(0)
+        assert [1] in [batch.tolist() for batch in plan]
+        assert sorted(np.concatenate(plan).tolist()) == [0, 1, 2, 3]
+
+
+def test_the_number_of_batches_may_differ_between_epochs() -> None:
+    made = by_tokens(split(400), bucket=False)
+    assert len({made.count(epoch) for epoch in range(8)}) > 1
+    assert len(made) == made.count(0)
+
+
+def test_buckets_need_fewer_batches_for_the_same_cost() -> None:
+    part = split(800, longest=100)
+    plain, buckets = (by_tokens(part, 1000, bucket=bucket).count(0) for bucket in (False, True))
+    assert buckets < 0.75 * plain
+
+
+def test_the_prefix_of_a_cache_ignores_what_a_batch_may_cost() -> None:
+    sizes = [len(batch) for batch in by_tokens(split(50)).in_fixed_order(16, augment=False).plan(0)]
+    assert sizes == [16, 16, 16, 2]
+
+
+def test_larger_pools_save_more_padding() -> None:
+    part = split(800, longest=100)
+    shares = [padding_share(loader(Ragged(), part, bucket=batches)) for batches in (1, 4, True)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.25
+
+
+def test_lengths_that_are_known_are_not_counted_one_by_one() -> None:
+    class Known(Ragged):
+        def length(self, encoded: Tensor) -> int:
+            raise AssertionError("one value is measured")
+
+        def lengths(self, encoded: Sequence[Any]) -> np.ndarray[Any, Any]:
+            return np.array([len(value) for value in encoded])
+
+    assert same(batches(loader(Known())), batches(loader(Ragged())))

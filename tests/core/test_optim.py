@@ -316,6 +316,38 @@ def test_a_warm_up_that_does_not_fit_is_refused(
         warmed(model, name, warmup_epochs, **options)
 
 
+def over(made: Optimizer, plan: Schedule, steps: list[int]) -> list[float]:
+    """Return the learning rate of the head at every step of epochs of so many steps."""
+    seen = []
+    for epoch in steps:
+        for _ in range(epoch):
+            seen.append(made.param_groups[-1]["lr"])
+            made.step()
+            plan.after_step()
+        plan.after_epoch(0.0)
+    return seen
+
+
+UNEVEN = [3, 5, 4]
+"""Optimizer steps of epochs that differ."""
+
+
+def test_one_cycle_ends_with_the_last_of_uneven_epochs(model: Model) -> None:
+    made = optimizer(model, momentum=0.9)
+    part = TorchPart("one_cycle", SCHEDULERS["one_cycle"], {})
+    seen = over(made, Schedule(part, made, epochs=3, steps_per_epoch=UNEVEN, higher_is_better=True), UNEVEN)
+    assert len(set(seen)) == 12
+    assert seen[-1] == min(seen)
+
+
+@pytest.mark.parametrize(("warmup_epochs", "steps"), [(1.0, 3), (2.0, 8), (1.6, 6), (2.25, 9)])
+def test_a_warm_up_over_uneven_epochs_counts_their_own_steps(model: Model, warmup_epochs: float, steps: int) -> None:
+    made = optimizer(model)
+    plan = Schedule(None, made, epochs=3, steps_per_epoch=UNEVEN, warmup_epochs=warmup_epochs, higher_is_better=True)
+    rising = [0.1 * k / (steps + 1) for k in range(1, steps + 1)]
+    assert over(made, plan, UNEVEN) == pytest.approx([*rising, *[0.1] * (12 - steps)])
+
+
 @pytest.mark.parametrize("name", [None, "cosine", "plateau"])
 def test_the_state_of_a_schedule_is_json(model: Model, name: str | None) -> None:
     part = TorchPart(name, SCHEDULERS[name], {}) if name else None

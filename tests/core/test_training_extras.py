@@ -111,6 +111,57 @@ def test_accumulation_counts_the_optimizers_steps(
     assert steps[-1]["lr"] == min(step["lr"] for step in steps)
 
 
+TEXTS = [
+    "data={name: mini_reviews, limit: 60}",
+    "backbone={name: textcnn, dimensions: 4, kernel_sizes: [1], filters: 4}",
+    "train.batch_size=null",
+    "train.max_tokens=150",
+    "train.bucket=false",
+]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_schedule_over_batches_by_tokens_ends_with_the_last_step(
+    config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]], accumulate: int
+) -> None:
+    rate = ["train.scheduler={name: one_cycle}", "train.phases=[{epochs: 3}]", f"train.accumulate={accumulate}"]
+    run = workflow.run(config, [*TEXTS, *rate], output=tmp_path)
+    checked, parts = workflow.check(run.folder / "config.yaml")
+    assert (checked.train.batch_size, checked.train.max_tokens) == (None, 150)
+    rates = [step["lr"] for step in steps]
+    assert len(set(rates)) == len(rates)
+    assert rates[-1] == min(rates)
+    assert rates[-1] < 1e-4 * max(rates)
+    assert workflow.evaluate(run.folder) == run.summary["test"]
+    assert parts.backbone.field == "text"
+
+
+def test_a_quick_try_takes_a_few_batches_by_tokens(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, TEXTS, output=tmp_path, quick=True)
+    assert run.summary["epochs"] == 1
+    assert workflow.evaluate(run.folder) == run.summary["test"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.batch_size=8", "train.max_tokens=100"], "it should set batch_size or max_tokens, not both"),
+        (["train.batch_size=null"], "it should set batch_size or max_tokens"),
+        (["train.batch_size=null", "train.max_tokens=100"], "one example, which max_tokens may make"),
+        (
+            ["train.batch_size=null", "train.max_tokens=100", "train.phases=[{epochs: 1, freeze: backbone}]"],
+            "what dense takes has no length beforehand",
+        ),
+        (["train.bucket=0"], "train.bucket is 0: it should be true, false, or a number of batches"),
+    ],
+)
+def test_what_batches_by_tokens_cannot_be_is_refused(
+    config: dict[str, Any], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        workflow.check(config, overrides)
+
+
 # ----------------------------------------------------------------------------------------------------------- clipping
 
 

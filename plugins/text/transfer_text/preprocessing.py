@@ -59,6 +59,10 @@ class TextPreprocessing(Preprocessing):
         """Return the number of tokens."""
         return len(encoded)
 
+    def lengths(self, encoded: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:
+        """Return the number of tokens of each text; those of :meth:`encode` are known without reading any."""
+        return encoded.lengths if isinstance(encoded, EncodedTexts) else super().lengths(encoded)
+
     def read(self, source: str) -> str:
         """Return the content of the file at ``source``, or ``source`` itself where there is no such file."""
         if not os.path.isfile(source):  # unlike Path.is_file, this takes a text that is too long for a path
