@@ -1,19 +1,13 @@
-"""Every registered backbone with options that make it small, and raw values of its field."""
+"""Every contract of the built-in plugins, with options that make them small."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from conftest import MeanOfSteps
-from PIL import Image
 
-from transfer import Backbone, FeatureSpec, Head, registry
-from transfer.heads import Linear
+from transfer.testing import Case, contracts
 
 PICTURES = {"weights": None, "image_size": 32, "resize": 36}
 WORDS = {"kernel_sizes": [1, 3], "filters": 4}
@@ -32,61 +26,25 @@ OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 """A backbone that is not listed is tried with its defaults."""
 SLOW = {"resnet34", "resnet101", "resnet152"}
 """Of the same build as another one that is trained every time."""
-TEXTS = (
-    "a warm , funny film that i would gladly watch again",
-    "two hours of my life",
-    "dull",
-    "not a good film , but a warm one all the same",
-)
+
+DATASETS: Mapping[str, Mapping[str, Any]] = {
+    "image_folder": {"root": "pictures"},
+    "text_folder": {"root": "texts"},
+    "shapes": {"per_class": 4},
+    "text_csv": {"train": "reviews.csv"},
+    "huggingface": {"dataset": "reviews.csv", "text": "text", "label": "label"},
+}
+"""Small ones, over the files that ``test_contracts.py`` makes."""
+
+CONTRACTS = contracts("transfer", OPTIONS | DATASETS)
+BACKBONES = list(dict.fromkeys(contract.case for contract in CONTRACTS if contract.case.kind == "backbone"))
 
 
-@dataclass(frozen=True)
-class Case:
-    """A backbone and its options."""
-
-    name: str
-    index: int
-
-    @property
-    def cls(self) -> type[Backbone]:
-        return registry.load("backbone", self.name)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        found = OPTIONS.get(self.name, [{}])[self.index]
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
-
-    @property
-    def values(self) -> Sequence[Any]:
-        """Four raw values of the backbone's field, which differ."""
-        if self.cls.field == "text":
-            return TEXTS
-        assert self.cls.field == "image", f"say here what the values of a field {self.cls.field!r} look like"
-        generator = np.random.default_rng(0)
-        return [Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(4)]
-
-    def make(self) -> Backbone:
-        """Build it with random weights, the same ones every time."""
-        torch.manual_seed(0)
-        return self.cls.from_data(self.values, **self.options)
-
-    def inputs(self, backbone: Backbone) -> Any:
-        """Return a batch of the four values."""
-        preprocessing = backbone.preprocessing
-        return preprocessing.collate(preprocessing.encode(self.values))
+def name_of(case: Case) -> str:
+    return case.name.removeprefix("transfer:")
 
 
-def head(features: FeatureSpec) -> Head:
-    """Return a head with three outputs for any layout."""
-    return Linear(features, 3, dropout=0.1) if features.layout == "vector" else MeanOfSteps(features, 3)
-
-
-def cases(*, training: bool = False) -> list[Any]:
-    """Return every registered backbone as parameters of a test, the costly ones marked where they are to be trained."""
-    found = []
-    for plugin in registry.plugins("backbone"):
-        for index, options in enumerate(OPTIONS.get(plugin.name, [{}])):
-            marks = [pytest.mark.slow] if training and plugin.name in SLOW else []
-            name = "-".join(filter(None, (plugin.name, options.get("variant"))))
-            found.append(pytest.param(Case(plugin.name, index), id=name, marks=marks))
-    return found
+def trained() -> list[Any]:
+    """Return the backbones as parameters of a test that trains them, the costly ones marked."""
+    marks = {case: [pytest.mark.slow] if name_of(case) in SLOW else [] for case in BACKBONES}
+    return [pytest.param(case, id=str(case), marks=marks[case]) for case in BACKBONES]

@@ -42,6 +42,7 @@ ORDER = (
     "plan",
     "model_folder",
     "workflow",
+    "testing",
     "cli",
     "__main__",
 )
@@ -74,7 +75,13 @@ def imports(file: Path) -> Iterator[tuple[int, str, str | None]]:
 
 
 def modules_of_core() -> list[str]:
-    return sorted(file.stem for file in CORE.glob("*.py") if file.stem != "__init__")
+    modules = (path for path in CORE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file())
+    return sorted(path.stem for path in modules if path.stem != "__init__")
+
+
+def files_of(module: str) -> list[Path]:
+    """Return the file of a module, or those of a package."""
+    return sorted((CORE / module).glob("*.py")) or [CORE / f"{module}.py"]
 
 
 def sources_of_plugins() -> list[Path]:
@@ -87,20 +94,26 @@ def test_every_module_of_core_has_a_place() -> None:
 
 @pytest.mark.parametrize("module", modules_of_core())
 def test_core_imports_run_one_way(module: str) -> None:
-    file = CORE / f"{module}.py"
     before = ORDER[: ORDER.index(module)]
-    for line, source, name in imports(file):
-        if source == "transfer" and name is not None:
-            source = f"transfer.{name}"
-        if source.startswith("transfer."):
-            assert source.split(".")[1] in before, f"{file}:{line}: {module} stands below {source}"
+    for file in files_of(module):
+        own = {module} if file.parent != CORE else set()
+        for line, source, name in imports(file):
+            if source == "transfer" and name is not None:
+                source = f"transfer.{name}"
+            if source.startswith("transfer."):
+                assert source.split(".")[1] in {*before, *own}, f"{file}:{line}: {module} stands below {source}"
 
 
 @pytest.mark.parametrize("module", ["__init__", *modules_of_core()])
 def test_core_imports_no_plugin(module: str) -> None:
-    file = CORE / f"{module}.py"
-    for line, source, _ in imports(file):
-        assert not source.startswith("transfer_"), f"{file}:{line}: core knows no plugin"
+    for file in files_of(module):
+        for line, source, _ in imports(file):
+            assert not source.startswith("transfer_"), f"{file}:{line}: core knows no plugin"
+
+
+def test_nothing_but_pytest_itself_imports_pytest() -> None:
+    for file in (file for module in modules_of_core() for file in files_of(module)):
+        assert not any(source.split(".")[0] == "pytest" for _, source, _ in imports(file)), file
 
 
 @pytest.mark.parametrize("module", ["errors", "registry", "files", "document", "cli", "__init__"])

@@ -1,0 +1,164 @@
+"""Frozen means frozen: a backbone is trained for two steps with each of its stages as the boundary, and looked at."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from transfer.freezing import Frozen, apply, resolve
+from transfer.model import Model
+from transfer.optim import OPTIMIZERS, TorchPart, build_optimizer, groups
+from transfer.settings import BatchNorm, Freeze, Until
+from transfer.testing.backbones import TARGETS, Subject
+from transfer.testing.cases import Case, promise, require
+
+STEPS = 2
+
+
+@dataclass
+class Trained:
+    """What was seen of a model that was trained for some steps.
+
+    Args:
+        until: The last stage that was frozen.
+        frozen: As the policy says.
+        before, after: Digests of every parameter and buffer.
+        in_training_mode: Modules, while it was trained.
+        with_gradient: Parameters, before the gradients were dropped.
+        with_state: Parameters that the optimizer holds.
+        prefix_has_graph: The last frozen stage's output wants a gradient.
+    """
+
+    until: str
+    frozen: Frozen
+    before: dict[str, str]
+    after: dict[str, str]
+    in_training_mode: set[str]
+    with_gradient: set[str]
+    with_state: set[str]
+    prefix_has_graph: bool
+
+    @property
+    def changed(self) -> set[str]:
+        """Parameters and buffers of which a bit is another one now."""
+        return {name for name, digest in self.before.items() if self.after[name] != digest}
+
+
+def digests(model: Model) -> dict[str, str]:
+    """Return a digest of the bits of every parameter and buffer."""
+    found = [*model.named_parameters(), *model.named_buffers()]
+    return {name: hashlib.sha256(_bits(tensor)).hexdigest() for name, tensor in found}
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+@lru_cache(maxsize=16)
+def built(case: Case) -> tuple[Model, dict[str, Tensor], Any]:
+    """Return a case's backbone under a head, its weights, and a batch."""
+    subject = Subject(case)
+    model = subject.model()
+    return model, {name: tensor.clone() for name, tensor in model.state_dict().items()}, subject.inputs
+
+
+def of(stage: str, names: Any) -> set[str]:
+    """Return those names that belong to a stage."""
+    return {name for name in names if name.startswith(f"{stage}.")}
+
+
+def train(case: Case, policy: Freeze, until: str = "", batch_norm: BatchNorm = "frozen") -> Trained:
+    """Train for some steps with a policy, from the same weights each time, and look."""
+    model, weights, inputs = built(case)
+    apply(model, Frozen(frozenset(), frozenset()))
+    model.load_state_dict(weights)
+    frozen = resolve(model, policy, batch_norm)
+    apply(model, frozen)
+    # Weight decay moves every parameter that the optimizer knows, with or without a gradient.
+    part = TorchPart("adamw", OPTIMIZERS["adamw"], {"weight_decay": 0.1})
+    optimizer: Optimizer = build_optimizer(model, groups(model, frozen, 0.01), part, None)
+    before = digests(model)
+    with_gradient: set[str] = set()
+    torch.manual_seed(0)
+    for _ in range(STEPS):
+        model.train()
+        loss = torch.nn.functional.cross_entropy(model(inputs), torch.tensor(TARGETS))
+        loss.backward()  # type: ignore[no-untyped-call]
+        with_gradient |= {name for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]} | {id(p) for p in optimizer.state}
+    in_training_mode = {name for name, module in model.named_modules() if module.training}
+    after = digests(model)
+    value, has_graph = inputs, False
+    if until:
+        for stage in list(model)[: list(model.stages).index(until) + 1]:
+            value = stage(value)
+        has_graph = any(t.requires_grad or t.grad_fn for t in (value if isinstance(value, tuple) else [value]))
+    with_state = {name for name, p in model.named_parameters() if id(p) in known}
+    return Trained(until, frozen, before, after, in_training_mode, with_gradient, with_state, has_graph)
+
+
+@lru_cache(maxsize=16)
+def runs(case: Case) -> tuple[Trained, ...]:
+    """Train with every stage of the backbone as the boundary."""
+    stages = list(built(case)[0].stages)[:-1]
+    return tuple(train(case, Until(until=stage), stage) for stage in stages)
+
+
+def boundaries(case: Case) -> Iterator[tuple[Trained, list[str], list[str]]]:
+    """Yield each run with the names of its frozen and of its other stages."""
+    stages = list(built(case)[0].stages)
+    for run in runs(case):
+        cut = stages.index(run.until) + 1
+        yield run, stages[:cut], stages[cut:]
+
+
+def _list(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:5])
+
+
+@promise("freezing.apply", "training")
+def frozen_parameters_and_buffers_are_bit_identical(case: Case) -> None:
+    """After training no bit of a frozen stage's parameters and buffers has changed, batch-norm statistics included."""
+    for run, frozen, _ in boundaries(case):
+        moved = {name for stage in frozen for name in of(stage, run.changed)}
+        require(not moved, f"frozen until {run.until!r}, these changed: {_list(moved)}")
+
+
+@promise("freezing.apply", "training")
+def frozen_modules_stay_in_eval_mode_and_no_others(case: Case) -> None:
+    """In training every module of a frozen stage is in eval mode, dropout and batch norm included, and no other is."""
+    modules = dict(built(case)[0].named_modules())
+    for run, frozen, _ in boundaries(case):
+        expected = {name for name in modules if name.split(".")[0] not in frozen}
+        wrong = run.in_training_mode ^ expected
+        require(not wrong, f"frozen until {run.until!r}, these are in the wrong mode: {_list(wrong)}")
+
+
+@promise("freezing.apply", "training")
+def frozen_parameters_have_no_gradient_and_no_optimizer_state(case: Case) -> None:
+    """A frozen parameter gets no gradient, and the optimizer does not know it."""
+    parameters = dict(built(case)[0].named_parameters())
+    for run, _, others in boundaries(case):
+        expected = {name for stage in others for name in of(stage, parameters)}
+        for what, found in (("a gradient", run.with_gradient), ("optimizer state", run.with_state)):
+            require(found <= expected, f"frozen until {run.until!r}, these have {what}: {_list(found - expected)}")
+            require(found >= expected, f"frozen until {run.until!r}, these lack {what}: {_list(expected - found)}")
+        require(not run.prefix_has_graph, f"frozen until {run.until!r}, a graph is built over the frozen stages")
+
+
+@promise("freezing.apply", "training")
+def every_other_stage_is_trained(case: Case) -> None:
+    """What is not frozen changes."""
+    parameters = dict(built(case)[0].named_parameters())
+    for run, _, others in boundaries(case):
+        still = {name for stage in others for name in of(stage, parameters)} - run.changed
+        require(not still, f"frozen until {run.until!r}, these did not change: {_list(still)}")
