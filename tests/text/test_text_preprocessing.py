@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from transfer import DataError
-from transfer_text import cache, vocabulary
+from transfer_text import cache, corpus, vocabulary
 from transfer_text.encoded import Truncation, truncation_loss
 from transfer_text.pieces import PieceTable
 from transfer_text.preprocessing import TextPreprocessing
@@ -74,8 +74,8 @@ def test_the_loss_by_truncation_is_told() -> None:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep texts of any length, in a cache of its own."""
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(vocabulary, "WORTH_KEEPING_CHARACTERS", 1)
-    monkeypatch.setattr(vocabulary, "BLOCK_TEXTS", 3)
+    monkeypatch.setattr(corpus, "WORTH_KEEPING_CHARACTERS", 1)
+    monkeypatch.setattr(corpus, "BLOCK_TEXTS", 3)
     return tmp_path / "cache" / "text"
 
 

@@ -13,8 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from transfer import ConfigError, DataError, data_folder
-from transfer_text import pieces
-from transfer_text import vocabulary as vocabulary_module
+from transfer_text import corpus, pieces
 from transfer_text.vocabulary import PADDING, TOKENIZERS, UNKNOWN, TokenizerName, Vocabulary
 
 TEXTS = ["A fine film, a fine cast.", "It isn't a film."]
@@ -209,7 +208,9 @@ def test_piece_by_piece_gives_what_the_tokenizers_library_gives(name: TokenizerN
 def test_pieces_of_any_length_and_byte_are_told_apart() -> None:
     words = [character * length for length in range(1, 40) for character in ("a", "\x00", "\x01", "\u00e9", "~")]
     words += [word + end for word in words for end in ("\x00", "b")]
-    table = pieces.PieceTable(str.encode, lambda new: ([words.index(piece)] for piece in new))
+    table = pieces.PieceTable(
+        str.encode, lambda new: (np.array([*map(words.index, new)]), np.ones(len(new), dtype=int))
+    )
     for _ in range(2):
         indices, counts = table.numericalise([" ".join(words[::-1]), "", " \t\n", words[7]])
         assert counts.tolist() == [len(words), 0, 0, 1]
@@ -235,7 +236,7 @@ def test_more_pieces_than_the_table_holds_change_nothing(monkeypatch: pytest.Mon
     texts = [f"w{i} w{i + 1} w{i // 2}" for i in range(60)]
     whole = Vocabulary.build(texts)
     monkeypatch.setattr(pieces, "MOST_PIECES", 5)
-    monkeypatch.setattr(vocabulary_module, "BLOCK_TEXTS", 4)
+    monkeypatch.setattr(corpus, "BLOCK_TEXTS", 4)
     parts = Vocabulary.build(texts)
     assert parts.to_json() == whole.to_json()
     np.testing.assert_array_equal(parts.counts, whole.counts)

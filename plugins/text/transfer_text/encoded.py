@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 Truncation = Literal["head", "tail", "both"]
+INDICES, OFFSETS = "indices.bin", "offsets.npy"
 
 
 class EncodedTexts(Sequence[npt.NDArray[np.int32]]):
@@ -34,6 +36,38 @@ class EncodedTexts(Sequence[npt.NDArray[np.int32]]):
         self.offsets = offsets
         self.max_length = max_length
         self.truncation: Truncation = truncation
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]) -> Self:
+        """Return texts that come in parts: the indices of some texts in a row, and the number of each text's."""
+        found = list(parts)
+        indices = np.concatenate([np.zeros(0, dtype=np.int32), *(indices for indices, _ in found)])
+        return cls(indices, _offsets([sizes for _, sizes in found]))
+
+    @staticmethod
+    def write(folder: Path, parts: Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]) -> None:
+        """Write the same to disk, a part at a time."""
+        sizes = []
+        with (folder / INDICES).open("wb") as file:
+            for indices, of_each in parts:
+                indices.astype("<i4", copy=False).tofile(file)
+                sizes.append(of_each)
+        np.save(folder / OFFSETS, _offsets(sizes))
+
+    @classmethod
+    def read(cls, folder: Path, count: int) -> Self | None:
+        """Map so many texts that :meth:`write` wrote; None if they are damaged."""
+        try:
+            offsets: npt.NDArray[np.int64] = np.load(folder / OFFSETS, allow_pickle=False)
+            file = folder / INDICES
+            if len(offsets) != count + 1 or file.stat().st_size != 4 * offsets[-1]:
+                return None
+            if not offsets[-1]:
+                return cls(np.zeros(0, dtype=np.int32), offsets)
+            # Copy on write: torch warns of arrays that cannot be written.
+            return cls(np.asarray(np.memmap(file, dtype="<i4", mode="c")), offsets)
+        except (OSError, ValueError, EOFError, IndexError):
+            return None
 
     def truncated(self, max_length: int | None, truncation: Truncation = "head") -> EncodedTexts:
         """Return the same texts, cut to another length; nothing is copied."""
@@ -82,3 +116,7 @@ def truncation_loss(lengths: npt.NDArray[np.int64], max_length: int | None) -> d
         "texts_cut": round(float(np.count_nonzero(beyond) / max(len(lengths), 1)), 4),
         "tokens_cut": round(float(beyond.sum() / max(lengths.sum(), 1)), 4),
     }
+
+
+def _offsets(sizes: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    return np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *sizes]))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ _BLANKS = np.uint64(int.from_bytes(b" " * _WORD_BYTES, "little"))
 _FIRST_BYTES = np.array([(1 << 8 * count) - 1 for count in range(_WORD_BYTES + 1)], dtype=np.uint64)
 _MULTIPLIERS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, without a pattern
 
+Key = TypeVar("Key", str, bytes)
+Tokenize = Callable[[Sequence[str]], tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]
+
 
 class PieceTable:
     """The pieces met so far and the indices of their tokens.
@@ -27,12 +31,10 @@ class PieceTable:
 
     Args:
         part: Gives a text in UTF-8 with ASCII blanks between pieces whose tokens, in a row, are those of the text.
-        tokenize: Gives the indices of the tokens of each of some pieces.
+        tokenize: Gives the indices of the tokens of some pieces in a row, int32, and the number of each piece's.
     """
 
-    def __init__(
-        self, part: Callable[[str], bytes], tokenize: Callable[[Sequence[str]], Iterable[Sequence[int]]]
-    ) -> None:
+    def __init__(self, part: Callable[[str], bytes], tokenize: Tokenize) -> None:
         self._part = part
         self._tokenize = tokenize
         self._pieces = _Pieces()
@@ -61,7 +63,7 @@ class PieceTable:
         """Replace each index ``i`` by ``new[i]``."""
         self._indices = new[self._indices]
 
-    def then(self, tokenize: Callable[[Sequence[str]], Iterable[Sequence[int]]]) -> None:
+    def then(self, tokenize: Tokenize) -> None:
         """Tokenize pieces that were not met yet in another way from now on."""
         self._tokenize = tokenize
 
@@ -70,13 +72,9 @@ class PieceTable:
         known = len(self._offsets) - 1
         if known == len(self._pieces):
             return
-        found = list(self._tokenize(self._pieces.since(known)))
-        ends = np.cumsum([len(indices) for indices in found], dtype=np.int64) + self._offsets[-1]
-        self._offsets = np.concatenate([self._offsets, ends])
-        flat = np.fromiter(
-            itertools.chain.from_iterable(found), dtype=np.int32, count=int(ends[-1] - len(self._indices))
-        )
-        self._indices = np.concatenate([self._indices, flat])
+        indices, sizes = self._tokenize(self._pieces.since(known))
+        self._offsets = np.concatenate([self._offsets, np.cumsum(sizes) + self._offsets[-1]])
+        self._indices = np.concatenate([self._indices, indices])
 
 
 class _Pieces:
@@ -87,7 +85,7 @@ class _Pieces:
     """
 
     def __init__(self) -> None:
-        self._numbers = _InOrder()
+        self._numbers = InOrder[bytes]()
         slots = 1 << SLOT_BITS
         self._first: npt.NDArray[np.uint64] = np.zeros(slots, dtype=np.uint64)  # no piece has zero here
         self._second: npt.NDArray[np.uint64] = np.zeros(slots, dtype=np.uint64)
@@ -124,11 +122,11 @@ class _Pieces:
         return numbers, np.searchsorted(begins, np.cumsum(lengths) + np.arange(len(lengths)))
 
 
-class _InOrder(dict[bytes, int]):
-    """Pieces in the order in which they were first asked for."""
+class InOrder(dict[Key, int]):
+    """Numbers keys in the order in which they are first asked for."""
 
-    def __missing__(self, piece: bytes) -> int:
-        number = self[piece] = len(self)
+    def __missing__(self, key: Key) -> int:
+        number = self[key] = len(self)
         return number
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, models
 
-from transfer import ConfigError, DataError, find_file
-from transfer_text import cache
+from transfer import ConfigError, find_file
+from transfer_text import cache, corpus
 from transfer_text.encoded import EncodedTexts
+from transfer_text.learning import Learned, learn
 from transfer_text.pieces import PieceTable
 from transfer_text.token_finder import TokenFinder
 from transfer_text.tokenization import TOKENIZERS, TokenizerName, assemble, name_of, parted_by_blanks
@@ -34,10 +36,6 @@ UNKNOWN = 1
 MIN_FREQUENCY = 1
 
 FORMAT = 1
-BLOCK_TEXTS = 4096
-"""Texts that are worked on at a time: what is written piece by piece takes no memory beyond that."""
-WORTH_KEEPING_CHARACTERS = 4_000_000
-"""Shorter collections of texts are numericalised in a second or less, and not kept on disk."""
 WORTH_KEEPING_WORDS = 50_000
 """Whether fewer words can be spelled is found out every time."""
 
@@ -104,18 +102,22 @@ class Vocabulary:
             vocabulary.lengths = encoded.lengths
             vocabulary.counts = np.bincount(encoded.indices, minlength=len(vocabulary))
             return vocabulary
-        if not _worth_keeping(texts):
-            return cls._learn(texts, name, min_frequency, max_size)
+        if not corpus.worth_keeping(texts):
+            return cls._of(learn(texts, name, min_frequency, max_size, None), name)
         made: list[Vocabulary] = []
+        texts_digest = corpus.digest_of(texts)
 
         def write(folder: Path) -> None:
-            learned = cls._learn(texts, name, min_frequency, max_size)
-            made.append(learned)
-            (folder / "vocabulary.json").write_text(learned.to_json(), encoding="utf-8")
-            np.savez(folder / "counts.npz", counts=_known(learned.counts), lengths=_known(learned.lengths))
+            with (folder / "numbers").open("wb") as numbers:
+                learned = learn(texts, name, min_frequency, max_size, numbers)
+            vocabulary = cls._of(learned, name)
+            made.append(vocabulary)
+            vocabulary._keep(folder / "numbers", learned, texts_digest)
+            (folder / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
+            np.savez(folder / "counts.npz", counts=vocabulary.counts, lengths=learned.lengths)  # type: ignore[arg-type]
 
         settings = [FORMAT, learned_by(name), min_frequency, max_size]
-        folder = cache.entry("vocabulary", cache.digest(settings, _digest(texts)), write)
+        folder = cache.entry("vocabulary", cache.digest(settings, texts_digest), write)
         if made:
             return made[0]
         if folder is not None:
@@ -126,47 +128,32 @@ class Vocabulary:
                     return cls(Tokenizer.from_str(text), arrays["counts"], arrays["lengths"])
             except Exception:  # whatever is wrong with an entry (the library raises this very class), it is made again
                 cache.drop(folder)
-        return cls._learn(texts, name, min_frequency, max_size)
+        return cls._of(learn(texts, name, min_frequency, max_size, None), name)
 
     @classmethod
-    def _learn(cls, texts: Sequence[str], name: TokenizerName, min_frequency: int, max_size: int | None) -> Vocabulary:
-        finder = TokenFinder(name)
-        places: dict[str, int] = {}
-
-        def number(pieces: Sequence[str]) -> Iterator[list[int]]:
-            for tokens in finder.tokens(pieces):
-                yield [places.setdefault(token, len(places)) for token in tokens]
-
-        table = PieceTable(functools.partial(parted_by_blanks, name), number)
-        occurrences = np.zeros(0, dtype=np.int64)
-        lengths = []
-        for block in _blocks(texts):
-            indices, sizes = table.numericalise(block)
-            lengths.append(sizes)
-            counted = np.bincount(indices, minlength=len(places))
-            counted[: len(occurrences)] += occurrences
-            occurrences = counted
-        found = list(places)
-        ranked = sorted(range(len(found)), key=lambda place: (-occurrences[place], found[place]))
-        kept = [place for place in ranked if occurrences[place] >= min_frequency][:max_size]
-        if not kept:
-            raise DataError(
-                f"no word occurs {min_frequency} times or more in the {len(texts)} training texts",
-                fix="set min_frequency: 1, or check that the texts are not empty",
-            )
-        tokens = {token: index for index, token in enumerate((*SPECIAL, *(found[place] for place in kept)))}
-        known = occurrences[kept]
-        counts = np.concatenate([[0, occurrences.sum() - known.sum()], known]).astype(np.int64)
-        vocabulary = cls(
-            assemble(name, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN)), counts, np.concatenate(lengths)
-        )
-        # The training texts are numericalised next: what their pieces hold is known by now.
-        renumbered = np.full(len(found), UNKNOWN, dtype=np.int32)
-        renumbered[kept] = np.arange(len(SPECIAL), len(tokens))
-        table.map(renumbered)
-        table.then(vocabulary._indices_of)
-        vocabulary._table = table
+    def _of(cls, learned: Learned, name: TokenizerName) -> Vocabulary:
+        tokens = {token: index for index, token in enumerate((*SPECIAL, *learned.words))}
+        counts = np.concatenate([[0, learned.rest], learned.occurrences]).astype(np.int64)
+        tokenizer = assemble(name, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN))
+        vocabulary = cls(tokenizer, counts, learned.lengths)
+        # Other splits hold much the same pieces, whose tokens are known by now.
+        vocabulary._table = learned.table
+        vocabulary._table.map(_indices(learned.ranks))
+        vocabulary._table.then(vocabulary._indices_of)
         return vocabulary
+
+    def _keep(self, numbers: Path, learned: Learned, texts_digest: str) -> None:
+        """Keep the training texts, whose tokens were numbered as they were met, for :meth:`encode`."""
+        indices = _indices(learned.ranks)
+
+        def parts() -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+            with numbers.open("rb") as file:
+                for first in range(0, len(learned.lengths), corpus.BLOCK_TEXTS):
+                    sizes = learned.lengths[first : first + corpus.BLOCK_TEXTS]
+                    yield indices[np.fromfile(file, dtype="<i4", count=int(sizes.sum()))], sizes
+
+        cache.entry("encoded", self._key(texts_digest), lambda folder: EncodedTexts.write(folder, parts()))
+        numbers.unlink()
 
     @classmethod
     def nominal(cls, tokenizer: str = "glove") -> Vocabulary:
@@ -222,7 +209,7 @@ class Vocabulary:
         if len(words) < WORTH_KEEPING_WORDS:
             return spell()
         assert self._name is not None
-        folder = cache.entry("spelled", cache.digest(FORMAT, learned_by(self._name), _digest(words)), write)
+        folder = cache.entry("spelled", cache.digest(FORMAT, learned_by(self._name), corpus.digest_of(words)), write)
         if made:
             return made[0]
         if folder is not None:
@@ -276,27 +263,24 @@ class Vocabulary:
         Raises:
             ValueError: A text holds half a surrogate pair.
         """
-        if _worth_keeping(texts):
-            key = cache.digest(FORMAT, self.digest, _digest(texts))
-            for _ in range(2):  # an entry that is damaged is made again
-                folder = cache.entry("encoded", key, functools.partial(self._write, texts))
-                if folder is None:
-                    break
-                if (encoded := _map(folder, len(texts))) is not None:
-                    return encoded
-                cache.drop(folder)
-        parts = [self._numericalise(block) for block in _blocks(texts)]
-        indices = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.int32)])
-        return EncodedTexts(indices, _offsets([part[1] for part in parts]))
 
-    def _write(self, texts: Sequence[str], folder: Path) -> None:
-        sizes = []
-        with (folder / "indices.bin").open("wb") as file:
-            for block in _blocks(texts):
-                indices, of_each = self._numericalise(block)
-                indices.astype("<i4", copy=False).tofile(file)
-                sizes.append(of_each)
-        np.save(folder / "offsets.npy", _offsets(sizes))
+        def parts() -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+            return map(self._numericalise, corpus.blocks(texts))
+
+        if not corpus.worth_keeping(texts):
+            return EncodedTexts.of(parts())
+        key = self._key(corpus.digest_of(texts))
+        for _ in range(2):  # an entry that is damaged is made again
+            folder = cache.entry("encoded", key, lambda folder: EncodedTexts.write(folder, parts()))
+            if folder is None:
+                break
+            if (encoded := EncodedTexts.read(folder, len(texts))) is not None:
+                return encoded
+            cache.drop(folder)
+        return EncodedTexts.of(parts())
+
+    def _key(self, texts_digest: str) -> str:
+        return cache.digest(FORMAT, self.digest, texts_digest)
 
     def _numericalise(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Return the indices of all texts in a row, and the number of each text's."""
@@ -312,10 +296,11 @@ class Vocabulary:
         flat = np.array([index for ids in found for index in ids], dtype=np.int32) + np.int32(self._shift)
         return flat, np.array([len(ids) for ids in found], dtype=np.int64)
 
-    def _indices_of(self, pieces: Sequence[str]) -> Iterator[list[int]]:
+    def _indices_of(self, pieces: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         assert self._name is not None
-        for tokens in TokenFinder(self._name).tokens(pieces):
-            yield [self._index.get(token, UNKNOWN) for token in tokens]
+        tokens, counts = TokenFinder(self._name).find(pieces)
+        unknown = itertools.repeat(UNKNOWN)
+        return np.fromiter(map(self._index.get, tokens, unknown), dtype=np.int32, count=len(tokens)), counts
 
     @functools.cached_property
     def _index(self) -> Mapping[str, int]:
@@ -367,51 +352,9 @@ def learned_by(name: TokenizerName) -> str:
     return str(assemble(name, models.WordLevel({UNKNOWN_TOKEN: 0}, unk_token=UNKNOWN_TOKEN)).to_str())
 
 
-def _known(values: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
-    assert values is not None
-    return values
-
-
-def _map(folder: Path, count: int) -> EncodedTexts | None:
-    """Return an entry of numericalised texts, memory-mapped; None if it is damaged."""
-    try:
-        offsets: npt.NDArray[np.int64] = np.load(folder / "offsets.npy", allow_pickle=False)
-        file = folder / "indices.bin"
-        if len(offsets) != count + 1 or file.stat().st_size != 4 * offsets[-1]:
-            return None
-        if not offsets[-1]:
-            return EncodedTexts(np.zeros(0, dtype=np.int32), offsets)
-        # Copy on write: torch warns of arrays that cannot be written.
-        return EncodedTexts(np.asarray(np.memmap(file, dtype="<i4", mode="c")), offsets)
-    except (OSError, ValueError, EOFError, IndexError):
-        return None
-
-
-def _offsets(sizes: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(np.concatenate([[0], *sizes])[1:])]).astype(np.int64)
-
-
-def _blocks(texts: Sequence[str]) -> Iterator[list[str]]:
-    for start in range(0, len(texts), BLOCK_TEXTS):
-        yield list(texts[start : start + BLOCK_TEXTS])
-
-
-def _worth_keeping(texts: Sequence[str]) -> bool:
-    seen = 0
-    for block in _blocks(texts):
-        seen += sum(map(len, block))
-        if seen >= WORTH_KEEPING_CHARACTERS:
-            return True
-    return False
-
-
-def _digest(texts: Sequence[str]) -> str:
-    """Return the digest of some texts in their order."""
-    digest = hashlib.sha256()
-    for block in _blocks(texts):
-        digest.update(np.array([len(text) for text in block], dtype="<i8").tobytes())
-        digest.update("".join(block).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+def _indices(ranks: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Return the index of each token that was met in training."""
+    return np.where(ranks < 0, np.int32(UNKNOWN), ranks + np.int32(len(SPECIAL)))
 
 
 def _allow_parallelism() -> None:
