@@ -109,7 +109,10 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         observe(Note("pretrained weights", pretrained))
     task, model = assemble(backbone, config.head, config.task, data.spec)
     task.prepare(splits["train"].targets)
-    loaders = {name: make_loader(config, split, backbone, training=name == "train") for name, split in splits.items()}
+    loaders = {
+        name: make_loader(config, split, backbone, training=name == "train", repeated=name != "test")
+        for name, split in splits.items()
+    }
     experiment = make_experiment(config, model, task, backbone, loaders, quick=quick)
     counts = {name: dict(count_classes(split, data.spec.classes)) for name, split in splits.items()}
     return Built(experiment, loaders, backbone, data.spec, pretrained, counts)
@@ -147,7 +150,9 @@ def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
         return data, complete(data, validation=options.validation, limit=options.limit)
 
 
-def make_loader(config: RunConfig, split: Split, backbone: Backbone, *, training: bool = False) -> Loader:
+def make_loader(
+    config: RunConfig, split: Split, backbone: Backbone, *, training: bool = False, repeated: bool = False
+) -> Loader:
     """Make the batches of a split, as training and every later evaluation of a run does."""
     train = config.train
     batch_size = train.batch_size
@@ -163,6 +168,7 @@ def make_loader(config: RunConfig, split: Split, backbone: Backbone, *, training
         training=training,
         bucket=train.bucket,
         workers=train.workers,
+        repeated=repeated,
     )
 
 

@@ -189,7 +189,8 @@ class RunConsole:
             "validation": metrics_text(summary["validation"]),
             "test": metrics_text(summary["test"]) if summary["test"] else "the data has no test split",
             "parameters": f"{summary['parameters']['trainable']:,} trained of {summary['parameters']['total']:,}",
-            "speed": f"{summary['examples_per_second']:,.0f} examples/s, {summary['seconds']:.1f} s in all",
+            "speed": f"{summary['examples_per_second']:,.0f} examples/s, {summary['waiting_for_data']:.0%} of the time "
+            f"spent waiting for data, {summary['seconds']:.1f} s in all",
             "memory": f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB at most",
         }
         self.console.print(Panel(facts_table(facts), title="done", title_align="left", border_style="green"))

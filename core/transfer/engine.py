@@ -25,7 +25,7 @@ from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, Evaluat
 from transfer.feature_cache import FeatureCache, Prefix, Source, source
 from transfer.freezing import Frozen
 from transfer.interfaces import PrimaryMetric, Task
-from transfer.loading import Batch, Loader
+from transfer.loading import Batch, Loader, Timed
 from transfer.mixing import blend
 from transfer.model import Model
 from transfer.optim import Group, Schedule, TorchPart, build_optimizer
@@ -129,7 +129,7 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
     forward = torch.compile(prepared_model) if settings.compile else prepared_model
     primary = task.primary_metric
     total_epochs = sum(phase.epochs for phase in experiment.phases)
-    started, trained_seconds, trained_examples = time.perf_counter(), 0.0, 0
+    started, trained_seconds, waiting_seconds, trained_examples = time.perf_counter(), 0.0, 0.0, 0
     optimizer: Optimizer | None = None
     best: dict[str, Any] | None = None
     caches: list[dict[str, Any]] = []
@@ -184,7 +184,8 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
                 scored, task, validation, settings.precision, observe, "validation", experiment.most_batches
             )
             schedule.after_epoch(scores[primary.name])
-            examples = int(trained.pop("examples"))
+            examples, waiting = int(trained.pop("examples")), trained.pop("waiting_seconds")
+            waiting_seconds += waiting
             epoch, steps_done = epoch + 1, steps_done + batches
             trained_seconds, trained_examples = trained_seconds + seconds, trained_examples + examples
             record = {
@@ -195,6 +196,7 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
                 "lr": rates,
                 "seconds": round(time.perf_counter() - epoch_started, 3),
                 "examples_per_second": round(examples / seconds, 2),
+                "waiting_for_data": round(waiting / seconds, 4),
             }
             improved = best is None or _better(primary, scores, best["validation"])
             if best is None or improved:
@@ -226,6 +228,7 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
         "primary_metric": primary.name,
         "parameters": {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in ever_trained)},
         "examples_per_second": round(trained_examples / trained_seconds, 2),
+        "waiting_for_data": round(waiting_seconds / trained_seconds, 4),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         "cache": caches,
@@ -245,7 +248,7 @@ def _train_epoch(
     steps_done: int,
     observe: Observer,
 ) -> dict[str, float]:
-    """Train one epoch; return loss and metrics over it (as the model was at each step) and the number of examples."""
+    """Train one epoch; return loss and metrics over it (as the model was at each step), examples and time waited."""
     task, settings, device = experiment.task, experiment.settings, accelerator.device
     metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
     primary = task.primary_metric.name
@@ -255,7 +258,8 @@ def _train_epoch(
     examples, known, loss_sum = 0, 0, 0.0
     before: tuple[Tensor, Batch] | None = None
 
-    for step, on_cpu in enumerate(train.loader.epoch(epoch, most=experiment.most_batches), 1):
+    batches = Timed(train.loader.epoch(epoch, most=experiment.most_batches))
+    for step, on_cpu in enumerate(batches, 1):
         batch = on_cpu.to(device)
         # Dropout is a function of the seed and the step, whatever has drawn random numbers in between.
         _seed_step(device, experiment.seed, steps_done + step)
@@ -308,7 +312,7 @@ def _train_epoch(
     assert before is not None, "a split without examples was refused when the data was read"
     loss_sum += _finite_sum(before, epoch, step, optimizer)
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
-    return {"loss": loss_sum / examples, **values, "examples": examples}
+    return {"loss": loss_sum / examples, **values, "examples": examples, "waiting_seconds": batches.seconds}
 
 
 def evaluate(

@@ -195,6 +195,15 @@ class Preprocessing(ABC):
     encode_once: ClassVar[bool] = False
     """Encoded values are small: a split is encoded once, as a whole, and kept in memory."""
 
+    @property
+    def keep_bytes(self) -> int | None:
+        """How much memory the encoded values of a split may take from one epoch to the next; none by default.
+
+        A split that would take more is encoded anew every epoch. None: half of what is available. Values are arrays or
+        tensors; for those that are slow to make (pictures), not for those that are made in no time.
+        """
+        return 0
+
     @abstractmethod
     def encode(self, values: Sequence[Any]) -> Sequence[Any]:
         """Do the deterministic half (decode and resize; tokenize and numericalise) for some raw values, in order.

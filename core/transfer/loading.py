@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from transfer.errors import DataError
 from transfer.interfaces import Preprocessing, Split
+from transfer.memory import available_bytes
 
 BUCKET_BATCHES = 50
 """Batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
+MEASURED_EXAMPLES = 8
+"""Whose size tells whether the encoded values of a split fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ class Loader:
         training: Shuffle and augment. Otherwise the order is fixed, longest first, and nothing is random.
         bucket: Put examples of like length into one batch, where values are encoded once and so have known lengths: the
             number of batches whose examples are sorted together (True: 50).
-        workers: Loader processes; 0 loads in this one.
+        workers: Loader processes; 0 loads in this one. Where encoded values are kept in memory they are made in this
+            one, by threads if the preprocessing has some, and loader processes begin once all are there.
+        repeated: The split is gone through more than once, so encoded values may be worth keeping.
 
     Raises:
         DataError: A value that is encoded once cannot be encoded; the message names the example.
@@ -80,6 +86,7 @@ class Loader:
         training: bool = False,
         bucket: bool | int = True,
         workers: int = 0,
+        repeated: bool = True,
     ) -> None:
         self.split = split
         self.field = field
@@ -89,7 +96,7 @@ class Loader:
         self.bucket_batches = BUCKET_BATCHES if bucket is True else int(bucket)
         self.seed = seed
         self.training = training
-        self.examples = _Examples(split, field, preprocessing, seed=seed, augments=training)
+        self.examples = _Examples(split, field, preprocessing, seed=seed, augments=training, keeps=repeated)
         self.lengths: npt.NDArray[np.int64] | None = None
         if self.examples.encoded is not None and (bucket or max_tokens):
             self.lengths = preprocessing.lengths(self.examples.encoded)
@@ -133,6 +140,7 @@ class Loader:
         other.batch_size, other.max_tokens, other.training = batch_size, None, False
         other.examples = copy.copy(self.examples)
         other.examples.augments = augment
+        other.examples.keeps = augment  # one of several views
         return other
 
     def epoch(self, epoch: int = 0, *, first: int = 0, most: int | None = None) -> Iterator[Batch]:
@@ -144,11 +152,12 @@ class Loader:
             most: Yield no more than this many.
         """
         batches = self.plan(epoch)[first:][:most]
+        self.examples.measure()
         loader: DataLoader[Any] = DataLoader(
             self.examples,
             batch_sampler=[[(epoch, int(i)) for i in batch] for batch in batches],
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # __getitems__ has made the batch already
-            num_workers=min(self.workers, len(batches)),
+            num_workers=0 if self.examples.fills else min(self.workers, len(batches)),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # it draws from this one, not from the model's
         )
@@ -179,14 +188,78 @@ class Loader:
         return batches
 
 
+class Timed(Iterator[Batch]):
+    """Batches, and how long one has waited for them.
+
+    Args:
+        batches: To be given on.
+    """
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.seconds = 0.0
+        self._batches = batches
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+class _Kept:
+    """Encoded values in memory from one epoch to the next, where those of a whole split fit.
+
+    Args:
+        count: Examples of the split.
+        limit_bytes: For all of them; None: half of what is available when they are measured.
+    """
+
+    def __init__(self, count: int, limit_bytes: int | None) -> None:
+        self.values: dict[int, Any] = {}
+        self.measured = limit_bytes == 0
+        self._count = count
+        self._limit_bytes = limit_bytes
+        self._room_bytes = 0
+
+    @property
+    def wants_more(self) -> bool:
+        return self._room_bytes > 0 and len(self.values) < self._count
+
+    def measure(self, some: Sequence[Any]) -> None:
+        """Decide by the size of some values whether all are kept."""
+        self.measured = True
+        limit = available_bytes() // 2 if self._limit_bytes is None else self._limit_bytes
+        fits = sum(map(_bytes, some)) / len(some) * self._count <= limit
+        self._room_bytes = limit if fits else 0
+
+    def put(self, index: int, value: Any) -> None:
+        """Keep a value, unless those that are there have filled the memory after all."""
+        size = _bytes(value)
+        if size <= self._room_bytes:
+            self.values[index] = value
+            self._room_bytes -= size
+        else:
+            self._room_bytes = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(_Kept(0, 0))  # a process that is not forked gets none
+
+
+def _bytes(value: Any) -> int:
+    return int(value.numel() * value.element_size() if isinstance(value, Tensor) else np.asarray(value).nbytes)
 
 
 class _Examples(Dataset[Any]):
     """Makes batches of (epoch, index) pairs; loader processes get a copy."""
 
-    def __init__(self, split: Split, field: str, preprocessing: Preprocessing, *, seed: int, augments: bool) -> None:
+    def __init__(
+        self, split: Split, field: str, preprocessing: Preprocessing, *, seed: int, augments: bool, keeps: bool
+    ) -> None:
         self.split = split
         self.column: Sequence[Any] = split.fields[field]
         self.preprocessing = preprocessing
@@ -195,6 +268,19 @@ class _Examples(Dataset[Any]):
         self.encoded: Sequence[Any] | None = None
         if preprocessing.encode_once:
             self.encoded = encode(preprocessing, self.column, range(len(split)), split.name)
+        self.keeps = keeps and self.encoded is None
+        self.kept = _Kept(len(split), preprocessing.keep_bytes)
+
+    @property
+    def fills(self) -> bool:
+        """Encoded values are being collected in memory."""
+        return self.keeps and self.kept.wants_more
+
+    def measure(self) -> None:
+        """Find out, once, whether the encoded values of the split fit into memory."""
+        if self.keeps and not self.kept.measured:
+            indices = np.unique(np.linspace(0, len(self.split) - 1, MEASURED_EXAMPLES, dtype=np.int64)).tolist()
+            self.kept.measure(encode(self.preprocessing, self.column, indices, self.split.name))
 
     def __getitem__(self, pair: tuple[int, int]) -> Batch:
         return self.batch([pair])
@@ -208,16 +294,27 @@ class _Examples(Dataset[Any]):
 
     def batch(self, pairs: list[tuple[int, int]]) -> Batch:
         indices = np.array([index for _, index in pairs])
-        if self.encoded is not None:
-            encoded = [self.encoded[i] for i in indices]
-        else:
-            encoded = list(encode(self.preprocessing, self.column, indices.tolist(), self.split.name))
+        encoded = self._encoded(indices.tolist())
         if self.augments:
             with _own_randomness():
                 for place, (epoch, index) in enumerate(pairs):
                     _seed_all(self.seed, epoch, index)
-                    encoded[place] = self.preprocessing.augment(encoded[place])
+                    value = encoded[place]
+                    # What augments in place must not change what is kept.
+                    own = value.clone() if index in self.kept.values and isinstance(value, Tensor) else value
+                    encoded[place] = self.preprocessing.augment(own)
         return Batch(self.preprocessing.collate(encoded), torch.as_tensor(self.split.targets[indices]), indices)
+
+    def _encoded(self, indices: list[int]) -> list[Any]:
+        if self.encoded is not None:
+            return [self.encoded[i] for i in indices]
+        missing = [i for i in indices if i not in self.kept.values]
+        fresh = dict(zip(missing, encode(self.preprocessing, self.column, missing, self.split.name), strict=True))
+        found = [fresh[i] if i in fresh else self.kept.values[i] for i in indices]
+        if self.fills:
+            for index, value in fresh.items():
+                self.kept.put(index, value)
+        return found
 
 
 def encode(
@@ -235,7 +332,7 @@ def encode(
         DataError: Names the value that cannot be encoded.
     """
     try:
-        return preprocessing.encode([column[i] for i in indices])
+        return preprocessing.encode([column[i] for i in indices]) if len(indices) else []
     except (ValueError, OSError) as error:
         for index in indices:
             try:

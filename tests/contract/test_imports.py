@@ -15,6 +15,7 @@ PLUGINS = ROOT / "plugins"
 # Each module may import those that stand before it, and no other.
 ORDER = (
     "errors",
+    "memory",
     "files",
     "document",
     "interfaces",

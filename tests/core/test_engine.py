@@ -41,6 +41,7 @@ def test_metrics_have_a_line_per_epoch(config: dict[str, Any], tmp_path: Path) -
             assert math.isfinite(line[part]["loss"])
         assert line["seconds"] >= 0
         assert line["examples_per_second"] > 0
+        assert 0 < line["waiting_for_data"] < 1
 
 
 def test_the_best_epoch_is_chosen_by_validation(config: dict[str, Any], tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
+import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from transfer import DataError, Preprocessing, Split
-from transfer.loading import Batch, Loader, encode, move
+from transfer import DataError, Preprocessing, Split, loading
+from transfer.loading import Batch, Loader, Timed, encode, move
 
 
 class Ragged(Preprocessing):
@@ -304,3 +306,103 @@ def test_lengths_that_are_known_are_not_counted_one_by_one() -> None:
             return np.array([len(value) for value in encoded])
 
     assert same(batches(loader(Known())), batches(loader(Ragged())))
+
+
+# ---------------------------------------------------------------------------------------------- kept in memory
+
+
+class Kept(Preprocessing):
+    """Vectors that are augmented in place, and a count of what was encoded."""
+
+    limit: int | None
+    encoded: list[int]
+
+    @property
+    def keep_bytes(self) -> int | None:
+        return self.limit
+
+    def encode(self, values):
+        self.encoded.append(len(values))
+        return [torch.tensor(value) for value in values]
+
+    def collate(self, encoded):
+        return torch.stack(encoded)
+
+    def read(self, source):
+        return [float(source)]
+
+    def augment(self, encoded):
+        return encoded.mul_(torch.rand(1))
+
+
+def kept_loader(limit: int | None, **options: object) -> Loader:
+    preprocessing = Kept()
+    preprocessing.limit, preprocessing.encoded = limit, []
+    split = Split({"point": [[float(i), 1.0, 2.0, 3.0] for i in range(40)]}, np.arange(40) % 2)
+    return Loader(split, "point", preprocessing, batch_size=8, training=True, **options)
+
+
+def sums(loader: Loader, epoch: int) -> list[torch.Tensor]:
+    return [batch.inputs.clone() for batch in loader.epoch(epoch)]
+
+
+def test_values_that_fit_are_encoded_once_and_batches_stay_the_same() -> None:
+    kept, plain = kept_loader(40 * 16), kept_loader(0)
+    for epoch in (0, 1, 2, 0):
+        assert all(torch.equal(a, b) for a, b in zip(sums(kept, epoch), sums(plain, epoch), strict=True))
+    assert sum(kept.preprocessing.encoded) == 40 + loading.MEASURED_EXAMPLES
+    assert sum(plain.preprocessing.encoded) == 4 * 40
+
+
+def test_a_split_that_does_not_fit_is_not_kept() -> None:
+    loader = kept_loader(40 * 16 - 1)
+    sums(loader, 0), sums(loader, 1)
+    assert not loader.examples.kept.values
+    assert sum(loader.preprocessing.encoded) == 80 + loading.MEASURED_EXAMPLES
+
+
+def test_by_default_half_of_the_available_memory_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_bytes", lambda: 2 * 40 * 16)
+    fits = kept_loader(None)
+    sums(fits, 0)
+    assert len(fits.examples.kept.values) == 40
+    monkeypatch.setattr(loading, "available_bytes", lambda: 2 * 40 * 16 - 2)
+    too_large = kept_loader(None)
+    sums(too_large, 0)
+    assert not too_large.examples.kept.values
+
+
+def test_values_larger_than_those_measured_do_not_pass_the_limit() -> None:
+    loader = kept_loader(40 * 16)
+    loader.examples.measure()
+    loader.examples.kept._room_bytes = 100
+    sums(loader, 0)
+    assert 0 < len(loader.examples.kept.values) * 16 <= 100
+    assert all(torch.equal(a, b) for a, b in zip(sums(loader, 1), sums(kept_loader(0), 1), strict=True))
+
+
+def test_a_split_that_is_used_once_is_not_kept() -> None:
+    loader = kept_loader(None, repeated=False)
+    sums(loader, 0)
+    assert not loader.examples.kept.values
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_loader_processes_begin_when_all_is_in_memory() -> None:
+    loader, plain = kept_loader(None, workers=2), kept_loader(0)
+    for epoch in (0, 1):
+        assert loader.examples.fills == (epoch == 0) or not loader.examples.kept.measured
+        assert all(torch.equal(a, b) for a, b in zip(sums(loader, epoch), sums(plain, epoch), strict=True))
+    assert sum(loader.preprocessing.encoded) == 40 + loading.MEASURED_EXAMPLES
+    assert not pickle.loads(pickle.dumps(loader.examples)).kept.values
+
+
+def test_waiting_is_timed() -> None:
+    def slow():
+        for _ in range(3):
+            time.sleep(0.01)
+            yield Batch(torch.zeros(1), torch.zeros(1), np.zeros(1, dtype=np.int64))
+
+    timed = Timed(slow())
+    assert len(list(timed)) == 3
+    assert 0.03 <= timed.seconds < 1

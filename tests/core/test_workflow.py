@@ -59,6 +59,7 @@ def test_the_summary_is_what_is_returned(run: Run) -> None:
         "test",
         "parameters",
         "examples_per_second",
+        "waiting_for_data",
         "seconds",
         "peak_memory_bytes",
         "data",

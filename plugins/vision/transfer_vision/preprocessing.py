@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -23,6 +24,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Augmentation = Literal["usual", "none"] | list[dict[str, Any]]
+CacheImages = Literal["auto", "off"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class ImagePreprocessing(Preprocessing):
@@ -36,6 +38,8 @@ class ImagePreprocessing(Preprocessing):
         std: Standard deviation of each channel, likewise.
         augmentation: ``usual`` (a random resized crop and a horizontal flip), ``none``, or a list of
             torchvision.transforms.v2 classes with options, in order: ``[{name: ColorJitter, brightness: 0.2}]``.
+        cache_images: Keep decoded and resized pictures in memory from one epoch to the next, where those of a split
+            fit: ``auto`` (into half of the memory that is available), ``off``, or into so many GiB.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class ImagePreprocessing(Preprocessing):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         augmentation: Augmentation = "usual",
+        cache_images: CacheImages = "auto",
     ) -> None:
         self.image_size = image_size
         self.resize = round(image_size * 256 / 224) if resize is None else resize
@@ -58,7 +63,15 @@ class ImagePreprocessing(Preprocessing):
         self.interpolation = interpolation
         self.mean, self.std = mean, std
         self.augmentation = augmentation
+        self.cache_images = cache_images
         self._augment = _transform(augmentation, image_size, self.resize)
+
+    @property
+    def keep_bytes(self) -> int | None:
+        """As ``cache_images`` says."""
+        if self.cache_images == "auto":
+            return None
+        return 0 if self.cache_images == "off" else int(self.cache_images * 2**30)
 
     def encode(self, values: Sequence[Any]) -> list[Tensor]:
         """Decode PIL images, turn them upright, convert them to RGB and resize their shorter side.
