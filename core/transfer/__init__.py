@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transfer.errors import (
         ConfigError,
         DataError,
+        ExportError,
         PluginError,
         RunError,
         TrainingError,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         UserError,
         WeightsError,
     )
+    from transfer.exporting import export
     from transfer.files import data_folder, download, find_file
     from transfer.interfaces import (
         Backbone,
@@ -40,6 +42,7 @@ _MODULES = {
     "errors": (
         "ConfigError",
         "DataError",
+        "ExportError",
         "PluginError",
         "RunError",
         "TrainingError",
@@ -62,6 +65,7 @@ _MODULES = {
         "Task",
     ),
     "registry": ("plugins", "register"),
+    "exporting": ("export",),
     "workflow": ("Run", "check", "evaluate", "predict", "run"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -73,6 +77,7 @@ __all__ = [
     "DataError",
     "DataSpec",
     "Dataset",
+    "ExportError",
     "FeatureSpec",
     "ForeignModel",
     "Head",
@@ -91,6 +96,7 @@ __all__ = [
     "data_folder",
     "download",
     "evaluate",
+    "export",
     "find_file",
     "plugins",
     "predict",

@@ -144,6 +144,31 @@ def _cell(value: object) -> str:
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    format: Annotated[
+        str, typer.Option("--format", help="safetensors, torch_export, onnx, or the backbone's own: torchvision.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="A folder, or a file; by default RUN/export/FORMAT.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier export wrote.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+) -> None:
+    """Write a run's model in another format, checked in a fresh process, with a model card."""
+    from rich.console import Console
+
+    from transfer.console import facts_table
+    from transfer.exporting import export as export_run
+
+    exported = export_run(run, format, output, force=force, dry_run=dry_run)
+    facts: dict[str, object] = {"would write" if dry_run else "written": str(exported.path)}
+    facts["files"] = list(exported.files)
+    if not dry_run:
+        facts["compared"] = f"{exported.outputs:,} outputs for {exported.examples}, in a fresh process"
+        facts["largest deviation"] = exported.deviation
+    Console().print(facts_table(facts))
+
+
+@app.command()
 def plugins(as_json: AsJSON = False) -> None:
     """List what is installed, without importing any of it."""
     from transfer.registry import plugins as installed

@@ -85,6 +85,10 @@ class RunError(UserError):
     """A run directory is missing, incomplete or not made by this framework."""
 
 
+class ExportError(UserError):
+    """A model cannot be exported as asked, or what was exported does not give the model's own results."""
+
+
 class TrainingError(TransferError):
     """Training cannot go on: a loss that is not finite, memory that ran out."""
 

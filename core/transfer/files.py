@@ -8,6 +8,8 @@ import http.client
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -16,6 +18,7 @@ from transfer.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30
+_downloads_allowed = ContextVar("downloads_allowed", default=True)
 
 
 def data_folder() -> Path:
@@ -39,6 +42,16 @@ def find_file(*names: str) -> Path | None:
     return None
 
 
+@contextlib.contextmanager
+def no_downloads() -> Iterator[None]:
+    """Let :func:`download` find what is there and fetch nothing, for work that can do without the data."""
+    token = _downloads_allowed.set(False)
+    try:
+        yield
+    finally:
+        _downloads_allowed.reset(token)
+
+
 def download(url: str, name: str, *, sha256: str | None = None) -> Path:
     """Download a file into the data folder, with a progress bar, and return its path; a file that is there is kept.
 
@@ -57,6 +70,8 @@ def download(url: str, name: str, *, sha256: str | None = None) -> Path:
         return target
     if not url.startswith("https://"):
         raise DataError(f"will not download {url}: only https is fetched")
+    if not _downloads_allowed.get():
+        raise DataError(f"{target.name} is not in {target.parent}")
     fix = f"download {url} elsewhere and put it at {target} (TRANSFER_DATA names another folder)"
     partial = target.with_name(target.name + ".part")
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ from transfer.errors import PluginError, Problem, RunError
 from transfer.interfaces import Backbone, DataSpec, Task
 from transfer.model import Model
 from transfer.registry import Kind
-from transfer.run_directory import FORMAT, read_json, write_atomically, write_json
+from transfer.run_directory import FORMAT, RunDirectory, read_json, write_atomically, write_json
 
 PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
 
@@ -62,6 +62,16 @@ def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backb
             "plugins": {kind: asdict(component.plugin) for kind, component in components.items()},
         },
     )
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the model folder that a path means: an exported one itself, or that of a run.
+
+    Raises:
+        RunError: It is neither.
+    """
+    path = Path(path)
+    return path if (path / "model.json").is_file() else RunDirectory.open(path).model
 
 
 def read_model(folder: Path) -> LoadedModel:

@@ -19,7 +19,7 @@ from transfer.errors import RunError
 from transfer.events import Observer, RunEnded, RunStarted
 from transfer.interfaces import SPLITS
 from transfer.loading import encode
-from transfer.model_folder import LoadedModel, read_model, write_model
+from transfer.model_folder import LoadedModel, find_model, read_model, write_model
 from transfer.registry import IN_PROCESS
 from transfer.run_directory import RunDirectory
 
@@ -134,7 +134,7 @@ def predict(run: str | Path, sources: Iterable[str]) -> Iterator[dict[str, Any]]
     """Say what a run's model makes of some inputs, in batches, in order.
 
     Args:
-        run: A run directory.
+        run: A run directory, or a model folder (an export as ``safetensors``).
         sources: For each the path of a file, a pattern of paths, or what the backbone's field is made of (a text).
 
     Yields:
@@ -143,8 +143,7 @@ def predict(run: str | Path, sources: Iterable[str]) -> Iterator[dict[str, Any]]
     Raises:
         UserError: The run is not right, or an input cannot be read.
     """
-    directory = RunDirectory.open(run)
-    loaded = read_model(directory.model)
+    loaded = read_model(find_model(run))
     names: list[str] = []
     for name in _expand(sources):
         names.append(name)

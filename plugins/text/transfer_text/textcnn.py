@@ -98,8 +98,12 @@ class Convolutions(nn.Module):
         """
         table, rows = words
         lengths = (rows != PADDING).sum(1)
-        rows = functional.pad(rows, (0, max(0, max(self.kernel_sizes) - rows.shape[1])), value=PADDING)
-        convolve = _convolve_words if in_batch_terms(rows) else _convolve
+        widest = max(self.kernel_sizes)
+        if in_batch_terms(rows):
+            convolve, missing = _convolve_words, max(0, widest - rows.shape[1])
+        else:
+            convolve, missing = _convolve, widest  # a recorded graph must not depend on the length
+        rows = functional.pad(rows, (0, missing), value=PADDING)
         # The maximum commutes with adding the bias and with ReLU.
         return functional.relu(
             torch.cat(
