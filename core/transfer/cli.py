@@ -223,6 +223,20 @@ def show(
     console.print(table)
 
 
+@app.command("new-plugin")
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="What the plugin is called; its package becomes transfer-NAME.")],
+    output: Annotated[Path, typer.Option(help="The folder in which the package makes its own.")] = Path(),
+) -> None:
+    """Write a plugin package that installs, passes its own tests and trains."""
+    import transfer
+    from transfer.new_plugin import new_plugin as write
+
+    folder = write(name, output, version=transfer.__version__)
+    for line in (f"cd {folder}", "pip install --editable . pytest", "pytest", "transfer run *.yaml"):
+        print(line)  # noqa: T201  # plain, to be copied
+
+
 cache = typer.Typer(help="The stored features of frozen stages.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
 

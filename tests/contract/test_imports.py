@@ -16,6 +16,7 @@ PLUGINS = ROOT / "plugins"
 ORDER = (
     "errors",
     "memory",
+    "new_plugin",
     "files",
     "document",
     "interfaces",

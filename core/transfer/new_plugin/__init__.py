@@ -1,0 +1,60 @@
+"""A new plugin package from the template beside this file: a backbone, a dataset, a config and tests."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from transfer.errors import UserError
+
+_FILES = {
+    "pyproject.toml": "pyproject.toml",
+    "README.md": "README.md",
+    "config.yaml": "$module.yaml",
+    "plugins.py": "transfer_$module/__init__.py",
+    "test_contracts.py": "tests/test_contracts.py",
+}
+
+
+def new_plugin(name: str, folder: str | Path = ".", *, version: str) -> Path:
+    """Write a package that installs, passes its own tests and trains on data that it draws itself.
+
+    Args:
+        name: What the plugin is called: the distribution becomes ``transfer-NAME``, its module ``transfer_NAME``.
+        folder: Where the package's own folder is made.
+        version: Of transfer, whose contracts it is written for.
+
+    Returns:
+        The package's folder.
+
+    Raises:
+        UserError: The name makes no package's name, or the folder is there already.
+    """
+    short = re.sub(r"[-_.]+", "-", name.lower()).removeprefix("transfer-")
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", short):
+        fix = "use letters, digits and hyphens, and begin with a letter"
+        raise UserError(f"{name!r} makes no name of a package", fix=fix)
+    target = Path(folder) / f"transfer-{short}"
+    if target.exists():
+        raise UserError(f"{target} is there already", fix="choose another name, or another folder with --output")
+    names = {
+        "name": short,
+        "module": short.replace("-", "_"),
+        "Class": "".join(part.capitalize() for part in short.split("-")),
+        "transfer": _compatible(version),
+    }
+    template = resources.files(__package__) / "template"
+    for source, written in _FILES.items():
+        path = target / Template(written).substitute(names)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = (template / f"{source}.template").read_text(encoding="utf-8")
+        path.write_text(Template(text).substitute(names), encoding="utf-8")
+    return target
+
+
+def _compatible(version: str) -> str:
+    """Return the requirement on transfer: this version up to the next that may change a contract."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return f"transfer>={version},<{major + 1}" if major else f"transfer>={version},<0.{minor + 1}"
