@@ -56,6 +56,7 @@ class Built:
         loaders: The batches of each split.
         backbone: With its preprocessing and what it learned from the training split.
         data: What the data holds.
+        learned: What the backbone learned from the training split.
         pretrained: What was read into the backbone.
         classes: Examples of each class in each split.
     """
@@ -64,6 +65,7 @@ class Built:
     loaders: dict[str, Loader]
     backbone: Backbone
     data: DataSpec
+    learned: dict[str, Any]
     pretrained: dict[str, Any]
     classes: dict[str, dict[str, int]]
 
@@ -105,6 +107,9 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         values = splits["train"].fields[backbone_class.field]
         backbone = backbone_class.from_data(values, **config.backbone.options)
         pretrained = dict(backbone.load_pretrained()) if config.pretrained else {}
+    learned = dict(backbone.learned())
+    if learned:
+        observe(Note("learned from the training split", learned))
     if pretrained:
         observe(Note("pretrained weights", pretrained))
     task, model = assemble(backbone, config.head, config.task, data.spec)
@@ -115,7 +120,7 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     }
     experiment = make_experiment(config, model, task, backbone, loaders, quick=quick)
     counts = {name: dict(count_classes(split, data.spec.classes)) for name, split in splits.items()}
-    return Built(experiment, loaders, backbone, data.spec, pretrained, counts)
+    return Built(experiment, loaders, backbone, data.spec, learned, pretrained, counts)
 
 
 def make_experiment(

@@ -337,6 +337,10 @@ class Backbone(nn.Module, ABC):
         """Return what was learned from the training split, as text files by name (``vocabulary.json``)."""
         return {}
 
+    def learned(self) -> Mapping[str, Any]:
+        """Say what was learned from the training split, for the log and the summary before training; JSON alone."""
+        return {}
+
     def load_pretrained(self) -> Mapping[str, Any]:
         """Read the pretrained weights that the options name into this backbone.
 

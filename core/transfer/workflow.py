@@ -95,7 +95,7 @@ def run(
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         directory.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
         raise
-    summary |= {"data": built.classes, "pretrained": built.pretrained}
+    summary |= {"data": built.classes, "learned": built.learned, "pretrained": built.pretrained}
     write_model(directory.model, checked, built.data, built.backbone, built.experiment.model)
     directory.write_summary(summary)
     observe(RunEnded(directory.path, summary))

@@ -16,11 +16,15 @@ OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "textcnn": [
         {"variant": "rand", "dimensions": 6, **WORDS},
         *({"variant": variant, "vectors": "mini", **WORDS} for variant in ("static", "nonstatic", "multichannel")),
+        {"variant": "multichannel", "vectors": "mini", "vectors_vocabulary": True, **WORDS},
     ],
     "bilstm": [
-        {"variant": "rand", "dimensions": 6, "hidden_size": 5},
         {"variant": "static", "vectors": "mini", "hidden_size": 5, "layers": 1},
         {"variant": "nonstatic", "vectors": "mini", "hidden_size": 5, "readout": "sequence"},
+        *(
+            {"variant": "rand", "dimensions": 6, "hidden_size": 5, "readout": readout}
+            for readout in ("first_last", "last_states", "max", "mean", "sequence")
+        ),
     ],
 }
 """A backbone that is not listed is tried with its defaults."""

@@ -122,7 +122,7 @@ def test_which_words_can_be_spelled_is_found_out_once(folder: Path, monkeypatch:
     words = Vocabulary.build(TEXTS)
     longer = words.extended(["new", "two words", "other"])
     (kept,) = folder.glob("spelled-*/spelled.npy")
-    monkeypatch.setattr(Vocabulary, "tokenize", None)
+    monkeypatch.setattr(vocabulary, "TokenFinder", None)
     assert words.extended(["new", "two words", "other"]).tokens == longer.tokens == (*words.tokens, "new", "other")
     monkeypatch.undo()
     kept.write_bytes(b"damaged")

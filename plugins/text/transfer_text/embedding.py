@@ -16,7 +16,7 @@ from torch.nn import functional
 from transfer import Backbone, ConfigError, FeatureSpec, WeightsError
 from transfer_text.encoded import Truncation, truncation_loss
 from transfer_text.preprocessing import TextPreprocessing
-from transfer_text.vectors import coverage, read_vectors, width_of
+from transfer_text.vectors import coverage, read_vectors, width_of, words_of
 from transfer_text.vocabulary import PADDING, Vocabulary
 
 Variant = Literal["rand", "static", "nonstatic", "multichannel"]
@@ -43,6 +43,8 @@ class TextBackbone(Backbone):
         vectors: Pretrained word vectors: a known name (``glove.6B.100d``), ``mini``, or a file in GloVe's format.
         dimensions: Width of random vectors, 100 by default; that of pretrained ones is their own.
         unknown: Vector of a word that the pretrained ones lack: random with their spread, zero, or their mean.
+        vectors_vocabulary: Keep the vectors of words that training never saw, too, for prediction. They are never
+            trained: in a tuned channel they stay as they were pretrained.
         tokenizer: ``glove`` (that of GloVe's own text), ``basic_english`` (torchtext's), ``whitespace``, or the path of
             a ``tokenizer.json``, which brings its own vocabulary.
         min_frequency: Words that occur less often in the training split are unknown.
@@ -67,19 +69,24 @@ class TextBackbone(Backbone):
         vectors: str | None,
         dimensions: int | None,
         unknown: Unknown,
+        vectors_vocabulary: bool,
         tokenizer: str,
         max_length: int | None,
         truncation: Truncation,
     ) -> None:
         variant = self._variant(variant, vectors)
         width = _width(width, vectors, dimensions)
-        # A nominal vocabulary is as good as any for checking shapes.
-        vocabulary = Vocabulary.nominal(tokenizer) if vocabulary is None else vocabulary
+        if vocabulary is None:  # a nominal one is as good as any for checking shapes
+            vocabulary = Vocabulary.nominal(tokenizer)
+            if vectors_vocabulary:
+                vocabulary = _with_words_of(vectors, vocabulary, [])
+                vocabulary.to_come = f"learned from the training texts, and the words that {vectors} knows"
         embedding = WordEmbedding(
-            len(vocabulary),
+            len(vocabulary) - vocabulary.further,
             width,
             frozen=variant in ("static", "multichannel"),
             tuned=variant != "static",
+            further=vocabulary.further,
         )
         super().__init__({"embedding": embedding, **above(embedding.out_dimensions)})
         self.vocabulary = vocabulary
@@ -91,34 +98,45 @@ class TextBackbone(Backbone):
 
     @classmethod
     def from_data(cls, values: Sequence[str], **options: Any) -> Self:
-        """Build with the vocabulary of the training texts."""
+        """Build with the vocabulary of the training texts, and perhaps the further words that the vectors know."""
         learned = {name: options[name] for name in ("tokenizer", "min_frequency", "max_size") if name in options}
-        return cls(Vocabulary.build(values, **learned), **options)
+        vocabulary = Vocabulary.build(values, **learned)
+        if options.get("vectors_vocabulary"):
+            vocabulary = _with_words_of(options.get("vectors"), vocabulary)
+        return cls(vocabulary, **options)
 
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
         """Build with the vocabulary and the width of a saved model; no file of vectors is needed."""
-        width = json.loads(assets["embedding.json"])["width"]
-        return cls(Vocabulary.from_json(assets["vocabulary.json"]), width, **options)
+        embedding = json.loads(assets["embedding.json"])
+        vocabulary = Vocabulary.from_json(assets["vocabulary.json"], embedding.get("further_words", 0))
+        return cls(vocabulary, embedding["width"], **options)
 
     def assets(self) -> Mapping[str, str]:
         """Return the vocabulary with its tokenizer, and the width of the vectors."""
-        return {"vocabulary.json": self.vocabulary.to_json(), "embedding.json": json.dumps({"width": self.width})}
+        embedding = {"width": self.width, "further_words": self.vocabulary.further}
+        return {"vocabulary.json": self.vocabulary.to_json(), "embedding.json": json.dumps(embedding)}
+
+    def learned(self) -> Mapping[str, Any]:
+        """Return the number of words, and what the longest length drops (see :func:`truncation_loss`)."""
+        further, lengths = self.vocabulary.further, self.vocabulary.lengths
+        words = {"words": len(self.vocabulary) - 2 - further, **({"further_words": further} if further else {})}
+        return words | ({} if lengths is None else truncation_loss(lengths, self._preprocessing.max_length))
 
     def load_pretrained(self) -> Mapping[str, Any]:
         """Read the word vectors into the embedding.
 
         Returns:
-            ``vectors``, their coverage of the vocabulary (see :func:`transfer_text.vectors.coverage`) and what the
-            longest length drops (:func:`transfer_text.encoded.truncation_loss`).
+            ``vectors`` and their coverage of the vocabulary (see :func:`transfer_text.vectors.coverage`).
         """
         if self.vectors is None:
             return {}
         special, words = self.vocabulary.tokens[:2], self.vocabulary.tokens[2:]
         vectors = read_vectors(self.vectors, words)
-        if not vectors.found.any():
+        own = len(words) - self.vocabulary.further
+        if not vectors.found[:own].any():
             raise WeightsError(
-                f"{self.vectors!r} has a vector for none of the {len(words)} words of the vocabulary",
+                f"{self.vectors!r} has a vector for none of the {own} words of the training texts",
                 fix="choose vectors of the texts' language and case, or another tokenizer",
             )
         if vectors.matrix.shape[1] != self.width:
@@ -126,12 +144,11 @@ class TextBackbone(Backbone):
         rows = ((len(special), 0), (0, 0))
         embedding = self.stages[0]
         assert isinstance(embedding, WordEmbedding)
-        embedding.load(np.pad(vectors.matrix, rows), np.pad(vectors.found, rows[0]), self.unknown)
+        embedding.load(np.pad(vectors.matrix[:own], rows), np.pad(vectors.found[:own], rows[0]), self.unknown)
+        embedding.load_further(vectors.matrix[own:])
         counts = self.vocabulary.counts
         report = coverage(words, vectors.found, None if counts is None else counts[len(special) :])
-        lengths = self.vocabulary.lengths
-        cut = {} if lengths is None else truncation_loss(lengths, self._preprocessing.max_length)
-        return {"vectors": self.vectors, **report, **cut}
+        return {"vectors": self.vectors, **report}
 
     @property
     def features(self) -> FeatureSpec:
@@ -176,6 +193,16 @@ def _width(width: int | None, vectors: str | None, dimensions: int | None) -> in
     return width
 
 
+def _with_words_of(source: str | None, vocabulary: Vocabulary, words: Sequence[str] | None = None) -> Vocabulary:
+    """Extend a vocabulary by the words that a source of vectors knows, or by those given."""
+    if source is None:
+        raise ConfigError(
+            "vectors_vocabulary keeps the words of the vectors, but vectors is null",
+            fix="name vectors (glove.6B.100d), or leave vectors_vocabulary out",
+        )
+    return vocabulary.extended(words_of(source) if words is None else words)
+
+
 class WordEmbedding(nn.Module):
     """Look up a frozen vector, a tuned one, or both side by side for each word.
 
@@ -184,18 +211,22 @@ class WordEmbedding(nn.Module):
         dimensions: D, the width of a vector.
         frozen: Have a channel that is never trained, whatever a config's phases say.
         tuned: Have a channel that is.
+        further: F, how many words beyond the V have a vector that is the same in every channel and never trained.
     """
 
     recompute = True
     """Looking up is cheaper than reading stored features back."""
 
-    def __init__(self, size: int, dimensions: int, *, frozen: bool, tuned: bool) -> None:
+    def __init__(self, size: int, dimensions: int, *, frozen: bool, tuned: bool, further: int = 0) -> None:
         super().__init__()
         weight = torch.empty(size, dimensions).uniform_(-RANDOM_RANGE, RANDOM_RANGE)
         weight[PADDING] = 0
         self.static: Tensor | None
         self.register_buffer("static", weight.clone() if frozen else None)
         self.tuned = nn.Parameter(weight) if tuned else None
+        # No rows of the parameter: an optimizer would pass over them at every step, and weight decay would move them.
+        self.further: Tensor | None
+        self.register_buffer("further", torch.zeros(further, dimensions) if further else None)
         self.out_dimensions = dimensions * (frozen + tuned)
 
     @torch.no_grad()
@@ -225,6 +256,12 @@ class WordEmbedding(nn.Module):
         for channel in self._channels():
             channel.copy_(weight)
 
+    @torch.no_grad()
+    def load_further(self, matrix: npt.NDArray[np.float32]) -> None:
+        """Take the vectors of the words beyond the vocabulary of the training texts, float32 (F, D)."""
+        if self.further is not None:
+            self.further.copy_(torch.from_numpy(matrix))
+
     def forward(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return a table of vectors, float (U, D or 2 D), and the row of each word in it, int64 (B, T).
 
@@ -237,15 +274,23 @@ class WordEmbedding(nn.Module):
         """
         channels = self._channels()
         if not in_batch_terms(indices):
-            return torch.cat(channels, dim=1) if len(channels) > 1 else channels[0], indices
-        size = len(channels[0])
+            table = torch.cat(channels, dim=1) if len(channels) > 1 else channels[0]
+            if self.further is not None:
+                table = torch.cat([table, self.further.repeat(1, len(channels))])
+            return table, indices
+        own = len(channels[0])
+        size = own if self.further is None else own + len(self.further)
         occurs = torch.zeros(size, dtype=torch.bool)
         occurs[indices] = True
         occurs[PADDING] = True
         words = occurs.nonzero().squeeze(1)
         rows = torch.empty(size, dtype=torch.int64)  # of the words that occur; nobody reads the others
         rows[words] = torch.arange(len(words))
-        return torch.cat([functional.embedding(words, c, padding_idx=PADDING) for c in channels], dim=1), rows[indices]
+        known = words if self.further is None else words[words < own]
+        table = torch.cat([functional.embedding(known, c, padding_idx=PADDING) for c in channels], dim=1)
+        if self.further is not None and len(known) < len(words):
+            table = torch.cat([table, self.further[words[len(known) :] - own].repeat(1, len(channels))])
+        return table, rows[indices]
 
     def _channels(self) -> list[Tensor]:
         return [channel for channel in (self.static, self.tuned) if channel is not None]

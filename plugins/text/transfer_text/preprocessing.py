@@ -80,9 +80,10 @@ class TextPreprocessing(Preprocessing):
 
     def describe(self) -> Mapping[str, Any]:
         """Return the size and digest of the vocabulary, the longest length and what is cut."""
-        return {
+        vocabulary = {
             "vocabulary_size": len(self.vocabulary),
+            "further_words": self.vocabulary.further,
             "vocabulary_sha256": self.vocabulary.digest,
-            "max_length": self.max_length,
-            "truncation": self.truncation,
         }
+        cut = {"max_length": self.max_length, "truncation": self.truncation}
+        return ({"vocabulary": self.vocabulary.to_come} if self.vocabulary.to_come else vocabulary) | cut

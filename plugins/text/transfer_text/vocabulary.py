@@ -50,13 +50,18 @@ class Vocabulary:
         tokenizer: A learned one, whose first two tokens are the special ones, or any other.
         counts: How often the training texts hold each token, int64 (V,); None where that is not known.
         lengths: The number of tokens of each training text, int64 (N,); None where that is not known.
+        further: How many of its words, the last ones, are not from the training texts (see :meth:`extended`).
     """
+
+    to_come: str = ""
+    """What is to be learned, where this stands in for it (:meth:`nominal`)."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         counts: npt.NDArray[np.int64] | None = None,
         lengths: npt.NDArray[np.int64] | None = None,
+        further: int = 0,
     ) -> None:
         places = [tokenizer.token_to_id(token) for token in SPECIAL]
         if places not in ([PADDING, UNKNOWN], [None, None]):
@@ -68,6 +73,7 @@ class Vocabulary:
         self._table: PieceTable | None = None
         self.counts = counts
         self.lengths = lengths
+        self.further = further
 
     @classmethod
     def build(
@@ -166,12 +172,14 @@ class Vocabulary:
         if name is None:
             return cls(_read(tokenizer))
         tokens = {PADDING_TOKEN: PADDING, UNKNOWN_TOKEN: UNKNOWN, "the": 2}
-        return cls(assemble(name, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN)))
+        vocabulary = cls(assemble(name, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN)))
+        vocabulary.to_come = "learned from the training texts"
+        return vocabulary
 
     @classmethod
-    def from_json(cls, text: str) -> Vocabulary:
-        """Return the vocabulary that :meth:`to_json` wrote; counts and lengths are not part of it."""
-        return cls(Tokenizer.from_str(text))
+    def from_json(cls, text: str, further: int = 0) -> Vocabulary:
+        """Return the vocabulary that :meth:`to_json` wrote; counts, lengths and ``further`` are not part of it."""
+        return cls(Tokenizer.from_str(text), further=further)
 
     def to_json(self) -> str:
         """Return all of it as one JSON string, which the ``tokenizers`` library also reads."""
@@ -180,27 +188,41 @@ class Vocabulary:
     def extended(self, words: Sequence[str]) -> Vocabulary:
         """Return this vocabulary with further words after its own, with counts of 0: those that texts can spell.
 
-        Words that training never saw, but word vectors know, keep their vectors in prediction. A vocabulary that a
-        tokenizer file brings is fixed and returned as it is.
+        Words that training never saw, but word vectors know, keep their vectors in prediction.
+
+        Raises:
+            transfer.ConfigError: A tokenizer file brings the vocabulary, which is fixed.
         """
         if self._name is None:
-            return self
+            raise ConfigError(
+                "the tokenizer file brings its own vocabulary, to which no words can be added",
+                fix="leave vectors_vocabulary out, or choose a tokenizer by its name",
+            )
         own = dict(zip(self.tokens, range(len(self)), strict=True))
-        possible = [word for word in dict.fromkeys(words) if word not in own]
+        possible = [word for word in dict.fromkeys(words) if word not in own and "\n" not in word]
         spelled = self._spelled(possible)
         for word, is_spelled in zip(possible, spelled, strict=True):
             if is_spelled:
                 own[word] = len(own)
         tokenizer = assemble(self._name, models.WordLevel(own, unk_token=UNKNOWN_TOKEN))
         counts = None if self.counts is None else np.pad(self.counts, (0, len(own) - len(self)))
-        return Vocabulary(tokenizer, counts, self.lengths)
+        extended = Vocabulary(tokenizer, counts, self.lengths, self.further + len(own) - len(self))
+        if self._table is not None and self.counts is not None and not self.counts[UNKNOWN]:
+            # The training texts hold none of the further words: what their pieces hold is known.
+            extended._table, self._table = self._table, None
+            extended._table.then(extended._indices_of)
+        return extended
 
     def _spelled(self, words: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Return which words the tokenizer gives back as one token, bool (N,)."""
         made: list[npt.NDArray[np.bool_]] = []
 
         def spell() -> npt.NDArray[np.bool_]:
-            return np.fromiter((self.tokenize(word) == [word] for word in words), dtype=np.bool_, count=len(words))
+            assert self._name is not None
+            tokens, sizes = TokenFinder(self._name).find(words)
+            firsts = np.cumsum(sizes) - sizes
+            same = (size == 1 and tokens[first] == word for word, first, size in zip(words, firsts, sizes, strict=True))
+            return np.fromiter(same, dtype=np.bool_, count=len(words))
 
         def write(folder: Path) -> None:
             made.append(spell())
@@ -313,10 +335,11 @@ class Vocabulary:
         return None if self._shift else name_of(json.loads(self.to_json()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"json": self.to_json(), "counts": self.counts, "lengths": self.lengths}
+        plain = {name: getattr(self, name) for name in ("counts", "lengths", "further")}
+        return {"json": self.to_json(), **plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Vocabulary.__init__(self, Tokenizer.from_str(state["json"]), state["counts"], state["lengths"])
+        Vocabulary.__init__(self, Tokenizer.from_str(state.pop("json")), **state)
 
 
 def _name(tokenizer: str) -> TokenizerName | None:
