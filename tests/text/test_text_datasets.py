@@ -105,6 +105,23 @@ def test_what_is_not_there_is_downloaded(folder: Path, monkeypatch: pytest.Monke
     assert asked == [(datasets.IMDB_URL, "aclImdb_v1.tar.gz")]
 
 
+@pytest.mark.parametrize("file", ["reviews.bin", "reviews.json"])
+def test_an_archive_is_unpacked_once_and_again_where_that_was_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setenv("TRANSFER_CACHE", str(folder / "cache"))
+    pack(folder, REVIEWS)
+    first = IMDb().load().splits["train"]
+    (kept,) = folder.glob(f"cache/text/reviews-*/{file}")
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", None)
+        again = IMDb().load().splits["train"]
+    assert (again.fields["text"], again.names) == (first.fields["text"], first.names)
+    kept.write_bytes(kept.read_bytes()[:-3])
+    mended = IMDb().load().splits["train"]
+    assert (mended.fields["text"], mended.names) == (first.fields["text"], first.names)
+
+
 def test_an_incomplete_archive_is_refused(folder: Path) -> None:
     path = pack(folder, dict(list(REVIEWS.items())[:-1]))
     with pytest.raises(DataError, match="test holds 3 negative and 2 positive") as caught:
