@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, data_folder, download, find_file
+from transfer_vision.scan import BadFiles, good_pictures
 from transfer_vision.shapes import SHAPES, ShapePictures
 from transfer_vision.sources import FolderSource, Level, Pictures, Source, ZipSource, is_picture, open_source, walk
 
@@ -39,6 +40,8 @@ class ImageFolder(Dataset):
         test: The folder of the test split; null: ``test`` if there is one.
         test_fraction: The part of each class that becomes the test split where there are no folders of splits; the same
             pictures every time.
+        bad_files: What to do about pictures that cannot be decoded: ``error``, or ``skip`` them with a table in the
+            log.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class ImageFolder(Dataset):
         val: str | None = None,
         test: str | None = None,
         test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2,
+        bad_files: BadFiles = "error",
     ) -> None:
         names = [name for name in (train, val, test) if name is not None]
         if len(set(names)) < len(names):
@@ -61,6 +65,7 @@ class ImageFolder(Dataset):
         self._val = val
         self._test = test
         self._test_fraction = test_fraction
+        self._bad_files: BadFiles = bad_files
 
     @property
     def spec(self) -> DataSpec:
@@ -68,21 +73,22 @@ class ImageFolder(Dataset):
         return DataSpec(("image",), "class")
 
     def load(self) -> Data:
-        """List the pictures; none is opened.
+        """List the pictures, and decode those that are new to see whether they are good.
 
         Raises:
-            transfer.DataError: A folder is missing or empty, or the splits have different classes.
+            transfer.DataError: A folder is missing or empty, the splits have different classes, or a picture is bad.
         """
         path = Path(self._root).expanduser()
         source = open_source(path if path.exists() else find_file(self._root) or path)
         levels = source.levels()
         folders = self._split_folders(source, levels)
         if folders:
-            return _data(source, {split: _by_class(source, levels, folder) for split, folder in folders.items()})
+            splits = {split: _by_class(source, levels, folder) for split, folder in folders.items()}
+            return _data(source, splits, self._bad_files)
         pictures = _by_class(source, levels, "")
         if not self._test_fraction:
-            return _data(source, {"train": pictures})
-        return _data(source, _cut(pictures, self._test_fraction, source.name("")))
+            return _data(source, {"train": pictures}, self._bad_files)
+        return _data(source, _cut(pictures, self._test_fraction, source.name("")), self._bad_files)
 
     def _split_folders(self, source: Source, levels: Mapping[str, Level]) -> dict[str, str]:
         """Return the folder of each split; empty where the root holds the classes themselves."""
@@ -122,16 +128,20 @@ class PublishedPictures(Dataset):
     """For each split its folder and its number of pictures."""
     classes: ClassVar[tuple[str, ...]]
 
+    def __init__(self, *, bad_files: BadFiles = "error") -> None:
+        self._bad_files: BadFiles = bad_files
+
     @property
     def spec(self) -> DataSpec:
         """One picture and one class."""
         return DataSpec(("image",), "class", self.classes)
 
     def load(self) -> Data:
-        """Find or download the archive and list its pictures; none is opened and nothing is unpacked.
+        """Find or download the archive and list its pictures; nothing is unpacked, and new pictures are decoded once.
 
         Raises:
-            transfer.DataError: It is not there and cannot be downloaded, or holds other pictures than were published.
+            transfer.DataError: It is not there and cannot be downloaded, or holds other pictures than were published,
+                or bad ones.
         """
         archive = f"{self.folder}.zip"
         path = find_file(archive, self.folder) or download(self.url, archive)
@@ -141,24 +151,27 @@ class PublishedPictures(Dataset):
         fix = f"remove it, and {self.url} is downloaded to {data_folder()} again"
         if missing:
             raise DataError(f"there is no folder {missing[0]!r} in it", where=source.name(""), fix=fix)
-        data = _data(
-            source, {split: _by_class(source, levels, folder, quiet=True) for split, (folder, _) in self.splits.items()}
-        )
-        found = {split: len(data.splits[split]) for split in self.splits}
+        pictures = {split: _by_class(source, levels, folder, quiet=True) for split, (folder, _) in self.splits.items()}
+        found = {split: sum(map(len, by_class.values())) for split, by_class in pictures.items()}
         expected = {split: count for split, (_, count) in self.splits.items()}
-        if found != expected or data.spec.classes != self.classes:
+        classes = tuple(pictures["train"])
+        if found != expected or classes != self.classes:
             raise DataError(
-                f"holds {found} pictures of {', '.join(data.spec.classes)}, not the {expected} that were published",
+                f"holds {found} pictures of {', '.join(classes)}, not the {expected} that were published",
                 where=source.name(""),
                 fix=fix,
             )
-        return data
+        return _data(source, pictures, self._bad_files)
 
 
 class Hymenoptera(PublishedPictures):
     """Ants and bees: 244 training and 153 test pictures, from PyTorch's transfer-learning tutorial.
 
     The tutorial's ``val`` folder is the test split. https://download.pytorch.org/tutorial/hymenoptera_data.zip
+
+    Args:
+        bad_files: What to do about pictures that cannot be decoded: ``error``, or ``skip`` them with a table in the
+            log.
     """
 
     folder = "hymenoptera_data"
@@ -171,6 +184,10 @@ class HotDog(PublishedPictures):
     """Hot dogs and other food: 2000 training and 800 test pictures, from Dive into Deep Learning.
 
     https://d2l-data.s3-accelerate.amazonaws.com/hotdog.zip
+
+    Args:
+        bad_files: What to do about pictures that cannot be decoded: ``error``, or ``skip`` them with a table in the
+            log.
     """
 
     folder = "hotdog"
@@ -254,9 +271,11 @@ def _extensions(paths: list[str]) -> str:
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
 
 
-def _data(source: Source, splits: Mapping[str, ByClass]) -> Data:
+def _data(source: Source, splits: Mapping[str, ByClass], bad_files: BadFiles) -> Data:
     classes = tuple(splits["train"])
     made = {}
+    everything = [path for by_class in splits.values() for paths in by_class.values() for path in paths]
+    good = good_pictures(source, everything, bad_files)
     for split, pictures in splits.items():
         if tuple(pictures) != classes:
             only_train = sorted(set(classes) - set(pictures))
@@ -268,8 +287,14 @@ def _data(source: Source, splits: Mapping[str, ByClass]) -> Data:
                 where=source.name(""),
                 fix="give every split a folder of the same name for each class",
             )
-        paths = [path for name in classes for path in pictures[name]]
-        targets = np.repeat(np.arange(len(classes), dtype=np.int64), [len(pictures[name]) for name in classes])
+        left = [[path for path in pictures[name] if path in good] for name in classes]
+        if not all(left):
+            name = classes[left.index([])]
+            raise DataError(
+                f"class {name!r} of the {split} split has no good picture", where=source.name(""), fix="mend some"
+            )
+        paths = [path for of_class in left for path in of_class]
+        targets = np.repeat(np.arange(len(classes), dtype=np.int64), list(map(len, left)))
         made[split] = Split({"image": Pictures(source, paths)}, targets, [source.name(path) for path in paths])
     return Data(DataSpec(("image",), "class", classes), made)
 

@@ -61,6 +61,23 @@ def open_picture(content: bytes, name: str) -> Image.Image:
     return image
 
 
+def check_picture(content: bytes, name: str) -> None:
+    """Decode a picture to see whether it is good. Of a JPEG all bytes are decoded, but few pixels are worked out.
+
+    Args:
+        content: The bytes of the file.
+        name: What it is called in messages.
+
+    Raises:
+        ValueError, OSError: As :func:`open_picture` and :func:`decode`.
+    """
+    image = open_picture(content, name)
+    with _pillow(name):
+        image.draft(None, (1, 1))
+        image.load()
+        _refuse_floats(image)
+
+
 def decode(image: Image.Image, shorter_side: int, interpolation: Interpolation) -> Tensor:
     """Decode, convert to RGB, resize and turn as the EXIF orientation says; the image that was given stays as it is.
 
@@ -137,8 +154,7 @@ def _resized(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("a picture of floating-point numbers has no known range; save it with 8 or 16 bits")
+    _refuse_floats(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion cuts 16-bit values off at 255. Mode I is what older versions make of 16-bit PNGs.
         values = np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF) // 257
@@ -147,6 +163,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _refuse_floats(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("a picture of floating-point numbers has no known range; save it with 8 or 16 bits")
 
 
 def _turn(image: Image.Image) -> Callable[[Tensor], Tensor] | None:

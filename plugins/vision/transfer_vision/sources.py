@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -41,8 +42,8 @@ class Source(ABC):
         self.path = path
 
     def name(self, path: str) -> str:
-        """Return what a file or folder is called in messages."""
-        return f"{self.path}/{path}" if path else str(self.path)
+        """Return what a file or folder is called in messages; a byte that is not UTF-8 is written as its number."""
+        return _shown(f"{self.path}/{path}" if path else str(self.path))
 
     @abstractmethod
     def levels(self) -> Mapping[str, Level]:
@@ -53,11 +54,11 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def identities(self, paths: Sequence[str]) -> Iterator[tuple[str | int, ...]]:
-        """Yield what tells whether a file is still the same, without reading it: its path and what is known of it.
+    def identity(self, path: str) -> tuple[int, ...]:
+        """Return what tells whether a file is still the same, without reading it: its size and time, or checksum.
 
         Raises:
-            ValueError, OSError: A file is gone.
+            ValueError, OSError: The file is gone, or is a link to one that is.
         """
 
     @abstractmethod
@@ -76,7 +77,7 @@ class FolderSource(Source):
         found = {}
         try:
             for folder, folders, files in os.walk(self.path, onerror=_raise, followlinks=True):
-                folders[:] = sorted(name for name in folders if not _hidden(name))
+                folders[:] = sorted(n for n in folders if not _hidden(n) and not _leads_back(Path(folder, n)))
                 relative = Path(folder).relative_to(self.path)
                 key = "" if relative == Path() else relative.as_posix()
                 found[key] = Level(list(folders), sorted(name for name in files if not _hidden(name)))
@@ -84,10 +85,15 @@ class FolderSource(Source):
             raise DataError(f"this folder cannot be read: {error.strerror}", where=str(error.filename)) from error
         return found
 
-    def identities(self, paths: Sequence[str]) -> Iterator[tuple[str | int, ...]]:  # noqa: D102
-        for path in paths:
-            known = (self.path / path).stat()
-            yield path, known.st_size, known.st_mtime_ns
+    def identity(self, path: str) -> tuple[int, ...]:  # noqa: D102
+        file = self.path / path
+        try:
+            known = file.stat()
+        except FileNotFoundError:
+            if file.is_symlink():
+                raise FileNotFoundError(f"a link that points nowhere, to {_shown(os.readlink(file))}") from None
+            raise
+        return known.st_size, known.st_mtime_ns
 
     def read(self, path: str) -> bytes:  # noqa: D102
         return (self.path / path).read_bytes()
@@ -121,13 +127,11 @@ class ZipSource(Source):
         }
 
     def name(self, path: str) -> str:  # noqa: D102
-        return "/".join(part for part in (str(self.path), self._inside, path) if part)
+        return _shown("/".join(part for part in (str(self.path), self._inside, path) if part))
 
-    def identities(self, paths: Sequence[str]) -> Iterator[tuple[str | int, ...]]:  # noqa: D102
-        archive = self._archive()
-        for path in paths:
-            known = archive.getinfo(self._member(path))
-            yield path, known.file_size, known.CRC
+    def identity(self, path: str) -> tuple[int, ...]:  # noqa: D102
+        known = self._archive().getinfo(self._member(path))
+        return known.file_size, known.CRC
 
     def _member(self, path: str) -> str:
         return f"{self._inside}/{path}" if self._inside else path
@@ -198,7 +202,8 @@ class Pictures(Sequence[Image.Image]):
 
     def fingerprint(self) -> str:
         """Return what tells whether these are the same files, without reading them."""
-        return hashlib.sha256(repr(list(self._source.identities(self._paths))).encode()).hexdigest()
+        identities = [(path, *self._source.identity(path)) for path in self._paths]
+        return hashlib.sha256(repr(identities).encode()).hexdigest()
 
 
 def walk(levels: Mapping[str, Level], folder: str) -> Iterator[str]:
@@ -218,7 +223,7 @@ def _zip_levels(path: Path) -> Mapping[str, Level]:
     levels = {"": Level()}
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
+            members = [_safe(member, path) for member in archive.infolist()]
     except (zipfile.BadZipFile, OSError) as error:
         raise DataError(
             f"this archive cannot be read: {error}", where=str(path), fix="remove it and download it again"
@@ -241,8 +246,32 @@ def _zip_levels(path: Path) -> Mapping[str, Level]:
     return levels
 
 
+def _safe(member: zipfile.ZipInfo, archive: Path) -> str:
+    """Return the name of a member; nothing is ever unpacked, but who packs such names means no good."""
+    name = member.filename
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if ".." in parts or name.startswith(("/", "\\")) or ":" in name.split("/")[0]:
+        what = "leads out of the archive"
+    elif stat.S_ISLNK(member.external_attr >> 16):
+        what = "is a link"
+    elif member.file_size > _LARGEST_MEMBER_BYTES and is_picture(name):
+        what = f"would unpack to {member.file_size:,} bytes"
+    else:
+        return name
+    raise DataError(f"the member {name!r} {what}", where=_shown(str(archive)), fix="get the archive from its publisher")
+
+
 def _hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX"))
+
+
+def _leads_back(folder: Path) -> bool:
+    """Tell a link to a folder that holds it, which would be walked through for ever."""
+    return folder.is_symlink() and folder.resolve() in folder.absolute().parent.resolve().joinpath("_").parents
+
+
+def _shown(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _raise(error: OSError) -> None:
