@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow check format clean
+.PHONY: schema demo test slow check format clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "transfer needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/transfer schema --output configs/schema.json
 	touch $@
 
 demo: .venv/ready  ## train on data that comes with the package, then predict
@@ -31,6 +32,9 @@ check: .venv/ready  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+schema: .venv/ready  ## what editors know of configs, with the options of every installed plugin
+	$(BIN)/transfer schema --output configs/schema.json
 
 format: .venv/ready
 	$(BIN)/ruff format .

@@ -223,6 +223,26 @@ def show(
     console.print(table)
 
 
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option(help="The file to write; else it is printed.")] = None,
+) -> None:
+    """Write the JSON Schema of a config, for editors: every installed plugin's options."""
+    from rich.console import Console
+
+    from transfer.json_schema import config_schema
+
+    whole, problems = config_schema()
+    text = json.dumps(whole, indent=1)
+    for problem in problems:
+        Console(stderr=True).print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
+    if output is None:
+        print(text)  # noqa: T201
+    else:
+        output.write_text(text + "\n", encoding="utf-8")
+        print(output)  # noqa: T201
+
+
 @app.command("new-plugin")
 def new_plugin(
     name: Annotated[str, typer.Argument(help="What the plugin is called; its package becomes transfer-NAME.")],

@@ -35,8 +35,17 @@ QUICK_EXAMPLES = 64
 """Examples per class of each split in a quick try."""
 
 
-class _Sections(Block):
-    """The top level of a config."""
+class Sections(Block):
+    """What one run does.
+
+    Args:
+        seed: Of everything that is random.
+        data: A dataset by its name, and its options.
+        backbone: A backbone by its name, and its options.
+        head: A head by its name, and its options.
+        task: A task by its name, and its options.
+        train: How the model is trained.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: dict[str, Any]
@@ -225,9 +234,9 @@ class _Check:
         self.problems: list[Problem] = []
 
     def config(self) -> RunConfig:
-        top = self.block(_Sections, self.document.data, (), "the config")
+        top = self.block(Sections, self.document.data, (), "the config")
         # A mistake at the top level must not hide those inside the sections that are there.
-        raw = {name: self.document.data.get(name) for name in _Sections.model_fields} if top is None else dict(top)
+        raw = {name: self.document.data.get(name) for name in Sections.model_fields} if top is None else dict(top)
         dataset, data_options = self.component("dataset", raw["data"], DataOptions)
         backbone, _ = self.component("backbone", raw["backbone"], Named)
         head, _ = self.component("head", raw["head"], Named)

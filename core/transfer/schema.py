@@ -13,9 +13,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PydanticUserError,
+    ValidationError,
+    create_model,
+)
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import CoreSchema, PydanticUndefined
 from torch import Tensor
 
 from transfer.document import Document, Key
@@ -26,6 +34,17 @@ class Block(BaseModel):
     """A part of a config: unknown keys are errors, and no value is silently converted to another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Describe the block and its options in a JSON Schema by the class docstrings."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        if "description" in schema:
+            schema["description"] = summary(cls)
+        for name, description in descriptions(cls).items():
+            if name in schema.get("properties", {}):
+                schema["properties"][name].setdefault("description", description)
+        return schema
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,7 @@ def options_model(component: type, base: type[_Model], *, skip: Iterable[str] = 
             fix="import the types of constructor options at run time, not under TYPE_CHECKING",
         ) from error
     fields: dict[str, Any] = {}
+    described = descriptions(component)
     for parameter in inspect.signature(component).parameters.values():
         keyword = parameter.kind is inspect.Parameter.KEYWORD_ONLY
         positional = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -80,7 +100,8 @@ def options_model(component: type, base: type[_Model], *, skip: Iterable[str] = 
             raise PluginError(f"option {parameter.name!r} of {name} has no type", where=where, fix=fix)
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         hint = hints.get(parameter.name, Any)
-        fields[parameter.name] = (_for_a_config(hint) if skip else hint, default)
+        field = Field(default, description=described.get(parameter.name))
+        fields[parameter.name] = (_for_a_config(hint) if skip else hint, field)
     try:
         with warnings.catch_warnings():
             # An option may be called what pydantic calls one of a model's methods (copy, json): it is read as data.
@@ -220,11 +241,8 @@ def _flatten(annotation: Any) -> list[Any]:
 
 def describe_options(component: type) -> list[Option]:
     """List a component's options with type, default and description, from its signature and class docstrings."""
-    described: dict[str, str] = {}
-    for cls in reversed(component.__mro__):  # a constructor is often inherited, and its options' descriptions with it
-        described |= _argument_descriptions(inspect.cleandoc(cls.__doc__ or ""))
     return [
-        Option(name, _type_name(field.annotation, field.metadata), _default(field), described.get(name, ""))
+        Option(name, _type_name(field.annotation, field.metadata), _default(field), field.description or "")
         for name, field in options_model(component, Block).model_fields.items()
     ]
 
@@ -261,6 +279,19 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     return "" if field.default is PydanticUndefined else json.dumps(field.default, default=str)
+
+
+def summary(component: type) -> str:
+    """Return what a class docstring says before its ``Args:``, in one line; empty where it says nothing of its own."""
+    return " ".join(inspect.cleandoc(component.__doc__ or "").partition("Args:")[0].split())
+
+
+def descriptions(component: type) -> dict[str, str]:
+    """Return the description of each option, from the docstrings of a class and of those it derives from."""
+    found: dict[str, str] = {}
+    for cls in reversed(component.__mro__):  # a constructor is often inherited, and its options' descriptions with it
+        found |= _argument_descriptions(inspect.cleandoc(cls.__doc__ or ""))
+    return found
 
 
 def _argument_descriptions(docstring: str) -> dict[str, str]:

@@ -38,6 +38,7 @@ ORDER = (
     "feature_cache",
     "optim",
     "config",
+    "json_schema",
     "engine",
     "build",
     "console",
