@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Split,
         Task,
     )
+    from transfer.looking import look, look_at_predictions
     from transfer.registry import plugins, register
     from transfer.workflow import Run, check, evaluate, predict, run
 
@@ -51,6 +52,7 @@ _MODULES = {
         "WeightsError",
     ),
     "files": ("data_folder", "download", "find_file"),
+    "looking": ("look", "look_at_predictions"),
     "interfaces": (
         "Backbone",
         "Data",
@@ -98,6 +100,8 @@ __all__ = [
     "evaluate",
     "export",
     "find_file",
+    "look",
+    "look_at_predictions",
     "plugins",
     "predict",
     "register",

@@ -80,6 +80,9 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 def evaluate(
     run: RunFolder,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Draw predictions that are right, wrong and least sure.")
+    ] = False,
     as_json: AsJSON = False,
 ) -> None:
     """Score a split with a run's model."""
@@ -94,6 +97,30 @@ def evaluate(
         print(json.dumps({split: metrics}))  # noqa: T201
     else:
         Console().print(facts_table({name: repr(value) for name, value in {"split": split, **metrics}.items()}))
+    if pictures:
+        from transfer.looking import look_at_predictions
+
+        Console(stderr=as_json).print(
+            f"predictions: {look_at_predictions(run, split).path}", highlight=False, soft_wrap=True
+        )
+
+
+@app.command()
+def look(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write it; by default a picture goes to NAME-batch.png.")
+    ] = None,
+) -> None:
+    """Show a training batch of CONFIG as the model sees it: augmented, with labels."""
+    from transfer.looking import look as look_at
+
+    seen = look_at(config, overrides or [], output=output)
+    if isinstance(seen.content, str):
+        print(seen.content)  # noqa: T201
+    if seen.path is not None:
+        print(seen.path)  # noqa: T201
 
 
 @app.command()

@@ -256,6 +256,22 @@ class Preprocessing(ABC):
         """Return a raw value to check shapes with before any data is read; None where there is no typical one."""
         return None
 
+    def show(
+        self, inputs: Any, values: Sequence[Any], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
+    ) -> bytes | str | None:
+        """Show some examples as the model sees them, for a person.
+
+        Args:
+            inputs: What :meth:`collate` made of them (a training batch may be augmented and mixed).
+            values: Their raw values.
+            captions: What stands under each, in one or more lines.
+            groups: For each heading the places of the examples that stand under it, in order.
+
+        Returns:
+            The bytes of a PNG file, or a text; None (the default) where the field has no picture.
+        """
+        return None
+
     def describe(self) -> Mapping[str, Any]:
         """Return the settings that decide what the model sees, for tables and for the model folder; JSON alone."""
         return {}

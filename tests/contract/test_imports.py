@@ -49,6 +49,7 @@ ORDER = (
     "export_formats",
     "exporting",
     "workflow",
+    "looking",
     "testing",
     "cli",
     "__main__",

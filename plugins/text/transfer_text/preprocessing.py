@@ -14,7 +14,9 @@ from torch import Tensor
 
 from transfer import DataError, Preprocessing
 from transfer_text.encoded import EncodedTexts, Truncation
-from transfer_text.vocabulary import PADDING, Vocabulary
+from transfer_text.vocabulary import PADDING, UNKNOWN, Vocabulary
+
+UNKNOWN_MARK = "<unk>"
 
 
 class TextPreprocessing(Preprocessing):
@@ -62,6 +64,28 @@ class TextPreprocessing(Preprocessing):
     def lengths(self, encoded: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:
         """Return the number of tokens of each text; those of :meth:`encode` are known without reading any."""
         return encoded.lengths if isinstance(encoded, EncodedTexts) else super().lengths(encoded)
+
+    def show(
+        self, inputs: Tensor, values: Sequence[str], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
+    ) -> str:
+        """Write the tokens of a batch, int64 (B, T), with unknown words and what is cut off marked."""
+        lengths = self.vocabulary.encode(values).lengths
+        shown = [self._words(row, int(length)) for row, length in zip(inputs, lengths, strict=True)]
+        lines = []
+        for heading, places in groups.items():
+            lines += [heading, ""]
+            for place in places:
+                lines += [" | ".join(captions[place].split("\n")), f"    {shown[place]}", ""]
+        padding = float((inputs == PADDING).float().mean())
+        lines.append(f"{inputs.shape[1]} tokens at most; {padding:.0%} of the batch is padding")
+        return "\n".join(lines) + "\n"
+
+    def _words(self, indices: Tensor, length: int) -> str:
+        words = [UNKNOWN_MARK if i == UNKNOWN else self.vocabulary.tokens[i] for i in indices.tolist() if i != PADDING]
+        if cut := length - len(words):
+            place = {"head": len(words), "tail": 0, "both": (len(words) + 1) // 2}[self.truncation]
+            words.insert(place, f"[{cut} tokens cut]")
+        return " ".join(words)
 
     def read(self, source: str) -> str:
         """Return the content of the file at ``source``, or ``source`` itself where there is no such file."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from transfer import ConfigError, DataError, Preprocessing
+from transfer_vision.grid import draw_grid
 from transfer_vision.pictures import Interpolation, decode, open_picture
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -122,6 +123,15 @@ class ImagePreprocessing(Preprocessing):
             place.copy_(v2.functional.center_crop(pixels, size))
         mean, std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in (self.mean, self.std))
         return batch.sub_(mean).div_(std)
+
+    def show(
+        self, inputs: Tensor, values: Sequence[Any], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
+    ) -> bytes:
+        """Draw the pictures of a batch, float32 (B, 3, S, S), in their own colours: the bytes of a PNG file."""
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        pixels = inputs.cpu().float().mul(std).add_(mean).mul_(255).round_().clamp_(0, 255).byte()
+        pictures = [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pixels]
+        return draw_grid(pictures, captions, groups)
 
     def read(self, source: str) -> Image.Image:
         """Open the picture at a path.

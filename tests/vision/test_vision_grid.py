@@ -1,0 +1,62 @@
+"""Grids of pictures: what is drawn, where, and the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from transfer_vision.grid import GAP_PIXELS, HEADING_PIXELS, LINE_PIXELS, draw_grid
+from transfer_vision.preprocessing import ImagePreprocessing
+
+COLOURS = ("red", "lime", "blue")
+
+
+def opened(content: bytes) -> npt.NDArray[np.uint8]:
+    image = Image.open(io.BytesIO(content))
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB"))
+
+
+def squares(count: int, size: int = 128) -> list[Image.Image]:
+    return [Image.new("RGB", (size, size), COLOURS[i % 3]) for i in range(count)]
+
+
+def test_rows_of_eight_stand_under_their_headings_with_room_for_the_captions() -> None:
+    drawn = opened(draw_grid(squares(11), ["one\ntwo"] * 11, {"first": range(10), "second": [10]}))
+    across, down = 128 + GAP_PIXELS, 128 + 2 * LINE_PIXELS + GAP_PIXELS
+    assert drawn.shape == (GAP_PIXELS + 2 * HEADING_PIXELS + 3 * down, GAP_PIXELS + 8 * across, 3)
+    top = GAP_PIXELS + HEADING_PIXELS
+    assert drawn[top, GAP_PIXELS].tolist() == [255, 0, 0]
+    assert drawn[top, GAP_PIXELS + across].tolist() == [0, 255, 0]
+    assert drawn[top + down + 127, GAP_PIXELS + across + 127].tolist() == [255, 0, 0]  # the tenth
+    assert drawn[top + 2 * down + HEADING_PIXELS, GAP_PIXELS].tolist() == [0, 255, 0]  # the eleventh
+
+
+def test_small_pictures_are_enlarged_by_whole_steps() -> None:
+    drawn = opened(draw_grid(squares(1, size=50), [""], {"": [0]}))
+    assert drawn.shape[1] == GAP_PIXELS + 100 + GAP_PIXELS
+
+
+def test_a_caption_stays_within_its_picture() -> None:
+    drawn = opened(draw_grid(squares(2), ["a very long name of a class that goes on and on", ""], {"": [0, 1]}))
+    caption = drawn[GAP_PIXELS + HEADING_PIXELS + 128 :]
+    assert (caption[:, GAP_PIXELS : GAP_PIXELS + 128] < 128).any()
+    assert (caption[:, GAP_PIXELS + 128 :] == 255).all()
+
+
+def test_a_group_may_be_empty() -> None:
+    assert opened(draw_grid(squares(1), ["x"], {"none here": [], "one here": [0]})).ndim == 3
+
+
+def test_a_batch_is_shown_in_its_own_colours_and_the_same_every_time() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    preprocessing = ImagePreprocessing(image_size=128, resize=128)
+    picture = Image.fromarray(pixels)
+    inputs = preprocessing.collate(preprocessing.encode([picture]))
+    content = preprocessing.show(inputs, [picture], ["noise"], {"": [0]})
+    top, left = GAP_PIXELS + HEADING_PIXELS, GAP_PIXELS
+    assert np.array_equal(opened(content)[top : top + 128, left : left + 128], pixels)
+    assert content == preprocessing.show(inputs, [picture], ["noise"], {"": [0]})
