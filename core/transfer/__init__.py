@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from transfer.looking import look, look_at_predictions
     from transfer.registry import plugins, register
+    from transfer.saved_backbone import SavedBackbone, saved_backbone
     from transfer.workflow import Run, check, evaluate, predict, run
 
 _MODULES = {
@@ -68,6 +69,7 @@ _MODULES = {
     ),
     "registry": ("plugins", "register"),
     "exporting": ("export",),
+    "saved_backbone": ("SavedBackbone", "saved_backbone"),
     "workflow": ("Run", "check", "evaluate", "predict", "run"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -88,6 +90,7 @@ __all__ = [
     "PrimaryMetric",
     "Run",
     "RunError",
+    "SavedBackbone",
     "Split",
     "Task",
     "TrainingError",
@@ -106,6 +109,7 @@ __all__ = [
     "predict",
     "register",
     "run",
+    "saved_backbone",
 ]
 
 __version__ = "0.1.0"

@@ -13,6 +13,11 @@ PICTURES = {"weights": None, "image_size": 32, "resize": 36}
 WORDS = {"kernel_sizes": [1, 3], "filters": 4}
 OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     **{f"resnet{depth}": [PICTURES] for depth in (18, 34, 50, 101, 152)},
+    "torchvision": [
+        {"model": "shufflenet_v2_x0_5", **PICTURES},
+        {"model": "squeezenet1_1", "in_channels": 1, **PICTURES},
+        {"model": "swin_t", "readout": "sequence", **PICTURES},
+    ],
     "textcnn": [
         {"variant": "rand", "dimensions": 6, **WORDS},
         *({"variant": variant, "vectors": "mini", **WORDS} for variant in ("static", "nonstatic", "multichannel")),
@@ -28,8 +33,8 @@ OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     ],
 }
 """A backbone that is not listed is tried with its defaults."""
-SLOW = {"resnet34", "resnet101", "resnet152"}
-"""Of the same build as another one that is trained every time."""
+SLOW = {"resnet34", "resnet101", "resnet152", "swin_t"}
+"""Large, or of the same build as another one that is trained every time."""
 
 DATASETS: Mapping[str, Mapping[str, Any]] = {
     "image_folder": {"root": "pictures"},
@@ -45,7 +50,7 @@ BACKBONES = list(dict.fromkeys(contract.case for contract in CONTRACTS if contra
 
 
 def name_of(case: Case) -> str:
-    return case.name.removeprefix("transfer:")
+    return str(case.options.get("model", case.name.removeprefix("transfer:")))
 
 
 def trained() -> list[Any]:

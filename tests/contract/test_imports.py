@@ -33,6 +33,7 @@ ORDER = (
     "events",
     "run_directory",
     "checkpoint",
+    "saved_backbone",
     "loading",
     "mixing",
     "feature_cache",

@@ -311,7 +311,7 @@ def test_options_that_are_enumerations_are_given_by_name() -> None:
         ([{"p": 0.5}], "needs a name", None),
         ([{"name": "RandomCrop", "size": 500}], "fails on a picture of 37 x 37", None),
         ([{"name": "MixUp", "num_classes": 2}], "fails", None),
-        ([{"name": "Grayscale"}], "three channels", None),
+        ([{"name": "Grayscale"}], "3 channels", None),
     ],
 )
 def test_augmentations_that_cannot_work_are_refused_at_once(

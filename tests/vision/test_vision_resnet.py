@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from transfer import ConfigError, DataError, WeightsError
 from transfer_vision import weights as weights_module
-from transfer_vision.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152, torchvision_name
+from transfer_vision.backbones import TorchvisionModel
+from transfer_vision.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 
 ALL = (ResNet18, ResNet34, ResNet50, ResNet101, ResNet152)
 STAGES = ["stem", "layer1", "layer2", "layer3", "layer4", "pool"]
@@ -46,6 +47,12 @@ def saved(model: nn.Module, path: Path, **changes: Tensor | None) -> str:
     return str(path)
 
 
+def torchvision_state_dict(backbone: TorchvisionModel) -> dict[str, Tensor]:
+    """Return a backbone's tensors under torchvision's names."""
+    names = backbone.foreign_models(2)["torchvision"].names
+    return {names[name]: value for name, value in backbone.state_dict().items()}
+
+
 # ------------------------------------------------------------------------------------------------------- architecture
 
 
@@ -57,7 +64,7 @@ def test_every_architecture_builds_on_meta(cls: type) -> None:
     assert all(p.is_meta for p in backbone.parameters())
     assert [name for name, _ in backbone.stages.named_children()] == STAGES
     without_classifier = {k: v.shape for k, v in expected.state_dict().items() if not k.startswith("fc.")}
-    assert {k: v.shape for k, v in backbone.torchvision_state_dict().items()} == without_classifier
+    assert {k: v.shape for k, v in torchvision_state_dict(backbone).items()} == without_classifier
     assert backbone.features.size == expected.fc.in_features
     assert backbone.features.layout == "vector"
 
@@ -75,8 +82,8 @@ def test_forward_is_torchvisions_up_to_the_classifier(cls: type) -> None:
     torch.manual_seed(0)
     reference = torchvision.models.get_model(cls.architecture, weights=None).eval()
     backbone = cls(weights=None).eval()
-    names = backbone.state_dict()
-    backbone.load_state_dict({name: reference.state_dict()[torchvision_name(name)] for name in names})
+    names = backbone.foreign_models(2)["torchvision"].names
+    backbone.load_state_dict({own: reference.state_dict()[name] for own, name in names.items()})
     inputs = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         features = backbone(inputs)
@@ -145,7 +152,7 @@ def test_weights_round_trip(model: nn.Module, tmp_path: Path, suffix: str) -> No
     backbone = ResNet18(weights=path)
     report = backbone.load_pretrained()
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
-    got = backbone.torchvision_state_dict()
+    got = torchvision_state_dict(backbone)
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert report == {
@@ -160,7 +167,7 @@ def test_weights_round_trip(model: nn.Module, tmp_path: Path, suffix: str) -> No
 
 def test_a_backbone_written_under_torchvisions_names_is_read_again(data_folder: Path) -> None:
     first = ResNet18(weights=None)
-    save_file(first.torchvision_state_dict(), data_folder / "exported.safetensors")
+    save_file(torchvision_state_dict(first), data_folder / "exported.safetensors")
     second = ResNet18(weights="exported.safetensors")
     assert second.load_pretrained()["left_out"] == []
     assert all(
@@ -172,7 +179,7 @@ def test_files_without_batch_counters_are_read(model: nn.Module, tmp_path: Path)
     counters = {k.replace(".", "_"): None for k in model.state_dict() if k.endswith("num_batches_tracked")}
     backbone = ResNet18(weights=saved(model, tmp_path / "old.pth", **counters))
     assert backbone.load_pretrained()["tensors"] == 100
-    assert torch.equal(backbone.torchvision_state_dict()["bn1.weight"], model.state_dict()["bn1.weight"])
+    assert torch.equal(torchvision_state_dict(backbone)["bn1.weight"], model.state_dict()["bn1.weight"])
 
 
 def test_weights_of_another_architecture_are_named(tmp_path: Path) -> None:
@@ -279,7 +286,7 @@ def test_published_weights_are_found_under_their_usual_name(
     monkeypatch.setattr(weights_module, "sha256", lambda path: "f37072fd" + "0" * 56)
     backbone = ResNet18()
     assert Path(backbone.load_pretrained()["source"]) == path
-    assert torch.equal(backbone.torchvision_state_dict()["conv1.weight"], model.state_dict()["conv1.weight"])
+    assert torch.equal(torchvision_state_dict(backbone)["conv1.weight"], model.state_dict()["conv1.weight"])
 
 
 def test_a_file_that_is_not_the_published_one_is_refused(model: nn.Module, data_folder: Path) -> None:
@@ -294,7 +301,8 @@ def test_without_a_network_the_message_says_which_file_to_put_where(
 ) -> None:
     asked = []
 
-    def offline(url: str, name: str) -> Path:
+    def offline(url: str, name: str, sha256: str) -> Path:
+        assert sha256 == "11ad3fa6"
         asked.append((url, name))
         raise DataError(
             f"{name} cannot be downloaded", fix=f"download {url} elsewhere and put it at {data_folder / name}"

@@ -7,14 +7,19 @@ import inspect
 import typing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
+from torchvision.models import WeightsEnum
 from torchvision.transforms import v2
 
 from transfer import ConfigError, DataError, Preprocessing
@@ -24,8 +29,61 @@ from transfer_vision.pictures import Interpolation, decode, open_picture
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Augmentation = Literal["usual", "none"] | list[dict[str, Any]]
+Augmentation = Literal["usual", "strong", "none"] | list[dict[str, Any]]
 CacheImages = Literal["auto", "off"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How pictures were prepared when weights were evaluated.
+
+    Args:
+        image_size: Height and width of what the model sees.
+        resize: Pixels of the shorter side before the crop.
+        interpolation: The filter of that resize.
+        mean: Of each channel in the pretraining data, for values in [0, 1].
+        std: Standard deviation of each channel, likewise.
+    """
+
+    image_size: int
+    resize: int
+    interpolation: Interpolation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, weights: WeightsEnum) -> Self:
+        """Return that of published weights."""
+        facts = weights.transforms()
+        (size,), (resize,) = facts.crop_size, facts.resize_size
+        return cls(size, resize, facts.interpolation.value, tuple(facts.mean), tuple(facts.std))
+
+    def for_channels(self, count: int) -> Preset:
+        """Return it for another number of channels: the mean of the three for one, else the three over and over."""
+        if len(self.mean) == count:
+            return self
+        mean, std = (
+            (sum(values) / len(values),) if count == 1 else tuple(islice(cycle(values), count))
+            for values in (self.mean, self.std)
+        )
+        return replace(self, mean=mean, std=std)
+
+    def with_wishes(self, **wishes: Any) -> Preset:
+        """Return it with some values replaced (None: left as it is); another image_size scales ``resize`` with it.
+
+        Raises:
+            transfer.ConfigError: There are more or fewer means or deviations than channels.
+        """
+        wishes = {name: value for name, value in wishes.items() if value is not None}
+        for name in ("mean", "std"):
+            if len(wishes.get(name, self.mean)) != len(self.mean):
+                raise ConfigError(
+                    f"{name} has {len(wishes[name])} numbers for {len(self.mean)} channels",
+                    fix=f"give {len(self.mean)}, or set in_channels",
+                )
+        if "image_size" in wishes:
+            wishes = {"resize": round(wishes["image_size"] * self.resize / self.image_size), **wishes}
+        return replace(self, **wishes)
 
 
 class ImagePreprocessing(Preprocessing):
@@ -35,10 +93,11 @@ class ImagePreprocessing(Preprocessing):
         image_size: Height and width of what the model sees.
         resize: Pixels of the shorter side before the crop; null: 256/224 of ``image_size``.
         interpolation: The filter of that resize, antialiased.
-        mean: Of each channel in the pretraining data, for values in [0, 1].
+        mean: Of each channel in the pretraining data, for values in [0, 1]. There are as many channels as means.
         std: Standard deviation of each channel, likewise.
-        augmentation: ``usual`` (a random resized crop and a horizontal flip), ``none``, or a list of
-            torchvision.transforms.v2 classes with options, in order: ``[{name: ColorJitter, brightness: 0.2}]``.
+        augmentation: ``usual`` (a random resized crop and a horizontal flip), ``strong`` (with TrivialAugment and
+            random erasing after them), ``none``, or a list of torchvision.transforms.v2 classes with options, in
+            order: ``[{name: ColorJitter, brightness: 0.2}]``.
         cache_images: Keep decoded and resized pictures in memory from one epoch to the next, where those of a split
             fit: ``auto`` (into half of the memory that is available), ``off``, or into so many GiB.
     """
@@ -62,10 +121,11 @@ class ImagePreprocessing(Preprocessing):
                 fix=f"set resize to {image_size} or more, or leave it out",
             )
         self.interpolation = interpolation
-        self.mean, self.std = mean, std
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.channels = len(self.mean)
         self.augmentation = augmentation
         self.cache_images = cache_images
-        self._augment = _transform(augmentation, image_size, self.resize)
+        self._augment = _transform(augmentation, image_size, self.resize, self.channels)
 
     @property
     def keep_bytes(self) -> int | None:
@@ -75,13 +135,15 @@ class ImagePreprocessing(Preprocessing):
         return 0 if self.cache_images == "off" else int(self.cache_images * 2**30)
 
     def encode(self, values: Sequence[Any]) -> list[Tensor]:
-        """Decode PIL images, turn them upright, convert them to RGB and resize their shorter side.
+        """Decode PIL images, turn them upright, convert them to RGB or grey and resize their shorter side.
+
+        An array of uint8, (H, W) or (H, W, C), is taken as it is and resized.
 
         Returns:
-            For each a uint8 tensor (3, H, W) with min(H, W) = ``resize``.
+            For each a uint8 tensor (C, H, W) with min(H, W) = ``resize``.
 
         Raises:
-            ValueError, OSError: A value is no picture, or is a damaged one.
+            ValueError, OSError: A value is no picture, or is a damaged one, or has other channels.
         """
         # Decoders leave Python's lock alone. A loader process has one thread, and so has who wants no others.
         threads = min(torch.get_num_threads(), len(values))
@@ -91,9 +153,27 @@ class ImagePreprocessing(Preprocessing):
             return list(pool.map(self._encode, values))
 
     def _encode(self, value: Any) -> Tensor:
+        if isinstance(value, np.ndarray):
+            return self._encode_array(value)
         if not isinstance(value, Image.Image):
             raise ValueError(f"expected a PIL image, got {type(value).__name__}")
-        return decode(value, self.resize, self.interpolation)
+        if self.channels not in (1, 3):
+            raise ValueError(f"a picture has 3 channels or is grey; {self.channels} channels come as arrays (H, W, C)")
+        pixels = decode(value, self.resize, self.interpolation)
+        if self.channels == 1:
+            pixels = v2.functional.rgb_to_grayscale(pixels)
+        return pixels
+
+    def _encode_array(self, value: npt.NDArray[Any]) -> Tensor:
+        array = value[..., None] if value.ndim == 2 else value
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != self.channels or not array.size:
+            raise ValueError(
+                f"expected an array of uint8 (H, W, {self.channels}), got {value.dtype} {tuple(value.shape)}"
+            )
+        image = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+        mode = v2.InterpolationMode(self.interpolation)
+        resized: Tensor = v2.functional.resize(image, [self.resize], mode, antialias=True)
+        return resized
 
     @property
     def augments(self) -> bool:
@@ -101,7 +181,7 @@ class ImagePreprocessing(Preprocessing):
         return self._augment is not None
 
     def augment(self, encoded: Tensor) -> Tensor:
-        """Apply the random augmentation to a uint8 tensor (3, H, W); the result is uint8 (3, H', W')."""
+        """Apply the random augmentation to a uint8 tensor (C, H, W); the result is uint8 (C, H', W')."""
         if self._augment is None:
             return encoded
         augmented: Tensor = v2.functional.to_dtype(self._augment(encoded), torch.uint8, scale=True)
@@ -111,13 +191,13 @@ class ImagePreprocessing(Preprocessing):
         """Crop the centre (what is smaller is padded with black), stack and normalise.
 
         Args:
-            encoded: B uint8 tensors (3, H, W), of any sizes.
+            encoded: B uint8 tensors (C, H, W), of any sizes.
 
         Returns:
-            A float32 tensor (B, 3, image_size, image_size), channels last in memory.
+            A float32 tensor (B, C, image_size, image_size), channels last in memory.
         """
         size = [self.image_size, self.image_size]
-        shape = (len(encoded), 3, self.image_size, self.image_size)
+        shape = (len(encoded), self.channels, self.image_size, self.image_size)
         batch = torch.empty(shape, memory_format=torch.channels_last)  # in which convolutions are faster
         for place, pixels in zip(batch, encoded, strict=True):
             place.copy_(v2.functional.center_crop(pixels, size))
@@ -147,9 +227,11 @@ class ImagePreprocessing(Preprocessing):
         except (OSError, ValueError) as error:
             raise DataError(f"this picture cannot be read: {error}", where=str(path)) from error
 
-    def example(self) -> Image.Image:
-        """Return a black picture."""
-        return Image.new("RGB", (self.resize, self.resize))
+    def example(self) -> Image.Image | npt.NDArray[np.uint8]:
+        """Return a black picture, or an array where pictures do not have so many channels."""
+        if self.channels in (1, 3):
+            return Image.new("RGB", (self.resize, self.resize))
+        return np.zeros((self.resize, self.resize, self.channels), np.uint8)
 
     def describe(self) -> Mapping[str, Any]:
         """Return the options as they hold, with ``resize`` filled in."""
@@ -163,25 +245,29 @@ class ImagePreprocessing(Preprocessing):
         }
 
 
-def _transform(augmentation: Augmentation, image_size: int, resize: int) -> v2.Transform | None:
-    if augmentation == "none":
+def _transform(augmentation: Augmentation, image_size: int, resize: int, channels: int) -> v2.Transform | None:
+    if augmentation == "none" or augmentation == []:
         return None
+    usual = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
     if augmentation == "usual":
-        return v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
-    transform = v2.Compose([_named_transform(step) for step in augmentation]) if augmentation else None
-    if transform is not None:
-        _try(transform, resize)
+        return v2.Compose(usual)
+    if augmentation == "strong":
+        transform = v2.Compose([*usual, v2.TrivialAugmentWide(), v2.RandomErasing(0.1)])
+    else:
+        transform = v2.Compose([_named_transform(step) for step in augmentation])
+    _try(transform, resize, channels)
     return transform
+
+
+def _names() -> list[str]:
+    found = {key for key, value in vars(v2).items() if isinstance(value, type) and issubclass(value, v2.Transform)}
+    return sorted(found - {"Transform"})
 
 
 def _named_transform(step: Mapping[str, Any]) -> v2.Transform:
     options = dict(step)
     name = options.pop("name", None)
-    names = sorted(
-        key
-        for key, value in vars(v2).items()
-        if isinstance(value, type) and issubclass(value, v2.Transform) and value is not v2.Transform
-    )
+    names = _names()
     if name not in names:
         close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
         raise ConfigError(
@@ -201,6 +287,11 @@ def _named_transform(step: Mapping[str, Any]) -> v2.Transform:
                 available=known,
                 fix=f"did you mean {near[0]!r}?" if near else None,
             )
+    if "transforms" in known:  # RandomApply, RandomChoice, RandomOrder, Compose
+        inner = options.get("transforms")
+        if not isinstance(inner, list) or not all(isinstance(one, Mapping) for one in inner):
+            raise ConfigError(f"augmentation {name} needs transforms", fix="write transforms: [{name: CLASS, ...}]")
+        options["transforms"] = [_named_transform(one) for one in inner]
     try:
         return cls(**_with_enums(cls, options))
     except (TypeError, ValueError) as error:
@@ -218,22 +309,22 @@ def _with_enums(cls: type[v2.Transform], options: Mapping[str, Any]) -> dict[str
     return converted
 
 
-def _try(transform: v2.Transform, resize: int) -> None:
+def _try(transform: v2.Transform, resize: int, channels: int) -> None:
     """Run an augmentation once, so that one which cannot work is refused before any picture is read."""
     # The caller may be building on the meta device, and its random numbers are not ours to draw.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        picture = torch.zeros(3, resize, resize, dtype=torch.uint8)
+        picture = torch.zeros(channels, resize, resize, dtype=torch.uint8)
         try:
             result = transform(picture)
         # Whatever a transform raises on a plain picture, it would raise on the user's pictures too.
         except Exception as error:
             raise ConfigError(
-                f"the augmentation fails on a picture of {resize} x {resize} pixels: {error}",
+                f"the augmentation fails on a picture of {resize} x {resize} pixels and {channels} channels: {error}",
                 fix="augmentations take and return one picture of 8-bit values; look at their order and sizes",
             ) from error
-    if not isinstance(result, Tensor) or result.ndim != 3 or result.shape[0] != 3:
+    if not isinstance(result, Tensor) or result.ndim != 3 or result.shape[0] != channels:
         what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise ConfigError(
-            f"the augmentation does not return a picture of three channels but {what}",
+            f"the augmentation does not return a picture of {channels} channels but {what}",
             fix="leave out the step that changes the number of channels",
         )

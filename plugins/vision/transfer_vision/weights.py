@@ -1,49 +1,84 @@
-"""Pretrained weights in torchvision's layout: which there are, where they lie, what is in them."""
+"""Pretrained weights: which there are, where they lie, what is in them, and what of it a backbone takes."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import math
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.torch_version import TorchVersion
-from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
+from torchvision.models import WeightsEnum, get_model_weights
+from torchvision.models.vision_transformer import interpolate_embeddings
 
-from transfer import ConfigError, DataError, WeightsError, data_folder, download, find_file
+from transfer import ConfigError, DataError, WeightsError, data_folder, download, find_file, saved_backbone
+from transfer_vision.architectures import AUXILIARY, Layout, adapt_input_weight, build, model_names
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
-PREFIX_DIGITS = 8  # torchvision's file names end in this much of their SHA-256
-_FAMILY = ("resnet*", "resnext*", "wide_resnet*")
 _COUNTER = "num_batches_tracked"
+_POSITIONS = "encoder.pos_embedding"
 _LISTED = 6
+_BUFFERS = 10**6
+_CLASSIFIERS = 10**7
+"""No model has more numbers than this in buffers, and in its classifiers."""
+# Names of before torch 0.4 and torchvision 0.13, which published files still have.
+_OLD_NAMES = (
+    (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\."), r"\1\2."),
+    (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
+    (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_2\."), r"\1.3."),
+)
+
+
+# ------------------------------------------------------------------------------------------------------- which weights
+
+
+def is_file(weights: str) -> bool:
+    """Tell whether ``weights`` names a file."""
+    return weights.endswith(FILE_SUFFIXES)
+
+
+def is_run(weights: str) -> bool:
+    """Tell whether ``weights`` names an earlier run: a folder, or what looks like the path of one."""
+    return not is_file(weights) and ("/" in weights or Path(weights).is_dir())
 
 
 def published(weights: str | None, architecture: str) -> WeightsEnum | None:
-    """Return torchvision's weights of that name, or None where ``weights`` is None or a file; nothing is read.
+    """Return torchvision's weights of that name, or None where ``weights`` names none of them; nothing is read.
 
     Args:
-        weights: ``imagenet`` (torchvision's default), a name that torchvision gives them, or a file.
+        weights: ``DEFAULT`` (or ``imagenet``), another name that torchvision gives them, a file, a run or None.
         architecture: Torchvision's name of the model.
 
     Raises:
-        transfer.ConfigError: It is neither a name of weights for this architecture nor a file of weights.
+        transfer.ConfigError: It is neither a name of weights for this architecture nor a file nor a run.
     """
-    if weights is None or weights.endswith(FILE_SUFFIXES):
+    if weights is None or is_file(weights) or is_run(weights):
         return None
-    members = get_model_weights(architecture)
-    names = {"imagenet": "DEFAULT", "DEFAULT": "DEFAULT"} | {member.name: member.name for member in members}
+    # Weights without classes are those of a part of the network, for detection.
+    members = {member.name: member for member in get_model_weights(architecture) if member.meta["categories"]}
+    names = {"DEFAULT": default_weights(architecture), "imagenet": default_weights(architecture), **members}
     if weights not in names:
         close = difflib.get_close_matches(weights, names, n=1)
         raise ConfigError(
             f"{architecture} has no weights called {weights!r}",
-            available=[*names, "null", *(f"FILE{suffix}" for suffix in FILE_SUFFIXES)],
+            available=[*names, "null", *(f"FILE{suffix}" for suffix in FILE_SUFFIXES), "runs/NAME"],
             fix=f"did you mean {close[0]!r}?" if close else "name a file, or null to train from scratch",
         )
-    return members[names[weights]]
+    return names[weights]
+
+
+def default_weights(architecture: str) -> WeightsEnum:
+    """Return the weights that torchvision holds for the best of a model."""
+    return get_model_weights(architecture).DEFAULT
+
+
+# ------------------------------------------------------------------------------------------------------ where they lie
 
 
 def find_weights(weights: str, architecture: str) -> Path:
@@ -59,15 +94,15 @@ def find_weights(weights: str, architecture: str) -> Path:
     if member is None:
         return _find_local(weights)
     name = member.url.rsplit("/", 1)[1]
+    prefix = _promised(member)
     hub = Path(torch.hub.get_dir()) / "checkpoints" / name
     path = find_file(name, f"weights/{name}") or (hub if hub.exists() else None)
     if path is None:
         try:
-            path = download(member.url, f"weights/{name}")
+            return download(member.url, f"weights/{name}", sha256=prefix)
         except DataError as error:
             problem = error.problems[0]
             raise WeightsError(problem.message, fix=problem.fix) from error
-    prefix = Path(name).stem.rsplit("-", 1)[1]
     digest = sha256(path)
     if not digest.startswith(prefix):
         raise WeightsError(
@@ -76,6 +111,11 @@ def find_weights(weights: str, architecture: str) -> Path:
             fix="remove it, and it is downloaded again",
         )
     return path
+
+
+def _promised(member: WeightsEnum) -> str:
+    """Return the beginning of the SHA-256 of published weights, in which torchvision lets their file's name end."""
+    return str(Path(member.url).stem.rsplit("-", 1)[1])
 
 
 def _find_local(weights: str) -> Path:
@@ -95,6 +135,51 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- what is in a file
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Tensors that were read.
+
+    Args:
+        tensors: By name.
+        source: The file.
+        sha256: Of that file.
+        left_out: Names of tensors that were not even looked at (the head of a run).
+    """
+
+    tensors: Mapping[str, Tensor]
+    source: Path
+    sha256: str
+    left_out: tuple[str, ...] = ()
+
+
+def read_pretrained(weights: str, architecture: str, names: Mapping[str, str]) -> Pretrained:
+    """Read what ``weights`` names, under torchvision's names.
+
+    Args:
+        weights: Published weights, a file or a run.
+        architecture: Torchvision's name of the model.
+        names: Torchvision's name of each tensor by the backbone's own, which a run has.
+
+    Raises:
+        transfer.WeightsError: It is missing, damaged, or no run of such a backbone.
+    """
+    if not is_run(weights):
+        path = find_weights(weights, architecture)
+        return Pretrained(read_weights(path), path, sha256(path))
+    saved = saved_backbone(weights)
+    tensors, head = saved.tensors()
+    if not names.keys() & tensors.keys():
+        raise WeightsError(
+            f"this run's backbone is {saved.options.get('name')!r}, of which {architecture} can take nothing",
+            where=str(saved.folder),
+            fix=f"name a run of {architecture}",
+        )
+    return Pretrained({names.get(k, k): v for k, v in tensors.items()}, saved.file, saved.sha256(), tuple(head))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -131,8 +216,7 @@ def _refuse_unsafe_pickle(path: Path) -> None:
     if TorchVersion(torch.__version__) >= "2.10":
         return
     digest = sha256(path)
-    published_files = (member.url for name in list_models(include=_FAMILY) for member in get_model_weights(name))
-    if any(digest.startswith(Path(url).stem.rsplit("-", 1)[1]) for url in published_files):
+    if any(digest.startswith(_promised(member)) for name in model_names() for member in get_model_weights(name)):
         return
     raise WeightsError(
         f"torch {torch.__version__} cannot read a pickle of unknown origin safely",
@@ -141,61 +225,114 @@ def _refuse_unsafe_pickle(path: Path) -> None:
     )
 
 
-def fit_weights(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, classifier: str, architecture: str, where: Path
-) -> dict[str, Tensor]:
-    """Return the tensors of a file that a backbone takes: all but the classifier's.
+# ----------------------------------------------------------------------------------------------- what a backbone takes
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a backbone takes of pretrained weights.
 
     Args:
-        tensors: What the file holds, by torchvision's names.
+        tensors: By torchvision's names.
+        found: How many of them were in the file.
+        left_out: Names of those that it does not take: the classifiers.
+        adapted: What was changed to fit, by name.
+    """
+
+    tensors: dict[str, Tensor]
+    found: int
+    left_out: list[str]
+    adapted: dict[str, str]
+
+
+def fit_weights(read: Pretrained, expected: Mapping[str, Tensor], layout: Layout) -> Fitted:
+    """Choose the tensors that a backbone takes: all but the classifiers'.
+
+    The first convolution is adapted to another number of channels, and the positions of a vision transformer to
+    another size of picture.
+
+    Args:
+        read: By torchvision's names.
         expected: The backbone's own tensors, by the same names.
-        classifier: The name of torchvision's final layer, whose width may be any.
-        architecture: Torchvision's name of the model.
-        where: The file, for messages.
+        layout: Of the backbone.
 
     Raises:
         transfer.WeightsError: Tensors are missing, unknown, of another shape or not finite.
     """
-    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{classifier}.")}
+    classifiers = (f"{layout.classifier}.", *AUXILIARY)
+    given = {_modern(name): tensor for name, tensor in read.tensors.items()}
+    left_out = [name for name in given if name.startswith(classifiers)]
+    given = {name: tensor for name, tensor in given.items() if name not in left_out}
+    adapted = _adapt(given, expected, f"{layout.input_layer}.weight")
     # Files of before torch 0.4.1 lack these counters, and nothing reads them as long as momentum is a number.
     counters = {name: torch.zeros_like(value) for name, value in expected.items() if name.endswith(_COUNTER)}
+    found = len(given)
     given = counters | given
     shared = expected.keys() & given.keys()
-    wrong = [
-        f"{name} {tuple(given[name].shape)} for {tuple(expected[name].shape)}"
-        for name in expected
-        if name in shared and given[name].shape != expected[name].shape
-    ]
     complaints = {
         "missing": [name for name in expected if name not in shared],
         "unknown": [name for name in given if name not in shared and not name.endswith(_COUNTER)],
-        "of another shape": wrong,
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)} for {tuple(expected[name].shape)}"
+            for name in expected
+            if name in shared and given[name].shape != expected[name].shape
+        ],
         "not finite": [name for name in expected if name in shared and not given[name].isfinite().all()],
     }
     if any(complaints.values()):
-        fits = _fitting_architecture(given, classifier)
+        fits = _fitting_architecture(given)
         raise WeightsError(
-            f"these weights do not fit {architecture}: "
+            f"these weights do not fit {layout.model}: "
             + "; ".join(f"{what}: {_some(names)}" for what, names in complaints.items() if names),
-            where=str(where),
-            fix=f"they are weights of {fits}: use that backbone, or weights of {architecture}"
-            if fits not in (None, architecture)
-            else f"use weights of torchvision's {architecture}, under torchvision's names",
+            where=str(read.source),
+            fix=f"they are weights of {fits}: use that model, or weights of {layout.model}"
+            if fits not in (None, layout.model)
+            else f"use weights of torchvision's {layout.model}, under torchvision's names",
         )
-    return given
+    return Fitted({name: given[name] for name in expected}, found, sorted([*left_out, *read.left_out]), adapted)
 
 
-def _fitting_architecture(tensors: Mapping[str, Tensor], classifier: str) -> str | None:
-    shapes = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
-    for architecture in list_models(include=_FAMILY):
+def _modern(name: str) -> str:
+    for pattern, replacement in _OLD_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _adapt(given: dict[str, Tensor], expected: Mapping[str, Tensor], first: str) -> dict[str, str]:
+    """Change what may differ so that it fits, in place, and say what was done."""
+    adapted = {}
+    if first in given and given[first].dim() == 4:
+        had, channels = given[first].shape[1], expected[first].shape[1]
+        if had == 3 != channels:
+            given[first] = adapt_input_weight(given[first], channels)
+            adapted[first] = f"from 3 to {channels} channels"
+    if _POSITIONS in given and _POSITIONS in expected:
+        had, count = (tensors[_POSITIONS].shape[1] - 1 for tensors in (given, expected))
+        if had != count and math.isqrt(had) ** 2 == had:
+            side = math.isqrt(count)
+            interpolate_embeddings(side, 1, given)  # as if a patch were one pixel
+            adapted[_POSITIONS] = f"from {math.isqrt(had)} x {math.isqrt(had)} to {side} x {side} patches"
+    return adapted
+
+
+def _fitting_architecture(given: Mapping[str, Tensor]) -> str | None:
+    """Return the one of torchvision's models that has tensors of just these names and shapes."""
+    shapes = {name: tensor.shape for name, tensor in given.items() if not name.endswith(_COUNTER)}
+    count = sum(shape.numel() for shape in shapes.values())
+    for name in model_names():
+        default = default_weights(name)
+        if not 0 <= default.meta["num_params"] - count + _BUFFERS <= _CLASSIFIERS:
+            continue
         with torch.device("meta"):
-            model = get_model(architecture, weights=None)
-        if shapes == {
-            name: tensor.shape
-            for name, tensor in model.state_dict().items()
-            if not name.startswith(f"{classifier}.") and not name.endswith(_COUNTER)
-        }:
-            return str(architecture)
+            model = build(name, image_size=default.transforms().crop_size[0])
+        own = {
+            model.layout.names[f"{stage}.{key}"]: tensor.shape
+            for stage, module in model.stages.items()
+            for key, tensor in module.state_dict().items()
+            if not key.endswith(_COUNTER)
+        }
+        if own == shapes:
+            return name
     return None
 
 

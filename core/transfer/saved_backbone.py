@@ -1,0 +1,83 @@
+"""The backbone of an earlier run, as its model folder holds it: what a new run can begin from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from transfer.checkpoint import load_tensors
+from transfer.errors import RunError, WeightsError
+from transfer.run_directory import FORMAT, read_json
+
+_HEAD = "head."
+
+
+@dataclass(frozen=True)
+class SavedBackbone:
+    """A trained backbone on disk; its tensors are read when they are asked for.
+
+    Args:
+        folder: The model folder.
+        options: The block that the config of its run had, ``name`` included.
+        preprocessing: What its preprocessing said of itself.
+        assets: What it learned from its training split, as text files by name.
+    """
+
+    folder: Path
+    options: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    assets: Mapping[str, str]
+
+    @property
+    def file(self) -> Path:
+        """The file of tensors."""
+        return self.folder / "weights.safetensors"
+
+    def tensors(self) -> tuple[dict[str, Tensor], list[str]]:
+        """Read the backbone's tensors by name (``layer1.0.conv1.weight``), and the names of the head's.
+
+        Raises:
+            WeightsError: The file is missing or damaged.
+        """
+        try:
+            found = load_tensors(self.file)
+        except RunError as error:
+            raise WeightsError.of(error.problems) from error
+        backbone = {name: tensor for name, tensor in found.items() if not name.startswith(_HEAD)}
+        return backbone, sorted(found.keys() - backbone.keys())
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the file of tensors in hexadecimal."""
+        with self.file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def saved_backbone(run: str | Path) -> SavedBackbone:
+    """Find the backbone of a run; its tensors are not read yet.
+
+    Args:
+        run: A run directory, or its model folder.
+
+    Raises:
+        WeightsError: There is no complete run.
+    """
+    path = Path(run).expanduser()
+    folder = path / "model" if (path / "model").is_dir() else path
+    file = folder / "model.json"
+    try:
+        described = read_json(file, f"there is no run with a model at {path}", "name a run that ended")
+        if described.get("format") != FORMAT:
+            raise RunError(
+                f"the model is of format {described.get('format')!r}", where=str(file), available=[str(FORMAT)]
+            )
+        assets = {name: (folder / Path(name).name).read_text(encoding="utf-8") for name in described["assets"]}
+        return SavedBackbone(folder, dict(described["backbone"]), dict(described["preprocessing"]), assets)
+    except RunError as error:
+        raise WeightsError.of(error.problems) from error
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise WeightsError(f"the model folder is incomplete: {error!r}", where=str(file)) from error
