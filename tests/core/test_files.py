@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ class Answer(io.BytesIO):
 
     def __init__(self, content: bytes, told: int | None = None, breaks_with: Exception | None = None) -> None:
         super().__init__(content)
+        self.status = 200
         self.headers = {} if told is None else {"Content-Length": str(told)}
         self.breaks_with = breaks_with
 
@@ -47,8 +51,8 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def set_answer(content: bytes | Exception, **options: Any) -> list[str]:
         asked: list[str] = []
 
-        def urlopen(url: str, timeout: float) -> Answer:
-            asked.append(url)
+        def urlopen(request: urllib.request.Request, timeout: float) -> Answer:
+            asked.append(request.full_url)
             if isinstance(content, Exception):
                 raise content
             return Answer(content, **options)
@@ -169,3 +173,135 @@ def test_a_folder_that_cannot_be_written_is_an_error(folder: Path, answer: Calla
     folder.write_text("a file, no folder")
     with pytest.raises(DataError, match="cannot be downloaded"):
         download(URL, "words.zip")
+
+
+# ----------------------------------------------------------------------------------------------- going on after a break
+
+
+@dataclass
+class Server:
+    """A server on this machine, and what it was asked for.
+
+    Args:
+        content: The file.
+        version: Its entity tag; empty: none.
+        cut: Break off after so many bytes of an answer.
+        ranges: It can begin in the middle.
+        asked: The Range of each request, and how many bytes were sent in answer.
+    """
+
+    content: bytes = CONTENT
+    version: str = '"one"'
+    cut: int | None = None
+    ranges: bool = True
+    asked: list[tuple[str | None, int]] = field(default_factory=list)
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        wanted = handler.headers["Range"]
+        begin = int(wanted[len("bytes=") : -1]) if wanted and self.ranges else 0
+        if handler.headers["If-Range"] not in (None, self.version):
+            begin = 0
+        if begin and begin >= len(self.content):
+            handler.send_error(416)
+            self.asked.append((wanted, 0))
+            return
+        handler.send_response(206 if begin else 200)
+        if self.version:
+            handler.send_header("ETag", self.version)
+        handler.send_header("Content-Length", str(len(self.content) - begin))
+        handler.end_headers()
+        sent = self.content[begin:][: self.cut]
+        handler.wfile.write(sent)
+        self.asked.append((wanted, len(sent)))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Serve a file on this machine, and send there what is meant for the address."""
+    state = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state.answer(self)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    http_server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    original = urllib.request.urlopen
+
+    def urlopen(request: urllib.request.Request, timeout: float) -> Any:
+        assert request.full_url == URL
+        here = urllib.request.Request(
+            f"http://127.0.0.1:{http_server.server_port}/", headers=dict(request.header_items())
+        )
+        return original(here, timeout=timeout)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    yield state
+    http_server.shutdown()
+    thread.join()
+    http_server.server_close()
+
+
+def broken_off(server: Server, after: int = 4000) -> str:
+    """Begin a download that breaks off, and return what the user is told to do."""
+    server.cut = after
+    with pytest.raises(DataError, match=f"it broke off after {after} of 10000 bytes") as caught:
+        download(URL, "words.zip")
+    server.cut = None
+    return str(caught.value.problems[0].fix)
+
+
+def test_a_download_goes_on_where_it_broke_off(folder: Path, server: Server) -> None:
+    assert broken_off(server).startswith("run it again to go on where it broke off, or download https://")
+    assert not (folder / "words.zip").exists()
+    path = download(URL, "words.zip", sha256=hashlib.sha256(CONTENT).hexdigest()[:8])
+    assert path.read_bytes() == CONTENT
+    assert server.asked == [(None, 4000), ("bytes=4000-", 6000)]
+    assert [p.name for p in folder.iterdir()] == ["words.zip"]
+
+
+def test_it_may_break_off_more_than_once(server: Server) -> None:
+    broken_off(server)
+    server.cut = 1000
+    with pytest.raises(DataError, match="it broke off after 5000 of 10000 bytes"):
+        download(URL, "words.zip")
+    server.cut = None
+    assert download(URL, "words.zip").read_bytes() == CONTENT
+    assert [wanted for wanted, _ in server.asked] == [None, "bytes=4000-", "bytes=5000-"]
+
+
+def test_a_file_that_changed_in_between_is_fetched_anew(server: Server) -> None:
+    broken_off(server)
+    server.content, server.version = b"other words" * 900, '"two"'
+    assert download(URL, "words.zip").read_bytes() == server.content
+
+
+def test_a_server_that_cannot_begin_in_the_middle_sends_it_all(server: Server) -> None:
+    broken_off(server)
+    server.ranges = False
+    assert download(URL, "words.zip").read_bytes() == CONTENT
+
+
+def test_a_part_that_is_longer_than_the_file_is_dropped(folder: Path, server: Server) -> None:
+    broken_off(server)
+    (folder / "words.zip.part").write_bytes(b"x" * 20_000)
+    assert download(URL, "words.zip").read_bytes() == CONTENT
+    assert [wanted for wanted, _ in server.asked] == [None, "bytes=20000-", None]
+
+
+def test_without_a_version_nothing_is_left_to_go_on_from(folder: Path, server: Server) -> None:
+    server.version = ""
+    assert broken_off(server).startswith("download https://")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_part_of_something_else_is_found_out_by_the_digest(folder: Path, server: Server) -> None:
+    broken_off(server)
+    (folder / "words.zip.part").write_bytes(b"x" * 4000)
+    with pytest.raises(DataError, match="has SHA-256"):
+        download(URL, "words.zip", sha256=hashlib.sha256(CONTENT).hexdigest())
+    assert list(folder.iterdir()) == []
