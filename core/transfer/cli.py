@@ -251,6 +251,29 @@ def show(
 
 
 @app.command()
+def matrix(as_json: AsJSON = False) -> None:
+    """Show which datasets, backbones, heads and tasks fit together, of all that is installed."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from transfer.matrix import matrix as declared
+
+    tables, problems = declared()
+    if as_json:
+        print(json.dumps({table.title: table.cells for table in tables}, indent=2))  # noqa: T201
+    console = Console(stderr=as_json)
+    for fits in tables if not as_json else ():
+        table = Table(title=fits.title, title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
+        for row, cells in fits.cells.items():
+            named = [name if cell == "yes" else f"{name} ({cell})" for name, cell in cells.items() if cell]
+            table.add_row(row, Text(", ".join(named) or "nothing"))
+        console.print(table, "")
+    for problem in problems:
+        console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def schema(
     output: Annotated[Path | None, typer.Option(help="The file to write; else it is printed.")] = None,
 ) -> None:
