@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transfer.earlier_run import SavedBackbone, saved_backbone
     from transfer.errors import (
         ConfigError,
         DataError,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     )
     from transfer.looking import look, look_at_predictions
     from transfer.registry import plugins, register
-    from transfer.saved_backbone import SavedBackbone, saved_backbone
     from transfer.workflow import Run, check, evaluate, predict, run
 
 _MODULES = {
@@ -69,7 +69,7 @@ _MODULES = {
     ),
     "registry": ("plugins", "register"),
     "exporting": ("export",),
-    "saved_backbone": ("SavedBackbone", "saved_backbone"),
+    "earlier_run": ("SavedBackbone", "saved_backbone"),
     "workflow": ("Run", "check", "evaluate", "predict", "run"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

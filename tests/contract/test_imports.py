@@ -34,7 +34,7 @@ ORDER = (
     "events",
     "run_directory",
     "checkpoint",
-    "saved_backbone",
+    "earlier_run",
     "loading",
     "mixing",
     "feature_cache",

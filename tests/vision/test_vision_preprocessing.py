@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -373,3 +374,79 @@ def test_describe_says_what_the_model_sees() -> None:
         "std": [0.229, 0.224, 0.225],
         "augmentation": "usual",
     }
+
+
+# ------------------------------------------------------------------------------------------------- other augmentations
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "strong",
+        [{"name": "RandAugment", "num_ops": 2, "magnitude": 9}],
+        [{"name": "TrivialAugmentWide", "interpolation": "bilinear"}],
+        [{"name": "RandomErasing", "p": 1.0, "scale": [0.1, 0.2]}],
+        [{"name": "RandomResizedCrop", "size": 24, "scale": [0.5, 1.0], "interpolation": "bicubic"}],
+        [{"name": "ColorJitter", "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}],
+        [{"name": "RandomApply", "p": 0.9, "transforms": [{"name": "GaussianBlur", "kernel_size": 3}]}],
+        [{"name": "RandomChoice", "transforms": [{"name": "RandomRotation", "degrees": 9}, {"name": "AugMix"}]}],
+    ],
+)
+def test_augmentations_of_torchvision_by_name(steps: Any) -> None:
+    preprocessing = ImagePreprocessing(image_size=32, augmentation=steps)
+    encoded = one(preprocessing, picture())
+    drawn = []
+    for seed in (*range(5), 0):
+        torch.manual_seed(seed)
+        drawn.append(preprocessing.collate([preprocessing.augment(encoded)]))
+    assert drawn[0].shape == (1, 3, 32, 32)
+    assert torch.equal(drawn[0], drawn[-1])
+    assert any(not torch.equal(drawn[0], other) for other in drawn[1:])
+
+
+def test_a_choice_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="RandomApply needs transforms"):
+        ImagePreprocessing(augmentation=[{"name": "RandomApply", "p": 0.5}])
+    with pytest.raises(ConfigError, match="no augmentation 'GausianBlur'"):
+        ImagePreprocessing(augmentation=[{"name": "RandomApply", "transforms": [{"name": "GausianBlur"}]}])
+
+
+# ------------------------------------------------------------------------------------------------------ other channels
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I"])
+def test_every_mode_becomes_grey_where_the_backbone_wants_grey(mode: str) -> None:
+    grey = ImagePreprocessing(image_size=32, mean=(0.5,), std=(0.25,), augmentation="strong")
+    image = picture().convert("L")
+    expected = one(grey, image).float()
+    if mode == "I":
+        image = Image.fromarray(np.asarray(image).astype(np.int32) * 257)
+    encoded = one(grey, image if mode in ("L", "I") else image.convert("RGB").convert(mode))
+    assert encoded.shape == (1, 37, 55)
+    assert (encoded.float() - expected).abs().mean() < (5 if mode == "P" else 3)  # a palette has few colours
+    assert grey.collate([grey.augment(encoded)]).shape == (1, 1, 32, 32)
+
+
+def test_arrays_of_many_channels() -> None:
+    bands = ImagePreprocessing(image_size=32, mean=(0.5,) * 6, std=(0.25,) * 6, augmentation="usual")
+    array = np.random.default_rng(0).integers(0, 256, (80, 60, 6), dtype=np.uint8)
+    encoded = bands.encode([array])[0]
+    assert encoded.shape == (6, 49, 37)
+    for band in (0, 5):
+        alone = ImagePreprocessing(image_size=32, mean=(0.5,), std=(0.25,)).encode([array[:, :, band]])[0]
+        assert torch.equal(alone[0], encoded[band])
+    assert bands.collate([bands.augment(encoded)]).shape == (1, 6, 32, 32)
+    assert bands.example().shape == (37, 37, 6)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros((9, 9, 5), np.uint8), r"uint8 \(H, W, 6\), got uint8 \(9, 9, 5\)"),
+        (np.zeros((9, 9, 6), np.float32), "got float32"),
+        (Image.new("RGB", (9, 9)), "come as arrays"),
+    ],
+)
+def test_other_channels_than_those_of_the_backbone_are_refused(value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImagePreprocessing(image_size=32, mean=(0.5,) * 6, std=(0.25,) * 6).encode([value])

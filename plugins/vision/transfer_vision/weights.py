@@ -174,8 +174,9 @@ def read_pretrained(weights: str, architecture: str, names: Mapping[str, str]) -
     saved = saved_backbone(weights)
     tensors, head = saved.tensors()
     if not names.keys() & tensors.keys():
+        name = saved.options.get("model", saved.options.get("name"))
         raise WeightsError(
-            f"this run's backbone is {saved.options.get('name')!r}, of which {architecture} can take nothing",
+            f"this run's backbone is {name!r}, of which {architecture} can take nothing",
             where=str(saved.folder),
             fix=f"name a run of {architecture}",
         )
