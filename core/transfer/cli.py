@@ -131,17 +131,27 @@ def predict(
         typer.Argument(metavar="INPUT...", help="A path, a pattern, a text, or - for lines on standard input."),
     ],
     as_json: AsJSON = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show which words moved the score, by leaving out one at a time.")
+    ] = False,
 ) -> None:
     """Say what a run's model makes of some inputs."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from transfer.console import explanation_text, facts_table
     from transfer.workflow import predict as predict_with
 
     if as_json:
-        for answer in predict_with(run, _lines(inputs)):
+        for answer in predict_with(run, _lines(inputs), explain=explain):
             print(json.dumps(answer, ensure_ascii=False), flush=True)  # noqa: T201
+        return
+    if explain:
+        for answer in predict_with(run, _lines(inputs), explain=True):
+            explanation = answer.pop("explanation")
+            Console().print(facts_table({name: _cell(value) for name, value in answer.items()}))
+            Console().print(explanation_text(explanation))
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for number, answer in enumerate(predict_with(run, _lines(inputs))):

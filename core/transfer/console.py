@@ -26,6 +26,7 @@ from transfer.events import (
     StepEnded,
 )
 
+MOST_PIECES_SHOWN = 5
 PLAIN_LINE_SECONDS = 10.0
 """Without a terminal, a line of progress is printed this often."""
 
@@ -63,6 +64,37 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
 def metrics_text(metrics: Mapping[str, float]) -> str:
     """Show metrics in one line."""
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def explanation_text(explanation: Mapping[str, Any]) -> Text:
+    """Show what moved a score: the input with its pieces coloured by sign and strength, then those that moved it most.
+
+    Args:
+        explanation: As :func:`transfer.workflow.predict` gives it.
+    """
+    pieces = [piece | {"change": piece["change"] or 0.0} for piece in explanation["pieces"]]
+    strongest = max((abs(piece["change"]) for piece in pieces), default=0.0)
+    text = Text()
+    for piece in pieces:
+        if isinstance(piece["piece"], str):
+            word = piece["piece"].rstrip()
+            text.append(word, style=_strength(piece["change"], strongest)).append(piece["piece"][len(word) :])
+    ranked = sorted(pieces, key=lambda piece: -abs(piece["change"]))[:MOST_PIECES_SHOWN]
+    ranked = [piece for piece in ranked if round(piece["change"], 4)]
+    text.append(f"\n{explanation['of']} {explanation['score']:.4f}, of which", style="dim")
+    for piece in ranked:
+        name = piece["piece"].strip() if isinstance(piece["piece"], str) else _show(piece["piece"])
+        text.append(f"  {name} {piece['change']:+.4f}", style=_strength(piece["change"], strongest))
+    return text.append("\n" if ranked else "  no piece moves it\n")
+
+
+def _strength(change: float, strongest: float) -> str:
+    """Return the style of a piece: green speaks for what was predicted, red against it."""
+    share = abs(change) / strongest if strongest else 0.0
+    if share < 1 / 10:
+        return ""
+    colour = "green" if change > 0 else "red"
+    return colour if share < 1 / 3 else f"bold {colour}" if share < 2 / 3 else f"bold reverse {colour}"
 
 
 def _show(value: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -185,6 +185,20 @@ class FeatureSpec:
     size: int
 
 
+@dataclass(frozen=True)
+class Occlusion:
+    """A piece of a raw value, and the value without it.
+
+    Args:
+        piece: What a person would see as one: a word as the text has it (a string), a region of a picture (left, top,
+            width, height); JSON alone. Strings in a row are the whole value.
+        rest: The raw value with the piece taken out or covered; None where nothing would be left.
+    """
+
+    piece: Any
+    rest: Any
+
+
 class Preprocessing(ABC):
     """From raw values of the backbone's field to its input: a part of the backbone, because it must match pretraining.
 
@@ -271,6 +285,18 @@ class Preprocessing(ABC):
             The bytes of a PNG file, or a text; None (the default) where the field has no picture.
         """
         return None
+
+    def occlusions(self, value: Any) -> Iterable[Occlusion]:
+        """Take a raw value apart, for explanations: each of its pieces in order, with the value that lacks it.
+
+        By default there are no pieces, and explanations are refused.
+        """
+        raise NotImplementedError
+
+    @property
+    def explains(self) -> bool:
+        """Whether raw values can be taken apart; by default, whether a subclass defines :meth:`occlusions`."""
+        return type(self).occlusions is not Preprocessing.occlusions
 
     def describe(self) -> Mapping[str, Any]:
         """Return the settings that decide what the model sees, for tables and for the model folder; JSON alone."""
@@ -441,6 +467,14 @@ class Task(ABC):
     @abstractmethod
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
         """Say what each row of outputs (B, out_features) means, for a person: JSON alone, one dict per example."""
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Return the outputs (B, out_features) in what a person reads: probabilities; by default as they are."""
+        return outputs
+
+    def main_output(self, scores: Tensor) -> int:
+        """Return which of an example's scores (out_features,) an explanation is of; by default the first."""
+        return 0
 
     def prepare(self, targets: npt.NDArray[Any]) -> None:
         """See the targets of the training split once before training (class weights); by default nothing."""

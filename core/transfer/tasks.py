@@ -83,10 +83,18 @@ class Classification(Task):
         """Return int64 (B,) most probable classes."""
         return outputs.argmax(dim=1)
 
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Return the probability of each class, float32 (B, C)."""
+        return outputs.float().softmax(dim=1)
+
+    def main_output(self, scores: Tensor) -> int:
+        """Return the most probable class."""
+        return int(scores.argmax())
+
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
         """Name the most probable class of each row, with its probability and that of the nearest others."""
         rows = []
-        for row in outputs.float().softmax(dim=1).tolist():
+        for row in self.scores(outputs).tolist():
             ranked = sorted(zip(row, self.classes, strict=True), reverse=True)
             rows.append(
                 {
@@ -129,10 +137,18 @@ class MultiLabel(Task):
         """Return float (B, C) probabilities."""
         return outputs.sigmoid()
 
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Return the probability of each label, float32 (B, C)."""
+        return outputs.float().sigmoid()
+
+    def main_output(self, scores: Tensor) -> int:
+        """Return the most probable label."""
+        return int(scores.argmax())
+
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
         """List the labels at or over the threshold, and every label's probability."""
         rows = []
-        for row in outputs.float().sigmoid().tolist():
+        for row in self.scores(outputs).tolist():
             probabilities = dict(zip(self.classes, row, strict=True))
             labels = [name for name, p in probabilities.items() if p >= self.threshold]
             rows.append({"labels": labels, "probabilities": probabilities})

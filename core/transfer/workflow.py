@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transfer.build import Built, Parts, build, make_experiment, make_loader, preflight, read_data
 from transfer.config import RunConfig, load_config
@@ -21,7 +23,7 @@ from transfer.interfaces import SPLITS
 from transfer.loading import encode
 from transfer.model_folder import LoadedModel, find_model, read_model, write_model
 from transfer.registry import IN_PROCESS
-from transfer.run_directory import RunDirectory
+from transfer.run_directory import RunDirectory, read_json
 
 PREDICTION_BATCH = 64
 MOST_CLASSES_SHOWN = 6
@@ -130,38 +132,74 @@ def evaluate(run: str | Path, split: str = "test", *, observe: Observer = _silen
     return score(loaded.model, loaded.task, source, precision, observe, split, experiment.most_batches)
 
 
-def predict(run: str | Path, sources: Iterable[str]) -> Iterator[dict[str, Any]]:
+def predict(run: str | Path, sources: Iterable[str], *, explain: bool = False) -> Iterator[dict[str, Any]]:
     """Say what a run's model makes of some inputs, in batches, in order.
 
     Args:
         run: A run directory, or a model folder (an export as ``safetensors``).
         sources: For each the path of a file, a pattern of paths, or what the backbone's field is made of (a text).
+        explain: Say which pieces of an input moved its score, by taking out one at a time (occlusion, Zeiler and Fergus
+            2014; erasure, Li et al. 2016).
 
     Yields:
-        ``input`` and what the task says of it (for classification ``label``, ``probability``, ``probabilities``).
+        ``input`` and what the task says of it (for classification ``label``, ``probability``, ``probabilities``), and
+        with ``explain`` the ``explanation``: ``of`` which output (the class predicted), its ``score``, and the
+        ``pieces`` in order, each with its ``change``: the score less what it is without that piece.
 
     Raises:
-        UserError: The run is not right, or an input cannot be read.
+        UserError: The run is not right, an input cannot be read, or the backbone cannot take its inputs apart.
     """
-    loaded = read_model(find_model(run))
+    folder = find_model(run)
+    loaded = read_model(folder)
+    if explain and not loaded.backbone.preprocessing.explains:
+        name = read_json(folder / "model.json", "there is no model here")["backbone"]["name"]
+        fix = "predict without an explanation"
+        raise RunError(f"backbone {name!r} does not say how to take an input apart", where=str(folder), fix=fix)
     names: list[str] = []
     for name in _expand(sources):
         names.append(name)
         if len(names) == PREDICTION_BATCH:
-            yield from _predict(loaded, names)
+            yield from _predict(loaded, names, explain)
             names = []
     if names:
-        yield from _predict(loaded, names)
+        yield from _predict(loaded, names, explain)
 
 
-def _predict(loaded: LoadedModel, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _predict(loaded: LoadedModel, names: Sequence[str], explain: bool) -> Iterator[dict[str, Any]]:
+    values = [loaded.backbone.preprocessing.read(name) for name in names]
+    outputs = _outputs(loaded, values, lambda i: names[i] or "(empty input)")
+    meanings = loaded.task.interpret(outputs)
+    for name, value, output, meaning in zip(names, values, outputs, meanings, strict=True):
+        explanation = {"explanation": _explain(loaded, value, output)} if explain else {}
+        yield {"input": name, **meaning, **explanation}
+
+
+def _outputs(loaded: LoadedModel, values: Sequence[Any], name: Callable[[int], str]) -> Tensor:
     preprocessing = loaded.backbone.preprocessing
-    values = [preprocessing.read(name) for name in names]
-    encoded = encode(preprocessing, values, range(len(values)), lambda i: names[i] or "(empty input)")
+    encoded = encode(preprocessing, values, range(len(values)), name)
     with torch.inference_mode():
-        outputs = loaded.model(preprocessing.collate(encoded))
-    for name, meaning in zip(names, loaded.task.interpret(outputs), strict=True):
-        yield {"input": name, **meaning}
+        outputs: Tensor = loaded.model(preprocessing.collate(encoded))
+    return outputs
+
+
+def _explain(loaded: LoadedModel, value: Any, output: Tensor) -> dict[str, Any]:
+    """Score a value without each of its pieces in turn, in batches."""
+    scores = loaded.task.scores(output[None])[0]
+    index = loaded.task.main_output(scores)
+    whole = float(scores[index])
+    pieces: list[dict[str, Any]] = []
+    occlusions = iter(loaded.backbone.preprocessing.occlusions(value))
+    while some := list(itertools.islice(occlusions, PREDICTION_BATCH)):
+        rests = [occlusion.rest for occlusion in some if occlusion.rest is not None]
+        without: Iterator[float] = iter(())
+        if rests:
+            outputs = _outputs(loaded, rests, lambda i: f"the input without its piece {i + 1}")
+            without = iter(loaded.task.scores(outputs)[:, index].tolist())
+        for occlusion in some:
+            change = None if occlusion.rest is None else whole - next(without)
+            pieces.append({"piece": occlusion.piece, "change": change})
+    names = loaded.data.classes
+    return {"of": names[index] if index < len(names) else str(index), "score": whole, "pieces": pieces}
 
 
 def _expand(sources: Iterable[str]) -> Iterator[str]:

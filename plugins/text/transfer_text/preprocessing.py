@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,11 +13,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from transfer import DataError, Preprocessing
+from transfer import DataError, Occlusion, Preprocessing
 from transfer_text.encoded import EncodedTexts, Truncation
 from transfer_text.vocabulary import PADDING, UNKNOWN, Vocabulary
 
 UNKNOWN_MARK = "<unk>"
+
+# What a reader would take for one: tags, entities, words with what hyphens and apostrophes join, runs of marks.
+_MARKUP = r"</?\w+\s*/?>|&#?\w+;"
+_PIECE = re.compile(
+    rf"{_MARKUP}|['\u2019](?:s|re|ve|ll|d|m)\b|\w+(?:[-'\u2019]\w+)*|(?:(?!{_MARKUP})[^\w\s])+", re.IGNORECASE
+)
+_PATH = re.compile(r"(?:~|\.{1,2})?/\S*/\S+|(?:~|\.{1,2})/\S+|\S+\.txt")
+"""What can only be meant as the path of a file."""
 
 
 class TextPreprocessing(Preprocessing):
@@ -88,8 +97,14 @@ class TextPreprocessing(Preprocessing):
         return " ".join(words)
 
     def read(self, source: str) -> str:
-        """Return the content of the file at ``source``, or ``source`` itself where there is no such file."""
+        """Return the content of the file at ``source``, or ``source`` itself where that is no path.
+
+        Raises:
+            transfer.DataError: There is no such file, or it cannot be read.
+        """
         if not os.path.isfile(source):  # unlike Path.is_file, this takes a text that is too long for a path
+            if _PATH.fullmatch(source):
+                raise DataError("there is no such text file", where=source, fix="check the path, or give a text")
             return source
         try:
             return Path(source).read_text(encoding="utf-8-sig")
@@ -97,6 +112,16 @@ class TextPreprocessing(Preprocessing):
             raise DataError(
                 f"the text cannot be read: {error}", where=source, fix="give a text file in UTF-8"
             ) from error
+
+    def occlusions(self, value: str) -> Iterator[Occlusion]:
+        """Yield the text's words and runs of marks, each with what stands up to the next, and the text without it."""
+        found = list(_PIECE.finditer(value))
+        begins = [0, *(match.start() for match in found[1:]), len(value)]
+        tokens = [len(self.vocabulary.tokenize(match.group())) for match in found]
+        for place, match in enumerate(found):
+            # A blank in its place keeps its neighbours apart.
+            rest = f"{value[: match.start()]} {value[match.end() :]}" if sum(tokens) > tokens[place] else None
+            yield Occlusion(value[begins[place] : begins[place + 1]], rest)
 
     def example(self) -> str:
         """Return a short text."""
