@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     )
     from transfer.looking import look, look_at_predictions
     from transfer.registry import plugins, register
-    from transfer.workflow import Run, check, evaluate, predict, run
+    from transfer.workflow import Run, check, evaluate, predict, resume, run
 
 _MODULES = {
     "errors": (
@@ -72,7 +72,7 @@ _MODULES = {
     "registry": ("plugins", "register"),
     "exporting": ("export",),
     "earlier_run": ("SavedBackbone", "saved_backbone"),
-    "workflow": ("Run", "check", "evaluate", "predict", "run"),
+    "workflow": ("Run", "check", "evaluate", "predict", "resume", "run"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -111,6 +111,7 @@ __all__ = [
     "plugins",
     "predict",
     "register",
+    "resume",
     "run",
     "saved_backbone",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,8 +140,22 @@ def make_experiment(
         config.train,
         config.seed,
         backbone.assets(),
+        _origin(backbone, loaders),
         QUICK_BATCHES if quick else None,
     )
+
+
+def _origin(backbone: Backbone, loaders: Mapping[str, Loader]) -> dict[str, str]:
+    """Return digests of what a run that goes on must find again: the splits and what was learned from the data."""
+    data, assets = hashlib.sha256(), hashlib.sha256()
+    for name, loader in loaders.items():
+        split = loader.split
+        data.update(f"{name} {len(split)} {split.targets.dtype}".encode() + split.targets.tobytes())
+        # Names of files, not their times, which a copy of the data does not keep.
+        data.update("\0".join(Path(split.name(i)).name for i in range(len(split))).encode())
+    for name, text in sorted(backbone.assets().items()):
+        assets.update(f"{name}\0{text}\0".encode())
+    return {"data": data.hexdigest(), "vocabulary or assets": assets.hexdigest()}
 
 
 def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:

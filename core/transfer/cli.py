@@ -6,13 +6,17 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from transfer.errors import TransferError, UserError
+
+if TYPE_CHECKING:
+    from transfer.events import Observer
+    from transfer.workflow import Run
 
 app = typer.Typer(
     name="transfer",
@@ -47,14 +51,33 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="A few batches of every part, to prove a config.")] = False,
 ) -> None:
     """Train what CONFIG says; the last line printed is the run's folder."""
+    from transfer.workflow import run as run_config
+
+    _train(lambda observe: run_config(config, overrides or [], output=output, quick=quick, observe=observe))
+
+
+@app.command()
+def resume(run: RunFolder) -> None:
+    """Go on with a run that was interrupted, to the result that it would have had."""
+    from transfer.workflow import resume as resume_run
+
+    _train(lambda observe: resume_run(run, observe=observe))
+
+
+def _train(start: Callable[[Observer], Run]) -> None:
+    """Show a run as it goes and say what comes next, or leave with 130 or 143 where it was interrupted."""
     from rich.console import Console
 
     from transfer.console import RunConsole
-    from transfer.workflow import run as run_config
+    from transfer.interruption import Interrupted
 
     console = Console()
-    with RunConsole(console) as observe:
-        ended = run_config(config, overrides or [], output=output, quick=quick, observe=observe)
+    try:
+        with RunConsole(console) as observe:
+            ended = start(observe)
+    except Interrupted as interruption:
+        # Typer would make a 1 or 130 of it.
+        raise typer.Exit(interruption.exit_status) from interruption
     console.print(
         f"next: transfer predict {ended.folder} INPUT...   or   transfer evaluate {ended.folder}",
         highlight=False,
@@ -360,7 +383,7 @@ def clear_cache() -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 it failed, 2 the user's input is wrong, 130 interrupted."""
+    """Run the command line. Exit status: 0 done, 1 it failed, 2 the user's input is wrong, 130 or 143 interrupted."""
     # Importing torch makes half a million objects that stay: looking for garbage among them every 700 new ones, as is
     # the default, takes a quarter of a command's start.
     gc.set_threshold(50_000, 20, 100)

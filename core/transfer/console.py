@@ -142,9 +142,6 @@ class RunConsole:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        # Typer ends the process without a word, so what is left of the run is said here.
-        if kind is KeyboardInterrupt:
-            self.console.print("interrupted: the best and last checkpoints are kept; a run cannot be resumed yet")
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -160,6 +157,8 @@ class RunConsole:
                 self.epochs = self.progress.add_task("epochs", total=event.epochs, figures="")
             case EpochStarted():
                 self.epoch = event
+                if self.epochs is not None:  # a run that goes on begins in the middle
+                    self.progress.update(self.epochs, completed=event.epoch - 1)
                 self._bar(f"epoch {event.epoch}/{event.epochs}", event.steps)
             case StepEnded():
                 self._step(event)

@@ -6,9 +6,10 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from transfer import checkpoint, freezing
@@ -25,6 +25,7 @@ from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, Evaluat
 from transfer.feature_cache import FeatureCache, Prefix, Source, source
 from transfer.freezing import Frozen
 from transfer.interfaces import PrimaryMetric, Task
+from transfer.interruption import Interrupted, Signals
 from transfer.loading import Batch, Loader, Timed
 from transfer.mixing import blend
 from transfer.model import Model
@@ -32,6 +33,7 @@ from transfer.optim import Group, Schedule, TorchPart, build_optimizer
 from transfer.precision import Precision, autocast
 from transfer.run_directory import RunDirectory
 from transfer.settings import TrainConfig
+from transfer.training_state import EpochSums, Progress, TrainingState
 
 TELL_SECONDS = 0.2
 """Observers hear of steps this often: computing a metric for them waits for the device."""
@@ -71,6 +73,7 @@ class Experiment:
         settings: How to train.
         seed: Of everything random during training.
         assets: What the backbone learned from the training split, for the keys of the feature cache.
+        origin: Digests of the data and of the assets, which a run that goes on must find again.
         most_batches: No more than so many batches of each part (a quick try).
     """
 
@@ -84,6 +87,7 @@ class Experiment:
     settings: TrainConfig
     seed: int
     assets: Mapping[str, str]
+    origin: Mapping[str, str]
     most_batches: int | None = None
 
     def features(self, loader: Loader, stages: int, *, training: bool = False) -> Source:
@@ -102,19 +106,82 @@ class Experiment:
         """Return how many stages, from the input on, stay frozen through all phases: the test split's prefix."""
         return min(freezing.prefix_length(self.model, phase.frozen) for phase in self.phases)
 
+    def unchanged_stages(self) -> frozenset[str]:
+        """Return the stages of which no phase changes anything, buffers included."""
+        still = [p.frozen.stages if p.frozen.batch_norm == "frozen" else frozenset() for p in self.phases]
+        return frozenset.intersection(*still)
 
-def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[str, Any]:
+
+@dataclass
+class _Training:
+    """What the steps of the loop share.
+
+    Args:
+        experiment, run, observe, signals, accelerator: As handed to :func:`fit`, or made by it.
+        forward: The model, compiled where that is wanted.
+        state: All that training changes.
+        scored: The model that is validated: the moving average where there is one.
+        seconds_before: Of the run, in the processes before this one.
+    """
+
+    experiment: Experiment
+    run: RunDirectory
+    observe: Observer
+    signals: Signals
+    accelerator: Accelerator
+    forward: Callable[..., Tensor]
+    state: TrainingState
+    scored: Model
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    saved: float = field(default_factory=time.monotonic)
+    unsaved: bool = False
+    pending: tuple[Tensor, Batch] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of the run so far."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+
+def fit(
+    experiment: Experiment, run: RunDirectory, observe: Observer, signals: Signals, *, resume: bool = False
+) -> dict[str, Any]:
     """Train, keep the best epoch by the validation split, score the test split once with it.
 
     The model ends with the weights of the best epoch. Every epoch writes a line of metrics and the checkpoint ``last``.
+
+    Args:
+        experiment: What to train.
+        run: Where the run is written.
+        observe: Is told what happens.
+        signals: Are heard between two steps of the optimizer; the state is saved then.
+        resume: Go on from the checkpoint ``last``.
 
     Returns:
         The summary: ``best_epoch``, ``validation``, ``test``, ``parameters``, ``cache``, throughput, time and memory.
 
     Raises:
-        TrainingError: The loss is not finite, or memory ran out.
+        TrainingError: The loss is not finite, memory ran out, or a checkpoint cannot be written.
+        RunError: The checkpoint is damaged, or does not fit the experiment.
+        Interrupted: A signal came.
     """
-    settings, model, task = experiment.settings, experiment.model, experiment.task
+    training = _prepare(experiment, run, observe, signals)
+    if resume:
+        _restore(training)
+    try:
+        for number in range(training.state.progress.phase, len(experiment.phases) + 1):
+            _train_phase(training, number)
+    except Interrupted as interruption:
+        if training.unsaved and not interruption.at_once:
+            _save(training)
+        raise
+    return _finish(training)
+
+
+def _prepare(experiment: Experiment, run: RunDirectory, observe: Observer, signals: Signals) -> _Training:
+    """Put the model on its device and what training changes beside it."""
+    settings, model = experiment.settings, experiment.model
     # Accelerate keeps its state for the whole process, and refuses a second run of another precision otherwise.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision)
@@ -124,155 +191,147 @@ def fit(experiment: Experiment, run: RunDirectory, observe: Observer) -> dict[st
     average = None
     if settings.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))  # type: ignore[no-untyped-call]
-    scored = model if average is None else cast("Model", average.module)
-    prepared_model = accelerator.prepare_model(model)
-    forward = torch.compile(prepared_model) if settings.compile else prepared_model
-    primary = task.primary_metric
+    prepared = accelerator.prepare_model(model)
+    metrics = {name: metric.to(accelerator.device) for name, metric in experiment.task.metrics().items()}
+    unchanged = experiment.unchanged_stages()
+    base = {name: tensor for name, tensor in model.state_dict().items() if name.partition(".")[0] in unchanged}
+    origin = {**experiment.origin, "base weights": checkpoint.digest(base)}
+    return _Training(
+        experiment,
+        run,
+        observe,
+        signals,
+        accelerator,
+        torch.compile(prepared) if settings.compile else prepared,
+        TrainingState(model, unchanged, origin, average, accelerator.scaler, metrics),
+        model if average is None else cast("Model", average.module),
+    )
+
+
+def _restore(training: _Training) -> None:
+    """Go back to the newest checkpoint that is whole; where none was written yet, to the beginning."""
+    run, state, observe = training.run, training.state, training.observe
+    if checkpoint.exists(run.checkpoints / "last"):
+        recovered = state.restore(run.checkpoints / "last")
+        if recovered is not None:
+            observe(Note(f"the checkpoint before is used, because the newest is damaged: {recovered}"))
+        progress = state.progress
+        observe(Note(f"goes on after epoch {progress.epochs}, and batch {progress.epoch.batches} of the next"))
+    else:
+        observe(Note("no checkpoint was written yet: begins again"))
+    training.seconds_before = state.progress.seconds
+    repaired = run.restore_metrics(state.progress.records)
+    if repaired is not None:
+        observe(Note(repaired))
+
+
+def _train_phase(training: _Training, number: int) -> None:
+    experiment, state, observe = training.experiment, training.state, training.observe
+    settings, model, progress = experiment.settings, experiment.model, state.progress
+    phase, primary = experiment.phases[number - 1], experiment.task.primary_metric
+    if number > progress.phase:
+        progress.phase, progress.phase_epochs, progress.phase_best = number, 0, None
+    freezing.apply(model, phase.frozen)
+    if state.average is not None:
+        _hold_still(state.average, model, phase.frozen)
+    stages = freezing.prefix_length(model, phase.frozen)
+    train = experiment.features(experiment.train, stages, training=True)
+    validation = experiment.features(experiment.validation, stages)
+    _report_caches(training, number, train, validation)
+    if stages:
+        observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
+
+    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=state.optimizer)
+    most, first = experiment.most_batches or sys.maxsize, progress.epochs - progress.phase_epochs
+    counts = [min(train.loader.count(first + ahead), most) for ahead in range(phase.epochs)]
+    schedule = Schedule(
+        phase.scheduler,
+        optimizer,
+        epochs=phase.epochs,
+        steps_per_epoch=[math.ceil(batches / settings.accumulate) for batches in counts],
+        warmup_epochs=0.0 if experiment.most_batches else settings.warmup_epochs,
+        higher_is_better=primary.higher_is_better,
+    )
+    state.begin_phase(optimizer, schedule)
+    scaler = training.accelerator.scaler
+    prepared_optimizer = optimizer if scaler is None else training.accelerator.prepare_optimizer(optimizer)
     total_epochs = sum(phase.epochs for phase in experiment.phases)
-    started, trained_seconds, waiting_seconds, trained_examples = time.perf_counter(), 0.0, 0.0, 0
-    optimizer: Optimizer | None = None
-    best: dict[str, Any] | None = None
-    caches: list[dict[str, Any]] = []
-    epoch = steps_done = 0
-    still = [phase.frozen.stages if phase.frozen.batch_norm == "frozen" else frozenset() for phase in experiment.phases]
-    always_frozen: frozenset[str] = frozenset.intersection(*still)
 
-    for number, phase in enumerate(experiment.phases, 1):
-        freezing.apply(model, phase.frozen)
-        if average is not None:
-            _hold_still(average, model, phase.frozen)
-        stages = freezing.prefix_length(model, phase.frozen)
-        train = experiment.features(experiment.train, stages, training=True)
-        validation = experiment.features(experiment.validation, stages)
-        caches += [{"phase": number, "split": "train", **train.report}]
-        caches += [{"phase": number, "split": "validation", **validation.report}]
-        if stages:
-            observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
-
-        optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=optimizer)
-        most = experiment.most_batches or sys.maxsize
-        counts = [min(train.loader.count(epoch + ahead), most) for ahead in range(phase.epochs)]
-        schedule = Schedule(
-            phase.scheduler,
-            optimizer,
-            epochs=phase.epochs,
-            steps_per_epoch=[math.ceil(batches / settings.accumulate) for batches in counts],
-            warmup_epochs=0.0 if experiment.most_batches else settings.warmup_epochs,
-            higher_is_better=primary.higher_is_better,
+    while progress.phase_epochs < phase.epochs and not _gives_up(progress, phase.patience):
+        batches = counts[progress.phase_epochs]
+        observe(EpochStarted(progress.epochs + 1, total_epochs, number, len(experiment.phases), batches))
+        _train_epoch(training, train, prepared_optimizer)
+        validation_started = time.perf_counter()
+        scores = evaluate(
+            training.scored,
+            experiment.task,
+            validation,
+            settings.precision,
+            observe,
+            "validation",
+            experiment.most_batches,
         )
-        prepared_optimizer = optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(optimizer)
-        phase_best: dict[str, Any] | None = None
-
-        for batches in counts:
-            observe(EpochStarted(epoch + 1, total_epochs, number, len(experiment.phases), batches))
-            rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-            epoch_started = time.perf_counter()
-            trained = _train_epoch(
-                experiment,
-                train,
-                accelerator,
-                forward,
-                prepared_optimizer,
-                schedule,
-                average,
-                epoch,
-                steps_done,
-                observe,
-            )
-            seconds = time.perf_counter() - epoch_started
-            scores = evaluate(
-                scored, task, validation, settings.precision, observe, "validation", experiment.most_batches
-            )
-            schedule.after_epoch(scores[primary.name])
-            examples, waiting = int(trained.pop("examples")), trained.pop("waiting_seconds")
-            waiting_seconds += waiting
-            epoch, steps_done = epoch + 1, steps_done + batches
-            trained_seconds, trained_examples = trained_seconds + seconds, trained_examples + examples
-            record = {
-                "phase": number,
-                "epoch": epoch,
-                "train": trained,
-                "validation": scores,
-                "lr": rates,
-                "seconds": round(time.perf_counter() - epoch_started, 3),
-                "examples_per_second": round(examples / seconds, 2),
-                "waiting_for_data": round(waiting / seconds, 4),
-            }
-            improved = best is None or _better(primary, scores, best["validation"])
-            if best is None or improved:
-                best = {"epoch": epoch, "validation": scores}
-            run.append_metrics(record)
-            _save(run, model, average, optimizer, schedule, record, best, improved, always_frozen)
-            observe(EpochEnded(record, improved))
-            if phase_best is None or _better(primary, scores, phase_best["validation"]):
-                phase_best = {"epoch": epoch, "validation": scores}
-            if phase.patience is not None and epoch - phase_best["epoch"] >= phase.patience:
-                observe(Note(f"phase {number} ends after epoch {epoch}: no better for {phase.patience} epochs"))
-                break
-
-    assert best is not None, "a config has at least one phase of at least one epoch"
-    tensors, _ = checkpoint.load(run.checkpoints / "best")
-    model.load_state_dict(tensors["model"], strict=False)  # without the stages that never changed
-    test = None
-    if experiment.test is not None:
-        loader = experiment.features(experiment.test, experiment.always_frozen())
-        caches += [{"split": "test", **loader.report}]
-        test = evaluate(model, task, loader, settings.precision, observe, "test", experiment.most_batches)
-    ever_trained = {name for phase in experiment.phases for group in phase.groups for name in group.parameters}
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return {
-        "best_epoch": best["epoch"],
-        "epochs": epoch,
-        "validation": best["validation"],
-        "test": test,
-        "primary_metric": primary.name,
-        "parameters": {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in ever_trained)},
-        "examples_per_second": round(trained_examples / trained_seconds, 2),
-        "waiting_for_data": round(waiting_seconds / trained_seconds, 4),
-        "seconds": round(time.perf_counter() - started, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "cache": caches,
-        "device": str(accelerator.device),
-    }
+        with training.signals.held():
+            _end_epoch(training, scores, time.perf_counter() - validation_started)
+    if progress.phase_epochs < phase.epochs:
+        observe(Note(f"phase {number} ends after epoch {progress.epochs}: no better for {phase.patience} epochs"))
 
 
-def _train_epoch(
-    experiment: Experiment,
-    train: Source,
-    accelerator: Accelerator,
-    forward: Callable[..., Tensor],
-    optimizer: Any,
-    schedule: Schedule,
-    average: AveragedModel | None,
-    epoch: int,
-    steps_done: int,
-    observe: Observer,
-) -> dict[str, float]:
-    """Train one epoch; return loss and metrics over it (as the model was at each step), examples and time waited."""
-    task, settings, device = experiment.task, experiment.settings, accelerator.device
-    metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
-    primary = task.primary_metric.name
-    sizes = [len(batch) for batch in experiment.train.plan(epoch)[: experiment.most_batches]]
+def _train_epoch(training: _Training, train: Source, optimizer: Any) -> None:
+    """Train what is left of the epoch that is going on."""
+    experiment, progress, signals = training.experiment, training.state.progress, training.signals
+    metrics, primary = training.state.metrics, experiment.task.primary_metric.name
+    settings, sums = experiment.settings, progress.epoch
+    sizes = [len(batch) for batch in experiment.train.plan(progress.epochs)[: experiment.most_batches]]
+    if not sums.batches:
+        sums.rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        for metric in metrics.values():
+            metric.reset()
     experiment.model.train()
+    seconds_before, waiting_before, examples_before = sums.seconds, sums.waiting_seconds, sums.examples
     started = told = time.perf_counter()
-    examples, known, loss_sum = 0, 0, 0.0
-    before: tuple[Tensor, Batch] | None = None
+    left = len(sizes) - sums.batches
+    batches = Timed(train.loader.epoch(progress.epochs, first=sums.batches, most=left))
 
-    batches = Timed(train.loader.epoch(epoch, most=experiment.most_batches))
-    for step, on_cpu in enumerate(batches, 1):
-        batch = on_cpu.to(device)
-        # Dropout is a function of the seed and the step, whatever has drawn random numbers in between.
-        _seed_step(device, experiment.seed, steps_done + step)
-        # The batches between two steps of the optimizer weigh as one batch of all their examples.
-        group = (step - 1) // settings.accumulate * settings.accumulate
-        together = sum(sizes[group : group + settings.accumulate])
+    for batch in batches:  # waiting for it may be interrupted: nothing is half done then
+        with signals.held():
+            _optimizer_step(
+                training, train.first_stage, optimizer, chain([batch], islice(batches, settings.accumulate - 1)), sizes
+            )
+            now = time.perf_counter()
+            sums.seconds = seconds_before + now - started
+            sums.waiting_seconds = waiting_before + batches.seconds
+            if _save_is_due(training, sums.batches) and sums.batches < len(sizes):
+                _save(training)
+        known = sums.examples - (len(training.pending[1].indices) if training.pending else 0)
+        if known and now - told >= TELL_SECONDS:
+            told = now
+            value = (primary, float(metrics[primary].compute()))
+            speed = (sums.examples - examples_before) / (now - started)
+            training.observe(StepEnded(sums.batches, sums.loss_sum / known, value, speed))
+    _settle(training)
+    sums.seconds = seconds_before + time.perf_counter() - started
+
+
+def _optimizer_step(
+    training: _Training, first_stage: int, optimizer: Any, batches: Iterable[Batch], sizes: Sequence[int]
+) -> None:
+    """Make one step of the optimizer from the gradients of one or more batches, and count them."""
+    experiment, accelerator, state = training.experiment, training.accelerator, training.state
+    settings, task, sums = experiment.settings, experiment.task, state.progress.epoch
+    # The batches between two steps of the optimizer weigh as one batch of all their examples.
+    together = sum(sizes[sums.batches : sums.batches + settings.accumulate])
+    for on_cpu in batches:
+        batch = on_cpu.to(accelerator.device)
+        # Dropout is a function of the seed and the batch, whatever has drawn random numbers in between.
+        _seed_step(accelerator.device, experiment.seed, state.progress.batches + sums.batches + 1)
         with _memory(len(batch.indices)):
             inputs, mixed = batch.inputs, None
             if settings.mix is not None:
                 mixed = blend(inputs, settings.mix)
                 inputs = mixed.inputs
-            with autocast(settings.precision, device):
-                outputs = forward(inputs, train.first_stage)
+            with autocast(settings.precision, accelerator.device):
+                outputs = training.forward(inputs, first_stage)
             outputs = outputs.float()
             losses = task.loss(outputs, batch.targets)
             if mixed is not None:
@@ -283,36 +342,133 @@ def _train_epoch(
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
                 accelerator.backward(loss)
-        if step % settings.accumulate == 0 or step == len(sizes):
-            if settings.clip_norm is not None:
-                if accelerator.scaler is not None:
-                    # Of this optimizer alone: accelerate's own clipping unscales those of earlier phases with it.
-                    accelerator.unscale_gradients(optimizer)
-                torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), settings.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.after_step()
-            if average is not None:
-                average.update_parameters(experiment.model)
-
         outputs = outputs.detach()
-        for metric in metrics.values():
+        for metric in state.metrics.values():
             metric.update(task.predictions(outputs), batch.targets)
-        # .item() waits for the device, so it reads the loss of the step before, which has long been computed.
-        if before is not None:
-            loss_sum += _finite_sum(before, epoch, step - 1, optimizer)
-            known = examples
-        before = (losses.detach().sum(), batch)
-        examples += len(batch.indices)
-        now = time.perf_counter()
-        if known and now - told >= TELL_SECONDS:
-            told = now
-            value = (primary, float(metrics[primary].compute()))
-            observe(StepEnded(step, loss_sum / known, value, examples / (now - started)))
-    assert before is not None, "a split without examples was refused when the data was read"
-    loss_sum += _finite_sum(before, epoch, step, optimizer)
-    values = {name: float(metric.compute()) for name, metric in metrics.items()}
-    return {"loss": loss_sum / examples, **values, "examples": examples, "waiting_seconds": batches.seconds}
+        # .item() waits for the device, so it reads the loss of the batch before, which has long been computed.
+        _settle(training)
+        training.pending = (losses.detach().sum(), batch)
+        sums.batches, sums.examples = sums.batches + 1, sums.examples + len(batch.indices)
+
+    if settings.clip_norm is not None:
+        if accelerator.scaler is not None:
+            # Of this optimizer alone: accelerate's own clipping unscales those of earlier phases with it.
+            accelerator.unscale_gradients(optimizer)
+        torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), settings.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert state.schedule is not None
+    state.schedule.after_step()
+    if state.average is not None:
+        state.average.update_parameters(experiment.model)
+    training.unsaved = True
+
+
+def _end_epoch(training: _Training, scores: dict[str, float], validation_seconds: float) -> None:
+    """Count a validated epoch, write its checkpoints and its line of metrics."""
+    experiment, run, state = training.experiment, training.run, training.state
+    progress, sums, primary = state.progress, state.progress.epoch, experiment.task.primary_metric
+    assert state.schedule is not None
+    state.schedule.after_epoch(scores[primary.name])
+    trained = {name: float(metric.compute()) for name, metric in state.metrics.items()}
+    record = {
+        "phase": progress.phase,
+        "epoch": progress.epochs + 1,
+        "train": {"loss": sums.loss_sum / sums.examples, **trained},
+        "validation": scores,
+        "lr": sums.rates,
+        "seconds": round(sums.seconds + validation_seconds, 3),
+        "examples_per_second": round(sums.examples / sums.seconds, 2),
+        "waiting_for_data": round(sums.waiting_seconds / sums.seconds, 4),
+    }
+    progress.records.append(record)
+    progress.phase_epochs += 1
+    progress.batches += sums.batches
+    progress.trained_examples += sums.examples
+    progress.trained_seconds += sums.seconds
+    progress.waiting_seconds += sums.waiting_seconds
+    progress.epoch = EpochSums()
+    reached = {"epoch": progress.epochs, "validation": scores}
+    improved = progress.best is None or _better(primary, scores, progress.best["validation"])
+    if progress.phase_best is None or _better(primary, scores, progress.phase_best["validation"]):
+        progress.phase_best = reached
+    if improved:
+        progress.best = reached
+        # Before `last`, which names it: killed in between, the epoch is trained again and ends the same.
+        state.save_best(run.checkpoints / "best")
+    _save(training)
+    run.append_metrics(record)
+    training.observe(EpochEnded(record, improved))
+
+
+def _save(training: _Training) -> None:
+    """Write the checkpoint ``last``."""
+    _settle(training)
+    training.state.progress.seconds = training.seconds
+    training.state.save(training.run.checkpoints / "last", training.experiment.settings.checkpoint.keep)
+    training.saved, training.unsaved = time.monotonic(), False
+
+
+def _save_is_due(training: _Training, batches: int) -> bool:
+    settings = training.experiment.settings
+    every = settings.checkpoint.every_steps
+    if every is not None and batches // settings.accumulate % every == 0:
+        return True
+    minutes = settings.checkpoint.every_minutes
+    return minutes is not None and time.monotonic() - training.saved >= 60 * minutes
+
+
+def _gives_up(progress: Progress, patience: int | None) -> bool:
+    best = progress.phase_best
+    return patience is not None and best is not None and progress.epochs - int(best["epoch"]) >= patience
+
+
+def _report_caches(training: _Training, number: int, train: Source, validation: Source) -> None:
+    """Note what of a phase is cached; a run that goes on should find what it found before."""
+    progress = training.state.progress
+    found = [
+        {"phase": number, "split": "train", **train.report},
+        {"phase": number, "split": "validation", **validation.report},
+    ]
+    before = [report for report in progress.caches if report["phase"] == number]
+    if before and [report["cached"] for report in before] != [report["cached"] for report in found]:
+        text = "the feature cache holds other splits than before the interruption: results may differ in the last bits"
+        training.observe(Note(text))
+    progress.caches = [report for report in progress.caches if report["phase"] < number] + found
+
+
+def _finish(training: _Training) -> dict[str, Any]:
+    """Score the test split with the best epoch's weights, and sum up."""
+    experiment, progress = training.experiment, training.state.progress
+    model, task = experiment.model, experiment.task
+    tensors, best = checkpoint.load(training.run.checkpoints / "best")
+    if progress.best is None or best["epoch"] != progress.best["epoch"]:
+        text = f"the weights of the best epoch are damaged: those of epoch {best['epoch']} are taken"
+        training.observe(Note(f"{text}: {best.get('recovered')}"))
+    model.load_state_dict(tensors["model"], strict=False)  # without the stages that never changed
+    caches, test = progress.caches, None
+    if experiment.test is not None:
+        loader = experiment.features(experiment.test, experiment.always_frozen())
+        caches = [*caches, {"split": "test", **loader.report}]
+        test = evaluate(
+            model, task, loader, experiment.settings.precision, training.observe, "test", experiment.most_batches
+        )
+    ever_trained = {name for phase in experiment.phases for group in phase.groups for name in group.parameters}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {
+        "best_epoch": best["epoch"],
+        "epochs": progress.epochs,
+        "validation": best["validation"],
+        "test": test,
+        "primary_metric": task.primary_metric.name,
+        "parameters": {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in ever_trained)},
+        "examples_per_second": round(progress.trained_examples / progress.trained_seconds, 2),
+        "waiting_for_data": round(progress.waiting_seconds / progress.trained_seconds, 4),
+        "seconds": round(training.seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "cache": caches,
+        "device": str(training.accelerator.device),
+    }
 
 
 def evaluate(
@@ -368,22 +524,22 @@ def _seed_step(device: torch.device, seed: int, step: int) -> None:
         torch.cuda.manual_seed(value)
 
 
-def _stage(name: str) -> str:
-    """Return the stage that a parameter or buffer belongs to."""
-    return name.partition(".")[0]
-
-
-def _finite_sum(before: tuple[Tensor, Batch], epoch: int, step: int, optimizer: Any) -> float:
-    total, batch = before
-    value = total.item()
+def _settle(training: _Training) -> None:
+    """Add the loss of the batch before to the sum, and stop where it is not finite."""
+    if training.pending is None:
+        return
+    (total, batch), training.pending = training.pending, None
+    value, progress = total.item(), training.state.progress
     if not math.isfinite(value):
-        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert training.state.optimizer is not None
+        rates = {group["name"]: group["lr"] for group in training.state.optimizer.param_groups}
         raise TrainingError(
-            f"the loss of epoch {epoch + 1}, step {step} is {value}: learning rates {rates}, "
+            f"the loss of epoch {progress.epochs + 1}, step {progress.epoch.batches} is {value}: "
+            f"learning rates {rates}, "
             f"examples {batch.indices[:16].tolist()}{'...' if len(batch.indices) > 16 else ''} of the training split",
             fix="lower the learning rate, or look at these examples; the checkpoint `best` holds the best epoch so far",
         )
-    return value
+    progress.epoch.loss_sum += value
 
 
 @contextmanager
@@ -405,33 +561,6 @@ def _better(primary: PrimaryMetric, new: Mapping[str, float], old: Mapping[str, 
     if new[primary.name] != old[primary.name]:
         return (new[primary.name] > old[primary.name]) == primary.higher_is_better
     return new["loss"] < old["loss"]
-
-
-def _save(
-    run: RunDirectory,
-    model: Model,
-    average: AveragedModel | None,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    record: Mapping[str, Any],
-    best: Mapping[str, Any],
-    improved: bool,
-    always_frozen: frozenset[str],
-) -> None:
-    """Write the checkpoints; stages that no phase changes are in the model folder alone, not in every checkpoint."""
-    weights = {name: tensor for name, tensor in model.state_dict().items() if _stage(name) not in always_frozen}
-    scored = weights
-    if average is not None:
-        scored = {name: tensor for name, tensor in average.module.state_dict().items() if name in weights}
-    tensors, rest = checkpoint.optimizer_tensors(model, optimizer)
-    state = {"epoch": record["epoch"], "phase": record["phase"], "record": record, "best": best}
-    progress = {"optimizer": rest, "scheduler": schedule.state_dict()}
-    parts: dict[str, Mapping[str, Tensor]] = {"model": weights, "optimizer": tensors}
-    if average is not None:
-        parts["average"] = scored
-    checkpoint.save(run.checkpoints / "last", parts, state | progress)
-    if improved:
-        checkpoint.save(run.checkpoints / "best", {"model": scored}, state)
 
 
 def peak_memory_bytes() -> int:

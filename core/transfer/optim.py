@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -272,19 +273,37 @@ class Schedule:
         warming, self.warming = self.warming, False
         if warming or self.scheduler is None or isinstance(self.scheduler, _BY_STEP):
             return
-        if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(metric)
-        else:
-            self.scheduler.step()
+        with warnings.catch_warnings():
+            # The steps before may have been taken by the process that was interrupted, which torch cannot know.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
+            if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
+                self.scheduler.step(metric)
+            else:
+                self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of scheduler and warm-up; JSON alone."""
+        """Return what moves in scheduler and warm-up; JSON alone. All else follows from the config."""
         parts = {"scheduler": self.scheduler, "warmup": self.warmup}
-        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        # The best value so far is infinite until there is one, which JSON cannot say and a new scheduler knows.
-        finite = {name: {k: v for k, v in state.items() if v not in _INFINITE} for name, state in states.items()}
-        return {"warmup_steps": self.warmup_steps, **finite}
+        states = {
+            name: {key: value for key, value in part.state_dict().items() if _is_plain(value)}
+            for name, part in parts.items()
+            if part is not None
+        }
+        return {"warmup_steps": self.warmup_steps, "warming": self.warming, **states}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned."""
+        self.warmup_steps, self.warming = state["warmup_steps"], state["warming"]
+        for name, part in {"scheduler": self.scheduler, "warmup": self.warmup}.items():
+            if part is not None:
+                part.load_state_dict(part.state_dict() | state[name])
 
 
-_INFINITE = (math.inf, -math.inf)
+def _is_plain(value: object) -> bool:
+    """Tell what JSON can say: the best value so far, say, is infinite until there is one."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, (bool, int, str)) or (isinstance(value, list) and all(map(_is_plain, value)))
+
+
 _BY_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)

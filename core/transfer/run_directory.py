@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -22,6 +26,9 @@ from transfer.errors import RunError
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses one that it does not know."""
+
+LOCK = "lock"
+"""Is there while a process writes into the folder, and says which."""
 
 
 class RunDirectory:
@@ -83,6 +90,60 @@ class RunDirectory:
         """The folder of the checkpoints ``best`` and ``last``."""
         return self.path / "checkpoints"
 
+    @property
+    def resume_command(self) -> str:
+        """What a user types to go on with this run."""
+        return f"transfer resume {shlex.quote(str(self.path))}"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from writing into this folder; the lock goes with the process, however it ends.
+
+        Raises:
+            RunError: Another process has it, or nothing can be written here.
+        """
+        file = self._lock()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
+            file.close()
+
+    def _lock(self) -> TextIO:
+        path = self.path / LOCK
+        while True:
+            try:
+                file = path.open("a+", encoding="utf-8")
+            except OSError as error:
+                fix = "make it writable, or copy it to where you can write and resume the copy"
+                raise RunError(
+                    f"the run directory cannot be written: {error.strerror}", where=str(path), fix=fix
+                ) from error
+            try:
+                # Of this kind a loader process inherits none: it would outlive a training process that was killed.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                file.close()
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise RunError(f"the run directory cannot be locked: {error.strerror}", where=str(path)) from error
+                raise RunError(
+                    f"another process writes into {self.path}: {owner}",
+                    where=str(path),
+                    fix="wait until it ends, or stop it",
+                ) from error
+            # The one who had it before removed the file when it ended, perhaps just after we had opened it.
+            with suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    break
+            file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        return file
+
     def config(self) -> dict[str, Any]:
         """Return the resolved config.
 
@@ -105,39 +166,89 @@ class RunDirectory:
         """
         return read_json(self.path / "summary.json", "the run has no summary: it did not end")
 
+    @property
+    def complete(self) -> bool:
+        """The run has ended, and all that it gives is there."""
+        try:
+            return self.summary().get("status") == "complete"
+        except RunError:  # missing or damaged: the end of the run is computed again
+            return False
+
     def write_config(self, plain: Mapping[str, Any]) -> None:
         """Write the resolved config."""
         text = dump(dict(plain))
         write_atomically(self.path / "config.yaml", f"# The resolved config of this run, defaults filled in.\n{text}")
 
-    def write_environment(self, device: str, distributions: Mapping[str, str]) -> None:
-        """Write versions, git revision, command and device."""
-        names = ("torch", "torchvision", "accelerate", "numpy", "tokenizers", "safetensors", "torchmetrics")
-        write_json(
-            self.path / "environment.json",
-            {
-                "format": FORMAT,
-                "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-                "command": shlex.join(sys.argv),
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "device": device,
-                "threads": torch.get_num_threads(),
-                "git_revision": _git_revision(),
-                "versions": {name: version for name in names if (version := _version(name))} | dict(distributions),
-            },
-        )
+    def write_environment(self, environment: Mapping[str, Any], *, quick: bool) -> None:
+        """Write where the run starts (:func:`environment`), by which command, and whether it is a quick try."""
+        started = {"format": FORMAT, "started": _now(), "command": shlex.join(sys.argv), "quick": quick}
+        write_json(self.path / "environment.json", {**started, **environment})
+
+    def environment(self) -> dict[str, Any]:
+        """Return ``environment.json``.
+
+        Raises:
+            RunError: It is missing or damaged.
+        """
+        return read_json(self.path / "environment.json", "the run has no environment.json")
+
+    def note_resume(self, changes: Sequence[str]) -> None:
+        """Add to ``environment.json`` that the run goes on now, and what is different from when it started."""
+        environment = self.environment()
+        entry = {"at": _now(), "command": shlex.join(sys.argv), "changes": list(changes)}
+        write_json(self.path / "environment.json", environment | {"resumed": [*environment.get("resumed", []), entry]})
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed had only begun to write, and the summary of the attempt before."""
+        for path in [*self.path.glob(".*.tmp"), *self.model.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+    def restore_metrics(self, records: Sequence[Mapping[str, Any]]) -> str | None:
+        """Make ``metrics.jsonl`` hold exactly these lines; return what was wrong with it, if anything."""
+        path = self.path / "metrics.jsonl"
+        wanted = [_line(record) for record in records]
+        found = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if found == [line.encode() for line in wanted]:
+            return None
+        write_atomically(path, "".join(wanted))
+        kept = sum(line.encode() in found for line in wanted)
+        dropped, restored = len(found) - kept, len(wanted) - kept
+        parts = [f"{dropped} that the checkpoint does not know dropped"] if dropped else []
+        parts += [f"{restored} that were missing or damaged restored"] if restored else []
+        return f"metrics.jsonl: lines {' and '.join(parts)}"
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a line to ``metrics.jsonl`` and flush it to the disk."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         write_json(self.path / "summary.json", summary)
+
+
+def environment(device: str, distributions: Mapping[str, str]) -> dict[str, Any]:
+    """Return versions, git revision, device, threads and folder: what figures may depend on beside config and data."""
+    names = ("torch", "torchvision", "accelerate", "numpy", "tokenizers", "safetensors", "torchmetrics")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "folder": str(Path.cwd()),
+        "git_revision": _git_revision(),
+        "versions": {name: version for name in names if (version := _version(name))} | dict(distributions),
+    }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say what differs between two environments."""
+    old, new = ({**e, **e.get("versions", {})} for e in (before, now))
+    names = [name for name in new if name != "versions"]
+    return [f"{name} {old.get(name)} -> {new[name]}" for name in names if old.get(name) != new[name]]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -180,6 +291,14 @@ def flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _version(distribution: str) -> str | None:

@@ -140,6 +140,20 @@ class Mix(Block):
         return self
 
 
+class Checkpoint(Block):
+    """When the run's state is saved beside once per epoch, and how often that is kept.
+
+    Args:
+        every_steps: Also after every so many steps of the optimizer within an epoch.
+        every_minutes: Also so many minutes after the last time; null: not by the clock.
+        keep: The newest so many checkpoints stay; with 1 there is none to fall back on where that one is damaged.
+    """
+
+    every_steps: Count | None = None
+    every_minutes: Positive | None = 10.0
+    keep: Count = 2
+
+
 class TrainConfig(Block):
     """How the model is trained.
 
@@ -168,6 +182,8 @@ class TrainConfig(Block):
         views: With random augmentation, so many augmented views of each training example are cached and drawn from;
             without it (null) the training split is not cached.
         cache_limit_gib: Size of the feature cache on disk; what was used longest ago goes first.
+        checkpoint: When the run's state is saved beside once per epoch (every_steps, every_minutes), and how many stay
+            (keep).
     """
 
     batch_size: Count | None = 32
@@ -189,6 +205,7 @@ class TrainConfig(Block):
     cache: Literal["auto", "off", "verify"] = "auto"
     views: Count | None = None
     cache_limit_gib: Positive = 20.0
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
     @property
     def step(self) -> str:

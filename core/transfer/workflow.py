@@ -1,4 +1,4 @@
-"""What one does with a config or a run: check, run, evaluate, predict. The command line and scripts call these."""
+"""What one does with a config or a run: check, run, resume, evaluate, predict. The command line calls these."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from transfer.config import RunConfig, load_config
 from transfer.engine import evaluate as score
 from transfer.engine import fit
 from transfer.errors import RunError
-from transfer.events import Observer, RunEnded, RunStarted
+from transfer.events import Note, Observer, RunEnded, RunStarted
 from transfer.interfaces import SPLITS
+from transfer.interruption import Signals
 from transfer.loading import encode
 from transfer.model_folder import LoadedModel, find_model, read_model, write_model
 from transfer.registry import IN_PROCESS
-from transfer.run_directory import RunDirectory, read_json
+from transfer.run_directory import RunDirectory, changes, environment, read_json
 
 PREDICTION_BATCH = 64
 MOST_CLASSES_SHOWN = 6
@@ -84,22 +86,71 @@ def run(
         checked = checked.quick()
     built = build(checked, observe, quick=quick)
     directory = RunDirectory.create(Path(output), checked.name)
-    directory.write_config(checked.plain)
-    plugins = [c.plugin for c in (checked.data, checked.backbone, checked.head, checked.task)]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    directory.write_environment(device, {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS})
+    with directory.locked():
+        # The config comes last: a folder without it is no run.
+        directory.write_environment(_environment(checked), quick=quick)
+        directory.write_config(checked.plain)
+        return _train(checked, built, directory, observe, quick=quick, resume=False)
+
+
+def resume(run: str | Path, *, observe: Observer = _silent) -> Run:
+    """Go on with a run that was interrupted, as if nothing had happened: on the CPU its result is the same to the bit.
+
+    A run that was stopped before its first checkpoint begins again in its folder; of one that is complete nothing is
+    done.
+
+    Args:
+        run: A run directory.
+        observe: Is called with every event of the run (:mod:`transfer.events`).
+
+    Raises:
+        UserError: The folder is no run's, another process writes into it, or data, base weights or all checkpoints are
+            not what they were.
+        TrainingError: Training cannot go on.
+    """
+    directory = RunDirectory.open(run)
+    with directory.locked():
+        if directory.complete:
+            observe(Note(f"{directory.path} is complete: there is nothing to do"))
+            return Run(directory.path, directory.summary())
+        config = load_config(directory.config())
+        before = directory.environment()
+        quick = bool(before.get("quick"))
+        if quick:
+            config = config.quick()
+        different = changes(before, _environment(config))
+        if different:
+            observe(
+                Note("not the same as when the run began; results may differ in the last bits: " + "; ".join(different))
+            )
+        built = build(config, observe, quick=quick)
+        directory.sweep()
+        directory.note_resume(different)
+        return _train(config, built, directory, observe, quick=quick, resume=True)
+
+
+def _train(
+    config: RunConfig, built: Built, directory: RunDirectory, observe: Observer, *, quick: bool, resume: bool
+) -> Run:
+    """Train in a run directory, from the beginning or from its checkpoint, to its summary."""
     epochs = sum(phase.epochs for phase in built.experiment.phases)
     primary_metric = built.experiment.task.primary_metric.name
-    observe(RunStarted(directory.path, _facts(checked, built, device), epochs, primary_metric))
-    try:
-        summary = {"status": "complete", "quick": quick} | fit(built.experiment, directory, observe)
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        directory.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
-        raise
-    summary |= {"data": built.classes, "learned": built.learned, "pretrained": built.pretrained}
-    write_model(directory.model, checked, built.data, built.backbone, built.experiment.model)
-    directory.write_summary(summary)
+    observe(RunStarted(directory.path, _facts(config, built, _device()), epochs, primary_metric))
+    with Signals() as signals:
+        try:
+            fitted = fit(built.experiment, directory, observe, signals, resume=resume)
+            summary = {"status": "complete", "quick": quick, **fitted}
+            summary |= {"data": built.classes, "learned": built.learned, "pretrained": built.pretrained}
+            with signals.held():
+                write_model(directory.model, config, built.data, built.backbone, built.experiment.model)
+                directory.write_summary(summary)
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with suppress(OSError):  # the disk may be full: what happened is said all the same
+                directory.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
+            if isinstance(error, KeyboardInterrupt):
+                observe(Note(f"interrupted; go on with: {directory.resume_command}"))
+            raise
     observe(RunEnded(directory.path, summary))
     return Run(directory.path, summary)
 
@@ -208,6 +259,16 @@ def _expand(sources: Iterable[str]) -> Iterator[str]:
         # A text may hold a question mark; only what matches files is a pattern.
         matches = sorted(glob.glob(os.path.expanduser(source))) if glob.has_magic(source) else []
         yield from matches or [source]
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _environment(config: RunConfig) -> dict[str, Any]:
+    """Return what figures may depend on beside config and data, the plugins' distributions included."""
+    plugins = [c.plugin for c in (config.data, config.backbone, config.head, config.task)]
+    return environment(_device(), {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS})
 
 
 def _facts(config: RunConfig, built: Built, device: str) -> dict[str, str]:

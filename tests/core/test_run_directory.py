@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from transfer import RunError
-from transfer.run_directory import RunDirectory, read_json, write_atomically, write_json
+from transfer.run_directory import RunDirectory, changes, environment, read_json, write_atomically, write_json
 
 
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -68,11 +70,56 @@ def test_metrics_are_a_line_each(tmp_path: Path) -> None:
 
 
 def test_the_environment_is_written(tmp_path: Path) -> None:
-    RunDirectory(tmp_path).write_environment("cpu", {"some-plugin": "1.2"})
+    RunDirectory(tmp_path).write_environment(environment("cpu", {"some-plugin": "1.2"}), quick=False)
     content = json.loads((tmp_path / "environment.json").read_text())
     assert content["versions"]["some-plugin"] == "1.2"
     assert content["versions"]["torch"]
     assert {"command", "python", "device", "git_revision", "started", "threads"} <= set(content)
+
+
+def test_what_differs_between_two_environments_is_said() -> None:
+    before = environment("cpu", {"some-plugin": "1.2"})
+    assert changes(before, before) == []
+    now = {**before, "threads": 99, "versions": {**before["versions"], "some-plugin": "1.3"}}
+    assert changes(before, now) == [f"threads {before['threads']} -> 99", "some-plugin 1.2 -> 1.3"]
+
+
+def test_metrics_are_made_to_agree_with_the_checkpoint(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    records = [{"epoch": 1, "loss": 0.1}, {"epoch": 2, "loss": 0.30000000000000004}]
+    for record in records:
+        run.append_metrics(record)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    assert run.restore_metrics(records) is None
+    for damaged, said in {
+        whole + b'{"epoch": 3, "lo': "1 that the checkpoint does not know dropped",
+        whole[:-5]: "1 that the checkpoint does not know dropped and 1 that were missing or damaged restored",
+        whole.replace(b"0.1", b"0.5"): "1 that were missing or damaged restored",
+        b"": "2 that were missing or damaged restored",
+    }.items():
+        (tmp_path / "metrics.jsonl").write_bytes(damaged)
+        assert said in str(run.restore_metrics(records))
+        assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    ready, go_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        with run.locked():
+            os.write(ready[1], b".")
+            os.read(go_on[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    with pytest.raises(RunError, match=f"process {child} on "), run.locked():
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / "lock").exists()
+    with run.locked():
+        assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writing_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ FILES = {
     "summary.json",
     "checkpoints/best/model.safetensors",
     "checkpoints/best/state.json",
+    "checkpoints/last/metrics.safetensors",
     "checkpoints/last/model.safetensors",
     "checkpoints/last/optimizer.safetensors",
     "checkpoints/last/state.json",
