@@ -94,12 +94,12 @@ def data_file(name: str) -> Path:
 # ------------------------------------------------------------------------------------------------------------ output
 
 
-def machine() -> str:
+def machine(threads: int = THREADS) -> str:
     """Say what this runs on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     load = os.getloadavg()[0]
     return (
-        f"{device}, {os.cpu_count()} cores, {THREADS} threads, load {load:.2f}; "
+        f"{device}, {os.cpu_count()} cores, {threads} threads, load {load:.2f}; "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
 

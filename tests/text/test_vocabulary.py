@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,32 @@ def test_piece_by_piece_gives_what_the_tokenizers_library_gives(name: TokenizerN
     differ = [text for text, ours, theirs in zip(texts, found, expected, strict=True) if ours != theirs]
     assert [text for text in differ if name != "basic_english" or '"' not in text] == []
     assert len(differ) < 10
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_words_counts_and_indices_are_those_of_plain_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: TokenizerName, kept: bool
+) -> None:
+    monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path))
+    monkeypatch.setattr(corpus, "WORTH_KEEPING_CHARACTERS", 1 if kept else 10**9)
+    monkeypatch.setattr(corpus, "BLOCK_TEXTS", 100)
+    generator = np.random.default_rng(1)
+    odd = [part for part in ODD if part != '"']  # see the test before
+    texts = ["".join(generator.choice(odd, size=9)) for _ in range(450)]
+    train, test = texts[:300], texts[300:]
+    tokens = {text: tokenize(text, name) for text in texts}
+    counts = Counter(token for text in train for token in tokens[text])
+    words = sorted((word for word in counts if counts[word] >= 2), key=lambda word: (-counts[word], word))[:400]
+    index = {word: number for number, word in enumerate(words, 2)}
+    vocabulary = Vocabulary.build(train, name, min_frequency=2, max_size=400)
+    assert vocabulary.tokens[2:] == tuple(words)
+    assert vocabulary.counts is not None
+    assert vocabulary.counts.tolist()[2:] == [counts[word] for word in words]
+    for split in (train, test):
+        expected = [[index.get(token, UNKNOWN) for token in tokens[text]] for text in split]
+        assert [ids.tolist() for ids in vocabulary.encode(split)] == expected
+    assert len(list(tmp_path.glob("text/encoded-*"))) == 2 * kept
 
 
 def test_pieces_of_any_length_and_byte_are_told_apart() -> None:

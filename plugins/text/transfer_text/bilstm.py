@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from transfer import ConfigError, FeatureSpec
-from transfer_text.embedding import Count, TextBackbone, Unknown, look_up
+from transfer_text.embedding import Count, TextBackbone, Unknown, in_batch_terms, look_up
 from transfer_text.encoded import Truncation
 from transfer_text.vocabulary import MIN_FREQUENCY, PADDING, Vocabulary
 
@@ -126,7 +126,12 @@ class BidirectionalLSTM(nn.LSTM):
                 back = _take(ahead, places)
             second = _take(self._run(back, f"l{layer}_reverse"), places)
             ahead = torch.cat([self._run(ahead, f"l{layer}"), second], dim=2)
-        return ahead.transpose(0, 1) * mask[:, :, None]
+        states = ahead.transpose(0, 1)
+        if torch.is_grad_enabled() or not in_batch_terms(rows):
+            return states * mask[:, :, None]
+        first = int(lengths.min())  # texts of a batch are of like length: only their ends differ
+        states[:, first:] *= mask[:, first:, None]
+        return states
 
     def _run(self, inputs: Tensor, name: str) -> Tensor:
         """Run one direction of one layer, (T, B, D) -> (T, B, H)."""
