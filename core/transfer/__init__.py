@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     )
     from transfer.looking import look, look_at_predictions
     from transfer.registry import plugins, register
+    from transfer.saved_backbone import SavedBackbone, saved_backbone
+    from transfer.splits import cut
+    from transfer.tables import Tables, TableTarget
+    from transfer.targets import class_indices, label_sets
     from transfer.workflow import Run, check, evaluate, predict, resume, run
 
 _MODULES = {
@@ -73,6 +77,11 @@ _MODULES = {
     "exporting": ("export",),
     "earlier_run": ("SavedBackbone", "saved_backbone"),
     "workflow": ("Run", "check", "evaluate", "predict", "resume", "run"),
+    "saved_backbone": ("SavedBackbone", "saved_backbone"),
+    "splits": ("cut",),
+    "tables": ("TableTarget", "Tables"),
+    "targets": ("class_indices", "label_sets"),
+    "workflow": ("Run", "check", "evaluate", "predict", "run"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -95,17 +104,22 @@ __all__ = [
     "RunError",
     "SavedBackbone",
     "Split",
+    "TableTarget",
+    "Tables",
     "Task",
     "TrainingError",
     "TransferError",
     "UserError",
     "WeightsError",
     "check",
+    "class_indices",
+    "cut",
     "data_folder",
     "download",
     "evaluate",
     "export",
     "find_file",
+    "label_sets",
     "look",
     "look_at_predictions",
     "plugins",

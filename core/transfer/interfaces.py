@@ -51,17 +51,21 @@ class Split:
             when they are asked for; it must then be picklable.
         targets: int64 (N,) of class indices, or float32 (N, C) of labels or numbers.
         names: What each example is called in messages (its path); empty: its index.
+        groups: int64 (N,), the group of each example where some must stay together (pictures of one patient).
     """
 
     fields: Mapping[str, Sequence[Any]]
     targets: npt.NDArray[Any]
     names: Sequence[str] = ()
+    groups: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         """Refuse columns of different lengths."""
         lengths = {name: len(column) for name, column in self.fields.items()} | {"targets": len(self.targets)}
         if self.names:
             lengths["names"] = len(self.names)
+        if self.groups is not None:
+            lengths["groups"] = len(self.groups)
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the columns of a split differ in length: {lengths}")
 
@@ -86,6 +90,7 @@ class Split:
             {name: _Selection(column, indices) for name, column in self.fields.items()},
             self.targets[indices],
             _Selection(self.names, indices) if self.names else (),
+            None if self.groups is None else self.groups[indices],
         )
 
 

@@ -52,7 +52,7 @@ def complete(data: Data, *, validation: float, limit: int | None) -> dict[str, S
 
 
 def cut(split: Split, share: float) -> tuple[Split, Split]:
-    """Cut a share off a split at random, alike in every class where targets are classes.
+    """Cut a share off a split at random, alike in every class where targets are classes, and groups as a whole.
 
     Args:
         split: Of N examples.
@@ -64,6 +64,8 @@ def cut(split: Split, share: float) -> tuple[Split, Split]:
     Raises:
         DataError: There is nothing to cut off.
     """
+    if split.groups is not None:
+        return _cut_groups(split, split.groups, share)
     generator = np.random.default_rng(_SEED)
     taken = np.zeros(len(split), dtype=bool)
     for members in _strata(split.targets):
@@ -75,6 +77,32 @@ def cut(split: Split, share: float) -> tuple[Split, Split]:
             fix="give more examples, or a validation split of their own",
         )
     return split.select(np.flatnonzero(~taken)), split.select(np.flatnonzero(taken))
+
+
+def _cut_groups(split: Split, groups: npt.NDArray[np.int64], share: float) -> tuple[Split, Split]:
+    """Cut whole groups off, the largest first, each as long as it brings every class nearer to its share."""
+    names, group = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise DataError(
+            "all examples are of one group, which cannot be cut",
+            fix="give more groups, or a split of their own to each part",
+        )
+    counts = np.stack([np.bincount(group[members], minlength=len(names)) for members in _strata(split.targets)], 1)
+    wanted = share * counts.sum(0)
+    order = np.random.default_rng(_SEED).permutation(len(names))
+    order = order[np.argsort(-counts.sum(1)[order], kind="stable")]
+    taken = np.zeros(len(names), dtype=bool)
+    missing = wanted.astype(float)
+    for number in order:
+        if ((missing - counts[number]) ** 2).sum() < (missing**2).sum():
+            taken[number] = True
+            missing -= counts[number]
+    if not taken.any():
+        taken[order[-1]] = True  # the smallest is already more than was asked for
+    if taken.all():
+        taken[order[-1]] = False
+    cut_off = taken[group]
+    return split.select(np.flatnonzero(~cut_off)), split.select(np.flatnonzero(cut_off))
 
 
 def _strata(targets: npt.NDArray[Any]) -> list[npt.NDArray[np.int64]]:

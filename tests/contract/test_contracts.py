@@ -15,7 +15,12 @@ from transfer import registry
 from transfer.testing import Contract
 from transfer.testing.cases import TEXTS
 
-PUBLISHED = {"imdb": "aclImdb", "hymenoptera": "hymenoptera_data", "hotdog": "hotdog"}
+PUBLISHED = {
+    "imdb": "aclImdb",
+    "hymenoptera": "hymenoptera_data",
+    "hotdog": "hotdog",
+    "torchvision_dataset": "cifar-10-batches-py",
+}
 """Datasets that are read where they are, and are not downloaded by a test."""
 
 
@@ -39,6 +44,9 @@ def _files(tmp_path_factory: pytest.TempPathFactory) -> Any:
     rows = [(f"{text} {number}", label) for label in ("bad", "good") for number, text in enumerate(TEXTS * 2)]
     with (folder / "reviews.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
+    with (folder / "pictures.csv").open("w", encoding="utf-8", newline="") as file:
+        paths = [(f"pictures/{label}/{number}.png", label) for number, (_, label) in enumerate(rows)]
+        csv.writer(file).writerows([("path", "label"), *paths])
     for number, (text, label) in enumerate(rows):
         for kind in ("texts", "pictures"):
             (folder / kind / label).mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ ORDER = (
     "document",
     "interfaces",
     "splits",
+    "targets",
+    "tables",
     "registry",
     "catalogue",
     "schema",

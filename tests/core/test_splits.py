@@ -140,3 +140,41 @@ def test_splits_of_other_names_are_refused(splits: dict[str, list[int]]) -> None
 def test_classes_are_counted() -> None:
     assert count_classes(split([0, 2, 2]), ("a", "b", "c")) == {"a": 1, "b": 0, "c": 2}
     assert count_classes(split(np.zeros((3, 1), dtype=np.float32)), ("x",)) == {}
+
+
+# --------------------------------------------------------------------------------------------------------------- groups
+
+
+def grouped(targets: list[int], groups: list[int]) -> Split:
+    return Split({"x": list(range(len(targets)))}, np.array(targets), (), np.array(groups))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.95])
+def test_groups_are_cut_as_a_whole_and_classes_alike(share: float) -> None:
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(60), generator.integers(1, 8, 60))
+    whole = grouped(generator.integers(0, 3, len(groups)).tolist(), groups.tolist())
+    left, taken = cut(whole, share)
+    assert not set(left.groups.tolist()) & set(taken.groups.tolist())
+    assert sorted(ids(left) + ids(taken)) == list(range(len(whole)))
+    for target in range(3):
+        part = (taken.targets == target).sum() / (whole.targets == target).sum()
+        assert abs(part - share) < 0.05
+    assert ids(cut(whole, share)[1]) == ids(taken)
+
+
+def test_large_groups_give_and_keep_at_least_one() -> None:
+    for share in (0.01, 0.99):
+        left, taken = cut(grouped([0, 1] * 10, [0] * 12 + [1] * 8), share)
+        assert {len(left), len(taken)} == {8, 12}
+
+
+def test_one_group_cannot_be_cut() -> None:
+    with pytest.raises(DataError, match="all examples are of one group"):
+        cut(grouped([0, 1, 0, 1], [7, 7, 7, 7]), 0.5)
+
+
+def test_validation_is_cut_by_groups_too() -> None:
+    found = complete(data(train=grouped([0, 1] * 20, (np.arange(40) // 4).tolist())), validation=0.2, limit=None)
+    assert len(found["validation"]) == 8
+    assert not set(found["train"].groups.tolist()) & set(found["validation"].groups.tolist())

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from transfer import ConfigError, DataError, data_folder
+from transfer.tables import _delimited
 from transfer_text import datasets
 from transfer_text.datasets import IMDb, MiniReviews
 from transfer_text.folders import TextFolder
 from transfer_text.hugging_face import HuggingFace
-from transfer_text.tables import TextCSV, _delimited
+from transfer_text.tables import TextCSV
 
 # ---------------------------------------------------------------------------------------------------------------- IMDb
 

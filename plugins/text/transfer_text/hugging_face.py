@@ -10,8 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, find_file
-from transfer_text.targets import class_indices, label_sets
+from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, class_indices, find_file, label_sets
 
 INSTALL = "pip install datasets"
 FORMATS = {

@@ -92,7 +92,7 @@ class FolderSource(Source):
         except FileNotFoundError:
             if file.is_symlink():
                 raise FileNotFoundError(f"a link that points nowhere, to {_shown(os.readlink(file))}") from None
-            raise
+            raise FileNotFoundError("there is no such file") from None
         return known.st_size, known.st_mtime_ns
 
     def read(self, path: str) -> bytes:  # noqa: D102
@@ -130,7 +130,10 @@ class ZipSource(Source):
         return _shown("/".join(part for part in (str(self.path), self._inside, path) if part))
 
     def identity(self, path: str) -> tuple[int, ...]:  # noqa: D102
-        known = self._archive().getinfo(self._member(path))
+        try:
+            known = self._archive().getinfo(self._member(path))
+        except KeyError:
+            raise FileNotFoundError("there is no such file in the archive") from None
         return known.file_size, known.CRC
 
     def _member(self, path: str) -> str:

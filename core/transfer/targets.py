@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from transfer import DataError
+from transfer.errors import DataError
 
 MOST_SHOWN = 20
 

@@ -1,0 +1,107 @@
+"""Pictures that a table of your own lists, with their labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, Tables, TableTarget, find_file
+from transfer_vision.scan import BadFiles, good_pictures
+from transfer_vision.sources import Pictures, Source, open_source
+
+
+class ImageCSV(Dataset):
+    """Pictures and labels from a table of your own: CSV, TSV, or JSON Lines (``.jsonl``), plain or ``.gz``.
+
+    Args:
+        train: The table to train on, by its path (or its name in the data folder).
+        val: The table that picks the best epoch; null: it is cut from ``train``. Without a test table it is the test
+            split, and validation is cut from ``train``.
+        test: The table to test on.
+        root: The folder or zip archive in which the paths begin; null: the folder of the training table.
+        path: Column of the picture's path.
+        label: Column of the label; for ``labels`` and ``number``, one column each.
+        target: ``class``: each picture is of one class. ``labels``: each column says 0 or 1. ``label_list``: one column
+            names all labels of a picture. ``number``: each column is a number.
+        separator: What separates the labels of a ``label_list``; JSON Lines may hold lists instead.
+        delimiter: What separates the columns; null: a tab in a .tsv file, a comma elsewhere.
+        encoding: Character encoding of the tables.
+        split: Column that says of each row of ``train`` which split it is of: train, val or test.
+        group: Column of what must not be torn apart (a patient, a camera): no group is in two splits.
+        test_fraction: The part of ``train`` that becomes the test split where there is none; alike in every class.
+        bad_files: What to do about pictures that cannot be decoded: ``error``, or ``skip`` them with a table in the
+            log.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        root: str | None = None,
+        path: str = "path",
+        label: str | tuple[str, ...] = "label",
+        target: TableTarget = "class",
+        separator: str = ",",
+        delimiter: str | None = None,
+        encoding: str = "utf-8-sig",
+        split: str | None = None,
+        group: str | None = None,
+        test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        bad_files: BadFiles = "error",
+    ) -> None:
+        if root == "":
+            raise ConfigError("root is empty", fix="name a folder, or leave root out")
+        self._root = root
+        self._bad_files: BadFiles = bad_files
+        self._tables = Tables(
+            train=train,
+            val=val,
+            test=test,
+            example="path",
+            column=path,
+            label=label,
+            target=target,
+            separator=separator,
+            delimiter=delimiter,
+            encoding=encoding,
+            split=split,
+            group=group,
+            test_fraction=test_fraction,
+        )
+
+    @property
+    def spec(self) -> DataSpec:
+        """A picture and its target; the names of classes are in the data."""
+        return self._tables.spec("image")
+
+    def load(self) -> Data:
+        """Read the tables, and decode the pictures that are new to see whether they are good.
+
+        Raises:
+            transfer.DataError: A table is missing or not what it should be, or a picture is missing or bad.
+        """
+        data = self._tables.read("image")
+        source = self._source()
+        everything = [path for split in data.splits.values() for path in split.fields["image"]]
+        good = good_pictures(source, list(dict.fromkeys(everything)), self._bad_files)
+        return Data(data.spec, {name: _pictures(split, source, good, name) for name, split in data.splits.items()})
+
+    def _source(self) -> Source:
+        if self._root is None:
+            return open_source(self._tables.find(self._tables.paths["train"]).parent)
+        root = Path(self._root).expanduser()
+        return open_source(root if root.exists() else find_file(self._root) or root)
+
+
+def _pictures(split: Split, source: Source, good: set[str], name: str) -> Split:
+    paths = split.fields["image"]
+    left = np.flatnonzero([path in good for path in paths])
+    if not len(left):
+        raise DataError(f"the {name} split has no good picture", where=source.name(""), fix="mend some")
+    kept = split.select(left)
+    return Split({"image": Pictures(source, list(kept.fields["image"]))}, kept.targets, kept.names, kept.groups)

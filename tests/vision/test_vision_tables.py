@@ -1,0 +1,138 @@
+"""Pictures that a table lists: labels of every kind, and the three ways to splits."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfer import ConfigError, Data, DataError
+from transfer_vision.tables import ImageCSV
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    for number in range(24):
+        Image.new("RGB", (8, 6), (number * 10, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
+    return tmp_path
+
+
+def table(folder: Path, header: str, rows: list[tuple[object, ...]], name: str = "table.csv") -> str:
+    with (folder / name).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([tuple(header.split(",")), *rows])
+    return str(folder / name)
+
+
+def paths(data: Data, split: str) -> list[str]:
+    names = [f"pictures/{number}.png" for number in range(24)]
+    red = [picture.getpixel((0, 0))[0] for picture in data.splits[split].fields["image"]]
+    return [names[value // 10] for value in red]
+
+
+ROWS = [(f"pictures/{number}.png", "ab"[number % 2]) for number in range(24)]
+
+
+def test_paths_begin_in_the_folder_of_the_table(folder: Path) -> None:
+    data = ImageCSV(train=table(folder, "path,label", ROWS)).load()
+    assert data.spec.classes == ("a", "b")
+    assert data.spec.fields == ("image",)
+    assert paths(data, "train") == [path for path, _ in ROWS]
+    assert data.splits["train"].name(3) == f"{folder}/table.csv:5"
+
+
+def test_paths_begin_in_root_and_may_be_absolute(folder: Path) -> None:
+    rows = [(f"{number}.png", "ab"[number % 2]) for number in range(3)] + [(folder / "pictures" / "3.png", "a")]
+    written = table(folder, "file,kind", rows)
+    data = ImageCSV(train=written, root=str(folder / "pictures"), path="file", label="kind").load()
+    assert paths(data, "train") == [f"pictures/{number}.png" for number in range(4)]
+
+
+def test_several_label_columns_and_numbers(folder: Path) -> None:
+    rows = [(path, number % 2, 1, number / 2) for number, (path, _) in enumerate(ROWS)]
+    written = table(folder, "path,red,round,weight", rows)
+    labels = ImageCSV(train=written, label=("red", "round"), target="labels").load()
+    assert (labels.spec.target, labels.spec.classes) == ("labels", ("red", "round"))
+    assert labels.splits["train"].targets[:2].tolist() == [[0, 1], [1, 1]]
+    numbers = ImageCSV(train=written, label="weight", target="number")
+    assert numbers.spec.classes == ("weight",)
+    assert numbers.load().splits["train"].targets[:3, 0].tolist() == [0, 0.5, 1]
+
+
+def test_json_lines_with_lists_of_labels(folder: Path) -> None:
+    path = folder / "table.jsonl"
+    path.write_text(
+        '{"path": "pictures/0.png", "tags": ["red", "big"]}\n{"path": "pictures/1.png", "tags": []}\n', "utf-8"
+    )
+    data = ImageCSV(train=str(path), label="tags", target="label_list").load()
+    assert data.spec.classes == ("big", "red")
+    assert data.splits["train"].targets.tolist() == [[1, 1], [0, 0]]
+
+
+def test_a_column_says_which_split_a_row_is_of(folder: Path) -> None:
+    rows = [(path, label, ("train", "val", "Test")[number // 8]) for number, (path, label) in enumerate(ROWS)]
+    data = ImageCSV(train=table(folder, "path,label,part", rows), split="part").load()
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 8, "validation": 8, "test": 8}
+    assert paths(data, "test") == [path for path, _ in ROWS[16:]]
+
+
+def test_a_fraction_becomes_the_test_split_alike_in_every_class(folder: Path) -> None:
+    data = ImageCSV(train=table(folder, "path,label", ROWS), test_fraction=0.25).load()
+    assert {name: np.bincount(split.targets).tolist() for name, split in data.splits.items()} == {
+        "train": [9, 9],
+        "test": [3, 3],
+    }
+
+
+def test_no_group_is_torn_apart(folder: Path) -> None:
+    rows = [(path, label, f"patient {number // 4}") for number, (path, label) in enumerate(ROWS)]
+    data = ImageCSV(train=table(folder, "path,label,patient", rows), group="patient", test_fraction=0.33).load()
+    groups = {name: set(split.groups.tolist()) for name, split in data.splits.items()}  # type: ignore[union-attr]
+    assert len(groups["test"]) == 2
+    assert not groups["train"] & groups["test"]
+    assert np.bincount(data.splits["test"].targets).tolist() == [4, 4]
+
+
+def test_a_group_in_two_given_splits_is_refused(folder: Path) -> None:
+    rows = [(path, label, "p1" if number in (3, 20) else str(number)) for number, (path, label) in enumerate(ROWS)]
+    train, test = table(folder, "path,label,who", rows[:12]), table(folder, "path,label,who", rows[12:], "test.csv")
+    with pytest.raises(DataError, match="the group 'p1' is in train and in test") as caught:
+        ImageCSV(train=train, test=test, group="who").load()
+    assert caught.value.problems[0].where == f"{folder}/test.csv:10"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "part", "test": "test.csv"}, "there is no other table"),
+        ({"test_fraction": 0.2, "test": "test.csv"}, "there is one already"),
+        ({"path": "label"}, "path 'label' and label 'label' do not name different columns"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ImageCSV(train="table.csv", **options)  # type: ignore[arg-type]
+
+
+def test_what_is_wrong_with_a_table_is_named(folder: Path) -> None:
+    rows = [*ROWS, ("pictures/absent.png", "a")]
+    with pytest.raises(DataError, match=r"pictures/absent\.png  there is no such file"):
+        ImageCSV(train=table(folder, "path,label", rows)).load()
+    data = ImageCSV(train=table(folder, "path,label", rows), bad_files="skip").load()
+    assert len(data.splits["train"]) == 24
+    with pytest.raises(DataError, match="there is no column 'path'") as caught:
+        ImageCSV(train=table(folder, "paths,label", ROWS)).load()
+    assert "did you mean 'paths'" in str(caught.value)
+    rows = [(path, label, "never") for path, label in ROWS]
+    with pytest.raises(DataError, match="names no split: 'never'"):
+        ImageCSV(train=table(folder, "path,label,part", rows), split="part").load()
+
+
+def test_a_split_without_a_good_picture_is_refused(folder: Path) -> None:
+    (folder / "bad.png").write_bytes(b"")
+    test = table(folder, "path,label", [("bad.png", "a")], "test.csv")
+    with pytest.raises(DataError, match="the test split has no good picture"):
+        ImageCSV(train=table(folder, "path,label", ROWS), test=test, bad_files="skip").load()
