@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     )
     from transfer.looking import look, look_at_predictions
     from transfer.registry import plugins, register
-    from transfer.saved_backbone import SavedBackbone, saved_backbone
     from transfer.splits import cut
     from transfer.tables import Tables, TableTarget
     from transfer.targets import class_indices, label_sets
@@ -77,11 +76,9 @@ _MODULES = {
     "exporting": ("export",),
     "earlier_run": ("SavedBackbone", "saved_backbone"),
     "workflow": ("Run", "check", "evaluate", "predict", "resume", "run"),
-    "saved_backbone": ("SavedBackbone", "saved_backbone"),
     "splits": ("cut",),
     "tables": ("TableTarget", "Tables"),
     "targets": ("class_indices", "label_sets"),
-    "workflow": ("Run", "check", "evaluate", "predict", "run"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
