@@ -24,7 +24,7 @@ def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
         {
             "data": f"{config.data.plugin.name}: {', '.join(data.fields)} -> {data.target}",
             "classes": ", ".join(data.classes) or f"known when the data is read; {len(ASSUMED_CLASSES)} assumed here",
-            "backbone": f"{config.backbone.plugin.name}: {features.layout} of {features.size}",
+            "backbone": f"{_written(config)}: {features.layout} of {features.size}",
             "head": f"{config.head.plugin.name}: {features.size} -> {parts.task.out_features}",
             "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
             "training": f"{optimizer}, {train.step}" + (f", recipe {train.recipe.name}" if train.recipe else ""),
@@ -33,6 +33,15 @@ def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
     )
     yield _stages(config, parts)
     yield _cache(config, parts)
+
+
+def _written(config: RunConfig) -> str:
+    """Name the backbone, and its options as far as the config gives them in a word."""
+    options = {key: value for key, value in config.backbone.plain.items() if config.document.wrote(("backbone", key))}
+    words = [
+        f"{key} {value}" for key, value in options.items() if key != "name" and isinstance(value, str | int | None)
+    ]
+    return config.backbone.plugin.name + (f" ({', '.join(words)})" if words else "")
 
 
 def _stages(config: RunConfig, parts: Parts) -> Table:

@@ -44,3 +44,15 @@ def test_pretrained_features_tell_ants_from_bees(tmp_path):
     assert run.summary["parameters"] == {"total": 11_177_538, "trainable": 1026}
     assert run.summary["test"]["accuracy"] > 0.65
     assert transfer.evaluate(run.folder) == run.summary["test"]
+
+
+@pytest.mark.parametrize("model", ["shufflenet_v2_x0_5", "mobilenet_v3_small", "swin_t"])
+def test_backbones_of_three_families_take_a_step_on_ants_and_bees(tmp_path, model):
+    need("hymenoptera_data.zip")
+    backbone = f"backbone={{name: torchvision, model: {model}, weights: null, image_size: 32}}"
+    overrides = [backbone, "data.limit=8", "train.batch_size=12", "train.phases.0.epochs=1"]
+    run = transfer.run(ROOT / "configs/hymenoptera_finetune.yaml", overrides, output=tmp_path)
+    assert run.summary["status"] == "complete"
+    assert run.summary["data"]["test"] == {"ants": 8, "bees": 8}
+    assert run.summary["parameters"]["trainable"] == run.summary["parameters"]["total"]
+    assert transfer.evaluate(run.folder) == run.summary["test"]
