@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import transfer
+from transfer import registry, testing
+from transfer.testing import Case, contracts_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples/custom_task.py"
@@ -32,6 +38,42 @@ def test_the_script_trains_its_task(tmp_path):
     assert "'accuracy':" in answer.stdout
     (run,) = (tmp_path / "runs").iterdir()
     assert '"name": "hinge"' in (run / "model/model.json").read_text()
+
+
+PARTS = {"backbone": "byte_grams", "dataset": "sentences", "head": "maxout", "task": "hinge"}
+OPTIONS = {"backbone": {"width": 8}}
+
+
+@pytest.mark.parametrize("kind", ["backbone", "dataset", "head"])
+def test_the_script_of_each_kind_trains(kind, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    command = [sys.executable, str(ROOT / f"examples/custom_{kind}.py")]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert answer.returncode == 0, answer.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "summary.json").read_text())["test"]["accuracy"] > 0.6
+    assert PARTS[kind] in (run / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_the_script_of_each_kind_keeps_every_contract(kind, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    importlib.import_module(f"custom_{kind}")
+    checked = contracts_of(Case(kind, PARTS[kind], OPTIONS.get(kind, {})))
+    assert len(checked) >= 6
+    for contract in checked:
+        contract.check()
+
+
+def test_the_guide_lists_every_public_name():
+    guide = (ROOT / "docs/library.md").read_text()
+    names = [*transfer.__all__, *testing.__all__]
+    assert [name for name in names if f"`{name}`" not in guide] == [], "add them to the table in docs/library.md"
+    assert all(f"examples/custom_{kind}.py" in guide for kind in registry.KINDS)
+
+
+def test_the_package_is_typed():
+    assert (Path(transfer.__file__).parent / "py.typed").is_file()
 
 
 def test_importing_transfer_imports_no_torch():
