@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -176,6 +178,37 @@ def _registered_anew() -> Iterator[None]:
     yield
     registry._registered.clear()
     registry._registered.update(before)
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Return a function that puts a distribution with modules and entry points on the path."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+
+    def distribution(
+        name: str, version: str, entries: dict[str, list[str]], *, requires: Sequence[str] = (), **modules: str
+    ) -> None:
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        facts = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        facts += [f"Requires-Dist: {requirement}" for requirement in requires]
+        (folder / "METADATA").write_text("\n".join(facts) + "\n", encoding="utf-8")
+        lines = [f"[{group}]\n" + "\n".join(lines) for group, lines in entries.items()]
+        (folder / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for module, source in modules.items():
+            (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+        importlib.invalidate_caches()
+        registry._entry_points.cache_clear()
+
+    yield distribution
+    registry._entry_points.cache_clear()
+    for module in set(sys.modules) - before:
+        if getattr(sys.modules[module], "__file__", None) and str(tmp_path) in str(sys.modules[module].__file__):
+            del sys.modules[module]
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         Task,
     )
     from transfer.looking import look, look_at_predictions
-    from transfer.registry import plugins, register
+    from transfer.registry import find_plugin, load_plugin, plugins, register
     from transfer.splits import cut
     from transfer.tables import Tables, TableTarget
     from transfer.targets import class_indices, label_sets
@@ -72,7 +72,7 @@ _MODULES = {
         "Split",
         "Task",
     ),
-    "registry": ("plugins", "register"),
+    "registry": ("find_plugin", "load_plugin", "plugins", "register"),
     "exporting": ("export",),
     "earlier_run": ("SavedBackbone", "saved_backbone"),
     "workflow": ("Run", "check", "evaluate", "predict", "resume", "run"),
@@ -116,7 +116,9 @@ __all__ = [
     "evaluate",
     "export",
     "find_file",
+    "find_plugin",
     "label_sets",
+    "load_plugin",
     "look",
     "look_at_predictions",
     "plugins",

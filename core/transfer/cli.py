@@ -233,11 +233,14 @@ def plugins(as_json: AsJSON = False) -> None:
     """List what is installed, without importing any of it."""
     from transfer.registry import plugins as installed
 
-    found = installed()
+    found = [(plugin, plugin.unavailable) for plugin in installed()]
     if as_json:
         from dataclasses import asdict
 
-        print(json.dumps([asdict(plugin) for plugin in found], indent=2))  # noqa: T201
+        listed = [
+            asdict(plugin) | {"unavailable": why and why.message, "fix": why and why.fix} for plugin, why in found
+        ]
+        print(json.dumps(listed, indent=2))  # noqa: T201
         return
     from rich.console import Console
     from rich.table import Table
@@ -245,14 +248,20 @@ def plugins(as_json: AsJSON = False) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("kind", "name", "distribution", "version", "from"):
         table.add_column(heading)
-    for plugin in found:
-        table.add_row(plugin.kind, plugin.name, plugin.distribution, plugin.version, plugin.target)
-    Console().print(table)
+    for plugin, why in found:
+        origin = "(unavailable, see below)" if why else plugin.target
+        table.add_row(plugin.kind, plugin.name, plugin.distribution, plugin.version, origin)
+    console = Console()
+    console.print(table)
+    for plugin, why in found:
+        if why:
+            message = f"\n{plugin.kind} {plugin.name} is unavailable: {why.message}\n  fix: {why.fix}"
+            console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def show(
-    kind: Annotated[str, typer.Argument(help="dataset, backbone, head or task.")],
+    kind: Annotated[str, typer.Argument(help="dataset, backbone, head, task, or another that `plugins` lists.")],
     name: Annotated[str, typer.Argument(help="As a config calls it.")],
 ) -> None:
     """Show the options of a plugin: type, default, description."""
@@ -262,13 +271,12 @@ def show(
     from rich.table import Table
     from rich.text import Text
 
-    from transfer.registry import KINDS, find, load
+    from transfer.registry import find, kinds, load
     from transfer.schema import describe_options
 
-    known = [k for k in KINDS if k == kind]
-    if not known:
-        raise UserError(f"there is no kind of plugin called {kind!r}", available=KINDS)
-    plugin, cls = find(known[0], name), load(known[0], name)
+    if kind not in (known := kinds()):
+        raise UserError(f"there is no kind of plugin called {kind!r}", available=known)
+    plugin, cls = find(kind, name), load(kind, name)
     summary = (inspect.getdoc(cls) or "").partition("Args:")[0].strip()
     console = Console()
     console.print(

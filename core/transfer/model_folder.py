@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transfer.config import Component, RunConfig, load_component, located
 from transfer.errors import PluginError, Problem, RunError
 from transfer.interfaces import Backbone, DataSpec, Task
 from transfer.model import Model
-from transfer.registry import Kind
+from transfer.registry import Kind, Plugin
 from transfer.run_directory import FORMAT, RunDirectory, read_json, write_atomically, write_json
 
 PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
@@ -112,7 +113,7 @@ def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:
     try:
         return load_component(kind, described[kind], str(file))
     except PluginError as error:
-        plugin = described["plugins"][kind]
-        package = f"{plugin['distribution']}=={plugin['version']}"
-        problems = [Problem(p.message, p.where, p.available, f"pip install {package}") for p in error.problems]
+        package = Plugin(**described["plugins"][kind]).requirement
+        fix = f"pip install {shlex.quote(package)}" if package else "register it first, as where it was trained"
+        problems = [Problem(p.message, p.where, p.available, fix) for p in error.problems]
         raise RunError.of(problems) from error

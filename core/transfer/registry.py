@@ -6,15 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from transfer.errors import PluginError, nearest
+from transfer.errors import PluginError, Problem, nearest
+from transfer.requirements import unmet
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-Kind = Literal["dataset", "backbone", "head", "task"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = str
+KINDS: tuple[Kind, ...] = ("dataset", "backbone", "head", "task")
+"""Core's own; plugins bring others (see :func:`kinds`)."""
 
 _T = TypeVar("_T", bound=type)
 
@@ -29,6 +31,7 @@ class Plugin:
         distribution: The installed package that brings it, or ``"(registered)"`` for ``@register``.
         version: That package's version.
         target: ``module:attribute``.
+        extras: The extras of its distribution without which it cannot be imported.
     """
 
     kind: Kind
@@ -36,11 +39,25 @@ class Plugin:
     distribution: str
     version: str
     target: str
+    extras: tuple[str, ...] = ()
 
     @property
     def qualified_name(self) -> str:
         """``distribution:name``, which a config uses when two distributions claim one name."""
         return f"{self.distribution}:{self.name}"
+
+    @property
+    def requirement(self) -> str:
+        """What pip is to install to have exactly this plugin: ``distribution[extra]==version``; empty in-process."""
+        if self.distribution == IN_PROCESS:
+            return ""
+        extras = f"[{','.join(self.extras)}]" if self.extras else ""
+        return f"{self.distribution}{extras}=={self.version}"
+
+    @property
+    def unavailable(self) -> Problem | None:
+        """Why it cannot be loaded here and what to do about it, from its distribution's requirements; None: it can."""
+        return None if self.distribution == IN_PROCESS else unmet(self.distribution, self.extras)
 
 
 IN_PROCESS = "(registered)"
@@ -50,13 +67,13 @@ _registered: dict[tuple[Kind, str], type] = {}
 def register(kind: Kind, name: str) -> Callable[[_T], _T]:
     """Register a class under a name for this process: for notebooks, scripts and tests.
 
-    A package registers through an entry point in the group ``transfer.<kind>s`` instead.
+    A package registers through an entry point instead, in the group ``transfer.datasets`` and so on for each kind.
 
     Raises:
         PluginError: The kind is unknown, the class is not of that kind, or the name is taken by another class.
     """
-    if kind not in KINDS:
-        raise PluginError(f"there is no kind of plugin called {kind!r}", available=KINDS)
+    if kind not in (known_kinds := kinds()):
+        raise PluginError(f"there is no kind of plugin called {kind!r}", available=known_kinds)
 
     def decorate(cls: _T) -> _T:
         _check(cls, kind, name, IN_PROCESS)
@@ -73,6 +90,15 @@ def register(kind: Kind, name: str) -> Callable[[_T], _T]:
     return decorate
 
 
+def kinds() -> tuple[Kind, ...]:
+    """Return every kind of plugin: core's own, then those that plugins bring.
+
+    A plugin that offers a choice of its own (tokenizers) declares the kind by an entry point in ``transfer.kinds``,
+    which names the class that all plugins of the kind derive from.
+    """
+    return (*KINDS, *sorted({entry_point.name for entry_point in _entry_points("kind")} - set(KINDS)))
+
+
 def plugins(kind: Kind | None = None) -> list[Plugin]:
     """List every plugin (of one kind) by kind and name, without importing any."""
     found = [
@@ -80,9 +106,10 @@ def plugins(kind: Kind | None = None) -> list[Plugin]:
         for (k, name), cls in _registered.items()
         if kind in (None, k)
     ]
-    for k in KINDS if kind is None else (kind,):
+    order = kinds() if kind is None else (kind,)
+    for k in order:
         found += [_describe(k, entry_point) for entry_point in _entry_points(k)]
-    return sorted(found, key=lambda p: (KINDS.index(p.kind), p.name, p.distribution))
+    return sorted(found, key=lambda p: (order.index(p.kind), p.name, p.distribution))
 
 
 def find(kind: Kind, name: str) -> Plugin:
@@ -116,60 +143,86 @@ def load(kind: Kind, name: str) -> type[Any]:
     """Import the one plugin that ``name`` means, and no other, and return its class.
 
     Raises:
-        PluginError: As :func:`find`; or the import fails (the cause is kept); or the class is not of that kind.
+        PluginError: As :func:`find`; or what it requires is not installed; or the import fails (the cause is kept); or
+            the class is not of that kind.
     """
     plugin = find(kind, name)
     if plugin.distribution == IN_PROCESS:
         return _registered[kind, plugin.name]
-    origin = f"entry point {plugin.name} = {plugin.target} of {plugin.distribution} {plugin.version}"
-    try:
-        cls = metadata.EntryPoint(plugin.name, plugin.target, f"transfer.{kind}s").load()
-    # A plugin's module may raise anything at all while it is imported; whatever it is must name the plugin.
-    except Exception as error:
-        raise PluginError(
-            f"{kind} {plugin.name!r} cannot be imported: {type(error).__name__}: {error}",
-            where=origin,
-            fix=f"reinstall or update {plugin.distribution}, or choose another {kind}",
-        ) from error
-    _check(cls, kind, plugin.name, origin)
+    cls = _import(plugin)
+    _check(cls, kind, plugin.name, _origin(plugin))
     return cls  # type: ignore[no-any-return]  # _check has just made sure of it
 
 
-def _check(cls: Any, kind: Kind, name: str, where: str) -> None:
+def _origin(plugin: Plugin) -> str:
+    return f"entry point {plugin.name} = {plugin.target} of {plugin.distribution} {plugin.version}"
+
+
+def _import(plugin: Plugin) -> Any:
+    if (why := plugin.unavailable) is not None:
+        raise PluginError(
+            f"{plugin.kind} {plugin.name!r} cannot be loaded: {why.message}", where=_origin(plugin), fix=why.fix
+        )
+    try:
+        return metadata.EntryPoint(plugin.name, plugin.target, _group(plugin.kind)).load()
+    # A plugin's module may raise anything at all while it is imported; whatever it is must name the plugin.
+    except Exception as error:
+        raise PluginError(
+            f"{plugin.kind} {plugin.name!r} cannot be imported: {type(error).__name__}: {error}",
+            where=_origin(plugin),
+            fix=f"reinstall or update {plugin.distribution}, or choose another {plugin.kind}",
+        ) from error
+
+
+def _base(kind: Kind) -> type[Any]:
+    """Return the class that plugins of a kind derive from."""
+    if kind not in KINDS:
+        return _import(find("kind", kind))  # type: ignore[no-any-return]
     from transfer import interfaces  # torch is imported by whoever loads a plugin, not by whoever lists them
 
-    base = {
-        "dataset": interfaces.Dataset,
-        "backbone": interfaces.Backbone,
-        "head": interfaces.Head,
-        "task": interfaces.Task,
-    }[kind]
+    bases = (interfaces.Dataset, interfaces.Backbone, interfaces.Head, interfaces.Task)
+    return dict(zip(KINDS, bases, strict=True))[kind]
+
+
+def _check(cls: Any, kind: Kind, name: str, where: str) -> None:
+    base = _base(kind)
+    base_name = f"{'transfer' if kind in KINDS else base.__module__}.{base.__name__}"
     derived = isinstance(cls, type) and issubclass(cls, base)
     if not derived:
         raise PluginError(
-            f"{kind} {name!r} is {cls!r}, which is no subclass of transfer.{base.__name__}",
+            f"{kind} {name!r} is {cls!r}, which is no subclass of {base_name}",
             where=where,
-            fix=f"derive it from transfer.{base.__name__}",
+            fix=f"derive it from {base_name}",
         )
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise PluginError(
             f"{kind} {name!r} does not define {', '.join(missing)}",
             where=where,
-            fix=f"define what transfer.{base.__name__} asks for",
+            fix=f"define what {base_name} asks for",
         )
 
 
 def _describe(kind: Kind, entry_point: EntryPoint) -> Plugin:
     distribution = entry_point.dist
     name = distribution.name if distribution else "(unknown)"
-    return Plugin(kind, entry_point.name, name, distribution.version if distribution else "", entry_point.value)
+    version = distribution.version if distribution else ""
+    target = entry_point.value.partition("[")[0].rstrip()
+    return Plugin(kind, entry_point.name, name, version, target, tuple(entry_point.extras))
+
+
+def _group(kind: Kind) -> str:
+    """Return the group of a kind's entry points: its plural."""
+    return f"transfer.{kind.removesuffix('s')}s"
 
 
 @cache
 def _entry_points(kind: Kind) -> tuple[EntryPoint, ...]:
     # A distribution found twice on sys.path (an editable install beside a build folder) declares the same entry twice.
-    unique = {
-        (e.name, e.value, e.dist.name if e.dist else ""): e for e in metadata.entry_points(group=f"transfer.{kind}s")
-    }
+    unique = {(e.name, e.value, e.dist.name if e.dist else ""): e for e in metadata.entry_points(group=_group(kind))}
     return tuple(unique.values())
+
+
+# What plugins that offer choices of their own need, by names that say what they are outside this module.
+find_plugin = find
+load_plugin = load

@@ -24,6 +24,7 @@ ORDER = (
     "splits",
     "targets",
     "tables",
+    "requirements",
     "registry",
     "catalogue",
     "schema",
@@ -132,7 +133,7 @@ def test_nothing_but_pytest_itself_imports_pytest() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "registry", "catalogue", "files", "document", "new_plugin", "cli", "__init__"]
+    "module", ["errors", "requirements", "registry", "catalogue", "files", "document", "new_plugin", "cli", "__init__"]
 )
 def test_the_light_modules_import_no_torch_at_the_top(module: str) -> None:
     tree = ast.parse(files_of(module)[0].read_text(encoding="utf-8"))

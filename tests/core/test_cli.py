@@ -41,6 +41,28 @@ def test_plugins_as_json() -> None:
     assert found["head", "linear"]["distribution"] == "transfer"
 
 
+PACKAGE = """
+import pathlib, sys
+package = pathlib.Path({folder!r}, "needy-1.dist-info")
+package.mkdir(parents=True)
+facts = ["Metadata-Version: 2.1", "Name: needy", "Version: 1", "Requires-Dist: not-there-at-all"]
+(package / "METADATA").write_text("\\n".join(facts))
+(package / "entry_points.txt").write_text("[transfer.heads]\\nneedy = needy:Head\\n")
+sys.path.insert(0, {folder!r})
+"""
+
+
+def test_what_cannot_be_loaded_is_listed_with_reason_and_remedy(tmp_path: Path) -> None:
+    listed = transfer("plugins", prelude=NO_TORCH + PACKAGE.format(folder=str(tmp_path / "plain")))
+    assert listed.stdout.splitlines()[-1] == "LIGHT"
+    assert "head needy is unavailable: it needs not-there-at-all, which is not installed" in listed.stdout
+    assert "fix: pip install needy" in listed.stdout
+    found = json.loads(transfer("plugins", "--json", prelude=PACKAGE.format(folder=str(tmp_path / "json"))).stdout)
+    reasons = {(p["kind"], p["name"]): (p["unavailable"], p["fix"]) for p in found}
+    assert reasons["head", "needy"] == ("it needs not-there-at-all, which is not installed", "pip install needy")
+    assert reasons["head", "linear"] == (None, None)
+
+
 def test_the_installed_command_is_this_one() -> None:
     from importlib import metadata
 

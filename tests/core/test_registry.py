@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Dense, Points
+from conftest import Dense, Install, Points
 
 from transfer import PluginError, plugins, register, registry
 from transfer.heads import Linear
@@ -31,32 +29,6 @@ class Wrong:
     pass
 """
 
-Install = Callable[..., None]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Return a function that puts a distribution with modules and entry points on the path."""
-    monkeypatch.syspath_prepend(tmp_path)
-    before = set(sys.modules)
-
-    def distribution(name: str, version: str, entries: dict[str, list[str]], **modules: str) -> None:
-        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
-        lines = [f"[{group}]\n" + "\n".join(lines) for group, lines in entries.items()]
-        (folder / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        for module, source in modules.items():
-            (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
-        importlib.invalidate_caches()
-        registry._entry_points.cache_clear()
-
-    yield distribution
-    registry._entry_points.cache_clear()
-    for module in set(sys.modules) - before:
-        if getattr(sys.modules[module], "__file__", None) and str(tmp_path) in str(sys.modules[module].__file__):
-            del sys.modules[module]
-
 
 def test_the_parts_of_core_are_plugins_too() -> None:
     found = {(p.kind, p.name): p for p in plugins()}
@@ -76,7 +48,7 @@ def test_listing_imports_nothing() -> None:
 
 def test_plugins_are_listed_by_kind_and_name(tiny: None) -> None:
     found = plugins()
-    assert found == sorted(found, key=lambda p: (registry.KINDS.index(p.kind), p.name, p.distribution))
+    assert found == sorted(found, key=lambda p: (registry.kinds().index(p.kind), p.name, p.distribution))
     assert {p.kind for p in plugins("head")} == {"head"}
     assert ("dense", "(registered)") in {(p.name, p.distribution) for p in plugins("backbone")}
 
@@ -196,10 +168,100 @@ def test_what_is_registered_in_this_process_wins_over_a_package() -> None:
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(PluginError, match="no kind of plugin") as caught:
-        register("optimizer", "mine")  # type: ignore[arg-type]
-    assert caught.value.problems[0].available == registry.KINDS
+        register("optimizer", "mine")
+    assert caught.value.problems[0].available == registry.kinds()
 
 
 def test_a_class_of_another_kind_cannot_be_registered() -> None:
     with pytest.raises(PluginError, match=r"no subclass of transfer\.Task"):
         register("task", "mine")(Points)
+
+
+NET = """
+class Speller:
+    def spell(self): ...
+
+class Loud(Speller):
+    pass
+"""
+
+
+def test_a_plugin_may_bring_a_kind_of_its_own(install: Install) -> None:
+    install("speller", "1", {"transfer.kinds": ["speller = speller_base:Speller"]}, speller_base=NET)
+    loud = {"transfer.spellers": ["loud = speller_base:Loud"], "transfer.heads": ["not_loud = speller_base:Loud"]}
+    install("loud-speller", "2", loud)
+    assert registry.kinds()[:4] == registry.KINDS
+    assert "speller" in registry.kinds()
+    assert [(p.name, p.distribution) for p in plugins("speller")] == [("loud", "loud-speller")]
+    assert registry.load("speller", "loud").__name__ == "Loud"
+    with pytest.raises(PluginError, match=r"no subclass of speller_base\.Speller"):
+        register("speller", "points")(Points)
+
+
+def test_a_kind_that_ends_in_s_is_its_own_plural() -> None:
+    assert registry._group("vectors") == "transfer.vectors"
+    assert registry._group("tokenizer") == "transfer.tokenizers"
+
+
+def test_a_kind_that_two_distributions_bring_is_refused_when_it_is_used(install: Install) -> None:
+    install("first-speller", "1", {"transfer.kinds": ["accent = accent_base:Speller"]}, accent_base=NET)
+    install("second-speller", "2", {"transfer.kinds": ["accent = other_accent_base:Speller"]}, other_accent_base=NET)
+    assert registry.kinds().count("accent") == 1
+    with pytest.raises(PluginError, match=r"kind 'accent' is claimed by first-speller 1 and second-speller 2"):
+        register("accent", "mine")(Points)
+
+
+# ---------------------------------------------------------------------------------------- what a plugin's package needs
+
+
+def unavailable(name: str) -> tuple[str, str | None]:
+    problem = registry.find("head", name).unavailable
+    assert problem is not None
+    return problem.message, problem.fix
+
+
+def test_an_extra_that_is_not_installed_makes_what_needs_it_unavailable(install: Install) -> None:
+    requires = ["nowhere-to-be-found>=2; extra == 'night'", "transfer"]
+    entries = {"transfer.heads": ["owl = owl_plugin:Good [night]", "lark = owl_plugin:Good"]}
+    install("birds", "1.0", entries, requires=requires, owl_plugin=GOOD)
+    owl = registry.find("head", "owl")
+    assert (owl.target, owl.extras, owl.requirement) == ("owl_plugin:Good", ("night",), "birds[night]==1.0")
+    message, fix = unavailable("owl")
+    assert message == "it needs nowhere-to-be-found>=2, which is not installed"
+    assert fix == "pip install 'birds[night]'"
+    with pytest.raises(PluginError, match="head 'owl' cannot be loaded: it needs nowhere-to-be-found") as caught:
+        registry.load("head", "owl")
+    assert caught.value.problems[0].fix == fix
+    assert "owl_plugin" not in sys.modules
+    assert registry.find("head", "lark").unavailable is None
+    assert registry.load("head", "lark").__module__ == "owl_plugin"
+
+
+def test_an_extra_that_wants_another_version_is_told_to_live_elsewhere(install: Install) -> None:
+    requires = [
+        "numpy<1.0; extra == 'old'",
+        "rich>1; extra == 'old'",
+        "torch<0.1; python_version < '3' and extra == 'old'",
+    ]
+    install(
+        "relics", "3", {"transfer.heads": ["relic = relic_plugin:Good [old]"]}, requires=requires, relic_plugin=GOOD
+    )
+    message, fix = unavailable("relic")
+    assert message.startswith("it needs numpy<1.0, where ")
+    assert message.endswith(" is installed")
+    assert message.count("installed") == 1  # rich is there, and the marker of torch does not hold
+    assert fix == "pip install 'relics[old]' in an environment of its own"
+
+
+def test_a_package_without_what_it_always_needs_is_unavailable(install: Install) -> None:
+    entries = {"transfer.heads": ["bare = bare_plugin:Good"]}
+    install("bare-package", "1", entries, requires=["surely-not-installed", "numpy<1.0"], bare_plugin=GOOD)
+    message, fix = unavailable("bare")
+    assert message == "it needs surely-not-installed, which is not installed"  # another version may well do
+    assert fix == "pip install bare-package"
+
+
+def test_requirements_of_another_time_are_passed_over(install: Install) -> None:
+    entries = {"transfer.heads": ["ancient = ancient_plugin:Good"]}
+    install("ancient-package", "1", entries, requires=["pytz (>dev)"], ancient_plugin=GOOD)
+    assert registry.find("head", "ancient").unavailable is None

@@ -32,6 +32,8 @@ def contracts(
 ) -> list[Contract]:
     """Return every contract of every plugin that an installed distribution registers; nothing is imported yet.
 
+    A plugin that needs an extra is left out where that is not installed.
+
     Args:
         distribution: Its name, as ``pip list`` has it.
         options: By plugin name, the options to try it with (small ones, so that its tests are fast), or several such;
@@ -56,6 +58,8 @@ def contracts(
             raise PluginError(f"{distribution} has no plugin called {name!r}", available=names, fix=fix)
     found: list[Contract] = []
     for plugin in mine:
+        if plugin.extras and plugin.unavailable:
+            continue
         given = options.get(plugin.name, {})
         for block in [given] if isinstance(given, Mapping) else given:
             found += contracts_of(Case(plugin.kind, plugin.qualified_name, block, values.get(plugin.name)))

@@ -1,0 +1,56 @@
+"""Whether what a distribution says that it requires is installed: read from metadata, nothing is imported."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from transfer.errors import Problem
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+
+@cache
+def unmet(distribution: str, extras: tuple[str, ...]) -> Problem | None:
+    """Say what keeps a part of an installed distribution from being imported, and the remedy; None: nothing does.
+
+    What an extra asks for must be there in the version that it asks for. Of what the distribution always requires only
+    what is not installed at all counts: another version than its metadata allow may well do, and is pip's to refuse.
+
+    Args:
+        distribution: Its name.
+        extras: Those that the part needs, as its entry point names them.
+    """
+    missing, other = [], []
+    for written, requirement, optional in _requirements(distribution, extras):
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            missing.append(f"{written}, which is not installed")
+            continue
+        if optional and not requirement.specifier.contains(version, prereleases=True):
+            other.append(f"{written}, where {version} is installed")
+    if not missing and not other:
+        return None
+    package = f"{distribution}[{','.join(extras)}]" if extras else distribution
+    place = " in an environment of its own" if other else ""  # here it would take the place of what others need
+    return Problem(f"it needs {', and '.join(missing + other)}", fix=f"pip install {shlex.quote(package)}{place}")
+
+
+def _requirements(distribution: str, extras: tuple[str, ...]) -> Iterator[tuple[str, Requirement, bool]]:
+    """Yield each requirement that holds here: as it is written, parsed, and whether one of the extras adds it."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for line in metadata.requires(distribution) or ():
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:  # of another time; its distribution was installed nevertheless
+            continue
+        marker = requirement.marker
+        always = marker is None or marker.evaluate({"extra": ""})
+        if always or (marker is not None and any(marker.evaluate({"extra": extra}) for extra in extras)):
+            yield line.partition(";")[0].strip(), requirement, not always
