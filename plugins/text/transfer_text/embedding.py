@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from transfer import Backbone, ConfigError, FeatureSpec, WeightsError
 from transfer_text.encoded import Truncation, truncation_loss
+from transfer_text.plugin_vocabulary import read_vocabulary, vocabulary_class
 from transfer_text.preprocessing import TextPreprocessing
 from transfer_text.vectors import coverage, read_vectors, width_of, words_of
 from transfer_text.vocabulary import PADDING, Vocabulary
@@ -40,13 +41,14 @@ class TextBackbone(Backbone):
         features: What the last of them returns.
         variant: ``rand``: random vectors, tuned. ``static``: pretrained ones, frozen. ``nonstatic``: pretrained ones,
             tuned.
-        vectors: Pretrained word vectors: a known name (``glove.6B.100d``), ``mini``, or a file in GloVe's format.
+        vectors: Pretrained word vectors: a known name (``glove.6B.100d``), ``mini``, a file in GloVe's format, or
+            those of a plugin (``torchtext/glove.6B.100d``).
         dimensions: Width of random vectors, 100 by default; that of pretrained ones is their own.
         unknown: Vector of a word that the pretrained ones lack: random with their spread, zero, or their mean.
         vectors_vocabulary: Keep the vectors of words that training never saw, too, for prediction. They are never
             trained: in a tuned channel they stay as they were pretrained.
-        tokenizer: ``glove`` (that of GloVe's own text), ``basic_english`` (torchtext's), ``whitespace``, or the path of
-            a ``tokenizer.json``, which brings its own vocabulary.
+        tokenizer: ``glove`` (that of GloVe's own text), ``basic_english`` (torchtext's), ``whitespace``, the path of a
+            ``tokenizer.json``, which brings its own vocabulary, or that of a plugin (``torchtext/basic_english``).
         min_frequency: Words that occur less often in the training split are unknown.
         max_size: The most words in the vocabulary, the frequent ones first; null keeps all.
         max_length: The most words of a text that are kept; null keeps all.
@@ -77,7 +79,7 @@ class TextBackbone(Backbone):
         variant = self._variant(variant, vectors)
         width = _width(width, vectors, dimensions)
         if vocabulary is None:  # a nominal one is as good as any for checking shapes
-            vocabulary = Vocabulary.nominal(tokenizer)
+            vocabulary = vocabulary_class(tokenizer).nominal(tokenizer)
             if vectors_vocabulary:
                 vocabulary = _with_words_of(vectors, vocabulary, [])
                 vocabulary.to_come = f"learned from the training texts, and the words that {vectors} knows"
@@ -100,7 +102,7 @@ class TextBackbone(Backbone):
     def from_data(cls, values: Sequence[str], **options: Any) -> Self:
         """Build with the vocabulary of the training texts, and perhaps the further words that the vectors know."""
         learned = {name: options[name] for name in ("tokenizer", "min_frequency", "max_size") if name in options}
-        vocabulary = Vocabulary.build(values, **learned)
+        vocabulary = vocabulary_class(options.get("tokenizer", "glove")).build(values, **learned)
         if options.get("vectors_vocabulary"):
             vocabulary = _with_words_of(options.get("vectors"), vocabulary)
         return cls(vocabulary, **options)
@@ -109,7 +111,7 @@ class TextBackbone(Backbone):
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
         """Build with the vocabulary and the width of a saved model; no file of vectors is needed."""
         embedding = json.loads(assets["embedding.json"])
-        vocabulary = Vocabulary.from_json(assets["vocabulary.json"], embedding.get("further_words", 0))
+        vocabulary = read_vocabulary(assets["vocabulary.json"], embedding.get("further_words", 0))
         return cls(vocabulary, embedding["width"], **options)
 
     def assets(self) -> Mapping[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from transfer import DataError, WeightsError, data_folder, download
+from transfer_text.plugins import names
 
 SITE = "https://nlp.stanford.edu/data/"
 _6B = "glove.6B.zip"
@@ -114,7 +115,7 @@ def locate(source: str, *, fetch: bool = True) -> VectorFile:
                 ) from error
     raise WeightsError(
         f"there are no word vectors {source!r}",
-        available=(*KNOWN, *PACKAGED, *_on_disk(folders)),
+        available=(*KNOWN, *PACKAGED, *(f"{name}/..." for name in names("vectors")), *_on_disk(folders)),
         fix=f"give a known name, a path, or put {source}.txt into {folders[1]}",
     )
 

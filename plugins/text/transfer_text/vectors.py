@@ -11,14 +11,16 @@ import io
 import json
 import string
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from transfer import PluginError, WeightsError
 from transfer_text import cache
+from transfer_text.interfaces import Vectors, WordVectors
+from transfer_text.plugins import is_plugin, make_vectors
 from transfer_text.vector_files import KNOWN, PACKAGED, VectorFile, locate
 from transfer_text.vector_formats import Block, read_blocks
 
@@ -32,19 +34,6 @@ KEPT_ROWS = 1 << 14
 """Rows of a kept matrix that are looked at together."""
 
 
-@dataclass(frozen=True)
-class WordVectors:
-    """The vectors of some words.
-
-    Args:
-        matrix: float32 (V, D), a row for each word; zeros where the source lacks the word.
-        found: bool (V,).
-    """
-
-    matrix: npt.NDArray[np.float32]
-    found: npt.NDArray[np.bool_]
-
-
 def width_of(source: str) -> int:
     """Return the width of the vectors that ``source`` names, reading at most the first line.
 
@@ -55,6 +44,8 @@ def width_of(source: str) -> int:
         return KNOWN[source][1]
     if source in PACKAGED:
         return PACKAGED[source][1]
+    if is_plugin("vectors", source):
+        return make_vectors(source).width
     with locate(source, fetch=False).open() as (content, where, binary):
         return read_blocks(content, where, binary=binary)[0]
 
@@ -68,12 +59,14 @@ def read_vectors(source: str, words: Sequence[str]) -> WordVectors:
     Args:
         source: A known name (``glove.6B.100d``), ``mini``, the name or path of a file in the text format of GloVe,
             word2vec or fastText or in word2vec's binary one (``.bin``), plain, ``.gz`` or ``.zip``, or
-            ``archive.zip:member.txt``.
+            ``archive.zip:member.txt``; or ``NAME/ARGUMENT`` of a plugin.
         words: The words that are needed.
 
     Raises:
         transfer.WeightsError: The source is missing, broken, or holds a line that is no vector of its width.
     """
+    if is_plugin("vectors", source):
+        return _look_up(make_vectors(source), source, words)
     wanted: dict[bytes, list[tuple[int, int]]] = {}  # spelling -> the rows it may fill, and its rank there
     for row, word in enumerate(words):
         for rank, spelling in enumerate(_spellings(word)):
@@ -96,6 +89,12 @@ def words_of(source: str) -> list[str]:
     Raises:
         transfer.WeightsError: As :func:`read_vectors`.
     """
+    if is_plugin("vectors", source):
+        if not (listed := make_vectors(source).words()):
+            raise WeightsError(
+                f"{source!r} lists no words", fix="leave vectors_vocabulary out, or choose other vectors"
+            )
+        return list(dict.fromkeys(listed))
     words = []
     with _blocks(source) as (_, blocks):
         for spellings, _ in blocks:
@@ -134,6 +133,24 @@ def coverage(
         "tokens": round(float(counts[found].sum() / max(counts.sum(), 1)), 4) if counts is not None else None,
         "missing": [words[index] for index in missing[:examples]],
     }
+
+
+def _look_up(vectors: Vectors, source: str, words: Sequence[str]) -> WordVectors:
+    """Ask a plugin for every spelling of the words, and take for each word the vector of the best."""
+    places: dict[str, int] = {}
+    for word in words:
+        for spelling in _spellings(word):
+            places.setdefault(spelling, len(places))
+    read = vectors.read(list(places))
+    expected, dtype = (len(places), vectors.width), read.matrix.dtype
+    if read.matrix.shape != expected or dtype != np.float32 or read.found.shape != expected[:1]:
+        raise PluginError(
+            f"vectors {source!r} gave a matrix of {dtype} {read.matrix.shape}, and found of {read.found.shape}",
+            fix=f"a source of vectors returns float32 {expected} and bool {expected[:1]} for so many words",
+        )
+    best = [next((p for p in map(places.__getitem__, _spellings(word)) if read.found[p]), -1) for word in words]
+    rows = np.array(best, dtype=np.int64)
+    return WordVectors(np.where(rows[:, None] < 0, np.float32(0), read.matrix[rows]), rows >= 0)
 
 
 def _spellings(word: str) -> list[str]:

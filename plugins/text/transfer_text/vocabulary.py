@@ -21,6 +21,7 @@ from transfer_text import cache, corpus
 from transfer_text.encoded import EncodedTexts
 from transfer_text.learning import Learned, learn
 from transfer_text.pieces import PieceTable
+from transfer_text.plugins import names
 from transfer_text.token_finder import TokenFinder
 from transfer_text.tokenization import TOKENIZERS, TokenizerName, assemble, name_of, parted_by_blanks
 
@@ -349,10 +350,11 @@ def _name(tokenizer: str) -> TokenizerName | None:
             return name
     if tokenizer.endswith(".json"):
         return None
-    close = difflib.get_close_matches(tokenizer, TOKENIZERS, n=1)
+    known = (*TOKENIZERS, *names("tokenizer"))
+    close = difflib.get_close_matches(tokenizer, known, n=1)
     raise ConfigError(
         f"there is no tokenizer {tokenizer!r}",
-        available=(*TOKENIZERS, "PATH/tokenizer.json"),
+        available=(*known, "PATH/tokenizer.json"),
         fix=f"did you mean {close[0]!r}?" if close else "give one of these names, or the path of a tokenizer.json",
     )
 
