@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: schema demo test slow check format clean
+.PHONY: schema demo test slow torchtext check format clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
@@ -28,6 +28,17 @@ test: .venv/ready  ## the tests that take seconds; those on real data run when T
 slow: .venv/ready  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+# torchtext's last release loads on torch 2.3 alone, so it has an environment of its own.
+.venv-torchtext/ready: pyproject.toml constraints-torchtext.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "torchtext needs Python 3.11 or 3.12; try: make torchtext PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv-torchtext
+	.venv-torchtext/bin/python -m pip install --quiet --constraint constraints-torchtext.txt --editable '.[torchtext]' hatchling hypothesis pytest
+	touch $@
+
+torchtext: .venv-torchtext/ready  ## ours against torchtext's parts, and the framework on torch 2.3
+	.venv-torchtext/bin/transfer show tokenizer torchtext
+	.venv-torchtext/bin/python -m pytest tests/core tests/contract tests/text tests/vision
+
 check: .venv/ready  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -41,4 +52,4 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build
+	rm -rf .venv .venv-torchtext .mypy_cache .ruff_cache .pytest_cache dist build
