@@ -33,6 +33,7 @@ from transfer.config import load_config
 from transfer.engine import evaluate, fit
 from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, Event
 from transfer.feature_cache import Source
+from transfer.interruption import Signals
 from transfer.run_directory import RunDirectory
 
 BATCH = 64
@@ -169,9 +170,9 @@ def measure(
             Round((train_rate, book_train_rate), (evaluation_rate, book.evaluate()), (record["train"]["loss"], loss))
         )
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Signals() as signals:
         experiment = replace(built.experiment, test=None, most_batches=batches)
-        fit(experiment, RunDirectory.create(Path(folder), "speed"), observe)
+        fit(experiment, RunDirectory.create(Path(folder), "speed"), observe, signals)
     words = {split: np.mean([len(text) for text in _encoded(built, split)]) for split in ("train", "validation")}
     return found[1:], float(words["train"]), float(words["validation"])
 
