@@ -350,7 +350,7 @@ class PlainLoop:
         checked = load_config(config)
         built = build(checked, lambda _: None)
         loader = built.loaders["train"]
-        values = loader.preprocessing.encode(list(loader.split.fields[loader.field]))
+        values = loader.preprocessing.encode(list(loader.split.column(*loader.fields)))
         # What a plain loop would have in memory: pairs of an input tensor and a class.
         inputs = [v if isinstance(v, Tensor) else torch.from_numpy(v).long() for v in values]
         self.examples = list(zip(inputs, loader.split.targets.tolist(), strict=True))

@@ -59,7 +59,7 @@ def ours(files: Path, copies: int, tokenizer: str, vectors: Path | None) -> tupl
         encoded = preprocessing.encode(splits["train"].fields["text"])
         return tuple(preprocessing.collate([encoded[index] for index in range(BATCH_SIZE)]).shape)
     loaders = [
-        Loader(split, "text", preprocessing, batch_size=BATCH_SIZE, training=name == "train")
+        Loader(split, ("text",), preprocessing, batch_size=BATCH_SIZE, training=name == "train")
         for name, split in splits.items()
     ]
     return tuple(next(iter(loaders[0].epoch())).inputs.shape)

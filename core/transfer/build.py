@@ -101,12 +101,12 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     Raises:
         UserError: As :func:`preflight`, or the data or the weights are not right.
     """
-    preflight(config)
+    fields = preflight(config).backbone.fields
     data, splits = read_data(config)
     backbone_class: type[Backbone] = config.backbone.cls
     torch.manual_seed(config.seed)
     with located(config.backbone.where):
-        values = splits["train"].fields[backbone_class.field]
+        values = splits["train"].column(*fields)
         backbone = backbone_class.from_data(values, **config.backbone.options)
         pretrained = dict(backbone.load_pretrained()) if config.pretrained else {}
     learned = dict(backbone.learned())
@@ -181,7 +181,7 @@ def make_loader(
         batch_size = train.evaluation_batch_size or (batch_size and 2 * batch_size)
     return Loader(
         split,
-        backbone.field,
+        backbone.fields,
         backbone.preprocessing,
         batch_size=batch_size,
         max_tokens=None if batch_size else train.max_tokens,
@@ -209,10 +209,8 @@ def _fit_together(config: RunConfig, data: DataSpec, backbone: Backbone) -> None
         "task": f"task {config.task.plugin.name!r}",
     }
     problems = []
-    if backbone.field not in data.fields:
-        message = (
-            f"{names['backbone']} takes the field {backbone.field!r}, which {names['data']} ({where['data']}) lacks"
-        )
+    for field in sorted(set(backbone.fields) - set(data.fields)):
+        message = f"{names['backbone']} takes the field {field!r}, which {names['data']} ({where['data']}) lacks"
         fix = f"choose a backbone for {' or '.join(data.fields)}, or another dataset"
         problems.append(Problem(message, where["backbone"], data.fields, fix))
     if data.target not in config.task.cls.targets:

@@ -194,7 +194,7 @@ def _prepare(experiment: Experiment, run: RunDirectory, observe: Observer, signa
     prepared = accelerator.prepare_model(model)
     metrics = {name: metric.to(accelerator.device) for name, metric in experiment.task.metrics().items()}
     unchanged = experiment.unchanged_stages()
-    base = {name: tensor for name, tensor in model.state_dict().items() if name.partition(".")[0] in unchanged}
+    base = {name: tensor for name, tensor in model.state_dict().items() if model.stage_of(name) in unchanged}
     origin = {**experiment.origin, "base weights": checkpoint.digest(base)}
     return _Training(
         experiment,

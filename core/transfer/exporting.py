@@ -192,7 +192,7 @@ def _examples(directory: RunDirectory, loaded: LoadedModel) -> Examples:
     name = "test" if "test" in splits else "validation"
     split = splits[name]
     chosen = np.unique(np.linspace(0, len(split) - 1, COMPARED_EXAMPLES).round().astype(int)).tolist()
-    encoded = encode(preprocessing, split.fields[loaded.backbone.field], chosen, split.name)
+    encoded = encode(preprocessing, split.column(*loaded.backbone.fields), chosen, split.name)
     return Examples(_batches(preprocessing, encoded), f"{len(chosen)} examples of the {name} split")
 
 

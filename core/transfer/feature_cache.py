@@ -310,10 +310,10 @@ class Prefix:
 
         preprocessing = loader.preprocessing
         device = next(self.model.parameters()).device.type
-        add(FORMAT, torch.__version__, device, self.precision, loader.field)
+        add(FORMAT, torch.__version__, device, self.precision, loader.fields)
         add(view, None if view is None else loader.seed)
         add(_settings(preprocessing), dict(preprocessing.describe()), dict(self.assets))
-        add(self.digest, loader.split.fingerprint(loader.field))
+        add(self.digest, loader.split.fingerprint(*loader.fields))
         return digest.hexdigest()[:KEY_DIGITS]
 
     @functools.cached_property
@@ -361,6 +361,8 @@ def _store(folder: Path, prefix: Prefix, loader: Loader, view: int | None, limit
     try:
         for indices, features in prefix.run(loader, view):
             tensors = _tuple(features)
+            if not all(isinstance(tensor, Tensor) for tensor in tensors):
+                return f"what {prefix.stages[-1]} passes on is more than a tensor or a tuple of tensors"
             if not order:
                 pair = isinstance(features, tuple)
                 ragged = _is_sequence(tensors)
@@ -402,7 +404,7 @@ def _store(folder: Path, prefix: Prefix, loader: Loader, view: int | None, limit
         with path.open("rb") as file:
             os.fsync(file.fileno())
             digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    what = {"stages": prefix.stages, "examples": count, "view": view, "field": loader.field}
+    what = {"stages": prefix.stages, "examples": count, "view": view, "fields": list(loader.fields)}
     return {"format": FORMAT, "shapes": shapes, "kinds": kinds, "pair": pair, "sha256": digests, "what": what}
 
 

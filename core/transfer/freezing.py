@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -101,12 +102,9 @@ def _named(model: Model, names: list[str], policy: Freeze) -> tuple[frozenset[st
     if isinstance(policy, str):
         whole = stages[:-1] if policy == "backbone" else []
     elif isinstance(policy, tuple):
-        for stage in policy:
-            _known(stage, stages)
-        whole = list(policy)
+        whole = [stage for name in policy for stage in members(name, stages)]
     elif isinstance(policy, Until):
-        _known(policy.until, stages)
-        whole = stages[: stages.index(policy.until) + 1]
+        whole = stages[: stages.index(members(policy.until, stages)[-1]) + 1]
     else:
         frozen: set[str] = set()
         for pattern in policy.parameters:
@@ -130,23 +128,33 @@ def _of_stage(stage: str, names: list[str]) -> list[str]:
     return [name for name in names if name.startswith(f"{stage}.")]
 
 
-def _known(stage: str, stages: list[str]) -> None:
-    if stage not in stages:
-        close = nearest(stage, stages)
+def members(name: str, stages: Sequence[str]) -> list[str]:
+    """Return the stage of that name, or all stages of the group (``image`` of ``image.stem``, ``image.layer1``).
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    found = [stage for stage in stages if stage == name or stage.startswith(f"{name}.")]
+    if not found:
+        close = nearest(name, stages)
         raise ConfigError(
-            f"there is no stage called {stage!r}",
+            f"there is no stage called {name!r}",
             available=stages,
             fix=f"did you mean {close!r}?" if close else "name one of the model's stages",
         )
+    return found
 
 
 def _frozen_modules(model: Model, frozen: Frozen) -> list[nn.Module]:
     """Return the outermost modules of which nothing is trained."""
     found: list[nn.Module] = [model.stages[stage] for stage in model.stages if stage in frozen.stages]
     covered = {id(inner) for module in found for inner in module.modules()}
-    for prefix, module in model.named_modules():
+    inside = (
+        (f"{stage}.{name}".rstrip("."), inner) for stage, m in model.stages.items() for name, inner in m.named_modules()
+    )
+    for prefix, module in inside:
         own = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
-        if prefix and own and id(module) not in covered and frozen.parameters.issuperset(own):
+        if own and id(module) not in covered and frozen.parameters.issuperset(own):
             found.append(module)
             covered.update(id(inner) for inner in module.modules())
     return found

@@ -76,13 +76,18 @@ class Split:
         """Return what example ``index`` is called in messages."""
         return self.names[index] if self.names else f"example {index}"
 
-    def fingerprint(self, field: str) -> str:
-        """Return what identifies the raw values of a field, in their order.
+    def column(self, *fields: str) -> Sequence[Any]:
+        """Return the raw values of a field, or of several as a tuple for each example (:class:`Columns`)."""
+        columns = [self.fields[field] for field in fields]
+        return columns[0] if len(columns) == 1 else Columns(columns)
+
+    def fingerprint(self, *fields: str) -> str:
+        """Return what identifies the raw values of some fields, in their order.
 
         A column may know a cheap answer (names, sizes and times of files) and give it by a method ``fingerprint() ->
         str``; of any other column every value is read.
         """
-        return _fingerprint(self.fields[field])
+        return _fingerprint(self.column(*fields))
 
     def select(self, indices: npt.NDArray[np.int64]) -> Split:
         """Return the split of these examples, in this order; nothing is read or copied but the targets."""
@@ -111,6 +116,28 @@ class _Selection(Sequence[Any]):
         if isinstance(index, slice):
             return [self._column[int(i)] for i in self._indices[index]]
         return self._column[int(self._indices[index])]
+
+
+class Columns(Sequence[Any]):
+    """Several columns as one of tuples, without reading any.
+
+    Args:
+        columns: Of the same length each.
+    """
+
+    def __init__(self, columns: Sequence[Sequence[Any]]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        values = tuple(column[index] for column in self.columns)
+        return list(zip(*values, strict=True)) if isinstance(index, slice) else values
+
+    def fingerprint(self) -> str:
+        """Return what identifies the values of all columns."""
+        return " ".join(map(_fingerprint, self.columns))
 
 
 def _fingerprint(column: Sequence[Any]) -> str:
@@ -337,19 +364,30 @@ class Backbone(nn.Module, ABC):
 
     Args:
         stages: From input to output. Each module takes what the one before it returns: a tensor or a tuple of
-            tensors; the last returns what :attr:`features` says. Names hold no dot, and none is ``head``.
+            tensors; the last returns what :attr:`features` says. None is called ``head``. A dot groups stages:
+            ``image`` stands for ``image.stem`` and ``image.layer1`` wherever a config names a stage.
     """
 
     field: ClassVar[str]
     """The field of an example that this backbone consumes."""
 
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The names of the stages, from input to output."""
+        return tuple(name.replace("/", ".") for name, _ in self.stages.named_children())
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields that it consumes: a backbone of several gets a tuple of their values for each example."""
+        return (self.field,)
+
     def __init__(self, stages: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        if not stages or any("." in name or name == "head" or not name for name in stages):
-            raise ValueError(f"stages need names without a dot, and none is 'head': {list(stages)}")
+        if not stages or any(name.split(".")[0] == "head" or not all(name.split(".")) for name in stages):
+            raise ValueError(f"stages need names, and none is 'head': {list(stages)}")
         self.stages = nn.Sequential()
         for name, module in stages.items():
-            self.stages.add_module(name, module)
+            self.stages.add_module(name.replace(".", "/"), module)
 
     def forward(self, inputs: Any) -> Any:
         """Run the chain of stages."""

@@ -57,7 +57,7 @@ class Loader:
 
     Args:
         split: Raw examples.
-        field: The field that the backbone consumes.
+        fields: The fields that the backbone consumes.
         preprocessing: The backbone's.
         batch_size: Examples per batch; the last one may be smaller. None: as ``max_tokens`` says.
         max_tokens: Instead: the most that a batch may cost, its examples times the longest's length. An example that
@@ -77,7 +77,7 @@ class Loader:
     def __init__(
         self,
         split: Split,
-        field: str,
+        fields: tuple[str, ...],
         preprocessing: Preprocessing,
         *,
         batch_size: int | None,
@@ -89,14 +89,14 @@ class Loader:
         repeated: bool = True,
     ) -> None:
         self.split = split
-        self.field = field
+        self.fields = fields
         self.preprocessing = preprocessing
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.bucket_batches = BUCKET_BATCHES if bucket is True else int(bucket)
         self.seed = seed
         self.training = training
-        self.examples = _Examples(split, field, preprocessing, seed=seed, augments=training, keeps=repeated)
+        self.examples = _Examples(split, fields, preprocessing, seed=seed, augments=training, keeps=repeated)
         self.lengths: npt.NDArray[np.int64] | None = None
         if self.examples.encoded is not None and (bucket or max_tokens):
             self.lengths = preprocessing.lengths(self.examples.encoded)
@@ -258,10 +258,17 @@ class _Examples(Dataset[Any]):
     """Makes batches of (epoch, index) pairs; loader processes get a copy."""
 
     def __init__(
-        self, split: Split, field: str, preprocessing: Preprocessing, *, seed: int, augments: bool, keeps: bool
+        self,
+        split: Split,
+        fields: tuple[str, ...],
+        preprocessing: Preprocessing,
+        *,
+        seed: int,
+        augments: bool,
+        keeps: bool,
     ) -> None:
         self.split = split
-        self.column: Sequence[Any] = split.fields[field]
+        self.column: Sequence[Any] = split.column(*fields)
         self.preprocessing = preprocessing
         self.seed = seed
         self.augments = augments and preprocessing.augments

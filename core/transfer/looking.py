@@ -58,12 +58,12 @@ def look(config: Config, overrides: Sequence[str] = (), *, output: str | Path | 
         UserError: The config or the data are not right, or the backbone's field has no picture.
     """
     checked = load_config(config, overrides)
-    preflight(checked)
+    fields = preflight(checked).backbone.fields
     data, splits = read_data(checked)
     split = splits["train"]
     backbone_class: type[Backbone] = checked.backbone.cls
     with located(checked.backbone.where):
-        backbone = backbone_class.from_data(split.fields[backbone_class.field], **checked.backbone.options)
+        backbone = backbone_class.from_data(split.column(*fields), **checked.backbone.options)
     batch = next(make_loader(checked, split, backbone, training=True).epoch(most=1))
     captions = [describe(data.spec, target) for target in batch.targets]
     inputs = batch.inputs
@@ -72,7 +72,8 @@ def look(config: Config, overrides: Sequence[str] = (), *, output: str | Path | 
     shown = min(len(captions), MOST_EXAMPLES)
     of = "" if shown == len(captions) else f" (the first {shown})"
     heading = f"{checked.name}: the first training batch, {len(captions)} examples{of}"
-    values = [split.fields[backbone.field][int(i)] for i in batch.indices[:shown]]
+    column = split.column(*fields)
+    values = [column[int(i)] for i in batch.indices[:shown]]
     content = _show(backbone, _first(inputs, shown), values, captions[:shown], {heading: range(shown)})
     path = Path(output).expanduser() if output is not None else None
     if path is None and isinstance(content, bytes):
@@ -113,7 +114,7 @@ def look_at_predictions(run: str | Path, split: str = "test") -> Look:
         start += len(indices)
     captions = [_caption(loaded.data, examples.targets[i], meanings[i]) for i in places]
     preprocessing = loaded.backbone.preprocessing
-    column = examples.fields[loaded.backbone.field]
+    column = examples.column(*loaded.backbone.fields)
     inputs = preprocessing.collate(encode(preprocessing, column, places, examples.name))
     content = _show(loaded.backbone, inputs, [column[i] for i in places], captions, groups)
     suffix = "png" if isinstance(content, bytes) else "txt"
@@ -153,7 +154,7 @@ def _show(
     content = backbone.preprocessing.show(inputs, values, captions, groups)
     if content is None:
         raise UserError(
-            f"backbone {type(backbone).__name__} has no picture of its field {backbone.field!r}",
+            f"backbone {type(backbone).__name__} has no picture of {' and '.join(backbone.fields)}",
             fix=f"define show() in {type(backbone.preprocessing).__name__}",
         )
     return content

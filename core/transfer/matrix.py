@@ -40,16 +40,16 @@ def matrix() -> tuple[list[Table], list[Problem]]:
     problems: list[Problem] = []
     datasets = _declared("dataset", lambda cls: _variants(cls, lambda dataset: dataset.spec), problems)
     backbones = _declared(
-        "backbone", lambda cls: _variants(cls, lambda backbone: (backbone.field, backbone.features.layout)), problems
+        "backbone", lambda cls: _variants(cls, lambda backbone: (backbone.fields, backbone.features.layout)), problems
     )
     heads = _declared("head", lambda cls: {"": cls.layouts}, problems)
     tasks = _declared("task", lambda cls: {"": cls.targets}, problems)
     tables = [
         _table(
-            "datasets and the backbones that take their field",
+            "datasets and the backbones that take their fields",
             datasets,
             backbones,
-            lambda data, backbone: backbone[0] in data.fields,
+            lambda data, backbone: set(backbone[0]) <= set(data.fields),
         ),
         _table(
             "datasets and the tasks that learn their target",

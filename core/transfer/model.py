@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ BATCH_NORM = nn.modules.batchnorm._NormBase
 """Every layer with running statistics: batch norm of any dimension, synchronised or not, and tracked instance norm."""
 
 
-class Model(nn.Sequential):
+class Model(nn.Module):
     """The named stages of a backbone, then ``head``: what is frozen, trained, saved and exported.
 
     Parameter names begin with the stage's name (``layer1.0.conv1.weight``, ``head.output.weight``). Frozen modules stay
@@ -22,7 +22,16 @@ class Model(nn.Sequential):
     """
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
-        super().__init__(OrderedDict([*backbone.stages.named_children(), ("head", head)]))
+        super().__init__()
+        self._stage_names = (*backbone.stage_names, "head")
+        for name, stage in zip(self._stage_names, (*backbone.stages, head), strict=True):
+            *groups, own = name.split(".")
+            holder: nn.Module = self
+            for group in groups:
+                if not hasattr(holder, group):
+                    holder.add_module(group, nn.Module())
+                holder = getattr(holder, group)
+            holder.add_module(own, stage)
         self._frozen: tuple[nn.Module, ...] = ()  # a tuple, which nn.Module does not register
         self._batch_norm_stays = True
         outside = [name for name, _ in backbone.named_parameters() if not name.startswith("stages.")]
@@ -49,7 +58,20 @@ class Model(nn.Sequential):
     @property
     def stages(self) -> dict[str, nn.Module]:
         """The stages by name, from input to output; the last is ``head``."""
-        return dict(self.named_children())
+        return {name: self.get_submodule(name) for name in self._stage_names}
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.stages.values())
+
+    def __len__(self) -> int:
+        return len(self._stage_names)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.get_submodule(self._stage_names[index])
+
+    def stage_of(self, name: str) -> str:
+        """Return the stage that a parameter or buffer belongs to, by its name."""
+        return next(stage for stage in self._stage_names if name.startswith(f"{stage}."))
 
     def keep_in_eval(self, frozen: tuple[nn.Module, ...], *, batch_norm: bool = True) -> None:
         """Say which modules stay in eval mode from now on, whatever mode the rest is in.

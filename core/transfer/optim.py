@@ -147,7 +147,8 @@ def _spared(stage: nn.Module, kinds: Collection[str]) -> set[str]:
 def _rates(with_parameters: list[str], stages: list[str], lr: float | Mapping[str, float]) -> dict[str, float]:
     if not isinstance(lr, Mapping):
         return dict.fromkeys(stages, lr)
-    known = ["head", "backbone", "layer_decay", *stages[:-1]]
+    groups = sorted({stage.rpartition(".")[0] for stage in stages if "." in stage})
+    known = ["head", "backbone", "layer_decay", *groups, *stages[:-1]]
     for key in lr:
         if key not in known:
             close = nearest(key, known)
@@ -159,6 +160,7 @@ def _rates(with_parameters: list[str], stages: list[str], lr: float | Mapping[st
     if top is not None:
         below = [stage for stage in with_parameters if stage != "head"][::-1]
         rates = {stage: top * decay**depth for depth, stage in enumerate(below)}
+    rates |= {stage: lr[group] for stage in stages if (group := stage.rpartition(".")[0]) in lr}
     return rates | {stage: lr[stage] for stage in stages if stage in lr}
 
 

@@ -181,9 +181,9 @@ class TrainingState:
         return state.get("recovered")
 
     def weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
-        """Return the weights and buffers of the stages that some phase changes."""
-        stages = {name: name.partition(".")[0] for name in module.state_dict()}
-        return {name: tensor for name, tensor in module.state_dict().items() if stages[name] not in self.unchanged}
+        """Return the weights and buffers, of the model or of its average, in the stages that some phase changes."""
+        changed = {name for name in module.state_dict() if self.model.stage_of(name) not in self.unchanged}
+        return {name: tensor for name, tensor in module.state_dict().items() if name in changed}
 
     def _refuse_what_is_not_finite(self, weights: Mapping[str, Tensor]) -> None:
         broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]

@@ -31,6 +31,17 @@ OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
             for readout in ("first_last", "last_states", "max", "mean", "sequence")
         ),
     ],
+    "fusion": [
+        {"parts": {"image": {"name": "resnet18", **PICTURES}, "text": {"name": "textcnn", "variant": "rand", **WORDS}}},
+        {
+            "parts": {
+                "text": {"name": "bilstm", "variant": "rand", "hidden_size": 5},
+                "image": {"name": "resnet18", **PICTURES},
+            },
+            "join": "gate",
+            "size": 7,
+        },
+    ],
 }
 """A backbone that is not listed is tried with its defaults."""
 SLOW = {"resnet34", "resnet101", "resnet152", "swin_t"}

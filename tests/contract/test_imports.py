@@ -47,6 +47,7 @@ ORDER = (
     "json_schema",
     "matrix",
     "training_state",
+    "fusion",
     "engine",
     "build",
     "console",

@@ -260,7 +260,7 @@ def small(seed: int = 0, *, count: int = 2, part: Split | None = None, **options
     torch.manual_seed(seed)
     backbone = Dense()
     model = Model(backbone, Linear(backbone.features, 2))
-    loader = Loader(part or points(), "point", backbone.preprocessing, **{"batch_size": 8, **options})
+    loader = Loader(part or points(), ("point",), backbone.preprocessing, **{"batch_size": 8, **options})
     return Prefix(model, count, {}, "fp32"), loader
 
 
@@ -268,7 +268,7 @@ def ragged(cls: type[Ragged] = Ragged, **options: Any) -> tuple[Prefix, Loader]:
     torch.manual_seed(0)
     backbone = cls()
     model = Model(backbone, nn.Identity())  # type: ignore[arg-type]
-    loader = Loader(lists(), "list", backbone.preprocessing, **{"batch_size": 8, **options})
+    loader = Loader(lists(), ("list",), backbone.preprocessing, **{"batch_size": 8, **options})
     return Prefix(model, 1, {}, "fp32"), loader
 
 
@@ -282,7 +282,7 @@ def entry_of(cache: FeatureCache, prefix: Prefix, loader: Loader, view: int | No
 def direct(prefix: Prefix, loader: Loader, indices: Any, *, view: int | None = None) -> Any:
     """Return what the frozen stages give for some examples, computed here and one by one."""
     preprocessing = loader.preprocessing
-    encoded = preprocessing.encode([loader.split.fields[loader.field][int(i)] for i in indices])
+    encoded = preprocessing.encode([loader.split.column(*loader.fields)[int(i)] for i in indices])
     if view is not None:
         batches = loader.in_fixed_order(1, augment=True).epoch(view)
         inputs = {int(batch.indices[0]): batch.inputs for batch in batches}
@@ -390,11 +390,11 @@ def test_an_entry_holds_what_the_stages_give(cache_folder: Path) -> None:
     assert entry.folder.parent == cache_folder
     (listed,) = FeatureCache(PLENTY).entries()
     assert listed["key"] == entry.folder.name == prefix.key(loader, None)
-    assert (listed["stages"], listed["examples"], listed["view"], listed["field"]) == (
+    assert (listed["stages"], listed["examples"], listed["view"], listed["fields"]) == (
         ["first", "second"],
         50,
         None,
-        "point",
+        ["point"],
     )
     assert listed["bytes"] > 50 * 8 * 4
 
@@ -426,7 +426,7 @@ def test_a_pair_of_tensors_comes_back_with_its_types() -> None:
     torch.manual_seed(0)
     backbone = Pair()
     prefix = Prefix(Model(backbone, Linear(backbone.features, 2)), 1, {}, "fp32")
-    loader = Loader(points(), "point", backbone.preprocessing, batch_size=8)
+    loader = Loader(points(), ("point",), backbone.preprocessing, batch_size=8)
     indices = np.array([4, 2])
     values, places = entry_of(FeatureCache(PLENTY), prefix, loader).take(indices)
     expected = direct(prefix, loader, indices)
@@ -438,7 +438,7 @@ def test_a_pair_of_tensors_comes_back_with_its_types() -> None:
 def test_features_in_bf16_stay_bf16() -> None:
     prefix, loader = small(count=1)
     prefix = Prefix(prefix.model, 1, {}, "bf16")
-    prefix.model[0] = nn.Linear(POINT_SIZE, 5)
+    prefix.model.first = nn.Linear(POINT_SIZE, 5)
     features = entry_of(FeatureCache(PLENTY), prefix, loader).take(np.arange(4))
     assert features.dtype == torch.bfloat16
     torch.testing.assert_close(features.float(), direct(prefix, loader, range(4)), rtol=0.02, atol=0.02)
@@ -464,7 +464,7 @@ def test_padding_before_the_steps_is_not_cached() -> None:
             return values.flip(1), mask.flip(1)
 
     prefix, loader = ragged()
-    prefix.model[0] = Left(1, 4)
+    prefix.model.lower = Left(1, 4)
     assert FeatureCache(PLENTY).features(prefix, loader) == (
         "what lower returns has padding elsewhere than after the last step"
     )
@@ -528,7 +528,7 @@ def test_the_key_changes_with_everything_that_decides_the_features() -> None:
         "an option that it does not describe": Undescribed(1.0),
         "that option": Undescribed(2.0),
     }.items():
-        add(name, part=Loader(points(), "point", preprocessing, batch_size=8, training=True))
+        add(name, part=Loader(points(), ("point",), preprocessing, batch_size=8, training=True))
     values = [list(value) for value in points().fields["point"]]
     values[20][1] += 1e-9
     add("a value", part=small(part=Split({"point": values}, points().targets))[1])
@@ -536,7 +536,7 @@ def test_the_key_changes_with_everything_that_decides_the_features() -> None:
     add("order", part=small(part=points().select(np.arange(50)[::-1]))[1])
     add("view 0", view=0)
     add("view 1", view=1)
-    seeded = Loader(points(), "point", loader.preprocessing, batch_size=8, training=True, seed=1)
+    seeded = Loader(points(), ("point",), loader.preprocessing, batch_size=8, training=True, seed=1)
     add("seed of a view", part=seeded, view=0)
     assert len(set(keys.values())) == len(keys), keys
 
@@ -545,7 +545,7 @@ def test_the_key_changes_with_nothing_else() -> None:
     prefix, loader = small()
     key = prefix.key(loader, None)
     assert small(batch_size=3, training=True, workers=2)[0].key(small(batch_size=3, training=True)[1], None) == key
-    seeded = Loader(points(), "point", PointPreprocessing(), batch_size=8, seed=5)
+    seeded = Loader(points(), ("point",), PointPreprocessing(), batch_size=8, seed=5)
     assert prefix.key(seeded, None) == key  # nothing is random without a view
     targets = Split(points().fields, 1 - points().targets)
     assert prefix.key(small(part=targets)[1], None) == key
@@ -563,7 +563,7 @@ def test_the_key_changes_with_nothing_else() -> None:
 
 def test_each_epoch_draws_one_of_the_views_of_each_example() -> None:
     prefix, _ = small(count=1)
-    loader = Loader(points(), "point", NoisyPoints(), batch_size=8, seed=3, training=True)
+    loader = Loader(points(), ("point",), NoisyPoints(), batch_size=8, seed=3, training=True)
     made = source(FeatureCache(PLENTY), prefix, loader, views=2, mixed=False)
     assert made.report["views"] == 2
     everyone = np.arange(50)
@@ -700,7 +700,7 @@ def test_verify_refuses_a_stage_that_is_random_at_once() -> None:
             return inputs + torch.rand_like(inputs)
 
     prefix, loader = small()
-    prefix.model[1] = Random()
+    prefix.model.second = Random()
     with pytest.raises(TrainingError, match="not deterministic"):
         FeatureCache(PLENTY, verify=True).features(prefix, loader)
 

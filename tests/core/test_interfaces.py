@@ -72,7 +72,7 @@ def test_a_sequence_has_a_mask() -> None:
     assert (steps.shape, mask.shape, mask.dtype) == ((2, 4, 3), (2, 4), torch.bool)
 
 
-@pytest.mark.parametrize("names", [[], ["a.b"], ["head"], [""]])
+@pytest.mark.parametrize("names", [[], ["a."], ["head"], ["head.a"], [""]])
 def test_stages_have_proper_names(names: list[str]) -> None:
     class Misnamed(Backbone):
         field = "point"

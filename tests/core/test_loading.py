@@ -64,7 +64,7 @@ def split(count: int = 50, *, longest: int = 12) -> Split:
 
 
 def loader(preprocessing: Preprocessing, part: Split | None = None, **options: Any) -> Loader:
-    return Loader(part or split(), "x", preprocessing, **{"batch_size": 8, "training": True, **options})
+    return Loader(part or split(), ("x",), preprocessing, **{"batch_size": 8, "training": True, **options})
 
 
 def batches(made: Loader, epoch: int = 0) -> list[Batch]:

@@ -74,7 +74,7 @@ def test_a_large_batch_is_shown_in_part_and_says_so(showing: dict[str, Any]) -> 
 
 
 def test_a_field_without_a_picture_says_so(config: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="backbone Dense has no picture of its field 'point'") as caught:
+    with pytest.raises(UserError, match="backbone Dense has no picture of point") as caught:
         transfer.look(config)
     assert caught.value.problems[0].fix == "define show() in PointPreprocessing"
 

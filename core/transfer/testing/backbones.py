@@ -68,18 +68,20 @@ class Subject:
         return Model(self.backbone, AnyHead(self.backbone.features, OUTPUTS))
 
     def _values(self, case: Case) -> Sequence[Any]:
-        """Return the case's own values, those usual for the field, or the preprocessing's example four times."""
-        modality = getattr(self.cls, "field", None)
-        named = isinstance(modality, str) and modality
-        require(named, f"the class attribute field is {modality!r}, and not the name of a field")
+        """Return the case's own values, those usual for the fields, or the preprocessing's example four times."""
+        backbone = on_meta(case)
+        fields = getattr(backbone, "fields", (None,))
+        named = all(isinstance(field, str) and field for field in fields)
+        require(named, f"the class attribute field is {fields[0]!r}, and not the name of a field")
         if case.values is not None:
             require(len(case.values) >= BATCH, f"{len(case.values)} raw values are given, and {BATCH} are needed")
             return case.values
-        if modality in ("text", "image"):
-            return TEXTS if modality == "text" else pictures()
-        example = on_meta(case).preprocessing.example()
+        if set(fields) <= {"text", "image"}:
+            columns = [TEXTS if field == "text" else pictures() for field in fields]
+            return columns[0] if len(columns) == 1 else list(zip(*columns, strict=False))
+        example = backbone.preprocessing.example()
         fix = f"give contracts(values={{{case.name!r}: [...]}}), or let Preprocessing.example return one"
-        require(example is not None, f"nothing says what values of the field {modality!r} look like: {fix}")
+        require(example is not None, f"nothing says what values of {' and '.join(map(str, fields))} look like: {fix}")
         return [example] * BATCH
 
 

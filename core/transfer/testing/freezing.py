@@ -16,7 +16,7 @@ from transfer.freezing import Frozen, apply, resolve
 from transfer.model import Model
 from transfer.optim import OPTIMIZERS, TorchPart, build_optimizer, groups
 from transfer.settings import BatchNorm, Freeze, Until
-from transfer.testing.backbones import TARGETS, Subject
+from transfer.testing.backbones import TARGETS, Subject, tensors
 from transfer.testing.cases import Case, promise, require
 
 STEPS = 2
@@ -101,7 +101,7 @@ def train(case: Case, policy: Freeze, until: str = "", batch_norm: BatchNorm = "
     if until:
         for stage in list(model)[: list(model.stages).index(until) + 1]:
             value = stage(value)
-        has_graph = any(t.requires_grad or t.grad_fn for t in (value if isinstance(value, tuple) else [value]))
+        has_graph = any(tensor.requires_grad or tensor.grad_fn for tensor in tensors(value))
     with_state = {name for name, p in model.named_parameters() if id(p) in known}
     return Trained(until, frozen, before, after, in_training_mode, with_gradient, with_state, has_graph)
 
@@ -138,7 +138,7 @@ def frozen_modules_stay_in_eval_mode_and_no_others(case: Case) -> None:
     """In training every module of a frozen stage is in eval mode, dropout and batch norm included, and no other is."""
     modules = dict(built(case)[0].named_modules())
     for run, frozen, _ in boundaries(case):
-        expected = {name for name in modules if name.split(".")[0] not in frozen}
+        expected = modules.keys() - {name for stage in frozen for name in {stage, *of(stage, modules)}}
         wrong = run.in_training_mode ^ expected
         require(not wrong, f"frozen until {run.until!r}, these are in the wrong mode: {_list(wrong)}")
 
