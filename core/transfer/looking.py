@@ -84,8 +84,8 @@ def look(config: Config, overrides: Sequence[str] = (), *, output: str | Path | 
 def look_at_predictions(run: str | Path, split: str = "test") -> Look:
     """Show predictions of a run's model: those that are right and wrong with most confidence, and the least sure.
 
-    Where the task names no label with a probability, those with the smallest and the largest loss. The picture or text
-    goes to ``RUN/plots/``.
+    Where the task names no single label, those with the smallest and the largest loss. The picture or text goes to
+    ``RUN/plots/``.
 
     Args:
         run: A run directory.
@@ -103,10 +103,7 @@ def look_at_predictions(run: str | Path, split: str = "test") -> Look:
     examples = splits[split]
     outputs = _outputs(loaded.model, make_loader(config, examples, loaded.backbone), config.train.precision)
     meanings = loaded.task.interpret(outputs)
-    if all({"label", "probability"} <= meaning.keys() for meaning in meanings):
-        chosen = _by_probability(loaded.data, examples, meanings)
-    else:
-        chosen = _by_loss(loaded.task, examples, outputs)
+    chosen = _chosen(loaded.task, loaded.data, examples, outputs, meanings)
     places = [index for _, indices in chosen for index in indices]
     groups, start = {}, 0
     for heading, indices in chosen:
@@ -188,34 +185,40 @@ def _outputs(model: Model, loader: Loader, precision: Precision) -> Tensor:
     return torch.cat(found)[torch.from_numpy(np.argsort(np.concatenate(order)))]
 
 
-def _by_probability(
-    data: DataSpec, split: Split, meanings: Sequence[Mapping[str, Any]]
+def _chosen(
+    task: Task, data: DataSpec, split: Split, outputs: Tensor, meanings: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, Sequence[int]]]:
     """Return the examples to show under each heading, the most telling first."""
-    count = len(split)
-    probabilities = np.array([meaning["probability"] for meaning in meanings])
-    right = np.array([meaning["label"] == describe(data, split.targets[i]) for i, meaning in enumerate(meanings)])
-    surest = np.argsort(-probabilities, kind="stable")
-    groups = [
-        (f"right: {right.sum():,} of {count:,}, the most sure first", surest[right[surest]]),
-        (f"wrong: {count - right.sum():,} of {count:,}, the most sure first", surest[~right[surest]]),
-        ("least sure", surest[::-1]),
-    ]
+    losses = task.loss(outputs, torch.as_tensor(split.targets)).numpy()
+    low, high = (np.argsort(values, kind="stable") for values in (losses, -losses))
+    if not all("label" in meaning for meaning in meanings):
+        groups = [("smallest loss", low), ("largest loss", high)]
+    else:
+        least_sure = None
+        if all("probability" in meaning for meaning in meanings):
+            least_sure = np.argsort([meaning["probability"] for meaning in meanings], kind="stable")
+            low = high = least_sure[::-1]
+        right = np.array([meaning["label"] == describe(data, split.targets[i]) for i, meaning in enumerate(meanings)])
+        of = f"of {len(split):,}, the most sure first"
+        groups = [
+            (f"right: {right.sum():,} {of}", low[right[low]]),
+            (f"wrong: {(~right).sum():,} {of}", high[~right[high]]),
+        ]
+        if least_sure is not None:
+            groups.append(("least sure", least_sure))
     return [(heading, indices[:PREDICTIONS_EACH].tolist()) for heading, indices in groups]
 
 
-def _by_loss(task: Task, split: Split, outputs: Tensor) -> list[tuple[str, Sequence[int]]]:
-    losses = task.loss(outputs, torch.as_tensor(split.targets)).numpy()
-    order = np.argsort(losses, kind="stable").tolist()
-    return [("smallest loss", order[:PREDICTIONS_EACH]), ("largest loss", order[::-1][:PREDICTIONS_EACH])]
-
-
 def _caption(data: DataSpec, target: Any, meaning: Mapping[str, Any]) -> str:
-    truth = f"true: {describe(data, target)}"
+    lines = [f"true: {describe(data, target)}"]
+    if "label" in meaning:
+        lines.append(f"said: {meaning['label']}")
+    else:
+        said = [_words(name, value) for name, value in meaning.items() if not isinstance(value, Mapping)]
+        lines.append(f"said: {', '.join(said)}")
     if "probability" in meaning:
-        return f"{truth}\nsaid: {meaning['label']}\nprobability: {meaning['probability']:.3f}"
-    said = [_words(name, value) for name, value in meaning.items() if not isinstance(value, Mapping)]
-    return f"{truth}\nsaid: {', '.join(said)}"
+        lines.append(f"probability: {meaning['probability']:.3f}")
+    return "\n".join(lines)
 
 
 def _words(name: str, value: Any) -> str:

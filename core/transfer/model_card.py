@@ -112,15 +112,21 @@ def _inputs(model: Mapping[str, Any]) -> str:
 
 
 def _data(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    splits: Mapping[str, Mapping[str, int]] = summary.get("data") or {}
-    names = list(dict.fromkeys(name for counts in splits.values() for name in counts))
+    by_class: Mapping[str, Mapping[str, int]] = summary["data"]
+    names = list(dict.fromkeys(name for counts in by_class.values() for name in counts))
     names = names if len(names) <= MOST_COLUMNS else []
     rows = [
-        f"| {' | '.join([split, f'{sum(counts.values()):,}', *(f'{counts.get(name, 0):,}' for name in names)])} |"
-        for split, counts in splits.items()
+        f"| {' | '.join([split, f'{size:,}', *(f'{by_class[split].get(name, 0):,}' for name in names)])} |"
+        for split, size in _sizes(summary).items()
     ]
     table = "\n".join([f"| {' | '.join(['split', 'examples', *names])} |", "|---|" + "---|" * (len(names) + 1), *rows])
     return f"## Data\n\n`{config['data']['name']}`, with {_options(config['data'])}.\n\n{table}"
+
+
+def _sizes(summary: Mapping[str, Any]) -> Mapping[str, int]:
+    """Return the number of examples in each split."""
+    by_class: Mapping[str, Mapping[str, int]] = summary["data"]
+    return summary.get("examples") or {split: sum(counts.values()) for split, counts in by_class.items()}
 
 
 def _options(block: Mapping[str, Any]) -> str:
@@ -131,7 +137,7 @@ def _options(block: Mapping[str, Any]) -> str:
 def _figures(run: RunDirectory, config: Mapping[str, Any], summary: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     split, own = _scored(summary)
     seeds = {config["seed"]: own} | dict(_other_seeds(run, config, summary))
-    count = sum(((summary.get("data") or {}).get(split) or {}).values())
+    count = _sizes(summary)[split]
     rows = []
     for name, value in own.items():
         values = [found[name] for _, found in sorted(seeds.items()) if name in found]
@@ -159,7 +165,7 @@ def _figures(run: RunDirectory, config: Mapping[str, Any], summary: Mapping[str,
 
 def _standard_error(name: str, value: float, count: int, model: Mapping[str, Any]) -> str:
     """Return that of a share of examples; other metrics have none so simple."""
-    if name != "accuracy" or model["data"]["target"] != "class" or not count:
+    if name != "accuracy" or model["data"]["target"] != "class":
         return ""
     return f"{math.sqrt(value * (1 - value) / count):.4f}"
 
@@ -185,7 +191,7 @@ def _other_seeds(
 
 def _limits(config: Mapping[str, Any], summary: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     split, _ = _scored(summary)
-    count = sum(((summary.get("data") or {}).get(split) or {}).values())
+    count = _sizes(summary)[split]
     limits = [f"It was trained and scored on `{config['data']['name']}` alone; on other data nothing was measured."]
     if model["data"]["target"] == "class":
         limits.append(
@@ -198,7 +204,7 @@ def _limits(config: Mapping[str, Any], summary: Mapping[str, Any], model: Mappin
         )
     elif config["data"].get("limit"):
         limits.append(f"It saw at most {config['data']['limit']:,} examples of each class.")
-    if 0 < count < FEW_EXAMPLES:
+    if count < FEW_EXAMPLES:
         limits.append(f"{count:,} examples were scored: small differences between such figures mean nothing.")
     limits.append(f"Known biases, and uses that are out of scope: {FOR_THE_AUTHOR}")
     return "## Limits\n\n" + "\n".join(f"* {limit}" for limit in limits)

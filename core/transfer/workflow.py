@@ -140,6 +140,7 @@ def _train(
         try:
             fitted = fit(built.experiment, directory, observe, signals, resume=resume)
             summary = {"status": "complete", "quick": quick, **fitted}
+            summary |= {"examples": {name: len(loader.split) for name, loader in built.loaders.items()}}
             summary |= {"data": built.classes, "learned": built.learned, "pretrained": built.pretrained}
             with signals.held():
                 write_model(directory.model, config, built.data, built.backbone, built.experiment.model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import pytest
 import torch
 import torchvision
 import yaml
+from conftest import PointPreprocessing
 from safetensors.torch import load_file
 
 import transfer
-from transfer import ExportError, RunError, exporting
-from transfer.export_formats import Safetensors, find_format
+from transfer import ExportError, RunError, exporting, registry, reload
+from transfer.export_formats import find_format
 from transfer.heads import MLP
 from transfer.model import Model
 from transfer.model_folder import LoadedModel, read_model
@@ -26,7 +28,7 @@ TEXTS = ["a warm, funny film", "two hours of my life that I will never get back"
 recorded = pytest.mark.skipif(not hasattr(torch.export.Dim, "AUTO"), reason="torch finds sizes out from 2.6 on")
 
 
-def config(data: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
+def made_of(data: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "data": dict(data),
         "backbone": dict(backbone),
@@ -49,12 +51,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(runs: Path) -> Path:
-    return transfer.run(config(SHAPES, RESNET), output=runs / "pictures").folder
+    return transfer.run(made_of(SHAPES, RESNET), output=runs / "pictures").folder
 
 
 @pytest.fixture(scope="module")
 def texts(runs: Path) -> Path:
-    return transfer.run(config(REVIEWS, TEXTCNN), output=runs / "texts").folder
+    return transfer.run(made_of(REVIEWS, TEXTCNN), output=runs / "texts").folder
 
 
 @pytest.fixture
@@ -66,6 +68,17 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
             return [chosen.loaded.model(batch) for batch in batches], frozenset()
 
     monkeypatch.setattr(exporting, "_in_fresh_process", answer)
+
+
+@pytest.fixture
+def loaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load what was exported as the fresh process does, but in this one, which has imported torch already."""
+
+    def run(command: Sequence[str], **options: Any) -> Any:
+        reload.main(Path(command[-1]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(exporting.subprocess, "run", run)
 
 
 def inputs(loaded: LoadedModel, count: int) -> Any:
@@ -109,16 +122,15 @@ def test_a_name_that_promises_another_format_is_refused(texts: Path, tmp_path: P
     assert caught.value.problems[0].fix == "give a folder"
 
 
-def test_safetensors_predict_as_the_run_does(texts: Path, tmp_path: Path) -> None:
+def test_safetensors_predict_as_the_run_does(texts: Path, tmp_path: Path, loaded_here: None) -> None:
     exported = transfer.export(texts, "safetensors", tmp_path / "out")
     assert exported.deviation == 0
     assert list(transfer.predict(tmp_path / "out", TEXTS)) == list(transfer.predict(texts, TEXTS))
 
 
 @recorded
-def test_a_recorded_program_takes_any_batch_and_any_length(texts: Path, tmp_path: Path) -> None:
-    exported = transfer.export(texts, "torch_export", tmp_path / "model.pt2")
-    assert "transfer" not in exported.modules
+def test_a_recorded_program_takes_any_batch_and_any_length(texts: Path, tmp_path: Path, loaded_here: None) -> None:
+    transfer.export(texts, "torch_export", tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2").module()
     loaded = read_model(texts / "model")
     for shape in ((1, 1), (5, 2), (3, 90)):
@@ -146,7 +158,7 @@ def test_onnx_takes_any_batch_and_any_length(texts: Path, tmp_path: Path) -> Non
 @recorded
 def test_a_program_of_one_length_alone_is_refused(runs: Path, tmp_path: Path) -> None:
     backbone = {"name": "bilstm", "dimensions": 4, "hidden_size": 3, "layers": 1}
-    run = transfer.run(config(REVIEWS, backbone), output=runs / "bilstm").folder
+    run = transfer.run(made_of(REVIEWS, backbone), output=runs / "bilstm").folder
     with pytest.raises(ExportError, match="inputs of one length alone") as caught:
         transfer.export(run, "torch_export", tmp_path / "out")
     assert "onnx" in str(caught.value.problems[0].fix)
@@ -180,9 +192,11 @@ def test_other_outputs_are_refused_and_nothing_is_left(
 
 
 def test_what_a_fresh_process_cannot_load_is_said(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Safetensors, "write", lambda self, path, inputs: path.write_bytes(b"no weights"))
-    with pytest.raises(ExportError, match="a fresh process cannot use what was exported"):
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no such operator')", encoding="utf-8")
+    monkeypatch.setattr(reload, "__file__", str(tmp_path / "broken.py"))
+    with pytest.raises(ExportError, match="cannot use what was exported: RuntimeError: no such operator"):
         transfer.export(texts, "safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_writes_nothing(texts: Path, tmp_path: Path) -> None:
@@ -273,3 +287,51 @@ def test_the_card_gives_the_spread_over_runs_of_other_seeds(texts: Path, tmp_pat
 def test_no_run_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no run directory"):
         transfer.export(tmp_path, "safetensors")
+
+
+class Masked(PointPreprocessing):
+    """Points of up to four numbers and a mask, as a tuple."""
+
+    def encode(self, values: Sequence[Any]) -> list[Any]:
+        return [torch.tensor(value[: 2 + int(value[0] > 0)]) for value in values]
+
+    def collate(self, encoded: Sequence[Any]) -> Any:
+        padded = torch.nn.utils.rnn.pad_sequence(list(encoded), batch_first=True)
+        return padded, torch.nn.utils.rnn.pad_sequence([torch.ones_like(e) for e in encoded], batch_first=True) > 0
+
+    def length(self, encoded: Any) -> int:
+        return len(encoded)
+
+
+class MeanOfPairs(torch.nn.Module):
+    """(B, T) and a mask (B, T) -> (B, 1)."""
+
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        values, mask = pair
+        return ((values * mask).sum(1) / mask.sum(1)).unsqueeze(1)
+
+
+class Pairs(transfer.Backbone):
+    """The mean of a point's numbers."""
+
+    field = "point"
+
+    def __init__(self) -> None:
+        super().__init__({"mean": MeanOfPairs()})
+
+    @property
+    def features(self) -> transfer.FeatureSpec:
+        return transfer.FeatureSpec("vector", 1)
+
+    @property
+    def preprocessing(self) -> Masked:
+        return Masked()
+
+
+@recorded
+def test_inputs_may_be_a_tuple_of_tensors(config: dict[str, Any], tmp_path: Path, loaded_here: None) -> None:
+    registry.register("backbone", "pairs")(Pairs)
+    run = transfer.run(config | {"backbone": {"name": "pairs"}}, output=tmp_path / "runs").folder
+    exported = transfer.export(run, "torch_export", tmp_path / "model.pt2")
+    assert exported.deviation is not None
+    assert exported.deviation < 1e-5

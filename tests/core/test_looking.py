@@ -15,6 +15,7 @@ from conftest import Dense, PointPreprocessing
 import transfer
 from transfer import DataSpec, RunError, UserError, registry
 from transfer.looking import describe
+from transfer.tasks import Classification
 
 
 class Shown(PointPreprocessing):
@@ -136,3 +137,17 @@ def test_a_split_that_is_not_there_is_named(showing: dict[str, Any], tmp_path: P
 )
 def test_targets_are_said_in_words(data: DataSpec, target: Any, words: str) -> None:
     assert describe(data, target) == words
+
+
+def test_a_task_without_probabilities_shows_right_and_wrong(showing: dict[str, Any], tmp_path: Path) -> None:
+    class Plain(Classification):
+        """Names the class alone."""
+
+        def interpret(self, outputs: torch.Tensor) -> list[dict[str, Any]]:
+            return [{"label": row["label"]} for row in super().interpret(outputs)]
+
+    registry.register("task", "plain")(Plain)
+    run = transfer.run(showing | {"task": {"name": "plain"}}, output=tmp_path)
+    seen = content(transfer.look_at_predictions(run.folder))
+    assert [heading.split(":")[0] for heading in seen["groups"]] == ["right", "wrong"]
+    assert all(len(caption.split("\n")) == 2 for caption in seen["captions"])
