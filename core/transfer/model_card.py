@@ -10,7 +10,7 @@ from typing import Any
 
 from transfer.document import dump
 from transfer.errors import UserError
-from transfer.run_directory import RunDirectory, read_json
+from transfer.run_directory import RunDirectory
 
 MOST_COLUMNS = 12
 """A table of examples by class is no wider than so many classes."""
@@ -31,8 +31,7 @@ def render(run: RunDirectory, model: Mapping[str, Any], format: str, library: st
         usage: Python code that loads it.
         parity: The largest deviation from the run's own outputs, and what it was measured on.
     """
-    config, summary = run.config(), run.summary()
-    environment = read_json(run.path / "environment.json", "the run has no environment.json")
+    config, summary, environment = run.config(), run.summary(), run.environment()
     parts = [
         _front_matter(config, summary, model, format, library),
         _what(config, model, summary),

@@ -73,8 +73,8 @@ def test_evaluate_draws_predictions(call: Any, run: Path) -> None:
 def test_export_says_what_it_would_write(call: Any, run: Path, tmp_path: Path) -> None:
     status, out, _ = call("export", run, "--format", "torchvision", "--output", "model", "--dry-run")
     assert status == 0
-    assert "would write" in out
-    assert "model.safetensors, model.json, README.md" in out
+    for part in ("would write", "model.safetensors, model.json", "README.md"):
+        assert part in out
     assert list(tmp_path.iterdir()) == []
 
 
