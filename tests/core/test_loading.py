@@ -339,7 +339,7 @@ def kept_loader(limit: int | None, **options: object) -> Loader:
     preprocessing = Kept()
     preprocessing.limit, preprocessing.encoded = limit, []
     split = Split({"point": [[float(i), 1.0, 2.0, 3.0] for i in range(40)]}, np.arange(40) % 2)
-    return Loader(split, "point", preprocessing, batch_size=8, training=True, **options)
+    return Loader(split, ("point",), preprocessing, batch_size=8, training=True, **options)
 
 
 def sums(loader: Loader, epoch: int) -> list[torch.Tensor]:
