@@ -47,8 +47,9 @@ def test_names_of_old_densenet_files_are_read(tmp_path: Path) -> None:
 
 
 def test_old_names_and_positions_of_another_size_are_read_by_a_vision_transformer(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    theirs = torchvision.models.vit_b_32(image_size=96, num_classes=3).state_dict()
+    with torch.device("meta"):
+        shapes = torchvision.models.vit_b_32(image_size=96, num_classes=3).state_dict()
+    theirs = {name: torch.full(value.shape, float(number)) for number, (name, value) in enumerate(shapes.items())}
     old = {n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v for n, v in theirs.items()}
     file = saved(old, tmp_path / "old.safetensors")
     backbone = Torchvision(model="vit_b_32", weights=file, image_size=64)
