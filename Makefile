@@ -35,9 +35,9 @@ slow: .venv/ready  ## the tests that take minutes
 	.venv-torchtext/bin/python -m pip install --quiet --constraint constraints-torchtext.txt --editable '.[torchtext]' hatchling hypothesis pytest
 	touch $@
 
-torchtext: .venv-torchtext/ready  ## ours against torchtext's parts, and the framework on torch 2.3
+torchtext: .venv-torchtext/ready  ## ours against torchtext's parts, and texts, engine and freezing on torch 2.3
 	.venv-torchtext/bin/transfer show tokenizer torchtext
-	.venv-torchtext/bin/python -m pytest tests/core tests/contract tests/text tests/vision
+	.venv-torchtext/bin/python -m pytest tests/text tests/core/test_engine.py tests/core/test_freezing.py tests/core/test_registry.py
 
 check: .venv/ready  ## style and types
 	$(BIN)/ruff format --check .
