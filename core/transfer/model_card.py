@@ -69,9 +69,9 @@ def _front_matter(
 
 
 def _pipeline(model: Mapping[str, Any]) -> str | None:
-    """Return the hub's name of the task: the modality and what is done."""
-    data = model["data"]
-    return f"{model['data']['fields'][0]}-classification" if data["target"] in ("class", "labels") else None
+    """Return the hub's name of the task, which is the modality and what is done; None where there is none."""
+    fields, target = model["data"]["fields"], model["data"]["target"]
+    return f"{fields[0]}-classification" if len(fields) == 1 and target in ("class", "labels") else None
 
 
 def _scored(summary: Mapping[str, Any]) -> tuple[str, dict[str, float]]:

@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from PIL import Image
 
 from transfer_vision.grid import GAP_PIXELS, HEADING_PIXELS, LINE_PIXELS, draw_grid
@@ -60,3 +61,12 @@ def test_a_batch_is_shown_in_its_own_colours_and_the_same_every_time() -> None:
     top, left = GAP_PIXELS + HEADING_PIXELS, GAP_PIXELS
     assert np.array_equal(opened(content)[top : top + 128, left : left + 128], pixels)
     assert content == preprocessing.show(inputs, [picture], ["noise"], {"": [0]})
+
+
+@pytest.mark.parametrize(("channels", "drawn"), [(1, [200, 200, 200]), (2, [200, 200, 200]), (5, [200, 150, 100])])
+def test_other_numbers_of_channels_are_drawn_too(channels: int, drawn: list[int]) -> None:
+    preprocessing = ImagePreprocessing(image_size=32, resize=32, mean=(0.5,) * channels, std=(0.5,) * channels)
+    value = np.full((32, 32, channels), [200, 150, 100, 50, 0][:channels], dtype=np.uint8)
+    inputs = preprocessing.collate(preprocessing.encode([value]))
+    content = preprocessing.show(inputs, [value], [""], {"": [0]})
+    assert opened(content)[GAP_PIXELS + HEADING_PIXELS, GAP_PIXELS].tolist() == drawn

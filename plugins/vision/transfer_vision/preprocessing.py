@@ -207,9 +207,13 @@ class ImagePreprocessing(Preprocessing):
     def show(
         self, inputs: Tensor, values: Sequence[Any], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
     ) -> bytes:
-        """Draw the pictures of a batch, float32 (B, 3, S, S), in their own colours: the bytes of a PNG file."""
+        """Draw the pictures of a batch, float32 (B, C, S, S), in their own colours: the bytes of a PNG file.
+
+        Of more than three channels the first three are drawn; fewer than three are drawn as the grey of the first.
+        """
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         pixels = inputs.cpu().float().mul(std).add_(mean).mul_(255).round_().clamp_(0, 255).byte()
+        pixels = pixels[:, :3] if self.channels >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
         pictures = [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pixels]
         return draw_grid(pictures, captions, groups)
 
