@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -230,12 +230,14 @@ class _Kept:
     def wants_more(self) -> bool:
         return self._room_bytes > 0 and len(self.values) < self._count
 
-    def measure(self, some: Sequence[Any]) -> None:
-        """Decide by the size of some values whether all are kept."""
+    def measure(self, some: Mapping[int, Any]) -> None:
+        """Decide by the size of some values, by their index, whether all are kept."""
         self.measured = True
         limit = available_bytes() // 2 if self._limit_bytes is None else self._limit_bytes
-        fits = sum(map(_bytes, some)) / len(some) * self._count <= limit
-        self._room_bytes = limit if fits else 0
+        if sum(map(_bytes, some.values())) / len(some) * self._count <= limit:
+            self._room_bytes = limit
+            for index, value in some.items():
+                self.put(index, value)
 
     def put(self, index: int, value: Any) -> None:
         """Keep a value, unless those that are there have filled the memory after all."""
@@ -287,7 +289,8 @@ class _Examples(Dataset[Any]):
         """Find out, once, whether the encoded values of the split fit into memory."""
         if self.keeps and not self.kept.measured:
             indices = np.unique(np.linspace(0, len(self.split) - 1, MEASURED_EXAMPLES, dtype=np.int64)).tolist()
-            self.kept.measure(encode(self.preprocessing, self.column, indices, self.split.name))
+            values = encode(self.preprocessing, self.column, indices, self.split.name)
+            self.kept.measure(dict(zip(indices, values, strict=True)))
 
     def __getitem__(self, pair: tuple[int, int]) -> Batch:
         return self.batch([pair])
