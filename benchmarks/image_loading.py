@@ -64,7 +64,7 @@ def ours(root: Path, augment: bool) -> Loader:
     """Return the loader that the engine uses, with nothing in memory yet."""
     preprocessing = ImagePreprocessing(image_size=224, augmentation="usual" if augment else "none")
     split = ImageFolder(root=str(root), test_fraction=0).load().splits["train"]
-    return Loader(split, "image", preprocessing, batch_size=BATCH_SIZE, training=True)
+    return Loader(split, ("image",), preprocessing, batch_size=BATCH_SIZE, training=True)
 
 
 def differences(root: Path) -> str:
