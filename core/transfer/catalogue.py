@@ -4,16 +4,53 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from transfer.errors import Problem
-from transfer.registry import IN_PROCESS, Plugin
+from transfer.registry import IN_PROCESS, Plugin, plugins
 
 _MOST_STEPS = 5
 """From module to module that passes on what another one defines."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plugin in the list of what is installed.
+
+    Args:
+        plugin: As its distribution declares it.
+        description: What it is, in one line.
+        problem: Why it cannot be loaded, as far as that can be told without importing it.
+    """
+
+    plugin: Plugin
+    description: str
+    problem: Problem | None
+
+
+def catalogue(reserved: Collection[str] = ()) -> list[Entry]:
+    """List every plugin, and every subcommand that a package adds, without importing any.
+
+    Args:
+        reserved: Names of commands that no plugin can take.
+    """
+    installed = [*plugins(), *plugins("command")]
+    claims = Counter((plugin.kind, plugin.name) for plugin in installed if plugin.distribution != IN_PROCESS)
+    found = []
+    for plugin in installed:
+        wrong = plugin.unavailable or problem(plugin)
+        if wrong is None and claims[plugin.kind, plugin.name] > 1:
+            fix = "uninstall one" if plugin.kind == "command" else f"write {plugin.qualified_name!r} in a config"
+            wrong = Problem("more than one distribution claims the name", fix=fix)
+        if wrong is None and plugin.kind == "command" and plugin.name in reserved:
+            wrong = Problem("transfer has a command of that name", fix=f"ask {plugin.distribution} to choose another")
+        found.append(Entry(plugin, description(plugin), wrong))
+    return found
 
 
 def description(plugin: Plugin) -> str:

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from transfer.errors import TransferError, UserError
+from transfer.subcommands import WithPlugins
+
+if TYPE_CHECKING:
+    from transfer.registry import Plugin
 
 if TYPE_CHECKING:
     from transfer.events import Observer
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="transfer",
+    cls=WithPlugins,
     help="Take a pretrained backbone, put a head on it, freeze what should stay, train the rest on your task.",
     no_args_is_help=True,
     add_completion=False,
@@ -229,34 +234,69 @@ def export(
 
 
 @app.command()
-def plugins(as_json: AsJSON = False) -> None:
-    """List what is installed, without importing any of it."""
-    from transfer.registry import plugins as installed
+def plugins(
+    as_json: AsJSON = False,
+    check: Annotated[bool, typer.Option("--check", help="Load each and check its quick contracts.")] = False,
+) -> None:
+    """List what is installed and what cannot be loaded, without importing any of it."""
+    from transfer.catalogue import catalogue
 
-    found = [(plugin, plugin.unavailable) for plugin in installed()]
+    own = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    found = catalogue(own | {group.name for group in app.registered_groups if group.name})
+    if check:
+        _check_plugins([entry.plugin for entry in found])
+        return
     if as_json:
         from dataclasses import asdict
 
         listed = [
-            asdict(plugin) | {"unavailable": why and why.message, "fix": why and why.fix} for plugin, why in found
+            asdict(entry.plugin)
+            | {
+                "description": entry.description,
+                "unavailable": entry.problem and entry.problem.message,
+                "fix": entry.problem and entry.problem.fix,
+            }
+            for entry in found
         ]
         print(json.dumps(listed, indent=2))  # noqa: T201
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("kind", "name", "distribution", "version", "from"):
-        table.add_column(heading)
-    for plugin, why in found:
-        origin = "(unavailable, see below)" if why else plugin.target
-        table.add_row(plugin.kind, plugin.name, plugin.distribution, plugin.version, origin)
+    for heading in ("kind", "name", "distribution", "version"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("description", no_wrap=True, overflow="ellipsis")
+    for entry in found:
+        plugin = entry.plugin
+        said = Text("(unavailable, see below)", style="red") if entry.problem else Text(entry.description)
+        table.add_row(plugin.kind, plugin.name, plugin.distribution, plugin.version, said)
     console = Console()
     console.print(table)
-    for plugin, why in found:
-        if why:
-            message = f"\n{plugin.kind} {plugin.name} is unavailable: {why.message}\n  fix: {why.fix}"
+    for entry in found:
+        if entry.problem:
+            name, why = f"{entry.plugin.kind} {entry.plugin.name}", entry.problem
+            message = f"\n{name} is unavailable: {why.message}\n  fix: {why.fix}"
             console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_plugins(installed: list[Plugin]) -> None:
+    """Load each plugin, check its quick contracts, and end with status 1 where one is broken."""
+    from rich.console import Console
+
+    from transfer.testing.suite import quick_check
+
+    console, broken = Console(), 0
+    for plugin in installed:
+        kept, wrong = quick_check(plugin)
+        mark = "[red]broken[/]" if wrong else "[green]good[/]  "
+        console.print(f"{mark}  {plugin.kind} {plugin.qualified_name}: {kept} contracts kept", highlight=False)
+        for failure in wrong:
+            console.print(failure, markup=False, highlight=False, soft_wrap=True)
+        broken += bool(wrong)
+    if broken:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -149,19 +149,25 @@ def load(kind: Kind, name: str) -> type[Any]:
     plugin = find(kind, name)
     if plugin.distribution == IN_PROCESS:
         return _registered[kind, plugin.name]
-    cls = _import(plugin)
-    _check(cls, kind, plugin.name, _origin(plugin))
+    cls = import_target(plugin)
+    _check(cls, kind, plugin.name, origin(plugin))
     return cls  # type: ignore[no-any-return]  # _check has just made sure of it
 
 
-def _origin(plugin: Plugin) -> str:
+def origin(plugin: Plugin) -> str:
+    """Say where a plugin is declared, for messages."""
     return f"entry point {plugin.name} = {plugin.target} of {plugin.distribution} {plugin.version}"
 
 
-def _import(plugin: Plugin) -> Any:
+def import_target(plugin: Plugin) -> Any:
+    """Import what a plugin's entry point names, whatever it is.
+
+    Raises:
+        PluginError: What it requires is not installed, or the import fails (the cause is kept).
+    """
     if (why := plugin.unavailable) is not None:
         raise PluginError(
-            f"{plugin.kind} {plugin.name!r} cannot be loaded: {why.message}", where=_origin(plugin), fix=why.fix
+            f"{plugin.kind} {plugin.name!r} cannot be loaded: {why.message}", where=origin(plugin), fix=why.fix
         )
     try:
         return metadata.EntryPoint(plugin.name, plugin.target, _group(plugin.kind)).load()
@@ -169,7 +175,7 @@ def _import(plugin: Plugin) -> Any:
     except Exception as error:
         raise PluginError(
             f"{plugin.kind} {plugin.name!r} cannot be imported: {type(error).__name__}: {error}",
-            where=_origin(plugin),
+            where=origin(plugin),
             fix=f"reinstall or update {plugin.distribution}, or choose another {plugin.kind}",
         ) from error
 
@@ -177,7 +183,7 @@ def _import(plugin: Plugin) -> Any:
 def _base(kind: Kind) -> type[Any]:
     """Return the class that plugins of a kind derive from."""
     if kind not in KINDS:
-        return _import(find("kind", kind))  # type: ignore[no-any-return]
+        return import_target(find("kind", kind))  # type: ignore[no-any-return]
     from transfer import interfaces  # torch is imported by whoever loads a plugin, not by whoever lists them
 
     bases = (interfaces.Dataset, interfaces.Backbone, interfaces.Head, interfaces.Task)

@@ -20,23 +20,30 @@ def unmet(distribution: str, extras: tuple[str, ...]) -> Problem | None:
 
     What an extra asks for must be there in the version that it asks for. Of what the distribution always requires only
     what is not installed at all counts: another version than its metadata allow may well do, and is pip's to refuse.
+    Another version of transfer itself does not do: it is that of the contracts.
 
     Args:
         distribution: Its name.
         extras: Those that the part needs, as its entry point names them.
     """
     missing, other = [], []
+    package = f"{distribution}[{','.join(extras)}]" if extras else distribution
     for written, requirement, optional in _requirements(distribution, extras):
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             missing.append(f"{written}, which is not installed")
             continue
-        if optional and not requirement.specifier.contains(version, prereleases=True):
+        fits = requirement.specifier.contains(version, prereleases=True)
+        if requirement.name == "transfer" and not fits:  # the version of the contracts that it was written for
+            return Problem(
+                f"it is written for {written}, and transfer {version} is installed",
+                fix=f"pip install {shlex.quote(written)}, or a version of {distribution} for transfer {version}",
+            )
+        if optional and not fits:
             other.append(f"{written}, where {version} is installed")
     if not missing and not other:
         return None
-    package = f"{distribution}[{','.join(extras)}]" if extras else distribution
     place = " in an environment of its own" if other else ""  # here it would take the place of what others need
     return Problem(f"it needs {', and '.join(missing + other)}", fix=f"pip install {shlex.quote(package)}{place}")
 

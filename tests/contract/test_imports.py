@@ -60,6 +60,7 @@ ORDER = (
     "workflow",
     "looking",
     "testing",
+    "subcommands",
     "cli",
     "__main__",
 )
@@ -134,7 +135,19 @@ def test_nothing_but_pytest_itself_imports_pytest() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "requirements", "registry", "catalogue", "files", "document", "new_plugin", "cli", "__init__"]
+    "module",
+    [
+        "errors",
+        "requirements",
+        "registry",
+        "catalogue",
+        "subcommands",
+        "files",
+        "document",
+        "new_plugin",
+        "cli",
+        "__init__",
+    ],
 )
 def test_the_light_modules_import_no_torch_at_the_top(module: str) -> None:
     tree = ast.parse(files_of(module)[0].read_text(encoding="utf-8"))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import unittest
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from transfer.errors import PluginError, nearest
-from transfer.registry import plugins
+from transfer.registry import Plugin, import_target, load, plugins
+from transfer.schema import Block, options_model
 from transfer.testing import backbones, components, datasets, freezing, heads, tasks
 from transfer.testing import configs as config_files
-from transfer.testing.cases import Case, ConfigCase, Contract, Promise
+from transfer.testing.cases import Case, ConfigCase, Contract, ContractError, Promise
 
 Options = Mapping[str, Any]
 
@@ -69,6 +71,45 @@ def contracts(
 def contracts_of(case: Case) -> list[Contract]:
     """Return every contract of one plugin with some options."""
     return [promise.of(case) for promise in _promises(_OF_KIND.get(case.kind, (components,)))]
+
+
+def quick_check(plugin: Plugin) -> tuple[int, list[str]]:
+    """Load a plugin with its defaults and check its quick contracts.
+
+    Where an option is required, only what holds for any options is checked.
+
+    Returns:
+        How many contracts it keeps, and what is wrong.
+    """
+    if plugin.kind not in _OF_KIND:
+        try:
+            import_target(plugin)
+        except PluginError as error:
+            return 0, [str(error)]
+        return 1, []
+    case = Case(plugin.kind, plugin.qualified_name)
+    kept, wrong = 0, []
+    for number, promise in enumerate(_promises(_OF_KIND[plugin.kind])):
+        if promise.cost != "quick" or (promise.written not in _ANY_OPTIONS and _needs_options(case)):
+            continue
+        try:
+            promise.of(case).check()
+            kept += 1
+        except unittest.SkipTest:
+            continue
+        except ContractError as error:
+            wrong.append(str(error))
+            if not number:  # it cannot be imported
+                break
+    return kept, wrong
+
+
+_ANY_OPTIONS = {promise.written for promise in vars(components).values() if isinstance(promise, Promise)}
+
+
+def _needs_options(case: Case) -> bool:
+    fields = options_model(load(case.kind, case.name), Block).model_fields
+    return any(field.is_required() for field in fields.values())
 
 
 def _promises(modules: Iterable[ModuleType]) -> list[Promise]:
