@@ -12,7 +12,7 @@ from transfer.errors import PluginError, Problem, nearest
 from transfer.requirements import unmet
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
+    from importlib.metadata import Distribution, EntryPoint
 
 Kind = str
 KINDS: tuple[Kind, ...] = ("dataset", "backbone", "head", "task")
@@ -210,11 +210,14 @@ def _check(cls: Any, kind: Kind, name: str, where: str) -> None:
 
 
 def _describe(kind: Kind, entry_point: EntryPoint) -> Plugin:
-    distribution = entry_point.dist
-    name = distribution.name if distribution else "(unknown)"
-    version = distribution.version if distribution else ""
+    name, version = _name_and_version(entry_point.dist)
     target = entry_point.value.partition("[")[0].rstrip()
     return Plugin(kind, entry_point.name, name, version, target, tuple(entry_point.extras))
+
+
+@cache  # each look at a distribution's name reads all of its metadata
+def _name_and_version(distribution: Distribution | None) -> tuple[str, str]:
+    return (distribution.name, distribution.version) if distribution else ("(unknown)", "")
 
 
 def _group(kind: Kind) -> str:
@@ -225,7 +228,7 @@ def _group(kind: Kind) -> str:
 @cache
 def _entry_points(kind: Kind) -> tuple[EntryPoint, ...]:
     # A distribution found twice on sys.path (an editable install beside a build folder) declares the same entry twice.
-    unique = {(e.name, e.value, e.dist.name if e.dist else ""): e for e in metadata.entry_points(group=_group(kind))}
+    unique = {(e.name, e.value, _name_and_version(e.dist)[0]): e for e in metadata.entry_points(group=_group(kind))}
     return tuple(unique.values())
 
 

@@ -33,7 +33,7 @@ def test_an_option_that_makes_two_fit_is_named(built_in: dict[str, Table]) -> No
 
 
 def test_datasets_and_backbones_agree_by_field(built_in: dict[str, Table]) -> None:
-    fits = built_in["field"].cells
+    fits = built_in["fields"].cells
     assert (fits["imdb"]["textcnn"], fits["imdb"]["resnet18"], fits["hotdog"]["resnet18"]) == ("yes", "", "yes")
 
 
