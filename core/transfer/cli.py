@@ -289,6 +289,11 @@ def _check_plugins(installed: list[Plugin]) -> None:
 
     console, broken = Console(), 0
     for plugin in installed:
+        if plugin.extras and plugin.unavailable:  # an extra is a choice, and not to have made it breaks nothing
+            console.print(
+                f"left out  {plugin.kind} {plugin.qualified_name}: {plugin.unavailable.message}", markup=False
+            )
+            continue
         kept, wrong = quick_check(plugin)
         mark = "[red]broken[/]" if wrong else "[green]good[/]  "
         console.print(f"{mark}  {plugin.kind} {plugin.qualified_name}: {kept} contracts kept", highlight=False)
