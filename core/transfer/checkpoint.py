@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         else:
             recovered = {"recovered": "\n".join(map(str, problems))} if problems else {}
             return tensors, state | recovered
-    raise RunError.of(problems)
+    raise RunError.of([replace(p, fix=p.fix or "begin again with: transfer run config.yaml") for p in problems])
 
 
 def exists(folder: Path) -> bool:

@@ -176,6 +176,13 @@ def fit(
         if training.unsaved and not interruption.at_once:
             _save(training)
         raise
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a loader process was killed, perhaps because memory ran out: {error}",
+            fix=f"set fewer train.workers in another run, or go on as it was with: {run.resume_command}",
+        ) from error
     return _finish(training)
 
 

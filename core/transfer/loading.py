@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -160,6 +161,7 @@ class Loader:
             num_workers=0 if self.examples.fills else min(self.workers, len(batches)),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # it draws from this one, not from the model's
+            worker_init_fn=_ignore_signals,
         )
         for batch in loader:
             if isinstance(batch, DataError):
@@ -205,6 +207,12 @@ class Timed(Iterator[Batch]):
             return next(self._batches)
         finally:
             self.seconds += time.perf_counter() - started
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may reach a whole group, to the training process: it may want another batch."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Batch) -> Batch:
