@@ -12,7 +12,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,7 @@ class Tables:
         split: Column that says for each row of the one table which split it is of.
         group: Column of what must not be torn apart (a patient, an author): no group is in two splits.
         test_fraction: The part of ``train`` that becomes the test split where there is none.
+        beside: Further fields of an example, and the column of each (``{"text": "caption"}``).
 
     Raises:
         ConfigError: Options that do not go together.
@@ -74,12 +75,15 @@ class Tables:
         split: str | None,
         group: str | None,
         test_fraction: float,
+        beside: Mapping[str, str] | None = None,
     ) -> None:
         labels = (label,) if isinstance(label, str) else label
-        if not labels or len({column, *labels}) != len(labels) + 1:
+        columns = {example: column, **(beside or {})}
+        if not labels or len({*columns.values(), *labels}) != len(columns) + len(labels):
+            named = "".join(f"{what} {name!r}, " for what, name in columns.items()).removesuffix(", ")
             raise ConfigError(
-                f"{example} {column!r} and label {', '.join(map(repr, labels)) or '()'} do not name different columns",
-                fix=f"name one column for the {example} and at least one other for the label",
+                f"{named} and label {', '.join(map(repr, labels)) or '()'} do not name different columns",
+                fix=f"name one column for the {' and one for the '.join(columns)} and at least one other for the label",
             )
         if target in ("class", "label_list") and len(labels) > 1:
             raise ConfigError(
@@ -117,14 +121,16 @@ class Tables:
         self.split = split
         self.group = group
         self.test_fraction = test_fraction
+        self.beside = dict(beside or {})
 
     def spec(self, field: str) -> DataSpec:
         """Return what the options alone say of data whose examples are in ``field``."""
+        fields = (field, *self.beside)
         if self.target == "class":
-            return DataSpec((field,), "class")
+            return DataSpec(fields, "class")
         if self.target == "label_list":
-            return DataSpec((field,), "labels")
-        return DataSpec((field,), self.target, self.labels)
+            return DataSpec(fields, "labels")
+        return DataSpec(fields, self.target, self.labels)
 
     def read(self, field: str) -> Data:
         """Read the tables; classes are in alphabetical order. The raw values are what stands in the column, as texts.
@@ -138,12 +144,15 @@ class Tables:
         spec, targets = self._targets(field, tables)
         codes = _group_codes(tables, self.group)
         splits = {
-            name: Split({field: table.values}, targets[name], table.names, codes.get(name))
+            name: Split({field: table.values} | self._beside(table), targets[name], table.names, codes.get(name))
             for name, table in tables.items()
         }
         if self.test_fraction:
             splits["train"], splits["test"] = cut(splits["train"], self.test_fraction)
         return Data(spec, splits)
+
+    def _beside(self, table: _Table) -> dict[str, list[str]]:
+        return {name: [extra[column] for extra in table.extra] for name, column in self.beside.items()}
 
     def _targets(self, field: str, tables: Mapping[str, _Table]) -> tuple[DataSpec, dict[str, npt.NDArray[Any]]]:
         train = tables["train"]
@@ -156,14 +165,14 @@ class Tables:
                     where=self.paths["train"],
                     fix="training needs two classes or more",
                 )
-            return DataSpec((field,), "class", classes), {
+            return replace(self.spec(field), classes=classes), {
                 name: class_indices(columns[name], classes, table.names.__getitem__) for name, table in tables.items()
             }
         if self.target == "label_list":
             classes = tuple(sorted({name for row in train.labels for name in row}))
             if not classes:
                 raise DataError(f"column {self.labels[0]!r} names no label", where=self.paths["train"])
-            return DataSpec((field,), "labels", classes), {
+            return replace(self.spec(field), classes=classes), {
                 name: label_sets(table.labels, classes, table.names.__getitem__) for name, table in tables.items()
             }
         parse = _zero_or_one if self.target == "labels" else _number
@@ -183,7 +192,7 @@ class Tables:
         else:
             records = _delimited(content, path, self.delimiter or ("\t" if suffix == ".tsv" else ","))
         table = _Table(path)
-        single = tuple(column for column in (self.split, self.group) if column is not None)
+        single = tuple(column for column in (self.split, self.group, *self.beside.values()) if column is not None)
         for line, record in records:
             where = f"{path}:{line}"
             for column in (self.column, *self.labels, *single):

@@ -50,6 +50,7 @@ SLOW = {"resnet34", "resnet101", "resnet152", "swin_t"}
 DATASETS: Mapping[str, Mapping[str, Any]] = {
     "image_folder": {"root": "pictures"},
     "image_csv": {"train": "pictures.csv", "test_fraction": 0.25},
+    "multimodal_csv": {"train": "pictures.csv", "image": "path", "test_fraction": 0.25},
     "torchvision_dataset": {"dataset": "cifar10"},
     "text_folder": {"root": "texts"},
     "shapes": {"per_class": 4},

@@ -45,8 +45,8 @@ def _files(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with (folder / "reviews.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
     with (folder / "pictures.csv").open("w", encoding="utf-8", newline="") as file:
-        paths = [(f"pictures/{label}/{number}.png", label) for number, (_, label) in enumerate(rows)]
-        csv.writer(file).writerows([("path", "label"), *paths])
+        paths = [(f"pictures/{label}/{number}.png", text, label) for number, (text, label) in enumerate(rows)]
+        csv.writer(file).writerows([("path", "text", "label"), *paths])
     for number, (text, label) in enumerate(rows):
         for kind in ("texts", "pictures"):
             (folder / kind / label).mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from transfer import ConfigError, Data, DataError
-from transfer_vision.tables import ImageCSV
+from transfer_vision.tables import ImageCSV, MultimodalCSV
 
 
 @pytest.fixture
@@ -136,3 +136,27 @@ def test_a_split_without_a_good_picture_is_refused(folder: Path) -> None:
     test = table(folder, "path,label", [("bad.png", "a")], "test.csv")
     with pytest.raises(DataError, match="the test split has no good picture"):
         ImageCSV(train=table(folder, "path,label", ROWS), test=test, bad_files="skip").load()
+
+
+def test_a_text_stands_beside_each_picture(folder: Path) -> None:
+    rows = [(path, f"number {number}", label, number // 2) for number, (path, label) in enumerate(ROWS)]
+    rows[5] = ("pictures/absent.png", "nothing", "b", 2)
+    written = table(folder, "image,caption,label,camera", rows)
+    dataset = MultimodalCSV(train=written, text="caption", group="camera", test_fraction=0.25, bad_files="skip")
+    assert dataset.spec.fields == ("image", "text")
+    data = dataset.load()
+    assert (data.spec.fields, data.spec.classes) == (("image", "text"), ("a", "b"))
+    for name, split in data.splits.items():
+        numbers = [int(text.removeprefix("number ")) for text in split.fields["text"]]
+        assert paths(data, name) == [f"pictures/{number}.png" for number in numbers]
+        assert split.targets.tolist() == [number % 2 for number in numbers]
+    assert sum(map(len, data.splits.values())) == 23
+
+
+def test_a_row_without_a_text_is_refused(folder: Path) -> None:
+    rows = [(path, "" if number == 2 else "a text", label) for number, (path, label) in enumerate(ROWS)]
+    with pytest.raises(DataError, match="column 'text' is empty") as caught:
+        MultimodalCSV(train=table(folder, "image,text,label", rows)).load()
+    assert caught.value.problems[0].where == f"{folder}/table.csv:4"
+    with pytest.raises(ConfigError, match="image 'image', text 'image' and label 'label' do not name different"):
+        MultimodalCSV(train="table.csv", text="image")
