@@ -29,9 +29,9 @@ import yaml
 
 TIMES = {"seconds", "examples_per_second", "waiting_for_data", "peak_memory_bytes"}
 LONGEST_SECONDS = 300.0
-FRESH_EVERY = 12
+FRESH_EVERY = 14
 """Every so many attempts one is started anew instead of forked."""
-KILLS_OF_A_RUN = (3, 8)
+KILLS_OF_A_RUN = (4, 9)
 CHECKPOINT = {"every_steps": 1, "keep": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
     # Dropout, a moving average, accumulation, clipping, a schedule by steps, words learned from the data.
@@ -54,7 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # Augmentation, batch norm, loader processes, a feature cache of two views that is filled in each phase.
     "vision": {
         "seed": 1,
-        "data": {"name": "shapes", "image_size": 32, "per_class": 12},
+        "data": {"name": "shapes", "image_size": 32, "per_class": 8},
         "backbone": {
             "name": "torchvision",
             "model": "shufflenet_v2_x0_5",
@@ -64,7 +64,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "augmentation": [{"name": "RandomHorizontalFlip"}],
         },
         "train": {
-            "batch_size": 9,
+            "batch_size": 6,
             "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
             "scheduler": {"name": "cosine"},
             "views": 2,
@@ -225,6 +225,13 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
+def _run_folder(cwd: Path) -> Path | None:
+    """Return the run directory; one that was killed before its config was written is no run."""
+    found = [path.parent for path in (cwd / "runs").glob("*/config.yaml")]
+    assert len(found) < 2, found
+    return found[0] if found else None
+
+
 class Harness:
     """Kills, resumes, compares.
 
@@ -279,11 +286,10 @@ class Harness:
         return cwd
 
     def _command(self, cwd: Path, config: Path) -> tuple[str, str]:
-        folders = list((cwd / "runs").glob("*/config.yaml"))
-        if not folders:
-            return "run", str(config)  # killed before the run's folder was there: nothing was lost
-        (found,) = folders
-        return "resume", str(found.parent)
+        found = _run_folder(cwd)
+        if found is None:
+            return "run", str(config)  # killed before the run's folder was whole: nothing was lost
+        return "resume", str(found)
 
     def _start(self, cwd: Path, *arguments: str) -> Attempt:
         environment = {"TRANSFER_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
@@ -318,10 +324,10 @@ class Harness:
 
     def _state(self, cwd: Path) -> str:
         """Say what a kill has left."""
-        runs = list((cwd / "runs").glob("*"))
-        if not runs or not (runs[0] / "config.yaml").exists():
+        run = _run_folder(cwd)
+        if run is None:
             return "before the run's folder was whole"
-        checkpoints = runs[0] / "checkpoints"
+        checkpoints = run / "checkpoints"
         if any(cwd.glob("cache/.*")) and not (checkpoints / "last").exists():
             return "with a cache half filled"
         if any(checkpoints.glob(".*.tmp")):
@@ -333,7 +339,8 @@ class Harness:
         return "in an epoch" if progress["epoch"]["batches"] else "after the end of an epoch"
 
     def _ended_with(self, cwd: Path, name: str) -> dict[str, Any]:
-        (run,) = (cwd / "runs").iterdir()
+        run = _run_folder(cwd)
+        assert run is not None
         found = outcome(run)
         if name == "text":
             (cwd / "log").write_bytes(b"")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import kill_harness
 
-KILLS = {"text": 9, "vision": 8, "vision, two loader processes": 5}
+KILLS = {"text": 9, "vision": 7, "vision, two loader processes": 4}
 
 
 def test_killed_runs_end_the_same_to_the_last_bit(tmp_path: Path) -> None:
