@@ -23,7 +23,7 @@ demo: .venv/ready  ## train on data that comes with the package, then predict
 	echo "  $(BIN)/transfer check configs/hymenoptera_finetune.yaml"
 
 test: .venv/ready  ## the tests that take seconds; those on real data run when TRANSFER_DATA is set
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 slow: .venv/ready  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

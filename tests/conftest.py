@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Head, Preprocessing, Split, registry
 
+# Two test processes, or a test and the command that it starts, wait for each other's threads at every barrier.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 POINT_SIZE = 4

@@ -236,7 +236,7 @@ def test_a_reader_that_is_left_half_way_lowers_no_limit(tmp_path: Path) -> None:
         ("a.csv", "text;label\none, two;x\nthree;y\n", {"delimiter": ";"}),
         ("a.csv", b'\xef\xbb\xbftext,label\r\n"one, two",x\r\n\r\nthree,y\r\n', {}),
         ("a.csv", 'text,label\n"one, two",x\nthree,y\n'.encode("utf-16"), {"encoding": "utf-16"}),
-        ("a.csv.gz", gzip.compress(b'text,label\n"one, two",x\nthree,y\n'), {}),
+        ("a.csv.gz", gzip.compress(b'text,label\n"one, two",x\nthree,y\n', mtime=0), {}),
         ("a.TSV", b"\xef\xbb\xbftext\tlabel\rone, two\tx\rthree\ty\r", {}),
         ("a.csv", b"text,label\n'one, two',x\nthree,y\n".replace(b"'", b'"'), {"encoding": "cp1252"}),
         ("a.jsonl", '{"text": "one, two", "label": "x"}\n\n{"text": "three", "label": "y", "more": [1]}\n', {}),
