@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: schema demo test slow soak torchtext check format clean
+.PHONY: schema demo test slow soak torchtext plugins check format clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
@@ -41,6 +41,18 @@ torchtext: .venv-torchtext/ready  ## ours against torchtext's parts, and texts, 
 soak: .venv/ready  ## kill runs two hundred times and resume them; many minutes
 	$(BIN)/python tests/e2e/kill_harness.py --kills 200
 
+# timm and transformers are nothing that transfer needs: an environment of their own, over the packages of .venv.
+PLUGINS := $(patsubst %/tests,%,$(wildcard examples/plugins/*/tests))
+.venv-plugins/ready: .venv/ready constraints-plugins.txt $(PLUGINS:%=%/pyproject.toml)
+	$(BIN)/python -m venv --without-pip .venv-plugins
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > $$(.venv-plugins/bin/python -c "$$site")/venv.pth
+	.venv-plugins/bin/python -m pip install --quiet --constraint constraints-plugins.txt --no-build-isolation $(PLUGINS:%=--editable %)
+	touch $@
+
+plugins: .venv-plugins/ready  ## the packages under examples/plugins, as their authors would test them
+	.venv-plugins/bin/python -m pytest $(PLUGINS)
+
 check: .venv/ready  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -54,4 +66,4 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-torchtext .mypy_cache .ruff_cache .pytest_cache dist build
+	rm -rf .venv .venv-torchtext .venv-plugins .mypy_cache .ruff_cache .pytest_cache dist build

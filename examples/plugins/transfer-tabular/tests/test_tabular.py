@@ -1,0 +1,58 @@
+"""Every contract of every plugin of this package, and what rows alone need."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transfer
+from transfer.testing import contracts
+
+from transfer_tabular.data import TabularCSV
+from transfer_tabular.mlp import TabularMLP
+
+ROOT = Path(__file__).parents[1]
+TABLE = str(ROOT / "wages.csv")
+ROWS = [{"a": str(n), "b": "xy"[n % 2], "c": "" if n == 1 else "0.5"} for n in range(4)]
+OPTIONS = {
+    "tabular_mlp": [{"width": 4}, {"width": 3, "layers": 1, "dropout": 0.5}],
+    "tabular_csv": [{"train": TABLE, "label": "wage", "target": "number"}, {"train": TABLE, "label": "trade"}],
+    "quantiles": [{}, {"quantiles": [0.25, 0.75]}],
+}
+CONTRACTS = contracts("transfer-tabular", OPTIONS, values={"tabular_mlp": ROWS}, configs=[ROOT / "wages.yaml"])
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_table(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("contract", CONTRACTS, ids=str)
+def test_contract(contract):
+    contract.check()
+
+
+def test_missing_and_unknown_cells_go_through():
+    backbone = TabularMLP.from_data(ROWS, width=4).eval()
+    encoded = backbone.preprocessing.encode([{"a": "", "b": "never", "c": 1}, {"a": 3, "b": "", "c": ""}])
+    assert torch.stack(encoded)[:, 1].tolist() == [[0, 0], [0, 1]]
+    assert backbone(backbone.preprocessing.collate(encoded)).isfinite().all()
+    with pytest.raises(ValueError, match="column 'a' holds 'old', which is no number"):
+        backbone.preprocessing.encode([{"a": "old", "b": "x", "c": "1"}])
+
+
+def test_a_wrong_table_is_named_by_line(tmp_path):
+    path = tmp_path / "table.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("a", "label"), (1, 2), (1, "much")])
+    with pytest.raises(transfer.DataError, match="no finite number") as caught:
+        TabularCSV(train=str(path), target="number").load()
+    assert caught.value.problems[0].where == f"{path}:3"
+
+
+def test_the_quantiles_hold_what_they_say(tmp_path):
+    run = transfer.run(ROOT / "wages.yaml", output=tmp_path)
+    assert 0.65 < run.summary["test"]["coverage"] < 0.92
+    (said,) = transfer.predict(run.folder, [json.dumps({"age": 50, "years": 30, "trade": "nurse"})])
+    assert 22 < said["wage"]["0.1"] < said["wage"]["0.5"] < said["wage"]["0.9"] < 45
