@@ -1,0 +1,90 @@
+"""Every contract on checkpoints that are small and random, written and read as real ones are."""
+
+import pytest
+import torch
+import transfer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transfer.testing import contracts
+from transfer.testing.cases import TEXTS
+from transformers import AlbertConfig, AutoModel, BertConfig, DistilBertConfig, PreTrainedTokenizerFast
+
+from transfer_transformers import Transformers
+
+FOLDERS = ("bert", "distilbert", "albert")
+OPTIONS = [
+    {"model": "bert"},
+    {"model": "bert", "readout": "pooler", "max_length": 5},
+    {"model": "distilbert", "readout": "sequence"},
+    {"model": "albert", "readout": "mean"},
+]
+CONTRACTS = contracts("transfer-transformers", {"transformers": OPTIONS})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({word for text in TEXTS for word in text.split()}), "##s"]
+    tokenizer = Tokenizer(models.WordPiece({token: n for n, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    size = {"vocab_size": len(tokens), "max_position_embeddings": 24, "pad_token_id": 0}
+    wide = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    configs = (
+        BertConfig(**size, **wide),
+        DistilBertConfig(**size, dim=8, n_layers=2, n_heads=2, hidden_dim=16),
+        AlbertConfig(**size, **wide, embedding_size=6),
+    )
+    for name, config in zip(FOLDERS, configs, strict=True):
+        torch.manual_seed(0)
+        AutoModel.from_config(config).save_pretrained(folder / name)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=24, **special).save_pretrained(
+            folder / name
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield
+
+
+@pytest.mark.parametrize("contract", CONTRACTS, ids=str)
+def test_contract(contract):
+    contract.check()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_it_computes_what_the_model_computes(folder):
+    backbone = Transformers(model=folder, readout="sequence")
+    assert backbone.load_pretrained() == {"weights": folder}
+    tokens, mask = backbone.preprocessing.collate(backbone.preprocessing.encode(TEXTS))
+    assert tokens[1].tolist()[0] == 2
+    assert not mask.all()
+    with torch.no_grad():
+        states, _ = backbone.eval()((tokens, mask))
+        expected = AutoModel.from_pretrained(folder).eval()(input_ids=tokens, attention_mask=mask.long())
+    torch.testing.assert_close(states[mask], expected.last_hidden_state[mask])
+
+
+def test_stages_are_its_layers():
+    assert Transformers(model="bert").stage_names == ("embeddings", "layer.0", "layer.1", "readout")
+    assert Transformers(model="albert").stage_names == ("encoder", "readout")
+
+
+def test_a_run_predicts_where_the_checkpoint_is_gone(tmp_path, monkeypatch):
+    config = {
+        "data": {"name": "mini_reviews"},
+        "backbone": {"name": "transformers", "model": "bert", "readout": "mean", "max_length": 12},
+        "train": {"batch_size": 64, "phases": [{"epochs": 1, "freeze": ["embeddings", "layer"]}]},
+    }
+    _, parts = transfer.check(config)
+    assert parts.phases[0].frozen.stages == {"embeddings", "layer.0", "layer.1"}
+    run = transfer.run(config, output=tmp_path, quick=True)
+    monkeypatch.chdir(tmp_path)
+    (said,) = transfer.predict(run.folder, ["a warm , funny film"])
+    assert said["label"] in ("positive", "negative")
+
+
+def test_what_is_not_there_is_named(monkeypatch, tmp_path):
+    with pytest.raises(transfer.WeightsError, match="there is no model './absent'"):
+        Transformers(model="./absent")
+    with pytest.raises(transfer.WeightsError, match="has no pooler"):
+        Transformers(model="distilbert", readout="pooler")

@@ -1,0 +1,228 @@
+"""Any encoder of Hugging Face's transformers as a text backbone, as a plugin for transfer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transfer import Backbone, FeatureSpec, Preprocessing, WeightsError
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+Readout = Literal["first", "mean", "pooler", "sequence"]
+
+
+class TokenPreprocessing(Preprocessing):
+    """Texts to token numbers, by the model's own tokenizer, with its special tokens, cut to ``max_length``."""
+
+    encode_once = True
+
+    def __init__(self, tokenizer: str, padding: int) -> None:
+        self.tokenizer, self.padding = tokenizer, padding
+
+    def encode(self, values: Sequence[str]) -> list[Tensor]:
+        """Return an int64 tensor (number of tokens,) for each text."""
+        found = Tokenizer.from_str(self.tokenizer).encode_batch(list(values))
+        if any(not encoding.ids for encoding in found):
+            raise ValueError("the text has no token")
+        return [torch.tensor(encoding.ids) for encoding in found]
+
+    def collate(self, encoded: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the tokens, int64 (B, T), and the mask, bool (B, T)."""
+        lengths = torch.tensor([len(tokens) for tokens in encoded])
+        tokens = nn.utils.rnn.pad_sequence(list(encoded), batch_first=True, padding_value=self.padding)
+        return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
+
+    def length(self, encoded: Tensor) -> int:
+        """Return the number of tokens."""
+        return len(encoded)
+
+    def read(self, source: str) -> str:
+        """Return the content of a file, or the text itself."""
+        return Path(source).read_text(encoding="utf-8") if len(source) < 256 and Path(source).is_file() else source
+
+    def example(self) -> str:
+        """Return a short text."""
+        return "a text"
+
+
+class Transformers(Backbone):
+    """Any encoder of Hugging Face's transformers (https://huggingface.co/docs/transformers), with its tokenizer.
+
+    Stages are ``embeddings``, ``layer.0``, ``layer.1`` ... and ``readout``; where the layers are no chain, ``encoder``
+    and ``readout``.
+
+    Args:
+        model: A name on the Hugging Face Hub, or a folder that ``save_pretrained`` wrote.
+        readout: ``first``: the features of the first token. ``mean``: of all tokens. ``pooler``: what the model makes of
+            the first token for whole texts (BERT). ``sequence``: of each token, for a head that takes a sequence.
+        max_length: Tokens that are kept of a text; null: as many as the model takes.
+        pretrained: Read the weights; otherwise only the architecture and the tokenizer.
+    """
+
+    field = "text"
+
+    def __init__(
+        self,
+        saved: Mapping[str, str] | None = None,
+        *,
+        model: str,
+        readout: Readout = "first",
+        max_length: Annotated[int, Field(ge=3)] | None = None,
+        pretrained: bool = True,
+    ) -> None:
+        self._saved = _read(model, max_length) if saved is None else saved
+        self._model, self._pretrained = model, pretrained
+        options = json.loads(self._saved["config.json"])
+        self._config = AutoConfig.for_model(**options)
+        if readout == "pooler" and getattr(AutoModel.from_config(self._config), "pooler", None) is None:
+            raise WeightsError(f"{model} has no pooler", fix="choose another readout: first or mean")
+        with torch.device("meta"):
+            self._chain = is_chain(AutoModel.from_config(self._config))
+        self._readout: Readout = readout
+        super().__init__(self._split(AutoModel.from_config(self._config)))
+
+    def _split(self, network: nn.Module) -> dict[str, nn.Module]:
+        pooler = getattr(network, "pooler", None)
+        if pooler is not None:
+            network.pooler = None
+        stages: dict[str, nn.Module] = {"encoder": _Encoder(network)}
+        if self._chain:
+            layers = _layers(network)
+            assert layers is not None
+            stages = {"embeddings": _Embeddings(network.embeddings)}
+            stages |= {f"layer.{number}": _Layer(layer) for number, layer in enumerate(layers)}
+        return stages | {"readout": _ReadOut(self._readout, pooler if self._readout == "pooler" else None)}
+
+    @property
+    def features(self) -> FeatureSpec:
+        """A vector per text, or per token."""
+        return FeatureSpec("sequence" if self._readout == "sequence" else "vector", self._config.hidden_size)
+
+    @property
+    def preprocessing(self) -> TokenPreprocessing:
+        """The model's tokenizer."""
+        return TokenPreprocessing(self._saved["tokenizer.json"], self._config.pad_token_id or 0)
+
+    @classmethod
+    def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
+        """Build from the configuration and the tokenizer in the model folder."""
+        return cls(assets, **options)
+
+    def assets(self) -> Mapping[str, str]:
+        """Return the configuration and the tokenizer."""
+        return dict(self._saved)
+
+    def load_pretrained(self) -> Mapping[str, Any]:
+        """Read the weights; they must be all that the stages have."""
+        if not self._pretrained:
+            return {}
+        try:
+            network, report = AutoModel.from_pretrained(self._model, output_loading_info=True, dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise WeightsError(f"the weights of {self._model} cannot be read: {error}", fix=_FIX) from error
+        missing = [name for name in report["missing_keys"] if self._readout == "pooler" or "pooler" not in name]
+        if missing:
+            raise WeightsError(f"the weights of {self._model} lack {', '.join(sorted(missing)[:5])}", fix=_FIX)
+        split = nn.Module()
+        for name, stage in self._split(network).items():
+            split.add_module(name.replace(".", "/"), stage)
+        self.stages.load_state_dict(split.state_dict())
+        return {"weights": self._model}
+
+
+_FIX = "give a name on the Hugging Face Hub, or a folder that save_pretrained wrote"
+
+
+def _read(model: str, max_length: int | None) -> dict[str, str]:
+    """Return a model's configuration and its tokenizer, set to cut texts, as JSON."""
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"there is no model {model!r}: {str(error).splitlines()[0]}", fix=_FIX) from error
+    limits = (max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(int(min(limit for limit in limits if limit)))
+    return {"config.json": json.dumps(config.to_dict()), "tokenizer.json": backend.to_str()}
+
+
+def _layers(network: nn.Module) -> nn.ModuleList | None:
+    count = getattr(network.config, "num_hidden_layers", 0)
+    return next((m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+
+
+def is_chain(network: nn.Module) -> bool:
+    """Tell whether each layer gets the tensor that the one before it returned and, but for a mask, no other."""
+    layers, embeddings = _layers(network), getattr(network, "embeddings", None)
+    if layers is None or embeddings is None:
+        return False
+    calls: list[tuple[Any, Any]] = []
+
+    def note(_: nn.Module, inputs: Any, options: Any, output: Any) -> None:
+        values = [value for value in (*inputs, *options.values()) if isinstance(value, Tensor | tuple)]
+        calls.append((values[0] if len(values) == 1 else None, _first(output)))
+
+    for module in (embeddings, *layers):
+        module.register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        output = network.eval()(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state
+    handed_on = [given is before for (_, before), (given, _) in itertools.pairwise(calls)]
+    return len(calls) == len(layers) + 1 and all(handed_on) and calls[-1][1] is output
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Encoder(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        tokens, mask = batch
+        given = None if mask.is_meta else mask.long()  # the library asks whether all of it is ones
+        return self.network(input_ids=tokens, attention_mask=given).last_hidden_state, mask
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, embeddings: nn.Module) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        tokens, mask = batch
+        return self.embeddings(input_ids=tokens), mask
+
+
+class _Layer(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        states, mask = batch
+        hidden = torch.zeros(mask.shape, dtype=states.dtype, device=states.device)
+        hidden = hidden.masked_fill(~mask, torch.finfo(states.dtype).min)[:, None, None, :]
+        return _first(self.layer(states, attention_mask=hidden)), mask
+
+
+class _ReadOut(nn.Module):
+    def __init__(self, kind: Readout, pooler: nn.Module | None) -> None:
+        super().__init__()
+        self.kind, self.pooler = kind, pooler
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Any:
+        states, mask = batch
+        if self.pooler is not None:
+            return self.pooler(states)
+        if self.kind == "mean":
+            return (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        return states[:, 0] if self.kind == "first" else (states, mask)
