@@ -75,6 +75,10 @@ class PointPreprocessing(Preprocessing):
         """Read ``1,2,3,4``."""
         return [float(number) for number in source.split(",")]
 
+    def read_bytes(self, content: bytes) -> list[float]:
+        """Read the same text."""
+        return self.read(content.decode())
+
     def example(self) -> list[float]:
         """Return the origin."""
         return [0.0] * POINT_SIZE

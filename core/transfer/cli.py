@@ -209,6 +209,53 @@ def _cell(value: object) -> str:
 
 
 @app.command()
+def serve(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run directories; NAME=RUN gives a model a name of its own.")
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on; by default only this machine is answered.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 8000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests that go through a model together.")] = 32,
+    wait_milliseconds: Annotated[
+        float, typer.Option(min=0, max=1000, help="How long the first of a batch waits for others.")
+    ] = 2.0,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, help="The largest request.")] = 10.0,
+    timeout_seconds: Annotated[float, typer.Option(min=0.1, help="In which a request must have arrived.")] = 10.0,
+) -> None:
+    """Answer requests over HTTP with the models of runs: a page to try them on, and a JSON API."""
+    from transfer.requirements import unmet
+
+    if problem := unmet("transfer", ("serve",)):
+        raise UserError(f"a server is an extra: {problem.message}", fix=problem.fix)
+    from rich.console import Console
+
+    from transfer.interruption import Interrupted
+    from transfer.serving.app import Batching
+    from transfer.serving.reading import MEBIBYTE, Limits
+    from transfer.serving.server import is_loopback
+    from transfer.serving.server import serve as serve_models
+
+    console = Console()
+
+    def started(address: str, names: list[str]) -> None:
+        if not is_loopback(host):
+            warning = f"{host} can be reached from other machines: there is no password and no encryption"
+            console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+        for name in names:
+            console.print(f"{address}/models/{name}/predict", highlight=False, soft_wrap=True)
+        console.print(f"page: {address}   API: {address}/openapi.json   Ctrl-C ends", highlight=False, soft_wrap=True)
+
+    limits = Limits(body_bytes=int(max_megabytes * MEBIBYTE), seconds=timeout_seconds)
+    batching = Batching(most=batch_size, wait_seconds=wait_milliseconds / 1000)
+    try:
+        serve_models(runs, host=host, port=port, limits=limits, batching=batching, started=started)
+    except Interrupted as interruption:
+        raise typer.Exit(interruption.exit_status) from interruption
+
+
+@app.command()
 def export(
     run: RunFolder,
     format: Annotated[

@@ -162,7 +162,7 @@ class _SideBySide(Preprocessing):
     """The preprocessing of several parts; a raw value is a tuple with one of each."""
 
     def __init__(self, parts: Mapping[str, Preprocessing]) -> None:
-        self.parts = dict(parts)
+        self.parts: Mapping[str, Preprocessing] = dict(parts)
 
     def encode(self, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         """Encode each part's values."""

@@ -8,9 +8,11 @@ has a type, a default unless it is required, and a line under ``Args:`` in the c
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -241,6 +243,13 @@ class Preprocessing(ABC):
     encode_once: ClassVar[bool] = False
     """Encoded values are small: a split is encoded once, as a whole, and kept in memory."""
 
+    media_type: ClassVar[str] = "text/plain"
+    """What a person gives to a server, as browsers name it: ``text/plain`` is typed, of anything else (``image/*``) a
+    file is chosen."""
+
+    parts: Mapping[str, Preprocessing] = {}
+    """Those that it is made of, by the name of what each reads; a raw value is then a tuple with one of each."""
+
     @property
     def keep_bytes(self) -> int | None:
         """How much memory the encoded values of a split may take from one epoch to the next; none by default.
@@ -297,6 +306,20 @@ class Preprocessing(ABC):
         Raises:
             transfer.DataError: Nothing can be read there.
         """
+
+    def read_bytes(self, content: bytes) -> Any:
+        """Return the raw value that the content of a file is, or a typed text in UTF-8: what a server was sent.
+
+        By default the content is put into a file for as long as :meth:`read` takes: what comes over a network must
+        never be taken for a path.
+
+        Raises:
+            transfer.DataError, ValueError, OSError: It cannot be read.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "content"
+            path.write_bytes(content)
+            return self.read(str(path))
 
     def example(self) -> Any:
         """Return a raw value to check shapes with before any data is read; None where there is no typical one."""

@@ -59,6 +59,7 @@ ORDER = (
     "exporting",
     "workflow",
     "looking",
+    "serving",
     "testing",
     "subcommands",
     "cli",

@@ -113,6 +113,10 @@ class TextPreprocessing(Preprocessing):
                 f"the text cannot be read: {error}", where=source, fix="give a text file in UTF-8"
             ) from error
 
+    def read_bytes(self, content: bytes) -> str:
+        """Return the text that is so encoded in UTF-8."""
+        return content.decode("utf-8-sig")
+
     def occlusions(self, value: str) -> Iterator[Occlusion]:
         """Yield the text's words and runs of marks, each with what stands up to the next, and the text without it."""
         found = list(_PIECE.finditer(value))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -101,6 +101,8 @@ class ImagePreprocessing(Preprocessing):
         cache_images: Keep decoded and resized pictures in memory from one epoch to the next, where those of a split
             fit: ``auto`` (into half of the memory that is available), ``off``, or into so many GiB.
     """
+
+    media_type: ClassVar[str] = "image/*"
 
     def __init__(
         self,
@@ -231,6 +233,10 @@ class ImagePreprocessing(Preprocessing):
             raise DataError("there is no such picture", where=str(path)) from error
         except (OSError, ValueError) as error:
             raise DataError(f"this picture cannot be read: {error}", where=str(path)) from error
+
+    def read_bytes(self, content: bytes) -> Image.Image:
+        """Open the picture that is so encoded."""
+        return open_picture(content, "the picture")
 
     def example(self) -> Image.Image | npt.NDArray[np.uint8]:
         """Return a black picture, or an array where pictures do not have so many channels."""

@@ -1,0 +1,1 @@
+"""Trained models over HTTP: a JSON API with OpenAPI, and a page for a person. Needs the extra ``serve``."""

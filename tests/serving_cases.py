@@ -1,0 +1,85 @@
+"""Models that are ready to be served without training, and a server in a thread of this process."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from typing import Any
+
+import torch
+
+from transfer import DataSpec
+from transfer.build import assemble
+from transfer.config import load_component
+from transfer.model_folder import LoadedModel
+from transfer.serving.app import BATCHING, Batching, make_app
+from transfer.serving.models import ServedModel
+from transfer.serving.reading import LIMITS, Limits
+from transfer.serving.server import make_server
+
+
+def loaded_model(backbone: dict[str, Any], field: str, classes: tuple[str, ...]) -> LoadedModel:
+    """Return a model with random weights."""
+    torch.manual_seed(0)
+    data = DataSpec((field,), "class", classes)
+    head = load_component("head", {"name": "linear"}, "test")
+    task = load_component("task", {"name": "classification"}, "test")
+    made = load_component("backbone", backbone, "test").make()
+    the_task, model = assemble(made, head, task, data)
+    model.eval()
+    return LoadedModel(model, made, the_task, data)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that listens.
+
+    Args:
+        port: On loopback.
+    """
+
+    port: int
+
+    @property
+    def address(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] = {}
+    ) -> tuple[int, dict[str, Any]]:
+        """Return the status and the JSON of an answer."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, body, dict(headers))
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def predict(self, model: str, inputs: object) -> tuple[int, dict[str, Any]]:
+        """Ask for a prediction in JSON."""
+        headers = {"Content-Type": "application/json"}
+        return self.ask("POST", f"/models/{model}/predict", json.dumps(inputs).encode(), headers)
+
+
+@contextmanager
+def running(
+    models: Sequence[ServedModel], *, limits: Limits = LIMITS, batching: Batching = BATCHING
+) -> Iterator[Running]:
+    """Serve models on a free port of loopback."""
+    app = make_app(models, limits=limits, batching=batching, hosts=["127.0.0.1"])
+    server = make_server(app, limits)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield Running(listening.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join()
