@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import os
 import re
 import signal
@@ -35,8 +34,16 @@ from transfer.serving.models import RefusedError, ServedModel
 from transfer.serving.reading import Limits
 from transfer.serving.server import is_loopback, name_runs
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 POINT = {"point": "1,2,3,4"}
+WITH_POINTS = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from conftest import Dense
+from transfer import register
+from transfer.cli import main
+register("backbone", "dense")(Dense)
+main()
+"""
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -333,21 +340,23 @@ def test_only_loopback_is_loopback() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.org")))
 
 
-def test_the_command_answers_and_ends_with_143_when_what_is_under_way_is_answered(tmp_path: Path) -> None:
-    run = workflow.run(CONFIGS / "quickstart_text.yaml", ["train.phases=[{epochs: 1}]"], output=tmp_path, quick=True)
-    arguments = ["serve", f"reviews={run.folder}", "--port", "0", "--wait-milliseconds", "1000"]
-    command = [sys.executable, "-u", "-m", "transfer", *arguments]
+def test_the_command_answers_and_ends_with_143_when_what_is_under_way_is_answered(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    run = workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path)
+    arguments = ["serve", f"points={run.folder}", "--port", "0", "--wait-milliseconds", "1000"]
+    command = [sys.executable, "-u", "-c", WITH_POINTS, *arguments]
     environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout
         try:
-            found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/models/reviews/predict\n", process.stdout.readline())
+            found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/models/points/predict\n", process.stdout.readline())
             assert found
             server = Running(int(found[1]))
             with ThreadPoolExecutor(1) as thread:
-                under_way = thread.submit(server.predict, "reviews", {"text": "worth every minute"})
+                under_way = thread.submit(server.predict, "points", POINT)
                 time.sleep(0.4)  # of the second for which its batch waits
                 process.send_signal(signal.SIGTERM)
                 status, answer = under_way.result()
@@ -358,4 +367,4 @@ def test_the_command_answers_and_ends_with_143_when_what_is_under_way_is_answere
         told = process.stderr.read()
     assert (ended, told) == (143, "")
     assert status == 200
-    assert json.dumps(answer["label"])
+    assert answer["label"] in ("near", "far")
