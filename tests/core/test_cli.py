@@ -230,3 +230,14 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert ended.stdout == "[\n"
     assert "Traceback" not in ended.stderr
+
+
+def test_a_server_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transfer import requirements
+    from transfer.errors import Problem
+
+    lacking = Problem("it needs fastapi, which is not installed", fix="pip install 'transfer[serve]'")
+    monkeypatch.setattr(requirements, "unmet", lambda distribution, extras: lacking)
+    with pytest.raises(TransferError, match="needs fastapi") as caught:
+        cli.serve(["runs/none"])
+    assert caught.value.problems[0].fix == "pip install 'transfer[serve]'"

@@ -288,23 +288,21 @@ def test_simultaneous_requests_share_batches_and_get_their_own_answers(
 
 
 def test_what_cannot_wait_is_told_to_come_again(points: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on = threading.Event()
+    begun, go_on = threading.Event(), threading.Event()
     answer = points.answer
-    monkeypatch.setattr(points, "answer", lambda requests: (go_on.wait(20), answer(requests))[1])
+    monkeypatch.setattr(points, "answer", lambda requests: (begun.set(), go_on.wait(20), answer(requests))[2])
     with running([points], batching=Batching(most=1, most_waiting=1)) as server, ThreadPoolExecutor(2) as threads:
-        under_way = threads.submit(server.predict, "points", POINT)
-        until = time.monotonic() + 10
-        waiting = None
-        while server.ask("GET", "/health")[1]["waiting"]["points"] == 0:
-            if waiting is None:
-                waiting = threads.submit(server.predict, "points", POINT)
-            assert time.monotonic() < until
         try:
+            under_way = threads.submit(server.predict, "points", POINT)
+            assert begun.wait(20)
+            waiting = threads.submit(server.predict, "points", POINT)
+            until = time.monotonic() + 20
+            while server.ask("GET", "/health")[1]["waiting"]["points"] == 0:
+                assert time.monotonic() < until
             status, refused = server.predict("points", POINT)
         finally:
             go_on.set()
         assert (status, refused["detail"]) == (503, "too many requests wait; try again in a second")
-        assert waiting is not None
         assert under_way.result()[0] == waiting.result()[0] == 200
 
 
