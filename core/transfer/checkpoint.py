@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +22,11 @@ from torch.optim import Optimizer
 from transfer.errors import Problem, RunError, TrainingError
 from transfer.run_directory import flush_folder, read_json, write_json
 
-FORMAT = 2
+FORMAT = 3
 """Version of a checkpoint's content; a reader refuses one that it does not know."""
+
+STATE = "state.json"
+_PREVIOUS = re.compile(r"\.previous(?:-([0-9]{1,6}))?$")
 
 Tensors = Mapping[str, Tensor]
 
@@ -49,7 +54,8 @@ def save(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any],
             file = temporary / f"{name}.safetensors"
             save_file({k: v.detach().contiguous().cpu() for k, v in content.items()}, file)
             digests[file.name] = _digest_and_flush(file)
-        write_json(temporary / "state.json", {"format": FORMAT, **state, "sha256": digests})  # flushes the folder too
+        whole = {"format": FORMAT, **state, "sha256": digests}
+        write_json(temporary / STATE, whole | {"own_sha256": _digest_of(whole)})  # flushes the folder too
         _put_in_place(temporary, folder, keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -91,7 +97,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         RunError: None is whole.
     """
     problems: list[Problem] = []
-    for path in (folder, *sorted(folder.parent.glob(f"{folder.name}.previous*"), key=_age)):
+    for path in (folder, *sorted(filter(_age, folder.parent.glob(f"{folder.name}.previous*")), key=_age)):
         try:
             tensors, state = _load(path)
         except RunError as error:
@@ -108,18 +114,24 @@ def exists(folder: Path) -> bool:
 
 
 def _age(folder: Path) -> int:
-    return int(folder.name.partition(".previous-")[2] or 1)
+    """Return how many checkpoints came after one; 0 of a folder whose name is none that this module gives."""
+    found = _PREVIOUS.search(folder.name)
+    return int(found[1] or 1) if found else 0
 
 
 def _load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    state = read_json(folder / "state.json", "there is no complete checkpoint here")
+    state = read_json(folder / STATE, "there is no complete checkpoint here")
     if state.get("format") != FORMAT:
         fix = "use the version of transfer that wrote it"
         raise RunError(
             f"the checkpoint is of format {state.get('format')!r}", where=str(folder), available=[str(FORMAT)], fix=fix
         )
+    if state.pop("own_sha256", None) != _digest_of(state):
+        raise RunError(
+            "the file is damaged or was edited: its digest is not the one that was written", where=str(folder / STATE)
+        )
     tensors = {}
-    for name, digest in dict(state.get("sha256", {})).items():
+    for name, digest in state["sha256"].items():
         file = folder / Path(name).name  # a name, never a path: the file may have been edited by hand
         if not file.is_file() or _digest(file) != digest:
             raise RunError("the file is damaged: its digest is not the one that was written", where=str(file))
@@ -134,6 +146,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         RunError: It is missing or damaged.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path.name} is no regular file")
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"the tensors cannot be read: {error}", where=str(path)) from error
@@ -146,6 +160,11 @@ def digest(tensors: Tensors) -> str:
         whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
+
+
+def _digest_of(state: Mapping[str, Any]) -> str:
+    """Return the digest of plain data, which comes back from a file as it was."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

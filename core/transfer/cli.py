@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,9 +72,7 @@ def resume(run: RunFolder) -> None:
 
 def _train(start: Callable[[Observer], Run]) -> None:
     """Show a run as it goes and say what comes next, or leave with 130 or 143 where it was interrupted."""
-    from rich.console import Console
-
-    from transfer.console import RunConsole
+    from transfer.console import Console, RunConsole, printable
     from transfer.interruption import Interrupted
 
     console = Console()
@@ -88,14 +87,13 @@ def _train(start: Callable[[Observer], Run]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    print(ended.folder)  # noqa: T201  # plain, so that a script can take the last line
+    print(printable(str(ended.folder)))  # noqa: T201  # plain, so that a script can take the last line
 
 
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Show what CONFIG would do, stage by stage, without data and without weights."""
-    from rich.console import Console
-
+    from transfer.console import Console
     from transfer.plan import render
     from transfer.workflow import check as check_config
 
@@ -114,9 +112,7 @@ def evaluate(
     as_json: AsJSON = False,
 ) -> None:
     """Score a split with a run's model."""
-    from rich.console import Console
-
-    from transfer.console import RunConsole, facts_table
+    from transfer.console import Console, RunConsole, facts_table
     from transfer.workflow import evaluate as evaluate_run
 
     with RunConsole(Console(stderr=as_json)) as observe:
@@ -142,11 +138,12 @@ def look(
     ] = None,
 ) -> None:
     """Show a training batch of CONFIG as the model sees it: augmented, with labels."""
+    from transfer.console import printable
     from transfer.looking import look as look_at
 
     seen = look_at(config, overrides or [], output=output)
     if isinstance(seen.content, str):
-        print(seen.content)  # noqa: T201
+        print(printable(seen.content))  # noqa: T201
     if seen.path is not None:
         print(seen.path)  # noqa: T201
 
@@ -164,11 +161,10 @@ def predict(
     ] = False,
 ) -> None:
     """Say what a run's model makes of some inputs."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from transfer.console import explanation_text, facts_table
+    from transfer.console import Console, explanation_text, facts_table
     from transfer.workflow import predict as predict_with
 
     if as_json:
@@ -266,9 +262,7 @@ def export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
 ) -> None:
     """Write a run's model in another format, checked in a fresh process, with a model card."""
-    from rich.console import Console
-
-    from transfer.console import facts_table
+    from transfer.console import Console, facts_table
     from transfer.exporting import export as export_run
 
     exported = export_run(run, format, output, force=force, dry_run=dry_run)
@@ -307,9 +301,10 @@ def plugins(
         ]
         print(json.dumps(listed, indent=2))  # noqa: T201
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from transfer.console import Console
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("kind", "name", "distribution", "version"):
@@ -330,8 +325,7 @@ def plugins(
 
 def _check_plugins(installed: list[Plugin]) -> None:
     """Load each plugin, check its quick contracts, and end with status 1 where one is broken."""
-    from rich.console import Console
-
+    from transfer.console import Console
     from transfer.testing.suite import quick_check
 
     console, broken = Console(), 0
@@ -359,10 +353,10 @@ def show(
     """Show the options of a plugin: type, default, description."""
     import inspect
 
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from transfer.console import Console
     from transfer.registry import find, kinds, load
     from transfer.schema import describe_options
 
@@ -386,10 +380,10 @@ def show(
 @app.command()
 def matrix(as_json: AsJSON = False) -> None:
     """Show which datasets, backbones, heads and tasks fit together, of all that is installed."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from transfer.console import Console
     from transfer.matrix import matrix as declared
 
     tables, problems = declared()
@@ -411,8 +405,7 @@ def schema(
     output: Annotated[Path | None, typer.Option(help="The file to write; else it is printed.")] = None,
 ) -> None:
     """Write the JSON Schema of a config, for editors: every installed plugin's options."""
-    from rich.console import Console
-
+    from transfer.console import Console
     from transfer.json_schema import config_schema
 
     whole, problems = config_schema()
@@ -449,9 +442,9 @@ def list_cache() -> None:
     """List what is stored, the entry used last first."""
     from datetime import datetime
 
-    from rich.console import Console
     from rich.table import Table
 
+    from transfer.console import Console
     from transfer.feature_cache import FeatureCache
 
     stored = FeatureCache(limit_bytes=0)
@@ -473,8 +466,7 @@ def list_cache() -> None:
 @cache.command("clear")
 def clear_cache() -> None:
     """Drop everything that is stored; it is computed again when a run needs it."""
-    from rich.console import Console
-
+    from transfer.console import Console
     from transfer.feature_cache import FeatureCache
 
     stored = FeatureCache(limit_bytes=0)
@@ -487,14 +479,15 @@ def main() -> None:
     # Importing torch makes half a million objects that stay: looking for garbage among them every 700 new ones, as is
     # the default, takes a quarter of a command's start.
     gc.set_threshold(50_000, 20, 100)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding at all
     try:
         app()
     except TransferError as error:
         if os.environ.get("TRANSFER_DEBUG"):
             raise
-        from rich.console import Console
-
-        from transfer.console import error_panel
+        from transfer.console import Console, error_panel
 
         Console(stderr=True).print(error_panel(error))
         sys.exit(error.exit_status)

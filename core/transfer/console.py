@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -31,6 +34,25 @@ PLAIN_LINE_SECONDS = 10.0
 """Without a terminal, a line of progress is printed this often."""
 
 
+# What a terminal takes for a command (C0 and C1 without tab and new line), what turns the direction of writing round
+# (CVE-2021-42574), and halves of characters, which no encoding has.
+_UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text as a terminal may have it: control characters, which a name may hold, stand as their escapes."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+class Console(RichConsole):
+    """A console on which nothing that is shown can command the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield what a renderable is made of, with the control characters in its text as their escapes."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
 def error_panel(error: TransferError) -> Panel:
     """Show what was asked, where, what exists and the fix, for every problem."""
     parts: list[RenderableType] = []
@@ -38,13 +60,13 @@ def error_panel(error: TransferError) -> Panel:
         rows = Table.grid(padding=(0, 1))
         rows.add_column(style="dim", no_wrap=True)
         rows.add_column(overflow="fold")
-        rows.add_row("error", Text(problem.message, style="bold"))
+        rows.add_row("error", Text(printable(problem.message), style="bold"))
         if problem.where:
-            rows.add_row("where", Text(problem.where))
+            rows.add_row("where", Text(printable(problem.where)))
         if problem.available:
-            rows.add_row("exists", Text(", ".join(problem.available)))
+            rows.add_row("exists", Text(printable(", ".join(problem.available))))
         if problem.fix:
-            rows.add_row("fix", Text(problem.fix, style="green"))
+            rows.add_row("fix", Text(printable(problem.fix), style="green"))
         parts += [rows, Text()]
     count = len(error.problems)
     title = type(error).__name__ if count == 1 else f"{count} problems"
@@ -57,7 +79,7 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), Text(_show(value)))
+        table.add_row(name.replace("_", " "), Text(printable(_show(value))))
     return table
 
 

@@ -144,6 +144,21 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     return document
 
 
+def read_plain(path: Path) -> dict[str, Any]:
+    """Read a YAML file that this framework wrote, and somebody may have edited; no variables are filled in.
+
+    Raises:
+        ConfigError: It is missing, not YAML, or no mapping.
+    """
+    try:
+        data, _ = _parse(path.read_text(encoding="utf-8"), str(path), lines=True, variables=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config cannot be read: {error}", where=str(path)) from error
+    if not isinstance(data, dict):
+        raise ConfigError("the config is not a mapping", where=str(path))
+    return data
+
+
 def make_document(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Document:
     """Take a config that is already plain data (in a script or notebook).
 
@@ -209,11 +224,11 @@ def _apply(document: Document, overrides: Sequence[str]) -> None:
         raise ConfigError.of(problems)
 
 
-def _parse(text: str, source: str, *, lines: bool) -> tuple[Any, dict[Key, str]]:
+def _parse(text: str, source: str, *, lines: bool, variables: bool = True) -> tuple[Any, dict[Key, str]]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        reader = _Reader(loader, source, lines)
+        reader = _Reader(loader, source, lines, variables)
         data = None if node is None else reader.value(node, ())
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -230,10 +245,11 @@ def _parse(text: str, source: str, *, lines: bool) -> tuple[Any, dict[Key, str]]
 class _Reader:
     """Turns YAML's nodes into plain data, noting places and problems on the way."""
 
-    def __init__(self, loader: _Loader, source: str, lines: bool) -> None:
+    def __init__(self, loader: _Loader, source: str, lines: bool, variables: bool) -> None:
         self.loader = loader
         self.source = source
         self.lines = lines
+        self.variables = variables
         self.places: dict[Key, str] = {}
         self.problems: list[Problem] = []
 
@@ -262,7 +278,9 @@ class _Reader:
         return self.scalar(node, place)
 
     def scalar(self, node: yaml.ScalarNode, place: str) -> Any:
-        text = _VARIABLE.sub(lambda match: self.variable(match, place), node.value)
+        text = node.value
+        if self.variables:
+            text = _VARIABLE.sub(lambda match: self.variable(match, place), text)
         plain = node.style is None  # neither quoted nor a block of text
         tag = node.tag
         if text != node.value and plain:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from transfer.checkpoint import load_tensors
+from transfer.description import WEIGHTS, read_assets, read_description
 from transfer.errors import RunError, WeightsError
-from transfer.run_directory import FORMAT, read_json
 
 _HEAD = "head."
 
@@ -36,7 +36,7 @@ class SavedBackbone:
     @property
     def file(self) -> Path:
         """The file of tensors."""
-        return self.folder / "weights.safetensors"
+        return self.folder / WEIGHTS
 
     def tensors(self) -> tuple[dict[str, Tensor], list[str]]:
         """Read the backbone's tensors by name (``layer1.0.conv1.weight``), and the names of the head's.
@@ -68,16 +68,9 @@ def saved_backbone(run: str | Path) -> SavedBackbone:
     """
     path = Path(run).expanduser()
     folder = path / "model" if (path / "model").is_dir() else path
-    file = folder / "model.json"
     try:
-        described = read_json(file, f"there is no run with a model at {path}", "name a run that ended")
-        if described.get("format") != FORMAT:
-            raise RunError(
-                f"the model is of format {described.get('format')!r}", where=str(file), available=[str(FORMAT)]
-            )
-        assets = {name: (folder / Path(name).name).read_text(encoding="utf-8") for name in described["assets"]}
-        return SavedBackbone(folder, dict(described["backbone"]), dict(described["preprocessing"]), assets)
+        described = read_description(folder, f"there is no run with a model at {path}", "name a run that ended")
+        assets = read_assets(folder, described)
+        return SavedBackbone(folder, described["backbone"], described["preprocessing"], assets)
     except RunError as error:
         raise WeightsError.of(error.problems) from error
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise WeightsError(f"the model folder is incomplete: {error!r}", where=str(file)) from error

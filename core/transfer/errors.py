@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -98,6 +99,26 @@ def _rebuild(cls: type[_E], problems: tuple[Problem, ...]) -> _E:
     error.problems = problems
     error.args = (problems[0].message,)
     return error
+
+
+@contextmanager
+def damaged(what: str, where: str, fix: str) -> Iterator[None]:
+    """Refuse content that somebody may have edited or damaged, whatever it is that working with it raises.
+
+    Args:
+        what: What cannot be done with it.
+        where: The file or folder.
+        fix: What to do about it.
+
+    Raises:
+        RunError: Anything but this framework's own errors was raised, which is kept as the cause.
+    """
+    try:
+        yield
+    except TransferError:
+        raise
+    except Exception as error:
+        raise RunError(f"{what}: {type(error).__name__}: {error}", where=where, fix=fix) from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -23,7 +23,8 @@ from torch import Tensor
 from transfer import reload
 from transfer.build import read_data
 from transfer.config import load_config
-from transfer.errors import ExportError, UserError
+from transfer.description import DESCRIPTION
+from transfer.errors import ExportError, UserError, damaged
 from transfer.export_formats import FORMATS, Foreign, Format, Safetensors, find_format, input_names
 from transfer.files import no_downloads
 from transfer.interfaces import Preprocessing
@@ -37,7 +38,6 @@ COMPARED_EXAMPLES = 32
 LARGEST_DEVIATION = 1e-4
 """Times the largest output, or 1: what another program's order of additions may change, and a wrong layer may not."""
 CARD = "README.md"
-DESCRIPTION = "model.json"
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def export(
         ExportError: What was exported does not give the run's outputs; nothing is left of it.
     """
     directory = RunDirectory.open(run)
+    if output is None:
+        directory.refuse_links()
     loaded = read_model(directory.model)
     chosen = find_format(format, loaded)
     described = read_json(directory.model / DESCRIPTION, "there is no model here")
@@ -113,7 +115,8 @@ def export(
         exported = Export(path, format, files, examples.what, deviation, outputs, modules)
         if not alone:
             parity = f"{deviation:.2g} over {outputs:,} outputs for {examples.what}"
-            card = render(directory, described, format, chosen.library, chosen.usage(chosen.file), parity)
+            with damaged("the model card cannot be written", str(directory.path), "bring back the run's own files"):
+                card = render(directory, described, format, chosen.library, chosen.usage(chosen.file), parity)
             write_atomically(temporary / CARD, card)
         _move(weights if alone else temporary, path)
     return exported

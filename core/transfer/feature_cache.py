@@ -184,7 +184,10 @@ class FeatureCache:
                 described = read_json(path / "entry.json", "the entry is incomplete")
                 size = sum(file.stat().st_size for file in path.iterdir())
                 used = (path / "entry.json").stat().st_mtime
-                found.append({"key": path.name, "bytes": size, "used": used, **described["what"]})
+                what = described["what"]
+                if not isinstance(what["examples"], int) or not all(isinstance(name, str) for name in what["stages"]):
+                    raise TypeError("the entry is damaged")
+                found.append({**what, "key": path.name, "bytes": size, "used": used, "view": what["view"]})
             except (TransferError, OSError, KeyError, TypeError):  # damaged, or another run has just dropped it
                 self._drop(path)
         return sorted(found, key=lambda entry: -entry["used"])
@@ -221,7 +224,7 @@ class FeatureCache:
                         raise OSError(f"{name} is damaged")
             entry = _map(path, described)
         # Whatever is wrong with an entry, it can be computed again.
-        except (TransferError, OSError, KeyError, TypeError, ValueError, RuntimeError):
+        except Exception:
             self._drop(path)
             return None
         with suppress(OSError):  # somebody else's folder, which may be read alone

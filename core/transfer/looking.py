@@ -95,6 +95,7 @@ def look_at_predictions(run: str | Path, split: str = "test") -> Look:
         UserError: The run or its data are not right, there is no such split, or the backbone's field has no picture.
     """
     directory = RunDirectory.open(run)
+    directory.refuse_links()
     config = load_config(directory.config())
     loaded = read_model(directory.model)
     _, splits = read_data(config)

@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from transfer.build import assemble
 from transfer.checkpoint import load_tensors
 from transfer.config import Component, RunConfig, load_component, located
-from transfer.errors import PluginError, Problem, RunError
+from transfer.description import DESCRIPTION, WEIGHTS, read_assets, read_description
+from transfer.errors import PluginError, Problem, RunError, damaged
 from transfer.interfaces import Backbone, DataSpec, Task
 from transfer.model import Model
 from transfer.registry import Kind, Plugin
-from transfer.run_directory import FORMAT, RunDirectory, read_json, write_atomically, write_json
+from transfer.run_directory import FORMAT, RunDirectory, write_atomically, write_json
 
 PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
 
@@ -44,15 +45,13 @@ def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backb
     ``model.json`` is written last: a folder without it is no model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, folder / "weights.safetensors"
-    )
+    save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
     assets = backbone.assets()
     for name, text in assets.items():
         write_atomically(folder / name, text)
     components = {"backbone": config.backbone, "head": config.head, "task": config.task}
     write_json(
-        folder / "model.json",
+        folder / DESCRIPTION,
         {
             "format": FORMAT,
             **{kind: dict(component.plain) for kind, component in components.items()},
@@ -72,7 +71,7 @@ def find_model(path: str | Path) -> Path:
         RunError: It is neither.
     """
     path = Path(path)
-    return path if (path / "model.json").is_file() else RunDirectory.open(path).model
+    return path if (path / DESCRIPTION).is_file() else RunDirectory.open(path).model
 
 
 def read_model(folder: Path) -> LoadedModel:
@@ -81,32 +80,35 @@ def read_model(folder: Path) -> LoadedModel:
     Raises:
         RunError: The folder is incomplete or damaged, or a plugin that it needs is not installed.
     """
-    file = folder / "model.json"
-    described = read_json(file, "there is no model here: the run did not end", "run its config again, to the end")
-    if described.get("format") != FORMAT:
-        fix = "use the version of transfer that wrote it"
-        raise RunError(
-            f"the model is of format {described.get('format')!r}", where=str(file), available=[str(FORMAT)], fix=fix
-        )
-    try:
-        backbone_block, head, task = (_component(kind, described, file) for kind in PARTS)
-        data = described["data"]
-        spec = DataSpec(tuple(data["fields"]), data["target"], tuple(data["classes"]))
-        names = [Path(name).name for name in described["assets"]]  # names, never paths out of the folder
-        assets = {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    except (KeyError, TypeError, OSError, UnicodeDecodeError) as error:
-        raise RunError(f"the model folder is incomplete: {error!r}", where=str(file)) from error
+    described = read_description(
+        folder, "there is no model here: the run did not end", "run its config again, to the end"
+    )
+    file = folder / DESCRIPTION
+    backbone_block, head, task = (_component(kind, described, file) for kind in PARTS)
+    data = described["data"]
+    spec = DataSpec(tuple(data["fields"]), data["target"], tuple(data["classes"]))
     backbone_class: type[Backbone] = backbone_block.cls
-    with located(str(file)):
-        backbone = backbone_class.from_assets(assets, **backbone_block.options)
+    again = "copy the folder again from where it was trained"
+    # A plugin may raise anything at all over a file that is not as it wrote it.
+    with damaged("the model cannot be built again", str(file), again), located(str(file)):
+        backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
         the_task, model = assemble(backbone, head, task, spec)
-    weights = folder / "weights.safetensors"
-    try:
-        model.load_state_dict(load_tensors(weights))
-    except RuntimeError as error:
-        raise RunError(f"the weights do not fit the model: {error}", where=str(weights)) from error
+    _load_weights(model, folder / WEIGHTS)
     model.eval()
     return LoadedModel(model, backbone, the_task, spec)
+
+
+def _load_weights(model: Model, file: Path) -> None:
+    tensors, expected = load_tensors(file), model.state_dict()
+    # Torch would take numbers of another type, and make others of them.
+    other = [name for name, tensor in tensors.items() if name in expected and tensor.dtype != expected[name].dtype]
+    try:
+        if other:
+            raise RuntimeError(f"{other[0]} is of type {tensors[other[0]].dtype}")
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        fix = "copy the folder again from where it was trained"
+        raise RunError(f"the weights do not fit the model: {error}", where=str(file), fix=fix) from error
 
 
 def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:

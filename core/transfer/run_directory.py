@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import yaml
 
-from transfer.document import dump
-from transfer.errors import RunError
+from transfer.document import dump, read_plain
+from transfer.errors import ConfigError, RunError
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses one that it does not know."""
@@ -100,8 +99,9 @@ class RunDirectory:
         """Keep every other process from writing into this folder; the lock goes with the process, however it ends.
 
         Raises:
-            RunError: Another process has it, or nothing can be written here.
+            RunError: Another process has it, nothing can be written here, or a link leads elsewhere.
         """
+        self.refuse_links()
         file = self._lock()
         try:
             yield
@@ -109,6 +109,21 @@ class RunDirectory:
             with suppress(OSError):
                 (self.path / LOCK).unlink()
             file.close()
+
+    def refuse_links(self) -> None:
+        """Refuse a folder in which writing would go elsewhere.
+
+        Raises:
+            RunError: There is a link in it to something outside.
+        """
+        here = self.path.resolve()
+        for path in sorted(self.path.rglob("*")):
+            if path.is_symlink() and not path.resolve().is_relative_to(here):
+                raise RunError(
+                    f"this link leads out of the run directory, to {os.readlink(path)}, and nothing is written there",
+                    where=str(path),
+                    fix="put what it leads to in its place",
+                )
 
     def _lock(self) -> TextIO:
         path = self.path / LOCK
@@ -151,12 +166,9 @@ class RunDirectory:
             RunError: It cannot be read.
         """
         try:
-            data = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RunError(f"the run's config cannot be read: {error}", where=str(self.path / "config.yaml")) from error
-        if not isinstance(data, dict):
-            raise RunError("the run's config is not a mapping", where=str(self.path / "config.yaml"))
-        return data
+            return read_plain(self.path / "config.yaml")
+        except ConfigError as error:
+            raise RunError.of(error.problems) from error
 
     def summary(self) -> dict[str, Any]:
         """Return ``summary.json``.
@@ -190,7 +202,10 @@ class RunDirectory:
         Raises:
             RunError: It is missing or damaged.
         """
-        return read_json(self.path / "environment.json", "the run has no environment.json")
+        found = read_json(self.path / "environment.json", "the run has no environment.json")
+        if not isinstance(found.get("versions", {}), dict) or not isinstance(found.get("resumed", []), list):
+            raise RunError("the file is damaged", where=str(self.path / "environment.json"))
+        return found
 
     def note_resume(self, changes: Sequence[str]) -> None:
         """Add to ``environment.json`` that the run goes on now, and what is different from when it started."""
@@ -201,7 +216,7 @@ class RunDirectory:
     def sweep(self) -> None:
         """Remove what a process that was killed had only begun to write, and the summary of the attempt before."""
         for path in [*self.path.glob(".*.tmp"), *self.model.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (self.path / "summary.json").unlink(missing_ok=True)
 
     def restore_metrics(self, records: Sequence[Mapping[str, Any]]) -> str | None:
@@ -274,7 +289,7 @@ def read_json(path: Path, missing: str, fix: str | None = None) -> dict[str, Any
         RunError: The file is not there (``missing`` says what that means, ``fix`` what to do), or damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise RunError(missing, where=str(path), fix=fix) from error
     except (OSError, ValueError, RecursionError) as error:
@@ -282,6 +297,17 @@ def read_json(path: Path, missing: str, fix: str | None = None) -> dict[str, Any
     if not isinstance(content, dict):
         raise RunError("the file holds no JSON object", where=str(path))
     return content
+
+
+def read_text(path: Path) -> str:
+    """Read a file in UTF-8; what is no regular file, and may have no end, is an OSError."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path.name} is no regular file")
+    return path.read_text(encoding="utf-8")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"JSON has no {name}")
 
 
 def flush_folder(path: Path) -> None:

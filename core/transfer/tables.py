@@ -25,6 +25,8 @@ from transfer.interfaces import Data, DataSpec, Split
 from transfer.splits import cut
 from transfer.targets import class_indices, label_sets
 
+LARGEST_TABLE_BYTES = 1 << 32
+"""A packed table that is larger is not unpacked: it may be a bomb."""
 JSON_LINES = (".jsonl", ".ndjson")
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -222,7 +224,7 @@ class Tables:
         try:
             content = path.read_bytes()
             if path.name.lower().endswith(".gz"):
-                content = gzip.decompress(content)
+                content = _unpacked(path)
             return content.decode(self.encoding)
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
@@ -237,6 +239,14 @@ class Tables:
                 where=str(path),
                 fix="give the path of a .csv, .tsv or .jsonl file",
             ) from error
+
+
+def _unpacked(path: Path) -> bytes:
+    with gzip.open(path) as file:
+        content = file.read(LARGEST_TABLE_BYTES)
+    if len(content) == LARGEST_TABLE_BYTES:
+        raise OSError(f"it would unpack to {LARGEST_TABLE_BYTES / 2**30:.0f} GiB or more; unpack it yourself")
+    return content
 
 
 class LineNames(Sequence[str]):
@@ -368,7 +378,7 @@ def _json_lines(content: str, path: Path, column: str, example: str) -> Iterator
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"the line is not JSON: {error}", where=where, fix="write one object on each line"
             ) from error

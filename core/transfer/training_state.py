@@ -14,9 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
 
 from transfer import checkpoint
-from transfer.errors import RunError, TrainingError
+from transfer.errors import RunError, TrainingError, damaged
 from transfer.model import Model
 from transfer.optim import Schedule
+
+_BEGIN_AGAIN = "bring back what was there before, or begin again with: transfer run"
 
 
 @dataclass
@@ -107,15 +109,16 @@ class TrainingState:
     progress: Progress = field(default_factory=Progress)
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
-    _found: tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None = None
+    _found: tuple[dict[str, dict[str, Tensor]], dict[str, Any], Path] | None = None
 
     def begin_phase(self, optimizer: Optimizer, schedule: Schedule) -> None:
         """Take the optimizer and the schedule of a phase, as they are or as they stood in the checkpoint."""
         if self._found is not None:
-            (tensors, state), self._found = self._found, None
-            groups = state["groups"]
-            checkpoint.load_optimizer(self.model, optimizer, tensors["optimizer"], state["optimizer"], groups)
-            schedule.load_state_dict(state["schedule"])
+            (tensors, state, folder), self._found = self._found, None
+            with damaged("the checkpoint does not fit the run", str(folder), _BEGIN_AGAIN):
+                groups = state["groups"]
+                checkpoint.load_optimizer(self.model, optimizer, tensors["optimizer"], state["optimizer"], groups)
+                schedule.load_state_dict(state["schedule"])
         self.optimizer, self.schedule = optimizer, schedule
 
     def save(self, folder: Path, keep: int) -> None:
@@ -160,12 +163,18 @@ class TrainingState:
             RunError: There is none that is whole, or it was written by a run of other data or other base weights.
         """
         tensors, state = checkpoint.load(folder)
+        with damaged("the checkpoint does not fit the run", str(folder), _BEGIN_AGAIN):
+            self._take(tensors, state, folder)
+        recovered: str | None = state.get("recovered")
+        return recovered
+
+    def _take(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], folder: Path) -> None:
         different = [name for name, value in self.origin.items() if state["origin"].get(name) != value]
         if different:
             raise RunError(
                 f"the run began with other {' and other '.join(different)}, so its checkpoint does not fit",
                 where=str(folder),
-                fix="bring back what was there before, or begin again with: transfer run",
+                fix=_BEGIN_AGAIN,
             )
         load_weights(self.model, tensors["model"], self.weights(self.model), folder)
         if self.average is not None:
@@ -177,8 +186,7 @@ class TrainingState:
         self.progress = Progress.of(state["progress"])
         for path, metric in _metrics(self.metrics):
             _restore_metric(metric, path, tensors["metrics"], state["metric_updates"][path])
-        self._found = tensors, state
-        return state.get("recovered")
+        self._found = tensors, state, folder
 
     def weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
         """Return the weights and buffers, of the model or of its average, in the stages that some phase changes."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transfer.build import Built, Parts, build, make_experiment, make_loader, preflight, read_data
 from transfer.config import RunConfig, load_config
+from transfer.description import DESCRIPTION
 from transfer.engine import evaluate as score
 from transfer.engine import fit
 from transfer.errors import RunError
@@ -204,7 +205,7 @@ def predict(run: str | Path, sources: Iterable[str], *, explain: bool = False) -
     folder = find_model(run)
     loaded = read_model(folder)
     if explain and not loaded.backbone.preprocessing.explains:
-        name = read_json(folder / "model.json", "there is no model here")["backbone"]["name"]
+        name = read_json(folder / DESCRIPTION, "there is no model here")["backbone"]["name"]
         fix = "predict without an explanation"
         raise RunError(f"backbone {name!r} does not say how to take an input apart", where=str(folder), fix=fix)
     names: list[str] = []
@@ -231,6 +232,10 @@ def _outputs(loaded: LoadedModel, values: Sequence[Any], name: Callable[[int], s
     encoded = encode(preprocessing, values, range(len(values)), name)
     with torch.inference_mode():
         outputs: Tensor = loaded.model(preprocessing.collate(encoded))
+    finite = outputs.flatten(1).isfinite().all(1).tolist()
+    if not all(finite):
+        fix = "the weights may be damaged: copy the model again from where it was trained"
+        raise RunError("the model's outputs are not finite", where=name(finite.index(False)), fix=fix)
     return outputs
 
 

@@ -38,6 +38,7 @@ ORDER = (
     "events",
     "run_directory",
     "checkpoint",
+    "description",
     "earlier_run",
     "loading",
     "mixing",

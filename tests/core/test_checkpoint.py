@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Dense
 
-from transfer import RunError
+from transfer import RunError, checkpoint
 from transfer.checkpoint import load, load_tensors, optimizer_tensors, save
 from transfer.heads import Linear
 from transfer.model import Model
@@ -77,9 +77,19 @@ def test_no_checkpoint_at_all_is_an_error(tmp_path: Path) -> None:
 def test_a_digest_that_names_a_path_does_not_lead_out_of_the_folder(last: Path) -> None:
     state = json.loads((last / "state.json").read_text(encoding="utf-8"))
     state["sha256"] = {"../last.previous/model.safetensors": state["sha256"]["model.safetensors"]}
+    del state["own_sha256"]
+    state["own_sha256"] = checkpoint._digest_of(state)  # whoever edits a file can do that too
     (last / "state.json").write_text(json.dumps(state), encoding="utf-8")
     tensors, _ = load(last)
     assert tensors["model"]["a"][0, 0] == 2.0
+
+
+def test_a_state_that_was_edited_falls_back_to_the_checkpoint_before(last: Path) -> None:
+    state = json.loads((last / "state.json").read_text(encoding="utf-8"))
+    (last / "state.json").write_text(json.dumps(state | {"epoch": 7}), encoding="utf-8")
+    _, state = load(last)
+    assert state["epoch"] == 1
+    assert "edited" in state["recovered"]
 
 
 def test_tensors_that_share_memory_or_are_views_are_saved(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ IMDB_FOLDER = "aclImdb"
 IMDB_REVIEWS = 12_500  # of each sentiment in each split
 _IMDB_SENTIMENTS = {"neg": 0, "pos": 1}
 FORMAT = 1
+LONGEST_REVIEW_BYTES = 1 << 20  # the longest is 14 kB
 
 
 class IMDb(Dataset):
@@ -111,6 +112,8 @@ def _stream(path: Path) -> Iterator[tuple[str, bytes]]:
                 if not member.isfile():
                     continue
                 if _labelled(member.name) and (file := archive.extractfile(member)) is not None:
+                    if member.size > LONGEST_REVIEW_BYTES:
+                        raise tarfile.ReadError(f"{member.name!r} would unpack to {member.size:,} bytes")
                     yield member.name, file.read()
                 elif member.name.startswith(f"{IMDB_FOLDER}/train/unsup/"):
                     yield member.name, b""

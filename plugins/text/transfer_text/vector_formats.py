@@ -19,6 +19,8 @@ Block = tuple[list[bytes], npt.NDArray[np.float32]]
 
 BLOCK_LINES = 512
 LONGEST_WORD_BYTES = 1 << 14
+LONGEST_LINE_BYTES = 1 << 22
+MOST_DIMENSIONS = 1 << 16
 FASTTEXT_MODEL = (793_712_314).to_bytes(4, "little")  # how fastText's own binary models begin
 _DECIMAL = re.compile(rb"-?\d*\.\d+(?:e-?\d+)?")
 _NOT_VECTORS = "give a file with a word and its numbers, separated by single spaces, on each line"
@@ -39,13 +41,32 @@ def read_blocks(file: IO[bytes], where: str, *, binary: bool) -> tuple[int, Iter
         transfer.WeightsError: It does not begin with a vector; the blocks raise it at a line that is no vector of that
             width, naming it.
     """
-    return _binary(file, where) if binary else _text(file, where)
+    return _binary(file, where) if binary else _text(_Lines(file, where), where)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def _text(lines: IO[bytes], where: str) -> tuple[int, Iterator[Block]]:
+class _Lines:
+    """The lines of a file, none beyond a length: a small archive may unpack to a line without an end."""
+
+    def __init__(self, file: IO[bytes], where: str) -> None:
+        self._file = file
+        self._where = where
+
+    def readline(self) -> bytes:
+        line = self._file.readline(LONGEST_LINE_BYTES)
+        if len(line) == LONGEST_LINE_BYTES:
+            raise WeightsError(
+                f"a line is longer than {LONGEST_LINE_BYTES:,} bytes", where=self._where, fix=_NOT_VECTORS
+            )
+        return line
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+
+def _text(lines: _Lines, where: str) -> tuple[int, Iterator[Block]]:
     number, first = 1, lines.readline().rstrip()
     fields = first.split(b" ")
     width, count = len(fields) - 1, None
@@ -148,6 +169,8 @@ def _binary(file: IO[bytes], where: str) -> tuple[int, Iterator[Block]]:
             fix="give a text file the ending .txt or .vec",
         )
     count, width = map(int, fields)
+    if width > MOST_DIMENSIONS:
+        raise WeightsError(f"the file says that its vectors are {width:,} wide", where=where, fix="fetch it again")
     return width, _binary_blocks(file, count, width, where)
 
 

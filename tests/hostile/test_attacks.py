@@ -1,0 +1,341 @@
+"""What comes from outside is refused in words: nothing of it is executed, nothing written outside its place."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import stat
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from transfer import DataError, RunError, Tables, UserError, WeightsError, checkpoint, cli, tables, workflow
+from transfer.config import load_config
+from transfer.console import Console, error_panel, printable
+from transfer.errors import ConfigError
+from transfer.exporting import export
+from transfer.feature_cache import FeatureCache
+from transfer.model_folder import read_model
+from transfer.new_plugin import new_plugin
+from transfer.registry import load
+from transfer.run_directory import RunDirectory, read_json
+
+ESCAPE = "\x1b]0;owned\x07\x1b[31m\u202e"
+
+
+def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["transfer", *arguments])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+@pytest.fixture
+def run(config: dict[str, Any], tmp_path: Path) -> Path:
+    """Return a finished run, in a folder of its own."""
+    return workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path / "runs").folder
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """Return a file that is none of a run's business."""
+    file = tmp_path / "outside.txt"
+    file.write_text("mine", encoding="utf-8")
+    return file
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------ terminal
+
+
+def test_a_message_cannot_command_the_terminal() -> None:
+    written = io.StringIO()
+    Console(file=written, force_terminal=True, width=200).print(
+        error_panel(ConfigError(f"no {ESCAPE}", where=ESCAPE, available=[ESCAPE], fix=ESCAPE))
+    )
+    assert "\x1b]0" not in written.getvalue()
+    assert "\x07" not in written.getvalue()
+    assert "\u202e" not in written.getvalue()
+    assert written.getvalue().count(r"\x1b]0;owned\x07") == 4
+
+
+def test_what_is_no_command_is_shown_as_it_is() -> None:
+    text = "naïve\tÇa va\n日本語 שלום 👩‍👩‍👧"
+    assert printable(text) == text
+
+
+def test_an_input_and_a_class_cannot_command_the_terminal(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(run / "model" / "model.json", lambda content: content["data"].update(classes=[ESCAPE, f"{ESCAPE}b"]))
+    assert status_of(monkeypatch, "predict", str(run), "1,2,3,4 ") == 0
+    assert status_of(monkeypatch, "predict", str(run), "--json", "1,2,3,4 ") == 0
+    assert "\x1b" not in capsys.readouterr().out
+    assert status_of(monkeypatch, "predict", f"{run}{ESCAPE}\udc80", "1,2,3,4") == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- YAML, JSON
+
+TAGS = ["!!python/object/apply:os.system [touch executed]", "!!python/name:os.system", "!!binary aGk=", "!custom x"]
+
+
+@pytest.mark.parametrize("text", TAGS)
+def test_tags_are_refused_in_a_config_and_in_that_of_a_run(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(f"seed: {text}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is not allowed"):
+        load_config("config.yaml")
+    with pytest.raises(RunError, match="is not allowed"):
+        RunDirectory.open(tmp_path).config()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)),
+        "a: &a [*a]\n",
+        "a: " + "[" * 5000,
+        "a: 2001-99-99\nb: !!int ''\n",
+    ],
+    ids=["aliases of aliases", "a value in itself", "depth", "values that are none"],
+)
+def test_a_small_config_that_would_be_a_huge_one_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RunError):
+        load_config(RunDirectory.open(tmp_path).config())
+
+
+def test_the_config_of_a_run_reads_no_environment_variable(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("data: ${HOME}\n", encoding="utf-8")
+    assert RunDirectory.open(tmp_path).config() == {"data": "${HOME}"}
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', "1" * 5000, '{"a": ' * 100_000])
+def test_json_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text(text, encoding="utf-8")
+    with pytest.raises(RunError, match="cannot be read"):
+        read_json(tmp_path / "file.json", "missing")
+
+
+# ------------------------------------------------------------------------------------------------------- run directory
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "checkpoints/last/state.json"])
+def test_resume_writes_through_no_link(run: Path, outside: Path, name: str) -> None:
+    (run / "summary.json").unlink()
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside)
+    with pytest.raises(RunError, match="leads out of the run directory"):
+        workflow.resume(run)
+    assert outside.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--pictures"], ["export", "--format", "safetensors"]])
+def test_no_command_writes_through_a_linked_folder(
+    run: Path, tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("plots", "export"):
+        (run / name).symlink_to(tmp_path / "elsewhere")
+    assert status_of(monkeypatch, command[0], str(run), *command[1:]) == 2
+    assert "leads out of the run" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_was_half_written_is_swept_but_not_what_a_link_leads_to(run: Path, outside: Path) -> None:
+    (run / ".x.tmp").symlink_to(outside.parent)
+    RunDirectory.open(run).sweep()
+    assert not (run / ".x.tmp").is_symlink()
+    assert outside.exists()
+
+
+def test_a_folder_that_looks_like_a_checkpoint_is_left_alone(run: Path) -> None:
+    (run / "checkpoints" / "last.previous-x").mkdir()
+    assert checkpoint.load(run / "checkpoints" / "last")[1]["epoch"] == 1
+
+
+# -------------------------------------------------------------------------------------------------------- model folder
+
+
+@pytest.mark.parametrize("name", ["../../outside.txt", "/etc/hostname", "..", "", "model.json", ".hidden", "a/b"])
+def test_an_asset_is_a_file_of_the_model_folder(run: Path, name: str) -> None:
+    edit(run / "model" / "model.json", lambda content: content.update(assets=[name]))
+    for read in (read_model, lambda folder: export(folder.parent, "safetensors", dry_run=True)):
+        with pytest.raises(RunError, match="is no file of it"):
+            read(run / "model")
+
+
+def test_only_an_installed_entry_point_is_imported(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('executed')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    described = {"kind": "backbone", "name": "evil", "distribution": "evil", "version": "1", "target": "evil:Evil"}
+
+    def change(content: dict[str, Any]) -> None:
+        content["plugins"]["backbone"] = described
+        content["backbone"] = {"name": "evil"}
+
+    edit(run / "model" / "model.json", change)
+    with pytest.raises(RunError, match="no backbone called 'evil'") as caught:
+        read_model(run / "model")
+    assert caught.value.problems[0].fix == "pip install evil==1"
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["model.json", "weights.safetensors"])
+def test_a_file_without_an_end_is_not_read(run: Path, name: str) -> None:
+    (run / "model" / name).unlink()
+    os.mkfifo(run / "model" / name)
+    with pytest.raises(RunError, match="no regular file"):
+        read_model(run / "model")
+
+
+def test_numbers_of_another_type_are_not_taken_for_weights(run: Path) -> None:
+    file = run / "model" / "weights.safetensors"
+    save_file({name: tensor.to(torch.int32) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(RunError, match=r"is of type torch\.int32"):
+        read_model(run / "model")
+
+
+@pytest.mark.parametrize("header", [b"\xff" * 8, (1 << 40).to_bytes(8, "little"), b"", b"\x02" + b"\0" * 7 + b"[]"])
+def test_a_header_that_lies_is_refused(run: Path, header: bytes) -> None:
+    (run / "model" / "weights.safetensors").write_bytes(header)
+    with pytest.raises(RunError, match="tensors cannot be read"):
+        read_model(run / "model")
+
+
+def test_weights_that_give_no_numbers_give_no_prediction(run: Path) -> None:
+    file = run / "model" / "weights.safetensors"
+    save_file({k: v * torch.nan if v.is_floating_point() else v for k, v in load_file(file).items()}, file)
+    with pytest.raises(RunError, match="not finite"):
+        list(workflow.predict(run, ["1,2,3,4"]))
+
+
+def test_stored_features_that_were_edited_are_dropped(tmp_path: Path) -> None:
+    cache = FeatureCache(0, folder=tmp_path)
+    entry = tmp_path / ("a" * 40)
+    entry.mkdir()
+    for what in ({"examples": "many", "stages": [], "view": None}, {}, None, {"examples": 1, "stages": [5], "view": 1}):
+        (entry / "entry.json").write_text(json.dumps({"sha256": {}, "kinds": ["nn"], "what": what}), encoding="utf-8")
+        assert cache.entries() == []
+        entry.mkdir(exist_ok=True)
+    (entry / "entry.json").write_text(json.dumps({"sha256": {"../x": "0"}, "kinds": ["nn"]}), encoding="utf-8")
+    assert cache._open(entry) is None
+
+
+# ------------------------------------------------------------------------------------------------- archives and tables
+
+
+def imdb_archive(path: Path, members: list[tuple[tarfile.TarInfo, bytes]]) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for member, content in members:
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/tmp/evil.txt", "aclImdb/train/pos/../../../../evil.txt"])
+def test_a_tar_archive_writes_nothing_outside(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "aclImdb_v1.tar.gz"
+    link = tarfile.TarInfo("aclImdb/train/pos/0_9.txt")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+    imdb_archive(path, [(tarfile.TarInfo(name), b"evil"), (link, b"")])
+    with pytest.raises(DataError, match="0 negative and 0 positive"):
+        load("dataset", "imdb")(root=str(path)).load()
+    assert [p.name for p in tmp_path.rglob("*")] == [path.name]
+
+
+def test_a_tar_archive_that_is_a_bomb_is_refused(tmp_path: Path) -> None:
+    review = tarfile.TarInfo("aclImdb/train/pos/0_9.txt")
+    path = imdb_archive(tmp_path / "aclImdb_v1.tar.gz", [(review, bytes(1 << 21))])
+    with pytest.raises(DataError, match="would unpack to"):
+        load("dataset", "imdb")(root=str(path)).load()
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "message"),
+    [
+        ("../ants/1.jpg", False, "leads out"),
+        ("/ants/1.jpg", False, "leads out"),
+        ("C:\\ants\\1.jpg", False, "leads out"),
+        ("a\\..\\..\\1.jpg", False, "leads out"),
+        ("ants/1.jpg", True, "is a link"),
+    ],
+)
+def test_a_zip_archive_that_leads_out_is_refused(tmp_path: Path, name: str, link: bool, message: str) -> None:
+    member = zipfile.ZipInfo(name)
+    if link:
+        member.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.writestr(member, "/etc/hostname")
+    with pytest.raises(DataError, match=message):
+        load("dataset", "image_folder")(root=str(tmp_path / "pictures.zip")).load()
+
+
+def csv_table(path: Path) -> Tables:
+    return Tables(
+        train=str(path), val=None, test=None, example="text", column="text", label="label", target="class",
+        separator=",", delimiter=None, encoding="utf-8", split=None, group=None, test_fraction=0.0,
+    )  # fmt: skip
+
+
+def test_a_packed_table_that_is_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "LARGEST_TABLE_BYTES", 1 << 20)
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"text,label\n" + b" " * (1 << 20)))
+    with pytest.raises(DataError, match="would unpack to"):
+        csv_table(tmp_path / "t.csv.gz").read("text")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "1" * 5000 + "}", '{"text": "\\ud800", "label": "a"}'])
+def test_a_line_of_json_that_no_reader_can_take_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.jsonl").write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(DataError):
+        csv_table(tmp_path / "t.jsonl").read("text")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("endless.txt.gz", gzip.compress(b"x" * (1 << 23)), "longer than"),
+        ("wide.bin", b"1 99999999999\nword " + b"\0" * 16, "wide"),
+        ("wide.txt", b"2 99999999999\nword 1 2\n", "holds 2 numbers"),
+    ],
+)
+def test_vectors_that_would_fill_the_memory_are_refused(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    from transfer_text.vectors import width_of
+
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=message):
+        width_of(str(tmp_path / name))
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a b", "x;touch evil", "$(touch evil)", ESCAPE, "", "é"])
+def test_a_plugin_s_name_is_no_path_and_no_code(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="makes no name"):
+        new_plugin(name, tmp_path / "here", version="0.1.0")
+    assert not list(tmp_path.iterdir())
