@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transfer.comparison import Comparison, compare
     from transfer.earlier_run import SavedBackbone, saved_backbone
     from transfer.errors import (
         ConfigError,
@@ -39,9 +40,11 @@ if TYPE_CHECKING:
     )
     from transfer.looking import look, look_at_predictions
     from transfer.registry import find_plugin, load_plugin, plugins, register
+    from transfer.several import resume_seeds, run_seeds
     from transfer.splits import cut
     from transfer.tables import Tables, TableTarget
     from transfer.targets import class_indices, label_sets
+    from transfer.value import measure_value, resume_value
     from transfer.workflow import Run, check, evaluate, predict, resume, run
 
 _MODULES = {
@@ -75,6 +78,9 @@ _MODULES = {
     "registry": ("find_plugin", "load_plugin", "plugins", "register"),
     "exporting": ("export",),
     "earlier_run": ("SavedBackbone", "saved_backbone"),
+    "several": ("resume_seeds", "run_seeds"),
+    "comparison": ("Comparison", "compare"),
+    "value": ("measure_value", "resume_value"),
     "workflow": ("Run", "check", "evaluate", "predict", "resume", "run"),
     "splits": ("cut",),
     "tables": ("TableTarget", "Tables"),
@@ -84,6 +90,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Backbone",
+    "Comparison",
     "ConfigError",
     "Data",
     "DataError",
@@ -110,6 +117,7 @@ __all__ = [
     "WeightsError",
     "check",
     "class_indices",
+    "compare",
     "cut",
     "data_folder",
     "download",
@@ -121,11 +129,15 @@ __all__ = [
     "load_plugin",
     "look",
     "look_at_predictions",
+    "measure_value",
     "plugins",
     "predict",
     "register",
     "resume",
+    "resume_seeds",
+    "resume_value",
     "run",
+    "run_seeds",
     "saved_backbone",
 ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transfer.interfaces import Backbone, Data, Dataset, DataSpec, FeatureSpec, 
 from transfer.loading import Loader, move
 from transfer.mixing import check_blendable
 from transfer.model import BATCH_NORM, Model
-from transfer.splits import complete, count_classes
+from transfer.splits import complete, count_classes, digest
 
 LARGE_EPOCH_STEPS = 1000
 """Stand in for the steps of an epoch before the data has been counted."""
@@ -147,15 +146,11 @@ def make_experiment(
 
 def _origin(backbone: Backbone, loaders: Mapping[str, Loader]) -> dict[str, str]:
     """Return digests of what a run that goes on must find again: the splits and what was learned from the data."""
-    data, assets = hashlib.sha256(), hashlib.sha256()
-    for name, loader in loaders.items():
-        split = loader.split
-        data.update(f"{name} {len(split)} {split.targets.dtype}".encode() + split.targets.tobytes())
-        # Names of files, not their times, which a copy of the data does not keep.
-        data.update("\0".join(Path(split.name(i)).name for i in range(len(split))).encode())
+    assets = hashlib.sha256()
     for name, text in sorted(backbone.assets().items()):
         assets.update(f"{name}\0{text}\0".encode())
-    return {"data": data.hexdigest(), "vocabulary or assets": assets.hexdigest()}
+    data = digest({name: loader.split for name, loader in loaders.items()})
+    return {"data": data, "vocabulary or assets": assets.hexdigest()}
 
 
 def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
@@ -187,6 +182,7 @@ def make_loader(
         max_tokens=None if batch_size else train.max_tokens,
         seed=config.seed,
         training=training,
+        augment=train.augment,
         bucket=train.bucket,
         workers=train.workers,
         repeated=repeated,
@@ -320,17 +316,18 @@ def _refuse_dead_settings(config: RunConfig, backbone: Backbone, model: Model, p
         )
     if train.views is None:
         return
+    augments = backbone.preprocessing.augments and train.augment
     reasons = [
         why_not(
             freezing.prefix_length(model, phase.frozen),
             cache=train.cache != "off",
-            augments=backbone.preprocessing.augments,
+            augments=augments,
             views=train.views,
             mixed=train.mix is not None,
         )
         for phase in phases
     ]
-    dead = "nothing is augmented at random" if not backbone.preprocessing.augments else None
+    dead = "nothing is augmented at random" if not augments else None
     if dead is None and all(reasons):
         dead = reasons[0]
     if dead:

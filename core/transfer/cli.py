@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from transfer.events import Observer
     from transfer.workflow import Run
+
+_T = TypeVar("_T")
 
 app = typer.Typer(
     name="transfer",
@@ -55,39 +57,113 @@ def run(
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option(help="The folder in which the run makes its own.")] = Path("runs"),
     quick: Annotated[bool, typer.Option("--quick", help="A few batches of every part, to prove a config.")] = False,
+    seeds: Annotated[int | None, typer.Option(help="Train with so many seeds, into one folder of runs.")] = None,
 ) -> None:
     """Train what CONFIG says; the last line printed is the run's folder."""
     from transfer.workflow import run as run_config
 
+    if seeds is not None:
+        from transfer.several import run_seeds
+
+        _train_seeds(
+            lambda observe: run_seeds(config, overrides or [], seeds=seeds, output=output, quick=quick, observe=observe)
+        )
+        return
     _train(lambda observe: run_config(config, overrides or [], output=output, quick=quick, observe=observe))
 
 
 @app.command()
 def resume(run: RunFolder) -> None:
     """Go on with a run that was interrupted, to the result that it would have had."""
+    from transfer.several import MANIFEST, resume_seeds
+    from transfer.value import VALUE, resume_value
     from transfer.workflow import resume as resume_run
 
-    _train(lambda observe: resume_run(run, observe=observe))
+    if (Path(run) / MANIFEST).is_file():
+        _train_seeds(lambda observe: resume_seeds(run, observe=observe))
+    elif (Path(run) / VALUE).is_file():
+        _train_arms(lambda observe: resume_value(run, observe=observe))
+    else:
+        _train(lambda observe: resume_run(run, observe=observe))
 
 
 def _train(start: Callable[[Observer], Run]) -> None:
-    """Show a run as it goes and say what comes next, or leave with 130 or 143 where it was interrupted."""
-    from transfer.console import Console, RunConsole, printable
-    from transfer.interruption import Interrupted
+    """Show a run as it goes and say what comes next."""
+    from transfer.console import Console, printable
 
-    console = Console()
-    try:
-        with RunConsole(console) as observe:
-            ended = start(observe)
-    except Interrupted as interruption:
-        # Typer would make a 1 or 130 of it.
-        raise typer.Exit(interruption.exit_status) from interruption
-    console.print(
+    ended = _shown(start)
+    Console().print(
         f"next: transfer predict {ended.folder} INPUT...   or   transfer evaluate {ended.folder}",
         highlight=False,
         soft_wrap=True,
     )
     print(printable(str(ended.folder)))  # noqa: T201  # plain, so that a script can take the last line
+
+
+def _train_seeds(start: Callable[[Observer], Run]) -> None:
+    """Show runs as they go, then mean and spread."""
+    from transfer.console import Console, printable, seeds_table
+
+    ended = _shown(start)
+    Console().print(seeds_table(ended.summary))
+    print(printable(str(ended.folder)))  # noqa: T201  # plain, so that a script can take the last line
+
+
+def _train_arms(start: Callable[[Observer], Run]) -> None:
+    """Show the arms as they go, then what pretraining is worth."""
+    from transfer.console import Console, printable, value_table
+
+    ended = _shown(start)
+    Console().print(value_table(ended.summary))
+    print(printable(str(ended.folder)))  # noqa: T201  # plain, so that a script can take the last line
+
+
+def _shown(start: Callable[[Observer], _T]) -> _T:
+    """Show training as it goes, or leave with 130 or 143 where it was interrupted."""
+    from transfer.console import Console, RunConsole
+    from transfer.interruption import Interrupted
+
+    try:
+        with RunConsole(Console()) as observe:
+            return start(observe)
+    except Interrupted as interruption:
+        # Typer would make a 1 or 130 of it.
+        raise typer.Exit(interruption.exit_status) from interruption
+
+
+@app.command()
+def value(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds each arm is trained with.")] = 5,
+    output: Annotated[Path, typer.Option(help="The folder in which the runs get one of their own.")] = Path("runs"),
+) -> None:
+    """Say what pretraining is worth here: CONFIG from scratch, frozen, probed and fine-tuned, with several seeds."""
+    from transfer.value import measure_value
+
+    _train_arms(lambda observe: measure_value(config, overrides or [], seeds=seeds, output=output, observe=observe))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Run directories and folders of seeds; the first is the reference."),
+    ],
+    metric: Annotated[str | None, typer.Option(help="Another metric than the task's primary one.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table as CSV.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write it as a page that needs nothing beside itself.")] = None,
+    different_data: Annotated[
+        bool, typer.Option("--different-data", help="Compare although the examples scored were not the same.")
+    ] = False,
+) -> None:
+    """Put runs beside each other and say which differences are no more than noise."""
+    from transfer.comparison import compare as compare_runs
+    from transfer.console import Console, comparison_table
+
+    comparison = compare_runs(runs, metric=metric, different_data=different_data)
+    Console().print(comparison_table(comparison))
+    comparison.write(csv=csv, html=html)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from transfer import registry
 from transfer.document import Document, Key, make_document, read_document
 from transfer.errors import ConfigError, PluginError, Problem, UserError, nearest
 from transfer.optim import NOT_OPTIONS, OPTIMIZERS, SCHEDULERS, TorchPart, handed_over
-from transfer.recipes import expand
+from transfer.recipes import WITHOUT_PRETRAINED, expand
 from transfer.registry import Kind
 from transfer.schema import Block, options_model, validate
 from transfer.settings import (
@@ -80,6 +80,12 @@ class Component:
         with located(self.where):
             return self.cls(*handed_over, **self.options)
 
+    def without_pretrained(self) -> Component:
+        """Return this backbone as it begins from random weights."""
+        with located(self.where):
+            changed = self.cls.without_pretrained(self.options)
+        return replace(self, options={**self.options, **changed}, plain={**self.plain, **changed})
+
 
 @dataclass(frozen=True)
 class ResolvedPhase:
@@ -137,8 +143,8 @@ class RunConfig:
 
     @property
     def pretrained(self) -> bool:
-        """Pretrained weights are read: always but for the recipe that asks what they are worth."""
-        return self.train.recipe is None or self.train.recipe.name != "scratch"
+        """Pretrained weights are read: always but for the recipes that ask what they are worth."""
+        return self.train.recipe is None or self.train.recipe.name not in WITHOUT_PRETRAINED
 
     def phases(self, stages: Sequence[str]) -> tuple[ResolvedPhase, ...]:
         """Return the phases for a model.
@@ -164,6 +170,10 @@ class RunConfig:
             rate = lr if phase.lr is None else phase.lr
             found.append(ResolvedPhase(epochs, phase.freeze, rate, scheduler, phase.patience, phase.batch_norm, key))
         return tuple(found)
+
+    def with_seed(self, seed: int) -> RunConfig:
+        """Return the same config with another seed; the splits stay as they are."""
+        return replace(self, seed=seed, plain=self.plain | {"seed": seed})
 
     def quick(self) -> RunConfig:
         """Return the config of a quick try: one epoch per phase over a few examples of each class."""
@@ -252,6 +262,8 @@ class _Check:
         assert top and dataset and data_options and backbone and head and task and train  # noqa: PT018
         assert optimizer
         assert optimizer_options
+        if train.recipe is not None and train.recipe.name in WITHOUT_PRETRAINED:
+            backbone = backbone.without_pretrained()
         plain: dict[str, Any] = {"seed": top.seed, "data": dataset.plain}
         plain |= {"backbone": backbone.plain, "head": head.plain, "task": task.plain}
         plain |= {"train": train.model_dump(mode="json")}

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, Group, RenderableType
@@ -28,6 +28,9 @@ from transfer.events import (
     RunStarted,
     StepEnded,
 )
+
+if TYPE_CHECKING:
+    from transfer.comparison import Comparison
 
 MOST_PIECES_SHOWN = 5
 PLAIN_LINE_SECONDS = 10.0
@@ -81,6 +84,51 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), Text(printable(_show(value))))
     return table
+
+
+def seeds_table(summary: Mapping[str, Any]) -> Table:
+    """Show mean, spread and values of every metric of a folder of seeds."""
+    split = "test" if summary["test"] else "validation"
+    table = Table(box=None, padding=(0, 2, 0, 0), title=f"{split}, {len(summary['seeds'])} seeds", title_justify="left")
+    for heading in ("metric", "mean ± standard deviation", "95 % interval of the mean", "each seed"):
+        table.add_column(heading)
+    for metric, figure in summary[split].items():
+        low, high = figure["interval"]
+        mean = f"{figure['mean']:.4f} ± {figure['standard_deviation']:.4f}"
+        table.add_row(metric, mean, f"{low:.4f} to {high:.4f}", " ".join(f"{value:.4f}" for value in figure["values"]))
+    return table
+
+
+def value_table(found: Mapping[str, Any]) -> Group:
+    """Show every arm of ``transfer value``, and the answer."""
+    metric, split = found["metric"], found["split"]
+    table = Table(box=None, padding=(0, 2, 0, 0), title=f"{metric} on the {split} split", title_justify="left")
+    for heading in ("", "mean ± standard deviation", "difference to from scratch", "", "seconds"):
+        table.add_column(heading)
+    for name, arm in found["arms"].items():
+        figure, difference = arm[split][metric], arm.get("to_from_scratch")
+        deviation = "" if figure["standard_deviation"] is None else f" ± {figure['standard_deviation']:.4f}"
+        cells = [name.replace("_", " "), f"{figure['mean']:.4f}{deviation}", "", ""]
+        if difference is not None:
+            low, high = difference["interval"]
+            cells[2:] = [f"{difference['mean']:+.4f} ({low:+.4f} to {high:+.4f})", difference["verdict"]]
+        table.add_row(*cells, f"{arm['seconds']:,.0f}" if "seconds" in arm else "")
+    return Group(table, *(Text(note, style="dim") for note in found["notes"]), Text(found["sentence"], style="bold"))
+
+
+def comparison_table(comparison: Comparison) -> Group:
+    """Show runs beside each other, and what is noise."""
+    best = "higher" if comparison.higher_is_better else "lower"
+    title = f"{comparison.metric} on the {comparison.split} split ({best} is better)"
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    for heading in ("run", "seeds", "mean ± standard deviation", "difference to the first", ""):
+        table.add_column(heading, overflow="fold")
+    colours = {"better": "green", "worse": "red"}
+    for row in comparison.rows:
+        verdict = Text(row.verdict, style=colours.get(row.verdict, "dim"))
+        difference = "" if row.difference is None else str(row.difference)
+        table.add_row(Text(row.name), str(len(row.spread.values)), str(row.spread), difference, verdict)
+    return Group(table, *(Text(note, style="dim") for note in comparison.notes))
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:
@@ -174,6 +222,7 @@ class RunConsole:
                 else:
                     self.console.print(Panel(facts_table(event.details), title=event.text, title_align="left"))
             case RunStarted():
+                self._start_again()
                 self.console.print(Panel(facts_table(event.facts), title=str(event.folder), title_align="left"))
                 self.primary_metric = event.primary_metric
                 self.epochs = self.progress.add_task("epochs", total=event.epochs, figures="")
@@ -193,6 +242,13 @@ class RunConsole:
                 self._epoch_ended(event)
             case RunEnded():
                 self._run_ended(event)
+
+    def _start_again(self) -> None:
+        """Show progress from the beginning: this may be the next of several runs."""
+        for task in self.progress.task_ids:
+            self.progress.remove_task(task)
+        self.steps = None
+        self.progress.start()
 
     def _bar(self, description: str, total: int) -> None:
         if self.steps is not None:

@@ -457,9 +457,13 @@ def _finish(training: _Training) -> dict[str, Any]:
     if experiment.test is not None:
         loader = experiment.features(experiment.test, experiment.always_frozen())
         caches = [*caches, {"split": "test", **loader.report}]
-        test = evaluate(
-            model, task, loader, experiment.settings.precision, training.observe, "test", experiment.most_batches
-        )
+        kept: list[tuple[Tensor, ...]] = []
+        precision, most = experiment.settings.precision, experiment.most_batches
+        test = evaluate(model, task, loader, precision, training.observe, "test", most, kept)
+        if most is None:
+            indices, predictions, targets = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            order = indices.argsort()
+            training.run.write_predictions(predictions[order], targets[order])
     ever_trained = {name for phase in experiment.phases for group in phase.groups for name in group.parameters}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return {
@@ -486,8 +490,12 @@ def evaluate(
     observe: Observer,
     split: str,
     most_batches: int | None = None,
+    kept: list[tuple[Tensor, ...]] | None = None,
 ) -> dict[str, float]:
-    """Return the mean loss and the metrics of a split, in eval mode and without gradients."""
+    """Return the mean loss and the metrics of a split, in eval mode and without gradients.
+
+    Indices, predictions and targets of each batch are appended to ``kept``, on the CPU.
+    """
     device = next(model.parameters()).device
     metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
     examples, loss_sum = 0, torch.zeros((), dtype=torch.float64, device=device)
@@ -500,8 +508,11 @@ def evaluate(
                 outputs = model(batch.inputs, source.first_stage)
             outputs = outputs.float()
             loss_sum += task.loss(outputs, batch.targets).sum()
+            predictions = task.predictions(outputs)
             for metric in metrics.values():
-                metric.update(task.predictions(outputs), batch.targets)
+                metric.update(predictions, batch.targets)
+            if kept is not None:
+                kept.append((torch.from_numpy(on_cpu.indices), predictions.cpu(), on_cpu.targets))
             examples += len(batch.indices)
             observe(EvaluationStep(step))
     scores = {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}

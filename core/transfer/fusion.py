@@ -105,6 +105,16 @@ class Fusion(Backbone):
         """Return what each part learned from the training split, as ``PART.FILE``."""
         return {f"{name}.{key}": text for name, part in self.parts.items() for key, text in part.assets().items()}
 
+    @classmethod
+    def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Change the options of every part."""
+        blocks = _blocks(options["parts"])
+        return {
+            "parts": {
+                name: {**block.plain, **block.cls.without_pretrained(block.options)} for name, block in blocks.items()
+            }
+        }
+
     def load_pretrained(self) -> Mapping[str, Any]:
         """Read the pretrained weights of every part."""
         return {name: read for name, part in self.parts.items() if (read := dict(part.load_pretrained()))}

@@ -460,6 +460,21 @@ class Backbone(nn.Module, ABC):
         """
         return {}
 
+    @classmethod
+    def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the options to change for the same network to begin from random weights.
+
+        By default none: :meth:`load_pretrained` is not called then. Change them where options mean more than what is
+        read (a frozen table of random vectors would be no fair beginning).
+
+        Args:
+            options: The config block.
+
+        Returns:
+            JSON alone.
+        """
+        return {}
+
     def foreign_models(self, out_features: int) -> Mapping[str, ForeignModel]:
         """Return the networks of other libraries that this one can be exported to, by format (``torchvision``).
 

@@ -65,6 +65,7 @@ class Loader:
             costs more alone is a batch of its own. It needs values that are encoded once and so have known lengths.
         seed: Of order and augmentation.
         training: Shuffle and augment. Otherwise the order is fixed, longest first, and nothing is random.
+        augment: In training; false: shuffle alone.
         bucket: Put examples of like length into one batch, where values are encoded once and so have known lengths: the
             number of batches whose examples are sorted together (True: 50).
         workers: Loader processes; 0 loads in this one. Where encoded values are kept in memory they are made in this
@@ -85,6 +86,7 @@ class Loader:
         max_tokens: int | None = None,
         seed: int = 0,
         training: bool = False,
+        augment: bool = True,
         bucket: bool | int = True,
         workers: int = 0,
         repeated: bool = True,
@@ -97,7 +99,9 @@ class Loader:
         self.bucket_batches = BUCKET_BATCHES if bucket is True else int(bucket)
         self.seed = seed
         self.training = training
-        self.examples = _Examples(split, fields, preprocessing, seed=seed, augments=training, keeps=repeated)
+        self.examples = _Examples(
+            split, fields, preprocessing, seed=seed, augments=training and augment, keeps=repeated
+        )
         self.lengths: npt.NDArray[np.int64] | None = None
         if self.examples.encoded is not None and (bucket or max_tokens):
             self.lengths = preprocessing.lengths(self.examples.encoded)

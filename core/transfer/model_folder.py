@@ -111,6 +111,19 @@ def _load_weights(model: Model, file: Path) -> None:
         raise RunError(f"the weights do not fit the model: {error}", where=str(file), fix=fix) from error
 
 
+def read_task(folder: Path) -> Task:
+    """Rebuild the task of a trained model alone.
+
+    Raises:
+        RunError: The folder is incomplete or damaged, or the task's plugin is not installed.
+    """
+    described = read_description(folder, "there is no model here: the run did not end", "run its config again")
+    data = described["data"]
+    spec = DataSpec(tuple(data["fields"]), data["target"], tuple(data["classes"]))
+    task: Task = _component("task", described, folder / DESCRIPTION).make(spec)
+    return task
+
+
 def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:
     try:
         return load_component(kind, described[kind], str(file))

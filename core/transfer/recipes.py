@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from transfer.errors import ConfigError
 from transfer.settings import Freeze, LearningRate, Phase, Recipe, Until
 
+WITHOUT_PRETRAINED = frozenset({"scratch", "random_features"})
+"""Begin from random weights."""
 BACKBONE_SHARE = 0.1
 """The backbone learns at this share of the head's rate: what was pretrained should move less than what is new."""
 STAGE_DECAY = 1 / 2.6
@@ -25,7 +27,7 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
         ConfigError: There are fewer epochs than phases.
     """
     head = {"head": lr, "backbone": lr * BACKBONE_SHARE} if not isinstance(lr, Mapping) else lr
-    if recipe.name == "feature_extraction":
+    if recipe.name in ("feature_extraction", "random_features"):
         return (Phase(epochs=recipe.epochs, freeze="backbone", lr=lr),)
     if recipe.name == "fine_tune":
         return (Phase(epochs=recipe.epochs, lr=head),)

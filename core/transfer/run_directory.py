@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
 from transfer.document import dump, read_plain
 from transfer.errors import ConfigError, RunError
@@ -26,6 +29,7 @@ from transfer.errors import ConfigError, RunError
 FORMAT = 1
 """Version of the folder's layout; a reader refuses one that it does not know."""
 
+PREDICTIONS = "predictions.safetensors"
 LOCK = "lock"
 """Is there while a process writes into the folder, and says which."""
 
@@ -34,22 +38,23 @@ class RunDirectory:
     """A run's folder.
 
     ``config.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (a line per epoch), ``summary.json``,
-    ``checkpoints/best`` and ``checkpoints/last``, and ``model/``: all that is needed to predict elsewhere.
+    ``predictions.safetensors`` (of the test split), ``checkpoints/best`` and ``checkpoints/last``, and ``model/``: all
+    that is needed to predict elsewhere.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
-    def create(cls, output: Path, name: str) -> RunDirectory:
-        """Make a new folder ``output/name-DATE-TIME``; two runs that start in one second get two folders.
+    def create(cls, output: Path, name: str, suffix: str = "") -> RunDirectory:
+        """Make a new folder ``output/name-DATE-TIMEsuffix``; two runs that start in one second get two folders.
 
         Raises:
             RunError: It cannot be written there.
         """
         stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
         for attempt in range(1, 1000):
-            path = output / (f"{name}-{stamp}" if attempt == 1 else f"{name}-{stamp}-{attempt}")
+            path = output / f"{name}-{stamp}{'' if attempt == 1 else f'-{attempt}'}{suffix}"
             try:
                 path.mkdir(parents=True)
             except FileExistsError as error:
@@ -239,6 +244,31 @@ class RunDirectory:
             file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
+
+    def write_predictions(self, predictions: Tensor, targets: Tensor) -> None:
+        """Write what the model made of the test split's N examples, in their order, and what they are.
+
+        Args:
+            predictions: (N, ...), as the task's metrics take them.
+            targets: (N, ...).
+        """
+        tensors = {"predictions": predictions.contiguous(), "targets": targets.contiguous()}
+        write_atomically(self.path / PREDICTIONS, save(tensors))
+
+    def predictions(self) -> tuple[Tensor, Tensor] | None:
+        """Return predictions and targets of the test split; None where the run has none.
+
+        Raises:
+            RunError: The file is damaged.
+        """
+        path = self.path / PREDICTIONS
+        try:
+            found = load(path.read_bytes())
+            return found["predictions"], found["targets"]
+        except FileNotFoundError:
+            return None
+        except (OSError, KeyError, SafetensorError) as error:
+            raise RunError(f"the predictions cannot be read: {error}", where=str(path)) from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""

@@ -53,7 +53,7 @@ LearningRate = Annotated[
 ]
 Count = Annotated[int, Field(ge=1)]
 BatchNorm = Literal["frozen", "train"]
-RecipeName = Literal["feature_extraction", "fine_tune", "lp_ft", "gradual", "scratch"]
+RecipeName = Literal["feature_extraction", "fine_tune", "lp_ft", "gradual", "scratch", "random_features"]
 
 
 class Named(Block):
@@ -113,7 +113,7 @@ class Recipe(Block):
         name: feature_extraction: train the head alone. fine_tune: train everything, the backbone at a tenth of the
             head's rate. lp_ft: the head alone for the first half, then everything at a tenth of the rate (Kumar et al.
             2022). gradual: unfreeze from the top, a stage per phase, lower stages slower (Howard and Ruder 2018).
-            scratch: train everything from random weights.
+            scratch: train everything from random weights. random_features: train the head alone, over random weights.
         epochs: Over all phases.
     """
 
@@ -169,6 +169,7 @@ class TrainConfig(Block):
             each phase; the scheduler begins after them.
         phases: Run in order; by default one of 5 epochs with nothing frozen.
         recipe: A named sequence of phases, instead of phases.
+        augment: Augment training examples at random as the backbone says; false: see them as they are.
         bucket: Put examples of like length into one batch (texts); the order stays random by seed. The number of
             batches that are drawn at random and then sorted by length together; true: 50; false: plain shuffling.
         workers: Loader processes; 0 loads in the training process.
@@ -194,6 +195,7 @@ class TrainConfig(Block):
     warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = None
     recipe: Recipe | None = None
+    augment: bool = True
     bucket: Annotated[bool | Count, _one_of("true, false, or a number of batches, 1 or more")] = True
     workers: Annotated[int, Field(ge=0)] = 0
     accumulate: Count = 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,16 @@ def _strata(targets: npt.NDArray[Any]) -> list[npt.NDArray[np.int64]]:
 
 def _first(targets: npt.NDArray[Any], limit: int) -> npt.NDArray[np.int64]:
     return np.sort(np.concatenate([members[:limit] for members in _strata(targets)]))
+
+
+def digest(splits: Mapping[str, Split]) -> str:
+    """Return what tells splits apart: their names, targets and the names of their examples, in order."""
+    found = hashlib.sha256()
+    for name, split in splits.items():
+        found.update(f"{name} {len(split)} {split.targets.dtype}".encode() + split.targets.tobytes())
+        # Names of files, not their folders or times, which a copy of the data does not keep.
+        found.update("\0".join(Path(split.name(i)).name for i in range(len(split))).encode())
+    return found.hexdigest()
 
 
 def count_classes(split: Split, classes: tuple[str, ...]) -> Mapping[str, int]:

@@ -27,6 +27,7 @@ from transfer.loading import encode
 from transfer.model_folder import LoadedModel, find_model, read_model, write_model
 from transfer.registry import IN_PROCESS
 from transfer.run_directory import RunDirectory, changes, environment, read_json
+from transfer.splits import digest
 
 PREDICTION_BATCH = 64
 MOST_CLASSES_SHOWN = 6
@@ -47,7 +48,8 @@ class Run:
     summary: Mapping[str, Any]
 
 
-def _silent(_: object) -> None:
+def silent(_: object) -> None:
+    """Observe nothing."""
     return
 
 
@@ -67,7 +69,7 @@ def run(
     *,
     output: str | Path = "runs",
     quick: bool = False,
-    observe: Observer = _silent,
+    observe: Observer = silent,
 ) -> Run:
     """Train what a config says and return the run.
 
@@ -83,18 +85,23 @@ def run(
         TrainingError: Training cannot go on; the run directory holds what was reached.
     """
     checked = load_config(config, overrides)
+    return run_in(lambda: RunDirectory.create(Path(output), checked.name), checked, quick=quick, observe=observe)
+
+
+def run_in(make_directory: Callable[[], RunDirectory], config: RunConfig, *, quick: bool, observe: Observer) -> Run:
+    """Train what a checked config says in the folder that is made once everything is loaded (:func:`run`)."""
     if quick:
-        checked = checked.quick()
-    built = build(checked, observe, quick=quick)
-    directory = RunDirectory.create(Path(output), checked.name)
+        config = config.quick()
+    built = build(config, observe, quick=quick)
+    directory = make_directory()
     with directory.locked():
         # The config comes last: a folder without it is no run.
-        directory.write_environment(_environment(checked), quick=quick)
-        directory.write_config(checked.plain)
-        return _train(checked, built, directory, observe, quick=quick, resume=False)
+        directory.write_environment(_environment(config), quick=quick)
+        directory.write_config(config.plain)
+        return _train(config, built, directory, observe, quick=quick, resume=False)
 
 
-def resume(run: str | Path, *, observe: Observer = _silent) -> Run:
+def resume(run: str | Path, *, observe: Observer = silent) -> Run:
     """Go on with a run that was interrupted, as if nothing had happened: on the CPU its result is the same to the bit.
 
     A run that was stopped before its first checkpoint begins again in its folder; of one that is complete nothing is
@@ -143,6 +150,7 @@ def _train(
             summary = {"status": "complete", "quick": quick, **fitted}
             summary |= {"examples": {name: len(loader.split) for name, loader in built.loaders.items()}}
             summary |= {"data": built.classes, "learned": built.learned, "pretrained": built.pretrained}
+            summary |= {"digests": {name: digest({name: loader.split}) for name, loader in built.loaders.items()}}
             with signals.held():
                 write_model(directory.model, config, built.data, built.backbone, built.experiment.model)
                 directory.write_summary(summary)
@@ -157,7 +165,7 @@ def _train(
     return Run(directory.path, summary)
 
 
-def evaluate(run: str | Path, split: str = "test", *, observe: Observer = _silent) -> dict[str, float]:
+def evaluate(run: str | Path, split: str = "test", *, observe: Observer = silent) -> dict[str, float]:
     """Score a split with the model of a run: on the same machine exactly the figures of its summary.
 
     Args:

@@ -16,6 +16,7 @@ PLUGINS = ROOT / "plugins"
 ORDER = (
     "errors",
     "memory",
+    "statistics",
     "new_plugin",
     "interruption",
     "files",
@@ -59,6 +60,9 @@ ORDER = (
     "export_formats",
     "exporting",
     "workflow",
+    "several",
+    "comparison",
+    "value",
     "looking",
     "serving",
     "testing",

@@ -127,6 +127,21 @@ def test_a_quick_run(call: Any, config_file: Path, tmp_path: Path) -> None:
     assert json.loads((Path(out.splitlines()[-1]) / "summary.json").read_text(encoding="utf-8"))["quick"] is True
 
 
+def test_several_seeds_and_a_comparison(call: Any, config_file: Path, tmp_path: Path) -> None:
+    one = ("run", config_file, "train.phases=[{epochs: 1}]", "--seeds", "2", "--output", tmp_path / "runs")
+    status, out, _ = call(*one)
+    assert status == 0
+    assert "mean ± standard deviation" in out
+    folder = Path(out.splitlines()[-1])
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["seeds"] == [3, 4]
+    status, again, _ = call("resume", folder)
+    assert (status, again.splitlines()[-1]) == (0, str(folder))
+    status, out, _ = call("compare", folder, folder / "seed-3", "--csv", tmp_path / "table.csv")
+    assert status == 0
+    assert "reference" in out
+    assert (tmp_path / "table.csv").is_file()
+
+
 def test_check_shows_the_plan(call: Any, config_file: Path) -> None:
     status, out, _ = call("check", config_file, "train.phases=[{epochs: 1, freeze: backbone}]")
     assert status == 0

@@ -18,6 +18,7 @@ FILES = {
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
+    "predictions.safetensors",
     "summary.json",
     "checkpoints/best/model.safetensors",
     "checkpoints/best/state.json",

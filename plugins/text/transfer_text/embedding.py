@@ -152,6 +152,14 @@ class TextBackbone(Backbone):
         report = coverage(words, vectors.found, None if counts is None else counts[len(special) :])
         return {"vectors": self.vectors, **report}
 
+    @classmethod
+    def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Choose random vectors of the same width, all of them tuned."""
+        vectors = options.get("vectors")
+        if vectors is None:
+            return {}
+        return {"variant": "rand", "vectors": None, "dimensions": width_of(vectors), "vectors_vocabulary": False}
+
     @property
     def features(self) -> FeatureSpec:
         """What the options ask for."""
