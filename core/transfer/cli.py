@@ -89,7 +89,7 @@ def resume(run: RunFolder) -> None:
 
 def _train(start: Callable[[Observer], Run]) -> None:
     """Show a run as it goes and say what comes next."""
-    from transfer.console import Console, printable
+    from transfer.terminal import Console, printable
 
     ended = _shown(start)
     Console().print(
@@ -102,7 +102,8 @@ def _train(start: Callable[[Observer], Run]) -> None:
 
 def _train_seeds(start: Callable[[Observer], Run]) -> None:
     """Show runs as they go, then mean and spread."""
-    from transfer.console import Console, printable, seeds_table
+    from transfer.console import seeds_table
+    from transfer.terminal import Console, printable
 
     ended = _shown(start)
     Console().print(seeds_table(ended.summary))
@@ -111,7 +112,8 @@ def _train_seeds(start: Callable[[Observer], Run]) -> None:
 
 def _train_arms(start: Callable[[Observer], Run]) -> None:
     """Show the arms as they go, then what pretraining is worth."""
-    from transfer.console import Console, printable, value_table
+    from transfer.console import value_table
+    from transfer.terminal import Console, printable
 
     ended = _shown(start)
     Console().print(value_table(ended.summary))
@@ -120,7 +122,8 @@ def _train_arms(start: Callable[[Observer], Run]) -> None:
 
 def _shown(start: Callable[[Observer], _T]) -> _T:
     """Show training as it goes, or leave with 130 or 143 where it was interrupted."""
-    from transfer.console import Console, RunConsole
+    from transfer.console import RunConsole
+    from transfer.terminal import Console
     from transfer.interruption import Interrupted
 
     try:
@@ -159,7 +162,8 @@ def compare(
 ) -> None:
     """Put runs beside each other and say which differences are no more than noise."""
     from transfer.comparison import compare as compare_runs
-    from transfer.console import Console, comparison_table
+    from transfer.console import comparison_table
+    from transfer.terminal import Console
 
     comparison = compare_runs(runs, metric=metric, different_data=different_data)
     Console().print(comparison_table(comparison))
@@ -169,8 +173,8 @@ def compare(
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Show what CONFIG would do, stage by stage, without data and without weights."""
-    from transfer.console import Console
     from transfer.plan import render
+    from transfer.terminal import Console
     from transfer.workflow import check as check_config
 
     checked, parts = check_config(config, overrides or [])
@@ -188,7 +192,8 @@ def evaluate(
     as_json: AsJSON = False,
 ) -> None:
     """Score a split with a run's model."""
-    from transfer.console import Console, RunConsole, facts_table
+    from transfer.console import RunConsole, facts_table
+    from transfer.terminal import Console
     from transfer.workflow import evaluate as evaluate_run
 
     with RunConsole(Console(stderr=as_json)) as observe:
@@ -214,8 +219,8 @@ def look(
     ] = None,
 ) -> None:
     """Show a training batch of CONFIG as the model sees it: augmented, with labels."""
-    from transfer.console import printable
     from transfer.looking import look as look_at
+    from transfer.terminal import printable
 
     seen = look_at(config, overrides or [], output=output)
     if isinstance(seen.content, str):
@@ -240,7 +245,8 @@ def predict(
     from rich.table import Table
     from rich.text import Text
 
-    from transfer.console import Console, explanation_text, facts_table
+    from transfer.console import explanation_text, facts_table
+    from transfer.terminal import Console
     from transfer.workflow import predict as predict_with
 
     if as_json:
@@ -338,8 +344,9 @@ def export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
 ) -> None:
     """Write a run's model in another format, checked in a fresh process, with a model card."""
-    from transfer.console import Console, facts_table
+    from transfer.console import facts_table
     from transfer.exporting import export as export_run
+    from transfer.terminal import Console
 
     exported = export_run(run, format, output, force=force, dry_run=dry_run)
     facts: dict[str, object] = {"would write" if dry_run else "written": str(exported.path)}
@@ -380,7 +387,7 @@ def plugins(
     from rich.table import Table
     from rich.text import Text
 
-    from transfer.console import Console
+    from transfer.terminal import Console
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("kind", "name", "distribution", "version"):
@@ -401,7 +408,7 @@ def plugins(
 
 def _check_plugins(installed: list[Plugin]) -> None:
     """Load each plugin, check its quick contracts, and end with status 1 where one is broken."""
-    from transfer.console import Console
+    from transfer.terminal import Console
     from transfer.testing.suite import quick_check
 
     console, broken = Console(), 0
@@ -432,9 +439,9 @@ def show(
     from rich.table import Table
     from rich.text import Text
 
-    from transfer.console import Console
     from transfer.registry import find, kinds, load
     from transfer.schema import describe_options
+    from transfer.terminal import Console
 
     if kind not in (known := kinds()):
         raise UserError(f"there is no kind of plugin called {kind!r}", available=known)
@@ -459,8 +466,8 @@ def matrix(as_json: AsJSON = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from transfer.console import Console
     from transfer.matrix import matrix as declared
+    from transfer.terminal import Console
 
     tables, problems = declared()
     if as_json:
@@ -481,8 +488,8 @@ def schema(
     output: Annotated[Path | None, typer.Option(help="The file to write; else it is printed.")] = None,
 ) -> None:
     """Write the JSON Schema of a config, for editors: every installed plugin's options."""
-    from transfer.console import Console
     from transfer.json_schema import config_schema
+    from transfer.terminal import Console
 
     whole, problems = config_schema()
     text = json.dumps(whole, indent=1)
@@ -520,8 +527,8 @@ def list_cache() -> None:
 
     from rich.table import Table
 
-    from transfer.console import Console
     from transfer.feature_cache import FeatureCache
+    from transfer.terminal import Console
 
     stored = FeatureCache(limit_bytes=0)
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -542,8 +549,8 @@ def list_cache() -> None:
 @cache.command("clear")
 def clear_cache() -> None:
     """Drop everything that is stored; it is computed again when a run needs it."""
-    from transfer.console import Console
     from transfer.feature_cache import FeatureCache
+    from transfer.terminal import Console
 
     stored = FeatureCache(limit_bytes=0)
     freed = stored.clear()
@@ -563,7 +570,8 @@ def main() -> None:
     except TransferError as error:
         if os.environ.get("TRANSFER_DEBUG"):
             raise
-        from transfer.console import Console, error_panel
+        from transfer.console import error_panel
+        from transfer.terminal import Console
 
         Console(stderr=True).print(error_panel(error))
         sys.exit(error.exit_status)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console as RichConsole
-from rich.console import ConsoleOptions, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +25,7 @@ from transfer.events import (
     RunStarted,
     StepEnded,
 )
+from transfer.terminal import Console, printable
 
 if TYPE_CHECKING:
     from transfer.comparison import Comparison
@@ -35,25 +33,6 @@ if TYPE_CHECKING:
 MOST_PIECES_SHOWN = 5
 PLAIN_LINE_SECONDS = 10.0
 """Without a terminal, a line of progress is printed this often."""
-
-
-# What a terminal takes for a command (C0 and C1 without tab and new line), what turns the direction of writing round
-# (CVE-2021-42574), and halves of characters, which no encoding has.
-_UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
-
-
-def printable(text: str) -> str:
-    """Return a text as a terminal may have it: control characters, which a name may hold, stand as their escapes."""
-    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
-
-
-class Console(RichConsole):
-    """A console on which nothing that is shown can command the terminal."""
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Yield what a renderable is made of, with the control characters in its text as their escapes."""
-        for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else printable(text), style, control)
 
 
 def error_panel(error: TransferError) -> Panel:

@@ -52,6 +52,7 @@ ORDER = (
     "fusion",
     "engine",
     "build",
+    "terminal",
     "console",
     "plan",
     "model_folder",

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from transfer import DataError, RunError, Tables, UserError, WeightsError, checkpoint, cli, tables, workflow
 from transfer.config import load_config
-from transfer.console import Console, error_panel, printable
+from transfer.console import error_panel
 from transfer.errors import ConfigError
 from transfer.exporting import export
 from transfer.feature_cache import FeatureCache
@@ -28,6 +28,7 @@ from transfer.model_folder import read_model
 from transfer.new_plugin import new_plugin
 from transfer.registry import load
 from transfer.run_directory import RunDirectory, read_json
+from transfer.terminal import Console, printable
 
 ESCAPE = "\x1b]0;owned\x07\x1b[31m\u202e"
 
