@@ -211,6 +211,13 @@ def test_a_file_without_an_end_is_not_read(run: Path, name: str) -> None:
         read_model(run / "model")
 
 
+@pytest.mark.parametrize("source", ["/dev/zero", "a\0b.png", "~nobody-is-called-so/a.png", "\udc80.png"])
+def test_a_picture_that_is_none_is_refused(source: str) -> None:
+    preprocessing = load("backbone", "resnet18")(weights=None).preprocessing
+    with pytest.raises(DataError, match="picture"):
+        preprocessing.read(source)
+
+
 def test_numbers_of_another_type_are_not_taken_for_weights(run: Path) -> None:
     file = run / "model" / "weights.safetensors"
     save_file({name: tensor.to(torch.int32) for name, tensor in load_file(file).items()}, file)

@@ -226,12 +226,15 @@ class ImagePreprocessing(Preprocessing):
         Raises:
             transfer.DataError: There is no file, or it is no picture.
         """
-        path = Path(source).expanduser()
+        path = Path(source)
         try:
+            path = path.expanduser()
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise OSError("it is no regular file")  # and may have no end
             return open_picture(path.read_bytes(), str(path))
         except FileNotFoundError as error:
             raise DataError("there is no such picture", where=str(path)) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"this picture cannot be read: {error}", where=str(path)) from error
 
     def read_bytes(self, content: bytes) -> Image.Image:
