@@ -123,8 +123,8 @@ def _train_arms(start: Callable[[Observer], Run]) -> None:
 def _shown(start: Callable[[Observer], _T]) -> _T:
     """Show training as it goes, or leave with 130 or 143 where it was interrupted."""
     from transfer.console import RunConsole
-    from transfer.terminal import Console
     from transfer.interruption import Interrupted
+    from transfer.terminal import Console
 
     try:
         with RunConsole(Console()) as observe:
