@@ -54,7 +54,8 @@ function dropped(name, kind) {
     said.textContent = file.name;
     if (kind.startsWith("image/")) {
       const picture = element("img", { alt: "", src: URL.createObjectURL(file) });
-      picture.onload = picture.onerror = () => URL.revokeObjectURL(picture.src);
+      picture.onload = () => URL.revokeObjectURL(picture.src);
+      picture.onerror = () => { URL.revokeObjectURL(picture.src); picture.remove(); };
       area.prepend(picture);
     }
     if (Object.values(model.inputs).length === 1) predict();
