@@ -38,10 +38,12 @@ if TYPE_CHECKING:
         Split,
         Task,
     )
+    from transfer.learning_rate import RangeTest, find_learning_rate
     from transfer.looking import look, look_at_predictions
     from transfer.registry import find_plugin, load_plugin, plugins, register
     from transfer.several import resume_seeds, run_seeds
     from transfer.splits import cut
+    from transfer.sweeping import Sweep, sweep
     from transfer.tables import Tables, TableTarget
     from transfer.targets import class_indices, label_sets
     from transfer.value import measure_value, resume_value
@@ -60,6 +62,7 @@ _MODULES = {
         "WeightsError",
     ),
     "files": ("data_folder", "download", "find_file"),
+    "learning_rate": ("RangeTest", "find_learning_rate"),
     "looking": ("look", "look_at_predictions"),
     "interfaces": (
         "Backbone",
@@ -83,6 +86,7 @@ _MODULES = {
     "value": ("measure_value", "resume_value"),
     "workflow": ("Run", "check", "evaluate", "predict", "resume", "run"),
     "splits": ("cut",),
+    "sweeping": ("Sweep", "sweep"),
     "tables": ("TableTarget", "Tables"),
     "targets": ("class_indices", "label_sets"),
 }
@@ -104,10 +108,12 @@ __all__ = [
     "PluginError",
     "Preprocessing",
     "PrimaryMetric",
+    "RangeTest",
     "Run",
     "RunError",
     "SavedBackbone",
     "Split",
+    "Sweep",
     "TableTarget",
     "Tables",
     "Task",
@@ -124,6 +130,7 @@ __all__ = [
     "evaluate",
     "export",
     "find_file",
+    "find_learning_rate",
     "find_plugin",
     "label_sets",
     "load_plugin",
@@ -139,6 +146,7 @@ __all__ = [
     "run",
     "run_seeds",
     "saved_backbone",
+    "sweep",
 ]
 
 __version__ = "0.1.0"

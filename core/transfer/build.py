@@ -133,7 +133,7 @@ def make_experiment(
         task,
         loaders["train"],
         loaders["validation"],
-        loaders.get("test"),
+        loaders.get("test") if config.train.score_test else None,
         _phases(config, model),
         config.optimizer,
         config.train,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from io import TextIOWrapper
@@ -208,6 +209,69 @@ def evaluate(
         Console(stderr=as_json).print(
             f"predictions: {look_at_predictions(run, split).path}", highlight=False, soft_wrap=True
         )
+
+
+@app.command()
+def sweep(
+    config: ConfigFile,
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="A YAML file: keys of the config and their values.")],
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="The folder in which the sweep makes its own.")] = Path("runs"),
+    processes: Annotated[int, typer.Option(min=1, help="That work on the study together.")] = 1,
+) -> None:
+    """Try out configs of a SPACE; the same command again goes on where it was stopped."""
+    from transfer.console import Console, RunConsole
+    from transfer.interruption import Interrupted
+    from transfer.sweeping import sweep as run_sweep
+
+    console = Console()
+    try:
+        with RunConsole(console) as observe:
+            ended = run_sweep(config, space, overrides or [], output=output, processes=processes, observe=observe)
+    except Interrupted as interruption:
+        print("stopped; the same command goes on", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(interruption.exit_status) from interruption
+    from rich.markdown import Markdown
+
+    report = ended.folder / "report.md"
+    console.print(Markdown(report.read_text(encoding="utf-8")))
+    print(report)  # noqa: T201
+
+
+@app.command("find-lr")
+def find_lr(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    lowest: Annotated[float, typer.Option(help="The learning rate of the first step.")] = 1e-7,
+    highest: Annotated[float, typer.Option(help="The learning rate of the last step.")] = 10.0,
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 100,
+    output: Annotated[Path | None, typer.Option(help="The SVG file; by default NAME-find-lr.svg.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Suggest a learning rate: train the first phase of CONFIG at rates that rise, and draw the loss."""
+    from transfer.console import Console, RunConsole, range_test_table
+    from transfer.learning_rate import find_learning_rate
+
+    with RunConsole(Console(stderr=as_json)) as observe:
+        found = find_learning_rate(
+            config, overrides or [], lowest=lowest, highest=highest, steps=steps, output=output, observe=observe
+        )
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(found) | {"plot": str(found.plot)}))  # noqa: T201
+        return
+    console = Console()
+    console.print(range_test_table(found.rates, found.losses, found.smoothed))
+    console.print(
+        f"suggestion: {found.steepest:.2g}, where the smoothed loss falls fastest; "
+        f"a tenth of the rate at its lowest point is {found.tenth_of_lowest:.2g}\n"
+        f"next: transfer run {config} {shlex.join([*(overrides or []), found.assignment])}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    print(found.plot)  # noqa: T201
 
 
 @app.command()

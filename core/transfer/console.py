@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transfer.comparison import Comparison
 
 MOST_PIECES_SHOWN = 5
+MOST_STEPS_SHOWN = 12
 PLAIN_LINE_SECONDS = 10.0
 """Without a terminal, a line of progress is printed this often."""
 
@@ -113,6 +114,17 @@ def comparison_table(comparison: Comparison) -> Group:
 def metrics_text(metrics: Mapping[str, float]) -> str:
     """Show metrics in one line."""
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def range_test_table(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float]) -> Table:
+    """Show some of the steps of a range test, evenly over the whole."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("learning rate", "loss", "smoothed"):
+        table.add_column(heading, justify="right")
+    shown = min(len(rates), MOST_STEPS_SHOWN)
+    for step in sorted({round(i * (len(rates) - 1) / max(1, shown - 1)) for i in range(shown)}):
+        table.add_row(f"{rates[step]:.1e}", f"{losses[step]:.4f}", f"{smoothed[step]:.4f}")
+    return table
 
 
 def explanation_text(explanation: Mapping[str, Any]) -> Text:
@@ -275,7 +287,7 @@ class RunConsole:
         facts = {
             "best epoch": summary["best_epoch"],
             "validation": metrics_text(summary["validation"]),
-            "test": metrics_text(summary["test"]) if summary["test"] else "the data has no test split",
+            "test": metrics_text(summary["test"]) if summary["test"] else "not scored",
             "parameters": f"{summary['parameters']['trainable']:,} trained of {summary['parameters']['total']:,}",
             "speed": f"{summary['examples_per_second']:,.0f} examples/s, {summary['waiting_for_data']:.0%} of the time "
             f"spent waiting for data, {summary['seconds']:.1f} s in all",

@@ -94,6 +94,10 @@ class TrainingError(TransferError):
     """Training cannot go on: a loss that is not finite, memory that ran out."""
 
 
+class Stopped(TransferError):  # noqa: N818  # nothing went wrong
+    """An observer ends a run after an epoch: what it reached stays, and it can be resumed."""
+
+
 def _rebuild(cls: type[_E], problems: tuple[Problem, ...]) -> _E:
     error = cls.__new__(cls)
     error.problems = problems

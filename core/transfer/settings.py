@@ -185,6 +185,8 @@ class TrainConfig(Block):
         cache_limit_gib: Size of the feature cache on disk; what was used longest ago goes first.
         checkpoint: When the run's state is saved beside once per epoch (every_steps, every_minutes), and how many stay
             (keep).
+        score_test: Score the test split at the end. Without it the validation figures stand alone, as in the trials of
+            a sweep; `transfer evaluate` scores it later.
     """
 
     batch_size: Count | None = 32
@@ -208,6 +210,7 @@ class TrainConfig(Block):
     views: Count | None = None
     cache_limit_gib: Positive = 20.0
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    score_test: bool = True
 
     @property
     def step(self) -> str:

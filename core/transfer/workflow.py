@@ -19,7 +19,7 @@ from transfer.config import RunConfig, load_config
 from transfer.description import DESCRIPTION
 from transfer.engine import evaluate as score
 from transfer.engine import fit
-from transfer.errors import RunError
+from transfer.errors import RunError, Stopped
 from transfer.events import Note, Observer, RunEnded, RunStarted
 from transfer.interfaces import SPLITS
 from transfer.interruption import Signals
@@ -156,6 +156,7 @@ def _train(
                 directory.write_summary(summary)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            status = "stopped" if isinstance(error, Stopped) else status
             with suppress(OSError):  # the disk may be full: what happened is said all the same
                 directory.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
             if isinstance(error, KeyboardInterrupt):
