@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: schema demo test slow soak torchtext plugins check format clean
+.PHONY: demo test slow torchtext soak plugins check format clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
@@ -38,6 +38,7 @@ slow: .venv/ready  ## the tests that take minutes
 torchtext: .venv-torchtext/ready  ## ours against torchtext's parts, and texts, engine and freezing on torch 2.3
 	.venv-torchtext/bin/transfer show tokenizer torchtext
 	.venv-torchtext/bin/python -m pytest tests/text tests/core/test_engine.py tests/core/test_freezing.py tests/core/test_registry.py
+
 soak: .venv/ready  ## kill runs two hundred times and resume them; many minutes
 	$(BIN)/python tests/e2e/kill_harness.py --kills 200
 
