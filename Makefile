@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow torchtext soak plugins check format clean
+.PHONY: schema demo test slow torchtext soak plugins check format clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
