@@ -220,9 +220,10 @@ def sweep(
     processes: Annotated[int, typer.Option(min=1, help="That work on the study together.")] = 1,
 ) -> None:
     """Try out configs of a SPACE; the same command again goes on where it was stopped."""
-    from transfer.console import Console, RunConsole
+    from transfer.console import RunConsole
     from transfer.interruption import Interrupted
     from transfer.sweeping import sweep as run_sweep
+    from transfer.terminal import Console
 
     console = Console()
     try:
@@ -249,8 +250,9 @@ def find_lr(
     as_json: AsJSON = False,
 ) -> None:
     """Suggest a learning rate: train the first phase of CONFIG at rates that rise, and draw the loss."""
-    from transfer.console import Console, RunConsole, range_test_table
+    from transfer.console import RunConsole, range_test_table
     from transfer.learning_rate import find_learning_rate
+    from transfer.terminal import Console
 
     with RunConsole(Console(stderr=as_json)) as observe:
         found = find_learning_rate(
