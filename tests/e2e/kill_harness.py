@@ -169,6 +169,8 @@ class Attempt:
 
 def serve() -> None:
     """Be the zygote: import, then fork for each line of standard input, and say how it ended."""
+    # Whoever is started in the background of a shell ignores Ctrl-C, and so would the attempts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import torchvision  # noqa: F401
 
     import transfer.cli
