@@ -52,8 +52,8 @@ def save(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any],
         digests = {}
         for name, content in tensors.items():
             file = temporary / f"{name}.safetensors"
-            save_file({k: v.detach().contiguous().cpu() for k, v in content.items()}, file)
-            digests[file.name] = _digest_and_flush(file)
+            write_tensors(file, content)
+            digests[file.name] = _digest(file)
         whole = {"format": FORMAT, **state, "sha256": digests}
         write_json(temporary / STATE, whole | {"own_sha256": _digest_of(whole)})  # flushes the folder too
         _put_in_place(temporary, folder, keep)
@@ -139,6 +139,17 @@ def _load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return tensors, state
 
 
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """Write a safetensors file and flush it to the disk.
+
+    Raises:
+        OSError, SafetensorError: It cannot be written.
+    """
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
@@ -169,12 +180,6 @@ def _digest_of(state: Mapping[str, Any]) -> str:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_and_flush(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

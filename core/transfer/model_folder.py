@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from transfer.build import assemble
-from transfer.checkpoint import load_tensors
+from transfer.checkpoint import load_tensors, write_tensors
 from transfer.config import Component, RunConfig, load_component, located
 from transfer.description import DESCRIPTION, WEIGHTS, read_assets, read_description
 from transfer.errors import PluginError, Problem, RunError, damaged
@@ -45,7 +43,7 @@ def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backb
     ``model.json`` is written last: a folder without it is no model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, model.state_dict())
     assets = backbone.assets()
     for name, text in assets.items():
         write_atomically(folder / name, text)

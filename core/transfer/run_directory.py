@@ -220,7 +220,8 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove what a process that was killed had only begun to write, and the summary of the attempt before."""
-        for path in [*self.path.glob(".*.tmp"), *self.model.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
+        # In the model's folder safetensors names its own unfinished file, with a dot before it too.
+        for path in [*self.path.glob(".*.tmp"), *self.model.glob(".*"), *self.checkpoints.glob(".*.tmp")]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (self.path / "summary.json").unlink(missing_ok=True)
 

@@ -108,3 +108,22 @@ def test_it_ends_the_same_to_the_last_bit(
     found = outcome(folder)
     for part, value in expected.items():
         assert found[part] == value, part
+
+
+def test_what_a_killed_process_left_of_the_model_is_no_part_of_it(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in the middle of the weights leaves the file under the name that safetensors writes it to."""
+    expected = outcome(workflow.run(config, output=tmp_path / "whole").folder)
+
+    def half_write(path: Path, tensors: object) -> None:
+        (path.parent / ".tmpqa1x1V").write_bytes(b"\x10")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transfer.model_folder.write_tensors", half_write)
+        with pytest.raises(Killed):
+            workflow.run(config, output=tmp_path / "killed")
+    (folder,) = (tmp_path / "killed").iterdir()
+    workflow.resume(folder)
+    assert outcome(folder)["model"] == expected["model"]
