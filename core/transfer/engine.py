@@ -39,6 +39,8 @@ TELL_SECONDS = 0.2
 """Observers hear of steps this often: computing a metric for them waits for the device."""
 QUICK_BATCHES = 3
 """Batches of each part in a quick try."""
+BRIEF_SECONDS = 2.0
+"""So much training is done again sooner than it is worth a checkpoint: shorter epochs do not each end with one."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train, keep the best epoch by the validation split, score the test split once with it.
 
-    The model ends with the weights of the best epoch. Every epoch writes a line of metrics and the checkpoint ``last``.
+    The model ends with the weights of the best epoch. Every epoch writes a line of metrics and, unless one was written
+    just before, the checkpoint ``last``.
 
     Args:
         experiment: What to train.
@@ -172,6 +175,9 @@ def fit(
     try:
         for number in range(training.state.progress.phase, len(experiment.phases) + 1):
             _train_phase(training, number)
+        if training.unsaved:
+            with signals.held():
+                _save(training)
     except Interrupted as interruption:
         if training.unsaved and not interruption.at_once:
             _save(training)
@@ -403,7 +409,8 @@ def _end_epoch(training: _Training, scores: dict[str, float], validation_seconds
         progress.best = reached
         # Before `last`, which names it: killed in between, the epoch is trained again and ends the same.
         state.save_best(run.checkpoints / "best")
-    _save(training)
+    if experiment.settings.checkpoint.every_steps or time.monotonic() - training.saved >= BRIEF_SECONDS:
+        _save(training)
     run.append_metrics(record)
     training.observe(EpochEnded(record, improved))
 

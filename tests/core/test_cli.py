@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from transfer import TransferError, cli, workflow
+from transfer import TransferError, __main__, cli, workflow
 
 
 def transfer(*arguments: str | Path, prelude: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
@@ -67,7 +67,22 @@ def test_the_installed_command_is_this_one() -> None:
     from importlib import metadata
 
     (entry,) = metadata.entry_points(group="console_scripts", name="transfer")
-    assert entry.load() is cli.main
+    assert entry.load() is __main__.command
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["check", "missing.yaml"], 2)])
+def test_the_process_ends_with_the_status_after_what_packages_do_at_its_end(arguments: list[str], status: int) -> None:
+    code = """
+import atexit, sys
+from transfer.__main__ import command
+sys.argv = ["transfer", *sys.argv[1:]]
+from transfer import cli
+app, cli.app = cli.app, lambda: (atexit.register(print, "said at the end"), app())
+command()
+"""
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == status
+    assert ended.stdout.endswith("said at the end\n")
 
 
 def test_a_mistake_is_a_panel_without_a_traceback(tmp_path: Path) -> None:

@@ -127,3 +127,24 @@ def test_what_a_killed_process_left_of_the_model_is_no_part_of_it(
     (folder,) = (tmp_path / "killed").iterdir()
     workflow.resume(folder)
     assert outcome(folder)["model"] == expected["model"]
+
+
+def test_short_epochs_do_not_each_end_with_a_checkpoint_but_training_does(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    save = checkpoint.save
+
+    def counting(folder: Path, tensors: Any, state: Any, **options: Any) -> None:
+        if folder.name == "last":
+            written.append(len(state["progress"]["records"]))
+        save(folder, tensors, state, **options)
+
+    monkeypatch.setattr(checkpoint, "save", counting)
+    phases = "train.phases=[{epochs: 3}, {epochs: 1, freeze: backbone}]"
+    workflow.run(config, [phases], output=tmp_path)
+    assert written == [4]
+    written.clear()
+    monkeypatch.setattr("transfer.engine.BRIEF_SECONDS", 0.0)
+    workflow.run(config, [phases], output=tmp_path)
+    assert written == [1, 2, 3, 4]
