@@ -13,8 +13,8 @@ from transfer.cli import main
 def command() -> None:
     """Run the command line and end the process.
 
-    Python would take apart, one by one, the half a million objects that torch has made, which takes a second. The system
-    takes back the memory of a process at once.
+    Python would take apart, one by one, the half a million objects that torch has made, which takes a second. The
+    system takes back the memory of a process at once.
     """
     status: object = 1
 
