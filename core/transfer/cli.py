@@ -90,9 +90,12 @@ def resume(run: RunFolder) -> None:
 
 def _train(start: Callable[[Observer], Run]) -> None:
     """Show a run as it goes and say what comes next."""
+    from transfer.launch import place
     from transfer.terminal import Console, printable
 
     ended = _shown(start)
+    if place().rank:
+        return
     Console().print(
         f"next: transfer predict {ended.folder} INPUT...   or   transfer evaluate {ended.folder}",
         highlight=False,
@@ -125,10 +128,11 @@ def _shown(start: Callable[[Observer], _T]) -> _T:
     """Show training as it goes, or leave with 130 or 143 where it was interrupted."""
     from transfer.console import RunConsole
     from transfer.interruption import Interrupted
+    from transfer.launch import place
     from transfer.terminal import Console
 
     try:
-        with RunConsole(Console()) as observe:
+        with RunConsole(Console(quiet=place().rank > 0)) as observe:
             return start(observe)
     except Interrupted as interruption:
         # Typer would make a 1 or 130 of it.
@@ -639,7 +643,8 @@ def main() -> None:
         from transfer.console import error_panel
         from transfer.terminal import Console
 
-        Console(stderr=True).print(error_panel(error))
+        if not error.shown_elsewhere:
+            Console(stderr=True).print(error_panel(error))
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201

@@ -13,11 +13,13 @@ from itertools import chain, islice
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchmetrics import Metric
 
 from transfer import checkpoint, freezing
 from transfer.errors import TrainingError
@@ -28,12 +30,13 @@ from transfer.interfaces import PrimaryMetric, Task
 from transfer.interruption import Interrupted, Signals
 from transfer.loading import Batch, Loader, Timed
 from transfer.mixing import blend
-from transfer.model import Model
+from transfer.model import BATCH_NORM, Model
 from transfer.optim import Group, Schedule, TorchPart, build_optimizer
 from transfer.precision import Precision, autocast
+from transfer.processes import ALONE, LostProcess, Processes
 from transfer.run_directory import RunDirectory
 from transfer.settings import TrainConfig
-from transfer.training_state import EpochSums, Progress, TrainingState
+from transfer.training_state import EpochSums, Progress, TrainingState, nested
 
 TELL_SECONDS = 0.2
 """Observers hear of steps this often: computing a metric for them waits for the device."""
@@ -119,7 +122,7 @@ class _Training:
     """What the steps of the loop share.
 
     Args:
-        experiment, run, observe, signals, accelerator: As handed to :func:`fit`, or made by it.
+        experiment, run, observe, signals, processes, accelerator: As handed to :func:`fit`, or made by it.
         forward: The model, compiled where that is wanted.
         state: All that training changes.
         scored: The model that is validated: the moving average where there is one.
@@ -130,6 +133,7 @@ class _Training:
     run: RunDirectory
     observe: Observer
     signals: Signals
+    processes: Processes
     accelerator: Accelerator
     forward: Callable[..., Tensor]
     state: TrainingState
@@ -138,16 +142,27 @@ class _Training:
     started: float = field(default_factory=time.perf_counter)
     saved: float = field(default_factory=time.monotonic)
     unsaved: bool = False
-    pending: tuple[Tensor, Batch] | None = None
+    pending: tuple[Tensor, npt.NDArray[np.int64]] | None = None
 
     @property
     def seconds(self) -> float:
         """Of the run so far."""
         return self.seconds_before + time.perf_counter() - self.started
 
+    def features(self, loader: Loader, stages: int, *, training: bool = False) -> Source:
+        """Return a split's batches; of several processes the first of each machine fills the feature cache."""
+        with self.signals.at_once(), self.processes.first_here():
+            return self.experiment.features(loader, stages, training=training)
+
 
 def fit(
-    experiment: Experiment, run: RunDirectory, observe: Observer, signals: Signals, *, resume: bool = False
+    experiment: Experiment,
+    run: RunDirectory,
+    observe: Observer,
+    signals: Signals,
+    *,
+    resume: bool = False,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Train, keep the best epoch by the validation split, score the test split once with it.
 
@@ -160,23 +175,35 @@ def fit(
         observe: Is told what happens.
         signals: Are heard between two steps of the optimizer; the state is saved then.
         resume: Go on from the checkpoint ``last``.
+        processes: That train together; each calls this function, and the first one alone writes the run.
 
     Returns:
         The summary: ``best_epoch``, ``validation``, ``test``, ``parameters``, ``cache``, throughput, time and memory.
 
     Raises:
-        TrainingError: The loss is not finite, memory ran out, or a checkpoint cannot be written.
+        TrainingError: The loss is not finite, memory ran out, a checkpoint cannot be written, or another process is
+            gone.
         RunError: The checkpoint is damaged, or does not fit the experiment.
         Interrupted: A signal came.
     """
-    training = _prepare(experiment, run, observe, signals)
-    if resume:
-        _restore(training)
+    try:
+        training = _prepare(experiment, run, observe, signals, processes)
+        if resume:
+            _restore(training)
+        return _train(training)
+    except LostProcess as error:
+        message = error.problems[0].message
+        raise LostProcess(message, fix=f"go on, in as many processes or in one, with: {run.resume_command}") from error
+
+
+def _train(training: _Training) -> dict[str, Any]:
+    """Run what is left of the phases, and score the test split."""
+    experiment, run = training.experiment, training.run
     try:
         for number in range(training.state.progress.phase, len(experiment.phases) + 1):
             _train_phase(training, number)
         if training.unsaved:
-            with signals.held():
+            with training.signals.held():
                 _save(training)
     except Interrupted as interruption:
         if training.unsaved and not interruption.at_once:
@@ -192,28 +219,41 @@ def fit(
     return _finish(training)
 
 
-def _prepare(experiment: Experiment, run: RunDirectory, observe: Observer, signals: Signals) -> _Training:
+def _prepare(
+    experiment: Experiment, run: RunDirectory, observe: Observer, signals: Signals, processes: Processes
+) -> _Training:
     """Put the model on its device and what training changes beside it."""
     settings, model = experiment.settings, experiment.model
     # Accelerate keeps its state for the whole process, and refuses a second run of another precision otherwise.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision)
-    if accelerator.num_processes > 1:
-        raise TrainingError("training in several processes is not supported yet", fix="start it without a launcher")
+    accelerator = Accelerator(
+        mixed_precision="no" if settings.precision == "fp32" else settings.precision,
+        # It takes several processes for single ones otherwise, where there is no GPU.
+        cpu=True if processes.several and not torch.cuda.is_available() else None,
+    )
+    if accelerator.num_processes != processes.own.count:
+        raise TrainingError(
+            f"{accelerator.num_processes} processes were started, and this works in {processes.own.count}",
+            fix="start it without a launcher, or with torchrun",
+        )
     model.to(accelerator.device)
     average = None
     if settings.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))  # type: ignore[no-untyped-call]
-    prepared = accelerator.prepare_model(model)
-    metrics = {name: metric.to(accelerator.device) for name, metric in experiment.task.metrics().items()}
+    # Gradients of several processes are added up below, once per step of the optimizer, whatever a phase freezes.
+    prepared = accelerator.prepare_model(model, evaluation_mode=processes.several)
+    metrics = _metrics(experiment.task, accelerator.device)
     unchanged = experiment.unchanged_stages()
     base = {name: tensor for name, tensor in model.state_dict().items() if model.stage_of(name) in unchanged}
     origin = {**experiment.origin, "base weights": checkpoint.digest(base)}
+    if processes.several:
+        processes.agree({**origin, "initial weights": checkpoint.digest(model.state_dict())})
     return _Training(
         experiment,
         run,
         observe,
         signals,
+        processes,
         accelerator,
         torch.compile(prepared) if settings.compile else prepared,
         TrainingState(model, unchanged, origin, average, accelerator.scaler, metrics),
@@ -224,8 +264,11 @@ def _prepare(experiment: Experiment, run: RunDirectory, observe: Observer, signa
 def _restore(training: _Training) -> None:
     """Go back to the newest checkpoint that is whole; where none was written yet, to the beginning."""
     run, state, observe = training.run, training.state, training.observe
-    if checkpoint.exists(run.checkpoints / "last"):
-        recovered = state.restore(run.checkpoints / "last")
+    folder, processes = run.checkpoints / "last", training.processes
+    # Only the first process need see the run directory.
+    found = processes.from_first(lambda: checkpoint.load(folder) if checkpoint.exists(folder) else None)
+    if found is not None:
+        recovered = state.restore(*found, folder)
         if recovered is not None:
             observe(Note(f"the checkpoint before is used, because the newest is damaged: {recovered}"))
         progress = state.progress
@@ -233,6 +276,8 @@ def _restore(training: _Training) -> None:
     else:
         observe(Note("no checkpoint was written yet: begins again"))
     training.seconds_before = state.progress.seconds
+    if not processes.leads:
+        return
     repaired = run.restore_metrics(state.progress.records)
     if repaired is not None:
         observe(Note(repaired))
@@ -248,8 +293,8 @@ def _train_phase(training: _Training, number: int) -> None:
     if state.average is not None:
         _hold_still(state.average, model, phase.frozen)
     stages = freezing.prefix_length(model, phase.frozen)
-    train = experiment.features(experiment.train, stages, training=True)
-    validation = experiment.features(experiment.validation, stages)
+    train = training.features(experiment.train, stages, training=True)
+    validation = training.features(experiment.validation, stages)
     _report_caches(training, number, train, validation)
     if stages:
         observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
@@ -283,6 +328,8 @@ def _train_phase(training: _Training, number: int) -> None:
             observe,
             "validation",
             experiment.most_batches,
+            processes=training.processes,
+            signals=training.signals,
         )
         with training.signals.held():
             _end_epoch(training, scores, time.perf_counter() - validation_started)
@@ -304,7 +351,8 @@ def _train_epoch(training: _Training, train: Source, optimizer: Any) -> None:
     seconds_before, waiting_before, examples_before = sums.seconds, sums.waiting_seconds, sums.examples
     started = told = time.perf_counter()
     left = len(sizes) - sums.batches
-    batches = Timed(train.loader.epoch(progress.epochs, first=sums.batches, most=left))
+    share = training.processes.share if training.processes.several else None
+    batches = Timed(train.loader.epoch(progress.epochs, first=sums.batches, most=left, share=share))
 
     for batch in batches:  # waiting for it may be interrupted: nothing is half done then
         with signals.held():
@@ -316,12 +364,13 @@ def _train_epoch(training: _Training, train: Source, optimizer: Any) -> None:
             sums.waiting_seconds = waiting_before + batches.seconds
             if _save_is_due(training, sums.batches) and sums.batches < len(sizes):
                 _save(training)
-        known = sums.examples - (len(training.pending[1].indices) if training.pending else 0)
+        known = sums.examples - (len(training.pending[1]) if training.pending else 0)
         if known and now - told >= TELL_SECONDS:
             told = now
             value = (primary, float(metrics[primary].compute()))
             speed = (sums.examples - examples_before) / (now - started)
             training.observe(StepEnded(sums.batches, sums.loss_sum / known, value, speed))
+        signals.heed()
     _settle(training)
     sums.seconds = seconds_before + time.perf_counter() - started
 
@@ -331,13 +380,14 @@ def _optimizer_step(
 ) -> None:
     """Make one step of the optimizer from the gradients of one or more batches, and count them."""
     experiment, accelerator, state = training.experiment, training.accelerator, training.state
+    processes, model = training.processes, experiment.model
     settings, task, sums = experiment.settings, experiment.task, state.progress.epoch
     # The batches between two steps of the optimizer weigh as one batch of all their examples.
     together = sum(sizes[sums.batches : sums.batches + settings.accumulate])
     for on_cpu in batches:
         batch = on_cpu.to(accelerator.device)
         # Dropout is a function of the seed and the batch, whatever has drawn random numbers in between.
-        _seed_step(accelerator.device, experiment.seed, state.progress.batches + sums.batches + 1)
+        _seed_step(accelerator.device, experiment.seed, state.progress.batches + sums.batches + 1, processes.own.rank)
         with _memory(len(batch.indices)):
             inputs, mixed = batch.inputs, None
             if settings.mix is not None:
@@ -349,31 +399,42 @@ def _optimizer_step(
             losses = task.loss(outputs, batch.targets)
             if mixed is not None:
                 losses = mixed.loss(losses, task.loss(outputs, batch.targets[mixed.partners]))
+            if batch.whole is not None:
+                losses = losses[: processes.counted(len(batch.whole))]
             loss = losses.sum() / together
             # Without loss scaling accelerate's backward and step only add checks, at half a millisecond each.
             if accelerator.scaler is None:
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
                 accelerator.backward(loss)
-        outputs = outputs.detach()
+        losses, predictions = losses.detach(), task.predictions(outputs.detach())
+        targets, indices = batch.targets, batch.indices
+        if batch.whole is not None:
+            indices = batch.whole
+            losses, predictions, targets = processes.gather(len(indices), losses, predictions, targets)
         for metric in state.metrics.values():
-            metric.update(task.predictions(outputs), batch.targets)
+            metric.update(predictions, targets)
         # .item() waits for the device, so it reads the loss of the batch before, which has long been computed.
         _settle(training)
-        training.pending = (losses.detach().sum(), batch)
-        sums.batches, sums.examples = sums.batches + 1, sums.examples + len(batch.indices)
+        training.pending = (losses.sum(), indices)
+        sums.batches, sums.examples = sums.batches + 1, sums.examples + len(indices)
 
+    if processes.several:
+        # Running statistics move by a linear rule: the mean of the processes' is that of their batches' statistics.
+        norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.training]
+        statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+        processes.add_up([parameter for parameter in model.parameters() if parameter.requires_grad], statistics)
     if settings.clip_norm is not None:
         if accelerator.scaler is not None:
             # Of this optimizer alone: accelerate's own clipping unscales those of earlier phases with it.
             accelerator.unscale_gradients(optimizer)
-        torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
     assert state.schedule is not None
     state.schedule.after_step()
     if state.average is not None:
-        state.average.update_parameters(experiment.model)
+        state.average.update_parameters(model)
     training.unsaved = True
 
 
@@ -407,11 +468,13 @@ def _end_epoch(training: _Training, scores: dict[str, float], validation_seconds
         progress.phase_best = reached
     if improved:
         progress.best = reached
-        # Before `last`, which names it: killed in between, the epoch is trained again and ends the same.
-        state.save_best(run.checkpoints / "best")
+        if training.processes.leads:
+            # Before `last`, which names it: killed in between, the epoch is trained again and ends the same.
+            state.save_best(run.checkpoints / "best")
     if experiment.settings.checkpoint.every_steps or time.monotonic() - training.saved >= BRIEF_SECONDS:
         _save(training)
-    run.append_metrics(record)
+    if training.processes.leads:
+        run.append_metrics(record)
     training.observe(EpochEnded(record, improved))
 
 
@@ -419,7 +482,8 @@ def _save(training: _Training) -> None:
     """Write the checkpoint ``last``."""
     _settle(training)
     training.state.progress.seconds = training.seconds
-    training.state.save(training.run.checkpoints / "last", training.experiment.settings.checkpoint.keep)
+    if training.processes.leads:
+        training.state.save(training.run.checkpoints / "last", training.experiment.settings.checkpoint.keep)
     training.saved, training.unsaved = time.monotonic(), False
 
 
@@ -453,21 +517,32 @@ def _report_caches(training: _Training, number: int, train: Source, validation: 
 
 def _finish(training: _Training) -> dict[str, Any]:
     """Score the test split with the best epoch's weights, and sum up."""
-    experiment, progress = training.experiment, training.state.progress
+    experiment, progress, processes = training.experiment, training.state.progress, training.processes
     model, task = experiment.model, experiment.task
-    tensors, best = checkpoint.load(training.run.checkpoints / "best")
+    tensors, best = processes.from_first(lambda: checkpoint.load(training.run.checkpoints / "best"))
     if progress.best is None or best["epoch"] != progress.best["epoch"]:
         text = f"the weights of the best epoch are damaged: those of epoch {best['epoch']} are taken"
         training.observe(Note(f"{text}: {best.get('recovered')}"))
     model.load_state_dict(tensors["model"], strict=False)  # without the stages that never changed
     caches, test = progress.caches, None
     if experiment.test is not None:
-        loader = experiment.features(experiment.test, experiment.always_frozen())
+        loader = training.features(experiment.test, experiment.always_frozen())
         caches = [*caches, {"split": "test", **loader.report}]
         kept: list[tuple[Tensor, ...]] = []
         precision, most = experiment.settings.precision, experiment.most_batches
-        test = evaluate(model, task, loader, precision, training.observe, "test", most, kept)
-        if most is None:
+        test = evaluate(
+            model,
+            task,
+            loader,
+            precision,
+            training.observe,
+            "test",
+            most,
+            kept if processes.leads else None,
+            processes=processes,
+            signals=training.signals,
+        )
+        if most is None and processes.leads:
             indices, predictions, targets = (torch.cat(parts) for parts in zip(*kept, strict=True))
             order = indices.argsort()
             training.run.write_predictions(predictions[order], targets[order])
@@ -498,30 +573,41 @@ def evaluate(
     split: str,
     most_batches: int | None = None,
     kept: list[tuple[Tensor, ...]] | None = None,
+    *,
+    processes: Processes = ALONE,
+    signals: Signals | None = None,
 ) -> dict[str, float]:
     """Return the mean loss and the metrics of a split, in eval mode and without gradients.
 
-    Indices, predictions and targets of each batch are appended to ``kept``, on the CPU.
+    Indices, predictions and targets of each batch are appended to ``kept``, on the CPU. Several processes compute
+    a share of every batch each, and return the same.
     """
     device = next(model.parameters()).device
-    metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
+    metrics = _metrics(task, device)
+    share = processes.share if processes.several else None
     examples, loss_sum = 0, torch.zeros((), dtype=torch.float64, device=device)
     observe(EvaluationStarted(split, min(len(source.loader), most_batches or sys.maxsize)))
     model.eval()
     with torch.inference_mode():
-        for step, on_cpu in enumerate(source.loader.epoch(most=most_batches), 1):
+        for step, on_cpu in enumerate(source.loader.epoch(most=most_batches, share=share), 1):
             batch = on_cpu.to(device)
             with _memory(len(batch.indices)), autocast(precision, device):
                 outputs = model(batch.inputs, source.first_stage)
             outputs = outputs.float()
-            loss_sum += task.loss(outputs, batch.targets).sum()
-            predictions = task.predictions(outputs)
+            losses, predictions = task.loss(outputs, batch.targets), task.predictions(outputs)
+            targets, indices = batch.targets, batch.indices
+            if batch.whole is not None:
+                indices = batch.whole
+                losses, predictions, targets = processes.gather(len(indices), losses, predictions, targets)
+            loss_sum += losses.sum()
             for metric in metrics.values():
-                metric.update(predictions, batch.targets)
+                metric.update(predictions, targets)
             if kept is not None:
-                kept.append((torch.from_numpy(on_cpu.indices), predictions.cpu(), on_cpu.targets))
-            examples += len(batch.indices)
+                kept.append((torch.from_numpy(indices), predictions.cpu(), targets.cpu()))
+            examples += len(indices)
             observe(EvaluationStep(step))
+            if signals is not None:
+                signals.heed()
     scores = {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
     broken = [name for name, value in scores.items() if not math.isfinite(value)]
     if broken:
@@ -530,6 +616,18 @@ def evaluate(
             fix="look for values that are not finite in the data, or lower the learning rate",
         )
     return scores
+
+
+def _metrics(task: Task, device: torch.device) -> dict[str, Metric]:
+    """Return a task's metrics, which see every example in every process and so have nothing to ask of the others."""
+    metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
+    for _, metric in nested(metrics):
+        metric.distributed_available_fn = _never
+    return metrics
+
+
+def _never() -> bool:
+    return False
 
 
 def _hold_still(average: AveragedModel, model: Model, frozen: Frozen) -> None:
@@ -541,9 +639,10 @@ def _hold_still(average: AveragedModel, model: Model, frozen: Frozen) -> None:
                 averaged[name].copy_(parameter)
 
 
-def _seed_step(device: torch.device, seed: int, step: int) -> None:
+def _seed_step(device: torch.device, seed: int, step: int, rank: int) -> None:
     """Seed the generators that a model draws from; torch.manual_seed would look for every kind of device."""
-    value = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+    parts = (seed, step, rank) if rank else (seed, step)
+    value = int(np.random.SeedSequence(parts).generate_state(1)[0])
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
@@ -553,7 +652,7 @@ def _settle(training: _Training) -> None:
     """Add the loss of the batch before to the sum, and stop where it is not finite."""
     if training.pending is None:
         return
-    (total, batch), training.pending = training.pending, None
+    (total, indices), training.pending = training.pending, None
     value, progress = total.item(), training.state.progress
     if not math.isfinite(value):
         assert training.state.optimizer is not None
@@ -561,7 +660,7 @@ def _settle(training: _Training) -> None:
         raise TrainingError(
             f"the loss of epoch {progress.epochs + 1}, step {progress.epoch.batches} is {value}: "
             f"learning rates {rates}, "
-            f"examples {batch.indices[:16].tolist()}{'...' if len(batch.indices) > 16 else ''} of the training split",
+            f"examples {indices[:16].tolist()}{'...' if len(indices) > 16 else ''} of the training split",
             fix="lower the learning rate, or look at these examples; the checkpoint `best` holds the best epoch so far",
         )
     progress.epoch.loss_sum += value

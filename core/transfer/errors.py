@@ -40,6 +40,8 @@ class TransferError(Exception):
     """Base of every error that this framework raises on purpose; the run failed (exit status 1)."""
 
     exit_status = 1
+    shown_elsewhere = False
+    """Another process of the same run shows what is wrong; this one ends with the same status and says nothing."""
 
     def __init__(
         self, message: str, *, where: str | None = None, available: Iterable[str] = (), fix: str | None = None

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from transfer.errors import TrainingError, TransferError
-from transfer.loading import Batch, Loader, move
+from transfer.loading import Batch, Loader, Share, move
 from transfer.model import Model
 from transfer.precision import Precision, autocast
 from transfer.run_directory import flush_folder, read_json, write_json
@@ -119,14 +119,17 @@ class CachedLoader:
         """Return the number of batches of an epoch."""
         return self.loader.count(epoch)
 
-    def epoch(self, epoch: int = 0, *, first: int = 0, most: int | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int = 0, *, first: int = 0, most: int | None = None, share: Share | None = None
+    ) -> Iterator[Batch]:
         """Yield the batches of an epoch, as :meth:`transfer.loading.Loader.epoch`."""
         views = np.zeros(len(self.split), dtype=np.int64)
         if len(self.views) > 1:
             views = np.random.default_rng((self.loader.seed, epoch, 1)).integers(len(self.views), size=len(self.split))
-        for indices in self.loader.plan(epoch)[first:][:most]:
+        for whole in self.loader.plan(epoch)[first:][:most]:
+            indices = whole if share is None else share(whole)
             targets = torch.as_tensor(self.split.targets[indices])
-            yield Batch(self._take(indices, views[indices]), targets, indices)
+            yield Batch(self._take(indices, views[indices]), targets, indices, None if share is None else whole)
 
     def _take(self, indices: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> Any:
         if len(self.views) == 1:

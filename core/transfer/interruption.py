@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
@@ -30,11 +30,16 @@ class Signals:
 
     Outside the main thread, where Python cannot take signals, it does nothing; a signal that is ignored (``nohup``)
     stays ignored.
+
+    Args:
+        agree: Where several processes train together: returns the largest of the numbers that they have. They stop at
+            the same place then, where all of them :meth:`heed`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
+        self._agree = agree
         self._received: int | None = None
-        self._holding = False
+        self._holding = agree is not None
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -53,13 +58,31 @@ class Signals:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Finish what is inside before a signal is heard."""
-        self._holding = True
+        before, self._holding = self._holding, True
         try:
             yield
         finally:
-            self._holding = False
-        if self._received is not None:
+            self._holding = before
+        if not before and self._received is not None:
             raise Interrupted(self._received)
+
+    def heed(self) -> None:
+        """Where several processes train together: stop, all at the same place, if any of them was asked to."""
+        if self._agree is not None:
+            number = self._agree(self._received or 0)
+            if number:
+                raise Interrupted(number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Hear a signal at once inside: where several processes train, and this one may work or wait for long."""
+        before, self._holding = self._holding, False
+        try:
+            if before and self._received is not None:
+                raise Interrupted(self._received)
+            yield
+        finally:
+            self._holding = before
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:

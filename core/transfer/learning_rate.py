@@ -21,6 +21,7 @@ from transfer.engine import Experiment
 from transfer.errors import RunError, TrainingError
 from transfer.events import Note, Observer
 from transfer.feature_cache import Source
+from transfer.launch import refuse_several
 from transfer.loading import Batch
 from transfer.mixing import blend
 from transfer.optim import Group, build_optimizer
@@ -88,6 +89,7 @@ def find_learning_rate(
         UserError: The config, the data or the weights are not right, or the bounds are none.
         TrainingError: The loss was not finite before it could be judged.
     """
+    refuse_several("transfer find-lr")
     if not 0 < lowest < highest < math.inf or steps < LEAST_STEPS:
         message = f"a range test from {lowest:g} to {highest:g} in {steps} steps"
         raise RunError(f"{message} cannot be made", fix=f"rates rise from above zero, in {LEAST_STEPS} steps or more")

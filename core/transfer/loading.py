@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from transfer.errors import DataError
 from transfer.interfaces import Preprocessing, Split
+from transfer.launch import place
 from transfer.memory import available_bytes
 
 BUCKET_BATCHES = 50
 """Batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
+Share = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+"""Which examples of a batch this process computes, where several share each batch."""
 MEASURED_EXAMPLES = 8
 """Whose size tells whether the encoded values of a split fit into memory."""
 
@@ -35,15 +38,17 @@ class Batch:
         inputs: The backbone's input: a tensor or a tuple of tensors, batch first.
         targets: int64 (B,) or float32 (B, C).
         indices: int64 (B,), the examples' places in their split.
+        whole: The same of the whole batch, where these are one process's share of it.
     """
 
     inputs: Any
     targets: Tensor
     indices: npt.NDArray[np.int64]
+    whole: npt.NDArray[np.int64] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        return Batch(move(self.inputs, device), self.targets.to(device, non_blocking=True), self.indices)
+        return Batch(move(self.inputs, device), self.targets.to(device, non_blocking=True), self.indices, self.whole)
 
 
 def move(inputs: Any, device: torch.device) -> Any:
@@ -148,15 +153,19 @@ class Loader:
         other.examples.keeps = augment  # one of several views
         return other
 
-    def epoch(self, epoch: int = 0, *, first: int = 0, most: int | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int = 0, *, first: int = 0, most: int | None = None, share: Share | None = None
+    ) -> Iterator[Batch]:
         """Yield the batches of an epoch.
 
         Args:
             epoch: Which one, counted from 0 over the whole run.
             first: Batches to leave out at the beginning (a run that goes on).
             most: Yield no more than this many.
+            share: Load of each batch this process's share alone.
         """
-        batches = self.plan(epoch)[first:][:most]
+        whole = self.plan(epoch)[first:][:most]
+        batches = whole if share is None else [share(batch) for batch in whole]
         self.examples.measure()
         loader: DataLoader[Any] = DataLoader(
             self.examples,
@@ -167,10 +176,10 @@ class Loader:
             generator=torch.Generator(),  # it draws from this one, not from the model's
             worker_init_fn=_ignore_signals,
         )
-        for batch in loader:
+        for number, batch in enumerate(loader):
             if isinstance(batch, DataError):
                 raise batch
-            yield batch
+            yield batch if share is None else replace(batch, whole=whole[number])
 
     @property
     def _most_tokens(self) -> int:
@@ -228,7 +237,8 @@ class _Kept:
 
     Args:
         count: Examples of the split.
-        limit_bytes: For all of them; None: half of what is available when they are measured.
+        limit_bytes: For all of them; None: half of what is available when they are measured, divided by the processes
+            that train together on this machine.
     """
 
     def __init__(self, count: int, limit_bytes: int | None) -> None:
@@ -245,7 +255,7 @@ class _Kept:
     def measure(self, some: Mapping[int, Any]) -> None:
         """Decide by the size of some values, by their index, whether all are kept."""
         self.measured = True
-        limit = available_bytes() // 2 if self._limit_bytes is None else self._limit_bytes
+        limit = available_bytes() // 2 // place().local_count if self._limit_bytes is None else self._limit_bytes
         if sum(map(_bytes, some.values())) / len(some) * self._count <= limit:
             self._room_bytes = limit
             for index, value in some.items():

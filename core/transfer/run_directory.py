@@ -276,14 +276,15 @@ class RunDirectory:
         write_json(self.path / "summary.json", summary)
 
 
-def environment(device: str, distributions: Mapping[str, str]) -> dict[str, Any]:
-    """Return versions, git revision, device, threads and folder: what figures may depend on beside config and data."""
+def environment(device: str, distributions: Mapping[str, str], processes: int = 1) -> dict[str, Any]:
+    """Return what figures may depend on beside config and data: versions, git revision, device, processes and so on."""
     names = ("torch", "torchvision", "accelerate", "numpy", "tokenizers", "safetensors", "torchmetrics")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "folder": str(Path.cwd()),
         "git_revision": _git_revision(),
         "versions": {name: version for name in names if (version := _version(name))} | dict(distributions),
@@ -292,7 +293,7 @@ def environment(device: str, distributions: Mapping[str, str]) -> dict[str, Any]
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say what differs between two environments."""
-    old, new = ({**e, **e.get("versions", {})} for e in (before, now))
+    old, new = ({"processes": 1, **e, **e.get("versions", {})} for e in (before, now))
     names = [name for name in new if name != "versions"]
     return [f"{name} {old.get(name)} -> {new[name]}" for name in names if old.get(name) != new[name]]
 

@@ -18,6 +18,7 @@ from transfer.build import preflight
 from transfer.config import RunConfig, load_config
 from transfer.errors import RunError, UserError
 from transfer.events import Note, Observer
+from transfer.launch import refuse_several
 from transfer.run_directory import FORMAT, RunDirectory, read_json, write_json
 from transfer.statistics import Spread, spread
 from transfer.workflow import Config, Run, resume, run_in, silent
@@ -70,6 +71,7 @@ def run_seeds(
         UserError: The config, the data or the weights are not right.
         TrainingError: Training cannot go on; :func:`resume_seeds` does.
     """
+    refuse_several("training with several seeds")
     checked = load_config(config, overrides)
     preflight(checked)
     numbers = seeds_of(checked, seeds)
@@ -85,6 +87,7 @@ def resume_seeds(folder: str | Path, *, observe: Observer = silent) -> Run:
         UserError: It is no folder of seeds, or another process writes into it.
         TrainingError: Training cannot go on.
     """
+    refuse_several("training with several seeds")
     path = Path(folder)
     manifest = read_json(path / MANIFEST, f"{path} is no folder of seeds", "give the folder that was printed last")
     return train_seeds(

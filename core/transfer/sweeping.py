@@ -31,6 +31,7 @@ from transfer.config import located
 from transfer.document import Document, read_document
 from transfer.errors import ConfigError, Problem, RunError, Stopped, TrainingError, UserError, nearest
 from transfer.events import EpochEnded, Event, Note, Observer, RunStarted
+from transfer.launch import refuse_several
 from transfer.run_directory import read_json, write_atomically, write_json
 from transfer.schema import Block, validate
 from transfer.settings import Count
@@ -324,6 +325,7 @@ def sweep(
         UserError: Config, space, data or weights are not right, or the folder holds another sweep.
         TrainingError: No trial succeeded.
     """
+    refuse_several("a sweep")
     optuna = _optuna()
     space = read_space(space_file)
     metric = check_space(config, space, overrides)

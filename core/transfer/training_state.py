@@ -154,15 +154,19 @@ class TrainingState:
         state = {"origin": self.origin, **(self.progress.best or {})}
         checkpoint.save(folder, {"model": self.weights(scored)}, state)
 
-    def restore(self, folder: Path) -> str | None:
+    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], folder: Path) -> str | None:
         """Go back to a checkpoint; return why it was not the newest, if so.
 
         Optimizer and schedule are put back when their phase begins.
 
+        Args:
+            tensors: What :func:`transfer.checkpoint.load` has read.
+            state: The same.
+            folder: From where.
+
         Raises:
-            RunError: There is none that is whole, or it was written by a run of other data or other base weights.
+            RunError: It was written by a run of other data or other base weights.
         """
-        tensors, state = checkpoint.load(folder)
         with damaged("the checkpoint does not fit the run", str(folder), _BEGIN_AGAIN):
             self._take(tensors, state, folder)
         recovered: str | None = state.get("recovered")
@@ -184,7 +188,7 @@ class TrainingState:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress.of(state["progress"])
-        for path, metric in _metrics(self.metrics):
+        for path, metric in nested(self.metrics):
             _restore_metric(metric, path, tensors["metrics"], state["metric_updates"][path])
         self._found = tensors, state, folder
 
@@ -217,7 +221,7 @@ def load_weights(
     module.load_state_dict(tensors, strict=False)  # without the stages that never change
 
 
-def _metrics(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, Metric]]:
+def nested(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, Metric]]:
     """Yield metrics and the metrics inside them by path."""
     for name, metric in metrics.items():
         for path, module in metric.named_modules():
@@ -229,7 +233,7 @@ def _metric_states(metrics: Mapping[str, Metric]) -> tuple[dict[str, Any], dict[
     """Return how often metrics were updated, with the lengths of states that are lists, and the states' tensors."""
     counts: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    for path, metric in _metrics(metrics):
+    for path, metric in nested(metrics):
         lengths = {}
         for name, value in metric.metric_state.items():
             if isinstance(value, list):

@@ -17,6 +17,7 @@ from transfer.config import RunConfig, load_config
 from transfer.errors import UserError
 from transfer.events import Note, Observer
 from transfer.interfaces import Task
+from transfer.launch import refuse_several
 from transfer.run_directory import FORMAT, RunDirectory, read_json, write_json
 from transfer.several import removed_if_nothing_ran, saying_how_it_ended, seeds_of, spread_json, train_seeds
 from transfer.statistics import spread
@@ -68,6 +69,7 @@ def measure_value(
         UserError: The config, the data or the weights are not right, or nothing in the config is pretrained.
         TrainingError: Training cannot go on; :func:`resume_value` does.
     """
+    refuse_several("transfer value")
     checked = load_config(config, overrides)
     numbers = seeds_of(checked, seeds)
     arms = _arms(checked, preflight(checked))
@@ -92,6 +94,7 @@ def resume_value(folder: str | Path, *, observe: Observer = silent) -> Run:
         UserError: It is no such folder, or another process writes into it.
         TrainingError: Training cannot go on.
     """
+    refuse_several("transfer value")
     path = Path(folder)
     manifest = read_json(path / VALUE, f"{path} is not of `transfer value`", "give the folder that was printed last")
     if manifest["status"] == "complete":

@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from transfer.errors import RunError, Stopped
 from transfer.events import Note, Observer, RunEnded, RunStarted
 from transfer.interfaces import SPLITS
 from transfer.interruption import Signals
+from transfer.launch import lacks_a_launcher
 from transfer.loading import encode
 from transfer.model_folder import LoadedModel, find_model, read_model, write_model
+from transfer.processes import ALONE, Processes, joined
 from transfer.registry import IN_PROCESS
 from transfer.run_directory import RunDirectory, changes, environment, read_json
 from transfer.splits import digest
@@ -73,6 +75,8 @@ def run(
 ) -> Run:
     """Train what a config says and return the run.
 
+    Several processes that a launcher started (``torchrun``) train it together; the first one alone writes and observes.
+
     Args:
         config: The path of a YAML file, or the config as plain data.
         overrides: ``path.to.key=value`` each.
@@ -84,21 +88,44 @@ def run(
         UserError: The config, the data or the weights are not right; nothing has been written.
         TrainingError: Training cannot go on; the run directory holds what was reached.
     """
-    checked = load_config(config, overrides)
-    return run_in(lambda: RunDirectory.create(Path(output), checked.name), checked, quick=quick, observe=observe)
+    with joined() as processes:
+        checked = load_config(config, overrides)
+
+        def make() -> RunDirectory:
+            return RunDirectory.create(Path(output), checked.name)
+
+        return run_in(make, checked, quick=quick, observe=observe, processes=processes)
 
 
-def run_in(make_directory: Callable[[], RunDirectory], config: RunConfig, *, quick: bool, observe: Observer) -> Run:
+def run_in(
+    make_directory: Callable[[], RunDirectory],
+    config: RunConfig,
+    *,
+    quick: bool,
+    observe: Observer,
+    processes: Processes = ALONE,
+) -> Run:
     """Train what a checked config says in the folder that is made once everything is loaded (:func:`run`)."""
     if quick:
         config = config.quick()
-    built = build(config, observe, quick=quick)
-    directory = make_directory()
-    with directory.locked():
-        # The config comes last: a folder without it is no run.
-        directory.write_environment(_environment(config), quick=quick)
-        directory.write_config(config.plain)
-        return _train(config, built, directory, observe, quick=quick, resume=False)
+    built, observe = _build(config, observe, processes, quick=quick)
+    directory = RunDirectory(processes.from_first(lambda: make_directory().path))
+    with directory.locked() if processes.leads else nullcontext():
+        if processes.leads:
+            # The config comes last: a folder without it is no run.
+            directory.write_environment(_environment(config, processes), quick=quick)
+            directory.write_config(config.plain)
+        return _train(config, built, directory, observe, processes, quick=quick, resume=False)
+
+
+def _build(config: RunConfig, observe: Observer, processes: Processes, *, quick: bool) -> tuple[Built, Observer]:
+    """Build an experiment, and return it with who is told of it: nobody, of all processes but the first."""
+    observe = observe if processes.leads else silent
+    if lacks_a_launcher():
+        text = "accelerate launch --cpu starts several processes through mpirun alone: this one trains by itself"
+        observe(Note(f"{text}; torchrun --nproc-per-node N -m transfer ... starts N"))
+    with processes.first_here():  # what it downloads or prepares the others find
+        return build(config, observe, quick=quick), observe
 
 
 def resume(run: str | Path, *, observe: Observer = silent) -> Run:
@@ -116,49 +143,70 @@ def resume(run: str | Path, *, observe: Observer = silent) -> Run:
             not what they were.
         TrainingError: Training cannot go on.
     """
-    directory = RunDirectory.open(run)
-    with directory.locked():
-        if directory.complete:
-            observe(Note(f"{directory.path} is complete: there is nothing to do"))
-            return Run(directory.path, directory.summary())
-        config = load_config(directory.config())
-        before = directory.environment()
+    with joined() as processes, ExitStack() as stack:
+
+        def find() -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+            directory = RunDirectory.open(run)
+            stack.enter_context(directory.locked())
+            if directory.complete:
+                return directory.path, {}, {}, directory.summary()
+            return directory.path, directory.config(), directory.environment(), None
+
+        path, plain, before, summary = processes.from_first(find)
+        directory = RunDirectory(path)
+        if summary is not None:
+            if processes.leads:
+                observe(Note(f"{path} is complete: there is nothing to do"))
+            return Run(path, summary)
+        config = load_config(plain)
         quick = bool(before.get("quick"))
         if quick:
             config = config.quick()
-        different = changes(before, _environment(config))
-        if different:
+        different = changes(before, _environment(config, processes))
+        if different and processes.leads:
             observe(
                 Note("not the same as when the run began; results may differ in the last bits: " + "; ".join(different))
             )
-        built = build(config, observe, quick=quick)
-        directory.sweep()
-        directory.note_resume(different)
-        return _train(config, built, directory, observe, quick=quick, resume=True)
+        built, observe = _build(config, observe, processes, quick=quick)
+        if processes.leads:
+            directory.sweep()
+            directory.note_resume(different)
+        return _train(config, built, directory, observe, processes, quick=quick, resume=True)
 
 
 def _train(
-    config: RunConfig, built: Built, directory: RunDirectory, observe: Observer, *, quick: bool, resume: bool
+    config: RunConfig,
+    built: Built,
+    directory: RunDirectory,
+    observe: Observer,
+    processes: Processes,
+    *,
+    quick: bool,
+    resume: bool,
 ) -> Run:
     """Train in a run directory, from the beginning or from its checkpoint, to its summary."""
     epochs = sum(phase.epochs for phase in built.experiment.phases)
     primary_metric = built.experiment.task.primary_metric.name
-    observe(RunStarted(directory.path, _facts(config, built, _device()), epochs, primary_metric))
-    with Signals() as signals:
+    device = _device() + (f", {processes.own.count} processes" if processes.several else "")
+    observe(RunStarted(directory.path, _facts(config, built, device), epochs, primary_metric))
+    with Signals(processes.largest if processes.several else None) as signals:
         try:
-            fitted = fit(built.experiment, directory, observe, signals, resume=resume)
+            fitted = fit(built.experiment, directory, observe, signals, resume=resume, processes=processes)
             summary = {"status": "complete", "quick": quick, **fitted}
             summary |= {"examples": {name: len(loader.split) for name, loader in built.loaders.items()}}
             summary |= {"data": built.classes, "learned": built.learned, "pretrained": built.pretrained}
             summary |= {"digests": {name: digest({name: loader.split}) for name, loader in built.loaders.items()}}
             with signals.held():
-                write_model(directory.model, config, built.data, built.backbone, built.experiment.model)
-                directory.write_summary(summary)
+                if processes.leads:
+                    write_model(directory.model, config, built.data, built.backbone, built.experiment.model)
+                    directory.write_summary(summary)
+                processes.wait()
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             status = "stopped" if isinstance(error, Stopped) else status
             with suppress(OSError):  # the disk may be full: what happened is said all the same
-                directory.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
+                if processes.leads:
+                    directory.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
             if isinstance(error, KeyboardInterrupt):
                 observe(Note(f"interrupted; go on with: {directory.resume_command}"))
             raise
@@ -280,10 +328,11 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def _environment(config: RunConfig) -> dict[str, Any]:
+def _environment(config: RunConfig, processes: Processes) -> dict[str, Any]:
     """Return what figures may depend on beside config and data, the plugins' distributions included."""
     plugins = [c.plugin for c in (config.data, config.backbone, config.head, config.task)]
-    return environment(_device(), {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS})
+    distributions = {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS}
+    return environment(_device(), distributions, processes.own.count)
 
 
 def _facts(config: RunConfig, built: Built, device: str) -> dict[str, str]:

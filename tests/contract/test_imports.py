@@ -15,10 +15,12 @@ PLUGINS = ROOT / "plugins"
 # Each module may import those that stand before it, and no other.
 ORDER = (
     "errors",
+    "launch",
     "memory",
     "statistics",
     "new_plugin",
     "interruption",
+    "processes",
     "files",
     "document",
     "interfaces",

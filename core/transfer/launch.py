@@ -1,0 +1,84 @@
+"""Where this process stands among those that a launcher started; read from the environment, which launchers fill."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from transfer.errors import UserError
+
+# torchrun and accelerate, then the MPIs that `accelerate launch --mpirun_hostfile` starts.
+_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+_LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+_SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among those that were started together.
+
+    Args:
+        rank: Its number, from 0, over all machines.
+        count: How many there are.
+        local_rank, local_count: The same on this machine alone.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+
+def place() -> Place:
+    """Return this process's place; alone where no launcher says otherwise, or none says where the processes meet."""
+    count, rank = _number(_COUNT, 1), _number(_RANK, 0)
+    if count == 1 or "MASTER_ADDR" not in os.environ:
+        return Place()
+    return Place(rank, count, _number(_LOCAL_RANK, rank), _number(_LOCAL_COUNT, count))
+
+
+def refuse_several(what: str) -> None:
+    """Refuse to do in several processes what only one does.
+
+    Raises:
+        UserError: A launcher has started several.
+    """
+    if place().count == 1:
+        return
+    error = UserError(
+        f"{what} works in one process, and a launcher has started {place().count}",
+        fix="start it without a launcher; `transfer run` and `transfer resume` of one run take several processes",
+    )
+    error.shown_elsewhere = place().rank > 0
+    raise error
+
+
+def refuse_sharding() -> None:
+    """Refuse launchers' ways of cutting a model into pieces.
+
+    Raises:
+        UserError: One is asked for.
+    """
+    for variable, name in _SHARDED.items():
+        if os.environ.get(variable, "").lower() in ("true", "1", "yes", "on"):
+            raise UserError(
+                f"{name} cuts the model into pieces, and here every process holds the whole model",
+                where=f"{variable} in the environment",
+                fix="launch without it: several processes share the examples of each batch (docs/distributed.md)",
+            )
+
+
+def lacks_a_launcher() -> bool:
+    """Tell whether ``accelerate launch --cpu --num_processes N`` ran: without mpirun it starts one process, not N."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    return asked and not any(name in os.environ for name in _COUNT)
+
+
+def _number(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
