@@ -7,6 +7,7 @@ any one of them can write a checkpoint, and any number of processes can go on fr
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -273,7 +274,8 @@ def _answered() -> Iterator[None]:
 
 
 def _first_line(error: RuntimeError) -> str:
-    return str(error).partition("\n")[0].strip()
+    """Return what happened without where in torch's sources, and without the advice that gloo adds."""
+    return re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0].partition(". ")[0].strip()
 
 
 def _sum(tensors: Sequence[Tensor]) -> None:
