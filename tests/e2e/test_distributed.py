@@ -33,7 +33,7 @@ Config = dict[str, Any]
 
 
 class Launcher:
-    """Starts two processes as torchrun does, which takes ten seconds longer: the environment, and the store to meet at."""
+    """Starts two processes as torchrun does, which takes ten seconds longer: environment, and the store to meet at."""
 
     def __enter__(self) -> Self:
         with ThreadPoolExecutor() as pool:
@@ -99,7 +99,7 @@ def pictures() -> Config:
     """Frozen batch norm: the feature cache, of two views of augmented pictures, then a stage that is fine-tuned."""
     return {
         "seed": 1,
-        "data": {"name": "shapes", "image_size": 32, "per_class": 9},
+        "data": {"name": "shapes", "image_size": 32, "per_class": 13},
         "backbone": {
             "name": "torchvision",
             "model": "shufflenet_v2_x0_5",
@@ -217,6 +217,21 @@ def test_the_gradient_is_that_of_the_whole_batch(
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 1e-4, name
         torch.testing.assert_close(before[name] - after[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_of_batch_norm_are_means_over_the_processes(
+    launcher: Launcher, tmp_path: Path, pictures: Config
+) -> None:
+    """With shares of one size the mean of the first layer's inputs is that of the whole batch; its spread is not."""
+    pictures["data"]["per_class"] = 4
+    pictures["backbone"]["augmentation"] = "none"
+    pictures["train"] = {"batch_size": 12, "optimizer": {"name": "sgd", "lr": 0.01}, "phases": [{"epochs": 1}]}
+    alone = workflow.run(pictures, output=tmp_path / "alone").folder
+    both = run_both(launcher, tmp_path / "both", pictures)
+    one, other = (load_file(run / "checkpoints" / "last" / "model.safetensors") for run in (alone, both))
+    (first,) = [name for name in one if name.startswith("stem.") and name.endswith("running_mean")]
+    assert one[first].abs().max() > 1e-3
+    torch.testing.assert_close(other[first], one[first], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
