@@ -287,8 +287,6 @@ def _train_phase(training: _Training, number: int) -> None:
     experiment, state, observe = training.experiment, training.state, training.observe
     settings, model, progress = experiment.settings, experiment.model, state.progress
     phase, primary = experiment.phases[number - 1], experiment.task.primary_metric
-    if number > progress.phase:
-        progress.phase, progress.phase_epochs, progress.phase_best = number, 0, None
     freezing.apply(model, phase.frozen)
     if state.average is not None:
         _hold_still(state.average, model, phase.frozen)
@@ -300,7 +298,8 @@ def _train_phase(training: _Training, number: int) -> None:
         observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
 
     optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=state.optimizer)
-    most, first = experiment.most_batches or sys.maxsize, progress.epochs - progress.phase_epochs
+    begins = number > progress.phase
+    most, first = experiment.most_batches or sys.maxsize, progress.epochs - (0 if begins else progress.phase_epochs)
     counts = [min(train.loader.count(first + ahead), most) for ahead in range(phase.epochs)]
     schedule = Schedule(
         phase.scheduler,
@@ -310,7 +309,10 @@ def _train_phase(training: _Training, number: int) -> None:
         warmup_epochs=0.0 if experiment.most_batches else settings.warmup_epochs,
         higher_is_better=primary.higher_is_better,
     )
-    state.begin_phase(optimizer, schedule)
+    with training.signals.held():  # a checkpoint names the phase whose optimizer it holds
+        if begins:
+            progress.phase, progress.phase_epochs, progress.phase_best = number, 0, None
+        state.begin_phase(optimizer, schedule)
     scaler = training.accelerator.scaler
     prepared_optimizer = optimizer if scaler is None else training.accelerator.prepare_optimizer(optimizer)
     total_epochs = sum(phase.epochs for phase in experiment.phases)

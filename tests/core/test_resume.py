@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from transfer import checkpoint, workflow
+from transfer.engine import Experiment
+from transfer.interruption import Interrupted
 
 TIMES = {"seconds", "examples_per_second", "waiting_for_data", "peak_memory_bytes"}
 
@@ -148,3 +151,28 @@ def test_short_epochs_do_not_each_end_with_a_checkpoint_but_training_does(
     monkeypatch.setattr("transfer.engine.BRIEF_SECONDS", 0.0)
     workflow.run(config, [phases], output=tmp_path)
     assert written == [1, 2, 3, 4]
+
+
+def test_a_signal_while_the_cache_is_filled_for_the_next_phase(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The epochs before were too short for a checkpoint each: what is saved is the end of their phase."""
+    expected = outcome(workflow.run(config, [PHASES], output=tmp_path / "whole").folder)
+    features, asked = Experiment.features, 0
+
+    def interrupted_at_the_third(*arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise Interrupted(signal.SIGTERM)
+        return features(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "features", interrupted_at_the_third)
+        with pytest.raises(Interrupted):
+            workflow.run(config, [PHASES], output=tmp_path / "stopped")
+    (folder,) = (tmp_path / "stopped").iterdir()
+    workflow.resume(folder)
+    found = outcome(folder)
+    for part, value in expected.items():
+        assert found[part] == value, part
