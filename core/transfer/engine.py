@@ -31,7 +31,7 @@ from transfer.mixing import blend
 from transfer.model import Model
 from transfer.optim import Group, Schedule, TorchPart, build_optimizer
 from transfer.precision import Precision, autocast
-from transfer.run_directory import RunDirectory
+from transfer.run_directory import RunDirectory, Scored
 from transfer.settings import TrainConfig
 from transfer.training_state import EpochSums, Progress, TrainingState
 
@@ -468,9 +468,9 @@ def _finish(training: _Training) -> dict[str, Any]:
         precision, most = experiment.settings.precision, experiment.most_batches
         test = evaluate(model, task, loader, precision, training.observe, "test", most, kept)
         if most is None:
-            indices, predictions, targets = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            indices, *found = (torch.cat(parts) for parts in zip(*kept, strict=True))
             order = indices.argsort()
-            training.run.write_predictions(predictions[order], targets[order])
+            training.run.write_predictions(Scored(*(tensor[order] for tensor in found)))
     ever_trained = {name for phase in experiment.phases for group in phase.groups for name in group.parameters}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return {
@@ -501,7 +501,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss and the metrics of a split, in eval mode and without gradients.
 
-    Indices, predictions and targets of each batch are appended to ``kept``, on the CPU.
+    Of each batch the indices, and what :class:`transfer.run_directory.Scored` holds, are appended to ``kept``, on the
+    CPU.
     """
     device = next(model.parameters()).device
     metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
@@ -514,12 +515,15 @@ def evaluate(
             with _memory(len(batch.indices)), autocast(precision, device):
                 outputs = model(batch.inputs, source.first_stage)
             outputs = outputs.float()
-            loss_sum += task.loss(outputs, batch.targets).sum()
+            losses = task.loss(outputs, batch.targets)
+            loss_sum += losses.sum()
             predictions = task.predictions(outputs)
             for metric in metrics.values():
                 metric.update(predictions, batch.targets)
             if kept is not None:
-                kept.append((torch.from_numpy(on_cpu.indices), predictions.cpu(), on_cpu.targets))
+                confidences = task.scores(outputs).amax(1)
+                found = (predictions.cpu(), on_cpu.targets, losses.cpu(), confidences.cpu())
+                kept.append((torch.from_numpy(on_cpu.indices), *found))
             examples += len(batch.indices)
             observe(EvaluationStep(step))
     scores = {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
