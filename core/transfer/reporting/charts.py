@@ -85,7 +85,7 @@ def lines(
         middle = plane.across(x)
         left = middle > WIDTH - 90
         parts.append(f'<path class="mark" d="M{middle:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        parts.append(_words(middle + (-4 if left else 4), TOP + 10, words, "end" if left else "start", "mark-words"))
+        parts.append(_words(middle + (-4 if left else 4), TOP - 3, words, "end" if left else "start", "mark-words"))
     for number, (name, values) in enumerate(series.items()):
         style = f"line c{number % COLOURS}" + (" dashed" if number >= COLOURS else "")
         parts.append(f'<polyline class="{style}" points="{" ".join(map(plane.at, values))}"/>')
@@ -207,6 +207,9 @@ def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:
 def _legend(names: Sequence[str]) -> Iterator[str]:
     x, y = float(LEFT), 42
     for number, name in enumerate(names):
+        if x + CHARACTER * len(name) > WIDTH and number:
+            yield _words(x, y, "…", "start")  # the points say what they are
+            return
         dashed = " dashed" if number >= COLOURS else ""
         yield f'<path class="line c{number % COLOURS}{dashed}" d="M{x:.1f} {y - 4}h18"/>'
         yield _words(x + 23, y, name, "start")

@@ -262,8 +262,7 @@ def _classes(material: Material, scored: Scored) -> str:
     matrix = confusion(scored.predictions.long(), scored.targets.long(), len(names))
     drawn = ""
     if len(names) <= MOST_DRAWN_CLASSES:
-        title = "confusion: rows are true, shares of each row coloured"
-        drawn = material.plot("confusion", charts.matrix(title, matrix.tolist(), names))
+        drawn = material.plot("confusion", charts.matrix("confusion", matrix.tolist(), names))
     pairs = ""
     if len(names) > 2:
         rows = [
@@ -377,8 +376,10 @@ def _highest_loss(material: Material) -> str:
 
 def _example(example: Example) -> str:
     about = {"true": example.true, "said": example.said, "loss": f"{example.loss:.3f}"}
-    rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in about.items())
-    return f"<article>{example.content}<dl>{rows}</dl><small>{escape(example.name)}</small></article>"
+    rows = "".join(f"<dt>{what}</dt><dd>{escape(value)}</dd>" for what, value in about.items())
+    end = "/".join(Path(example.name).parts[-2:])  # of a path the end says which file it is
+    name = f'<small title="{escape(example.name)}">{escape(end)}</small>'
+    return f"<article>{example.content}<dl>{rows}</dl>{name}</article>"
 
 
 # --------------------------------------------------------------------------------------------------------------- plan
@@ -422,8 +423,8 @@ def _caches(summary: Mapping[str, Any]) -> dict[str, str]:
     for entry in summary.get("cache") or ():
         phase = f"phase {entry['phase']}, " if "phase" in entry else ""
         words = {name: value for name, value in entry.items() if name not in ("phase", "split", "cached", "why")}
-        how = "" if entry["cached"] else f"no: {entry.get('why')}"
-        lines[f"cache, {phase}{entry['split']}"] = how or f"yes, {said(words)}"
+        how = "" if entry["cached"] else f"none: {entry.get('why')}"
+        lines[f"cache, {phase}{entry['split']}"] = how or said(words)
     alike = set(lines.values())
     return {"cache": alike.pop()} if len(alike) == 1 else lines
 
