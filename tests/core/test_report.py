@@ -182,7 +182,7 @@ def test_a_run_ends_with_its_report(run: transfer.Run) -> None:
         ET.parse(run.folder / "plots" / name)
     assert page(run).count("<article>") == 12
     # Losses fall from one example to the next, and the pieces that moved a score are named.
-    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", said.split("that the model got most wrong")[1])]
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", said.split("examples with the highest loss")[1])]
     assert losses == sorted(losses, reverse=True)
     assert said.count("moved by") == 12
     assert not list(run.folder.glob(".*"))

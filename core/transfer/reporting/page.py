@@ -359,7 +359,7 @@ def _calibrated(material: Material) -> Calibration | None:
 def _highest_loss(material: Material) -> str:
     if not material.examples:
         return f"<p>Not shown: {escape(material.missing)}.</p>"
-    lead = "The test examples that the model got most wrong"
+    lead = "The test examples with the highest loss"
     explains = material.trained.backbone.preprocessing.explains
     key = ""
     if explains:
