@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transfer.learning_rate import RangeTest, find_learning_rate
     from transfer.looking import look, look_at_predictions
     from transfer.registry import find_plugin, load_plugin, plugins, register
+    from transfer.reporting.report import report
     from transfer.several import resume_seeds, run_seeds
     from transfer.splits import cut
     from transfer.sweeping import Sweep, sweep
@@ -81,6 +82,7 @@ _MODULES = {
     "registry": ("find_plugin", "load_plugin", "plugins", "register"),
     "exporting": ("export",),
     "earlier_run": ("SavedBackbone", "saved_backbone"),
+    "reporting.report": ("report",),
     "several": ("resume_seeds", "run_seeds"),
     "comparison": ("Comparison", "compare"),
     "value": ("measure_value", "resume_value"),
@@ -140,6 +142,7 @@ __all__ = [
     "plugins",
     "predict",
     "register",
+    "report",
     "resume",
     "resume_seeds",
     "resume_value",

@@ -101,6 +101,8 @@ def _train(start: Callable[[Observer], Run]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if (report := ended.folder / "report.html").is_file():
+        Console().print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     print(printable(str(ended.folder)))  # noqa: T201  # plain, so that a script can take the last line
 
 
@@ -213,6 +215,15 @@ def evaluate(
         Console(stderr=as_json).print(
             f"predictions: {look_at_predictions(run, split).path}", highlight=False, soft_wrap=True
         )
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write RUN/report.html: one page with the plan, curves, mistakes, calibration and data of a run."""
+    from transfer.reporting.report import report as report_run
+    from transfer.terminal import printable
+
+    print(printable(str(report_run(run))))  # noqa: T201
 
 
 @app.command()

@@ -196,15 +196,15 @@ def _resampled(task: Task, metric: str, runs: Runs) -> list[float] | None:
     """Return what the mean of a metric over runs is on resampled test splits; None where predictions are missing."""
     measure = task.metrics().get(metric)
     stored = [directory.predictions() for directory in runs.directories]
-    known = [pair for pair in stored if pair is not None]
+    known = [scored for scored in stored if scored is not None]
     if measure is None or len(known) < len(stored):
         return None
     means = []
-    for indices in map(torch.from_numpy, resamples(len(known[0][1]), RESAMPLED_TEST_SPLITS)):
+    for indices in map(torch.from_numpy, resamples(len(known[0].targets), RESAMPLED_TEST_SPLITS)):
         total = 0.0
-        for predictions, targets in known:
+        for scored in known:
             measure.reset()
-            measure.update(predictions[indices], targets[indices])
+            measure.update(scored.predictions[indices], scored.targets[indices])
             total += float(measure.compute())
         means.append(total / len(known))
     return means

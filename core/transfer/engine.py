@@ -34,7 +34,7 @@ from transfer.model import BATCH_NORM, Model
 from transfer.optim import Group, Schedule, TorchPart, build_optimizer
 from transfer.precision import Precision, autocast
 from transfer.processes import ALONE, LostProcess, Processes
-from transfer.run_directory import RunDirectory
+from transfer.run_directory import RunDirectory, Scored
 from transfer.settings import TrainConfig
 from transfer.training_state import EpochSums, Progress, TrainingState, nested
 
@@ -545,9 +545,9 @@ def _finish(training: _Training) -> dict[str, Any]:
             signals=training.signals,
         )
         if most is None and processes.leads:
-            indices, predictions, targets = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            indices, *found = (torch.cat(parts) for parts in zip(*kept, strict=True))
             order = indices.argsort()
-            training.run.write_predictions(predictions[order], targets[order])
+            training.run.write_predictions(Scored(*(tensor[order] for tensor in found)))
     ever_trained = {name for phase in experiment.phases for group in phase.groups for name in group.parameters}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return {
@@ -581,8 +581,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss and the metrics of a split, in eval mode and without gradients.
 
-    Indices, predictions and targets of each batch are appended to ``kept``, on the CPU. Several processes compute
-    a share of every batch each, and return the same.
+    Of each batch the indices, and what :class:`transfer.run_directory.Scored` holds, are appended to ``kept``, on the
+    CPU. Several processes compute a share of every batch each, and return the same.
     """
     device = next(model.parameters()).device
     metrics = _metrics(task, device)
@@ -598,14 +598,18 @@ def evaluate(
             outputs = outputs.float()
             losses, predictions = task.loss(outputs, batch.targets), task.predictions(outputs)
             targets, indices = batch.targets, batch.indices
+            confidences = task.scores(outputs).amax(1) if kept is not None or batch.whole is not None else losses
             if batch.whole is not None:
                 indices = batch.whole
-                losses, predictions, targets = processes.gather(len(indices), losses, predictions, targets)
+                losses, predictions, targets, confidences = processes.gather(
+                    len(indices), losses, predictions, targets, confidences
+                )
             loss_sum += losses.sum()
             for metric in metrics.values():
                 metric.update(predictions, targets)
             if kept is not None:
-                kept.append((torch.from_numpy(indices), predictions.cpu(), targets.cpu()))
+                found = (predictions.cpu(), targets.cpu(), losses.cpu(), confidences.cpu())
+                kept.append((torch.from_numpy(indices), *found))
             examples += len(indices)
             observe(EvaluationStep(step))
             if signals is not None:

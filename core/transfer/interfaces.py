@@ -341,6 +341,14 @@ class Preprocessing(ABC):
         """
         return None
 
+    def picture(self, value: Any) -> bytes | None:
+        """Return a small picture of a raw value for a page, the bytes of a JPEG or PNG file; by default there is none.
+
+        Raises:
+            ValueError, OSError: The value cannot be drawn.
+        """
+        return None
+
     def occlusions(self, value: Any) -> Iterable[Occlusion]:
         """Take a raw value apart, for explanations: each of its pieces in order, with the value that lacks it.
 

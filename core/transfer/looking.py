@@ -22,6 +22,7 @@ from transfer.model_folder import read_model
 from transfer.precision import Precision, autocast
 from transfer.run_directory import RunDirectory, write_atomically
 from transfer.settings import Mix
+from transfer.targets import describe
 from transfer.workflow import Config
 
 MOST_EXAMPLES = 64
@@ -117,16 +118,6 @@ def look_at_predictions(run: str | Path, split: str = "test") -> Look:
     content = _show(loaded.backbone, inputs, [column[i] for i in places], captions, groups)
     suffix = "png" if isinstance(content, bytes) else "txt"
     return _write(content, directory.path / "plots" / f"predictions.{suffix}")
-
-
-def describe(data: DataSpec, target: Any) -> str:
-    """Return a target of an example in words: its class, its labels, or its numbers by name."""
-    if data.target == "class":
-        return data.classes[int(target)]
-    pairs = zip(data.classes, np.asarray(target).tolist(), strict=True)
-    if data.target == "labels":
-        return " and ".join(name for name, value in pairs if value) or "none"
-    return ", ".join(f"{name} {value:.4g}" for name, value in pairs)
 
 
 def _mixed(inputs: Any, captions: Sequence[str], mix: Mix, seed: int) -> tuple[Any, list[str]]:

@@ -14,6 +14,7 @@ from transfer.console import facts_table
 from transfer.engine import PhasePlan
 from transfer.feature_cache import why_not
 from transfer.freezing import prefix_length
+from transfer.model import Model
 
 
 def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
@@ -55,26 +56,28 @@ def _stages(config: RunConfig, parts: Parts) -> Table:
     for stage, module in parts.model.stages.items():
         count = sum(parameter.numel() for parameter in module.parameters())
         shapes = [parts.shapes[stage]] if parts.shapes else []
-        table.add_row(stage, f"{count:,}", *shapes, *(_cell(config, parts, phase, stage) for phase in parts.phases))
+        treated = [treatment(config, parts.model, phase, stage) for phase in parts.phases]
+        cells = [Text(words, style="green" if trained else "dim") for words, trained in treated]
+        table.add_row(stage, f"{count:,}", *shapes, *cells)
     if config.optimizer_options.no_weight_decay:
         table.caption = f"* not for parameters of kind {' and '.join(config.optimizer_options.no_weight_decay)}"
         table.caption_justify = "left"
     return table
 
 
-def _cell(config: RunConfig, parts: Parts, phase: PhasePlan, stage: str) -> Text:
-    """Say what a phase does with a stage."""
+def treatment(config: RunConfig, model: Model, phase: PhasePlan, stage: str) -> tuple[str, bool]:
+    """Return what a phase does with a stage, in words, and whether it trains it."""
     groups = [group for group in phase.groups if group.stage == stage]
-    parameters = len(list(parts.model.stages[stage].parameters()))
+    parameters = len(list(model.stages[stage].parameters()))
     if not groups:
-        return Text("frozen" if stage in phase.frozen.stages or parameters else "-", style="dim")
+        return "frozen" if stage in phase.frozen.stages or parameters else "-", False
     decay = config.weight_decay
     text = f"lr {groups[0].lr:.3g}"
     if decay:
         text += f", decay {decay:g}{'' if all(group.decays for group in groups) else '*'}"
     if sum(len(group.parameters) for group in groups) < parameters:
         text += ", partly frozen"
-    return Text(text, style="green")
+    return text, True
 
 
 def _cache(config: RunConfig, parts: Parts) -> Table:

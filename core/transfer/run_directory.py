@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,23 @@ FORMAT = 1
 PREDICTIONS = "predictions.safetensors"
 LOCK = "lock"
 """Is there while a process writes into the folder, and says which."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the model made of the test split's N examples, in their order.
+
+    Args:
+        predictions: (N, ...), as the task's metrics take them.
+        targets: (N, ...).
+        losses: Of each, float (N,); None in runs of versions that did not keep them.
+        confidences: The highest score of each (a probability where the task has some), float (N,); None likewise.
+    """
+
+    predictions: Tensor
+    targets: Tensor
+    losses: Tensor | None = None
+    confidences: Tensor | None = None
 
 
 class RunDirectory:
@@ -246,29 +264,36 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def write_predictions(self, predictions: Tensor, targets: Tensor) -> None:
-        """Write what the model made of the test split's N examples, in their order, and what they are.
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of ``metrics.jsonl``, one per epoch.
 
-        Args:
-            predictions: (N, ...), as the task's metrics take them.
-            targets: (N, ...).
+        Raises:
+            RunError: It is missing or damaged.
         """
-        tensors = {"predictions": predictions.contiguous(), "targets": targets.contiguous()}
+        path = self.path / "metrics.jsonl"
+        try:
+            lines = read_text(path).splitlines()
+        except (OSError, ValueError) as error:
+            raise RunError(f"the metrics cannot be read: {error}", where=str(path)) from error
+        return [_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+    def write_predictions(self, scored: Scored) -> None:
+        """Write what the model made of the test split."""
+        tensors = {name: tensor.contiguous() for name, tensor in vars(scored).items() if tensor is not None}
         write_atomically(self.path / PREDICTIONS, save(tensors))
 
-    def predictions(self) -> tuple[Tensor, Tensor] | None:
-        """Return predictions and targets of the test split; None where the run has none.
+    def predictions(self) -> Scored | None:
+        """Return what the model made of the test split; None where it was not scored.
 
         Raises:
             RunError: The file is damaged.
         """
         path = self.path / PREDICTIONS
         try:
-            found = load(path.read_bytes())
-            return found["predictions"], found["targets"]
+            return Scored(**load(read_bytes(path)))
         except FileNotFoundError:
             return None
-        except (OSError, KeyError, SafetensorError) as error:
+        except (OSError, TypeError, SafetensorError) as error:
             raise RunError(f"the predictions cannot be read: {error}", where=str(path)) from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -321,21 +346,34 @@ def read_json(path: Path, missing: str, fix: str | None = None) -> dict[str, Any
         RunError: The file is not there (``missing`` says what that means, ``fix`` what to do), or damaged.
     """
     try:
-        content = json.loads(read_text(path), parse_constant=_refuse_constant)
+        content = read_text(path)
     except FileNotFoundError as error:
         raise RunError(missing, where=str(path), fix=fix) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"the file cannot be read: {error}", where=str(path)) from error
+    return _object(content, str(path))
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"the file cannot be read: {error}", where=where) from error
     if not isinstance(content, dict):
-        raise RunError("the file holds no JSON object", where=str(path))
+        raise RunError("the file holds no JSON object", where=where)
     return content
 
 
 def read_text(path: Path) -> str:
     """Read a file in UTF-8; what is no regular file, and may have no end, is an OSError."""
+    return read_bytes(path).decode("utf-8")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file; what is no regular file, and may have no end, is an OSError."""
     if path.exists() and not path.is_file():
         raise OSError(f"{path.name} is no regular file")
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes()
 
 
 def _refuse_constant(name: str) -> None:

@@ -187,6 +187,7 @@ class TrainConfig(Block):
             (keep).
         score_test: Score the test split at the end. Without it the validation figures stand alone, as in the trials of
             a sweep; `transfer evaluate` scores it later.
+        report: Write report.html at the end; `transfer report` writes it later.
     """
 
     batch_size: Count | None = 32
@@ -211,6 +212,7 @@ class TrainConfig(Block):
     cache_limit_gib: Positive = 20.0
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     score_test: bool = True
+    report: bool = True
 
     @property
     def step(self) -> str:

@@ -261,7 +261,7 @@ def _make(what: str, cls: Callable[..., Any], options: Mapping[str, Any]) -> Any
 
 def _overrides(overrides: Sequence[str], values: Mapping[str, Any]) -> list[str]:
     drawn = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return [*overrides, *drawn, "train.score_test=false"]
+    return [*overrides, *drawn, "train.score_test=false", "train.report=false"]
 
 
 def check_space(config: str | Path, space: Space, overrides: Sequence[str] = ()) -> Any:

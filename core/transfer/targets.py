@@ -1,13 +1,15 @@
-"""From labels as they are written to the targets of a split."""
+"""From labels as they are written to the targets of a split, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from transfer.errors import DataError
+from transfer.interfaces import DataSpec
 
 MOST_SHOWN = 20
 
@@ -52,6 +54,16 @@ def label_sets(
                 raise _unknown("label", name, classes, where(index))
             targets[index, known[name]] = 1
     return targets
+
+
+def describe(data: DataSpec, target: Any) -> str:
+    """Return a target of an example in words: its class, its labels, or its numbers by name."""
+    if data.target == "class":
+        return data.classes[int(target)]
+    pairs = zip(data.classes, np.asarray(target).tolist(), strict=True)
+    if data.target == "labels":
+        return " and ".join(name for name, value in pairs if value) or "none"
+    return ", ".join(f"{name} {value:.4g}" for name, value in pairs)
 
 
 def _unknown(what: str, name: str, classes: Sequence[str], where: str) -> DataError:

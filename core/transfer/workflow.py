@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import glob
-import itertools
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from transfer.build import Built, Parts, build, make_experiment, make_loader, preflight, read_data
 from transfer.config import RunConfig, load_config
@@ -21,18 +21,22 @@ from transfer.engine import evaluate as score
 from transfer.engine import fit
 from transfer.errors import RunError, Stopped
 from transfer.events import Note, Observer, RunEnded, RunStarted
+from transfer.explaining import explain_output, outputs_of
 from transfer.interfaces import SPLITS
 from transfer.interruption import Signals
 from transfer.launch import lacks_a_launcher
-from transfer.loading import encode
+from transfer.loading import Loader
 from transfer.model_folder import LoadedModel, find_model, read_model, write_model
 from transfer.processes import ALONE, Processes, joined
 from transfer.registry import IN_PROCESS
+from transfer.reporting.report import Subject, write_report
 from transfer.run_directory import RunDirectory, changes, environment, read_json
 from transfer.splits import digest
 
 PREDICTION_BATCH = 64
 MOST_CLASSES_SHOWN = 6
+REPORT_SECONDS = 0.2
+"""Of the processor, for explanations in the report at the end of a run; `transfer report` takes its time."""
 
 Config = str | Path | Mapping[str, Any]
 
@@ -195,6 +199,11 @@ def _train(
             summary = {"status": "complete", "quick": quick, **fitted}
             summary |= {"examples": {name: len(loader.split) for name, loader in built.loaders.items()}}
             summary |= {"data": built.classes, "learned": built.learned, "pretrained": built.pretrained}
+            summary |= {
+                "lengths": {
+                    name: _lengths(loader) for name, loader in built.loaders.items() if loader.lengths is not None
+                }
+            }
             summary |= {"digests": {name: digest({name: loader.split}) for name, loader in built.loaders.items()}}
             with signals.held():
                 if processes.leads:
@@ -210,8 +219,29 @@ def _train(
             if isinstance(error, KeyboardInterrupt):
                 observe(Note(f"interrupted; go on with: {directory.resume_command}"))
             raise
+    if config.train.report and not quick and processes.leads:
+        _report(config, built, directory, observe)
     observe(RunEnded(directory.path, summary))
     return Run(directory.path, summary)
+
+
+def _lengths(loader: Loader) -> dict[str, int]:
+    """Return how long a split's examples are."""
+    marks = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
+    found = np.quantile(loader.lengths, list(marks.values())) if loader.lengths is not None else ()
+    return {name: round(float(length)) for name, length in zip(marks, found, strict=True)}
+
+
+def _report(config: RunConfig, built: Built, directory: RunDirectory, observe: Observer) -> None:
+    """Write the report of a run that is complete, and stays so whatever goes wrong here."""
+    experiment = built.experiment
+    test = built.loaders["test"].split if "test" in built.loaders else None
+    trained = LoadedModel(experiment.model, built.backbone, experiment.task, built.data)
+    try:
+        write_report(Subject(directory, config, experiment.phases, trained, test), REPORT_SECONDS)
+    except Exception as error:
+        command = f"transfer report {shlex.quote(str(directory.path))}"
+        observe(Note(f"the report was not written: {error}; to try again: {command}"))
 
 
 def evaluate(run: str | Path, split: str = "test", *, observe: Observer = silent) -> dict[str, float]:
@@ -277,43 +307,11 @@ def predict(run: str | Path, sources: Iterable[str], *, explain: bool = False) -
 
 def _predict(loaded: LoadedModel, names: Sequence[str], explain: bool) -> Iterator[dict[str, Any]]:
     values = [loaded.backbone.preprocessing.read(name) for name in names]
-    outputs = _outputs(loaded, values, lambda i: names[i] or "(empty input)")
+    outputs = outputs_of(loaded, values, lambda i: names[i] or "(empty input)")
     meanings = loaded.task.interpret(outputs)
     for name, value, output, meaning in zip(names, values, outputs, meanings, strict=True):
-        explanation = {"explanation": _explain(loaded, value, output)} if explain else {}
+        explanation = {"explanation": explain_output(loaded, value, output)} if explain else {}
         yield {"input": name, **meaning, **explanation}
-
-
-def _outputs(loaded: LoadedModel, values: Sequence[Any], name: Callable[[int], str]) -> Tensor:
-    preprocessing = loaded.backbone.preprocessing
-    encoded = encode(preprocessing, values, range(len(values)), name)
-    with torch.inference_mode():
-        outputs: Tensor = loaded.model(preprocessing.collate(encoded))
-    finite = outputs.flatten(1).isfinite().all(1).tolist()
-    if not all(finite):
-        fix = "the weights may be damaged: copy the model again from where it was trained"
-        raise RunError("the model's outputs are not finite", where=name(finite.index(False)), fix=fix)
-    return outputs
-
-
-def _explain(loaded: LoadedModel, value: Any, output: Tensor) -> dict[str, Any]:
-    """Score a value without each of its pieces in turn, in batches."""
-    scores = loaded.task.scores(output[None])[0]
-    index = loaded.task.main_output(scores)
-    whole = float(scores[index])
-    pieces: list[dict[str, Any]] = []
-    occlusions = iter(loaded.backbone.preprocessing.occlusions(value))
-    while some := list(itertools.islice(occlusions, PREDICTION_BATCH)):
-        rests = [occlusion.rest for occlusion in some if occlusion.rest is not None]
-        without: Iterator[float] = iter(())
-        if rests:
-            outputs = _outputs(loaded, rests, lambda i: f"the input without its piece {i + 1}")
-            without = iter(loaded.task.scores(outputs)[:, index].tolist())
-        for occlusion in some:
-            change = None if occlusion.rest is None else whole - next(without)
-            pieces.append({"piece": occlusion.piece, "change": change})
-    names = loaded.data.classes
-    return {"of": names[index] if index < len(names) else str(index), "score": whole, "pieces": pieces}
 
 
 def _expand(sources: Iterable[str]) -> Iterator[str]:

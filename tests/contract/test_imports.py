@@ -62,6 +62,8 @@ ORDER = (
     "model_card",
     "export_formats",
     "exporting",
+    "explaining",
+    "reporting",
     "workflow",
     "several",
     "comparison",

@@ -70,7 +70,9 @@ def test_stored_predictions_give_the_figure_of_the_summary(config: dict[str, Any
     run = workflow.run(config, [EPOCHS], output=tmp_path)
     stored = RunDirectory(run.folder).predictions()
     assert stored is not None
-    predictions, targets = stored
+    predictions, targets, losses, confidences = vars(stored).values()
+    assert losses.mean().item() == pytest.approx(run.summary["test"]["loss"], rel=1e-5)
+    assert ((confidences > 0.5) & (confidences <= 1)).all()
     assert (predictions == targets).float().mean().item() == pytest.approx(run.summary["test"]["accuracy"])
     # In the split's own order, which alternates the classes.
     assert targets.tolist() == [0, 1] * 20

@@ -14,7 +14,7 @@ from conftest import Dense, PointPreprocessing
 
 import transfer
 from transfer import DataSpec, RunError, UserError, registry
-from transfer.looking import describe
+from transfer.targets import describe
 from transfer.tasks import Classification
 
 

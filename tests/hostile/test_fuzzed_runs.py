@@ -164,6 +164,17 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workflow.run(config, output=tmp_path_factory.mktemp("text"), quick=True).folder
 
 
+@pytest.fixture(scope="module")
+def scored_text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run of a small text model with stored predictions."""
+    config = {
+        "data": {"name": "mini_reviews", "limit": 20},
+        "backbone": {"name": "textcnn", "dimensions": 4, "filters": 2, "kernel_sizes": [2], "min_frequency": 8},
+        "train": {"batch_size": 32, "phases": [{"epochs": 2}]},
+    }
+    return workflow.run(config, output=tmp_path_factory.mktemp("scored")).folder
+
+
 @pytest.fixture
 def stopped_run(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a run that was killed in its second epoch."""
@@ -194,6 +205,11 @@ def test_predict_takes_or_refuses_any_model_folder(text_run: Path, tmp_path: Pat
 def test_evaluate_takes_or_refuses_any_run(text_run: Path, tmp_path: Path) -> None:
     files = files_of(text_run, "keep.txt")
     search(text_run, tmp_path / "attacks", lambda run: ["evaluate", str(run)], files, MUTATIONS // 2)
+
+
+def test_report_takes_or_refuses_any_run(scored_text_run: Path, tmp_path: Path) -> None:
+    files = [name for name in files_of(scored_text_run) if not name.startswith("checkpoints/")]
+    search(scored_text_run, tmp_path / "attacks", lambda run: ["report", str(run)], files, MUTATIONS)
 
 
 def test_export_takes_or_refuses_any_run(text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

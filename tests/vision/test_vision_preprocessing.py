@@ -450,3 +450,20 @@ def test_arrays_of_many_channels() -> None:
 def test_other_channels_than_those_of_the_backbone_are_refused(value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImagePreprocessing(image_size=32, mean=(0.5,) * 6, std=(0.25,) * 6).encode([value])
+
+
+@pytest.mark.parametrize(
+    ("value", "channels", "size"),
+    [
+        (Image.new("RGB", (640, 480), "red"), 3, (213, 160)),
+        (Image.new("L", (20, 4000), 200), 3, (2, 320)),
+        (Image.new("RGBA", (40, 30), (255, 0, 0, 0)), 3, (40, 30)),
+        (np.full((40, 50, 5), 100, np.uint8), 5, (60, 48)),
+    ],
+    ids=["photograph", "long", "transparent", "five channels"],
+)
+def test_a_picture_for_a_page_is_a_small_one(value: Any, channels: int, size: tuple[int, int]) -> None:
+    stats = (0.5,) * channels
+    preprocessing = ImagePreprocessing(image_size=42, resize=48, mean=stats, std=stats)
+    picture = Image.open(io.BytesIO(preprocessing.picture(value)))
+    assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import typing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,9 @@ from transfer_vision.pictures import Interpolation, decode, open_picture
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+THUMBNAIL_PIXELS = 160
+"""Of the shorter side of a picture on a page."""
 
 Augmentation = Literal["usual", "strong", "none"] | list[dict[str, Any]]
 CacheImages = Literal["auto", "off"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -219,6 +223,22 @@ class ImagePreprocessing(Preprocessing):
         pixels = pixels[:, :3] if self.channels >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
         pictures = [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pixels]
         return draw_grid(pictures, captions, groups)
+
+    def picture(self, value: Any) -> bytes:
+        """Return a raw value in few pixels, upright, its colours as they are: the bytes of a JPEG file.
+
+        Of more than three channels the first three are drawn; fewer than three are drawn as the grey of the first.
+        """
+        if isinstance(value, np.ndarray):
+            pixels = self._encode_array(value)
+            pixels = pixels[:3] if self.channels >= 3 else pixels[:1].expand(3, -1, -1)
+        else:
+            pixels = decode(value, min(THUMBNAIL_PIXELS, *value.size), "bilinear")
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        image.thumbnail((2 * THUMBNAIL_PIXELS, 2 * THUMBNAIL_PIXELS))
+        file = io.BytesIO()
+        image.save(file, format="JPEG", quality=88)
+        return file.getvalue()
 
     def read(self, source: str) -> Image.Image:
         """Open the picture at a path.
