@@ -77,6 +77,8 @@ def preflight(config: RunConfig) -> Parts:
     Raises:
         ConfigError: Parts that do not fit, freeze policies or learning rates that name nothing; all that is found.
     """
+    for tracker in config.trackers:
+        tracker.make()
     dataset: Dataset = config.data.make()
     spec = dataset.spec if dataset.spec.classes else replace(dataset.spec, classes=ASSUMED_CLASSES)
     with torch.device("meta"):

@@ -14,7 +14,7 @@ LEARNING_RATE = 1e-3
 """Where a config gives none."""
 
 
-def _one_of(text: str) -> WrapValidator:
+def one_of(text: str) -> WrapValidator:
     """Say what a union takes in one sentence, where pydantic would list the complaint of every member."""
 
     def check(value: Any, handler: Any) -> Any:
@@ -44,12 +44,12 @@ class Parameters(Block):
 
 Freeze = Annotated[
     Literal["none", "backbone"] | Until | Parameters | Names,
-    _one_of("none, backbone, {until: STAGE}, a list of stages, or {parameters: [REGEX, ...]}"),
+    one_of("none, backbone, {until: STAGE}, a list of stages, or {parameters: [REGEX, ...]}"),
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LearningRate = Annotated[
     Positive | Annotated[dict[str, Positive], Field(min_length=1)],
-    _one_of("a positive number, or a positive number for each of head, backbone, any stage, and layer_decay"),
+    one_of("a positive number, or a positive number for each of head, backbone, any stage, and layer_decay"),
 ]
 Count = Annotated[int, Field(ge=1)]
 BatchNorm = Literal["frozen", "train"]
@@ -198,7 +198,7 @@ class TrainConfig(Block):
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = None
     recipe: Recipe | None = None
     augment: bool = True
-    bucket: Annotated[bool | Count, _one_of("true, false, or a number of batches, 1 or more")] = True
+    bucket: Annotated[bool | Count, one_of("true, false, or a number of batches, 1 or more")] = True
     workers: Annotated[int, Field(ge=0)] = 0
     accumulate: Count = 1
     clip_norm: Positive | None = None

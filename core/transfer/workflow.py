@@ -28,6 +28,7 @@ from transfer.model_folder import LoadedModel, find_model, read_model, write_mod
 from transfer.registry import IN_PROCESS
 from transfer.run_directory import RunDirectory, changes, environment, read_json
 from transfer.splits import digest
+from transfer.tracking import Tracking
 
 PREDICTION_BATCH = 64
 MOST_CLASSES_SHOWN = 6
@@ -121,7 +122,7 @@ def resume(run: str | Path, *, observe: Observer = silent) -> Run:
         if directory.complete:
             observe(Note(f"{directory.path} is complete: there is nothing to do"))
             return Run(directory.path, directory.summary())
-        config = load_config(directory.config())
+        config = load_config(directory.config(trackers=True))
         before = directory.environment()
         quick = bool(before.get("quick"))
         if quick:
@@ -143,6 +144,7 @@ def _train(
     """Train in a run directory, from the beginning or from its checkpoint, to its summary."""
     epochs = sum(phase.epochs for phase in built.experiment.phases)
     primary_metric = built.experiment.task.primary_metric.name
+    observe = tracking = Tracking(config, directory, observe)
     observe(RunStarted(directory.path, _facts(config, built, _device()), epochs, primary_metric))
     with Signals() as signals:
         try:
@@ -157,8 +159,10 @@ def _train(
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             status = "stopped" if isinstance(error, Stopped) else status
+            broken = {"status": status, "error": f"{type(error).__name__}: {error}"}
             with suppress(OSError):  # the disk may be full: what happened is said all the same
-                directory.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
+                directory.write_summary(broken)
+            tracking.end(broken)
             if isinstance(error, KeyboardInterrupt):
                 observe(Note(f"interrupted; go on with: {directory.resume_command}"))
             raise
@@ -303,4 +307,5 @@ def _facts(config: RunConfig, built: Built, device: str) -> dict[str, str]:
         ),
         "optimizer": f"{config.optimizer.name}, {config.train.step}",
         "device": device,
+        **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
     }
