@@ -180,6 +180,11 @@ class RunConfig:
         """Return the same config with another seed; the splits stay as they are."""
         return replace(self, seed=seed, plain=self.plain | {"seed": seed})
 
+    def with_batch_size(self, size: int) -> RunConfig:
+        """Return the same config with the batch size that ``auto`` found."""
+        train = self.train.model_copy(update={"batch_size": size})
+        return replace(self, train=train, plain=self.plain | {"train": {**self.plain["train"], "batch_size": size}})
+
     def quick(self) -> RunConfig:
         """Return the config of a quick try: one epoch per phase over a few examples of each class, not tracked."""
         limit = min(self.data_options.limit or QUICK_EXAMPLES, QUICK_EXAMPLES)

@@ -26,7 +26,7 @@ _SECTIONS: Mapping[str, tuple[Kind, type[Named]]] = {
     "task": ("task", Named),
 }
 _VARIABLE = {"type": "string", "pattern": r"\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}", "title": "from the environment"}
-_NO_TEXT = frozenset({"integer", "number", "boolean", "null"})
+_NUMBERS = frozenset({"integer", "number", "boolean"})
 
 Schema = dict[str, Any]
 _Member = tuple[list[str], type[BaseModel], str]
@@ -131,7 +131,9 @@ def _allow_variables(block: Schema) -> None:
     """Allow ``${NAME}`` and ``${NAME:-default}`` where a number or a truth value belongs."""
     for name, option in block.get("properties", {}).items():
         members = option.get("anyOf", [option])
-        if members and all(member.get("type") in _NO_TEXT for member in members):
+        # A word (auto) beside a number leaves no more place for a variable than the number alone.
+        kinds = {None if {"const", "enum"} & member.keys() else member.get("type") for member in members}
+        if kinds & _NUMBERS and kinds <= _NUMBERS | {"null", None}:
             annotations = {key: option[key] for key in ("title", "description", "default") if key in option}
             bare = [{k: v for k, v in member.items() if k not in annotations} for member in members]
             block["properties"][name] = annotations | {"anyOf": [*bare, {"$ref": "#/$defs/variable"}]}

@@ -11,6 +11,7 @@ from transfer.precision import Precision
 from transfer.schema import Block
 
 LEARNING_RATE = 1e-3
+BATCH_SIZE = 32
 """Where a config gives none."""
 
 
@@ -158,7 +159,8 @@ class TrainConfig(Block):
     """How the model is trained.
 
     Args:
-        batch_size: Examples per step.
+        batch_size: Examples per step; auto: the largest power of two that fits into memory, found when the run begins
+            and written into the run's config.
         max_tokens: Instead of batch_size: as many examples per step as are no longer than this together when all are
             padded to the longest of them (texts); one that is longer alone is a step of its own.
         evaluation_batch_size: Examples per step where nothing is trained; by default twice the batch size, or as
@@ -189,7 +191,7 @@ class TrainConfig(Block):
             a sweep; `transfer evaluate` scores it later.
     """
 
-    batch_size: Count | None = 32
+    batch_size: Annotated[Count | Literal["auto"] | None, one_of("a whole number, 1 or more, or auto")] = BATCH_SIZE
     max_tokens: Count | None = None
     evaluation_batch_size: Count | None = None
     optimizer: dict[str, Any] = Field(default_factory=lambda: {"name": "adam", "lr": LEARNING_RATE})
@@ -215,6 +217,8 @@ class TrainConfig(Block):
     @property
     def step(self) -> str:
         """What one step consumes, for a person."""
+        if self.batch_size == "auto":
+            return "the batch size that fits into memory when the run begins"
         return f"batch size {self.batch_size}" if self.batch_size else f"at most {self.max_tokens:,} tokens a batch"
 
     @model_validator(mode="after")

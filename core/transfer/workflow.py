@@ -94,6 +94,7 @@ def run_in(make_directory: Callable[[], RunDirectory], config: RunConfig, *, qui
     if quick:
         config = config.quick()
     built = build(config, observe, quick=quick)
+    config = built.config
     directory = make_directory()
     with directory.locked():
         # The config comes last: a folder without it is no run.

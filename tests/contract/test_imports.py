@@ -52,6 +52,7 @@ ORDER = (
     "training_state",
     "fusion",
     "engine",
+    "batch_size",
     "build",
     "terminal",
     "console",
