@@ -19,7 +19,7 @@ from transfer.memory import PeakResident, available_bytes
 LEAST = 2
 """The first size that is tried: batch norm cannot train on one example."""
 MOST_ON_GPU, MOST_ON_CPU = 1024, 128
-"""On two cores no model here trains faster in larger batches, and a step takes seconds."""
+"""On a CPU larger batches are hardly faster (docs/log.md), and a step of pictures takes many seconds."""
 LEAST_STEPS = 8
 """Of an epoch: in fewer, however large, little is learned."""
 SHARE_OF_GPU = 0.9
