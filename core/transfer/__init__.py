@@ -37,6 +37,8 @@ if TYPE_CHECKING:
         PrimaryMetric,
         Split,
         Task,
+        TrackedRun,
+        Tracker,
     )
     from transfer.learning_rate import RangeTest, find_learning_rate
     from transfer.looking import look, look_at_predictions
@@ -78,6 +80,8 @@ _MODULES = {
         "PrimaryMetric",
         "Split",
         "Task",
+        "TrackedRun",
+        "Tracker",
     ),
     "registry": ("find_plugin", "load_plugin", "plugins", "register"),
     "exporting": ("export",),
@@ -119,6 +123,8 @@ __all__ = [
     "TableTarget",
     "Tables",
     "Task",
+    "TrackedRun",
+    "Tracker",
     "TrainingError",
     "TransferError",
     "UserError",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from transfer import freezing, optim
+from transfer.batch_size import find_batch_size
 from transfer.config import Component, RunConfig, located
 from transfer.document import Key
 from transfer.engine import QUICK_BATCHES, Experiment, PhasePlan
@@ -20,6 +21,7 @@ from transfer.interfaces import Backbone, Data, Dataset, DataSpec, FeatureSpec, 
 from transfer.loading import Loader, move
 from transfer.mixing import check_blendable
 from transfer.model import BATCH_NORM, Model
+from transfer.settings import BATCH_SIZE, TrainConfig
 from transfer.splits import complete, count_classes, digest
 
 LARGE_EPOCH_STEPS = 1000
@@ -53,6 +55,7 @@ class Built:
     """An experiment, and what the run directory keeps of how it came about.
 
     Args:
+        config: What was built, with the batch size that ``auto`` found.
         experiment: For the engine.
         loaders: The batches of each split.
         backbone: With its preprocessing and what it learned from the training split.
@@ -62,6 +65,7 @@ class Built:
         classes: Examples of each class in each split.
     """
 
+    config: RunConfig
     experiment: Experiment
     loaders: dict[str, Loader]
     backbone: Backbone
@@ -77,6 +81,8 @@ def preflight(config: RunConfig) -> Parts:
     Raises:
         ConfigError: Parts that do not fit, freeze policies or learning rates that name nothing; all that is found.
     """
+    for tracker in config.trackers:
+        tracker.make()
     dataset: Dataset = config.data.make()
     spec = dataset.spec if dataset.spec.classes else replace(dataset.spec, classes=ASSUMED_CLASSES)
     with torch.device("meta"):
@@ -99,6 +105,7 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
 
     Raises:
         UserError: As :func:`preflight`, or the data or the weights are not right.
+        TrainingError: No batch size fits into memory.
     """
     fields = preflight(config).backbone.fields
     data, splits = read_data(config)
@@ -120,8 +127,18 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         for name, split in splits.items()
     }
     experiment = make_experiment(config, model, task, backbone, loaders, quick=quick)
+    if config.train.batch_size == "auto":
+        config = config.with_batch_size(find_batch_size(experiment, observe))
+        experiment = replace(experiment, settings=config.train)
+        for name, loader in loaders.items():
+            loader.batch_size = _examples_per_step(config.train, training=name == "train")
     counts = {name: dict(count_classes(split, data.spec.classes)) for name, split in splits.items()}
-    return Built(experiment, loaders, backbone, data.spec, learned, pretrained, counts)
+    return Built(config, experiment, loaders, backbone, data.spec, learned, pretrained, counts)
+
+
+def settled(config: RunConfig, observe: Observer) -> RunConfig:
+    """Return the config with the batch size that ``auto`` finds, for several runs that are to be compared."""
+    return build(config, observe).config if config.train.batch_size == "auto" else config
 
 
 def make_experiment(
@@ -171,9 +188,7 @@ def make_loader(
 ) -> Loader:
     """Make the batches of a split, as training and every later evaluation of a run does."""
     train = config.train
-    batch_size = train.batch_size
-    if not training:
-        batch_size = train.evaluation_batch_size or (batch_size and 2 * batch_size)
+    batch_size = _examples_per_step(train, training=training)
     return Loader(
         split,
         backbone.fields,
@@ -187,6 +202,12 @@ def make_loader(
         workers=train.workers,
         repeated=repeated,
     )
+
+
+def _examples_per_step(train: TrainConfig, *, training: bool) -> int | None:
+    """Return the batch size; None: as ``max_tokens`` says. Until ``auto`` has found one the default stands for it."""
+    size = BATCH_SIZE if train.batch_size == "auto" else train.batch_size
+    return size if training else train.evaluation_batch_size or (size and 2 * size)
 
 
 def assemble(backbone: Backbone, head: Component, task: Component, data: DataSpec) -> tuple[Task, Model]:

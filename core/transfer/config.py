@@ -27,6 +27,7 @@ from transfer.settings import (
     OptimizerOptions,
     Phase,
     TrainConfig,
+    one_of,
 )
 
 DEFAULT_EPOCHS = 5
@@ -45,6 +46,7 @@ class Sections(Block):
         head: A head by its name, and its options.
         task: A task by its name, and its options.
         train: How the model is trained.
+        trackers: Programs that are told of the run: each a name, or a name with options.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -53,6 +55,7 @@ class Sections(Block):
     head: dict[str, Any] = Field(default_factory=lambda: {"name": "linear"})
     task: dict[str, Any] = Field(default_factory=lambda: {"name": "classification"})
     train: dict[str, Any] = Field(default_factory=dict)
+    trackers: tuple[Annotated[str | dict[str, Any], one_of("the name of a tracker, or its name and options")], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class RunConfig:
         train: How the model is trained.
         optimizer, optimizer_options: Torch's part of the optimizer's block, and core's.
         schedulers: That of each phase that the config lists, or one for all.
+        trackers: What is told of the run.
         document: Where each value was written.
         plain: The whole config as plain data, defaults filled in: what ``config.yaml`` of a run holds.
     """
@@ -125,6 +129,7 @@ class RunConfig:
     optimizer: TorchPart
     optimizer_options: OptimizerOptions
     schedulers: tuple[TorchPart | None, ...]
+    trackers: tuple[Component, ...]
     document: Document
     plain: dict[str, Any]
     quick_try: bool = False
@@ -175,13 +180,19 @@ class RunConfig:
         """Return the same config with another seed; the splits stay as they are."""
         return replace(self, seed=seed, plain=self.plain | {"seed": seed})
 
+    def with_batch_size(self, size: int) -> RunConfig:
+        """Return the same config with the batch size that ``auto`` found."""
+        train = self.train.model_copy(update={"batch_size": size})
+        return replace(self, train=train, plain=self.plain | {"train": {**self.plain["train"], "batch_size": size}})
+
     def quick(self) -> RunConfig:
-        """Return the config of a quick try: one epoch per phase over a few examples of each class."""
+        """Return the config of a quick try: one epoch per phase over a few examples of each class, not tracked."""
         limit = min(self.data_options.limit or QUICK_EXAMPLES, QUICK_EXAMPLES)
         return replace(
             self,
             data_options=self.data_options.model_copy(update={"limit": limit}),
-            plain=self.plain | {"data": {**self.plain["data"], "limit": limit}},
+            trackers=(),
+            plain=self.plain | {"data": {**self.plain["data"], "limit": limit}, "trackers": []},
             quick_try=True,
         )
 
@@ -251,6 +262,7 @@ class _Check:
         backbone, _ = self.component("backbone", raw["backbone"], Named)
         head, _ = self.component("head", raw["head"], Named)
         task, _ = self.component("task", raw["task"], Named)
+        trackers = self.trackers(raw["trackers"])
         train = self.block(TrainConfig, raw["train"], ("train",), "train") if isinstance(raw["train"], dict) else None
         optimizer, optimizer_options, schedulers = self.training(train) if train else (None, None, ())
         if train is None and isinstance(raw["train"], dict) and isinstance(raw["train"].get("optimizer"), dict):
@@ -268,6 +280,7 @@ class _Check:
         plain |= {"backbone": backbone.plain, "head": head.plain, "task": task.plain}
         plain |= {"train": train.model_dump(mode="json")}
         plain["train"]["optimizer"] = {"lr": LEARNING_RATE} | plain["train"]["optimizer"]
+        plain["trackers"] = [tracker.plain for tracker in trackers]
         return RunConfig(
             top.seed,
             dataset,
@@ -279,6 +292,7 @@ class _Check:
             optimizer,
             optimizer_options,
             schedulers,
+            tuple(trackers),
             self.document,
             plain,
         )
@@ -288,29 +302,46 @@ class _Check:
         self.problems += problems
         return checked
 
-    def component(self, kind: Kind, raw: Any, base: type[_N]) -> tuple[Component | None, _N | None]:
-        section = "data" if kind == "dataset" else kind
+    def trackers(self, raw: Any) -> list[Component]:
+        found: dict[str, Component] = {}
+        for index, block in enumerate(raw if isinstance(raw, list | tuple) else ()):
+            block = {"name": block} if isinstance(block, str) else block
+            component, _ = self.component("tracker", block, Named, ("trackers", index))
+            if component is None:
+                continue
+            name = component.plugin.name
+            if name in found:
+                self.problems.append(Problem(f"tracker {name!r} is named twice", component.where, fix="name it once"))
+            found[name] = component
+        return list(found.values())
+
+    def component(
+        self, kind: Kind, raw: Any, base: type[_N], key: Key | None = None
+    ) -> tuple[Component | None, _N | None]:
+        """Check the block of a component, which stands at ``key``: by default at the section of its kind."""
+        key = key or ("data" if kind == "dataset" else kind,)
+        section = ".".join(map(str, key))
         if not isinstance(raw, dict):
             return None, None  # already reported
         name = raw.get("name")
         if not isinstance(name, str):
             names = sorted({p.name for p in registry.plugins(kind)})
-            where = self.document.where((section,))
+            where = self.document.where(key)
             self.problems.append(Problem(f"{section} needs a name", where, tuple(names), f"add name: ... to {section}"))
             return None, None
         try:
             plugin, cls = registry.find(kind, name), registry.load(kind, name)
             model = options_model(cls, base)
         except PluginError as error:
-            where = self.document.where((section, "name"))
+            where = self.document.where((*key, "name"))
             # An import error knows the entry point at fault; the config's line still says who asked for it.
             self.problems += (replace(p, where=f"{where} -> {p.where}" if p.where else where) for p in error.problems)
             return None, None
-        block = self.block(model, raw, (section,), f"{kind} {name!r}")
+        block = self.block(model, raw, key, f"{kind} {name!r}")
         if block is None:
             return None, None
         options = {field: getattr(block, field) for field in model.model_fields if field not in base.model_fields}
-        where = self.document.where((section,))
+        where = self.document.where(key)
         return Component(kind, plugin, cls, options, block.model_dump(mode="json"), where), block
 
     def training(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,12 +18,13 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import Metric
 
 from transfer import checkpoint, freezing
-from transfer.errors import TrainingError
+from transfer.errors import MemoryRanOut, TrainingError
 from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, EvaluationStep, Note, Observer, StepEnded
 from transfer.feature_cache import FeatureCache, Prefix, Source, source
 from transfer.freezing import Frozen
@@ -440,6 +442,33 @@ def _optimizer_step(
     training.unsaved = True
 
 
+def rehearse(experiment: Experiment, phase: PhasePlan) -> Callable[[Batch, Batch], None]:
+    """Return a function that makes a training step of a phase as :func:`fit` does, and evaluates another batch.
+
+    The experiment's model is trained, and nothing is written. The function raises MemoryRanOut.
+    """
+    training = _prepare(experiment, RunDirectory(Path()), lambda _: None, Signals())
+    model, device = experiment.model, training.accelerator.device
+    freezing.apply(model, phase.frozen)
+    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=None)
+    training.state.begin_phase(optimizer, Schedule(None, optimizer, epochs=1, steps_per_epoch=1, higher_is_better=True))
+    scaler = training.accelerator.scaler
+    prepared_optimizer = optimizer if scaler is None else training.accelerator.prepare_optimizer(optimizer)
+
+    def step(trained: Batch, evaluated: Batch) -> None:
+        model.train()
+        training.pending, training.state.progress.epoch = None, EpochSums()
+        for metric in training.state.metrics.values():
+            metric.reset()
+        with _memory(len(trained.indices)):
+            _optimizer_step(training, 0, prepared_optimizer, [trained], [len(trained.indices)])
+        model.eval()
+        with _memory(len(evaluated.indices)), torch.inference_mode(), autocast(experiment.settings.precision, device):
+            model(evaluated.to(device).inputs, 0)
+
+    return step
+
+
 def _end_epoch(training: _Training, scores: dict[str, float], validation_seconds: float) -> None:
     """Count a validated epoch, write its checkpoints and its line of metrics."""
     experiment, run, state = training.experiment, training.run, training.state
@@ -678,10 +707,10 @@ def _memory(examples: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one; the CPU's allocator raises a plain one
-        if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise TrainingError(
+        if isinstance(error, torch.cuda.OutOfMemoryError) or should_reduce_batch_size(error):
+            raise MemoryRanOut(
                 f"memory ran out on a batch of {examples} examples",
-                fix="set a smaller train.batch_size (or train.evaluation_batch_size, or train.max_tokens)",
+                fix="set a smaller train.batch_size (or train.evaluation_batch_size, or train.max_tokens), or auto",
             ) from error
         raise
 

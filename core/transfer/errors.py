@@ -96,6 +96,10 @@ class TrainingError(TransferError):
     """Training cannot go on: a loss that is not finite, memory that ran out."""
 
 
+class MemoryRanOut(TrainingError):  # noqa: N818  # it says what happened
+    """Memory ran out on a batch."""
+
+
 class Stopped(TransferError):  # noqa: N818  # nothing went wrong
     """An observer ends a run after an epoch: what it reached stays, and it can be resumed."""
 

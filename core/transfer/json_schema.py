@@ -26,7 +26,7 @@ _SECTIONS: Mapping[str, tuple[Kind, type[Named]]] = {
     "task": ("task", Named),
 }
 _VARIABLE = {"type": "string", "pattern": r"\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}", "title": "from the environment"}
-_NO_TEXT = frozenset({"integer", "number", "boolean", "null"})
+_NUMBERS = frozenset({"integer", "number", "boolean"})
 
 Schema = dict[str, Any]
 _Member = tuple[list[str], type[BaseModel], str]
@@ -39,6 +39,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     alternatives: dict[str, list[_Member]] = {
         section: _plugins(kind, base, problems) for section, (kind, base) in _SECTIONS.items()
     }
+    alternatives["tracker"] = _plugins("tracker", Named, problems)
     alternatives["optimizer"] = [
         ([name], options_model(cls, OptimizerOptions, skip=NOT_OPTIONS), "") for name, cls in OPTIMIZERS.items()
     ]
@@ -65,6 +66,8 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     for block, keys in ((top, _SECTIONS), (train, ("optimizer", "scheduler")), (phase, ("scheduler",))):
         for key in keys:
             block["properties"][key] = _refer(block["properties"][key], key)
+    names: Schema = {"enum": definitions["tracker"]["properties"]["name"]["enum"]}
+    top["properties"]["trackers"]["items"] = {"anyOf": [names, {"$ref": "#/$defs/tracker"}]}
     top["properties"]["train"] = _refer(top["properties"]["train"], TrainConfig.__name__)
     for definition in [top, *definitions.values()]:
         _allow_variables(definition)
@@ -79,6 +82,8 @@ def _plugins(kind: Kind, base: type[Named], problems: list[Problem]) -> list[_Me
     claims = Counter(plugin.name for plugin in installed)
     found: list[_Member] = []
     for plugin in installed:
+        if plugin.extras and plugin.unavailable:  # an extra is a choice, and not to have made it is no problem
+            continue
         names = [plugin.qualified_name] if claims[plugin.name] > 1 else [plugin.name, plugin.qualified_name]
         try:
             cls = registry.load(kind, plugin.qualified_name)
@@ -126,7 +131,9 @@ def _allow_variables(block: Schema) -> None:
     """Allow ``${NAME}`` and ``${NAME:-default}`` where a number or a truth value belongs."""
     for name, option in block.get("properties", {}).items():
         members = option.get("anyOf", [option])
-        if members and all(member.get("type") in _NO_TEXT for member in members):
+        # A word (auto) beside a number leaves no more place for a variable than the number alone.
+        kinds = {None if {"const", "enum"} & member.keys() else member.get("type") for member in members}
+        if kinds & _NUMBERS and kinds <= _NUMBERS | {"null", None}:
             annotations = {key: option[key] for key in ("title", "description", "default") if key in option}
             bare = [{k: v for k, v in member.items() if k not in annotations} for member in members]
             block["properties"][name] = annotations | {"anyOf": [*bare, {"$ref": "#/$defs/variable"}]}

@@ -139,6 +139,14 @@ class Loader:
             batches[-2:] = [np.concatenate(batches[-2:])]
         return batches if lengths is None else [batches[i] for i in generator.permutation(len(batches))]
 
+    def costliest(self, count: int) -> Batch:
+        """Return a batch of the examples that cost most: the longest, where lengths are known, else any."""
+        lengths = self.lengths
+        if lengths is None and self.examples.encoded is not None:
+            lengths = self.preprocessing.lengths(self.examples.encoded)
+        order = np.arange(len(self.split)) if lengths is None else np.argsort(-lengths, kind="stable")
+        return self.examples.batch([(0, int(index)) for index in order[:count]])
+
     @property
     def augments(self) -> bool:
         """Examples differ from epoch to epoch."""
@@ -328,7 +336,7 @@ class _Examples(Dataset[Any]):
         indices = np.array([index for _, index in pairs])
         encoded = self._encoded(indices.tolist())
         if self.augments:
-            with _own_randomness():
+            with own_randomness():
                 for place, (epoch, index) in enumerate(pairs):
                     _seed_all(self.seed, epoch, index)
                     value = encoded[place]
@@ -375,8 +383,8 @@ def encode(
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Restore the global generators afterwards: augmentation must not move the model's own randomness."""
+def own_randomness() -> Iterator[None]:
+    """Restore the global generators afterwards: what draws from them inside must not move the model's randomness."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield

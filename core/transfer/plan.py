@@ -29,6 +29,7 @@ def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
             "head": f"{config.head.plugin.name}: {features.size} -> {parts.task.out_features}",
             "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
             "training": f"{optimizer}, {train.step}" + (f", recipe {train.recipe.name}" if train.recipe else ""),
+            **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
             **{f"preprocessing: {k}": v for k, v in parts.backbone.preprocessing.describe().items()},
         }
     )

@@ -31,6 +31,7 @@ FORMAT = 1
 """Version of the folder's layout; a reader refuses one that it does not know."""
 
 PREDICTIONS = "predictions.safetensors"
+TRACKED = "trackers.json"
 LOCK = "lock"
 """Is there while a process writes into the folder, and says which."""
 
@@ -56,8 +57,8 @@ class RunDirectory:
     """A run's folder.
 
     ``config.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (a line per epoch), ``summary.json``,
-    ``predictions.safetensors`` (of the test split), ``checkpoints/best`` and ``checkpoints/last``, and ``model/``: all
-    that is needed to predict elsewhere.
+    ``predictions.safetensors`` (of the test split), ``checkpoints/best`` and ``checkpoints/last``, ``trackers.json``
+    where there are trackers, and ``model/``: all that is needed to predict elsewhere.
     """
 
     def __init__(self, path: Path) -> None:
@@ -182,16 +183,20 @@ class RunDirectory:
         file.flush()
         return file
 
-    def config(self) -> dict[str, Any]:
+    def config(self, *, trackers: bool = False) -> dict[str, Any]:
         """Return the resolved config.
+
+        Args:
+            trackers: With its trackers, which matter where the run is trained alone; elsewhere they may be missing.
 
         Raises:
             RunError: It cannot be read.
         """
         try:
-            return read_plain(self.path / "config.yaml")
+            plain = read_plain(self.path / "config.yaml")
         except ConfigError as error:
             raise RunError.of(error.problems) from error
+        return plain if trackers else {name: value for name, value in plain.items() if name != "trackers"}
 
     def summary(self) -> dict[str, Any]:
         """Return ``summary.json``.
@@ -263,6 +268,17 @@ class RunDirectory:
             file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
+
+    def tracked(self) -> dict[str, Any]:
+        """Return what each tracker has been told, by its name; nothing where the file is missing or damaged."""
+        try:
+            return read_json(self.path / TRACKED, "nothing was tracked yet")
+        except RunError:
+            return {}
+
+    def write_tracked(self, told: Mapping[str, Any]) -> None:
+        """Write ``trackers.json``."""
+        write_json(self.path / TRACKED, told)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``, one per epoch.

@@ -11,10 +11,11 @@ from transfer.precision import Precision
 from transfer.schema import Block
 
 LEARNING_RATE = 1e-3
+BATCH_SIZE = 32
 """Where a config gives none."""
 
 
-def _one_of(text: str) -> WrapValidator:
+def one_of(text: str) -> WrapValidator:
     """Say what a union takes in one sentence, where pydantic would list the complaint of every member."""
 
     def check(value: Any, handler: Any) -> Any:
@@ -44,12 +45,12 @@ class Parameters(Block):
 
 Freeze = Annotated[
     Literal["none", "backbone"] | Until | Parameters | Names,
-    _one_of("none, backbone, {until: STAGE}, a list of stages, or {parameters: [REGEX, ...]}"),
+    one_of("none, backbone, {until: STAGE}, a list of stages, or {parameters: [REGEX, ...]}"),
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LearningRate = Annotated[
     Positive | Annotated[dict[str, Positive], Field(min_length=1)],
-    _one_of("a positive number, or a positive number for each of head, backbone, any stage, and layer_decay"),
+    one_of("a positive number, or a positive number for each of head, backbone, any stage, and layer_decay"),
 ]
 Count = Annotated[int, Field(ge=1)]
 BatchNorm = Literal["frozen", "train"]
@@ -158,7 +159,8 @@ class TrainConfig(Block):
     """How the model is trained.
 
     Args:
-        batch_size: Examples per step.
+        batch_size: Examples per step; auto: the largest power of two that fits into memory, found when the run begins
+            and written into the run's config.
         max_tokens: Instead of batch_size: as many examples per step as are no longer than this together when all are
             padded to the longest of them (texts); one that is longer alone is a step of its own.
         evaluation_batch_size: Examples per step where nothing is trained; by default twice the batch size, or as
@@ -190,7 +192,7 @@ class TrainConfig(Block):
         report: Write report.html at the end; `transfer report` writes it later.
     """
 
-    batch_size: Count | None = 32
+    batch_size: Annotated[Count | Literal["auto"] | None, one_of("a whole number, 1 or more, or auto")] = BATCH_SIZE
     max_tokens: Count | None = None
     evaluation_batch_size: Count | None = None
     optimizer: dict[str, Any] = Field(default_factory=lambda: {"name": "adam", "lr": LEARNING_RATE})
@@ -199,7 +201,7 @@ class TrainConfig(Block):
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = None
     recipe: Recipe | None = None
     augment: bool = True
-    bucket: Annotated[bool | Count, _one_of("true, false, or a number of batches, 1 or more")] = True
+    bucket: Annotated[bool | Count, one_of("true, false, or a number of batches, 1 or more")] = True
     workers: Annotated[int, Field(ge=0)] = 0
     accumulate: Count = 1
     clip_norm: Positive | None = None
@@ -217,6 +219,8 @@ class TrainConfig(Block):
     @property
     def step(self) -> str:
         """What one step consumes, for a person."""
+        if self.batch_size == "auto":
+            return "the batch size that fits into memory when the run begins"
         return f"batch size {self.batch_size}" if self.batch_size else f"at most {self.max_tokens:,} tokens a batch"
 
     @model_validator(mode="after")

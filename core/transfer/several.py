@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transfer.build import preflight
+from transfer.build import preflight, settled
 from transfer.config import RunConfig, load_config
 from transfer.errors import RunError, UserError
 from transfer.events import Note, Observer
@@ -75,6 +75,7 @@ def run_seeds(
     checked = load_config(config, overrides)
     preflight(checked)
     numbers = seeds_of(checked, seeds)
+    checked = settled(checked, observe)
     folder = RunDirectory.create(Path(output), checked.name, "-seeds")
     with removed_if_nothing_ran(folder.path):
         return train_seeds(checked, numbers, folder.path, quick=quick, observe=observe)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfer.build import Built, Parts, build, preflight
+from transfer.build import Built, Parts, build, preflight, settled
 from transfer.comparison import Row, compare, higher_is_better
 from transfer.config import RunConfig, load_config
 from transfer.errors import UserError
@@ -75,6 +75,10 @@ def measure_value(
     arms = _arms(checked, preflight(checked))
     for arm in arms.values():
         preflight(arm)
+    if checked.train.batch_size == "auto":  # that of the arm which needs most memory, for all of them
+        size = settled(arms[FROM_SCRATCH], observe).train.batch_size
+        assert isinstance(size, int)
+        checked, arms = checked.with_batch_size(size), {name: arm.with_batch_size(size) for name, arm in arms.items()}
     built = build(checked, observe)
     if not built.pretrained:
         raise UserError(

@@ -19,7 +19,7 @@ from transfer.config import RunConfig, load_config
 from transfer.description import DESCRIPTION
 from transfer.engine import evaluate as score
 from transfer.engine import fit
-from transfer.errors import RunError, Stopped
+from transfer.errors import ConfigError, RunError, Stopped
 from transfer.events import Note, Observer, RunEnded, RunStarted
 from transfer.explaining import explain_output, outputs_of
 from transfer.interfaces import SPLITS
@@ -32,6 +32,7 @@ from transfer.registry import IN_PROCESS
 from transfer.reporting.report import Subject, write_report
 from transfer.run_directory import RunDirectory, changes, environment, read_json
 from transfer.splits import digest
+from transfer.tracking import Tracking
 
 PREDICTION_BATCH = 64
 MOST_CLASSES_SHOWN = 6
@@ -113,6 +114,7 @@ def run_in(
     if quick:
         config = config.quick()
     built, observe = _build(config, observe, processes, quick=quick)
+    config = built.config
     directory = RunDirectory(processes.from_first(lambda: make_directory().path))
     with directory.locked() if processes.leads else nullcontext():
         if processes.leads:
@@ -125,6 +127,12 @@ def run_in(
 def _build(config: RunConfig, observe: Observer, processes: Processes, *, quick: bool) -> tuple[Built, Observer]:
     """Build an experiment, and return it with who is told of it: nobody, of all processes but the first."""
     observe = observe if processes.leads else silent
+    if processes.several and config.train.batch_size == "auto":
+        raise ConfigError(
+            "train.batch_size: auto looks at the memory of one process, and there are several",
+            where=config.document.where(("train", "batch_size")),
+            fix="find it in one process, with --quick say, and set the number",
+        )
     if lacks_a_launcher():
         text = "accelerate launch --cpu starts several processes through mpirun alone: this one trains by itself"
         observe(Note(f"{text}; torchrun --nproc-per-node N -m transfer ... starts N"))
@@ -154,7 +162,7 @@ def resume(run: str | Path, *, observe: Observer = silent) -> Run:
             stack.enter_context(directory.locked())
             if directory.complete:
                 return directory.path, {}, {}, directory.summary()
-            return directory.path, directory.config(), directory.environment(), None
+            return directory.path, directory.config(trackers=True), directory.environment(), None
 
         path, plain, before, summary = processes.from_first(find)
         directory = RunDirectory(path)
@@ -192,6 +200,9 @@ def _train(
     epochs = sum(phase.epochs for phase in built.experiment.phases)
     primary_metric = built.experiment.task.primary_metric.name
     device = _device() + (f", {processes.own.count} processes" if processes.several else "")
+    tracking = Tracking(config, directory, observe)
+    if processes.leads:
+        observe = tracking
     observe(RunStarted(directory.path, _facts(config, built, device), epochs, primary_metric))
     with Signals(processes.largest if processes.several else None) as signals:
         try:
@@ -213,9 +224,11 @@ def _train(
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             status = "stopped" if isinstance(error, Stopped) else status
+            broken = {"status": status, "error": f"{type(error).__name__}: {error}"}
             with suppress(OSError):  # the disk may be full: what happened is said all the same
                 if processes.leads:
-                    directory.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
+                    directory.write_summary(broken)
+            tracking.end(broken)
             if isinstance(error, KeyboardInterrupt):
                 observe(Note(f"interrupted; go on with: {directory.resume_command}"))
             raise
@@ -350,4 +363,5 @@ def _facts(config: RunConfig, built: Built, device: str) -> dict[str, str]:
         ),
         "optimizer": f"{config.optimizer.name}, {config.train.step}",
         "device": device,
+        **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
     }

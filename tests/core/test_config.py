@@ -112,7 +112,7 @@ train:
         ("5", "backbone 'dense' has no option 'widht'"),
         ("6", "there is no head called 'liner'"),
         ("9", "task.label_smoothing is 1: it should be less than 1"),
-        ("11", "train.batch_size is 0: it should be greater than or equal to 1"),
+        ("11", "train.batch_size is 0: it should be a whole number, 1 or more, or auto"),
         ("12", "optimizer 'sgd' has no option 'momentun'"),
         ("13", "train has no option 'bukcet'"),
         (

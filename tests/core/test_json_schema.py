@@ -21,7 +21,7 @@ from transfer.schema import describe_options
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-BUILT_IN = [plugin for plugin in registry.plugins() if plugin.distribution == "transfer"]
+BUILT_IN = [p for p in registry.plugins() if p.distribution == "transfer" and not (p.extras and p.unavailable)]
 
 
 @pytest.fixture(scope="module")
