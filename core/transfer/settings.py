@@ -229,5 +229,5 @@ class TrainConfig(Block):
     @model_validator(mode="after")
     def _phases_or_recipe(self) -> TrainConfig:
         if self.phases is not None and self.recipe is not None:
-            raise ValueError("it should set phases or recipe, not both")
+            raise ValueError("it should set phases or recipe, not both; null takes one away: train.phases=null")
         return self
