@@ -91,7 +91,8 @@ class Phase(Block):
 
     Args:
         epochs: Passes over the training split.
-        freeze: What does not change in this phase.
+        freeze: What does not change in this phase: none, backbone, {until: STAGE} (it and all before it), a list of
+            stages, or {parameters: [REGEX, ...]}.
         lr: Learning rates of this phase, instead of the optimizer's.
         scheduler: Scheduler of this phase, instead of the run's.
         patience: End the phase after so many epochs without a better validation metric.
