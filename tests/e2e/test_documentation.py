@@ -98,6 +98,7 @@ STAND_INS = {
     r"(transfer export (?!.*--dry-run).*)": r"\1 --dry-run",  # tests/core/test_exporting.py exports every format
     r"--processes 2": "",  # each imports torch anew; tests/core/test_sweep.py has several
     r"epochs: \d+": "epochs: 2",
+    r"(recipe=.*epochs: )2": r"\g<1>4",  # a part for each phase
 }
 DATA = {
     "imdb": {"name": "mini_reviews", "limit": 12},
