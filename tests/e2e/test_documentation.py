@@ -94,6 +94,7 @@ NOT_EXECUTED = {
 }
 # In commands, in this order.
 STAND_INS = {
+    r"(transfer value (?!.*--seeds).*)": r"\1 --seeds 5",  # as it does by itself
     r"--seeds 5": "--seeds 2",
     r"(transfer export (?!.*--dry-run).*)": r"\1 --dry-run",  # tests/core/test_exporting.py exports every format
     r"--processes 2": "",  # each imports torch anew; tests/core/test_sweep.py has several
@@ -225,6 +226,7 @@ class Reader:
         self.names: dict[str, Any] = {"__name__": "page"}
         self.printed = ""
         self.requests: list[str] = []
+        self.answers: dict[str, subprocess.CompletedProcess[str]] = {}
         self.left_out: set[str] = set()
 
     def read(self) -> None:
@@ -250,6 +252,10 @@ class Reader:
                     self.compare(block)
                 case other:
                     self.wrong(block.line, f"this test does not know what a block of {other} is")
+        for request in self.requests if shutil.which("curl") else ():
+            answer = self.answers.get(request)
+            if answer is None or answer.returncode or "label" not in json.loads(answer.stdout):
+                self.wrong(1, f"{request}\n{answer.stdout if answer else 'no model that the page serves is asked'}")
 
     def wrong(self, line: int, what: str) -> None:
         pytest.fail(f"{self.page}:{line}: {what}\n{WHAT_TO_DO}", pytrace=False)
@@ -312,35 +318,24 @@ class Reader:
         """Yield a free port; what listens there is asked the page's requests and then told to end."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        answers: list[str] = []
 
         def visit() -> None:
-            address = f"http://127.0.0.1:{port}"
-            for _ in range(300):
-                time.sleep(0.05)
-                try:
-                    with urllib.request.urlopen(f"{address}/models", timeout=5) as response:
-                        served = [model["name"] for model in json.load(response)["models"]]
-                        break
-                except OSError:
-                    continue
-            else:
-                return
+            served = models_at(f"http://127.0.0.1:{port}")
             try:
                 for request in self.requests:
-                    command = [word.replace("localhost:8000", f"127.0.0.1:{port}") for word in shlex.split(request)]
                     name = re.search(r"models/([^/]+)/", request)
                     if name is None or name[1] in served:
-                        asked = [*command, "--silent", "--fail-with-body"]
-                        answers.append(subprocess.run(asked, capture_output=True, text=True, check=False).stdout)
+                        here = request.replace("localhost:8000", f"127.0.0.1:{port}")
+                        asked = [*shlex.split(here), "--silent", "--fail-with-body"]
+                        self.answers[request] = subprocess.run(asked, capture_output=True, text=True, check=False)
             finally:
-                os.kill(os.getpid(), signal.SIGTERM)
+                if served:
+                    os.kill(os.getpid(), signal.SIGTERM)
 
         thread = threading.Thread(target=visit)
         thread.start()
         yield port
         thread.join()
-        self.answers = answers
 
     # -------------------------------------------------------------------------------------------- scripts, configs
 
@@ -393,6 +388,17 @@ class Reader:
 
 def lines_of(text: str) -> list[str]:
     return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def models_at(address: str) -> list[str]:
+    """Return the names of the models that are served there, once they are; none after fifteen seconds."""
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(f"{address}/models", timeout=5) as response:
+                return [model["name"] for model in json.load(response)["models"]]
+        except OSError:
+            time.sleep(0.05)
+    return []
 
 
 def without_comment(line: str) -> str:
