@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: schema demo test slow torchtext soak plugins check format clean
+.PHONY: schema reference demo test slow torchtext soak plugins check format clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
@@ -61,6 +61,9 @@ check: .venv/ready  ## style and types
 
 schema: .venv/ready  ## what editors know of configs, with the options of every installed plugin
 	$(BIN)/transfer schema --output configs/schema.json
+
+reference: .venv/ready  ## docs/reference.md, from signatures, docstrings and the command line
+	$(BIN)/python docs/reference.py
 
 format: .venv/ready
 	$(BIN)/ruff format .

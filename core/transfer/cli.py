@@ -208,7 +208,7 @@ def evaluate(
     if as_json:
         print(json.dumps({split: metrics}))  # noqa: T201
     else:
-        Console().print(facts_table({name: repr(value) for name, value in {"split": split, **metrics}.items()}))
+        Console().print(facts_table({"split": split, **{name: repr(value) for name, value in metrics.items()}}))
     if pictures:
         from transfer.looking import look_at_predictions
 
@@ -470,15 +470,19 @@ def plugins(
 
     from transfer.terminal import Console
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("kind", "name", "distribution", "version"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("description", no_wrap=True, overflow="ellipsis")
-    for entry in found:
-        plugin = entry.plugin
-        said = Text("(unavailable, see below)", style="red") if entry.problem else Text(entry.description)
-        table.add_row(plugin.kind, plugin.name, plugin.distribution, plugin.version, said)
     console = Console()
+    rows = [(e.plugin.kind, e.plugin.name, e.plugin.distribution, e.plugin.version) for e in found]
+    headings = ("kind", "name", "distribution", "version")
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    # Of names nothing is cut off: what room they leave is the description's.
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading, width in zip(headings, widths, strict=True):
+        table.add_column(heading, width=width, no_wrap=True)
+    room = max(12, console.width - sum(width + 2 for width in widths) - 2)
+    table.add_column("description", width=room, no_wrap=True, overflow="ellipsis")
+    for row, entry in zip(rows, found, strict=True):
+        said = Text("(unavailable, see below)", style="red") if entry.problem else Text(entry.description)
+        table.add_row(*row, said)
     console.print(table)
     for entry in found:
         if entry.problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -90,9 +90,11 @@ def _variants(cls: type[Any], declared: Callable[[Any], Any]) -> Variants:
         for label, options in _options(cls):
             try:
                 found[label] = declared(cls(**options))
-            except (UserError, ValueError, TypeError):
-                if not label:  # another value may want other options beside it
-                    raise
+            except Exception as error:  # whatever a constructor raises on what was filled in
+                if not label and options:
+                    raise _depends(options) from error
+                if not (label and isinstance(error, UserError | ValueError | TypeError)):
+                    raise  # another value may want other options beside it
     return found
 
 
@@ -116,8 +118,12 @@ def _filler(name: str, annotation: Any) -> Any:
             return name
     choices = list(_choices(annotation))
     if not choices:
-        raise PluginError(f"what it declares depends on its option {name!r}", fix="see transfer check CONFIG")
+        raise _depends([name])
     return choices[0]
+
+
+def _depends(options: Iterable[str]) -> PluginError:
+    return PluginError(f"what it declares depends on {', '.join(options)}", fix="see transfer check CONFIG")
 
 
 def _choices(annotation: Any) -> Iterator[Any]:

@@ -241,9 +241,20 @@ def _flatten(annotation: Any) -> list[Any]:
 
 def describe_options(component: type) -> list[Option]:
     """List a component's options with type, default and description, from its signature and class docstrings."""
+    return describe_fields(options_model(component, Block))
+
+
+def describe_fields(model: type[BaseModel]) -> list[Option]:
+    """List the keys of a block with type, default and description."""
+    described = descriptions(model)
     return [
-        Option(name, _type_name(field.annotation, field.metadata), _default(field), field.description or "")
-        for name, field in options_model(component, Block).model_fields.items()
+        Option(
+            name,
+            _type_name(field.annotation, field.metadata),
+            _default(field),
+            field.description or described.get(name, ""),
+        )
+        for name, field in model.model_fields.items()
     ]
 
 

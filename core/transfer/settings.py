@@ -92,7 +92,8 @@ class Phase(Block):
 
     Args:
         epochs: Passes over the training split.
-        freeze: What does not change in this phase.
+        freeze: What does not change in this phase: none, backbone, {until: STAGE} (it and all before it), a list of
+            stages, or {parameters: [REGEX, ...]}.
         lr: Learning rates of this phase, instead of the optimizer's.
         scheduler: Scheduler of this phase, instead of the run's.
         patience: End the phase after so many epochs without a better validation metric.
@@ -235,5 +236,5 @@ class TrainConfig(Block):
     @model_validator(mode="after")
     def _phases_or_recipe(self) -> TrainConfig:
         if self.phases is not None and self.recipe is not None:
-            raise ValueError("it should set phases or recipe, not both")
+            raise ValueError("it should set phases or recipe, not both; null takes one away: train.phases=null")
         return self

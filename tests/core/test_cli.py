@@ -41,6 +41,13 @@ def test_plugins_as_json() -> None:
     assert found["head", "linear"]["distribution"] == "transfer"
 
 
+def test_no_name_of_a_plugin_is_cut_off() -> None:
+    narrow = "import os; os.environ['COLUMNS'] = '80'"
+    rows = [line.split() for line in transfer("plugins", prelude=narrow).stdout.splitlines()]
+    assert rows[0] == ["kind", "name", "distribution", "version", "description"]
+    assert ["dataset", "torchvision_dataset", "transfer"] in [row[:3] for row in rows]
+
+
 PACKAGE = """
 import pathlib, sys
 package = pathlib.Path({folder!r}, "needy-1.dist-info")

@@ -393,7 +393,8 @@ def test_describe_says_what_the_model_sees() -> None:
     ],
 )
 def test_augmentations_of_torchvision_by_name(steps: Any) -> None:
-    preprocessing = ImagePreprocessing(image_size=32, augmentation=steps)
+    with torch.device("meta"):  # as every run builds it first, to see whether all fits together
+        preprocessing = ImagePreprocessing(image_size=32, augmentation=steps)
     encoded = one(preprocessing, picture())
     drawn = []
     for seed in (*range(5), 0):

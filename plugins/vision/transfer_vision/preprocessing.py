@@ -282,14 +282,16 @@ class ImagePreprocessing(Preprocessing):
 def _transform(augmentation: Augmentation, image_size: int, resize: int, channels: int) -> v2.Transform | None:
     if augmentation == "none" or augmentation == []:
         return None
-    usual = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
-    if augmentation == "usual":
-        return v2.Compose(usual)
-    if augmentation == "strong":
-        transform = v2.Compose([*usual, v2.TrivialAugmentWide(), v2.RandomErasing(0.1)])
-    else:
-        transform = v2.Compose([_named_transform(step) for step in augmentation])
-    _try(transform, resize, channels)
+    # The caller may be building on the meta device, and some transforms keep a tensor of their own.
+    with torch.device("cpu"):
+        usual = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
+        if augmentation == "usual":
+            return v2.Compose(usual)
+        if augmentation == "strong":
+            transform = v2.Compose([*usual, v2.TrivialAugmentWide(), v2.RandomErasing(0.1)])
+        else:
+            transform = v2.Compose([_named_transform(step) for step in augmentation])
+        _try(transform, resize, channels)
     return transform
 
 
@@ -345,8 +347,7 @@ def _with_enums(cls: type[v2.Transform], options: Mapping[str, Any]) -> dict[str
 
 def _try(transform: v2.Transform, resize: int, channels: int) -> None:
     """Run an augmentation once, so that one which cannot work is refused before any picture is read."""
-    # The caller may be building on the meta device, and its random numbers are not ours to draw.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to draw
         picture = torch.zeros(channels, resize, resize, dtype=torch.uint8)
         try:
             result = transform(picture)
