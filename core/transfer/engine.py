@@ -447,7 +447,7 @@ def rehearse(experiment: Experiment, phase: PhasePlan) -> Callable[[Batch, Batch
 
     The experiment's model is trained, and nothing is written. The function raises MemoryRanOut.
     """
-    training = _prepare(experiment, RunDirectory(Path()), lambda _: None, Signals())
+    training = _prepare(experiment, RunDirectory(Path()), lambda _: None, Signals(), ALONE)
     model, device = experiment.model, training.accelerator.device
     freezing.apply(model, phase.frozen)
     optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=None)
