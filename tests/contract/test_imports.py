@@ -34,6 +34,7 @@ ORDER = (
     "recipes",
     "heads",
     "tasks",
+    "chain",
     "model",
     "freezing",
     "events",
