@@ -455,15 +455,18 @@ def plugins(
 
     from transfer.terminal import Console
 
+    console = Console()
     table = Table(box=None, padding=(0, 2, 0, 0))
+    left = console.width - 2  # the description alone is cut where a terminal is narrow
     for heading in ("kind", "name", "distribution", "version"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("description", no_wrap=True, overflow="ellipsis")
+        width = max(len(text) for text in (heading, *(getattr(entry.plugin, heading) for entry in found)))
+        table.add_column(heading, no_wrap=True, min_width=width)
+        left -= width + 2
+    table.add_column("description", no_wrap=True, overflow="ellipsis", max_width=max(left, 1))
     for entry in found:
         plugin = entry.plugin
         said = Text("(unavailable, see below)", style="red") if entry.problem else Text(entry.description)
         table.add_row(plugin.kind, plugin.name, plugin.distribution, plugin.version, said)
-    console = Console()
     console.print(table)
     for entry in found:
         if entry.problem:

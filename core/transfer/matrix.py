@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -90,9 +91,12 @@ def _variants(cls: type[Any], declared: Callable[[Any], Any]) -> Variants:
         for label, options in _options(cls):
             try:
                 found[label] = declared(cls(**options))
-            except (UserError, ValueError, TypeError):
-                if not label:  # another value may want other options beside it
-                    raise
+            except (UserError, ValueError, TypeError) as error:
+                if label:
+                    continue  # another value may want other options beside it
+                if options:  # what was filled in will not do
+                    raise _depends(options) from error
+                raise
     return found
 
 
@@ -111,13 +115,18 @@ def _options(cls: type[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _filler(name: str, annotation: Any) -> Any:
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if candidate is str:
-            return name
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    if str in (typing.get_args(annotation) if is_union else (annotation,)):
+        return name
     choices = list(_choices(annotation))
     if not choices:
-        raise PluginError(f"what it declares depends on its option {name!r}", fix="see transfer check CONFIG")
+        raise _depends([name])
     return choices[0]
+
+
+def _depends(options: Iterable[str]) -> PluginError:
+    names = " and ".join(map(repr, options))
+    return PluginError(f"what it declares depends on its option {names}", fix="transfer check CONFIG tells what fits")
 
 
 def _choices(annotation: Any) -> Iterator[Any]:
