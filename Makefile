@@ -32,12 +32,12 @@ slow: .venv/ready  ## the tests that take minutes
 .venv-torchtext/ready: pyproject.toml constraints-torchtext.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "torchtext needs Python 3.11 or 3.12; try: make torchtext PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv-torchtext
-	.venv-torchtext/bin/python -m pip install --quiet --constraint constraints-torchtext.txt --editable '.[torchtext]' hatchling hypothesis pytest
+	.venv-torchtext/bin/python -m pip install --quiet --constraint constraints-torchtext.txt --editable '.[torchtext]' hatchling hypothesis pytest pytest-xdist
 	touch $@
 
 torchtext: .venv-torchtext/ready  ## ours against torchtext's parts, and texts, engine and freezing on torch 2.3
 	.venv-torchtext/bin/transfer show tokenizer torchtext
-	.venv-torchtext/bin/python -m pytest tests/text tests/core/test_engine.py tests/core/test_freezing.py tests/core/test_registry.py
+	.venv-torchtext/bin/python -m pytest -n 2 tests/text tests/core/test_engine.py tests/core/test_freezing.py tests/core/test_registry.py
 
 soak: .venv/ready  ## kill runs two hundred times and resume them; many minutes
 	$(BIN)/python tests/e2e/kill_harness.py --kills 200
@@ -52,7 +52,7 @@ PLUGINS := $(patsubst %/tests,%,$(wildcard examples/plugins/*/tests))
 	touch $@
 
 plugins: .venv-plugins/ready  ## the packages under examples/plugins, as their authors would test them
-	.venv-plugins/bin/python -m pytest $(PLUGINS)
+	.venv-plugins/bin/python -m pytest -n 2 $(PLUGINS)
 
 check: .venv/ready  ## style and types
 	$(BIN)/ruff format --check .

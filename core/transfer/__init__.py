@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transfer.chain import find_chain
     from transfer.comparison import Comparison, compare
     from transfer.earlier_run import SavedBackbone, saved_backbone
     from transfer.errors import (
@@ -49,10 +50,12 @@ if TYPE_CHECKING:
     from transfer.sweeping import Sweep, sweep
     from transfer.tables import Tables, TableTarget
     from transfer.targets import class_indices, label_sets
+    from transfer.tasks import MeanOf
     from transfer.value import measure_value, resume_value
     from transfer.workflow import Run, check, evaluate, predict, resume, run
 
 _MODULES = {
+    "chain": ("find_chain",),
     "errors": (
         "ConfigError",
         "DataError",
@@ -95,6 +98,7 @@ _MODULES = {
     "sweeping": ("Sweep", "sweep"),
     "tables": ("TableTarget", "Tables"),
     "targets": ("class_indices", "label_sets"),
+    "tasks": ("MeanOf",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -110,6 +114,7 @@ __all__ = [
     "FeatureSpec",
     "ForeignModel",
     "Head",
+    "MeanOf",
     "Occlusion",
     "PluginError",
     "Preprocessing",
@@ -137,6 +142,7 @@ __all__ = [
     "download",
     "evaluate",
     "export",
+    "find_chain",
     "find_file",
     "find_learning_rate",
     "find_plugin",

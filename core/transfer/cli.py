@@ -597,7 +597,8 @@ def new_plugin(
     from transfer.new_plugin import new_plugin as write
 
     folder = write(name, output, version=transfer.__version__)
-    for line in (f"cd {folder}", "pip install --editable . pytest", "pytest", "transfer run *.yaml"):
+    (config,) = folder.glob("*.yaml")
+    for line in (f"cd {folder}", "pip install --editable . pytest", "pytest", f"transfer run {config.name}"):
         print(line)  # noqa: T201  # plain, to be copied
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 TargetKind = Literal["class", "labels", "number"]
@@ -280,13 +281,17 @@ class Preprocessing(ABC):
         """Whether :meth:`augment` does anything; by default, whether a subclass defines it."""
         return type(self).augment is not Preprocessing.augment
 
-    @abstractmethod
     def collate(self, encoded: Sequence[Any]) -> Any:
         """Make the backbone's input of a batch of encoded (and, in training, augmented) values.
+
+        By default these are tensors, or tuples of tensors, of the same shapes in every example, and are stacked.
 
         Returns:
             A tensor or a tuple of tensors, with the batch first in each.
         """
+        if isinstance(encoded[0], Tensor):
+            return torch.stack(list(encoded))
+        return tuple(torch.stack(column) for column in zip(*encoded, strict=True))
 
     def length(self, encoded: Any) -> int:
         """Return the length of an encoded value: what padding to the longest makes a batch cost. By default 1."""
@@ -304,7 +309,7 @@ class Preprocessing(ABC):
         """Return the raw value that a person means by ``source`` at the command line (a path, a text).
 
         Raises:
-            transfer.DataError: Nothing can be read there.
+            transfer.DataError, ValueError, OSError: Nothing can be read there; the framework then names the source.
         """
 
     def read_bytes(self, content: bytes) -> Any:

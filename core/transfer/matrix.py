@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -113,9 +114,9 @@ def _options(cls: type[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _filler(name: str, annotation: Any) -> Any:
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if candidate is str:
-            return name
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    if str in (typing.get_args(annotation) if is_union else (annotation,)):
+        return name
     choices = list(_choices(annotation))
     if not choices:
         raise _depends([name])
@@ -123,7 +124,8 @@ def _filler(name: str, annotation: Any) -> Any:
 
 
 def _depends(options: Iterable[str]) -> PluginError:
-    return PluginError(f"what it declares depends on {', '.join(options)}", fix="see transfer check CONFIG")
+    names = " and ".join(map(repr, options))
+    return PluginError(f"what it declares depends on its option {names}", fix="transfer check CONFIG tells what fits")
 
 
 def _choices(annotation: Any) -> Iterator[Any]:

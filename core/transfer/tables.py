@@ -46,7 +46,7 @@ class Tables:
         val: The table that picks the best epoch.
         test: The table to test on.
         example: The option that names the column of the example (``text``), which is also what an example is called.
-        column: The name of that column.
+        column: The name of that column; None: an example is the whole row, a dict of all columns not named here.
         label: Column of the label; for ``labels`` and ``number``, one column each.
         target: What the labels say.
         separator: What separates the labels of a ``label_list``; JSON Lines may hold lists instead.
@@ -65,27 +65,28 @@ class Tables:
         self,
         *,
         train: str,
-        val: str | None,
-        test: str | None,
+        val: str | None = None,
+        test: str | None = None,
         example: str,
-        column: str,
+        column: str | None,
         label: str | tuple[str, ...],
-        target: TableTarget,
-        separator: str,
-        delimiter: str | None,
-        encoding: str,
-        split: str | None,
-        group: str | None,
-        test_fraction: float,
+        target: TableTarget = "class",
+        separator: str = ",",
+        delimiter: str | None = None,
+        encoding: str = "utf-8-sig",
+        split: str | None = None,
+        group: str | None = None,
+        test_fraction: float = 0.0,
         beside: Mapping[str, str] | None = None,
     ) -> None:
         labels = (label,) if isinstance(label, str) else label
-        columns = {example: column, **(beside or {})}
+        columns = ({} if column is None else {example: column}) | dict(beside or {})
         if not labels or len({*columns.values(), *labels}) != len(columns) + len(labels):
-            named = "".join(f"{what} {name!r}, " for what, name in columns.items()).removesuffix(", ")
+            named = ", ".join(f"{what} {name!r}" for what, name in columns.items()) + (" and " if columns else "")
+            one_for_each = "".join(f"one column for the {what} and " for what in columns)
             raise ConfigError(
-                f"{named} and label {', '.join(map(repr, labels)) or '()'} do not name different columns",
-                fix=f"name one column for the {' and one for the '.join(columns)} and at least one other for the label",
+                f"{named}label {', '.join(map(repr, labels)) or '()'} do not name different columns",
+                fix=f"name {one_for_each}at least one other for the label",
             )
         if target in ("class", "label_list") and len(labels) > 1:
             raise ConfigError(
@@ -194,17 +195,14 @@ class Tables:
         else:
             records = _delimited(content, path, self.delimiter or ("\t" if suffix == ".tsv" else ","))
         table = _Table(path)
+        own = () if self.column is None else (self.column,)
         single = tuple(column for column in (self.split, self.group, *self.beside.values()) if column is not None)
         for line, record in records:
             where = f"{path}:{line}"
-            for column in (self.column, *self.labels, *single):
+            for column in (*own, *self.labels, *single):
                 if column not in record:
-                    raise _missing_column(column, record, where, self.example)
-            value = record[self.column]
-            assert isinstance(value, str)
-            if not value.strip():
-                raise DataError(f"column {self.column!r} is empty", where=where, fix="fill it, or remove the row")
-            table.values.append(value)
+                    raise _missing_column(column, record, where, f"{self.example} and label" if own else "label")
+            table.values.append(self._example(record, where))
             table.labels.append(
                 self._label_list(record) if self.target == "label_list" else _single(record, self.labels, where)
             )
@@ -213,6 +211,19 @@ class Tables:
         if not table.values:
             raise DataError("the table holds no rows", where=str(path))
         return table
+
+    def _example(self, record: Record, where: str) -> Any:
+        if self.column is None:
+            named = {*self.labels, self.split, self.group, *self.beside.values()}
+            row = {name: value for name, value in record.items() if name not in named}
+            if not row:
+                raise DataError(f"the {self.example} is empty: every column has another meaning", where=where)
+            return row
+        value = record[self.column]
+        assert isinstance(value, str)
+        if not value.strip():
+            raise DataError(f"column {self.column!r} is empty", where=where, fix="fill it, or remove the row")
+        return value
 
     def _label_list(self, record: Record) -> tuple[str, ...]:
         found = record[self.labels[0]]
@@ -274,7 +285,7 @@ class LineNames(Sequence[str]):
 class _Table:
     path: Path
     lines: list[int] = field(default_factory=list)
-    values: list[str] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
     labels: list[tuple[str, ...]] = field(default_factory=list)
     extra: list[dict[str, str]] = field(default_factory=list)
 
@@ -370,7 +381,7 @@ def _delimited(content: str, path: Path, delimiter: str) -> Iterator[tuple[int, 
         csv.field_size_limit(limit)
 
 
-def _json_lines(content: str, path: Path, column: str, example: str) -> Iterator[tuple[int, Record]]:
+def _json_lines(content: str, path: Path, column: str | None, example: str) -> Iterator[tuple[int, Record]]:
     """Give each object of a file with one on every line; numbers and booleans as JSON writes them."""
     for number, line in enumerate(content.split("\n"), 1):
         where = f"{path}:{number}"
@@ -388,7 +399,7 @@ def _json_lines(content: str, path: Path, column: str, example: str) -> Iterator
                 where=where,
                 fix=f'write one object on each line: {{"{example}": ..., "label": ...}}',
             )
-        if isinstance(record.get(column), list | dict):
+        if column is not None and isinstance(record.get(column), list | dict):
             what = type(record[column]).__name__
             raise DataError(f"{column!r} holds a {what}, not a {example}", where=where, fix=f"give one {example} each")
         yield number, {key: _plain(value) for key, value in record.items()}
@@ -402,14 +413,14 @@ def _plain(value: object) -> str | list[str]:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _missing_column(column: str, record: Record, where: str, example: str) -> DataError:
+def _missing_column(column: str, record: Record, where: str, options: str) -> DataError:
     close = difflib.get_close_matches(column, record, n=1)
     if close:
         fix = f"did you mean {close[0]!r}?"
     elif len(record) == 1:
         fix = "there is one column alone; set delimiter to what separates them"
     else:
-        fix = f"set {example} and label to the names of the columns"
+        fix = f"set {options} to the names of the columns"
     return DataError(f"there is no column {column!r}", where=where, available=list(record), fix=fix)
 
 

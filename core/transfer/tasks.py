@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric
+from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, Metric
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
@@ -23,6 +23,22 @@ from transfer.errors import ConfigError
 from transfer.interfaces import DataSpec, PrimaryMetric, TargetKind, Task
 
 MOST_CLASSES_SHOWN = 5
+
+
+class MeanOf(MeanMetric):
+    """A metric that is the mean of a function, for tasks of one's own.
+
+    Args:
+        function: Returns a float tensor of (predictions, targets), of any shape: the mean of all its numbers is taken.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._function = function
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]  # as the engine calls it
+        """See a batch."""
+        super().update(self._function(predictions, targets))
 
 
 class Classification(Task):

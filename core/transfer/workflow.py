@@ -19,10 +19,10 @@ from transfer.config import RunConfig, load_config
 from transfer.description import DESCRIPTION
 from transfer.engine import evaluate as score
 from transfer.engine import fit
-from transfer.errors import ConfigError, RunError, Stopped
+from transfer.errors import ConfigError, DataError, RunError, Stopped
 from transfer.events import Note, Observer, RunEnded, RunStarted
 from transfer.explaining import explain_output, outputs_of
-from transfer.interfaces import SPLITS
+from transfer.interfaces import SPLITS, Preprocessing
 from transfer.interruption import Signals
 from transfer.launch import lacks_a_launcher
 from transfer.loading import Loader
@@ -319,12 +319,20 @@ def predict(run: str | Path, sources: Iterable[str], *, explain: bool = False) -
 
 
 def _predict(loaded: LoadedModel, names: Sequence[str], explain: bool) -> Iterator[dict[str, Any]]:
-    values = [loaded.backbone.preprocessing.read(name) for name in names]
+    values = [_read(loaded.backbone.preprocessing, name) for name in names]
     outputs = outputs_of(loaded, values, lambda i: names[i] or "(empty input)")
     meanings = loaded.task.interpret(outputs)
     for name, value, output, meaning in zip(names, values, outputs, meanings, strict=True):
         explanation = {"explanation": explain_output(loaded, value, output)} if explain else {}
         yield {"input": name, **meaning, **explanation}
+
+
+def _read(preprocessing: Preprocessing, source: str) -> Any:
+    try:
+        return preprocessing.read(source)
+    except (ValueError, OSError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise DataError(f"the input cannot be read: {what}", where=source or "(empty input)") from error
 
 
 def _expand(sources: Iterable[str]) -> Iterator[str]:

@@ -37,6 +37,7 @@ ORDER = (
     "heads",
     "tasks",
     "trackers",
+    "chain",
     "model",
     "freezing",
     "events",

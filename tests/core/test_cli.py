@@ -278,3 +278,12 @@ def test_a_server_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(TransferError, match="needs fastapi") as caught:
         cli.serve(["runs/none"])
     assert caught.value.problems[0].fix == "pip install 'transfer[serve]'"
+
+
+def test_names_of_plugins_are_whole_on_a_narrow_terminal(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call("plugins")
+    (row,) = [line for line in out.splitlines() if "torchvision_dataset" in line]
+    assert row.split()[:3] == ["dataset", "torchvision_dataset", "transfer"]
+    assert row.rstrip().endswith("…")
+    assert len(row) <= 80

@@ -100,3 +100,17 @@ def test_what_a_backbone_does_by_default() -> None:
     preprocessing = backbone.preprocessing
     assert preprocessing.augment("same") == "same"
     assert preprocessing.length("anything") == 1
+
+
+def test_encoded_values_of_one_shape_are_stacked() -> None:
+    class Pairs(Preprocessing):
+        def encode(self, values: Sequence[Any]) -> list[Any]:
+            return [(torch.tensor([float(value)]), torch.tensor(int(value))) for value in values]
+
+        def read(self, source: str) -> Any:
+            return source
+
+    pairs = Pairs()
+    numbers, places = pairs.collate(pairs.encode(["1", "2"]))
+    assert (numbers.tolist(), places.tolist()) == ([[1.0], [2.0]], [1, 2])
+    assert pairs.collate([torch.zeros(3), torch.ones(3)]).tolist() == [[0] * 3, [1] * 3]

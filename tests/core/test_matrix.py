@@ -42,6 +42,12 @@ def test_datasets_and_tasks_agree_by_target(built_in: dict[str, Table]) -> None:
     assert (fits["imdb"]["classification"], fits["imdb"]["regression"]) == ("yes", "")
 
 
+def test_a_plugin_whose_declaration_depends_on_an_option_says_so() -> None:
+    found = {str(problem.where): problem.message for problem in matrix()[1]}
+    assert found["backbone 'torchvision'"] == "what it declares depends on its option 'model'"
+    assert found["backbone 'fusion'"] == "what it declares depends on its option 'parts'"
+
+
 @pytest.mark.usefixtures("tiny")
 def test_what_is_registered_here_is_in_it() -> None:
     tables, _ = matrix()

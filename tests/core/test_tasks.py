@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfer import ConfigError, DataSpec, Task
+from transfer import ConfigError, DataSpec, MeanOf, Task
 from transfer.tasks import Classification, MultiLabel, Regression
 
 CLASSES = DataSpec(("x",), "class", ("cat", "dog", "owl"))
@@ -159,3 +159,10 @@ def test_numbers_are_read_by_name() -> None:
 def test_the_primary_metric_is_one_of_the_metrics(task: Task) -> None:
     assert task.primary_metric.name in task.metrics()
     assert task.metrics()[task.primary_metric.name] is not task.metrics()[task.primary_metric.name]
+
+
+def test_the_mean_of_a_function_is_a_metric() -> None:
+    metric = MeanOf(lambda predictions, targets: (predictions - targets).abs())
+    metric.update(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [0.0]]))
+    metric.update(torch.tensor([[6.0]]), torch.tensor([[0.0]]))
+    assert metric.compute() == 3.0

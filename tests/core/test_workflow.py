@@ -144,6 +144,12 @@ def test_an_input_that_cannot_be_encoded_is_named(run: Run) -> None:
     assert caught.value.problems[0].where == "1,2,3"
 
 
+def test_an_input_that_cannot_be_read_is_named(run: Run) -> None:
+    with pytest.raises(DataError, match="the input cannot be read: could not convert string to float: 'x'") as caught:
+        list(workflow.predict(run.folder, ["1,2,3,4", "1,2,x"]))
+    assert caught.value.problems[0].where == "1,2,x"
+
+
 def test_a_pattern_stands_for_the_files_it_matches(tmp_path: Path) -> None:
     from transfer.workflow import _expand
 

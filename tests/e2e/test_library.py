@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,14 @@ def test_the_guide_lists_every_public_name():
     names = [*transfer.__all__, *testing.__all__]
     assert [name for name in names if f"`{name}`" not in guide] == [], "add them to the table in docs/library.md"
     assert all(f"examples/custom_{kind}.py" in guide for kind in registry.KINDS)
+
+
+def test_the_guide_names_what_plugins_over_texts_and_pictures_derive_from():
+    guide = (ROOT / "docs/library.md").read_text()
+    rows = re.findall(r"^\| `(transfer_\w+\.\w+)`: ([^|]+) \|", guide, re.MULTILINE)
+    assert [module for module, _ in rows] == ["transfer_text.interfaces", "transfer_vision.preprocessing"]
+    for module, names in rows:
+        assert all(hasattr(importlib.import_module(module), name) for name in re.findall(r"`(\w+)`", names))
 
 
 def test_the_package_is_typed():

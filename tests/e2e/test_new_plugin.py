@@ -35,6 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     said = run("transfer", "new-plugin", "Sonar_Two", cwd=folder)
     assert said.returncode == 0, said.stderr
     assert said.stdout.splitlines()[0] == "cd transfer-sonar-two"
+    assert said.stdout.splitlines()[-1] == "transfer run sonar_two.yaml"
     site = folder / "site"
     pip = ("pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(site))
     done = run(*pip, str(folder / "transfer-sonar-two"), cwd=folder)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import json
 import os
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "examples/plugins/transfer-hashing"
+# The tabular one is a dataset, a backbone and a task; the others are a backbone each, or two small parts.
+MOST_LINES_OF_CODE = {"transfer-tabular": 170}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,33 @@ def test_nothing_of_ours_knows_it():
     sources = [p.read_text() for folder in ("core", "plugins") for p in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 20
     assert not any("transfer_hashing" in source for source in sources)
+
+
+def lines_of_code(source):
+    """Count the lines that hold more than a comment or a docstring."""
+    prose = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    spans = (range(t.start[0], t.end[0] + 1) for t in tokens if t.type not in blank)
+    return len({line for span in spans for line in span} - prose)
+
+
+def test_a_docstring_is_no_code():
+    assert (
+        lines_of_code('"""What it is."""\n\n# Why.\ndef one():\n    """Say."""\n    return (\n        1\n    )\n') == 4
+    )
+
+
+@pytest.mark.parametrize("package", sorted((ROOT / "examples/plugins").iterdir()), ids=lambda path: path.name)
+def test_each_package_is_short(package):
+    modules = list(package.glob("transfer_*/**/*.py"))
+    assert modules
+    assert sum(lines_of_code(module.read_text()) for module in modules) <= MOST_LINES_OF_CODE.get(package.name, 150)
 
 
 def test_its_plugins_are_listed_with_their_distribution(installed, tmp_path):

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from transfer import DataError, Occlusion, Preprocessing
 from transfer_text.encoded import EncodedTexts, Truncation
+from transfer_text.interfaces import TokenPreprocessing
 from transfer_text.vocabulary import PADDING, UNKNOWN, Vocabulary
 
 UNKNOWN_MARK = "<unk>"
 
-# What a reader would take for one: tags, entities, words with what hyphens and apostrophes join, runs of marks.
-_MARKUP = r"</?\w+\s*/?>|&#?\w+;"
-_PIECE = re.compile(
-    rf"{_MARKUP}|['\u2019](?:s|re|ve|ll|d|m)\b|\w+(?:[-'\u2019]\w+)*|(?:(?!{_MARKUP})[^\w\s])+", re.IGNORECASE
-)
-_PATH = re.compile(r"(?:~|\.{1,2})?/\S*/\S+|(?:~|\.{1,2})/\S+|\S+\.txt")
-"""What can only be meant as the path of a file."""
 
-
-class TextPreprocessing(Preprocessing):
+class TextPreprocessing(TokenPreprocessing):
     """Tokenize, numericalise, cut to a length; pad to the longest of the batch.
 
     Args:
@@ -37,8 +26,6 @@ class TextPreprocessing(Preprocessing):
         truncation: Which tokens of a longer text are kept: the first (``head``), the last (``tail``), or half from
             each end (``both``), as Sun et al. 2019 compare them (https://arxiv.org/abs/1905.05583).
     """
-
-    encode_once: ClassVar[bool] = True
 
     def __init__(self, vocabulary: Vocabulary, max_length: int | None, truncation: Truncation = "head") -> None:
         self.vocabulary = vocabulary
@@ -66,10 +53,6 @@ class TextPreprocessing(Preprocessing):
             row[: len(indices)] = indices
         return torch.from_numpy(batch)
 
-    def length(self, encoded: npt.NDArray[np.int32]) -> int:
-        """Return the number of tokens."""
-        return len(encoded)
-
     def lengths(self, encoded: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:
         """Return the number of tokens of each text; those of :meth:`encode` are known without reading any."""
         return encoded.lengths if isinstance(encoded, EncodedTexts) else super().lengths(encoded)
@@ -96,40 +79,9 @@ class TextPreprocessing(Preprocessing):
             words.insert(place, f"[{cut} tokens cut]")
         return " ".join(words)
 
-    def read(self, source: str) -> str:
-        """Return the content of the file at ``source``, or ``source`` itself where that is no path.
-
-        Raises:
-            transfer.DataError: There is no such file, or it cannot be read.
-        """
-        if not os.path.isfile(source):  # unlike Path.is_file, this takes a text that is too long for a path
-            if _PATH.fullmatch(source):
-                raise DataError("there is no such text file", where=source, fix="check the path, or give a text")
-            return source
-        try:
-            return Path(source).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"the text cannot be read: {error}", where=source, fix="give a text file in UTF-8"
-            ) from error
-
-    def read_bytes(self, content: bytes) -> str:
-        """Return the text that is so encoded in UTF-8."""
-        return content.decode("utf-8-sig")
-
-    def occlusions(self, value: str) -> Iterator[Occlusion]:
-        """Yield the text's words and runs of marks, each with what stands up to the next, and the text without it."""
-        found = list(_PIECE.finditer(value))
-        begins = [0, *(match.start() for match in found[1:]), len(value)]
-        tokens = [len(self.vocabulary.tokenize(match.group())) for match in found]
-        for place, match in enumerate(found):
-            # A blank in its place keeps its neighbours apart.
-            rest = f"{value[: match.start()]} {value[match.end() :]}" if sum(tokens) > tokens[place] else None
-            yield Occlusion(value[begins[place] : begins[place + 1]], rest)
-
-    def example(self) -> str:
-        """Return a short text."""
-        return "An example of a text that is longer than any kernel is wide."
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words and marks of one text."""
+        return self.vocabulary.tokenize(text)
 
     def describe(self) -> Mapping[str, Any]:
         """Return the size and digest of the vocabulary, the longest length and what is cut."""

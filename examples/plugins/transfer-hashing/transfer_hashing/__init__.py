@@ -6,30 +6,32 @@ import itertools
 import re
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from transfer import Backbone, FeatureSpec, Head, Preprocessing
+from transfer import Backbone, FeatureSpec, Head
+from transfer_text.interfaces import TokenPreprocessing
 
 
-class HashingPreprocessing(Preprocessing):
+class HashingPreprocessing(TokenPreprocessing):
     """Words and pairs of words to bucket numbers, by CRC-32: nothing to learn, nothing to store."""
-
-    encode_once: ClassVar[bool] = True
 
     def __init__(self, buckets: int) -> None:
         self.buckets = buckets
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words and marks of one text."""
+        return re.findall(r"\w+|[^\w\s]", text.lower())
 
     def encode(self, values: Sequence[str]) -> list[Tensor]:
         """Return for each text an int64 tensor (number of words and pairs,)."""
         encoded = []
         for text in values:
-            words = re.findall(r"\w+|[^\w\s]", text.lower())
+            words = self.tokenize(text)
             if not words:
                 raise ValueError("the text is empty")
             grams = words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
@@ -39,14 +41,6 @@ class HashingPreprocessing(Preprocessing):
     def collate(self, encoded: Sequence[Tensor]) -> Tensor:
         """Return int64 (B, T): bucket numbers, padded with one past the last."""
         return nn.utils.rnn.pad_sequence(list(encoded), batch_first=True, padding_value=self.buckets)
-
-    def length(self, encoded: Tensor) -> int:
-        """Return the number of words and pairs."""
-        return len(encoded)
-
-    def read(self, source: str) -> str:
-        """Return the content of a file, or the text itself."""
-        return Path(source).read_text(encoding="utf-8") if len(source) < 256 and Path(source).is_file() else source
 
 
 class Hashing(Backbone):

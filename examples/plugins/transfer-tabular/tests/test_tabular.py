@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import transfer
 from transfer.testing import contracts
 
@@ -36,10 +35,23 @@ def test_contract(contract):
 def test_missing_and_unknown_cells_go_through():
     backbone = TabularMLP.from_data(ROWS, width=4).eval()
     encoded = backbone.preprocessing.encode([{"a": "", "b": "never", "c": 1}, {"a": 3, "b": "", "c": ""}])
-    assert torch.stack(encoded)[:, 1].tolist() == [[0, 0], [0, 1]]
-    assert backbone(backbone.preprocessing.collate(encoded)).isfinite().all()
+    numbers, categories = backbone.preprocessing.collate(encoded)
+    assert categories.tolist() == [[0], [0]]
+    assert numbers[:, 1::2].tolist() == [[1, 0], [0, 1]]  # what is missing
+    assert backbone((numbers, categories)).isfinite().all()
     with pytest.raises(ValueError, match="column 'a' holds 'old', which is no number"):
         backbone.preprocessing.encode([{"a": "old", "b": "x", "c": "1"}])
+
+
+def test_a_row_is_all_that_has_no_other_meaning(tmp_path):
+    path = tmp_path / "table.tsv"
+    lines = ["a\tlabel\tfold\twho\tb", "1\tx\ttrain\tanna\t", "2\ty\ttrain\tbo\tu", "3\tx\ttest\tcy\tv"]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    data = TabularCSV(train=str(path), split="fold", group="who").load()
+    assert list(data.splits["train"].fields["row"]) == [{"a": "1", "b": ""}, {"a": "2", "b": "u"}]
+    assert (data.spec.classes, list(data.splits["test"].targets)) == (("x", "y"), [0])
+    with pytest.raises(transfer.DataError, match="every column has another meaning"):
+        TabularCSV(train=str(path), split="fold", group="who", label=("a", "b", "label"), target="number").load()
 
 
 def test_a_wrong_table_is_named_by_line(tmp_path):

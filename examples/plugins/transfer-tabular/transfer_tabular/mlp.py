@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -13,100 +13,102 @@ from pydantic import Field
 from torch import Tensor, nn
 from transfer import Backbone, DataError, FeatureSpec, Preprocessing
 
-Columns = Mapping[str, list[Any]]
-"""Of a column of numbers its mean and standard deviation; of one of categories their names."""
+Row = Mapping[str, Any]
 
 
-def _value(cell: Any) -> float | None:
-    """Return the number in a cell, and None where there is none."""
-    try:
-        number = float(cell)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+class Columns(NamedTuple):
+    """What the training split says of columns: mean and deviation of numbers, or each category's place, from 1 on."""
+
+    numbers: Mapping[str, Sequence[float]]
+    categories: Mapping[str, Mapping[str, int]]
 
 
-def learn(rows: Sequence[Mapping[str, Any]]) -> Columns:
-    """Tell columns of numbers from those of categories, and say what the numbers or the categories are."""
-    columns = {}
-    for name in rows[0]:
-        cells = [str(row[name]).strip() for row in rows if str(row[name]).strip()]
-        numbers = [number for number in map(_value, cells) if number is not None]
-        if numbers and len(numbers) == len(cells):
-            columns[name] = [float(np.mean(numbers)), float(np.std(numbers)) or 1.0]
+def learn(rows: Sequence[Row]) -> Columns:
+    """Tell columns of numbers from those of categories; what is empty is missing."""
+    numbers: dict[str, Sequence[float]] = {}
+    categories: dict[str, dict[str, int]] = {}
+    places = 0
+    for column in rows[0]:
+        cells = [cell for row in rows if (cell := _cell(row, column))[0]]
+        found = np.array([number for _, number in cells])
+        if len(found) and np.isfinite(found).all():
+            numbers[column] = [float(found.mean()), float(found.std()) or 1.0]
         else:
-            columns[name] = sorted(set(cells))
-    return columns
+            names = sorted({text for text, _ in cells})
+            categories[column] = {name: place for place, name in enumerate(names, places + 1)}
+            places += len(names)
+    return Columns(numbers, categories)
+
+
+def _cell(row: Row, column: str) -> tuple[str, float]:
+    """Return what stands in a cell, and the number that it is: "not a number" where it is none."""
+    if column not in row:
+        raise ValueError(f"the row has no column {column!r}")
+    text = str(row[column]).strip()
+    try:
+        return text, float(text)
+    except ValueError:
+        return text, math.nan
 
 
 class RowPreprocessing(Preprocessing):
-    """Each cell as two numbers: the standardised number or the category's index, 0 where unknown; and 1 where missing."""
+    """Numbers, standardised, each with whether it is missing; and places of categories, 0 where unknown or missing."""
 
     encode_once = True
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
 
-    def encode(self, values: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """Return float32 (number of columns, 2) for each row."""
-        return [torch.tensor([self._cell(row, name) for name in self.columns]) for row in values]
+    def encode(self, values: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
+        """Return for each row float32 (2 N,) of its numbers and int64 (C,) of its categories."""
+        return [(self._numbers(row), self._categories(row)) for row in values]
 
-    def _cell(self, row: Mapping[str, Any], name: str) -> tuple[float, float]:
-        if name not in row:
-            raise ValueError(f"the row has no column {name!r}")
-        known, cell = self.columns[name], str(row[name]).strip()
-        if is_category(known):
-            return (known.index(cell) + 1 if cell in known else 0), not cell
-        if (number := _value(cell)) is None:
-            if cell:
-                raise ValueError(f"column {name!r} holds {cell!r}, which is no number")
-            return 0.0, 1.0
-        return (number - known[0]) / known[1], 0.0
+    def _numbers(self, row: Row) -> Tensor:
+        found: list[float] = []
+        for column, (mean, deviation) in self.columns.numbers.items():
+            text, number = _cell(row, column)
+            if text and not math.isfinite(number):
+                raise ValueError(f"column {column!r} holds {text!r}, which is no number")
+            found += [(number - mean) / deviation, 0.0] if text else [0.0, 1.0]
+        return torch.tensor(found)
 
-    def collate(self, encoded: Sequence[Tensor]) -> Tensor:
-        """Return float32 (B, number of columns, 2)."""
-        return torch.stack(list(encoded))
+    def _categories(self, row: Row) -> Tensor:
+        places = [known.get(_cell(row, column)[0], 0) for column, known in self.columns.categories.items()]
+        return torch.tensor(places, dtype=torch.int64)
 
-    def read(self, source: str) -> dict[str, Any]:
+    def read(self, source: str) -> Row:
         """Read a row as a JSON object."""
         try:
-            row = json.loads(source)
-        except ValueError as error:
+            return dict(json.loads(source))
+        except (ValueError, TypeError) as error:
             raise DataError(f"{source!r} is no JSON object", fix='write {"column": value, ...}') from error
-        if not isinstance(row, dict):
-            raise DataError(f"{source!r} is no JSON object", fix='write {"column": value, ...}')
-        return row
 
-    def example(self) -> dict[str, Any]:
-        """Return a row of means and first categories."""
-        return {name: known[0] if known else "" for name, known in self.columns.items()}
+    def read_bytes(self, content: bytes) -> Row:
+        """Read the same from what a server was sent."""
+        return self.read(content.decode())
+
+    def example(self) -> Row:
+        """Return a row of means and of categories that are missing."""
+        means = {column: mean for column, (mean, _) in self.columns.numbers.items()}
+        return means | dict.fromkeys(self.columns.categories, "")
 
     def describe(self) -> Mapping[str, Any]:
         """Return the columns."""
-        return {"columns": dict(self.columns)}
+        return self.columns._asdict()
 
 
-def is_category(known: Sequence[Any]) -> bool:
-    """Tell a column's categories from its mean and standard deviation."""
-    return not known or isinstance(known[0], str)
+class SideBySide(nn.Module):
+    """Numbers (B, 2 N), and categories (B, C) embedded, side by side."""
 
-
-class ColumnsIn(nn.Module):
-    """Columns side by side: a number and whether it is missing, or the embedding of a category."""
-
-    def __init__(self, columns: Columns, size: int) -> None:
+    def __init__(self, columns: Columns, embedding: int) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(len(k) + 1, size) for k in columns.values() if is_category(k))
-        categories = [is_category(known) for known in columns.values()]
-        self.numbers = [place for place, category in enumerate(categories) if not category]
-        self.categories = [place for place, category in enumerate(categories) if category]
-        self.size = 2 * len(self.numbers) + size * len(self.categories)
+        self.table = nn.Embedding(1 + sum(map(len, columns.categories.values())), embedding)
+        self.size = 2 * len(columns.numbers) + embedding * len(columns.categories)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return (B, size) of (B, number of columns, 2)."""
-        tables = zip(self.tables, self.categories, strict=True)
-        embedded = [table(rows[:, place, 0].long()) for table, place in tables]
-        return torch.cat([rows[:, self.numbers].flatten(1), *embedded], dim=1)
+    def forward(self, row: tuple[Tensor, Tensor]) -> Tensor:
+        """Return (B, size)."""
+        numbers, places = row
+        return torch.cat([numbers, self.table(places).flatten(1)], dim=1)
 
 
 class TabularMLP(Backbone):
@@ -125,17 +127,15 @@ class TabularMLP(Backbone):
 
     def __init__(
         self,
-        columns: Columns | None = None,
+        columns: Columns | None = None,  # None until data is seen
         *,
         width: Annotated[int, Field(ge=1)] = 64,
         layers: Annotated[int, Field(ge=1)] = 2,
         embedding: Annotated[int, Field(ge=1)] = 8,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     ) -> None:
-        self._columns = (
-            {"number": [0.0, 1.0], "category": ["one"]} if columns is None else columns
-        )  # until data is seen
-        first = ColumnsIn(self._columns, embedding)
+        self._columns = columns or Columns({"number": [0.0, 1.0]}, {"category": {"one": 1}})
+        first = SideBySide(self._columns, embedding)
         stages: dict[str, nn.Module] = {"columns": first}
         for number in range(layers):
             linear = nn.Linear(width if number else first.size, width)
@@ -161,8 +161,8 @@ class TabularMLP(Backbone):
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
         """Take the columns as they were learned."""
-        return cls(json.loads(assets["columns.json"]), **options)
+        return cls(Columns(**json.loads(assets["columns.json"])), **options)
 
     def assets(self) -> Mapping[str, str]:
         """Return the columns."""
-        return {"columns.json": json.dumps(self._columns)}
+        return {"columns.json": json.dumps(self._columns._asdict())}

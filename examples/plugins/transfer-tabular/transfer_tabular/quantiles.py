@@ -7,23 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
-from transfer import ConfigError, DataSpec, PrimaryMetric, Task
+from transfer import ConfigError, DataSpec, MeanOf, PrimaryMetric, Task
 
 
-class _Pinball(MeanMetric):
-    def __init__(self, task: Quantiles) -> None:
-        super().__init__()
-        self._task = task
-
-    def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]
-        super().update(self._task.pinball(predictions, targets))
-
-
-class _Coverage(MeanMetric):
-    def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]
-        low, high = predictions.amin(2), predictions.amax(2)
-        super().update(((low <= targets) & (targets <= high)).float())
+def _covered(predictions: Tensor, targets: Tensor) -> Tensor:
+    return ((predictions.amin(2) <= targets) & (targets <= predictions.amax(2))).float()
 
 
 class Quantiles(Task):
@@ -50,22 +38,23 @@ class Quantiles(Task):
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """Return (B, C, Q), in rising order."""
-        return outputs.view(len(outputs), len(self.names), len(self.quantiles)).sort(2).values
+        return self._shaped(outputs).sort(2).values
+
+    def _shaped(self, outputs: Tensor) -> Tensor:
+        return outputs.view(len(outputs), len(self.names), len(self.quantiles))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean pinball loss of each example, (B,)."""
-        shaped = outputs.view(len(outputs), len(self.names), len(self.quantiles))
-        return self.pinball(shaped, targets).mean((1, 2))
+        return self.pinball(self._shaped(outputs), targets).mean((1, 2))
 
     def metrics(self) -> Mapping[str, Any]:
         """Return the pinball loss, and how many of the numbers lie between the first and the last quantile."""
-        return {"pinball": _Pinball(self), "coverage": _Coverage()}
+        return {"pinball": MeanOf(self.pinball), "coverage": MeanOf(_covered)}
 
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
         """Return for each number its quantiles."""
-        rows = self.predictions(outputs).tolist()
         written = [f"{quantile:g}" for quantile in self.quantiles]
         return [
             {name: dict(zip(written, values, strict=True)) for name, values in zip(self.names, row, strict=True)}
-            for row in rows
+            for row in self.predictions(outputs).tolist()
         ]

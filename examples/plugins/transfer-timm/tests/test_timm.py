@@ -1,11 +1,14 @@
 """Every contract on a convolutional network, a vision transformer and one that is no chain; weights from a file."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transfer
+from PIL import Image
 from safetensors.torch import save_file
 from transfer.testing import contracts
 
@@ -15,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = {"weights": None}
 MODELS = [
     {"model": "test_resnet", "image_size": 32, **SMALL},
-    {"model": "test_vit", "image_size": 32, "augmentation": False, **SMALL},
+    {"model": "test_vit", "image_size": 32, "augmentation": "none", **SMALL},
     {"model": "eva02_tiny_patch14_224", "image_size": 28, **SMALL},
 ]
 CONTRACTS = contracts("transfer-timm", {"timm": MODELS}, configs=[ROOT / "shapes.yaml"])
@@ -53,6 +56,28 @@ def test_weights_from_a_file_give_what_timm_gives(model, tmp_path):
     with torch.no_grad():
         expected = network.forward_head(network.forward_features(inputs), pre_logits=True)
         torch.testing.assert_close(backbone.eval()(inputs), expected)
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "resnet50.a1_in1k", "vit_small_patch16_224.augreg_in21k"])
+def test_pictures_are_prepared_as_timm_evaluates_the_model(model):
+    y, x = np.mgrid[:300, :420]
+    pixels = 127 + 60 * np.sin(np.stack([x / 17, y / 23, (x + y) / 31], axis=-1))  # what a photograph has: no noise
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    with torch.device("meta"):
+        preprocessing = Timm(model=model, weights=None).preprocessing
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
+    expected = timm.data.create_transform(**config, is_training=False)(picture)
+    made = preprocessing.collate(preprocessing.encode([picture]))[0]
+    std = torch.tensor(config["std"]).view(3, 1, 1)
+    assert ((made - expected) * std).abs().max() * 255 <= 3  # Pillow and torch round otherwise
+
+
+def test_a_saved_model_keeps_its_preprocessing():
+    backbone = Timm(model="test_resnet", weights=None, image_size=48)
+    settings = backbone.preprocessing.describe() | {"mean": [0.1, 0.2, 0.3]}
+    del settings["augmentation"]
+    again = Timm.from_assets({"preprocessing.json": json.dumps(settings)}, model="test_resnet", image_size=48)
+    assert again.preprocessing.describe()["mean"] == [0.1, 0.2, 0.3]
 
 
 def test_what_is_not_there_is_named(tmp_path):

@@ -3,62 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
 from pydantic import Field
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 from timm.models import VisionTransformer, group_parameters
 from torch import Tensor, nn
-from torchvision.transforms import v2
-from transfer import Backbone, ConfigError, FeatureSpec, Preprocessing, WeightsError
-
-
-class TimmPreprocessing(Preprocessing):
-    """Pictures as timm evaluates them; in training, shifted by up to an eighth and turned over."""
-
-    def __init__(self, config: Mapping[str, Any], augmentation: bool) -> None:
-        self.config, self.augmentation = dict(config), augmentation
-
-    def encode(self, values: Sequence[Image.Image]) -> list[Tensor]:
-        """Return float32 (3, H, W) of PIL images, resized, cropped and normalised."""
-        transform = create_transform(**self.config, is_training=False)
-        return [transform(picture.convert("RGB")) for picture in values]
-
-    def augment(self, encoded: Tensor) -> Tensor:
-        """Shift and flip a picture at random."""
-        if not self.augmentation:
-            return encoded
-        size = encoded.shape[-2:]
-        crop = v2.RandomCrop(size, padding=max(size) // 8, padding_mode="reflect")
-        return v2.RandomHorizontalFlip()(crop(encoded))
-
-    @property
-    def augments(self) -> bool:
-        """Whether it does."""
-        return self.augmentation
-
-    def collate(self, encoded: Sequence[Tensor]) -> Tensor:
-        """Return float32 (B, 3, H, W)."""
-        return torch.stack(list(encoded))
-
-    def read(self, source: str) -> Image.Image:
-        """Read a picture file."""
-        with Image.open(source) as picture:
-            return picture.convert("RGB")
-
-    def example(self) -> Image.Image:
-        """Return a grey picture."""
-        return Image.fromarray(np.full((*self.config["input_size"][1:], 3), 128, dtype=np.uint8))
-
-    def describe(self) -> Mapping[str, Any]:
-        """Return timm's settings."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in self.config.items()}
+from transfer import Backbone, ConfigError, FeatureSpec, WeightsError, find_chain
+from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing
 
 
 class Timm(Backbone):
@@ -72,32 +29,36 @@ class Timm(Backbone):
         weights: ``pretrained``: those that the name says, from the Hugging Face Hub. Or a file in timm's layout, with
             a classifier or without. Or null: random initialisation.
         image_size: Height and width of what the model sees, in pixels; null: as timm's configuration of the model says.
-        augmentation: Shift and flip training pictures at random.
+        augmentation: For training: ``usual`` (a random resized crop and a horizontal flip), ``strong`` (with
+            TrivialAugment and random erasing), ``none``, or a list of torchvision.transforms.v2 classes with options.
+        cache_images: Keep decoded and resized pictures in memory from one epoch to the next: ``auto`` (where those of
+            a split fit into half of the memory that is available), ``off``, or into so many GiB.
     """
 
     field = "image"
 
     def __init__(
         self,
+        settings: Mapping[str, Any] | None = None,
         *,
         model: str,
         weights: str | None = "pretrained",
         image_size: Annotated[int, Field(ge=1)] | None = None,
-        augmentation: bool = True,
+        augmentation: Augmentation = "usual",
+        cache_images: CacheImages = "auto",
     ) -> None:
         if not timm.is_model(model):
             close = timm.list_models(f"*{model.split('.')[0]}*")[:10] or timm.list_models(f"{model[:4]}*")[:10]
             raise ConfigError(f"timm has no model called {model!r}", available=close)
-        self._name, self._weights, self._size, self._augmentation = model, weights, image_size, augmentation
+        self._name, self._weights, self._size = model, weights, image_size
         network = self._create()
-        config = resolve_data_config(pretrained_cfg=network.pretrained_cfg)
-        if image_size is not None:
-            config["input_size"] = (3, image_size, image_size)
-        self._config = config
+        self._settings = settings or preprocessing_of(network, image_size)
+        size = self._settings["image_size"]
         with torch.device("meta"):
-            self._chain = chain(self._create(), torch.empty(2, *config["input_size"]))
+            self._chain = chain(self._create(), torch.empty(2, 3, size, size))
         super().__init__(split(network, self._chain))
         self._features = int(getattr(network, "head_hidden_size", None) or network.num_features)
+        self._loading: dict[str, Any] = {"augmentation": augmentation, "cache_images": cache_images}
 
     def _create(self, **options: Any) -> nn.Module:
         fixed = getattr(timm.get_pretrained_cfg(self._name), "fixed_input_size", False)
@@ -111,9 +72,18 @@ class Timm(Backbone):
         return FeatureSpec("vector", self._features)
 
     @property
-    def preprocessing(self) -> TimmPreprocessing:
+    def preprocessing(self) -> ImagePreprocessing:
         """As timm evaluates the model."""
-        return TimmPreprocessing(self._config, self._augmentation)
+        return ImagePreprocessing(**self._settings, **self._loading)
+
+    @classmethod
+    def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
+        """Build it with the preprocessing that it was trained with: a name may mean other weights in another timm."""
+        return cls(json.loads(assets["preprocessing.json"]), **options)
+
+    def assets(self) -> Mapping[str, str]:
+        """Return the settings of the preprocessing."""
+        return {"preprocessing.json": json.dumps(self._settings)}
 
     def load_pretrained(self) -> Mapping[str, Any]:
         """Let timm read the weights: it downloads them, renames tensors and leaves the classifier out."""
@@ -131,6 +101,19 @@ class Timm(Backbone):
         return {"weights": self._weights, "timm": timm.__version__}
 
 
+def preprocessing_of(network: nn.Module, image_size: int | None) -> dict[str, Any]:
+    """Return how timm's configuration of a model says that pictures become its input."""
+    config = resolve_data_config(pretrained_cfg=network.pretrained_cfg)
+    _, height, width = config["input_size"]
+    if image_size is None and height != width:
+        raise ConfigError(
+            f"the model sees pictures of {height} x {width} pixels", fix="set image_size: they are square"
+        )
+    size = image_size or height
+    names = ("interpolation", "mean", "std")
+    return {"image_size": size, "resize": int(size / config["crop_pct"]), **{name: config[name] for name in names}}
+
+
 _STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
 """What a vision transformer does before its blocks, adding positions in between."""
 Chain = Mapping[str, Sequence[str]]
@@ -141,33 +124,22 @@ def chain(network: nn.Module, pictures: Tensor) -> Chain | None:
     """Return the stages before the pooling, or None where the layers do not hand on one tensor from each to the next."""
     groups = group_parameters(network, network.group_matcher(coarse=True), reverse=True)
     groups = {name: number for name, number in groups.items() if isinstance(number, int | float)}
-    layers = list(_layers(network, groups))
-    calls: list[tuple[str, Any, Any]] = []
-    for path in layers:
-
-        def note(_: nn.Module, inputs: Any, options: Any, output: Any, path: str = path) -> None:
-            others = [value for value in (*inputs[1:], *options.values()) if value is not None]
-            calls.append((path, None if others or not inputs else inputs[0], output))
-
-        network.get_submodule(path).register_forward_hook(note, with_kwargs=True)
-    with torch.no_grad():
-        features = network.eval().forward_features(pictures)
-    value: Any = pictures
-    stages: dict[str, list[str]] = {"stem": []}
+    embeds = isinstance(network, VisionTransformer)
+    layers = {path: network.get_submodule(path) for path in _layers(network, groups) if not embeds or path not in _STEM}
+    first = {"norm_pre": network.norm_pre} if embeds else {}  # which gets patches with their positions added
+    run = network.eval().forward_features
+    links = find_chain(first | layers, lambda: run(pictures), None if embeds else pictures)
+    if links is None:
+        return None
+    stages: dict[str, list[str]] = {"stem": list(_STEM) if embeds else []}
     number = 0.0
-    if isinstance(network, VisionTransformer):
-        stages["stem"] += _STEM
-        value = next((output for path, _, output in calls if path == "norm_pre"), None)
-        calls = [call for call in calls if call[0] not in _STEM]
-    for path, given, output in calls:
-        if given is not value or any(path in paths for paths in stages.values()):
-            return None
-        value, group = output, max([n for name, n in groups.items() if name.startswith(f"{path}.")], default=number)
+    for path in links[len(first) :]:
+        group = max((n for name, n in groups.items() if name.startswith(f"{path}.")), default=number)
         if group > number:
             number = group
             stages[f"stage{len(stages)}"] = []
         list(stages.values())[-1].append(path)
-    return stages if value is features and isinstance(features, Tensor) and stages["stem"] else None
+    return stages if stages["stem"] else None
 
 
 def _layers(network: nn.Module, groups: Mapping[str, float]) -> list[str]:
@@ -183,49 +155,36 @@ def _layers(network: nn.Module, groups: Mapping[str, float]) -> list[str]:
 def split(network: nn.Module, stages: Chain | None) -> dict[str, nn.Module]:
     """Take a network apart; without a chain it stays whole."""
     if stages is None:
-        return {"network": _Network(network)}
-    parts: dict[str, nn.Module] = {}
-    for name, paths in stages.items():
-        embeds = paths[: len(_STEM)] == list(_STEM) and isinstance(network, VisionTransformer)
-        parts[name] = _Stem(network) if embeds else nn.Sequential(*(network.get_submodule(path) for path in paths))
-    used = {path.split(".")[0] for paths in stages.values() for path in paths}
+        return {"network": _Part(network, [name for name, _ in network.named_children()], _whole)}
     embeds = isinstance(network, VisionTransformer)
-    left = {name for name, _ in network.named_children()} - used
-    return parts | {"pool": _Pool(_part(network, left, tensors=not embeds))}
+    parts = {name: nn.Sequential(*map(network.get_submodule, paths)) for name, paths in stages.items()}
+    used = {path.split(".")[0] for paths in stages.values() for path in paths}
+    left = [name for name, _ in network.named_children() if name not in used]
+    stem = {"stem": _Part(network, _STEM, _embed)} if embeds else {}
+    return {**parts, **stem, "pool": _Part(network, left, _pool, tensors=not embeds)}
 
 
-def _part(network: nn.Module, children: Collection[str], *, tensors: bool) -> nn.Module:
-    """Return a network with some of its children alone, and with or without the tensors that are its own."""
-    part = copy.copy(network)
-    part._modules = {name: child for name, child in network.named_children() if name in children}
-    if not tensors:
-        part._parameters, part._buffers = {}, {}
-    return part
+def _whole(network: Any, pictures: Tensor) -> Any:
+    return _pool(network, network.forward_features(pictures))
 
 
-class _Network(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
+def _embed(network: Any, pictures: Tensor) -> Any:
+    return network.norm_pre(network.patch_drop(network._pos_embed(network.patch_embed(pictures))))
+
+
+def _pool(network: Any, features: Tensor) -> Any:
+    return network.forward_head(features, pre_logits=True)
+
+
+class _Part(nn.Module):
+    """What a function does with a network that has some of its children alone, and its own tensors or none."""
+
+    def __init__(self, network: nn.Module, children: Collection[str], function: Any, *, tensors: bool = True) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.function = copy.copy(network), function
+        self.network._modules = {name: network.get_submodule(name) for name in children}
+        if not tensors:
+            self.network._parameters, self.network._buffers = {}, {}
 
-    def forward(self, pictures: Tensor) -> Any:
-        return self.network.forward_head(self.network.forward_features(pictures), pre_logits=True)
-
-
-class _Stem(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = _part(network, _STEM, tensors=True)
-
-    def forward(self, pictures: Tensor) -> Any:
-        patches = self.network._pos_embed(self.network.patch_embed(pictures))
-        return self.network.norm_pre(self.network.patch_drop(patches))
-
-
-class _Pool(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, features: Tensor) -> Any:
-        return self.network.forward_head(features, pre_logits=True)
+    def forward(self, values: Tensor) -> Any:
+        return self.function(self.network, values)

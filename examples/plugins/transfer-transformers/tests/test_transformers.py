@@ -79,8 +79,11 @@ def test_a_run_predicts_where_the_checkpoint_is_gone(tmp_path, monkeypatch):
     assert parts.phases[0].frozen.stages == {"embeddings", "layer.0", "layer.1"}
     run = transfer.run(config, output=tmp_path, quick=True)
     monkeypatch.chdir(tmp_path)
-    (said,) = transfer.predict(run.folder, ["a warm , funny film"])
+    (said,) = transfer.predict(run.folder, ["a warm , funny film"], explain=True)
     assert said["label"] in ("positive", "negative")
+    assert [piece["piece"] for piece in said["explanation"]["pieces"]] == ["a ", "warm ", ", ", "funny ", "film"]
+    with pytest.raises(transfer.DataError, match="there is no such text file"):
+        list(transfer.predict(run.folder, ["reviews/absent.txt"]))
 
 
 def test_what_is_not_there_is_named(monkeypatch, tmp_path):

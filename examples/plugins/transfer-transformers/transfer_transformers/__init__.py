@@ -2,54 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transfer import Backbone, FeatureSpec, Preprocessing, WeightsError
+from transfer import Backbone, FeatureSpec, WeightsError, find_chain
+from transfer_text.interfaces import TokenPreprocessing
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 Readout = Literal["first", "mean", "pooler", "sequence"]
 
 
-class TokenPreprocessing(Preprocessing):
+class PiecePreprocessing(TokenPreprocessing):
     """Texts to token numbers, by the model's own tokenizer, with its special tokens, cut to ``max_length``."""
 
-    encode_once = True
-
     def __init__(self, tokenizer: str, padding: int) -> None:
-        self.tokenizer, self.padding = tokenizer, padding
+        self.tokenizer, self.padding = Tokenizer.from_str(tokenizer), padding
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the pieces of one text, without the special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False).tokens
 
     def encode(self, values: Sequence[str]) -> list[Tensor]:
         """Return an int64 tensor (number of tokens,) for each text."""
-        found = Tokenizer.from_str(self.tokenizer).encode_batch(list(values))
-        if any(not encoding.ids for encoding in found):
+        found = [encoding.ids for encoding in self.tokenizer.encode_batch(list(values))]
+        if not all(found):
             raise ValueError("the text has no token")
-        return [torch.tensor(encoding.ids) for encoding in found]
+        return [torch.tensor(tokens) for tokens in found]
 
     def collate(self, encoded: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the tokens, int64 (B, T), and the mask, bool (B, T)."""
         lengths = torch.tensor([len(tokens) for tokens in encoded])
         tokens = nn.utils.rnn.pad_sequence(list(encoded), batch_first=True, padding_value=self.padding)
         return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
-
-    def length(self, encoded: Tensor) -> int:
-        """Return the number of tokens."""
-        return len(encoded)
-
-    def read(self, source: str) -> str:
-        """Return the content of a file, or the text itself."""
-        return Path(source).read_text(encoding="utf-8") if len(source) < 256 and Path(source).is_file() else source
-
-    def example(self) -> str:
-        """Return a short text."""
-        return "a text"
 
 
 class Transformers(Backbone):
@@ -78,15 +67,15 @@ class Transformers(Backbone):
         pretrained: bool = True,
     ) -> None:
         self._saved = _read(model, max_length) if saved is None else saved
-        self._model, self._pretrained = model, pretrained
-        options = json.loads(self._saved["config.json"])
-        self._config = AutoConfig.for_model(**options)
-        if readout == "pooler" and getattr(AutoModel.from_config(self._config), "pooler", None) is None:
+        self._model, self._pretrained, self._readout = model, pretrained, readout
+        self._config = AutoConfig.for_model(**json.loads(self._saved["config.json"]))
+        self._preprocessing = PiecePreprocessing(self._saved["tokenizer.json"], self._config.pad_token_id or 0)
+        network = AutoModel.from_config(self._config)
+        if readout == "pooler" and getattr(network, "pooler", None) is None:
             raise WeightsError(f"{model} has no pooler", fix="choose another readout: first or mean")
         with torch.device("meta"):
             self._chain = is_chain(AutoModel.from_config(self._config))
-        self._readout: Readout = readout
-        super().__init__(self._split(AutoModel.from_config(self._config)))
+        super().__init__(self._split(network))
 
     def _split(self, network: nn.Module) -> dict[str, nn.Module]:
         pooler = getattr(network, "pooler", None)
@@ -106,9 +95,9 @@ class Transformers(Backbone):
         return FeatureSpec("sequence" if self._readout == "sequence" else "vector", self._config.hidden_size)
 
     @property
-    def preprocessing(self) -> TokenPreprocessing:
+    def preprocessing(self) -> PiecePreprocessing:
         """The model's tokenizer."""
-        return TokenPreprocessing(self._saved["tokenizer.json"], self._config.pad_token_id or 0)
+        return self._preprocessing
 
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
@@ -159,26 +148,14 @@ def _layers(network: nn.Module) -> nn.ModuleList | None:
 
 
 def is_chain(network: nn.Module) -> bool:
-    """Tell whether each layer gets the tensor that the one before it returned and, but for a mask, no other."""
+    """Tell whether each layer gets the tensor that the one before it returned and, but for a mask, nothing else."""
     layers, embeddings = _layers(network), getattr(network, "embeddings", None)
     if layers is None or embeddings is None:
         return False
-    calls: list[tuple[Any, Any]] = []
-
-    def note(_: nn.Module, inputs: Any, options: Any, output: Any) -> None:
-        values = [value for value in (*inputs, *options.values()) if isinstance(value, Tensor | tuple)]
-        calls.append((values[0] if len(values) == 1 else None, _first(output)))
-
-    for module in (embeddings, *layers):
-        module.register_forward_hook(note, with_kwargs=True)
-    with torch.no_grad():
-        output = network.eval()(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state
-    handed_on = [given is before for (_, before), (given, _) in itertools.pairwise(calls)]
-    return len(calls) == len(layers) + 1 and all(handed_on) and calls[-1][1] is output
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    links = {"embeddings": embeddings, **{str(number): layer for number, layer in enumerate(layers)}}
+    found = find_chain(links, lambda: network.eval()(input_ids=tokens).last_hidden_state)
+    return found is not None and len(found) == len(links)
 
 
 class _Encoder(nn.Module):
@@ -211,7 +188,8 @@ class _Layer(nn.Module):
         states, mask = batch
         hidden = torch.zeros(mask.shape, dtype=states.dtype, device=states.device)
         hidden = hidden.masked_fill(~mask, torch.finfo(states.dtype).min)[:, None, None, :]
-        return _first(self.layer(states, attention_mask=hidden)), mask
+        output = self.layer(states, attention_mask=hidden)
+        return output[0] if isinstance(output, tuple) else output, mask
 
 
 class _ReadOut(nn.Module):
