@@ -33,6 +33,7 @@ IMDB_REVIEWS = 12_500  # of each sentiment in each split
 _IMDB_SENTIMENTS = {"neg": 0, "pos": 1}
 FORMAT = 1
 LONGEST_REVIEW_BYTES = 1 << 20  # the longest is 14 kB
+READ_BYTES = 1 << 14
 
 
 class IMDb(Dataset):
@@ -152,11 +153,22 @@ def _read_folder(path: Path) -> Iterator[tuple[str, bytes]]:
     for split in ("train", "test"):
         for sentiment in _IMDB_SENTIMENTS:
             for name in _texts_in(path / split / sentiment):
-                # Paths as strings, and no buffer: of 50,000 small files that is half the time.
-                with open(f"{path}/{split}/{sentiment}/{name}", "rb", buffering=0) as file:
-                    yield f"{IMDB_FOLDER}/{split}/{sentiment}/{name}", file.read()
+                content = _content(f"{path}/{split}/{sentiment}/{name}")
+                yield f"{IMDB_FOLDER}/{split}/{sentiment}/{name}", content
     for name in _texts_in(path / "train" / "unsup"):
         yield f"{IMDB_FOLDER}/train/unsup/{name}", b""
+
+
+def _content(path: str) -> bytes:
+    """Read a small file by the system's calls alone: of 50,000 of them that takes half the time of ``open``."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        content = os.read(descriptor, READ_BYTES)
+        while more := os.read(descriptor, READ_BYTES):
+            content += more
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def _texts_in(folder: Path) -> list[str]:

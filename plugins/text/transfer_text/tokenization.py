@@ -87,12 +87,14 @@ GLOVE_TOKEN = "|".join(
 )
 GLOVE_TOKEN_IN_ASCII = (
     r"[a-zA-Z]++(?![.'\w-])|"  # a word that no rule of these can change: most of them, so it is tried first
-    + GLOVE_TOKEN.replace(r"[\p{L}\p{M}\p{N}_]", "[a-zA-Z0-9_]").replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]")
+    + GLOVE_TOKEN.replace(r"[\p{L}\p{M}\p{N}_]", "[a-zA-Z0-9_]")
+    .replace(r"\p{L}", "[a-zA-Z]")
+    .replace(r"\p{N}", "[0-9]")
 )
 """The same for Python's own regular expressions, which know no classes of Unicode, and for ASCII alone."""
 
 
-# What is replaced, in this order; a pattern means the same to Python and to the library, and that of a text in ASCII too.
+# What is replaced, in this order; of a text in ASCII a pattern finds the same in Python and in the library.
 Replacements = tuple[tuple[str | re.Pattern[str], str], ...]
 
 # What the web does to text is undone: tags, entities, typographic marks and their Windows codes. Of the entities the
