@@ -14,7 +14,7 @@ first batch of 64; with --vectors all read the same file of word vectors too. Fi
 
 Every measurement is a process of its own; the ways alternate. Seconds are without imports, on all cores unless
 OMP_NUM_THREADS says how many; processor seconds are of all processes together, so helpers' count in full, with their
-imports. Memory is the most that was resident, the largest helper's added.
+imports. Memory is the most that was resident in the main process; helpers have theirs.
 
 With --copies K the training reviews are repeated K times (40: a million), each copy with a word of its own, in one
 JSON Lines file, which our way goes from to the first batch, loader included: how it grows.
@@ -159,8 +159,8 @@ def child(arguments: argparse.Namespace) -> None:
     started, cpu_started = time.perf_counter(), cpu_seconds()
     words = WAYS[arguments.child](arguments.files, data_file(VECTORS) if arguments.vectors else None)
     found: dict[str, float] = {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - cpu_started}
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    found |= {"words": words, "peak_bytes": sum(peaks) * (1 if sys.platform == "darwin" else 1024)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found |= {"words": words, "peak_bytes": peak * (1 if sys.platform == "darwin" else 1024)}
     print(json.dumps(found))
 
 
