@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 SHARE_CHARACTERS = 4_000_000
 """The least that is worth a process: about half a second of work."""
 MOST_PROCESSES = 4
+OWN_SHARE = 1.25
+"""Of this process, in helpers' shares: it need not be started, and knows pieces from texts before."""
 
 Part = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 """What all tokens of some texts in a row are, int32, and the number of each text's, int64."""
@@ -97,11 +99,12 @@ def processes() -> int:
 
 
 def _shares(texts: Sequence[str]) -> list[Sequence[str]]:
-    """Part texts into shares of like length, one for each process."""
+    """Part texts into shares, one for each process: this one's, and those of the helpers, of like length."""
     ends = np.cumsum(np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)))
     total = int(ends[-1]) if len(texts) else 0
     count = max(1, min(processes(), total // SHARE_CHARACTERS))
-    bounds = [0, *np.searchsorted(ends, [total * share // count for share in range(1, count)]).tolist(), len(texts)]
+    inner = [total * (OWN_SHARE + share) / (OWN_SHARE + count - 1) for share in range(count - 1)]
+    bounds = [0, *np.searchsorted(ends, inner).tolist(), len(texts)]
     return [texts[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
