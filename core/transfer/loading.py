@@ -177,7 +177,8 @@ class Loader:
         self.examples.measure()
         loader: DataLoader[Any] = DataLoader(
             self.examples,
-            batch_sampler=[[(epoch, int(i)) for i in batch] for batch in batches],
+            # One batch's pairs at a time: a million examples are not a million tuples.
+            batch_sampler=([(epoch, int(i)) for i in batch] for batch in batches),
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # __getitems__ has made the batch already
             num_workers=0 if self.examples.fills else min(self.workers, len(batches)),
             pin_memory=torch.cuda.is_available(),

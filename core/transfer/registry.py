@@ -96,7 +96,7 @@ def kinds() -> tuple[Kind, ...]:
     A plugin that offers a choice of its own (tokenizers) declares the kind by an entry point in ``transfer.kinds``,
     which names the class that all plugins of the kind derive from.
     """
-    return (*KINDS, *sorted({entry_point.name for entry_point in _entry_points("kind")} - set(KINDS)))
+    return (*KINDS, *sorted({entry_point.name for entry_point in _declared("kind")} - set(KINDS)))
 
 
 def plugins(kind: Kind | None = None) -> list[Plugin]:
@@ -108,7 +108,7 @@ def plugins(kind: Kind | None = None) -> list[Plugin]:
     ]
     order = kinds() if kind is None else (kind,)
     for k in order:
-        found += [_describe(k, entry_point) for entry_point in _entry_points(k)]
+        found += [_describe(k, entry_point) for entry_point in _declared(k)]
     return sorted(found, key=lambda p: (order.index(p.kind), p.name, p.distribution))
 
 
@@ -225,11 +225,18 @@ def _group(kind: Kind) -> str:
     return f"transfer.{kind.removesuffix('s')}s"
 
 
-@cache
-def _entry_points(kind: Kind) -> tuple[EntryPoint, ...]:
+def _declared(kind: Kind) -> list[EntryPoint]:
     # A distribution found twice on sys.path (an editable install beside a build folder) declares the same entry twice.
-    unique = {(e.name, e.value, _name_and_version(e.dist)[0]): e for e in metadata.entry_points(group=_group(kind))}
-    return tuple(unique.values())
+    found = _entry_points().get(_group(kind), ())
+    return list({(e.name, e.value, _name_and_version(e.dist)[0]): e for e in found}.values())
+
+
+@cache
+def _entry_points() -> dict[str, tuple[EntryPoint, ...]]:
+    """Return the entry points of all kinds by group, in one pass over the metadata of all that is installed."""
+    everything = metadata.entry_points()
+    groups = (group for group in everything.groups if group.startswith("transfer."))
+    return {group: tuple(everything.select(group=group)) for group in groups}
 
 
 # What plugins that offer choices of their own need, by names that say what they are outside this module.

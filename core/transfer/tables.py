@@ -10,11 +10,12 @@ import io
 import json
 import math
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from transfer.targets import class_indices, label_sets
 
 LARGEST_TABLE_BYTES = 1 << 32
 """A packed table that is larger is not unpacked: it may be a bomb."""
+LONGEST_FIELD = 2**31 - 1  # the most that Python takes everywhere
 JSON_LINES = (".jsonl", ".ndjson")
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -188,26 +190,41 @@ class Tables:
 
     def _read(self, written: str) -> _Table:
         path = self.find(written)
-        content = self._decode(path)
-        suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+        try:
+            newline = "\n" if _suffix(path) in JSON_LINES else ""
+            with _open(path) as file, io.TextIOWrapper(file, self.encoding, newline=newline) as lines:
+                return self._rows(lines, path)
+        except UnicodeDecodeError:
+            raise self._of_another_encoding(path) from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"the table cannot be read: {getattr(error, 'strerror', None) or error}",
+                where=str(path),
+                fix="give the path of a .csv, .tsv or .jsonl file",
+            ) from error
+
+    def _rows(self, lines: Iterable[str], path: Path) -> _Table:
+        """Read a table row by row: no more of it is in memory at once than the values that are kept."""
+        suffix = _suffix(path)
         if suffix in JSON_LINES:
-            records = _json_lines(content, path, self.column, self.example)
+            records = _json_lines(lines, path, self.column, self.example)
         else:
-            records = _delimited(content, path, self.delimiter or ("\t" if suffix == ".tsv" else ","))
+            records = _delimited(lines, path, self.delimiter or ("\t" if suffix == ".tsv" else ","))
         table = _Table(path)
         own = () if self.column is None else (self.column,)
         single = tuple(column for column in (self.split, self.group, *self.beside.values()) if column is not None)
+        known: dict[tuple[str, ...], tuple[str, ...]] = {}  # a million rows of two classes are two objects
         for line, record in records:
             where = f"{path}:{line}"
             for column in (*own, *self.labels, *single):
                 if column not in record:
                     raise _missing_column(column, record, where, f"{self.example} and label" if own else "label")
+            labels = self._label_list(record) if self.target == "label_list" else _single(record, self.labels, where)
             table.values.append(self._example(record, where))
-            table.labels.append(
-                self._label_list(record) if self.target == "label_list" else _single(record, self.labels, where)
-            )
+            table.labels.append(known.setdefault(labels, labels))
             table.lines.append(line)
-            table.extra.append(dict(zip(single, _single(record, single, where), strict=True)))
+            if single:
+                table.extra.append(dict(zip(single, _single(record, single, where), strict=True)))
         if not table.values:
             raise DataError("the table holds no rows", where=str(path))
         return table
@@ -230,26 +247,28 @@ class Tables:
         names = found.split(self.separator) if isinstance(found, str) else found
         return tuple(stripped for name in names if (stripped := name.strip()))
 
-    def _decode(self, path: Path) -> str:
-        content = b""
+    def _of_another_encoding(self, path: Path) -> DataError:
+        """Say where the table is not of its encoding: read at once, it tells the place."""
+        with _open(path) as file:
+            content = file.read()
         try:
-            content = path.read_bytes()
-            if path.name.lower().endswith(".gz"):
-                content = _unpacked(path)
-            return content.decode(self.encoding)
+            content.decode(self.encoding)
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             fix = "set encoding to that of the file (cp1252 and utf-16 are common), or save it as UTF-8"
             if content.startswith(_UTF_16):
                 fix = "the file begins as one of UTF-16 does: set encoding: utf-16"
             byte = error.object[error.start]
-            raise DataError(f"byte {byte:#04x} is not {self.encoding}", where=f"{path}:{line}", fix=fix) from error
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(
-                f"the table cannot be read: {getattr(error, 'strerror', None) or error}",
-                where=str(path),
-                fix="give the path of a .csv, .tsv or .jsonl file",
-            ) from error
+            return DataError(f"byte {byte:#04x} is not {self.encoding}", where=f"{path}:{line}", fix=fix)
+        return DataError("the table was changed while it was read", where=str(path), fix="run it again")
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _open(path: Path) -> BinaryIO:
+    return io.BytesIO(_unpacked(path)) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _unpacked(path: Path) -> bytes:
@@ -284,7 +303,7 @@ class LineNames(Sequence[str]):
 @dataclass
 class _Table:
     path: Path
-    lines: list[int] = field(default_factory=list)
+    lines: array[int] = field(default_factory=lambda: array("q"))
     values: list[Any] = field(default_factory=list)
     labels: list[tuple[str, ...]] = field(default_factory=list)
     extra: list[dict[str, str]] = field(default_factory=list)
@@ -349,14 +368,14 @@ def _group_codes(tables: Mapping[str, _Table], column: str | None) -> dict[str, 
     return codes
 
 
-def _delimited(content: str, path: Path, delimiter: str) -> Iterator[tuple[int, Record]]:
+def _delimited(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[int, Record]]:
     """Give each record of a table with a header, and the line where it begins."""
     # Python's limit on a field is meant for broken files; a text may well be longer. It is global, so it is put back,
     # and never lowered: a reader that is left half way puts it back late.
     limit = csv.field_size_limit()
-    csv.field_size_limit(max(len(content), limit))
+    csv.field_size_limit(max(LONGEST_FIELD, limit))
     # Strict, because otherwise a quote that is never closed swallows the rest of the file in silence.
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     begin = 1
     try:
         header = next(reader, [])
@@ -381,9 +400,9 @@ def _delimited(content: str, path: Path, delimiter: str) -> Iterator[tuple[int, 
         csv.field_size_limit(limit)
 
 
-def _json_lines(content: str, path: Path, column: str | None, example: str) -> Iterator[tuple[int, Record]]:
+def _json_lines(lines: Iterable[str], path: Path, column: str | None, example: str) -> Iterator[tuple[int, Record]]:
     """Give each object of a file with one on every line; numbers and booleans as JSON writes them."""
-    for number, line in enumerate(content.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         if not line.strip():
             continue

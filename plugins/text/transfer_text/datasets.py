@@ -10,7 +10,6 @@ import logging
 import os
 import tarfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -31,8 +30,12 @@ IMDB_ARCHIVE = "aclImdb_v1.tar.gz"
 IMDB_FOLDER = "aclImdb"
 IMDB_REVIEWS = 12_500  # of each sentiment in each split
 _IMDB_SENTIMENTS = {"neg": 0, "pos": 1}
+_IMDB_FOLDERS = {
+    f"{split}/{name}": (split, sentiment) for split in ("train", "test") for name, sentiment in _IMDB_SENTIMENTS.items()
+}
 FORMAT = 1
 LONGEST_REVIEW_BYTES = 1 << 20  # the longest is 14 kB
+READ_BYTES = 1 << 14
 
 
 class IMDb(Dataset):
@@ -85,11 +88,8 @@ class IMDb(Dataset):
 
 def _labelled(name: str) -> tuple[str, int] | None:
     """Return the split and the class of ``aclImdb/train/pos/0_9.txt``; None of what is no labelled review."""
-    parts = name.split("/")
-    if len(parts) != 4 or parts[1] not in ("train", "test") or not name.endswith(".txt"):
-        return None
-    sentiment = _IMDB_SENTIMENTS.get(parts[2])
-    return None if sentiment is None else (parts[1], sentiment)
+    folder, _, file = name.partition("/")[2].rpartition("/")
+    return _IMDB_FOLDERS.get(folder) if file.endswith(".txt") else None
 
 
 def _read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -152,11 +152,22 @@ def _read_folder(path: Path) -> Iterator[tuple[str, bytes]]:
     for split in ("train", "test"):
         for sentiment in _IMDB_SENTIMENTS:
             for name in _texts_in(path / split / sentiment):
-                # Paths as strings, and no buffer: of 50,000 small files that is half the time.
-                with open(f"{path}/{split}/{sentiment}/{name}", "rb", buffering=0) as file:
-                    yield f"{IMDB_FOLDER}/{split}/{sentiment}/{name}", file.read()
+                content = _content(f"{path}/{split}/{sentiment}/{name}")
+                yield f"{IMDB_FOLDER}/{split}/{sentiment}/{name}", content
     for name in _texts_in(path / "train" / "unsup"):
         yield f"{IMDB_FOLDER}/train/unsup/{name}", b""
+
+
+def _content(path: str) -> bytes:
+    """Read a small file by the system's calls alone: of 50,000 of them that takes half the time of ``open``."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        content = os.read(descriptor, READ_BYTES)
+        while more := os.read(descriptor, READ_BYTES):
+            content += more
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def _texts_in(folder: Path) -> list[str]:
@@ -164,21 +175,21 @@ def _texts_in(folder: Path) -> list[str]:
 
 
 def _split_of(reviews: list[tuple[int, str, bytes]], split: str, path: Path) -> Split:
-    counts = Counter(sentiment for sentiment, _, _ in reviews)
-    if any(counts[sentiment] != IMDB_REVIEWS for sentiment in _IMDB_SENTIMENTS.values()):
+    reviews.sort()
+    targets = np.array([sentiment for sentiment, _, _ in reviews], dtype=np.int64)
+    counts = np.bincount(targets, minlength=len(SENTIMENTS))
+    if any(counts != IMDB_REVIEWS):
         raise DataError(
             f"{split} holds {counts[0]:,} negative and {counts[1]:,} positive reviews, not {IMDB_REVIEWS:,} of each",
             where=str(path),
             fix=f"the data is incomplete; delete it and download {IMDB_URL} again",
         )
-    reviews.sort(key=lambda review: review[:2])
     texts = []
     for _, name, content in reviews:
         try:
             texts.append(content.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(f"the review is not UTF-8: {error}", where=f"{path}: {name}") from error
-    targets = np.array([sentiment for sentiment, _, _ in reviews], dtype=np.int64)
     return Split({"text": texts}, targets, [name for _, name, _ in reviews])
 
 

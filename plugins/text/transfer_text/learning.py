@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
@@ -11,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from transfer import DataError
-from transfer_text import corpus
-from transfer_text.pieces import InOrder, PieceTable
-from transfer_text.token_finder import TokenFinder
-from transfer_text.tokenization import TokenizerName, parted_by_blanks
+from transfer_text.pieces import PieceTable
+from transfer_text.sharing import Numbering, numericalised
+from transfer_text.tokenization import TokenizerName
 
 
 @dataclass(frozen=True)
@@ -53,25 +51,17 @@ def learn(
     Raises:
         transfer.DataError: No word is left.
     """
-    finder = TokenFinder(name)
-    met = InOrder[str]()
-
-    def number(pieces: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        tokens, counts = finder.find(pieces)
-        return np.fromiter(map(met.__getitem__, tokens), dtype=np.int32, count=len(tokens)), counts
-
-    table = PieceTable(functools.partial(parted_by_blanks, name), number)
+    numbering = Numbering(name)
     occurrences = np.zeros(0, dtype=np.int64)
     lengths = []
-    for block in corpus.blocks(texts):
-        found, sizes = table.numericalise(block)
+    for found, sizes in numericalised(texts, name, numbering.table.numericalise, numbering.look_up):
         if numbers is not None:
             found.astype("<i4", copy=False).tofile(numbers)
         lengths.append(sizes)
-        counted = np.bincount(found, minlength=len(met))
+        counted = np.bincount(found, minlength=len(numbering.met))
         counted[: len(occurrences)] += occurrences
         occurrences = counted
-    tokens = list(met)
+    tokens = list(numbering.met)
     alphabetical = np.array(sorted(range(len(tokens)), key=tokens.__getitem__), dtype=np.int64)
     ranked = alphabetical[np.argsort(-occurrences[alphabetical], kind="stable")]
     kept = ranked[occurrences[ranked] >= min_frequency][:max_size]
@@ -84,4 +74,4 @@ def learn(
     ranks[kept] = np.arange(len(kept))
     known = occurrences[kept]
     rest = int(occurrences.sum() - known.sum())
-    return Learned([tokens[number] for number in kept], known, rest, np.concatenate(lengths), ranks, table)
+    return Learned([tokens[number] for number in kept], known, rest, np.concatenate(lengths), ranks, numbering.table)

@@ -20,10 +20,12 @@ def assemble(name: TokenizerName, model: models.Model) -> Tokenizer:
     """Return a tokenizer by its name, over a model."""
     tokenizer = Tokenizer(model)
     if name == "glove":
-        tokenizer.normalizer = _web_text()
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Lowercase(), *_replacing(_WEB_TEXT)]
+        )
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(GLOVE_TOKEN), behavior="removed", invert=True)
     elif name == "basic_english":
-        tokenizer.normalizer = _basic_english()
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *_replacing(_BASIC_ENGLISH)])
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     else:  # for text that is tokenized already: nothing but blanks counts
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -84,50 +86,60 @@ GLOVE_TOKEN = "|".join(
     )
 )
 GLOVE_TOKEN_IN_ASCII = (
-    GLOVE_TOKEN.replace(r"[\p{L}\p{M}\p{N}_]", "[a-zA-Z0-9_]").replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]")
+    r"[a-zA-Z]++(?![.'\w-])|"  # a word that no rule of these can change: most of them, so it is tried first
+    + GLOVE_TOKEN.replace(r"[\p{L}\p{M}\p{N}_]", "[a-zA-Z0-9_]")
+    .replace(r"\p{L}", "[a-zA-Z]")
+    .replace(r"\p{N}", "[0-9]")
 )
 """The same for Python's own regular expressions, which know no classes of Unicode, and for ASCII alone."""
 
 
-def _web_text() -> normalizers.Normalizer:
-    """Lower-case and undo what the web does to text: tags, entities, typographic marks and their Windows codes.
+# What is replaced, in this order; of a text in ASCII a pattern finds the same in Python and in the library.
+Replacements = tuple[tuple[str | re.Pattern[str], str], ...]
 
-    Of the entities the common ones become their characters; any other becomes a blank.
-    """
-    return normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"</?(?:" + _TAGS + r")\s*/?>"), " "),
-            normalizers.Replace("&amp;", "&"),
-            normalizers.Replace("&lt;", "<"),
-            normalizers.Replace("&gt;", ">"),
-            normalizers.Replace(Regex("[\u2018\u2019\u0091\u0092\u00b4`]|&(?:#0?39|#821[67]|apos|[lr]squo);"), "'"),
-            normalizers.Replace(
-                Regex("[\u201c\u201d\u201e\u0093\u0094\u00ab\u00bb]|''|&(?:#34|#822[01]|quot|[lr]dquo);"), '"'
-            ),
-            normalizers.Replace(Regex(r"\.{3,}|[\u2026\u0085]|&(?:#8230|hellip);"), "..."),
-            normalizers.Replace(Regex(r"-{2,}|[\u2014\u0097]|&(?:#8212|mdash);"), "--"),
-            normalizers.Replace(Regex("[\u2013\u0096]|&(?:#8211|ndash);"), "-"),
-            normalizers.Replace(Regex(r"&(?:#\d{2,6}|#x[0-9a-f]{2,5}|[a-z]{2,8}\d?);"), " "),
-        ]
-    )
+# What the web does to text is undone: tags, entities, typographic marks and their Windows codes. Of the entities the
+# common ones become their characters; any other becomes a blank.
+_WEB_TEXT: Replacements = (
+    (re.compile(rf"</?(?:{_TAGS})\s*/?>", re.ASCII), " "),
+    ("&amp;", "&"),
+    ("&lt;", "<"),
+    ("&gt;", ">"),
+    (re.compile("[\u2018\u2019\u0091\u0092\u00b4`]|&(?:#0?39|#821[67]|apos|[lr]squo);"), "'"),
+    (
+        re.compile("[\u201c\u201d\u201e\u0093\u0094\u00ab\u00bb]|''|&(?:#34|#822[01]|quot|[lr]dquo);"),
+        '"',
+    ),
+    (re.compile(r"\.{3,}|[\u2026\u0085]|&(?:#8230|hellip);"), "..."),
+    (re.compile(r"-{2,}|[\u2014\u0097]|&(?:#8212|mdash);"), "--"),
+    (re.compile("[\u2013\u0096]|&(?:#8211|ndash);"), "-"),
+    (re.compile(r"&(?:#\d{2,6}|#x[0-9a-f]{2,5}|[a-z]{2,8}\d?);", re.ASCII), " "),
+)
+# torchtext's ``basic_english`` to the letter, which leaves entities as they are.
+_BASIC_ENGLISH: Replacements = (
+    ("'", " ' "),
+    ('"', ""),
+    (".", " . "),
+    ("<br />", " "),
+    (",", " , "),
+    ("(", " ( "),
+    (")", " ) "),
+    ("!", " ! "),
+    ("?", " ? "),
+    (re.compile("[;:]"), " "),
+)
 
 
-def _basic_english() -> normalizers.Normalizer:
-    """Follow torchtext's ``basic_english`` to the letter, which leaves entities as they are."""
-    return normalizers.Sequence(
-        [
-            normalizers.Lowercase(),
-            normalizers.Replace("'", " ' "),
-            normalizers.Replace('"', ""),
-            normalizers.Replace(".", " . "),
-            normalizers.Replace("<br />", " "),
-            normalizers.Replace(",", " , "),
-            normalizers.Replace("(", " ( "),
-            normalizers.Replace(")", " ) "),
-            normalizers.Replace("!", " ! "),
-            normalizers.Replace("?", " ? "),
-            normalizers.Replace(Regex("[;:]"), " "),
-        ]
-    )
+def _replacing(replacements: Replacements) -> list[normalizers.Normalizer]:
+    return [
+        normalizers.Replace(what if isinstance(what, str) else Regex(what.pattern), by) for what, by in replacements
+    ]
+
+
+def normalized_ascii(name: TokenizerName, text: str) -> str:
+    """Normalize a text that is ASCII alone as the named tokenizer does, twice as fast as the library."""
+    if name == "whitespace":
+        return text
+    text = text.lower()
+    for what, by in _WEB_TEXT if name == "glove" else _BASIC_ENGLISH:
+        text = text.replace(what, by) if isinstance(what, str) else what.sub(by, text)
+    return text

@@ -22,6 +22,7 @@ from transfer_text.encoded import EncodedTexts
 from transfer_text.learning import Learned, learn
 from transfer_text.pieces import PieceTable
 from transfer_text.plugins import names
+from transfer_text.sharing import numericalised
 from transfer_text.token_finder import TokenFinder
 from transfer_text.tokenization import TOKENIZERS, TokenizerName, assemble, name_of, parted_by_blanks
 
@@ -288,7 +289,9 @@ class Vocabulary:
         """
 
         def parts() -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
-            return map(self._numericalise, corpus.blocks(texts))
+            if self._name is None:
+                return map(self._numericalise, corpus.blocks(texts))
+            return numericalised(texts, self._name, self._numericalise, self._look_up)
 
         if not corpus.worth_keeping(texts):
             return EncodedTexts.of(parts())
@@ -322,8 +325,11 @@ class Vocabulary:
     def _indices_of(self, pieces: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         assert self._name is not None
         tokens, counts = TokenFinder(self._name).find(pieces)
+        return self._look_up(tokens), counts
+
+    def _look_up(self, tokens: Sequence[str]) -> npt.NDArray[np.int32]:
         unknown = itertools.repeat(UNKNOWN)
-        return np.fromiter(map(self._index.get, tokens, unknown), dtype=np.int32, count=len(tokens)), counts
+        return np.fromiter(map(self._index.get, tokens, unknown), dtype=np.int32, count=len(tokens))
 
     @functools.cached_property
     def _index(self) -> Mapping[str, int]:
