@@ -51,8 +51,9 @@ PLUGINS := $(patsubst %/tests,%,$(wildcard examples/plugins/*/tests))
 	.venv-plugins/bin/python -m pip install --quiet --constraint constraints-plugins.txt --no-build-isolation $(PLUGINS:%=--editable %)
 	touch $@
 
+# Two processes of two threads each wait for each other at every barrier.
 plugins: .venv-plugins/ready  ## the packages under examples/plugins, as their authors would test them
-	.venv-plugins/bin/python -m pytest -n 2 $(PLUGINS)
+	OMP_NUM_THREADS=1 .venv-plugins/bin/python -m pytest -n 2 $(PLUGINS)
 
 check: .venv/ready  ## style and types
 	$(BIN)/ruff format --check .
