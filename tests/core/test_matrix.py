@@ -75,8 +75,9 @@ def test_what_cannot_be_built_is_named_and_hides_nothing() -> None:
     register("backbone", "crashing")(Crashing)
     tables, problems = matrix()
     messages = [str(problem.message) for problem in problems]
-    assert "what it declares depends on size" in messages
-    assert "what it declares depends on parts" in messages  # fusion: no name of a file will do for its backbones
+    assert "what it declares depends on its option 'size'" in messages
+    # Of fusion: no name of a file will do for its backbones.
+    assert "what it declares depends on its option 'parts'" in messages
     assert "backbone 'crashing' cannot be built: RuntimeError: no such device" in messages
     assert cells(tables, "imdb", "textcnn") == ["yes"]
 

@@ -82,7 +82,6 @@ NOT_RUN = {
     "make": ("sets up environments and runs tests; CI runs check and test", has_target),
     "torchrun": ("tests/e2e/test_distributed.py starts several processes", anything),
     "accelerate launch": ("the same", anything),
-    "mpirun": ("the same", anything),
     "pip": ("installs packages; the extras are those of pyproject.toml", has_extras),
     "OMP_NUM_THREADS=1 .venv/bin/python benchmarks/": ("takes minutes; what it gave stands below it", has_script),
     ".venv/bin/python benchmarks/": ("takes minutes; what it gave stands below it", has_script),

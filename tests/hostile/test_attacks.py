@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import stat
 import sys
 import tarfile
@@ -157,6 +158,7 @@ def test_no_command_writes_through_a_linked_folder(
     run: Path, tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
+    shutil.rmtree(run / "plots")
     for name in ("plots", "export"):
         (run / name).symlink_to(tmp_path / "elsewhere")
     assert status_of(monkeypatch, command[0], str(run), *command[1:]) == 2
