@@ -50,8 +50,9 @@ def test_a_row_is_all_that_has_no_other_meaning(tmp_path):
     data = TabularCSV(train=str(path), split="fold", group="who").load()
     assert list(data.splits["train"].fields["row"]) == [{"a": "1", "b": ""}, {"a": "2", "b": "u"}]
     assert (data.spec.classes, list(data.splits["test"].targets)) == (("x", "y"), [0])
+    path.write_text("a\tlabel\n1\t2\n", encoding="utf-8")
     with pytest.raises(transfer.DataError, match="every column has another meaning"):
-        TabularCSV(train=str(path), split="fold", group="who", label=("a", "b", "label"), target="number").load()
+        TabularCSV(train=str(path), label=("a", "label"), target="number").load()
 
 
 def test_a_wrong_table_is_named_by_line(tmp_path):
