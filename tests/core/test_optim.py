@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -118,6 +119,19 @@ def test_every_optimizer_by_name_takes_a_step(model: Model, name: str) -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     step(model, optimizer(model, name, 0.01))
     assert not torch.equal(before["head.output.weight"], model.state_dict()["head.output.weight"])
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("own", [{"fused": False}, {"foreach": True}])
+def test_the_fused_kernel_is_taken_unless_the_config_chooses(model: Model, name: str, own: dict[str, Any]) -> None:
+    same = copy.deepcopy(model)
+    fused, chosen = optimizer(model, name, 0.01), optimizer(same, name, 0.01, **own)
+    assert [made.param_groups[0]["fused"] for made in (fused, chosen)] == [True, own.get("fused")]
+    for net, made in ((model, fused), (same, chosen)):
+        torch.manual_seed(0)
+        for _ in range(3):
+            step(net, made)
+    torch.testing.assert_close(dict(model.state_dict()), dict(same.state_dict()))
 
 
 def test_groups_are_real_parameter_groups(model: Model) -> None:

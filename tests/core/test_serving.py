@@ -32,7 +32,7 @@ from transfer.serving.app import Batching
 from transfer.serving.batching import Batcher, BusyError
 from transfer.serving.models import RefusedError, ServedModel
 from transfer.serving.reading import Limits
-from transfer.serving.server import is_loopback, name_runs
+from transfer.serving.server import is_loopback, listen, name_runs
 
 POINT = {"point": "1,2,3,4"}
 WITH_POINTS = f"""
@@ -331,6 +331,13 @@ def test_runs_are_named_by_their_folders_or_by_hand(tmp_path: Path) -> None:
         name_runs([str(first), str(second)])
     with pytest.raises(UserError, match="cannot be called"):
         name_runs(["a/b c"])
+
+
+def test_an_answer_does_not_wait_for_the_asker_to_acknowledge_its_beginning() -> None:
+    with listen("127.0.0.1", 0) as server, socket.create_connection(server.getsockname()):
+        connection, _ = server.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_only_loopback_is_loopback() -> None:
