@@ -198,8 +198,8 @@ def build_optimizer(model: Model, found: list[Group], part: TorchPart, before: O
 def _fused_on_the_cpu(part: TorchPart, made: list[dict[str, Any]]) -> Optimizer | None:
     """Return torch's fused kernel of an optimizer, a tenth of the time, where the config leaves the choice.
 
-    On a GPU torch chooses well by itself; on the CPU it would go through the parameters one operation at a time. Nothing
-    is returned where this optimizer, this version of torch or these parameters have no such kernel.
+    On a GPU torch chooses well by itself; on the CPU it would go through the parameters one operation at a time.
+    Nothing is returned where this optimizer, this version of torch or these parameters have no such kernel.
     """
     on_the_cpu = all(parameter.device.type == "cpu" for group in made for parameter in group["params"])
     chosen = any(part.options.get(key) is not None for key in ("fused", "foreach"))

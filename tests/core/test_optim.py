@@ -121,11 +121,14 @@ def test_every_optimizer_by_name_takes_a_step(model: Model, name: str) -> None:
     assert not torch.equal(before["head.output.weight"], model.state_dict()["head.output.weight"])
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+# The larger eps keeps gradients that are zero but for rounding from being scaled up to steps.
+@pytest.mark.parametrize(("name", "options"), [("adam", {"eps": 0.1}), ("adamw", {"eps": 0.1}), ("sgd", {})])
 @pytest.mark.parametrize("own", [{"fused": False}, {"foreach": True}])
-def test_the_fused_kernel_is_taken_unless_the_config_chooses(model: Model, name: str, own: dict[str, Any]) -> None:
+def test_the_fused_kernel_is_taken_unless_the_config_chooses(
+    model: Model, name: str, options: dict[str, Any], own: dict[str, Any]
+) -> None:
     same = copy.deepcopy(model)
-    fused, chosen = optimizer(model, name, 0.01), optimizer(same, name, 0.01, **own)
+    fused, chosen = optimizer(model, name, 0.01, **options), optimizer(same, name, 0.01, **options, **own)
     assert [made.param_groups[0]["fused"] for made in (fused, chosen)] == [True, own.get("fused")]
     for net, made in ((model, fused), (same, chosen)):
         torch.manual_seed(0)
