@@ -107,9 +107,6 @@ CONVOLUTIONS = 2 * 200 * 100 * (3 + 4 + 5)
 RECURRENCES = 2 * 2 * 400 * ((100 + 100) + (200 + 100))
 WORKLOADS = {
     "TextCNN": Workload(TEXTCNN, DROPOUT, {"name": "adam", "lr": 0.001}, BookTextCNN, CONVOLUTIONS),
-    "TextCNN, fused Adam": Workload(
-        TEXTCNN, DROPOUT, {"name": "adam", "lr": 0.001, "fused": True}, BookTextCNN, CONVOLUTIONS
-    ),
     "BiLSTM": Workload(BILSTM, {"name": "linear"}, {"name": "adam", "lr": 0.01}, BookBiRNN, RECURRENCES),
 }
 

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("weights", help="a safetensors file of a ResNet-18")
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--flip", action="store_true", help="flip training pictures at random")
+    parser.add_argument("--layer4", action="store_true", help="train layer4 too")
     parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -51,9 +52,12 @@ def main() -> None:
     for param in model.parameters():
         param.requires_grad = False
     model.fc = nn.Linear(model.fc.in_features, 2)
+    for param in model.layer4.parameters():
+        param.requires_grad = arguments.layer4
     model = model.to(device)
     criterion = nn.CrossEntropyLoss()
-    optimizer = optim.SGD(model.fc.parameters(), lr=0.01, momentum=0.9)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = optim.SGD(trained, lr=0.01, momentum=0.9)
     scheduler = lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
 
     with TemporaryDirectory() as folder:

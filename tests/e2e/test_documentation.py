@@ -83,7 +83,6 @@ NOT_RUN = {
     "torchrun": ("tests/e2e/test_distributed.py starts several processes", anything),
     "accelerate launch": ("the same", anything),
     "pip": ("installs packages; the extras are those of pyproject.toml", has_extras),
-    "OMP_NUM_THREADS=1 .venv/bin/python benchmarks/": ("takes minutes; what it gave stands below it", has_script),
     ".venv/bin/python benchmarks/": ("takes minutes; what it gave stands below it", has_script),
     "cd transfer-sonar": ("tests/e2e/test_new_plugin.py installs, tests and trains what new-plugin writes", anything),
     "pytest": ("the same", anything),

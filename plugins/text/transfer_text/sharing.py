@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 SHARE_CHARACTERS = 4_000_000
 """The least that is worth a process: about half a second of work."""
 MOST_PROCESSES = 4
-OWN_SHARE = 1.25
+OWN_SHARE = 1.8
 """Of this process, in helpers' shares: it need not be started, and knows pieces from texts before."""
 
 Part = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
