@@ -100,7 +100,8 @@ class Report:
         return sum(self.kills.values())
 
     def __str__(self) -> str:
-        lines = [f"seed {self.seed}: {self.total} kills, {self.counts['compared']} runs compared to the last bit"]
+        compared = f"{self.counts['compared']} runs compared to the last bit, {len(self.differences)} differences"
+        lines = [f"seed {self.seed}: {self.total} kills, {compared}"]
         lines += [f"  {count:5d} kills of {name}" for name, count in sorted(self.kills.items())]
         lines += [f"  {count:5d} kills {moment}" for moment, count in self.moments.most_common()]
         lines += [f"  {count:5d} {what}" for what, count in sorted(self.counts.items())]
