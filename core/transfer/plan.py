@@ -16,6 +16,8 @@ from transfer.feature_cache import why_not
 from transfer.freezing import prefix_length
 from transfer.model import Model
 
+PHASES_OF_A_TABLE = 3
+
 
 def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
     """Yield the plan of a checked config: the parts, the stages in each phase, and what will be cached."""
@@ -33,7 +35,7 @@ def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
             **{f"preprocessing: {k}": v for k, v in parts.backbone.preprocessing.describe().items()},
         }
     )
-    yield _stages(config, parts)
+    yield from _stages(config, parts)
     yield _cache(config, parts)
 
 
@@ -46,24 +48,28 @@ def _written(config: RunConfig) -> str:
     return config.backbone.plugin.name + (f" ({', '.join(words)})" if words else "")
 
 
-def _stages(config: RunConfig, parts: Parts) -> Table:
-    table = Table(title="stages", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("stage")
-    table.add_column("parameters", justify="right")
-    if parts.shapes:
-        table.add_column("returns")
-    for number, phase in enumerate(parts.phases, 1):
-        table.add_column(f"phase {number}: {phase.epochs} epoch{'s' * (phase.epochs > 1)}")
-    for stage, module in parts.model.stages.items():
-        count = sum(parameter.numel() for parameter in module.parameters())
-        shapes = [parts.shapes[stage]] if parts.shapes else []
-        treated = [treatment(config, parts.model, phase, stage) for phase in parts.phases]
-        cells = [Text(words, style="green" if trained else "dim") for words, trained in treated]
-        table.add_row(stage, f"{count:,}", *shapes, *cells)
-    if config.optimizer_options.no_weight_decay:
-        table.caption = f"* not for parameters of kind {' and '.join(config.optimizer_options.no_weight_decay)}"
-        table.caption_justify = "left"
-    return table
+def _stages(config: RunConfig, parts: Parts) -> Iterator[Table]:
+    """Say what happens to each stage in each phase: in several tables where a narrow console would not show all."""
+    phases = list(enumerate(parts.phases, 1))
+    for first in range(0, len(phases), PHASES_OF_A_TABLE):
+        table = Table(title="stages" if not first else None, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table.add_column("stage")
+        table.add_column("parameters", justify="right")
+        if parts.shapes:
+            table.add_column("returns")
+        shown = phases[first : first + PHASES_OF_A_TABLE]
+        for number, phase in shown:
+            table.add_column(f"phase {number}: {phase.epochs} epoch{'s' * (phase.epochs > 1)}")
+        for stage, module in parts.model.stages.items():
+            count = sum(parameter.numel() for parameter in module.parameters())
+            shapes = [parts.shapes[stage]] if parts.shapes else []
+            treated = [treatment(config, parts.model, phase, stage) for _, phase in shown]
+            cells = [Text(words, style="green" if trained else "dim") for words, trained in treated]
+            table.add_row(stage, f"{count:,}", *shapes, *cells)
+        if config.optimizer_options.no_weight_decay:
+            table.caption = f"* not for parameters of kind {' and '.join(config.optimizer_options.no_weight_decay)}"
+            table.caption_justify = "left"
+        yield table
 
 
 def treatment(config: RunConfig, model: Model, phase: PhasePlan, stage: str) -> tuple[str, bool]:

@@ -171,6 +171,13 @@ def test_check_shows_the_plan(call: Any, config_file: Path) -> None:
     assert "dense" in out
 
 
+def test_check_shows_every_rate_of_many_phases_on_a_narrow_console(call: Any, config_file: Path) -> None:
+    phases = ", ".join(f"{{epochs: 1, freeze: none, lr: {number}.23e-05}}" for number in range(1, 9))
+    status, out, _ = call("check", config_file, f"train.phases=[{phases}]")
+    assert status == 0
+    assert [rate for number in range(1, 9) if (rate := f"{number}.23e-05") not in out] == []
+
+
 def test_wrong_overrides_are_a_panel(call: Any, config_file: Path) -> None:
     status, out, err = call("check", config_file, "backbone.widht=3", "head.name=linaer")
     assert (status, out) == (2, "")
