@@ -184,7 +184,8 @@ def build_optimizer(model: Model, found: list[Group], part: TorchPart, before: O
         for g in found
     ]
     try:
-        optimizer: Optimizer = _fused_on_the_cpu(part, made) or part.cls(made, **part.options)
+        options = {**part.options, "fused": True} if _fused_on_the_cpu(model, found, part) else part.options
+        optimizer: Optimizer = part.cls(made, **options)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"torch's {part.cls.__name__} refuses its options: {error}") from error
     if before is not None:
@@ -195,21 +196,29 @@ def build_optimizer(model: Model, found: list[Group], part: TorchPart, before: O
     return optimizer
 
 
-def _fused_on_the_cpu(part: TorchPart, made: list[dict[str, Any]]) -> Optimizer | None:
-    """Return torch's fused kernel of an optimizer, a tenth of the time, where the config leaves the choice.
+def _fused_on_the_cpu(model: Model, found: list[Group], part: TorchPart) -> bool:
+    """Say whether to take torch's fused kernel of an optimizer, a tenth of the time: the config leaves the choice.
 
     On a GPU torch chooses well by itself; on the CPU it would go through the parameters one operation at a time.
-    Nothing is returned where this optimizer, this version of torch or these parameters have no such kernel.
     """
-    on_the_cpu = all(parameter.device.type == "cpu" for group in made for parameter in group["params"])
+    trained = {name for group in found for name in group.parameters}
+    kinds = {(p.device.type, p.dtype) for name, p in model.named_parameters() if name in trained}
     chosen = any(part.options.get(key) is not None for key in ("fused", "foreach"))
-    if chosen or not on_the_cpu or "fused" not in inspect.signature(part.cls).parameters:
-        return None
+    if chosen or {device for device, _ in kinds} != {"cpu"} or "fused" not in inspect.signature(part.cls).parameters:
+        return False
+    if any(
+        getattr(module, "sparse", False) for module in model.modules()
+    ):  # nn.Embedding: no kernel takes its gradients
+        return False
     try:
-        optimizer: Optimizer = part.cls(made, **{**part.options, "fused": True})
+        # Torch checks too little when it builds an optimizer (2.3 nothing for SGD, later ones the first parameter).
+        for _, dtype in kinds:
+            stand_in = torch.zeros(1, dtype=dtype, requires_grad=True)
+            stand_in.grad = torch.zeros_like(stand_in)
+            part.cls([stand_in], **{**part.options, "fused": True}).step()
     except RuntimeError:
-        return None
-    return optimizer
+        return False
+    return True
 
 
 class Schedule:

@@ -137,6 +137,22 @@ def test_the_fused_kernel_is_taken_unless_the_config_chooses(
     torch.testing.assert_close(dict(model.state_dict()), dict(same.state_dict()))
 
 
+def test_gradients_that_no_fused_kernel_takes_are_stepped_all_the_same(model: Model) -> None:
+    complex_ = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    for weight, table in ((complex_, None), (None, nn.Embedding(2, 3, sparse=True))):
+        net = copy.deepcopy(model)
+        net.head.register_parameter("phase", weight)
+        net.head.register_module("table", table)
+        made = optimizer(net, "sgd", 0.5)
+        assert {group["fused"] for group in made.param_groups} == {None}
+        loss = table(torch.tensor([1])).sum() if table is not None else (weight * weight.conj()).real.sum()
+        before = [parameter.detach().clone() for parameter in net.head.parameters()]
+        loss.backward()
+        made.step()
+        changed = [not torch.equal(old, new) for old, new in zip(before, net.head.parameters(), strict=True)]
+        assert changed.count(True) == 1
+
+
 def test_groups_are_real_parameter_groups(model: Model) -> None:
     made = optimizer(model, lr={"head": 0.1, "backbone": 0.01}, momentum=0.9)
     assert [(g["name"], g["lr"], g["momentum"]) for g in made.param_groups] == [
