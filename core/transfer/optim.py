@@ -184,7 +184,7 @@ def build_optimizer(model: Model, found: list[Group], part: TorchPart, before: O
         for g in found
     ]
     try:
-        options = {**part.options, "fused": True} if _fused_on_the_cpu(model, found, part) else part.options
+        options = {**part.options, "fused": True} if _fused_on_the_cpu(model, part) else part.options
         optimizer: Optimizer = part.cls(made, **options)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"torch's {part.cls.__name__} refuses its options: {error}") from error
@@ -196,29 +196,18 @@ def build_optimizer(model: Model, found: list[Group], part: TorchPart, before: O
     return optimizer
 
 
-def _fused_on_the_cpu(model: Model, found: list[Group], part: TorchPart) -> bool:
+def _fused_on_the_cpu(model: Model, part: TorchPart) -> bool:
     """Say whether to take torch's fused kernel of an optimizer, a tenth of the time: the config leaves the choice.
 
     On a GPU torch chooses well by itself; on the CPU it would go through the parameters one operation at a time.
     """
-    trained = {name for group in found for name in group.parameters}
-    kinds = {(p.device.type, p.dtype) for name, p in model.named_parameters() if name in trained}
-    chosen = any(part.options.get(key) is not None for key in ("fused", "foreach"))
-    if chosen or {device for device, _ in kinds} != {"cpu"} or "fused" not in inspect.signature(part.cls).parameters:
+    if torch.__version__ < "2.4" or "fused" not in inspect.signature(part.cls).parameters:
         return False
-    if any(
-        getattr(module, "sparse", False) for module in model.modules()
-    ):  # nn.Embedding: no kernel takes its gradients
+    if any(part.options.get(key) is not None for key in ("fused", "foreach", "differentiable")):
         return False
-    try:
-        # Torch checks too little when it builds an optimizer (2.3 nothing for SGD, later ones the first parameter).
-        for _, dtype in kinds:
-            stand_in = torch.zeros(1, dtype=dtype, requires_grad=True)
-            stand_in.grad = torch.zeros_like(stand_in)
-            part.cls([stand_in], **{**part.options, "fused": True}).step()
-    except RuntimeError:
-        return False
-    return True
+    # Torch itself looks at the first parameter alone, and at no gradient, which an embedding may make sparse.
+    dense = not any(getattr(module, "sparse", False) for module in model.modules())
+    return dense and all(p.device.type == "cpu" and p.is_floating_point() for p in model.parameters())
 
 
 class Schedule:

@@ -250,6 +250,8 @@ def _meet(own: Place) -> Processes:
             timeout=ANSWER,
         )
         waiting = dist.new_group(backend="gloo", timeout=LONGEST_WORK)
+        # One that finds a mistake at once and ends would otherwise be missed by those that are still connecting.
+        dist.barrier(waiting)  # type: ignore[arg-type]  # this process is of the group
     except RuntimeError as error:
         raise TrainingError(
             f"the {own.count} processes did not find each other at "
