@@ -5,7 +5,7 @@ random order, each padded to 500 words; `nn.Conv1d` and `nn.LSTM`; Adam. The oth
 (split at blanks, cut at 500, the same vocabulary and vectors) with its loader, metrics and checks. Both train and
 evaluate in turn within one process: an epoch of some batches of the one, then as many of the other. The first round is
 not counted; an evaluation is of 2,500 reviews. With --clock cpu, for one thread on a busy machine, seconds are the
-processor's.
+processor's. With --precision bf16 the engine computes in bfloat16, as `train.precision` says; the book stays as it is.
 
 "useful" is what the definition of the model computes for the real words, as a share of this machine's own rate for a
 product of large square matrices: a loop that computes padding has less of it, one that computes nothing twice has more.
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from transfer.engine import evaluate, fit
 from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, Event
 from transfer.feature_cache import Source
 from transfer.interruption import Signals
+from transfer.precision import Precision
 from transfer.run_directory import RunDirectory
 
 BATCH = 64
@@ -124,7 +125,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 def measure(
-    work: Workload, vectors: Path, rounds: int, batches: int, clock: Callable[[], float]
+    work: Workload, vectors: Path, rounds: int, batches: int, clock: Callable[[], float], precision: Precision
 ) -> tuple[list[Round], float, float]:
     """Return the rounds, and the mean number of words of a training and of a validation review."""
     config = {
@@ -144,6 +145,7 @@ def measure(
             "batch_size": BATCH,
             "evaluation_batch_size": BATCH,
             "optimizer": work.optimizer,
+            "precision": precision,
             "phases": [{"epochs": rounds + 1, "freeze": "none"}],
         },
     }
@@ -160,7 +162,7 @@ def measure(
         train_rate = batches * BATCH / (at[EvaluationStarted] - at[EpochStarted])
         record = event.record
         started = clock()
-        evaluate(built.experiment.model, built.experiment.task, validation, "fp32", lambda _: None, "validation")
+        evaluate(built.experiment.model, built.experiment.task, validation, precision, lambda _: None, "validation")
         evaluation_rate = len(validation.loader.split) / (clock() - started)
         loss, book_train_rate = book.train()
         found.append(
@@ -252,6 +254,7 @@ def main() -> None:
     parser.add_argument("--only", choices=WORKLOADS, help="one model alone")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds, with --threads 1")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of the engine")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine")
     arguments = parser.parse_args()
     if arguments.clock == "cpu" and arguments.threads != 1:
@@ -267,7 +270,9 @@ def main() -> None:
     for name, work in WORKLOADS.items():
         if arguments.only not in (None, name):
             continue
-        rounds, train_words, evaluation_words = measure(work, vectors, arguments.rounds, arguments.batches, clock)
+        rounds, train_words, evaluation_words = measure(
+            work, vectors, arguments.rounds, arguments.batches, clock, arguments.precision
+        )
         for what, pairs, operations in (
             ("train", [r.train for r in rounds], 3 * work.operations * train_words),
             ("evaluate", [r.evaluation for r in rounds], work.operations * evaluation_words),

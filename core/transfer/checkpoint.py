@@ -63,7 +63,7 @@ def save(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any],
         raise TrainingError(
             f"the checkpoint cannot be written: {reason}",
             where=str(folder),
-            fix="make room, or make the folder writable, then go on with: transfer resume",
+            fix="make room, or make the folder writable, then go on with `transfer resume RUN`",
         ) from error
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from transfer.errors import TransferError, UserError
+from transfer.errors import DataError, TransferError, UserError
 from transfer.subcommands import WithPlugins
 
 if TYPE_CHECKING:
@@ -352,7 +354,12 @@ def predict(
 def _lines(inputs: list[str]) -> Iterator[str]:
     for source in inputs:
         if source == "-":
-            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+            for number, line in enumerate(sys.stdin, 1):
+                if any("\ud800" <= character <= "\udfff" for character in line):  # a byte that is none of UTF-8
+                    where = f"standard input, line {number}"
+                    raise DataError("this line is not UTF-8", where=where, fix="give lines in UTF-8")
+                if line.strip():
+                    yield line.rstrip("\n")
         else:
             yield source
 
@@ -643,6 +650,16 @@ def clear_cache() -> None:
     Console().print(f"freed {freed / 2**20:,.1f} MiB in {stored.folder}", highlight=False, soft_wrap=True)
 
 
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def _show(error: TransferError) -> None:
+    from transfer.console import error_panel
+    from transfer.terminal import Console
+
+    Console(stderr=True).print(error_panel(error))
+
+
 def main() -> None:
     """Run the command line. Exit status: 0 done, 1 it failed, 2 the user's input is wrong, 130 or 143 interrupted."""
     # Importing torch makes half a million objects that stay: looking for garbage among them every 700 new ones, as is
@@ -656,11 +673,8 @@ def main() -> None:
     except TransferError as error:
         if os.environ.get("TRANSFER_DEBUG"):
             raise
-        from transfer.console import error_panel
-        from transfer.terminal import Console
-
         if not error.shown_elsewhere:
-            Console(stderr=True).print(error_panel(error))
+            _show(error)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
@@ -668,3 +682,15 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS or os.environ.get("TRANSFER_DEBUG"):
+            raise
+        with suppress(OSError):  # what is still to be written finds no room either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fault = TransferError(
+            f"nothing more can be written: {error.strerror}",
+            where=error.filename or "a file or the output of this command",
+            fix="make room, then run the command again; a run that has begun goes on with `transfer resume RUN`",
+        )
+        _show(fault)
+        sys.exit(fault.exit_status)

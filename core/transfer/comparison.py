@@ -28,7 +28,7 @@ COLUMNS = (
 )
 """Of the table in CSV."""
 
-Verdict = Literal["reference", "within noise", "better", "worse"]
+Verdict = Literal["reference", "cannot tell", "within noise", "better", "worse"]
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,8 @@ def higher_is_better(task: Task, metric: str) -> bool:
 
 def verdict(difference: Difference, *, higher_is_better: bool) -> Verdict:
     """Say what a difference means."""
+    if difference.interval is None:
+        return "cannot tell"
     if difference.within_noise:
         return "within noise"
     return "better" if (difference.mean > 0) == higher_is_better else "worse"
@@ -197,10 +199,19 @@ def _resampled(task: Task, metric: str, runs: Runs) -> list[float] | None:
     measure = task.metrics().get(metric)
     stored = [directory.predictions() for directory in runs.directories]
     known = [scored for scored in stored if scored is not None]
-    if measure is None or len(known) < len(stored):
+    if len(known) < len(stored):
+        return None
+    draws = resamples(len(known[0].targets), RESAMPLED_TEST_SPLITS)
+    if metric == "loss":
+        losses = [scored.losses for scored in known if scored.losses is not None]
+        if len(losses) < len(known):
+            return None
+        of_each = torch.stack(losses).mean(0)
+        return [float(of_each[indices].mean()) for indices in map(torch.from_numpy, draws)]
+    if measure is None:
         return None
     means = []
-    for indices in map(torch.from_numpy, resamples(len(known[0].targets), RESAMPLED_TEST_SPLITS)):
+    for indices in map(torch.from_numpy, draws):
         total = 0.0
         for scored in known:
             measure.reset()

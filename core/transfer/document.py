@@ -97,6 +97,7 @@ class Document:
                 step = part
                 if not last and at.get(step) is None:
                     at[step] = {}
+                    self.places[(*key, step)] = where
             else:
                 raise ConfigError(f"{'.'.join(map(str, key))} is {at!r}, which holds no {part!r}", where=where)
             key = (*key, step)

@@ -696,7 +696,8 @@ def _settle(training: _Training) -> None:
             f"the loss of epoch {progress.epochs + 1}, step {progress.epoch.batches} is {value}: "
             f"learning rates {rates}, "
             f"examples {indices[:16].tolist()}{'...' if len(indices) > 16 else ''} of the training split",
-            fix="lower the learning rate, or look at these examples; the checkpoint `best` holds the best epoch so far",
+            fix="lower the learning rate, or look at these examples"
+            + ("; the checkpoint `best` holds the best epoch so far" if progress.epochs else ""),
         )
     progress.epoch.loss_sum += value
 

@@ -212,7 +212,10 @@ def _assignment(config: RunConfig, groups: Sequence[Group], rate: float) -> str:
         return float(f"{value * factor:.2g}")
 
     new = {k: v if k == "layer_decay" else scaled(v) for k, v in lr.items()} if isinstance(lr, Mapping) else scaled(lr)
-    return f"{'train.phases.0.lr' if own else 'train.optimizer.lr'}={json.dumps(new)}"
+    if own or config.document.wrote(("train", "optimizer")):
+        return f"{'train.phases.0.lr' if own else 'train.optimizer.lr'}={json.dumps(new)}"
+    # The default optimizer has no block to change.
+    return f"train.optimizer={json.dumps({'name': config.optimizer.name, 'lr': new})}"
 
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 400, 64, 40, 16, 48

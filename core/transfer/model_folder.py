@@ -78,9 +78,7 @@ def read_model(folder: Path) -> LoadedModel:
     Raises:
         RunError: The folder is incomplete or damaged, or a plugin that it needs is not installed.
     """
-    described = read_description(
-        folder, "there is no model here: the run did not end", "run its config again, to the end"
-    )
+    described = _read_description(folder)
     file = folder / DESCRIPTION
     backbone_block, head, task = (_component(kind, described, file) for kind in PARTS)
     data = described["data"]
@@ -94,6 +92,13 @@ def read_model(folder: Path) -> LoadedModel:
     _load_weights(model, folder / WEIGHTS)
     model.eval()
     return LoadedModel(model, backbone, the_task, spec)
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    run = shlex.quote(str(folder.parent))
+    return read_description(
+        folder, "there is no model here: the run did not end", f"bring it to its end: transfer resume {run}"
+    )
 
 
 def _load_weights(model: Model, file: Path) -> None:
@@ -115,7 +120,7 @@ def read_task(folder: Path) -> Task:
     Raises:
         RunError: The folder is incomplete or damaged, or the task's plugin is not installed.
     """
-    described = read_description(folder, "there is no model here: the run did not end", "run its config again")
+    described = _read_description(folder)
     data = described["data"]
     spec = DataSpec(tuple(data["fields"]), data["target"], tuple(data["classes"]))
     task: Task = _component("task", described, folder / DESCRIPTION).make(spec)

@@ -98,9 +98,12 @@ class RunDirectory:
             parent = path if path.is_dir() else path.parent
             runs = sorted(p.parent.name for p in parent.glob("*/config.yaml"))
             what = "is no run directory" if path.exists() else "does not exist"
-            raise RunError(
-                f"{path} {what}", available=runs[-8:], fix="give the folder that `transfer run` printed last"
+            fix = (
+                "choose one of its runs"
+                if path.is_dir() and runs
+                else "give the folder that `transfer run` printed last"
             )
+            raise RunError(f"{path} {what}", available=runs[-8:], fix=fix)
         return cls(path)
 
     @property
@@ -342,11 +345,15 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new, whatever happens in between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     flush_folder(path.parent)
 
 

@@ -74,8 +74,9 @@ def cut(split: Split, share: float) -> tuple[Split, Split]:
         count = min(max(1, round(share * len(members))), len(members) - 1)
         taken[generator.permutation(members)[:count]] = True
     if not taken.any():
+        alone = "" if len(split) == 1 else ": each is the only one of its class"
         raise DataError(
-            f"{len(split)} examples are too few to cut {share:g} of them off",
+            f"{len(split)} examples are too few to cut {share:g} of them off{alone}",
             fix="give more examples, or a validation split of their own",
         )
     return split.select(np.flatnonzero(~taken)), split.select(np.flatnonzero(taken))

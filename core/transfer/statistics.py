@@ -54,8 +54,8 @@ class Difference:
 
     @property
     def within_noise(self) -> bool:
-        """The interval holds zero, or there is none."""
-        return self.interval is None or self.interval[0] <= 0 <= self.interval[1]
+        """The interval holds zero; without one nothing can be told."""
+        return self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
 
     def __str__(self) -> str:
         interval = "" if self.interval is None else f" ({self.interval[0]:+.4f} to {self.interval[1]:+.4f})"

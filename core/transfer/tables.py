@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import math
+import re
 import zlib
 from array import array
 from collections import Counter
@@ -194,7 +195,7 @@ class Tables:
             newline = "\n" if _suffix(path) in JSON_LINES else ""
             with _open(path) as file, io.TextIOWrapper(file, self.encoding, newline=newline) as lines:
                 return self._rows(lines, path)
-        except UnicodeDecodeError:
+        except UnicodeError:  # of UTF-16 without its mark it is no UnicodeDecodeError
             raise self._of_another_encoding(path) from None
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(
@@ -218,7 +219,8 @@ class Tables:
             where = f"{path}:{line}"
             for column in (*own, *self.labels, *single):
                 if column not in record:
-                    raise _missing_column(column, record, where, f"{self.example} and label" if own else "label")
+                    options = f"{self.example} and label" if own else "label"
+                    raise _missing_column(column, record, where, options, json=suffix in JSON_LINES)
             labels = self._label_list(record) if self.target == "label_list" else _single(record, self.labels, where)
             table.values.append(self._example(record, where))
             table.labels.append(known.setdefault(labels, labels))
@@ -251,6 +253,9 @@ class Tables:
         """Say where the table is not of its encoding: read at once, it tells the place."""
         with _open(path) as file:
             content = file.read()
+        if codecs.lookup(self.encoding).name == "utf-16" and not content.startswith(_UTF_16):
+            fix = "set encoding to that of the file; all tables of a dataset have the same one"
+            return DataError("the table does not begin as one of UTF-16 does", where=f"{path}:1", fix=fix)
         try:
             content.decode(self.encoding)
         except UnicodeDecodeError as error:
@@ -421,7 +426,25 @@ def _json_lines(lines: Iterable[str], path: Path, column: str | None, example: s
         if column is not None and isinstance(record.get(column), list | dict):
             what = type(record[column]).__name__
             raise DataError(f"{column!r} holds a {what}, not a {example}", where=where, fix=f"give one {example} each")
+        if _SURROGATE.search(line) and _lone_surrogate(record):
+            raise DataError(
+                "a text holds half a character (one of \\ud800 to \\udfff alone)",
+                where=where,
+                fix="remove it, or the row",
+            )
         yield number, {key: _plain(value) for key, value in record.items()}
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _lone_surrogate(record: Mapping[str, object]) -> bool:
+    """Tell whether a value can be written in no encoding: JSON's escapes may name one half of a pair."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _plain(value: object) -> str | list[str]:
@@ -432,11 +455,11 @@ def _plain(value: object) -> str | list[str]:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _missing_column(column: str, record: Record, where: str, options: str) -> DataError:
+def _missing_column(column: str, record: Record, where: str, options: str, *, json: bool) -> DataError:
     close = difflib.get_close_matches(column, record, n=1)
     if close:
         fix = f"did you mean {close[0]!r}?"
-    elif len(record) == 1:
+    elif len(record) == 1 and not json:
         fix = "there is one column alone; set delimiter to what separates them"
     else:
         fix = f"set {options} to the names of the columns"

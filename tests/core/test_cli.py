@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -133,6 +134,20 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return status, out, err
 
     return run
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "a tmpfs"])
+def test_a_full_disk_is_told_in_words(call: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
+
+    monkeypatch.setattr(cli, "app", full)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # it would take the tests' own output
+    status, _, err = call("run", "config.yaml")
+    assert status == 1
+    assert "No space left on device" in err
+    assert where in err
+    assert "make room" in err
 
 
 def test_run_prints_the_folder_last(call: Any, config_file: Path, tmp_path: Path) -> None:

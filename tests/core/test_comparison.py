@@ -41,6 +41,18 @@ def test_of_an_error_less_is_better(config: dict[str, Any], tmp_path: Path) -> N
     assert not compare([bad, good], metric="mean_squared_error").higher_is_better
 
 
+def test_losses_of_single_runs_are_compared_over_examples(config: dict[str, Any], tmp_path: Path) -> None:
+    good = workflow.run(config, [EPOCHS, EASY], output=tmp_path).folder
+    bad = workflow.run(config, [EPOCHS, EASY, BLIND], output=tmp_path).folder
+    assert [compare([one, bad], metric="loss").rows[1].verdict for one in (good, bad)] == ["worse", "within noise"]
+
+
+def test_without_an_interval_nothing_is_said(config: dict[str, Any], tmp_path: Path) -> None:
+    untested = [EPOCHS, EASY, "train.score_test=false"]
+    runs = [workflow.run(config, [*untested, *more], output=tmp_path).folder for more in ([], [BLIND])]
+    assert compare(runs).rows[1].verdict == "cannot tell"
+
+
 def test_a_small_difference_is_noise(config: dict[str, Any], good: Path, tmp_path: Path) -> None:
     other = run_seeds(config, [EPOCHS, EASY, "seed=20"], seeds=3, output=tmp_path / "other").folder
     found = compare([good, other])

@@ -176,6 +176,13 @@ def test_an_override_is_where_its_value_comes_from(read: Any) -> None:
     assert document.where(("a",)).endswith("file.yaml:1")
 
 
+def test_what_an_override_makes_on_its_way_comes_from_it(read: Any) -> None:
+    document = read("a: 1\n", "b.c.d=2")
+    assert [document.where(key) for key in (("a",), ("b",), ("b", "c"))] == [f"{document.source}:1"] + 2 * [
+        "override 'b.c.d=2'"
+    ]
+
+
 def test_an_override_does_not_change_what_an_alias_shares(read: Any) -> None:
     assert read("a: &x {b: 1}\nc: *x\n", "c.b=2").data == {"a": {"b": 1}, "c": {"b": 2}}
 

@@ -19,6 +19,7 @@ from test_resume import outcome
 from transfer import Data, DataError, RunError, Split, TrainingError, TransferError, checkpoint, register, workflow
 from transfer.events import EpochEnded, Event, Note
 from transfer.model import Model
+from transfer.run_directory import write_atomically
 
 OVERRIDES = ["train.batch_size=27", "train.phases=[{epochs: 3}]", "train.checkpoint.every_steps=1"]
 
@@ -93,6 +94,17 @@ def test_disk_full(config: dict[str, Any], tmp_path: Path, expected: dict[str, A
     assert not list((folder / "checkpoints").glob(".*"))
     workflow.resume(folder)
     assert outcome(folder) == expected
+
+
+def test_a_file_that_finds_no_room_leaves_nothing(tmp_path: Path) -> None:
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+        with pytest.raises(OSError, match="large"):
+            write_atomically(tmp_path / "file", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not list(tmp_path.iterdir())
 
 
 def _flip(file: Path) -> None:

@@ -34,6 +34,14 @@ def test_the_suggestion_trains_and_names_where_the_rate_stands(config: dict[str,
     assert load_config(config, [found.assignment]).optimizer_options.lr == pytest.approx(found.steepest, rel=0.05)
 
 
+def test_a_default_optimizer_is_named_too(config: dict[str, Any], tmp_path: Path) -> None:
+    del config["train"]["optimizer"]
+    found = find_learning_rate(config, output=tmp_path / "curve.svg", **QUICK)
+    checked = load_config(config, [found.assignment])
+    assert checked.optimizer.name == "adam"
+    assert checked.optimizer_options.lr == pytest.approx(found.steepest, rel=0.05)
+
+
 def test_groups_keep_their_proportion(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["train.phases=[{epochs: 1, lr: {head: 0.02, backbone: 0.01, layer_decay: 0.5}}]"]
     found = find_learning_rate(config, overrides, output=tmp_path / "curve.svg", **QUICK)

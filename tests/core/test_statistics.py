@@ -65,7 +65,7 @@ def test_few_test_examples_are_noise_too() -> None:
 
 def test_of_single_runs_only_the_examples_are_known() -> None:
     assert difference([0.9], [0.5], paired=True).interval is None
-    assert difference([0.9], [0.5], paired=True).within_noise
+    assert not difference([0.9], [0.5], paired=True).within_noise
     found = difference([0.9], [0.5], paired=True, standard_error_of_examples=0.1)
     assert found.interval == pytest.approx((0.4 - 0.196, 0.4 + 0.196), abs=0.01)
 

@@ -86,12 +86,15 @@ def test_a_trial_that_the_pruner_stops_is_pruned(files: tuple[Path, Path], tmp_p
 
 
 def test_every_config_of_a_space_is_checked_before_anything_runs(files: tuple[Path, Path], tmp_path: Path) -> None:
-    files[1].write_text("train.batch_size: [16, 0]\nbackbone.sise: {integers: [1, 4]}\n", encoding="utf-8")
+    files[1].write_text(
+        "train.batch_size: [16, 0]\nbackbone.sise: {integers: [1, 4]}\ntrain.mux.mixup: [0.1, 0.2]\n", encoding="utf-8"
+    )
     with pytest.raises(ConfigError) as error:
         sweep(*files, output=tmp_path / "runs")
     text = str(error.value)
     assert f"{files[1]}:1 (train.batch_size=0)" in text
     assert f"{files[1]}:2 (backbone.sise=1)" in text
+    assert f"{files[1]}:3 (train.mux.mixup=0.1)" in text
     assert not (tmp_path / "runs").exists()
 
 

@@ -232,5 +232,6 @@ def test_a_run_says_why_it_failed(config: dict[str, Any], tmp_path: Path, monkey
     (folder,) = tmp_path.iterdir()
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary == {"status": "failed", "error": "TransferError: the disk is full"}
-    with pytest.raises(RunError, match="the run did not end"):
+    with pytest.raises(RunError, match="the run did not end") as caught:
         workflow.evaluate(folder)
+    assert caught.value.problems[0].fix == f"bring it to its end: transfer resume {folder}"

@@ -202,6 +202,13 @@ def test_a_path_where_nothing_is_is_not_taken_for_a_text(path: str) -> None:
     assert caught.value.problems[0].where == path
 
 
+def test_a_folder_is_not_taken_for_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "reviews").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="this is a folder"):
+        preprocessing().read("reviews/")
+
+
 @pytest.mark.parametrize("text", ["5/10", "/s", "and/or", "a film. ./ no", "good.txt is a fine name", "", "./"])
 def test_a_text_with_a_slash_is_a_text(text: str) -> None:
     assert preprocessing().read(text) == text

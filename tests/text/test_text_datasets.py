@@ -303,6 +303,29 @@ def test_utf_16_is_recognised(tmp_path: Path) -> None:
     assert "set encoding: utf-16" in problem(tmp_path, TABLE.encode("utf-16"))
 
 
+def test_a_table_that_is_not_utf_16_is_named(tmp_path: Path) -> None:
+    test = write(tmp_path, TABLE, "test.csv")
+    (tmp_path / "train.csv").write_bytes(TABLE.encode("utf-16"))
+    with pytest.raises(DataError, match="does not begin as one of UTF-16") as caught:
+        TextCSV(train=str(tmp_path / "train.csv"), test=test, encoding="utf-16").load()
+    assert caught.value.problems[0].where == f"{test}:1"
+
+
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    rows = ['{"text": "\\ud83d\\ude00 fine", "label": "a"}', '{"text": "cut \\ud83d", "label": "b"}']
+    path = write(tmp_path, "\n".join(rows), "train.jsonl")
+    with pytest.raises(DataError, match="half a character") as caught:
+        TextCSV(train=path).load()
+    assert caught.value.problems[0].where == f"{path}:2"
+
+
+def test_an_object_without_a_label_is_no_matter_of_the_delimiter(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"text": "one"}\n', "train.jsonl")
+    with pytest.raises(DataError, match="there is no column 'label'") as caught:
+        TextCSV(train=path).load()
+    assert "delimiter" not in str(caught.value.problems[0].fix)
+
+
 def test_the_options_alone_say_what_they_can(tmp_path: Path) -> None:
     assert TextCSV(train="nowhere.csv").spec.classes == ()
     assert TextCSV(train="nowhere.csv", label=("a", "b"), target="labels").spec.classes == ("a", "b")
@@ -471,6 +494,7 @@ def test_other_files_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogC
         (("a/1.txt", "b/1.md"), {}, "class 'b' has no texts, only 1 .md"),
         (("a/1.txt", "b/1.txt"), {}, "class 'a' has a single text"),
         (("train/a/1.txt", "train/b/1.txt", "test/a/1.txt", "test/c/1.txt"), {}, "only in test: c"),
+        (("train/a/1.txt", "train/b/1.txt", "test/a/1.txt"), {}, "only in train: b"),
         (("train/a/1.txt", "train/b/1.txt"), {"test": "held_out"}, "there is no folder 'held_out'"),
         (("train/a/1.txt", "val/a/1.txt", "valid/a/1.txt"), {}, "could each be the val split"),
     ],

@@ -160,6 +160,7 @@ def test_a_zip_archive_is_read_like_the_folder(tmp_path: Path) -> None:
         (["a/1.png", "b/.hidden.png"], {}, "class 'b' has no pictures"),
         (["a/1.png", "b/1.png", "b/2.png"], {}, "class 'a' has a single picture"),
         (["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"], {}, "only in train: b; only in test: c"),
+        (["train/a/1.png", "train/b/1.png", "test/a/1.png"], {}, "only in train: b"),
         (["Train/a/1.png", "Train/b/1.png", "Test/a/1.png", "Test/b/1.png"], {}, "no folder 'train'"),
         (["train/1.png", "test/2.png"], {}, "no folder 'train' with a folder for each class"),
         (["train/a/1.png", "train/b/1.png"], {"val": "dev"}, "no folder 'dev'"),

@@ -92,10 +92,12 @@ class TextFolder(Dataset):
                 "this is not a folder" if root.exists() else "there is no such folder", where=str(root), fix=_LAYOUT
             )
         folders = self._split_folders(root)
-        if folders:
-            return self._data(root, {split: _by_class(folder) for split, folder in folders.items()})
-        texts = _by_class(root)
-        return self._data(root, _cut(texts, self._test_fraction, root) if self._test_fraction else {"train": texts})
+        splits = {split: _by_class(folder) for split, folder in (folders or {"train": root}).items()}
+        if len(splits["train"]) == 1:
+            raise DataError(f"there is only one class, {min(splits['train'])!r}", where=str(root), fix=_LAYOUT)
+        if not folders and self._test_fraction:
+            splits = _cut(splits["train"], self._test_fraction, root)
+        return self._data(root, splits)
 
     def _split_folders(self, root: Path) -> dict[str, Path]:
         """Return the folder of each split; empty where the root holds the classes themselves."""
@@ -179,8 +181,6 @@ def _by_class(folder: Path) -> ByClass:
         raise DataError(
             f"holds {count} files but no folder of a class" if count else "is empty", where=str(folder), fix=_LAYOUT
         )
-    if len(classes) == 1:
-        raise DataError(f"there is only one class, {classes[0].name!r}", where=str(folder), fix=_LAYOUT)
     found: ByClass = {}
     skipped = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     for path in classes:

@@ -53,6 +53,10 @@ class TokenPreprocessing(Preprocessing):
             transfer.DataError: There is no such file, or it cannot be read.
         """
         if not os.path.isfile(source):  # unlike Path.is_file, this takes a text that is too long for a path
+            if os.sep in source and source.strip("./") and os.path.isdir(source):
+                raise DataError(
+                    "this is a folder", where=source, fix="give its texts: a pattern such as 'FOLDER/*.txt'"
+                )
             if _PATH.fullmatch(source):
                 raise DataError("there is no such text file", where=source, fix="check the path, or give a text")
             return source

@@ -116,7 +116,8 @@ def locate(source: str, *, fetch: bool = True) -> VectorFile:
     raise WeightsError(
         f"there are no word vectors {source!r}",
         available=(*KNOWN, *PACKAGED, *(f"{name}/..." for name in names("vectors")), *_on_disk(folders)),
-        fix=f"give a known name, a path, or put {source}.txt into {folders[1]}",
+        fix=f"give a known name, a path, or put {source if source.endswith(SUFFIXES) else f'{source}.txt'} "
+        f"into {folders[1]}",
     )
 
 

@@ -23,6 +23,8 @@ _VALIDATION_NAMES = ("validation", "valid", "val")
 _TEST_NAMES = ("test",)
 _SPLIT_NAMES = ("train", "training", *_VALIDATION_NAMES, *_TEST_NAMES, "testing")
 
+_LAYOUT = "put the pictures of each class in a folder of its own: ROOT/CLASS/* or ROOT/{train,test}/CLASS/*"
+
 ByClass = dict[str, list[str]]
 """Paths of pictures by class, both sorted."""
 
@@ -82,13 +84,12 @@ class ImageFolder(Dataset):
         source = open_source(path if path.exists() else find_file(self._root) or path)
         levels = source.levels()
         folders = self._split_folders(source, levels)
-        if folders:
-            splits = {split: _by_class(source, levels, folder) for split, folder in folders.items()}
-            return _data(source, splits, self._bad_files)
-        pictures = _by_class(source, levels, "")
-        if not self._test_fraction:
-            return _data(source, {"train": pictures}, self._bad_files)
-        return _data(source, _cut(pictures, self._test_fraction, source.name("")), self._bad_files)
+        splits = {split: _by_class(source, levels, folder) for split, folder in (folders or {"train": ""}).items()}
+        if len(splits["train"]) == 1:
+            raise DataError(f"there is only one class, {min(splits['train'])!r}", where=source.name(""), fix=_LAYOUT)
+        if not folders and self._test_fraction:
+            splits = _cut(splits["train"], self._test_fraction, source.name(""))
+        return _data(source, splits, self._bad_files)
 
     def _split_folders(self, source: Source, levels: Mapping[str, Level]) -> dict[str, str]:
         """Return the folder of each split; empty where the root holds the classes themselves."""
@@ -240,11 +241,10 @@ def _by_class(source: Source, levels: Mapping[str, Level], folder: str, *, quiet
     """Return the pictures in a folder of classes; files that are none are counted in the log."""
     where = source.name(folder)
     classes = levels[folder].folders
-    layout = "put the pictures of each class in a folder of its own: ROOT/CLASS/* or ROOT/{train,test}/CLASS/*"
     if not classes:
         files = levels[folder].files
         raise DataError(
-            f"holds {len(files)} files but no folder of a class" if files else "is empty", where=where, fix=layout
+            f"holds {len(files)} files but no folder of a class" if files else "is empty", where=where, fix=_LAYOUT
         )
     found: ByClass = {}
     skipped = [f"{folder}/{name}" if folder else name for name in levels[folder].files]
@@ -259,8 +259,6 @@ def _by_class(source: Source, levels: Mapping[str, Level], folder: str, *, quiet
                 fix="put pictures in its folder, or remove the folder",
             )
         skipped += others
-    if len(classes) == 1:
-        raise DataError(f"there is only one class, {classes[0]!r}", where=where, fix=layout)
     if skipped and not quiet:
         logger.warning("%s: skipped %d files that are no pictures: %s", where, len(skipped), _extensions(skipped))
     return found
