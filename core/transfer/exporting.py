@@ -101,7 +101,7 @@ def export(
     _refuse_unfindable(chosen, described)
     path = directory.path / "export" / format if output is None else Path(output).expanduser()
     alone = _is_file(chosen, format, path)
-    _refuse_existing(path, force)
+    _refuse_existing(path, force, alone=alone)
     files = [path.name] if alone else [chosen.file, DESCRIPTION, *described["assets"], CARD]
     if dry_run:
         return Export(path, format, files)
@@ -142,11 +142,14 @@ def _is_file(chosen: Format, format: str, path: Path) -> bool:
     return False
 
 
-def _refuse_existing(path: Path, force: bool) -> None:
+def _refuse_existing(path: Path, force: bool, *, alone: bool) -> None:
     if not os.path.lexists(path):
         return
     if not force:
         raise ExportError("it exists already", where=str(path), fix="choose another --output, or --force to replace it")
+    if path.is_dir() == alone:
+        what = "a folder, and this export is a file" if alone else "a file, and this export is a folder"
+        raise ExportError(f"it is {what}", where=str(path), fix="choose another --output")
     if path.is_dir() and any(path.iterdir()):
         found = {file.name for file in path.iterdir()}
         if not {CARD, DESCRIPTION} <= found or any(file.is_dir() for file in path.iterdir()):

@@ -394,8 +394,7 @@ def _store(folder: Path, prefix: Prefix, loader: Loader, view: int | None, limit
             # Long examples come first: of those that differ in length, the first say little of the rest.
             expected = written if ragged else written / sum(map(len, order)) * count
             if expected > limit_bytes:
-                size, limit = f"{'more than' if ragged else 'about'} {expected / 2**30:.2g}", limit_bytes / 2**30
-                return f"it would take {size} GiB, and train.cache_limit_gib is {limit:.2g}"
+                return f"it would take {_over(expected, limit_bytes, 'more than' if ragged else 'about')}"
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -500,14 +499,24 @@ def source(cache: FeatureCache | None, prefix: Prefix, loader: Loader, *, views:
     if reason is not None or cache is None:
         return Source(loader, 0, {"cached": False, "why": reason})
     entries = []
-    for view in range(views or 1) if loader.augments else (None,):
+    wanted = range(views or 1) if loader.augments else (None,)
+    size = 0
+    for view in wanted:
         entry = cache.features(prefix, loader, view=view)
         if isinstance(entry, str):
             return Source(loader, 0, {"cached": False, "why": entry})
         entries.append(entry)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in entry.tensors)
+        # Each view alone may fit, and drop the one before it.
+        if (expected := size / len(entries) * len(wanted)) > cache.limit_bytes:
+            reason = f"{len(wanted)} views would take {_over(expected, cache.limit_bytes, 'about')}"
+            return Source(loader, 0, {"cached": False, "why": reason})
     report = {"cached": True, "stages": prefix.stages, "views": len(entries) if loader.augments else None}
-    size = sum(tensor.numel() * tensor.element_size() for entry in entries for tensor in entry.tensors)
     return Source(CachedLoader(loader, entries), prefix.count, report | {"bytes": size})
+
+
+def _over(expected: float, limit_bytes: int, how: str) -> str:
+    return f"{how} {expected / 2**30:.2g} GiB, and train.cache_limit_gib is {limit_bytes / 2**30:.2g}"
 
 
 def why_not(stages: int, *, cache: bool, augments: bool, views: int | None, mixed: bool) -> str | None:

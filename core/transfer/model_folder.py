@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def find_model(path: str | Path) -> Path:
         RunError: It is neither.
     """
     path = Path(path)
-    return path if (path / DESCRIPTION).is_file() else RunDirectory.open(path).model
+    return path if os.path.isfile(path / DESCRIPTION) else RunDirectory.open(path).model
 
 
 def read_model(folder: Path) -> LoadedModel:

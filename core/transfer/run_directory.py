@@ -94,7 +94,11 @@ class RunDirectory:
             RunError: There is no such folder, or it is no run's.
         """
         path = Path(path)
-        if not (path / "config.yaml").is_file():
+        try:
+            found = (path / "config.yaml").is_file()
+        except OSError as error:  # a name that is too long
+            raise RunError(f"this is no path of a run: {error.strerror}", where=str(path)[:80]) from error
+        if not found:
             parent = path if path.is_dir() else path.parent
             runs = sorted(p.parent.name for p in parent.glob("*/config.yaml"))
             what = "is no run directory" if path.exists() else "does not exist"

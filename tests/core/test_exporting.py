@@ -234,6 +234,15 @@ def test_force_does_not_replace_what_no_export_wrote(texts: Path, tmp_path: Path
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_force_does_not_make_a_folder_of_a_file(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine", encoding="utf-8")
+    (tmp_path / "model.onnx").mkdir()
+    for format, name in (("safetensors", "notes"), ("onnx", "model.onnx")):
+        with pytest.raises(ExportError, match=r"it is a (file|folder), and this export is a"):
+            transfer.export(texts, format, tmp_path / name, force=True)
+    assert (tmp_path / "notes").read_text(encoding="utf-8") == "mine"
+
+
 def test_without_the_data_the_backbones_own_example_is_compared(texts: Path, tmp_path: Path, here: None) -> None:
     run = tmp_path / "run"
     shutil.copytree(texts, run)

@@ -903,6 +903,15 @@ def test_what_is_too_large_is_not_cached_and_the_run_goes_on(
     assert list(cache_folder.iterdir()) == []
 
 
+def test_views_that_are_too_large_together_are_not_cached() -> None:
+    prefix, _ = small(count=1)
+    loader = Loader(points(), ("point",), NoisyPoints(), batch_size=8, seed=3, training=True)
+    size = sum(tensor.nbytes for tensor in entry_of(FeatureCache(PLENTY), prefix, loader, view=0).tensors)
+    made = source(FeatureCache(2 * size), prefix, loader, views=3, mixed=False)
+    assert made.report["why"].startswith("3 views would take about")
+    assert source(FeatureCache(PLENTY), prefix, loader, views=3, mixed=False).report["cached"]
+
+
 def test_long_examples_do_not_make_the_rest_too_large() -> None:
     prefix, loader = ragged()
     size = sum(file.stat().st_size for file in entry_of(FeatureCache(PLENTY), prefix, loader).folder.glob("*.bin"))

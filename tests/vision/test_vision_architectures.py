@@ -250,6 +250,16 @@ def test_every_family_takes_other_channels(name: str) -> None:
     assert backbone.foreign_models(2) == {}
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_exported_graph_takes_batches_of_any_size(name: str) -> None:
+    with torch.device("meta"):
+        backbone = Torchvision(model=name, weights=None, image_size=size(name)).eval()
+        pictures = torch.empty(2, 3, size(name), size(name))
+        batch = {0: torch.export.Dim("batch", min=1, max=64)}
+        program = torch.export.export(backbone, (pictures,), dynamic_shapes=(batch,))
+    assert len(program.range_constraints) == 1
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_pictures_of_other_channels_go_through(channels: int) -> None:
     backbone = Torchvision(model="shufflenet_v2_x0_5", weights=None, image_size=32, in_channels=channels).eval()

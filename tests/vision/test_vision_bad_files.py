@@ -115,6 +115,12 @@ def test_a_link_that_points_nowhere(root: Path) -> None:
     assert len(load(root, bad_files="skip")) == 8
 
 
+def test_a_pipe_without_an_end(root: Path) -> None:
+    os.mkfifo(root / "a" / "pipe.jpg")
+    with pytest.raises(DataError, match="no regular file"):
+        load(root)
+
+
 def test_a_link_to_a_folder_above_is_not_followed(root: Path) -> None:
     (root / "a" / "again").symlink_to(root, target_is_directory=True)
     assert len(load(root)) == 8

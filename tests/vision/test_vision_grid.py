@@ -48,6 +48,11 @@ def test_a_caption_stays_within_its_picture() -> None:
     assert (caption[:, GAP_PIXELS + 128 :] == 255).all()
 
 
+def test_names_outside_ascii_can_be_told_apart() -> None:
+    drawn = [opened(draw_grid(squares(1), [name], {"": [0]})) for name in ("\u732b", "\u72ac")]
+    assert (drawn[0] != drawn[1]).any()
+
+
 def test_a_group_may_be_empty() -> None:
     assert opened(draw_grid(squares(1), ["x"], {"none here": [], "one here": [0]})).ndim == 3
 

@@ -415,6 +415,13 @@ def test_a_choice_of_nothing_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------------ other channels
 
 
+def test_grey_pictures_keep_their_grey_in_one_channel() -> None:
+    levels = np.arange(256, dtype=np.uint8)
+    one_channel = ImagePreprocessing(image_size=32, mean=(0.5,), std=(0.25,), resize=32)
+    found = [int(one(one_channel, Image.new("L", (32, 32), int(level))).unique()) for level in levels]
+    assert found == levels.tolist()
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I"])
 def test_every_mode_becomes_grey_where_the_backbone_wants_grey(mode: str) -> None:
     grey = ImagePreprocessing(image_size=32, mean=(0.5,), std=(0.25,), augmentation="strong")

@@ -133,6 +133,22 @@ def test_a_run_of_another_backbone_is_refused(run: Path) -> None:
         ResNet18(weights=str(run)).load_pretrained()
 
 
+def test_a_run_of_another_backbone_is_refused_before_anything_is_read(run: Path) -> None:
+    with torch.device("meta"), pytest.raises(WeightsError, match="of which resnet18 can take nothing"):
+        ResNet18(weights=str(run))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_weights_of_other_channels_say_how_many(tmp_path: Path, channels: int) -> None:
+    theirs = torchvision.models.shufflenet_v2_x0_5().state_dict()
+    theirs["conv1.0.weight"] = torch.zeros(24, channels, 3, 3)
+    file = saved(theirs, tmp_path / "other.safetensors")
+    own = Torchvision(model="shufflenet_v2_x0_5", weights=file, image_size=32)
+    with pytest.raises(WeightsError, match="of another shape") as caught:
+        own.load_pretrained()
+    assert caught.value.problems[0].fix == f"set in_channels: {channels}, which they are for"
+
+
 @pytest.mark.parametrize("what", ["runs/absent", "folder"])
 def test_a_folder_that_is_no_run_is_refused_at_once(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -294,7 +294,8 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return float (B, 1 + N, D), positions added."""
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], 1)
+        # Not len(patches), which would fix the number in an exported graph.
+        tokens = torch.cat([self.class_token.expand(patches.shape[0], -1, -1), patches], 1)
         return self.dropout(tokens + self.pos_embedding)  # type: ignore[no-any-return]
 
 

@@ -14,7 +14,14 @@ from transfer import Backbone, ConfigError, FeatureSpec, ForeignModel, saved_bac
 from transfer_vision.architectures import Readout, build, model_names, smallest_image
 from transfer_vision.pictures import Interpolation
 from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing, Preset
-from transfer_vision.weights import default_weights, fit_weights, is_run, published, read_pretrained
+from transfer_vision.weights import (
+    default_weights,
+    fit_weights,
+    is_run,
+    of_another_backbone,
+    published,
+    read_pretrained,
+)
 
 Count = Annotated[int, Field(ge=1)]
 Statistics = tuple[float, ...]
@@ -166,7 +173,10 @@ def _stored_preset(assets: Mapping[str, str]) -> Preset | None:
 def _preset(weights: str | None, model: str) -> Preset:
     """Return how pictures were prepared for these weights, or for the model's best where nothing tells."""
     if weights is not None and is_run(weights):
-        stored = _stored_preset(saved_backbone(weights).assets)
+        saved = saved_backbone(weights)
+        stored, theirs = _stored_preset(saved.assets), saved.options.get("model", saved.options.get("name"))
+        if theirs != model and (stored is None or theirs in model_names()):
+            raise of_another_backbone(saved, model)
         if stored is not None:
             return stored
     preset = Preset.of(published(weights, model) or default_weights(model))

@@ -64,7 +64,11 @@ def _rows(places: Sequence[int], columns: int) -> Iterator[Sequence[int]]:
 
 
 def _fitting(line: str, width: int, font: Font) -> str:
-    """Return a line that is no wider than so many pixels, with dots where it was cut."""
+    """Return a line that is no wider than so many pixels, with dots where it was cut.
+
+    Pillow's own font draws the same box for everything outside ASCII, so that is written as escapes.
+    """
+    line = line.encode("ascii", "backslashreplace").decode()
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(f"{line}...") > width:

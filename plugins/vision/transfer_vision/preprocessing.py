@@ -167,7 +167,9 @@ class ImagePreprocessing(Preprocessing):
             raise ValueError(f"a picture has 3 channels or is grey; {self.channels} channels come as arrays (H, W, C)")
         pixels = decode(value, self.resize, self.interpolation)
         if self.channels == 1:
-            pixels = v2.functional.rgb_to_grayscale(pixels)
+            # The weights of the channels do not quite make 1: of grey they would lose a level.
+            grey = all(torch.equal(pixels[0], other) for other in pixels[1:])
+            pixels = pixels[:1] if grey else v2.functional.rgb_to_grayscale(pixels)
         return pixels
 
     def _encode_array(self, value: npt.NDArray[Any]) -> Tensor:

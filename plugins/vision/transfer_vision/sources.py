@@ -93,6 +93,8 @@ class FolderSource(Source):
             if file.is_symlink():
                 raise FileNotFoundError(f"a link that points nowhere, to {_shown(os.readlink(file))}") from None
             raise FileNotFoundError("there is no such file") from None
+        if not stat.S_ISREG(known.st_mode):
+            raise OSError("it is no regular file")  # and may have no end
         return known.st_size, known.st_mtime_ns
 
     def read(self, path: str) -> bytes:  # noqa: D102

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,16 @@ from torch.torch_version import TorchVersion
 from torchvision.models import WeightsEnum, get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from transfer import ConfigError, DataError, WeightsError, data_folder, download, find_file, saved_backbone
+from transfer import (
+    ConfigError,
+    DataError,
+    SavedBackbone,
+    WeightsError,
+    data_folder,
+    download,
+    find_file,
+    saved_backbone,
+)
 from transfer_vision.architectures import AUXILIARY, Layout, adapt_input_weight, build, model_names
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -32,6 +42,7 @@ KNOWN_PICKLES = frozenset(
 _COUNTER = "num_batches_tracked"
 _POSITIONS = "encoder.pos_embedding"
 _LISTED = 6
+_STATE_DICT = "save the model's state_dict() alone"
 _BUFFERS = 10**6
 _CLASSIFIERS = 10**7
 """No model has more numbers than this in buffers, and in its classifiers."""
@@ -182,13 +193,18 @@ def read_pretrained(weights: str, architecture: str, names: Mapping[str, str]) -
     saved = saved_backbone(weights)
     tensors, head = saved.tensors()
     if not names.keys() & tensors.keys():
-        name = saved.options.get("model", saved.options.get("name"))
-        raise WeightsError(
-            f"this run's backbone is {name!r}, of which {architecture} can take nothing",
-            where=str(saved.folder),
-            fix=f"name a run of {architecture}",
-        )
+        raise of_another_backbone(saved, architecture)
     return Pretrained({names.get(k, k): v for k, v in tensors.items()}, saved.file, saved.sha256(), tuple(head))
+
+
+def of_another_backbone(saved: SavedBackbone, architecture: str) -> WeightsError:
+    """Return the error that a run's backbone is not this one."""
+    name = saved.options.get("model", saved.options.get("name"))
+    return WeightsError(
+        f"this run's backbone is {name!r}, of which {architecture} can take nothing",
+        where=str(saved.folder),
+        fix=f"name a run of {architecture}",
+    )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -208,6 +224,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise
     # safetensors raises its own error; torch.load UnpicklingError, RuntimeError, KeyError ..., as the damage has it.
     except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+            raise WeightsError(
+                "this file holds more than tensors: a whole model, or code", where=str(path), fix=_STATE_DICT
+            ) from error
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise WeightsError(f"these weights cannot be read: {reason}", where=str(path)) from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -215,7 +235,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"this file holds more than tensors by name: {keys[:200]}",
             where=str(path),
-            fix="save the model's state_dict() alone",
+            fix=_STATE_DICT,
         )
     return dict(content)
 
@@ -289,13 +309,17 @@ def fit_weights(read: Pretrained, expected: Mapping[str, Tensor], layout: Layout
     }
     if any(complaints.values()):
         fits = _fitting_architecture(given)
+        fix = f"use weights of torchvision's {layout.model}, under torchvision's names"
+        if fits not in (None, layout.model):
+            fix = f"they are weights of {fits}: use that model, or weights of {layout.model}"
+        first = given.get(name := f"{layout.input_layer}.weight")
+        if first is not None and first.dim() == 4 and first.shape[1] != expected[name].shape[1]:
+            fix = f"set in_channels: {first.shape[1]}, which they are for"
         raise WeightsError(
             f"these weights do not fit {layout.model}: "
             + "; ".join(f"{what}: {_some(names)}" for what, names in complaints.items() if names),
             where=str(read.source),
-            fix=f"they are weights of {fits}: use that model, or weights of {layout.model}"
-            if fits not in (None, layout.model)
-            else f"use weights of torchvision's {layout.model}, under torchvision's names",
+            fix=fix,
         )
     return Fitted({name: given[name] for name in expected}, found, sorted([*left_out, *read.left_out]), adapted)
 
