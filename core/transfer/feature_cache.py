@@ -530,7 +530,7 @@ def why_not(stages: int, *, cache: bool, augments: bool, views: int | None, mixe
         mixed: Batches are blended at the input.
     """
     if not stages:
-        return "no stage is frozen from the input on that is worth storing"
+        return "no stage is frozen from the input on, with its statistics of batch norm, that is worth storing"
     if not cache:
         return "train.cache is off"
     if mixed:

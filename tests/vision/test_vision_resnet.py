@@ -237,6 +237,8 @@ def bad_file(kind: str, folder: Path, model: nn.Module) -> Path:
         torch.save({"model": model.state_dict(), "epoch": 3}, path)
     elif kind == "list":
         torch.save([torch.zeros(2)], path)
+    elif kind == "whole model":
+        torch.save(model, path)
     return path
 
 
@@ -252,6 +254,7 @@ def bad_file(kind: str, folder: Path, model: nn.Module) -> Path:
         ("harmful", "cannot be read"),
         ("checkpoint", "more than tensors by name: model, epoch"),
         ("list", "more than tensors by name: list"),
+        ("whole model", "more than tensors: a whole model, or code"),
     ],
 )
 def test_bad_files_are_refused(
