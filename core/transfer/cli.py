@@ -355,7 +355,7 @@ def _lines(inputs: list[str]) -> Iterator[str]:
     for source in inputs:
         if source == "-":
             for number, line in enumerate(sys.stdin, 1):
-                if any("\ud800" <= character <= "\udfff" for character in line):  # a byte that is none of UTF-8
+                if any("\udc80" <= character <= "\udcff" for character in line):  # how a byte that is none is read
                     where = f"standard input, line {number}"
                     raise DataError("this line is not UTF-8", where=where, fix="give lines in UTF-8")
                 if line.strip():
@@ -650,7 +650,7 @@ def clear_cache() -> None:
     Console().print(f"freed {freed / 2**20:,.1f} MiB in {stored.folder}", highlight=False, soft_wrap=True)
 
 
-_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _show(error: TransferError) -> None:
@@ -668,6 +668,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding at all
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # as arguments are read, whatever the locale
     try:
         app()
     except TransferError as error:
@@ -683,14 +685,16 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in _DISK_FAULTS or os.environ.get("TRANSFER_DEBUG"):
+        full = error.errno in _FULL
+        if not (full or error.filename) or os.environ.get("TRANSFER_DEBUG"):
             raise
         with suppress(OSError):  # what is still to be written finds no room either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fault = TransferError(
-            f"nothing more can be written: {error.strerror}",
-            where=error.filename or "a file or the output of this command",
-            fix="make room, then run the command again; a run that has begun goes on with `transfer resume RUN`",
+        again = "make room, then run the command again; a run that has begun goes on with `transfer resume RUN`"
+        refused = TransferError(
+            f"the system refuses a file: {error.strerror}",
+            where=str(error.filename or "a file, or the output of this command"),
+            fix=again if full else "check the path, and who may use it",
         )
-        _show(fault)
-        sys.exit(fault.exit_status)
+        _show(refused)
+        sys.exit(refused.exit_status)

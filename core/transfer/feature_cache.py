@@ -157,13 +157,14 @@ class FeatureCache:
         self.verify = verify
         self.folder = folder or cache_folder()
 
-    def features(self, prefix: Prefix, loader: Loader, *, view: int | None = None) -> Entry | str:
+    def features(self, prefix: Prefix, loader: Loader, *, view: int | None = None, views: int = 1) -> Entry | str:
         """Return the prefix's features of a split, from the cache or computed now; or the reason why there are none.
 
         Args:
             prefix: The frozen stages.
             loader: The split's batches; their order and size do not matter here.
             view: Which augmented view of the examples; None for the examples as they are.
+            views: How many are wanted: together they must fit, or each would drop the one before it.
 
         Raises:
             TrainingError: An entry is not what the prefix gives (verify mode).
@@ -172,7 +173,7 @@ class FeatureCache:
         entry: Entry | str | None = self._open(self.folder / key)
         if entry is None:
             try:
-                entry = self._write(key, prefix, loader, view)
+                entry = self._write(key, prefix, loader, view, views)
             except OSError as error:  # the disk is full, or the folder is not ours to write: training goes on without
                 return f"{error.filename or self.folder} cannot be written: {error.strerror}"
         if self.verify and isinstance(entry, Entry):
@@ -234,13 +235,13 @@ class FeatureCache:
             os.utime(path / "entry.json")  # used now: the last to be evicted
         return entry
 
-    def _write(self, key: str, prefix: Prefix, loader: Loader, view: int | None) -> Entry | str:
+    def _write(self, key: str, prefix: Prefix, loader: Loader, view: int | None, views: int) -> Entry | str:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
         temporary = self.folder / f".{key}.{uuid.uuid4().hex}"
         temporary.mkdir()
         try:
-            described = _store(temporary, prefix, loader, view, self.limit_bytes)
+            described = _store(temporary, prefix, loader, view, self.limit_bytes // views)
             if isinstance(described, str):
                 return described
             write_json(temporary / "entry.json", described)
@@ -394,7 +395,8 @@ def _store(folder: Path, prefix: Prefix, loader: Loader, view: int | None, limit
             # Long examples come first: of those that differ in length, the first say little of the rest.
             expected = written if ragged else written / sum(map(len, order)) * count
             if expected > limit_bytes:
-                return f"it would take {_over(expected, limit_bytes, 'more than' if ragged else 'about')}"
+                size, limit = f"{'more than' if ragged else 'about'} {expected / 2**30:.2g}", limit_bytes / 2**30
+                return f"it would take {size} GiB, and train.cache_limit_gib leaves {limit:.2g}"
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -500,23 +502,14 @@ def source(cache: FeatureCache | None, prefix: Prefix, loader: Loader, *, views:
         return Source(loader, 0, {"cached": False, "why": reason})
     entries = []
     wanted = range(views or 1) if loader.augments else (None,)
-    size = 0
     for view in wanted:
-        entry = cache.features(prefix, loader, view=view)
+        entry = cache.features(prefix, loader, view=view, views=len(wanted))
         if isinstance(entry, str):
             return Source(loader, 0, {"cached": False, "why": entry})
         entries.append(entry)
-        size += sum(tensor.numel() * tensor.element_size() for tensor in entry.tensors)
-        # Each view alone may fit, and drop the one before it.
-        if (expected := size / len(entries) * len(wanted)) > cache.limit_bytes:
-            reason = f"{len(wanted)} views would take {_over(expected, cache.limit_bytes, 'about')}"
-            return Source(loader, 0, {"cached": False, "why": reason})
+    size = sum(tensor.numel() * tensor.element_size() for entry in entries for tensor in entry.tensors)
     report = {"cached": True, "stages": prefix.stages, "views": len(entries) if loader.augments else None}
     return Source(CachedLoader(loader, entries), prefix.count, report | {"bytes": size})
-
-
-def _over(expected: float, limit_bytes: int, how: str) -> str:
-    return f"{how} {expected / 2**30:.2g} GiB, and train.cache_limit_gib is {limit_bytes / 2**30:.2g}"
 
 
 def why_not(stages: int, *, cache: bool, augments: bool, views: int | None, mixed: bool) -> str | None:

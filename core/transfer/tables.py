@@ -220,7 +220,7 @@ class Tables:
             for column in (*own, *self.labels, *single):
                 if column not in record:
                     options = f"{self.example} and label" if own else "label"
-                    raise _missing_column(column, record, where, options, json=suffix in JSON_LINES)
+                    raise _missing_column(column, record, where, options, json_lines=suffix in JSON_LINES)
             labels = self._label_list(record) if self.target == "label_list" else _single(record, self.labels, where)
             table.values.append(self._example(record, where))
             table.labels.append(known.setdefault(labels, labels))
@@ -455,11 +455,11 @@ def _plain(value: object) -> str | list[str]:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _missing_column(column: str, record: Record, where: str, options: str, *, json: bool) -> DataError:
+def _missing_column(column: str, record: Record, where: str, options: str, *, json_lines: bool) -> DataError:
     close = difflib.get_close_matches(column, record, n=1)
     if close:
         fix = f"did you mean {close[0]!r}?"
-    elif len(record) == 1 and not json:
+    elif len(record) == 1 and not json_lines:
         fix = "there is one column alone; set delimiter to what separates them"
     else:
         fix = f"set {options} to the names of the columns"

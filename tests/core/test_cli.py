@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -136,18 +135,29 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-@pytest.mark.parametrize("where", ["/dev/full", "a tmpfs"])
-def test_a_full_disk_is_told_in_words(call: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    def full() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
+def test_a_full_disk_is_told_in_words() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "transfer", "plugins"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert "No space left on device" in ended.stderr
+    assert "make room" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
-    monkeypatch.setattr(cli, "app", full)
-    monkeypatch.setattr(os, "dup2", lambda *_: None)  # it would take the tests' own output
-    status, _, err = call("run", "config.yaml")
+
+def test_a_path_that_cannot_be_written_is_named(call: Any, tmp_path: Path) -> None:
+    status, _, err = call("schema", "--output", tmp_path / "nowhere" / "schema.json")
     assert status == 1
-    assert "No space left on device" in err
-    assert where in err
-    assert "make room" in err
+    assert "No such file or directory" in err
+    assert "schema.json" in err
+
+
+def test_a_line_that_is_not_utf_8_is_named(call: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1,2,3,4\ncaf\xe9\n"), "utf-8", errors="strict"))
+    status, _, err = call("predict", folder, "-")
+    assert status == 2
+    assert "standard input, line 2" in err
+    assert "this line is not UTF-8" in err
 
 
 def test_run_prints_the_folder_last(call: Any, config_file: Path, tmp_path: Path) -> None:

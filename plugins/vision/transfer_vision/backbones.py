@@ -15,6 +15,7 @@ from transfer_vision.architectures import Readout, build, model_names, smallest_
 from transfer_vision.pictures import Interpolation
 from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing, Preset
 from transfer_vision.weights import (
+    architecture_of,
     default_weights,
     fit_weights,
     is_run,
@@ -174,7 +175,8 @@ def _preset(weights: str | None, model: str) -> Preset:
     """Return how pictures were prepared for these weights, or for the model's best where nothing tells."""
     if weights is not None and is_run(weights):
         saved = saved_backbone(weights)
-        stored, theirs = _stored_preset(saved.assets), saved.options.get("model", saved.options.get("name"))
+        stored, theirs = _stored_preset(saved.assets), architecture_of(saved)
+        # A backbone of a plugin may still have tensors of these names, which is seen when they are read.
         if theirs != model and (stored is None or theirs in model_names()):
             raise of_another_backbone(saved, model)
         if stored is not None:

@@ -197,11 +197,16 @@ def read_pretrained(weights: str, architecture: str, names: Mapping[str, str]) -
     return Pretrained({names.get(k, k): v for k, v in tensors.items()}, saved.file, saved.sha256(), tuple(head))
 
 
+def architecture_of(saved: SavedBackbone) -> str | None:
+    """Return torchvision's name of a run's backbone, or that backbone's own name where it is none of torchvision's."""
+    name: str | None = saved.options.get("model", saved.options.get("name"))
+    return name
+
+
 def of_another_backbone(saved: SavedBackbone, architecture: str) -> WeightsError:
     """Return the error that a run's backbone is not this one."""
-    name = saved.options.get("model", saved.options.get("name"))
     return WeightsError(
-        f"this run's backbone is {name!r}, of which {architecture} can take nothing",
+        f"this run's backbone is {architecture_of(saved)!r}, of which {architecture} can take nothing",
         where=str(saved.folder),
         fix=f"name a run of {architecture}",
     )
