@@ -354,6 +354,8 @@ def predict(
 def _lines(inputs: list[str]) -> Iterator[str]:
     for source in inputs:
         if source == "-":
+            if isinstance(sys.stdin, TextIOWrapper):  # read as arguments are, whatever the locale says
+                sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
             for number, line in enumerate(sys.stdin, 1):
                 if any("\udc80" <= character <= "\udcff" for character in line):  # how a byte that is none is read
                     where = f"standard input, line {number}"
@@ -668,8 +670,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding at all
-    if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # as arguments are read, whatever the locale
     try:
         app()
     except TransferError as error:
