@@ -37,7 +37,7 @@ slow: .venv/ready  ## the tests that take minutes
 
 torchtext: .venv-torchtext/ready  ## ours against torchtext's parts, and texts, engine and freezing on torch 2.3
 	.venv-torchtext/bin/transfer show tokenizer torchtext
-	.venv-torchtext/bin/python -m pytest -n 2 tests/text tests/core/test_engine.py tests/core/test_freezing.py tests/core/test_registry.py
+	.venv-torchtext/bin/python -m pytest -n 2 tests/text tests/training/test_engine.py tests/training/test_freezing.py tests/registry/test_entry_points.py
 
 soak: .venv/ready  ## kill runs two hundred times and resume them; many minutes
 	$(BIN)/python tests/e2e/kill_harness.py --kills 200

@@ -22,11 +22,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, default_collate
 
 from transfer import Backbone, Data, DataError, Dataset, DataSpec, FeatureSpec, Preprocessing, Split, register
-from transfer import freezing as transfer_freezing
-from transfer.build import build
-from transfer.config import load_config
-from transfer.model import Model
-from transfer_vision.resnet import ResNet18, ResNet50
+from transfer.config.run_config import load_config
+from transfer.models.model import Model
+from transfer.training import freezing as transfer_freezing
+from transfer.training.build import build
+from transfer_vision.models.resnet import ResNet18, ResNet50
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 """Of both sides of every comparison on the CPU."""

@@ -33,7 +33,7 @@ from common import (
 )
 
 import transfer
-from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, Event
+from transfer.training.events import EpochEnded, EpochStarted, EvaluationStarted, Event
 
 TARGET_PERCENT = 2.0
 WARM_UP_EPOCHS = 1

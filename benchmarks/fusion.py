@@ -18,7 +18,7 @@ import numpy as np
 from common import machine, print_table
 
 import transfer
-from transfer_vision.shapes import SHAPES, ShapePictures
+from transfer_vision.data.shapes import SHAPES, ShapePictures
 
 SIZE = 32
 TEXTS = (

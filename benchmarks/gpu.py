@@ -172,7 +172,7 @@ def make_config(name: str, sizes: Sizes, *, precision: str, compiled: bool, froz
 def run_engine(config: Any, device: Any, rate: Rate) -> None:
     """Train with the engine; note what it reached after its first epoch."""
     import transfer
-    from transfer.events import EpochEnded, Event
+    from transfer.training.events import EpochEnded, Event
 
     reset_memory(device)
     seconds = {"waited": 0.0, "trained": 0.0}
@@ -196,8 +196,8 @@ def run_engine(config: Any, device: Any, rate: Rate) -> None:
 @contextmanager
 def loaders_timed(seconds: dict[str, float]) -> Iterator[None]:
     """Add up the time in which the training loop waits for its next batch."""
-    from transfer.feature_cache import CachedLoader
-    from transfer.loading import Loader
+    from transfer.data.loader import Loader
+    from transfer.feature_cache.loader import CachedLoader
 
     def timed(epoch: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         def batches(loader: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
@@ -296,7 +296,7 @@ def compare_losses(device: Any, sizes: Sizes) -> bool:
     from common import PlainLoop, text_config, vision_config
 
     import transfer
-    from transfer.events import EpochEnded, Event
+    from transfer.training.events import EpochEnded, Event
 
     size = min(sizes.image_size, 96)
     agree = True

@@ -27,11 +27,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 import transfer
-from transfer.loading import Loader
-from transfer_vision.datasets import ImageFolder
+from transfer.data.loader import Loader
+from transfer_vision.data.datasets import ImageFolder
+from transfer_vision.images.image_sources import FolderSource
+from transfer_vision.images.validation import scan
 from transfer_vision.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
-from transfer_vision.scan import scan
-from transfer_vision.sources import FolderSource
 
 BATCH_SIZE = 32
 EPOCHS = 3

@@ -28,7 +28,7 @@ from pathlib import Path
 from common import machine, print_table
 
 import transfer
-from transfer.serving.models import ServedModel
+from transfer.deployment.serving.models import ServedModel
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart_text.yaml"
 BATCH = 32

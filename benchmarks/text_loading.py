@@ -50,12 +50,12 @@ OURS, BLANKS, BOOK, TIGHT = "ours", "ours, split at blanks", "the book", "the bo
 
 def ours(files: Path, tokenizer: str, vectors: Path | None) -> int:
     """Go from files to the first batch with the text plugin and the loader; return the number of words."""
-    from transfer.loading import Loader
-    from transfer_text.datasets import IMDb
-    from transfer_text.preprocessing import TextPreprocessing
-    from transfer_text.tables import TextCSV
-    from transfer_text.vectors import read_vectors
-    from transfer_text.vocabulary import Vocabulary
+    from transfer.data.loader import Loader
+    from transfer_text.data.datasets import IMDb
+    from transfer_text.data.tables import TextCSV
+    from transfer_text.encoding.preprocessing import TextPreprocessing
+    from transfer_text.encoding.vocabulary import Vocabulary
+    from transfer_text.vectors.word_vectors import read_vectors
 
     dataset = TextCSV(train=str(files)) if files.suffix == ".jsonl" else IMDb(root=str(files))
     splits = dataset.load().splits
@@ -186,7 +186,7 @@ def one_round(ways: Sequence[str], files: Path, cache: Path, vectors: bool) -> d
 
 def repeated(folder: Path, copies: int) -> Path:
     """Write the training reviews so many times into one file of JSON Lines."""
-    from transfer_text.datasets import IMDb
+    from transfer_text.data.datasets import IMDb
 
     train = IMDb(root=str(data_file("aclImdb_v1.tar.gz"))).load().splits["train"]
     path = folder / "reviews.jsonl"

@@ -28,14 +28,14 @@ from common import THREADS, Config, data_file, machine, print_table, spread, wai
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from transfer.build import Built, build
-from transfer.config import load_config
-from transfer.engine import evaluate, fit
-from transfer.events import EpochEnded, EpochStarted, EvaluationStarted, Event
-from transfer.feature_cache import Source
-from transfer.interruption import Signals
-from transfer.precision import Precision
-from transfer.run_directory import RunDirectory
+from transfer.config.run_config import load_config
+from transfer.feature_cache.loader import Source
+from transfer.models.precision import Precision
+from transfer.storage.run_directory import RunDirectory
+from transfer.system.signals import Signals
+from transfer.training.build import Built, build
+from transfer.training.engine import evaluate, fit
+from transfer.training.events import EpochEnded, EpochStarted, EvaluationStarted, Event
 
 BATCH = 64
 STEPS = 500

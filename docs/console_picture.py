@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import transfer
-from transfer.console import RunConsole
+from transfer.cli.progress import RunConsole
 
 ROOT = Path(__file__).parents[1]
 SENTENCES = ("a warm, funny film that I would gladly watch again", "two hours of my life that I will never get back")

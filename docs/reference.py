@@ -9,11 +9,21 @@ from typing import Any
 
 import typer
 
-from transfer import cli, registry
-from transfer.config import Sections
-from transfer.optim import NOT_OPTIONS, OPTIMIZERS, SCHEDULERS, handed_over
-from transfer.schema import Option, describe_fields, describe_options, options_model, summary
-from transfer.settings import Checkpoint, DataOptions, Mix, Named, OptimizerOptions, Phase, Recipe, TrainConfig
+from transfer.cli import app as cli
+from transfer.config.option_schema import Option, describe_fields, describe_options, options_model, summary
+from transfer.config.run_config import Sections
+from transfer.config.train_settings import (
+    Checkpoint,
+    DataOptions,
+    Mix,
+    Named,
+    OptimizerOptions,
+    Phase,
+    Recipe,
+    TrainConfig,
+)
+from transfer.registry import entry_points as registry
+from transfer.training.scheduler import NOT_OPTIONS, OPTIMIZERS, SCHEDULERS, handed_over
 
 PAGE = Path(__file__).parent / "reference.md"
 HEAD = """\

@@ -15,7 +15,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Head, Preprocessing, Split, registry
+from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Head, Preprocessing, Split
+from transfer.registry import entry_points as registry
 
 # Two test processes, or a test and the command that it starts, wait for each other's threads at every barrier.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -9,9 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transfer.chain import find_chain
-    from transfer.comparison import Comparison, compare
-    from transfer.earlier_run import SavedBackbone, saved_backbone
+    from transfer.builtin.tasks import MeanOf
+    from transfer.data.splits import cut
+    from transfer.data.tables import Tables, TableTarget
+    from transfer.data.targets import class_indices, label_sets
+    from transfer.deployment.export import export
     from transfer.errors import (
         ConfigError,
         DataError,
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
         UserError,
         WeightsError,
     )
-    from transfer.exporting import export
-    from transfer.files import data_folder, download, find_file
+    from transfer.experiments.comparison import Comparison, compare
+    from transfer.experiments.lr_finder import RangeTest, find_learning_rate
+    from transfer.experiments.pretraining_gain import measure_value, resume_value
+    from transfer.experiments.seeds import resume_seeds, run_seeds
+    from transfer.experiments.sweep import Sweep, sweep
     from transfer.interfaces import (
         Backbone,
         Data,
@@ -41,21 +46,16 @@ if TYPE_CHECKING:
         TrackedRun,
         Tracker,
     )
-    from transfer.learning_rate import RangeTest, find_learning_rate
-    from transfer.looking import look, look_at_predictions
-    from transfer.registry import find_plugin, load_plugin, plugins, register
-    from transfer.reporting.report import report
-    from transfer.several import resume_seeds, run_seeds
-    from transfer.splits import cut
-    from transfer.sweeping import Sweep, sweep
-    from transfer.tables import Tables, TableTarget
-    from transfer.targets import class_indices, label_sets
-    from transfer.tasks import MeanOf
-    from transfer.value import measure_value, resume_value
-    from transfer.workflow import Run, check, evaluate, predict, resume, run
+    from transfer.models.layer_chain import find_chain
+    from transfer.models.saved_backbone import SavedBackbone, saved_backbone
+    from transfer.registry.entry_points import find_plugin, load_plugin, plugins, register
+    from transfer.reports.preview import look, look_at_predictions
+    from transfer.reports.report import report
+    from transfer.runs.train import Run, check, evaluate, predict, resume, run
+    from transfer.system.downloads import data_folder, download, find_file
 
 _MODULES = {
-    "chain": ("find_chain",),
+    "models.layer_chain": ("find_chain",),
     "errors": (
         "ConfigError",
         "DataError",
@@ -67,9 +67,9 @@ _MODULES = {
         "UserError",
         "WeightsError",
     ),
-    "files": ("data_folder", "download", "find_file"),
-    "learning_rate": ("RangeTest", "find_learning_rate"),
-    "looking": ("look", "look_at_predictions"),
+    "system.downloads": ("data_folder", "download", "find_file"),
+    "experiments.lr_finder": ("RangeTest", "find_learning_rate"),
+    "reports.preview": ("look", "look_at_predictions"),
     "interfaces": (
         "Backbone",
         "Data",
@@ -86,19 +86,19 @@ _MODULES = {
         "TrackedRun",
         "Tracker",
     ),
-    "registry": ("find_plugin", "load_plugin", "plugins", "register"),
-    "exporting": ("export",),
-    "earlier_run": ("SavedBackbone", "saved_backbone"),
-    "reporting.report": ("report",),
-    "several": ("resume_seeds", "run_seeds"),
-    "comparison": ("Comparison", "compare"),
-    "value": ("measure_value", "resume_value"),
-    "workflow": ("Run", "check", "evaluate", "predict", "resume", "run"),
-    "splits": ("cut",),
-    "sweeping": ("Sweep", "sweep"),
-    "tables": ("TableTarget", "Tables"),
-    "targets": ("class_indices", "label_sets"),
-    "tasks": ("MeanOf",),
+    "registry.entry_points": ("find_plugin", "load_plugin", "plugins", "register"),
+    "deployment.export": ("export",),
+    "models.saved_backbone": ("SavedBackbone", "saved_backbone"),
+    "reports.report": ("report",),
+    "experiments.seeds": ("resume_seeds", "run_seeds"),
+    "experiments.comparison": ("Comparison", "compare"),
+    "experiments.pretraining_gain": ("measure_value", "resume_value"),
+    "runs.train": ("Run", "check", "evaluate", "predict", "resume", "run"),
+    "data.splits": ("cut",),
+    "experiments.sweep": ("Sweep", "sweep"),
+    "data.tables": ("TableTarget", "Tables"),
+    "data.targets": ("class_indices", "label_sets"),
+    "builtin.tasks": ("MeanOf",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import suppress
 
-from transfer.cli import main
+from transfer.cli.app import main
 
 
 def command() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from transfer_text.vectors import read_vectors
-from transfer_text.vocabulary import Vocabulary
+from transfer_text.encoding.vocabulary import Vocabulary
+from transfer_text.vectors.word_vectors import read_vectors
 
 RESOURCES = Path(__file__).parent / "transfer_text" / "resources"
 DECIMALS = 3

@@ -11,7 +11,7 @@ import pytest
 from backbone_cases import CONTRACTS, SLOW, name_of
 from PIL import Image
 
-from transfer import registry
+from transfer.registry import entry_points as registry
 from transfer.testing import Contract
 from transfer.testing.cases import TEXTS
 

@@ -6,11 +6,11 @@ import pytest
 from backbone_cases import name_of, trained
 
 from transfer import ConfigError
-from transfer.freezing import prefix_length, resolve
-from transfer.model import BATCH_NORM
-from transfer.settings import Parameters, Until
+from transfer.config.train_settings import Parameters, Until
+from transfer.models.model import BATCH_NORM
 from transfer.testing import Case
 from transfer.testing.freezing import boundaries, built, of, train
+from transfer.training.freezing import prefix_length, resolve
 
 every = pytest.mark.parametrize("case", trained())
 WITH_BATCH_NORM = [parameter for parameter in trained() if name_of(parameter.values[0]).startswith("resnet")]

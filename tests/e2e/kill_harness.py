@@ -174,11 +174,10 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torchvision  # noqa: F401
 
-    import transfer.cli
-    import transfer.console
-    import transfer.workflow  # noqa: F401
-    import transfer_vision.backbones
-    import transfer_vision.datasets  # noqa: F401
+    import transfer.cli.app
+    import transfer.cli.progress
+    import transfer.runs.train  # noqa: F401
+    import transfer_vision.data.datasets  # noqa: F401
 
     print("ready", flush=True)
     while line := sys.stdin.readline():
@@ -193,7 +192,7 @@ def serve() -> None:
 
 
 def _be_transfer(order: Mapping[str, Any]) -> None:
-    from transfer.cli import main
+    from transfer.cli.app import main
 
     os.setsid()
     os.chdir(order["cwd"])

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from kill_harness import CONFIGS, outcome
 
-from transfer import workflow
+from transfer.runs import train as workflow
 
 
 def test_the_cache_of_encoded_texts_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transfer_text import corpus
+    from transfer_text.encoding import text_blocks as corpus
 
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(corpus, "WORTH_KEEPING_CHARACTERS", 1)

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 from torch.nn.functional import cross_entropy
 
-from transfer import workflow
-from transfer.build import build
-from transfer.config import load_config
+from transfer.config.run_config import load_config
+from transfer.runs import train as workflow
+from transfer.training.build import build
 
 LONGEST_SECONDS = 60.0
 WORDS = ("good", "bad", "film", "plot", "dull", "bright", "slow", "fast", "actor", "end")

@@ -42,10 +42,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import transfer
-from transfer import cli, registry
-from transfer.config import Sections
-from transfer.json_schema import config_schema
-from transfer.settings import TrainConfig
+from transfer.cli import app as cli
+from transfer.config.json_schema import config_schema
+from transfer.config.run_config import Sections
+from transfer.config.train_settings import TrainConfig
+from transfer.registry import entry_points as registry
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])

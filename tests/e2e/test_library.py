@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import transfer
-from transfer import registry, testing
+from transfer import testing
+from transfer.registry import entry_points as registry
 from transfer.testing import Case, contracts_of
 
 ROOT = Path(__file__).parents[2]

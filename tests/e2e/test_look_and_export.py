@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 import transfer
-from transfer import cli
+from transfer.cli import app as cli
 
 CONFIG = {
     "data": {"name": "shapes", "per_class": 8, "image_size": 32},

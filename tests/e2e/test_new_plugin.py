@@ -12,7 +12,7 @@ import pytest
 
 import transfer
 from transfer import UserError
-from transfer.new_plugin import new_plugin
+from transfer.registry.scaffold import new_plugin
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

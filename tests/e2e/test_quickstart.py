@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from transfer.cli import main
+from transfer.cli.app import main
 
 ROOT = Path(__file__).parents[2]
 

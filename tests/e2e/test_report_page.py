@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from browser import Browser, needs_chromium, started_browser
 
-from transfer import workflow
+from transfer.runs import train as workflow
 
 pytestmark = needs_chromium
 

@@ -13,8 +13,8 @@ pytest.importorskip("fastapi")
 from browser import Browser, needs_chromium, started_browser
 from serving_cases import loaded_model, running
 
-from transfer.serving.models import ServedModel
-from transfer.serving.reading import Limits
+from transfer.deployment.serving.models import ServedModel
+from transfer.deployment.serving.reading import Limits
 
 pytestmark = needs_chromium
 

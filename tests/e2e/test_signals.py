@@ -13,7 +13,9 @@ import pytest
 import yaml
 from kill_harness import Attempt, Zygote
 
-from transfer import RunError, checkpoint, workflow
+from transfer import RunError
+from transfer.runs import train as workflow
+from transfer.storage import checkpoint
 
 VISION = "vision, two loader processes"
 

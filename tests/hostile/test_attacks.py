@@ -19,17 +19,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from transfer import DataError, RunError, Tables, UserError, WeightsError, checkpoint, cli, tables, workflow
-from transfer.config import load_config
-from transfer.console import error_panel
+from transfer import DataError, RunError, Tables, UserError, WeightsError
+from transfer.cli import app as cli
+from transfer.cli.progress import error_panel
+from transfer.config.run_config import load_config
+from transfer.data import tables
+from transfer.deployment.export import export
 from transfer.errors import ConfigError
-from transfer.exporting import export
-from transfer.feature_cache import FeatureCache
-from transfer.model_folder import read_model
-from transfer.new_plugin import new_plugin
-from transfer.registry import load
-from transfer.run_directory import RunDirectory, read_json
-from transfer.terminal import Console, printable
+from transfer.feature_cache.loader import FeatureCache
+from transfer.models.saved_model import read_model
+from transfer.registry.entry_points import load
+from transfer.registry.scaffold import new_plugin
+from transfer.runs import train as workflow
+from transfer.storage import checkpoint
+from transfer.storage.run_directory import RunDirectory, read_json
+from transfer.system.terminal import Console, printable
 
 ESCAPE = "\x1b]0;owned\x07\x1b[31m\u202e"
 
@@ -334,7 +338,7 @@ def test_a_line_of_json_that_no_reader_can_take_is_named(tmp_path: Path, line: s
 def test_vectors_that_would_fill_the_memory_are_refused(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
-    from transfer_text.vectors import width_of
+    from transfer_text.vectors.word_vectors import width_of
 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(WeightsError, match=message):

@@ -17,7 +17,9 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from transfer import checkpoint, cli, workflow
+from transfer.cli import app as cli
+from transfer.runs import train as workflow
+from transfer.storage import checkpoint
 
 MUTATIONS = int(os.environ.get("TRANSFER_MUTATIONS", "15"))
 """Mutations of each run; TRANSFER_MUTATIONS=5000 for a long search."""
@@ -214,7 +216,7 @@ def test_report_takes_or_refuses_any_run(scored_text_run: Path, tmp_path: Path) 
 
 def test_export_takes_or_refuses_any_run(text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a fresh process makes of an export is tested elsewhere, and takes seconds.
-    monkeypatch.setattr("transfer.exporting._compare", lambda *arguments: (0.0, 1, frozenset()))
+    monkeypatch.setattr("transfer.deployment.export._compare", lambda *arguments: (0.0, 1, frozenset()))
     files = files_of(text_run, "state.json")
     search(
         text_run,

@@ -10,9 +10,9 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from transfer import ConfigError, FeatureSpec
-from transfer.heads import Attention, Linear
-from transfer.model import Model
-from transfer_text.bilstm import BidirectionalLSTM, BiLSTM, ReadOut
+from transfer.builtin.heads import Attention, Linear
+from transfer.models.model import Model
+from transfer_text.models.bilstm import BidirectionalLSTM, BiLSTM, ReadOut
 
 TEXTS = ["a fine film with a fine cast", "it is n't a film", "so slow , so very slow , I left", "film"]
 VARIANTS = ("rand", "static", "nonstatic")

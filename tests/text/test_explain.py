@@ -12,10 +12,10 @@ import pytest
 
 import transfer
 from transfer import DataError, Occlusion, RunError
-from transfer.cli import main
-from transfer.console import explanation_text
-from transfer_text.preprocessing import TextPreprocessing
-from transfer_text.vocabulary import TOKENIZERS, TokenizerName, Vocabulary
+from transfer.cli.app import main
+from transfer.cli.progress import explanation_text
+from transfer_text.encoding.preprocessing import TextPreprocessing
+from transfer_text.encoding.vocabulary import TOKENIZERS, TokenizerName, Vocabulary
 
 GOOD, BAD, NEUTRAL = "superb", "dreadful", ("the", "film", "was", "a", "long", "story", "of", "two", "men", ",", ".")
 

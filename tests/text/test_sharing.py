@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfer_text import sharing
-from transfer_text.tokenization import TOKENIZERS
-from transfer_text.vocabulary import Vocabulary
+from transfer_text.encoding import parallel as sharing
+from transfer_text.encoding.tokenization import TOKENIZERS
+from transfer_text.encoding.vocabulary import Vocabulary
 
 TEXTS = [
     f"No. {number} wasn't <br />good, word{number % 97}! caf\u00e9 \u201cfine\u201d\x1c\r {'so ' * (number % 7)}..."

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from transfer import ConfigError, DataError, data_folder
-from transfer.tables import _delimited
-from transfer_text import datasets
-from transfer_text.datasets import IMDb, MiniReviews
-from transfer_text.folders import TextFolder
-from transfer_text.hugging_face import HuggingFace
-from transfer_text.tables import TextCSV
+from transfer.data.tables import _delimited
+from transfer_text.data import datasets
+from transfer_text.data.datasets import IMDb, MiniReviews
+from transfer_text.data.folders import TextFolder
+from transfer_text.data.hugging_face import HuggingFace
+from transfer_text.data.tables import TextCSV
 
 # ---------------------------------------------------------------------------------------------------------------- IMDb
 
@@ -89,7 +89,7 @@ def test_unlabelled_reviews_are_counted_and_left_out(folder: Path, caplog: pytes
     roots = pack(folder / "packed", REVIEWS | unlabelled), unpack(folder, REVIEWS | unlabelled)
     for root in roots:
         caplog.clear()
-        with caplog.at_level(logging.INFO, logger="transfer_text.datasets"):
+        with caplog.at_level(logging.INFO, logger="transfer_text.data.datasets"):
             assert len(IMDb(root=str(root)).load().splits["train"]) == 6
         assert "2 unlabelled reviews are left out" in caplog.text
 

@@ -14,12 +14,13 @@ import pytest
 from conftest import Install
 
 import transfer
-from transfer import ConfigError, DataError, PluginError, WeightsError, registry
+from transfer import ConfigError, DataError, PluginError, WeightsError
+from transfer.registry import entry_points as registry
+from transfer_text.encoding.plugin_vocabulary import PluginVocabulary, read_vocabulary, vocabulary_class
+from transfer_text.encoding.vocabulary import PADDING, UNKNOWN, Vocabulary
 from transfer_text.interfaces import Tokenizer, Vectors, WordVectors
-from transfer_text.plugin_vocabulary import PluginVocabulary, read_vocabulary, vocabulary_class
-from transfer_text.textcnn import TextCNN
-from transfer_text.vectors import read_vectors, width_of, words_of
-from transfer_text.vocabulary import PADDING, UNKNOWN, Vocabulary
+from transfer_text.models.textcnn import TextCNN
+from transfer_text.vectors.word_vectors import read_vectors, width_of, words_of
 
 TEXTS = ["a fine film", "a film", "no film"]
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from transfer import DataError
-from transfer_text import cache, corpus, vocabulary
-from transfer_text.encoded import Truncation, truncation_loss
-from transfer_text.pieces import PieceTable
-from transfer_text.preprocessing import TextPreprocessing
-from transfer_text.vocabulary import Vocabulary
+from transfer_text import cache
+from transfer_text.encoding import text_blocks as corpus
+from transfer_text.encoding import vocabulary
+from transfer_text.encoding.encoded_texts import Truncation, truncation_loss
+from transfer_text.encoding.preprocessing import TextPreprocessing
+from transfer_text.encoding.token_cache import PieceTable
+from transfer_text.encoding.vocabulary import Vocabulary
 
 TEXTS = ["a b c d", "a b c", "a b", "a"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from transfer_text.encoded import Truncation
-from transfer_text.preprocessing import TextPreprocessing
-from transfer_text.vocabulary import Vocabulary
+from transfer_text.encoding.encoded_texts import Truncation
+from transfer_text.encoding.preprocessing import TextPreprocessing
+from transfer_text.encoding.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.build(["a b c d e f"])
 

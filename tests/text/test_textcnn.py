@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from transfer import ConfigError, FeatureSpec, WeightsError
-from transfer_text import embedding, textcnn
-from transfer_text.embedding import WordEmbedding
-from transfer_text.textcnn import Convolutions, TextCNN
+from transfer_text.models import embedding, textcnn
+from transfer_text.models.embedding import WordEmbedding
+from transfer_text.models.textcnn import Convolutions, TextCNN
 
 TEXTS = ["a fine film with a fine cast", "it is n't a film", "so slow , so very slow , I left"]
 SMALL: Mapping[str, Any] = {"kernel_sizes": (2, 3), "filters": (4, 5)}

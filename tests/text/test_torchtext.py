@@ -20,12 +20,12 @@ import torch
 import transfer
 from transfer import ConfigError, DataError, WeightsError, find_plugin
 from transfer_text import torchtext_parts
-from transfer_text.datasets import IMDb, MiniReviews
-from transfer_text.embedding import TextBackbone, WordEmbedding
-from transfer_text.plugin_vocabulary import PluginVocabulary, read_vocabulary
-from transfer_text.textcnn import TextCNN
-from transfer_text.vectors import read_vectors, width_of, words_of
-from transfer_text.vocabulary import UNKNOWN, Vocabulary
+from transfer_text.data.datasets import IMDb, MiniReviews
+from transfer_text.encoding.plugin_vocabulary import PluginVocabulary, read_vocabulary
+from transfer_text.encoding.vocabulary import UNKNOWN, Vocabulary
+from transfer_text.models.embedding import TextBackbone, WordEmbedding
+from transfer_text.models.textcnn import TextCNN
+from transfer_text.vectors.word_vectors import read_vectors, width_of, words_of
 
 UNAVAILABLE = find_plugin("tokenizer", "torchtext").unavailable
 pytestmark = [pytest.mark.torchtext, pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))]

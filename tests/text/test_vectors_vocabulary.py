@@ -14,11 +14,11 @@ from torch import Tensor
 
 import transfer
 from transfer import ConfigError
-from transfer.events import Note
-from transfer_text import embedding as embedding_module
-from transfer_text.bilstm import BiLSTM
-from transfer_text.embedding import TextBackbone, WordEmbedding
-from transfer_text.textcnn import TextCNN
+from transfer.training.events import Note
+from transfer_text.models import embedding as embedding_module
+from transfer_text.models.bilstm import BiLSTM
+from transfer_text.models.embedding import TextBackbone, WordEmbedding
+from transfer_text.models.textcnn import TextCNN
 
 TEXTS = ["a fine film", "a slow film", "fine", "slow"]
 VECTORS = {

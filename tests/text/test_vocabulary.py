@@ -14,8 +14,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from transfer import ConfigError, DataError, data_folder
-from transfer_text import corpus, pieces
-from transfer_text.vocabulary import PADDING, TOKENIZERS, UNKNOWN, TokenizerName, Vocabulary
+from transfer_text.encoding import text_blocks as corpus
+from transfer_text.encoding import token_cache as pieces
+from transfer_text.encoding.vocabulary import PADDING, TOKENIZERS, UNKNOWN, TokenizerName, Vocabulary
 
 TEXTS = ["A fine film, a fine cast.", "It isn't a film."]
 
@@ -336,7 +337,7 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forking_after_encoding_prints_no_warning() -> None:
     program = (
-        "import os; from transfer_text.vocabulary import Vocabulary\n"
+        "import os; from transfer_text.encoding.vocabulary import Vocabulary\n"
         "vocabulary = Vocabulary.build(['a b'] * 9); vocabulary.encode(['a', 'b'] * 9); child = os.fork()\n"
         "vocabulary.encode(['a', 'b'] * 9)\n"
         "if child: raise SystemExit(os.waitpid(child, 0)[1])\n"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from transfer import ConfigError
-from transfer_vision import architectures
-from transfer_vision.architectures import (
+from transfer_vision.models import architectures
+from transfer_vision.models.architectures import (
     AUXILIARY,
     Architecture,
     adapt_input_weight,
@@ -21,8 +21,8 @@ from transfer_vision.architectures import (
     model_names,
     smallest_image,
 )
-from transfer_vision.backbones import Torchvision
-from transfer_vision.weights import default_weights
+from transfer_vision.models.backbones import Torchvision
+from transfer_vision.models.weights import default_weights
 
 FAMILIES = {
     "alexnet": ["stem", "stage1", "stage2", "pool", "classifier"],

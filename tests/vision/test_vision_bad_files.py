@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from transfer import DataError, Split
-from transfer_vision import scan
-from transfer_vision.datasets import ImageFolder
+from transfer_vision.data.datasets import ImageFolder
+from transfer_vision.images import validation as scan
 from transfer_vision.preprocessing import ImagePreprocessing
 
 
@@ -169,7 +169,7 @@ def test_threads_find_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for name, (content, _) in BAD.items():
         (root / "b" / name).write_bytes(content)
     source, paths = scan.Source, [f"b/{name}" for name in BAD]
-    from transfer_vision.sources import FolderSource
+    from transfer_vision.images.image_sources import FolderSource
 
     assert issubclass(FolderSource, source)
     found = []

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from transfer import ConfigError, Data, DataError
-from transfer_vision import datasets as datasets_module
-from transfer_vision.datasets import HotDog, Hymenoptera, ImageFolder, PublishedPictures, Shapes
+from transfer_vision.data import datasets as datasets_module
+from transfer_vision.data.datasets import HotDog, Hymenoptera, ImageFolder, PublishedPictures, Shapes
 
 
 def put(root: Path, *names: str) -> Path:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from transfer_vision.grid import GAP_PIXELS, HEADING_PIXELS, LINE_PIXELS, draw_grid
+from transfer_vision.images.image_grid import GAP_PIXELS, HEADING_PIXELS, LINE_PIXELS, draw_grid
 from transfer_vision.preprocessing import ImagePreprocessing
 
 COLOURS = ("red", "lime", "blue")

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from torchvision.models import ResNet50_Weights
 
 from transfer import ConfigError, DataError
-from transfer_vision import pictures
-from transfer_vision.pictures import open_picture
+from transfer_vision.images import decoding as pictures
+from transfer_vision.images.decoding import open_picture
 from transfer_vision.preprocessing import ImagePreprocessing
 
 

@@ -15,9 +15,9 @@ import torchvision.datasets
 from PIL import Image
 
 from transfer import ConfigError, DataError
-from transfer_vision import published
+from transfer_vision.data import torchvision_datasets as published
+from transfer_vision.data.torchvision_datasets import Torchvision
 from transfer_vision.preprocessing import ImagePreprocessing
-from transfer_vision.published import Torchvision
 
 
 @pytest.fixture

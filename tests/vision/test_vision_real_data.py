@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from transfer_vision.datasets import Hymenoptera
-from transfer_vision.resnet import ResNet18
+from transfer_vision.data.datasets import Hymenoptera
+from transfer_vision.models.resnet import ResNet18
 
 FOLDER = Path(os.environ.get("TRANSFER_DATA", ""))
 PICTURES = FOLDER / "hymenoptera_data.zip"

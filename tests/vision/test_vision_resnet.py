@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from transfer import ConfigError, DataError, WeightsError
-from transfer_vision import weights as weights_module
-from transfer_vision.backbones import TorchvisionModel
-from transfer_vision.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
+from transfer_vision.models import weights as weights_module
+from transfer_vision.models.backbones import TorchvisionModel
+from transfer_vision.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 
 ALL = (ResNet18, ResNet34, ResNet50, ResNet101, ResNet152)
 STAGES = ["stem", "layer1", "layer2", "layer3", "layer4", "pool"]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from transfer import ConfigError, Data, DataError
-from transfer_vision.tables import ImageCSV, MultimodalCSV
+from transfer_vision.data.tables import ImageCSV, MultimodalCSV
 
 
 @pytest.fixture

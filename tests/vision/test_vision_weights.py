@@ -15,9 +15,9 @@ from torch import Tensor
 
 import transfer
 from transfer import WeightsError
-from transfer_vision.architectures import adapt_input_weight
-from transfer_vision.backbones import Torchvision
-from transfer_vision.resnet import ResNet18
+from transfer_vision.models.architectures import adapt_input_weight
+from transfer_vision.models.backbones import Torchvision
+from transfer_vision.models.resnet import ResNet18
 
 SMALL = {"image_size": 32, "weights": None}
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfer.data.loader import move
 from transfer.interfaces import Backbone, FeatureSpec, Head, Preprocessing
-from transfer.loading import move
-from transfer.model import Model
+from transfer.models.model import Model
 from transfer.testing.cases import BATCH, TEXTS, Case, pictures, promise, require
 
 OUTPUTS = 3

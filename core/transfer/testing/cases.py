@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from transfer.config import Component, load_component
-from transfer.registry import Kind
+from transfer.config.run_config import Component, load_component
+from transfer.registry.entry_points import Kind
 
 Cost = Literal["quick", "weights", "training", "data"]
 """quick: nothing is loaded, the meta device at most. weights: the model is built. training: steps. data: it is read."""

@@ -7,8 +7,8 @@ import inspect
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from transfer.registry import load
-from transfer.schema import Block, describe_options, options_model
+from transfer.config.option_schema import Block, describe_options, options_model
+from transfer.registry.entry_points import load
 from transfer.testing.cases import Broken, Case, promise, require
 
 

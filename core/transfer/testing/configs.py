@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 
+from transfer.runs.train import check, run
 from transfer.testing.cases import ConfigCase, promise, require
-from transfer.workflow import check, run
 
 
 @promise("workflow.check", "quick")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from transfer.freezing import Frozen, apply, resolve
-from transfer.model import Model
-from transfer.optim import OPTIMIZERS, TorchPart, build_optimizer, groups
-from transfer.settings import BatchNorm, Freeze, Until
+from transfer.config.train_settings import BatchNorm, Freeze, Until
+from transfer.models.model import Model
 from transfer.testing.backbones import TARGETS, Subject, tensors
 from transfer.testing.cases import Case, promise, require
+from transfer.training.freezing import Frozen, apply, resolve
+from transfer.training.scheduler import OPTIMIZERS, TorchPart, build_optimizer, groups
 
 STEPS = 2
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transfer.config.option_schema import Block, options_model
 from transfer.errors import PluginError, nearest
-from transfer.registry import Plugin, import_target, load, plugins
-from transfer.schema import Block, options_model
+from transfer.registry.entry_points import Plugin, import_target, load, plugins
 from transfer.testing import backbones, components, datasets, freezing, heads, tasks
 from transfer.testing import configs as config_files
 from transfer.testing.cases import Case, ConfigCase, Contract, ContractError, Promise

@@ -19,8 +19,8 @@ import numpy as np
 
 from transfer import ConfigError, DataError, WeightsError, download, find_file
 from transfer_text.interfaces import Tokenizer, Vectors, WordVectors
-from transfer_text.vector_files import locate
-from transfer_text.vectors import width_of
+from transfer_text.vectors.vector_files import locate
+from transfer_text.vectors.word_vectors import width_of
 
 FASTTEXT_WIDTH = 300
 CHARNGRAM_WIDTH = 100

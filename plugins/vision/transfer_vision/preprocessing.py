@@ -24,8 +24,8 @@ from torchvision.models import WeightsEnum
 from torchvision.transforms import v2
 
 from transfer import ConfigError, DataError, Preprocessing
-from transfer_vision.grid import draw_grid
-from transfer_vision.pictures import Interpolation, decode, open_picture
+from transfer_vision.images.decoding import Interpolation, decode, open_picture
+from transfer_vision.images.image_grid import draw_grid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -1,0 +1,1 @@
+"""Built-in heads, tasks, fusion and trackers, registered as plugins."""

@@ -1,0 +1,219 @@
+"""Several backbones side by side, each over a field of its own, as one chain of stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from transfer.config.run_config import Component, load_component
+from transfer.errors import ConfigError, DataError
+from transfer.interfaces import Backbone, Columns, FeatureSpec, Preprocessing
+
+_JOIN = "join"
+
+
+class Fusion(Backbone):
+    """Several backbones, each over its own field of an example; their features are concatenated or gated.
+
+    The stages of a part go by its name: ``image.layer4``; ``image`` stands for all of them. Gates are those of the
+    gated multimodal unit (Arevalo et al. 2017): every part is projected to the same size, and how much of each goes
+    through is decided for each feature and example.
+
+    Args:
+        parts: A backbone's block by the name of each part.
+        join: Concatenate the features, or weigh them by gates.
+        size: Features that leave the gates.
+    """
+
+    def __init__(
+        self,
+        *,
+        parts: Annotated[dict[str, dict[str, Any]], Field(min_length=2)],
+        join: Literal["concatenate", "gate"] = "concatenate",
+        size: Annotated[int, Field(gt=0)] = 128,
+    ) -> None:
+        self._compose({name: block.make() for name, block in _blocks(parts).items()}, join, size)
+
+    def _compose(self, parts: dict[str, Backbone], join: str, size: int) -> None:
+        vectors = {name: part.features.size for name, part in parts.items() if part.features.layout == "vector"}
+        if others := sorted(parts.keys() - vectors.keys()):
+            raise ConfigError(
+                f"the part {others[0]!r} of a fusion gives a sequence, and only vectors can be joined",
+                fix="choose a readout of that backbone which gives a vector",
+            )
+        stages: dict[str, nn.Module] = {
+            f"{name}.{stage}": _Beside(place, module)
+            for place, (name, part) in enumerate(parts.items())
+            for stage, module in zip(part.stage_names, part.stages, strict=True)
+        }
+        sizes = list(vectors.values())
+        stages[_JOIN] = _Gates(sizes, size) if join == "gate" else _Concatenation()
+        super().__init__(stages)
+        self._parts = tuple(parts.items())  # a tuple, which nn.Module does not register: their stages are ours
+        self._size = size if join == "gate" else sum(sizes)
+
+    @property
+    def parts(self) -> dict[str, Backbone]:
+        """The backbones by name, in order."""
+        return dict(self._parts)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of all parts, in their order."""
+        return tuple(part.fields[0] for part in self.parts.values())
+
+    @property
+    def features(self) -> FeatureSpec:
+        """The parts' features side by side, or what the gates let through: a vector."""
+        return FeatureSpec("vector", self._size)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Each part's own, side by side."""
+        return _SideBySide({name: part.preprocessing for name, part in self.parts.items()})
+
+    @classmethod
+    def from_data(cls, values: Sequence[Any], **options: Any) -> Self:
+        """Let every part see its column of the training split."""
+        blocks = _blocks(options["parts"])
+        # Pictures need not be read for a vocabulary to be made.
+        columns = values.columns if isinstance(values, Columns) else list(zip(*values, strict=True))
+        parts = zip(blocks.items(), columns, strict=True)
+        return cls._of({name: b.cls.from_data(column, **b.options) for (name, b), column in parts}, options)
+
+    @classmethod
+    def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
+        """Give every part what it had learned from the training split."""
+        parts = {}
+        for name, block in _blocks(options["parts"]).items():
+            own = {key.removeprefix(f"{name}."): text for key, text in assets.items() if key.startswith(f"{name}.")}
+            parts[name] = block.cls.from_assets(own, **block.options)
+        return cls._of(parts, options)
+
+    @classmethod
+    def _of(cls, parts: dict[str, Backbone], options: Mapping[str, Any]) -> Self:
+        fusion = cls.__new__(cls)
+        fusion._compose(parts, options["join"], options["size"])
+        return fusion
+
+    def assets(self) -> Mapping[str, str]:
+        """Return what each part learned from the training split, as ``PART.FILE``."""
+        return {f"{name}.{key}": text for name, part in self.parts.items() for key, text in part.assets().items()}
+
+    @classmethod
+    def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Change the options of every part."""
+        blocks = _blocks(options["parts"])
+        return {
+            "parts": {
+                name: {**block.plain, **block.cls.without_pretrained(block.options)} for name, block in blocks.items()
+            }
+        }
+
+    def load_pretrained(self) -> Mapping[str, Any]:
+        """Read the pretrained weights of every part."""
+        return {name: read for name, part in self.parts.items() if (read := dict(part.load_pretrained()))}
+
+
+def _blocks(parts: Mapping[str, dict[str, Any]]) -> dict[str, Component]:
+    for name in parts:
+        if not name.isidentifier() or name in ("head", _JOIN):
+            raise ConfigError(f"a part of a fusion cannot be called {name!r}", fix="use a plain word, such as image")
+    blocks = {name: load_component("backbone", block, f"backbone.parts.{name}") for name, block in parts.items()}
+    for name, block in blocks.items():
+        if issubclass(block.cls, Fusion):
+            raise ConfigError(f"the part {name!r} is itself a fusion", fix="name all its parts in one fusion")
+    return blocks
+
+
+class _Beside(nn.Sequential):
+    """A stage of one part, which leaves the values of the others as they are."""
+
+    def __init__(self, place: int, stage: nn.Module) -> None:
+        super().__init__(stage)
+        self.place = place
+
+    @property
+    def recompute(self) -> bool:
+        return bool(getattr(self[0], "recompute", False))
+
+    def forward(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*values[: self.place], self[0](values[self.place]), *values[self.place + 1 :])
+
+
+class _Concatenation(nn.Module):
+    """Features (B, D1), (B, D2), ... to (B, D1 + D2 + ...)."""
+
+    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat(features, dim=1)
+
+
+class _Gates(nn.Module):
+    """Features (B, D1), (B, D2), ... to (B, size), by the gated multimodal unit."""
+
+    def __init__(self, sizes: Sequence[int], size: int) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(one, size) for one in sizes)
+        self.gates = nn.Linear(sum(sizes), len(sizes) * size)
+
+    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+        projected = torch.stack([torch.tanh(p(f)) for p, f in zip(self.projections, features, strict=True)], dim=1)
+        gates = self.gates(torch.cat(features, dim=1)).view_as(projected).softmax(dim=1)
+        fused: Tensor = (gates * projected).sum(dim=1)
+        return fused
+
+
+class _SideBySide(Preprocessing):
+    """The preprocessing of several parts; a raw value is a tuple with one of each."""
+
+    def __init__(self, parts: Mapping[str, Preprocessing]) -> None:
+        self.parts: Mapping[str, Preprocessing] = dict(parts)
+
+    def encode(self, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Encode each part's values."""
+        columns = zip(*values, strict=True)
+        return list(zip(*(p.encode(c) for p, c in zip(self.parts.values(), columns, strict=True)), strict=True))
+
+    def augment(self, encoded: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Augment each part's value where that part does."""
+        parts = zip(self.parts.values(), encoded, strict=True)
+        return tuple(part.augment(value) if part.augments else value for part, value in parts)
+
+    @property
+    def augments(self) -> bool:
+        """Whether one of them does."""
+        return any(part.augments for part in self.parts.values())
+
+    def collate(self, encoded: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+        """Return the input of each part."""
+        return tuple(p.collate(c) for p, c in zip(self.parts.values(), zip(*encoded, strict=True), strict=True))
+
+    def length(self, encoded: tuple[Any, ...]) -> int:
+        """Return the longest of the parts."""
+        return max(part.length(value) for part, value in zip(self.parts.values(), encoded, strict=True))
+
+    def read(self, source: str) -> tuple[Any, ...]:
+        """Read a JSON object with a source for each part: ``{"image": "a.jpg", "text": "a dog"}``."""
+        names = list(self.parts)
+        fix = f"write a JSON object with {' and '.join(names)}"
+        try:
+            sources = json.loads(source)
+        except ValueError as error:
+            raise DataError(f"{source!r} is no JSON object", fix=fix) from error
+        if not isinstance(sources, dict) or sorted(sources) != sorted(names):
+            raise DataError(f"{source!r} does not say what each part of the fusion gets", available=names, fix=fix)
+        return tuple(part.read(str(sources[name])) for name, part in self.parts.items())
+
+    def example(self) -> tuple[Any, ...] | None:
+        """Return an example of each part; None where one of them has none."""
+        examples = tuple(part.example() for part in self.parts.values())
+        return None if any(example is None for example in examples) else examples
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return the settings of each part."""
+        return {name: dict(part.describe()) for name, part in self.parts.items()}

@@ -1,0 +1,111 @@
+"""The plan of a run as tables: stage by stage, what is frozen and how fast the rest learns, in each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from transfer.cli.progress import facts_table
+from transfer.config.run_config import RunConfig
+from transfer.feature_cache.loader import why_not
+from transfer.models.model import Model
+from transfer.training.build import ASSUMED_CLASSES, Parts
+from transfer.training.engine import PhasePlan
+from transfer.training.freezing import prefix_length
+
+PHASES_OF_A_TABLE = 3
+
+
+def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
+    """Yield the plan of a checked config: the parts, the stages in each phase, and what will be cached."""
+    features, data, train = parts.backbone.features, parts.dataset.spec, config.train
+    optimizer = ", ".join([config.optimizer.name, *(f"{k} {v}" for k, v in config.optimizer.options.items())])
+    yield facts_table(
+        {
+            "data": f"{config.data.plugin.name}: {', '.join(data.fields)} -> {data.target}",
+            "classes": ", ".join(data.classes) or f"known when the data is read; {len(ASSUMED_CLASSES)} assumed here",
+            "backbone": f"{_written(config)}: {features.layout} of {features.size}",
+            "head": f"{config.head.plugin.name}: {features.size} -> {parts.task.out_features}",
+            "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
+            "training": f"{optimizer}, {train.step}" + (f", recipe {train.recipe.name}" if train.recipe else ""),
+            **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
+            **{f"preprocessing: {k}": v for k, v in parts.backbone.preprocessing.describe().items()},
+        }
+    )
+    yield from _stages(config, parts)
+    yield _cache(config, parts)
+
+
+def _written(config: RunConfig) -> str:
+    """Name the backbone, and its options as far as the config gives them in a word."""
+    options = {key: value for key, value in config.backbone.plain.items() if config.document.wrote(("backbone", key))}
+    words = [
+        f"{key} {value}" for key, value in options.items() if key != "name" and isinstance(value, str | int | None)
+    ]
+    return config.backbone.plugin.name + (f" ({', '.join(words)})" if words else "")
+
+
+def _stages(config: RunConfig, parts: Parts) -> Iterator[Table]:
+    """Say what happens to each stage in each phase: in several tables where a narrow console would not show all."""
+    phases = list(enumerate(parts.phases, 1))
+    for first in range(0, len(phases), PHASES_OF_A_TABLE):
+        table = Table(title="stages" if not first else None, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table.add_column("stage")
+        table.add_column("parameters", justify="right")
+        if parts.shapes:
+            table.add_column("returns")
+        shown = phases[first : first + PHASES_OF_A_TABLE]
+        for number, phase in shown:
+            table.add_column(f"phase {number}: {phase.epochs} epoch{'s' * (phase.epochs > 1)}")
+        for stage, module in parts.model.stages.items():
+            count = sum(parameter.numel() for parameter in module.parameters())
+            shapes = [parts.shapes[stage]] if parts.shapes else []
+            treated = [treatment(config, parts.model, phase, stage) for _, phase in shown]
+            cells = [Text(words, style="green" if trained else "dim") for words, trained in treated]
+            table.add_row(stage, f"{count:,}", *shapes, *cells)
+        if config.optimizer_options.no_weight_decay:
+            table.caption = f"* not for parameters of kind {' and '.join(config.optimizer_options.no_weight_decay)}"
+            table.caption_justify = "left"
+        yield table
+
+
+def treatment(config: RunConfig, model: Model, phase: PhasePlan, stage: str) -> tuple[str, bool]:
+    """Return what a phase does with a stage, in words, and whether it trains it."""
+    groups = [group for group in phase.groups if group.stage == stage]
+    parameters = len(list(model.stages[stage].parameters()))
+    if not groups:
+        return "frozen" if stage in phase.frozen.stages or parameters else "-", False
+    decay = config.weight_decay
+    text = f"lr {groups[0].lr:.3g}"
+    if decay:
+        text += f", decay {decay:g}{'' if all(group.decays for group in groups) else '*'}"
+    if sum(len(group.parameters) for group in groups) < parameters:
+        text += ", partly frozen"
+    return text, True
+
+
+def _cache(config: RunConfig, parts: Parts) -> Table:
+    """Say what the feature cache will hold in each phase, and why not."""
+    table = Table(title="feature cache", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("phase", "training examples", "validation examples"):
+        table.add_column(heading, overflow="fold")
+    train, stages = config.train, list(parts.model.stages)
+    augments = parts.backbone.preprocessing.augments
+    for number, phase in enumerate(parts.phases, 1):
+        count = prefix_length(parts.model, phase.frozen)
+        cells = []
+        for training in (True, False):
+            reason = why_not(
+                count,
+                cache=train.cache != "off",
+                augments=augments and training,
+                views=train.views,
+                mixed=train.mix is not None and training,
+            )
+            views = f", {train.views} views each" if augments and training else ""
+            cells.append(Text(f"no: {reason}") if reason else Text(f"after {stages[count - 1]}{views}", style="green"))
+        table.add_row(str(number), *cells)
+    return table

@@ -1,0 +1,1 @@
+"""Configuration: YAML to a checked RunConfig."""

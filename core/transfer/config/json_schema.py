@@ -1,0 +1,139 @@
+"""The JSON Schema of a whole config, for editors: every installed plugin's options, alternatives by ``name``."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.errors import PydanticInvalidForJsonSchema
+from pydantic.json_schema import models_json_schema
+
+from transfer.config.option_schema import options_model, summary
+from transfer.config.run_config import Sections
+from transfer.config.train_settings import DataOptions, Named, OptimizerOptions, Phase, TrainConfig
+from transfer.errors import PluginError, Problem
+from transfer.registry import entry_points
+from transfer.registry.entry_points import Kind
+from transfer.training.scheduler import NOT_OPTIONS, OPTIMIZERS, SCHEDULERS, handed_over
+
+_SECTIONS: Mapping[str, tuple[Kind, type[Named]]] = {
+    "data": ("dataset", DataOptions),
+    "backbone": ("backbone", Named),
+    "head": ("head", Named),
+    "task": ("task", Named),
+}
+_VARIABLE = {"type": "string", "pattern": r"\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}", "title": "from the environment"}
+_NUMBERS = frozenset({"integer", "number", "boolean"})
+
+Schema = dict[str, Any]
+_Member = tuple[list[str], type[BaseModel], str]
+"""What a config may call one of several blocks, its model, and what it is."""
+
+
+def config_schema() -> tuple[Schema, list[Problem]]:
+    """Return the schema of a config with all that is installed, and what had to be left out and why."""
+    problems: list[Problem] = []
+    alternatives: dict[str, list[_Member]] = {
+        section: _plugins(kind, base, problems) for section, (kind, base) in _SECTIONS.items()
+    }
+    alternatives["tracker"] = _plugins("tracker", Named, problems)
+    alternatives["optimizer"] = [
+        ([name], options_model(cls, OptimizerOptions, skip=NOT_OPTIONS), "") for name, cls in OPTIMIZERS.items()
+    ]
+    alternatives["scheduler"] = [
+        (
+            [name for name, other in SCHEDULERS.items() if other is cls],
+            options_model(cls, Named, skip=handed_over(cls)),
+            "",
+        )
+        for cls in dict.fromkeys(SCHEDULERS.values())
+    ]
+    models: list[type[BaseModel]] = [Sections, TrainConfig]
+    models += [model for members in alternatives.values() for _, model, _ in members]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Default value .* is not JSON serializable", UserWarning)
+        found, shared = models_json_schema([(model, "validation") for model in models])
+    definitions: Schema = shared["$defs"]
+    for name, members in alternatives.items():
+        refs = [(names, found[model, "validation"], description) for names, model, description in members]
+        definitions[name] = _choice(definitions, refs)
+    top = _definition(definitions, found[Sections, "validation"])
+    train = _definition(definitions, found[TrainConfig, "validation"])
+    phase = definitions[Phase.__name__]
+    for block, keys in ((top, _SECTIONS), (train, ("optimizer", "scheduler")), (phase, ("scheduler",))):
+        for key in keys:
+            block["properties"][key] = _refer(block["properties"][key], key)
+    names: Schema = {"enum": definitions["tracker"]["properties"]["name"]["enum"]}
+    top["properties"]["trackers"]["items"] = {"anyOf": [names, {"$ref": "#/$defs/tracker"}]}
+    top["properties"]["train"] = _refer(top["properties"]["train"], TrainConfig.__name__)
+    for definition in [top, *definitions.values()]:
+        _allow_variables(definition)
+    definitions["variable"] = _VARIABLE
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", **top, "title": "transfer config"}
+    return {**head, "$defs": {name: definitions[name] for name in sorted(definitions)}}, problems
+
+
+def _plugins(kind: Kind, base: type[Named], problems: list[Problem]) -> list[_Member]:
+    """Return what a config may choose from of a kind; a plugin that cannot be loaded is left out."""
+    installed = entry_points.plugins(kind)
+    claims = Counter(plugin.name for plugin in installed)
+    found: list[_Member] = []
+    for plugin in installed:
+        if plugin.extras and plugin.unavailable:  # an extra is a choice, and not to have made it is no problem
+            continue
+        names = [plugin.qualified_name] if claims[plugin.name] > 1 else [plugin.name, plugin.qualified_name]
+        try:
+            cls = entry_points.load(kind, plugin.qualified_name)
+            model = options_model(cls, base)
+            model.model_json_schema()
+        except PluginError as error:
+            problems += error.problems
+        except PydanticInvalidForJsonSchema as error:
+            problems.append(Problem(f"the options of {kind} {plugin.name!r} make no JSON Schema: {error}"))
+        else:
+            found.append((names, model, summary(cls)))
+    return found
+
+
+def _definition(definitions: Schema, reference: Schema) -> Schema:
+    """Take the schema that a reference means out of the definitions, where it is referred to by no other."""
+    name = reference["$ref"].removeprefix("#/$defs/")
+    return definitions[name] if name == TrainConfig.__name__ else definitions.pop(name)  # type: ignore[no-any-return]
+
+
+def _choice(definitions: Schema, members: list[tuple[list[str], Schema, str]]) -> Schema:
+    """Return a block that is one of several, told apart by its name: a mistake is one of the block that is meant."""
+    known: list[str] = []
+    cases: list[Schema] = []
+    for names, reference, description in members:
+        block = definitions[reference["$ref"].removeprefix("#/$defs/")]
+        block["properties"]["name"] = {"enum": names}
+        known += names
+        cases.append({"if": {"properties": {"name": {"enum": names}}, "required": ["name"]}, "then": reference})
+        block["title"] = names[0]
+        if description:
+            block["description"] = description
+    return {"type": "object", "required": ["name"], "properties": {"name": {"enum": known}}, "allOf": cases}
+
+
+def _refer(was: Schema, definition: str) -> Schema:
+    """Refer to a definition where a block was a mapping of anything; it stays optional and described."""
+    reference: Schema = {"$ref": f"#/$defs/{definition}"}
+    optional = any(member.get("type") == "null" for member in was.get("anyOf", ()))
+    kept = {key: was[key] for key in ("description", "default") if key in was}
+    return kept | ({"anyOf": [reference, {"type": "null"}]} if optional else reference)
+
+
+def _allow_variables(block: Schema) -> None:
+    """Allow ``${NAME}`` and ``${NAME:-default}`` where a number or a truth value belongs."""
+    for name, option in block.get("properties", {}).items():
+        members = option.get("anyOf", [option])
+        # A word (auto) beside a number leaves no more place for a variable than the number alone.
+        kinds = {None if {"const", "enum"} & member.keys() else member.get("type") for member in members}
+        if kinds & _NUMBERS and kinds <= _NUMBERS | {"null", None}:
+            annotations = {key: option[key] for key in ("title", "description", "default") if key in option}
+            bare = [{k: v for k, v in member.items() if k not in annotations} for member in members]
+            block["properties"][name] = annotations | {"anyOf": [*bare, {"$ref": "#/$defs/variable"}]}

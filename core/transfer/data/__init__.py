@@ -1,0 +1,1 @@
+"""Splits, tables, batches and loading."""

@@ -1,0 +1,402 @@
+"""From raw examples to batches: the order is f(seed, epoch), augmentation is f(seed, epoch, index)."""
+
+from __future__ import annotations
+
+import copy
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from transfer.errors import DataError
+from transfer.interfaces import Preprocessing, Split
+from transfer.system.memory import available_bytes
+from transfer.system.ranks import place
+
+BUCKET_BATCHES = 50
+"""Batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
+Share = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+"""Which examples of a batch this process computes, where several share each batch."""
+MEASURED_EXAMPLES = 8
+"""Whose size tells whether the encoded values of a split fit into memory."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step consumes.
+
+    Args:
+        inputs: The backbone's input: a tensor or a tuple of tensors, batch first.
+        targets: int64 (B,) or float32 (B, C).
+        indices: int64 (B,), the examples' places in their split.
+        whole: The same of the whole batch, where these are one process's share of it.
+    """
+
+    inputs: Any
+    targets: Tensor
+    indices: npt.NDArray[np.int64]
+    whole: npt.NDArray[np.int64] | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return Batch(move(self.inputs, device), self.targets.to(device, non_blocking=True), self.indices, self.whole)
+
+
+def move(inputs: Any, device: torch.device) -> Any:
+    """Return a backbone's input (a tensor or a tuple of tensors) on a device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    return tuple(move(item, device) for item in inputs)
+
+
+class Loader:
+    """The batches of one split, epoch after epoch.
+
+    Args:
+        split: Raw examples.
+        fields: The fields that the backbone consumes.
+        preprocessing: The backbone's.
+        batch_size: Examples per batch; the last one may be smaller. None: as ``max_tokens`` says.
+        max_tokens: Instead: the most that a batch may cost, its examples times the longest's length. An example that
+            costs more alone is a batch of its own. It needs values that are encoded once and so have known lengths.
+        seed: Of order and augmentation.
+        training: Shuffle and augment. Otherwise the order is fixed, longest first, and nothing is random.
+        augment: In training; false: shuffle alone.
+        bucket: Put examples of like length into one batch, where values are encoded once and so have known lengths: the
+            number of batches whose examples are sorted together (True: 50).
+        workers: Loader processes; 0 loads in this one. Where encoded values are kept in memory they are made in this
+            one, by threads if the preprocessing has some, and loader processes begin once all are there.
+        repeated: The split is gone through more than once, so encoded values may be worth keeping.
+
+    Raises:
+        DataError: A value that is encoded once cannot be encoded; the message names the example.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        fields: tuple[str, ...],
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int | None,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        training: bool = False,
+        augment: bool = True,
+        bucket: bool | int = True,
+        workers: int = 0,
+        repeated: bool = True,
+    ) -> None:
+        self.split = split
+        self.fields = fields
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.bucket_batches = BUCKET_BATCHES if bucket is True else int(bucket)
+        self.seed = seed
+        self.training = training
+        self.examples = _Examples(
+            split, fields, preprocessing, seed=seed, augments=training and augment, keeps=repeated
+        )
+        self.lengths: npt.NDArray[np.int64] | None = None
+        if self.examples.encoded is not None and (bucket or max_tokens):
+            self.lengths = preprocessing.lengths(self.examples.encoded)
+        # Values that are ready need no process to prepare them.
+        self.workers = 0 if self.examples.encoded is not None and not self.examples.augments else workers
+
+    def __len__(self) -> int:
+        """The number of batches of the first epoch."""
+        return self.count(0)
+
+    def count(self, epoch: int) -> int:
+        """Return the number of batches of an epoch; with ``max_tokens`` they may differ."""
+        return len(self.plan(epoch if self.max_tokens else 0))
+
+    def plan(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """Return the indices of each batch of an epoch: a function of the seed and the epoch alone."""
+        count = len(self.split)
+        generator = np.random.default_rng((self.seed, epoch))
+        lengths = self.lengths if self.bucket_batches else None
+        if not self.training:
+            return self._chunk(np.arange(count) if lengths is None else np.argsort(-lengths, kind="stable"))
+        order = generator.permutation(count)
+        if lengths is not None:
+            size = self.batch_size or max(1, int(self._most_tokens // lengths.mean()))
+            pools = np.split(order, range(size * self.bucket_batches, count, size * self.bucket_batches))
+            order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+        batches = self._chunk(order)
+        if self.batch_size and len(batches) > 1 and len(batches[-1]) == 1:
+            # Batch norm cannot train on a batch of one: it joins the batch before.
+            batches[-2:] = [np.concatenate(batches[-2:])]
+        return batches if lengths is None else [batches[i] for i in generator.permutation(len(batches))]
+
+    def costliest(self, count: int) -> Batch:
+        """Return a batch of the examples that cost most: the longest, where lengths are known, else any."""
+        lengths = self.lengths
+        if lengths is None and self.examples.encoded is not None:
+            lengths = self.preprocessing.lengths(self.examples.encoded)
+        order = np.arange(len(self.split)) if lengths is None else np.argsort(-lengths, kind="stable")
+        return self.examples.batch([(0, int(index)) for index in order[:count]])
+
+    @property
+    def augments(self) -> bool:
+        """Examples differ from epoch to epoch."""
+        return self.examples.augments
+
+    def in_fixed_order(self, batch_size: int, *, augment: bool) -> Loader:
+        """Return the same examples, encoded once for both, in batches of another size and in no random order."""
+        other = copy.copy(self)
+        other.batch_size, other.max_tokens, other.training = batch_size, None, False
+        other.examples = copy.copy(self.examples)
+        other.examples.augments = augment
+        other.examples.keeps = augment  # one of several views
+        return other
+
+    def epoch(
+        self, epoch: int = 0, *, first: int = 0, most: int | None = None, share: Share | None = None
+    ) -> Iterator[Batch]:
+        """Yield the batches of an epoch.
+
+        Args:
+            epoch: Which one, counted from 0 over the whole run.
+            first: Batches to leave out at the beginning (a run that goes on).
+            most: Yield no more than this many.
+            share: Load of each batch this process's share alone.
+        """
+        whole = self.plan(epoch)[first:][:most]
+        batches = whole if share is None else [share(batch) for batch in whole]
+        self.examples.measure()
+        loader: DataLoader[Any] = DataLoader(
+            self.examples,
+            # One batch's pairs at a time: a million examples are not a million tuples.
+            batch_sampler=([(epoch, int(i)) for i in batch] for batch in batches),
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # __getitems__ has made the batch already
+            num_workers=0 if self.examples.fills else min(self.workers, len(batches)),
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # it draws from this one, not from the model's
+            worker_init_fn=_ignore_signals,
+        )
+        for number, batch in enumerate(loader):
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch if share is None else replace(batch, whole=whole[number])
+
+    @property
+    def _most_tokens(self) -> int:
+        assert self.max_tokens is not None, "a loader has a batch_size or max_tokens"
+        return self.max_tokens
+
+    def _chunk(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """Cut an order into batches of ``batch_size``, or as long as each fits into ``max_tokens``."""
+        if self.batch_size is not None:
+            return np.split(order, range(self.batch_size, len(order), self.batch_size))
+        assert self.lengths is not None, "max_tokens needs values that are encoded once"
+        lengths = self.lengths[order]
+        batches, start = [], 0
+        while start < len(order):
+            # No more can fit than were all as short as the first.
+            ahead = lengths[start : start + max(1, self._most_tokens // max(1, int(lengths[start])))]
+            costs = np.maximum.accumulate(ahead) * np.arange(1, len(ahead) + 1)
+            size = max(1, int(np.searchsorted(costs, self._most_tokens, side="right")))  # costs only rise
+            batches.append(order[start : start + size])
+            start += size
+        return batches
+
+
+class Timed(Iterator[Batch]):
+    """Batches, and how long one has waited for them.
+
+    Args:
+        batches: To be given on.
+    """
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.seconds = 0.0
+        self._batches = batches
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may reach a whole group, to the training process: it may want another batch."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+class _Kept:
+    """Encoded values in memory from one epoch to the next, where those of a whole split fit.
+
+    Args:
+        count: Examples of the split.
+        limit_bytes: For all of them; None: half of what is available when they are measured, divided by the processes
+            that train together on this machine.
+    """
+
+    def __init__(self, count: int, limit_bytes: int | None) -> None:
+        self.values: dict[int, Any] = {}
+        self.measured = limit_bytes == 0
+        self._count = count
+        self._limit_bytes = limit_bytes
+        self._room_bytes = 0
+
+    @property
+    def wants_more(self) -> bool:
+        return self._room_bytes > 0 and len(self.values) < self._count
+
+    def measure(self, some: Mapping[int, Any]) -> None:
+        """Decide by the size of some values, by their index, whether all are kept."""
+        self.measured = True
+        limit = available_bytes() // 2 // place().local_count if self._limit_bytes is None else self._limit_bytes
+        if sum(map(_bytes, some.values())) / len(some) * self._count <= limit:
+            self._room_bytes = limit
+            for index, value in some.items():
+                self.put(index, value)
+
+    def put(self, index: int, value: Any) -> None:
+        """Keep a value, unless those that are there have filled the memory after all."""
+        size = _bytes(value)
+        if size <= self._room_bytes:
+            self.values[index] = value
+            self._room_bytes -= size
+        else:
+            self._room_bytes = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(_Kept(0, 0))  # a process that is not forked gets none
+
+
+def _bytes(value: Any) -> int:
+    return int(value.numel() * value.element_size() if isinstance(value, Tensor) else np.asarray(value).nbytes)
+
+
+class _Examples(Dataset[Any]):
+    """Makes batches of (epoch, index) pairs; loader processes get a copy."""
+
+    def __init__(
+        self,
+        split: Split,
+        fields: tuple[str, ...],
+        preprocessing: Preprocessing,
+        *,
+        seed: int,
+        augments: bool,
+        keeps: bool,
+    ) -> None:
+        self.split = split
+        self.column: Sequence[Any] = split.column(*fields)
+        self.preprocessing = preprocessing
+        self.seed = seed
+        self.augments = augments and preprocessing.augments
+        self.encoded: Sequence[Any] | None = None
+        if preprocessing.encode_once:
+            self.encoded = encode(preprocessing, self.column, range(len(split)), split.name)
+        self.keeps = keeps and self.encoded is None
+        self.kept = _Kept(len(split), preprocessing.keep_bytes)
+
+    @property
+    def fills(self) -> bool:
+        """Encoded values are being collected in memory."""
+        return self.keeps and self.kept.wants_more
+
+    def measure(self) -> None:
+        """Find out, once, whether the encoded values of the split fit into memory."""
+        if self.keeps and not self.kept.measured:
+            indices = np.unique(np.linspace(0, len(self.split) - 1, MEASURED_EXAMPLES, dtype=np.int64)).tolist()
+            values = encode(self.preprocessing, self.column, indices, self.split.name)
+            self.kept.measure(dict(zip(indices, values, strict=True)))
+
+    def __getitem__(self, pair: tuple[int, int]) -> Batch:
+        return self.batch([pair])
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch | DataError:
+        try:
+            return self.batch(pairs)
+        except DataError as error:
+            # An exception that leaves a loader process is rebuilt from its text alone; as a value it arrives whole.
+            return error
+
+    def batch(self, pairs: list[tuple[int, int]]) -> Batch:
+        indices = np.array([index for _, index in pairs])
+        encoded = self._encoded(indices.tolist())
+        if self.augments:
+            with own_randomness():
+                for place, (epoch, index) in enumerate(pairs):
+                    _seed_all(self.seed, epoch, index)
+                    value = encoded[place]
+                    # What augments in place must not change what is kept.
+                    own = value.clone() if index in self.kept.values and isinstance(value, Tensor) else value
+                    encoded[place] = self.preprocessing.augment(own)
+        return Batch(self.preprocessing.collate(encoded), torch.as_tensor(self.split.targets[indices]), indices)
+
+    def _encoded(self, indices: list[int]) -> list[Any]:
+        if self.encoded is not None:
+            return [self.encoded[i] for i in indices]
+        missing = [i for i in indices if i not in self.kept.values]
+        fresh = dict(zip(missing, encode(self.preprocessing, self.column, missing, self.split.name), strict=True))
+        found = [fresh[i] if i in fresh else self.kept.values[i] for i in indices]
+        if self.fills:
+            for index, value in fresh.items():
+                self.kept.put(index, value)
+        return found
+
+
+def encode(
+    preprocessing: Preprocessing, column: Sequence[Any], indices: Sequence[int], name: Callable[[int], str]
+) -> Sequence[Any]:
+    """Encode some values of a column; if that fails, find out which one it is.
+
+    Args:
+        preprocessing: The backbone's.
+        column: Raw values.
+        indices: Which of them, in order.
+        name: What a value is called in messages, by index.
+
+    Raises:
+        DataError: Names the value that cannot be encoded.
+    """
+    try:
+        return preprocessing.encode([column[i] for i in indices]) if len(indices) else []
+    except (ValueError, OSError) as error:
+        for index in indices:
+            try:
+                preprocessing.encode([column[index]])
+            except (ValueError, OSError) as one:
+                raise DataError(f"cannot be read: {one}", where=name(index), fix="mend or remove it") from one
+        raise DataError(f"a batch cannot be encoded: {error}") from error
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Restore the global generators afterwards: what draws from them inside must not move the model's randomness."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _seed_all(*parts: int) -> None:
+    seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

@@ -1,0 +1,263 @@
+"""The learning-rate range test: train a while at rates that rise, and see where the loss falls fastest."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfer.config.run_config import RunConfig, load_config
+from transfer.data.loader import Batch
+from transfer.errors import RunError, TrainingError
+from transfer.feature_cache.loader import Source
+from transfer.models.precision import autocast
+from transfer.storage.run_directory import write_atomically
+from transfer.system.ranks import refuse_several
+from transfer.training import freezing
+from transfer.training.build import build
+from transfer.training.engine import Experiment
+from transfer.training.events import Note, Observer
+from transfer.training.mixup import blend
+from transfer.training.scheduler import Group, build_optimizer
+
+LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
+SMOOTHING = 0.95
+"""Weight of the past in the moving average of the loss, per step of the default number of steps."""
+DIVERGED = 4.0
+"""The test ends where the smoothed loss is so many times its lowest value."""
+LEAST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """What a range test found.
+
+    Args:
+        rates: The learning rate of each step: of the group that is trained fastest, the others in proportion.
+        losses: Of each step's examples.
+        smoothed: Their exponential moving average.
+        steepest: The rate at which the smoothed loss falls fastest.
+        tenth_of_lowest: A tenth of the rate at which it is lowest.
+        assignment: ``key=value`` that sets the rate ``steepest``, all groups in proportion.
+        diverged: The loss rose beyond bounds before the highest rate was reached.
+        plot: Where the curve was drawn.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    steepest: float
+    tenth_of_lowest: float
+    assignment: str
+    diverged: bool
+    plot: Path
+
+
+def find_learning_rate(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    lowest: float = LOWEST,
+    highest: float = HIGHEST,
+    steps: int = STEPS,
+    output: str | Path | None = None,
+    observe: Observer = lambda _: None,
+) -> RangeTest:
+    """Train the first phase of a config at learning rates that rise exponentially, and suggest one (Smith 2017).
+
+    The model is built for the test and thrown away; warm-up and scheduler are left out. The suggestion is the rate at
+    which the smoothed loss falls fastest, before its lowest point; a tenth of the rate at that point is given too.
+
+    Args:
+        config: The path of a YAML file, or the config as plain data.
+        overrides: ``path.to.key=value`` each.
+        lowest: The rate of the first step, of the group that is trained fastest.
+        highest: That of the last step.
+        steps: Steps of the optimizer; where the training split has fewer, it is gone through again.
+        output: The SVG file of the curve; by default ``NAME-find-lr.svg``.
+        observe: Is told what was found in data and weights.
+
+    Raises:
+        UserError: The config, the data or the weights are not right, or the bounds are none.
+        TrainingError: The loss was not finite before it could be judged.
+    """
+    refuse_several("transfer find-lr")
+    if not 0 < lowest < highest < math.inf or steps < LEAST_STEPS:
+        message = f"a range test from {lowest:g} to {highest:g} in {steps} steps"
+        raise RunError(f"{message} cannot be made", fix=f"rates rise from above zero, in {LEAST_STEPS} steps or more")
+    checked = load_config(config, overrides)
+    path = Path(output or f"{checked.name}-find-lr.svg")
+    experiment = build(checked, observe).experiment
+    rates, losses = _rise(experiment, np.geomspace(lowest, highest, steps).tolist(), observe)
+    smoothed = _smooth(losses, SMOOTHING ** (STEPS / steps))
+    steepest, bottom = _steepest(rates, smoothed), rates[int(np.argmin(smoothed))]
+    found = RangeTest(
+        tuple(rates),
+        tuple(losses),
+        tuple(smoothed),
+        steepest,
+        bottom / 10,
+        _assignment(checked, experiment.phases[0].groups, steepest),
+        len(rates) < steps,
+        path,
+    )
+    try:
+        write_atomically(path, draw(found, f"{checked.name}: loss while the learning rate rises"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}", fix="choose another --output") from error
+    return found
+
+
+def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> tuple[list[float], list[float]]:
+    """Make a step of the optimizer at each rate until the loss leaves all bounds; return rates and losses."""
+    model, phase, settings = experiment.model, experiment.phases[0], experiment.settings
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    freezing.apply(model, phase.frozen)
+    stages = freezing.prefix_length(model, phase.frozen)
+    source = experiment.features(experiment.train, stages, training=True)
+    if stages:
+        observe(Note(f"training examples {source}"))
+    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=None)
+    fastest = max(group["lr"] for group in optimizer.param_groups)
+    shares = [group["lr"] / fastest for group in optimizer.param_groups]
+    model.train()
+    torch.manual_seed(experiment.seed)
+    batches, done, losses = _batches(source), list[float](), list[float]()
+    for rate in rates:
+        for group, share in zip(optimizer.param_groups, shares, strict=True):
+            group["lr"] = rate * share
+        loss = _step(experiment, optimizer, source, list(itertools.islice(batches, settings.accumulate)), device)
+        if not math.isfinite(loss):
+            break
+        done, losses = [*done, rate], [*losses, loss]
+        smoothed = _smooth(losses, SMOOTHING ** (STEPS / len(rates)))
+        if len(losses) >= LEAST_STEPS and smoothed[-1] > DIVERGED * min(smoothed):
+            break
+    if len(losses) < LEAST_STEPS:
+        raise TrainingError(
+            f"the loss was not finite after {len(losses)} steps, at a learning rate of {rates[len(losses)]:.2g}",
+            fix="begin at a lower rate (--lowest), or look at the data with transfer look",
+        )
+    return done, losses
+
+
+def _batches(source: Source) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        yield from source.loader.epoch(epoch)
+
+
+def _step(
+    experiment: Experiment, optimizer: Any, source: Source, batches: Sequence[Batch], device: torch.device
+) -> float:
+    """Make one step of the optimizer; return the mean loss of its examples."""
+    settings, task = experiment.settings, experiment.task
+    together, loss_sum = sum(len(batch.indices) for batch in batches), 0.0
+    for on_cpu in batches:
+        batch = on_cpu.to(device)
+        inputs, mixed = batch.inputs, None
+        if settings.mix is not None:
+            mixed = blend(inputs, settings.mix)
+            inputs = mixed.inputs
+        # Gradients of fp16 would need scaling: bf16 has its speed and the range of fp32.
+        with autocast("bf16" if settings.precision == "fp16" else settings.precision, device):
+            outputs: Tensor = experiment.model(inputs, source.first_stage)
+        losses = task.loss(outputs.float(), batch.targets)
+        if mixed is not None:
+            losses = mixed.loss(losses, task.loss(outputs.float(), batch.targets[mixed.partners]))
+        loss = losses.sum() / together
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss_sum += loss.item()
+    if settings.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), settings.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss_sum
+
+
+def _smooth(losses: Sequence[float], weight: float) -> list[float]:
+    """Return the exponential moving average, without its bias to zero at the start."""
+    average, smoothed = 0.0, []
+    for count, loss in enumerate(losses, 1):
+        average = weight * average + (1 - weight) * loss
+        smoothed.append(average / (1 - weight**count))
+    return smoothed
+
+
+def _steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float:
+    """Return the rate where the loss falls fastest over the logarithm of the rate, before it is lowest."""
+    # The first average of few losses says nothing yet.
+    first = min(len(smoothed) // 10, int(np.argmin(smoothed)))
+    last = max(int(np.argmin(smoothed)) + 1, first + 2)
+    slopes = np.gradient(np.asarray(smoothed[first:last]), np.log(rates[first:last]))
+    return rates[first + int(np.argmin(slopes))]
+
+
+def _assignment(config: RunConfig, groups: Sequence[Group], rate: float) -> str:
+    """Return the override that gives the fastest group this rate, and all others in proportion."""
+    phase = config.train.phases[0] if config.train.phases else None
+    own = phase is not None and phase.lr is not None
+    lr = phase.lr if phase is not None and phase.lr is not None else config.optimizer_options.lr
+    factor = rate / max(group.lr for group in groups)
+
+    def scaled(value: float) -> float:
+        return float(f"{value * factor:.2g}")
+
+    new = {k: v if k == "layer_decay" else scaled(v) for k, v in lr.items()} if isinstance(lr, Mapping) else scaled(lr)
+    if own or config.document.wrote(("train", "optimizer")):
+        return f"{'train.phases.0.lr' if own else 'train.optimizer.lr'}={json.dumps(new)}"
+    # The default optimizer has no block to change.
+    return f"train.optimizer={json.dumps({'name': config.optimizer.name, 'lr': new})}"
+
+
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 400, 64, 40, 16, 48
+
+
+def draw(found: RangeTest, title: str) -> str:
+    """Return the curve as an SVG file: the loss of each step, smoothed, and the two rates."""
+    low, high = math.log10(found.rates[0]), math.log10(found.rates[-1])
+    # Where training diverged single losses are out of all bounds; the smoothed curve is what is to be seen.
+    bottom = min(found.losses)
+    top = min(max(found.losses), 2 * max(found.smoothed[: int(np.argmin(found.smoothed)) + 1]) - bottom)
+    top = top if top > bottom else bottom + 1
+
+    def x(rate: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (math.log10(rate) - low) / (high - low)
+
+    def y(loss: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (min(loss, top) - bottom) / (top - bottom)
+
+    def line(values: Sequence[float], style: str) -> str:
+        points = " ".join(f"{x(r):.1f},{y(v):.1f}" for r, v in zip(found.rates, values, strict=True))
+        return f'<polyline points="{points}" fill="none" {style}/>'
+
+    def text(left: float, base: float, words: str, anchor: str = "middle", colour: str = "#444") -> str:
+        words = words.replace("&", "&amp;").replace("<", "&lt;")
+        return f'<text x="{left:.1f}" y="{base:.1f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
+
+    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', text(WIDTH / 2, 20, title)]
+    for power in range(math.ceil(low), math.floor(high) + 1):
+        at = x(10.0**power)
+        parts.append(f'<path d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#ddd"/>')
+        parts.append(text(at, HEIGHT - BOTTOM + 16, f"1e{power}"))
+    for loss in np.linspace(bottom, top, 5).tolist():
+        parts.append(f'<path d="M{LEFT} {y(loss):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        parts.append(text(LEFT - 6, y(loss) + 4, f"{loss:.3g}", "end"))
+    parts += [line(found.losses, 'stroke="#bbb"'), line(found.smoothed, 'stroke="#1f5fa8" stroke-width="2"')]
+    marks = ((found.steepest, "#b03a2e", "steepest"), (found.tenth_of_lowest, "#2e7d32", "lowest / 10"))
+    for height, (rate, colour, name) in enumerate(marks, 1):
+        if found.rates[0] <= rate <= found.rates[-1]:
+            at = x(rate)
+            parts.append(f'<path d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="{colour}" stroke-dasharray="4 3"/>')
+            parts.append(text(at + 4, TOP + 14 * height, f"{name} {rate:.2g}", "start", colour))
+    parts.append(text(WIDTH / 2, HEIGHT - 12, "learning rate"))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
+    return "\n".join([f'{head} font-size="11">', *parts, "</svg>\n"])

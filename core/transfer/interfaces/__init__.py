@@ -1,0 +1,43 @@
+"""Contracts between core and plugins."""
+
+from transfer.interfaces.data import (
+    SPLITS,
+    Backbone,
+    Columns,
+    Data,
+    Dataset,
+    DataSpec,
+    FeatureSpec,
+    ForeignModel,
+    Head,
+    Layout,
+    Occlusion,
+    Preprocessing,
+    PrimaryMetric,
+    Split,
+    TargetKind,
+    Task,
+    TrackedRun,
+    Tracker,
+)
+
+__all__ = [
+    "SPLITS",
+    "Backbone",
+    "Columns",
+    "Data",
+    "DataSpec",
+    "Dataset",
+    "FeatureSpec",
+    "ForeignModel",
+    "Head",
+    "Layout",
+    "Occlusion",
+    "Preprocessing",
+    "PrimaryMetric",
+    "Split",
+    "TargetKind",
+    "Task",
+    "TrackedRun",
+    "Tracker",
+]

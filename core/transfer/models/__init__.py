@@ -1,0 +1,1 @@
+"""Backbone and head as one chain of stages; saved models."""

@@ -1,0 +1,94 @@
+"""``model.json`` of a model folder: what a reader may count on, whoever has edited it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from transfer.errors import Problem, RunError
+from transfer.interfaces import TargetKind
+from transfer.storage.run_directory import FORMAT, read_json, read_text
+
+DESCRIPTION = "model.json"
+WEIGHTS = "weights.safetensors"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Data(_Strict):
+    fields: list[str]
+    target: TargetKind
+    classes: list[str]
+
+
+class _Plugin(_Strict):
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    target: str
+    extras: list[str] = []
+
+
+class _Described(_Strict):
+    backbone: dict[str, Any]
+    head: dict[str, Any]
+    task: dict[str, Any]
+    data: _Data
+    preprocessing: dict[str, Any]
+    assets: list[str]
+    plugins: dict[Literal["backbone", "head", "task"], _Plugin]
+
+
+def read_description(folder: Path, missing: str, fix: str) -> dict[str, Any]:
+    """Read ``model.json``.
+
+    Args:
+        folder: The model folder.
+        missing: What it means where it is not there.
+        fix: What to do then.
+
+    Raises:
+        RunError: It is missing, of another format, or not as it was written.
+    """
+    file = folder / DESCRIPTION
+    described = read_json(file, missing, fix)
+    if described.get("format") != FORMAT:
+        raise RunError(
+            f"the model is of format {described.get('format')!r}",
+            where=str(file),
+            available=[str(FORMAT)],
+            fix="use the version of transfer that wrote it",
+        )
+    again = "copy the folder again from where it was trained"
+    try:
+        _Described.model_validate(described)
+    except ValidationError as error:
+        raise RunError.of(
+            [
+                Problem(
+                    f"the model folder is incomplete: {'.'.join(map(str, e['loc']))}: {e['msg']}", str(file), (), again
+                )
+                for e in error.errors(include_url=False)
+            ]
+        ) from error
+    for name in described["assets"]:
+        if not name or Path(name).name != name or name in (DESCRIPTION, WEIGHTS) or name.startswith("."):
+            raise RunError(f"the model folder is incomplete: {name!r} is no file of it", where=str(file), fix=again)
+    return described
+
+
+def read_assets(folder: Path, described: dict[str, Any]) -> dict[str, str]:
+    """Read what the backbone learned from its training split, as text by name.
+
+    Raises:
+        RunError: A file is missing or no text.
+    """
+    try:
+        return {name: read_text(folder / name) for name in described["assets"]}
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"the model folder is incomplete: {error}", where=str(folder / DESCRIPTION)) from error

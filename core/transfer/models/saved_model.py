@@ -1,0 +1,138 @@
+"""The folder ``model/`` of a run: all that is needed to predict anywhere the plugins are installed. No pickle."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transfer.config.run_config import Component, RunConfig, load_component, located
+from transfer.errors import PluginError, Problem, RunError, damaged
+from transfer.interfaces import Backbone, DataSpec, Task
+from transfer.models.model import Model
+from transfer.models.model_json import DESCRIPTION, WEIGHTS, read_assets, read_description
+from transfer.registry.entry_points import Kind, Plugin
+from transfer.storage.checkpoint import load_tensors, write_tensors
+from transfer.storage.run_directory import FORMAT, RunDirectory, write_atomically, write_json
+from transfer.training.build import assemble
+
+PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model as it comes back from its folder.
+
+    Args:
+        model: In eval mode, on the CPU.
+        backbone: With its preprocessing and what it learned from the training split.
+        task: Reads the outputs.
+        data: What the model was trained on.
+    """
+
+    model: Model
+    backbone: Backbone
+    task: Task
+    data: DataSpec
+
+
+def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backbone, model: Model) -> None:
+    """Write a trained model: weights, the blocks of its parts, classes, preprocessing, what was learned from the data.
+
+    ``model.json`` is written last: a folder without it is no model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, model.state_dict())
+    assets = backbone.assets()
+    for name, text in assets.items():
+        write_atomically(folder / name, text)
+    components = {"backbone": config.backbone, "head": config.head, "task": config.task}
+    write_json(
+        folder / DESCRIPTION,
+        {
+            "format": FORMAT,
+            **{kind: dict(component.plain) for kind, component in components.items()},
+            "data": asdict(data),
+            "features": asdict(backbone.features),
+            "preprocessing": dict(backbone.preprocessing.describe()),
+            "assets": sorted(assets),
+            "plugins": {kind: asdict(component.plugin) for kind, component in components.items()},
+        },
+    )
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the model folder that a path means: an exported one itself, or that of a run.
+
+    Raises:
+        RunError: It is neither.
+    """
+    path = Path(path)
+    return path if os.path.isfile(path / DESCRIPTION) else RunDirectory.open(path).model
+
+
+def read_model(folder: Path) -> LoadedModel:
+    """Rebuild a trained model from its folder.
+
+    Raises:
+        RunError: The folder is incomplete or damaged, or a plugin that it needs is not installed.
+    """
+    described = _read_description(folder)
+    file = folder / DESCRIPTION
+    backbone_block, head, task = (_component(kind, described, file) for kind in PARTS)
+    data = described["data"]
+    spec = DataSpec(tuple(data["fields"]), data["target"], tuple(data["classes"]))
+    backbone_class: type[Backbone] = backbone_block.cls
+    again = "copy the folder again from where it was trained"
+    # A plugin may raise anything at all over a file that is not as it wrote it.
+    with damaged("the model cannot be built again", str(file), again), located(str(file)):
+        backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
+        the_task, model = assemble(backbone, head, task, spec)
+    _load_weights(model, folder / WEIGHTS)
+    model.eval()
+    return LoadedModel(model, backbone, the_task, spec)
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    run = shlex.quote(str(folder.parent))
+    return read_description(
+        folder, "there is no model here: the run did not end", f"bring it to its end: transfer resume {run}"
+    )
+
+
+def _load_weights(model: Model, file: Path) -> None:
+    tensors, expected = load_tensors(file), model.state_dict()
+    # Torch would take numbers of another type, and make others of them.
+    other = [name for name, tensor in tensors.items() if name in expected and tensor.dtype != expected[name].dtype]
+    try:
+        if other:
+            raise RuntimeError(f"{other[0]} is of type {tensors[other[0]].dtype}")
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        fix = "copy the folder again from where it was trained"
+        raise RunError(f"the weights do not fit the model: {error}", where=str(file), fix=fix) from error
+
+
+def read_task(folder: Path) -> Task:
+    """Rebuild the task of a trained model alone.
+
+    Raises:
+        RunError: The folder is incomplete or damaged, or the task's plugin is not installed.
+    """
+    described = _read_description(folder)
+    data = described["data"]
+    spec = DataSpec(tuple(data["fields"]), data["target"], tuple(data["classes"]))
+    task: Task = _component("task", described, folder / DESCRIPTION).make(spec)
+    return task
+
+
+def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:
+    try:
+        return load_component(kind, described[kind], str(file))
+    except PluginError as error:
+        package = Plugin(**described["plugins"][kind]).requirement
+        fix = f"pip install {shlex.quote(package)}" if package else "register it first, as where it was trained"
+        problems = [Problem(p.message, p.where, p.available, fix) for p in error.problems]
+        raise RunError.of(problems) from error

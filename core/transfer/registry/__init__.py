@@ -1,0 +1,1 @@
+"""Entry points, plugin listing, scaffold of a new plugin."""

@@ -1,0 +1,158 @@
+"""What plugins say of themselves, and what is wrong with them, read from their source files: nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+from transfer.errors import Problem
+from transfer.registry.entry_points import IN_PROCESS, Plugin, plugins
+
+_MOST_STEPS = 5
+"""From module to module that passes on what another one defines."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plugin in the list of what is installed.
+
+    Args:
+        plugin: As its distribution declares it.
+        description: What it is, in one line.
+        problem: Why it cannot be loaded, as far as that can be told without importing it.
+    """
+
+    plugin: Plugin
+    description: str
+    problem: Problem | None
+
+
+def catalogue(reserved: Collection[str] = ()) -> list[Entry]:
+    """List every plugin, and every subcommand that a package adds, without importing any.
+
+    Args:
+        reserved: Names of commands that no plugin can take.
+    """
+    installed = [*plugins(), *plugins("command")]
+    claims = Counter((plugin.kind, plugin.name) for plugin in installed if plugin.distribution != IN_PROCESS)
+    found = []
+    for plugin in installed:
+        wrong = plugin.unavailable or problem(plugin)
+        if wrong is None and claims[plugin.kind, plugin.name] > 1:
+            fix = "uninstall one" if plugin.kind == "command" else f"write {plugin.qualified_name!r} in a config"
+            wrong = Problem("more than one distribution claims the name", fix=fix)
+        if wrong is None and plugin.kind == "command" and plugin.name in reserved:
+            wrong = Problem("transfer has a command of that name", fix=f"ask {plugin.distribution} to choose another")
+        found.append(Entry(plugin, description(plugin), wrong))
+    return found
+
+
+def description(plugin: Plugin) -> str:
+    """Return the first line of the docstring of a plugin's class or function; empty where its source does not tell."""
+    if plugin.distribution == IN_PROCESS:
+        return ""
+    module, _, name = plugin.target.partition(":")
+    try:
+        return _first_line(module, name, _MOST_STEPS)
+    except (SyntaxError, OSError, UnicodeDecodeError, ValueError):
+        return ""
+
+
+def problem(plugin: Plugin) -> Problem | None:
+    """Return why a plugin cannot be loaded, as far as that can be told without importing it."""
+    if plugin.distribution == IN_PROCESS:
+        return None
+    module, _, name = plugin.target.partition(":")
+    fix = f"reinstall or update {plugin.distribution}"
+    spec = _find(module)
+    if spec is None:
+        return Problem(f"there is no module {module!r}", fix=fix)
+    if not _is_source(spec):
+        return None
+    try:
+        tree = _tree(str(spec.origin))
+    except SyntaxError as error:
+        return Problem(f"{spec.origin}:{error.lineno}: {error.msg}", fix=fix)
+    except (OSError, ValueError) as error:
+        return Problem(f"{spec.origin} cannot be read: {error}", fix=fix)
+    if name.partition(".")[0] not in _names(tree) and not _is_open(tree):
+        return Problem(f"{module} defines no {name!r}", fix=fix)
+    return None
+
+
+def _find(module: str) -> ModuleSpec | None:
+    """Find a module without importing it, or any package around it."""
+    top, *inner = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)  # of a name without a dot this imports nothing
+        for name in inner:
+            if spec is None or spec.submodule_search_locations is None:
+                return None
+            top = f"{top}.{name}"
+            spec = PathFinder.find_spec(top, spec.submodule_search_locations)
+    except (ImportError, ValueError):
+        return None
+    return spec
+
+
+def _is_source(spec: ModuleSpec) -> bool:
+    return spec.origin is not None and spec.origin.endswith(".py")
+
+
+@cache
+def _tree(file: str) -> ast.Module:
+    return ast.parse(Path(file).read_text(encoding="utf-8"), file)
+
+
+def _first_line(module: str, name: str, steps: int) -> str:
+    spec = _find(module)
+    if spec is None or not _is_source(spec):
+        return ""
+    for node in _tree(str(spec.origin)).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+        if isinstance(node, ast.ImportFrom) and steps:
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _first_line(_absolute(node, spec), alias.name, steps - 1)
+    return ""
+
+
+def _absolute(node: ast.ImportFrom, spec: ModuleSpec) -> str:
+    """Return the full name of the module that an import names."""
+    written = "." * node.level + (node.module or "")
+    package = spec.name if spec.submodule_search_locations is not None else spec.name.rpartition(".")[0]
+    return importlib.util.resolve_name(written, package)
+
+
+def _names(tree: ast.Module) -> Iterator[str]:
+    """Yield every name that a module's top level may define."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                yield from ((alias.asname or alias.name).partition(".")[0] for alias in aliases)
+            case ast.Name(id=name, ctx=ast.Store()):
+                yield name
+
+
+def _is_open(tree: ast.Module) -> bool:
+    """Say whether a module may define what its source does not name."""
+    star = any(alias.name == "*" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names)
+    return (
+        star
+        or "__getattr__" in _names(tree)
+        or any(
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("globals", "vars", "setattr")
+            for node in ast.walk(tree)
+        )
+    )

@@ -1,0 +1,1 @@
+"""Train, resume, evaluate, predict and check."""

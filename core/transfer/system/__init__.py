@@ -1,0 +1,1 @@
+"""Services of the operating system: ranks, memory, signals, files, terminal."""

@@ -1,0 +1,740 @@
+"""The one training loop, read downward: phases, epochs, steps; then the test split, once."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchmetrics import Metric
+
+from transfer.config.train_settings import TrainConfig
+from transfer.data.loader import Batch, Loader, Timed
+from transfer.errors import MemoryRanOut, TrainingError
+from transfer.feature_cache.loader import FeatureCache, Prefix, Source, source
+from transfer.interfaces import PrimaryMetric, Task
+from transfer.models.model import BATCH_NORM, Model
+from transfer.models.precision import Precision, autocast
+from transfer.storage import checkpoint
+from transfer.storage.run_directory import RunDirectory, Scored
+from transfer.system.signals import Interrupted, Signals
+from transfer.training import freezing
+from transfer.training.distributed import ALONE, LostProcess, Processes
+from transfer.training.events import (
+    EpochEnded,
+    EpochStarted,
+    EvaluationStarted,
+    EvaluationStep,
+    Note,
+    Observer,
+    StepEnded,
+)
+from transfer.training.freezing import Frozen
+from transfer.training.mixup import blend
+from transfer.training.scheduler import Group, Schedule, TorchPart, build_optimizer
+from transfer.training.state import EpochSums, Progress, TrainingState, nested
+
+TELL_SECONDS = 0.2
+"""Observers hear of steps this often: computing a metric for them waits for the device."""
+QUICK_BATCHES = 3
+"""Batches of each part in a quick try."""
+BRIEF_SECONDS = 2.0
+"""So much training is done again sooner than it is worth a checkpoint: shorter epochs do not each end with one."""
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase, worked out for one model.
+
+    Args:
+        epochs: Passes over the training split, at most.
+        frozen: What does not change.
+        groups: What is trained, and how fast.
+        scheduler: How the learning rates move, if they do.
+        patience: End after so many epochs without a better validation metric.
+    """
+
+    epochs: int
+    frozen: Frozen
+    groups: list[Group]
+    scheduler: TorchPart | None
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that the engine needs.
+
+    Args:
+        model: With its pretrained weights.
+        task: Loss and metrics.
+        train, validation, test: The splits' batches; without a test split the validation figures stand alone.
+        phases: In order.
+        optimizer: Which, with its options.
+        settings: How to train.
+        seed: Of everything random during training.
+        assets: What the backbone learned from the training split, for the keys of the feature cache.
+        origin: Digests of the data and of the assets, which a run that goes on must find again.
+        most_batches: No more than so many batches of each part (a quick try).
+    """
+
+    model: Model
+    task: Task
+    train: Loader
+    validation: Loader
+    test: Loader | None
+    phases: tuple[PhasePlan, ...]
+    optimizer: TorchPart
+    settings: TrainConfig
+    seed: int
+    assets: Mapping[str, str]
+    origin: Mapping[str, str]
+    most_batches: int | None = None
+
+    def features(self, loader: Loader, stages: int, *, training: bool = False) -> Source:
+        """Return a split's batches, from the feature cache where the first ``stages`` stages are frozen."""
+        if self.most_batches is not None:
+            return Source(loader, 0, {"cached": False, "why": "a quick try takes a few batches, not every example"})
+        prefix = Prefix(self.model, stages, self.assets, self.settings.precision)
+        cache = None
+        if self.settings.cache != "off":
+            limit_bytes = int(self.settings.cache_limit_gib * 2**30)
+            cache = FeatureCache(limit_bytes, verify=self.settings.cache == "verify")
+        mixed = training and self.settings.mix is not None
+        return source(cache, prefix, loader, views=self.settings.views, mixed=mixed)
+
+    def always_frozen(self) -> int:
+        """Return how many stages, from the input on, stay frozen through all phases: the test split's prefix."""
+        return min(freezing.prefix_length(self.model, phase.frozen) for phase in self.phases)
+
+    def unchanged_stages(self) -> frozenset[str]:
+        """Return the stages of which no phase changes anything, buffers included."""
+        still = [p.frozen.stages if p.frozen.batch_norm == "frozen" else frozenset() for p in self.phases]
+        return frozenset.intersection(*still)
+
+
+@dataclass
+class _Training:
+    """What the steps of the loop share.
+
+    Args:
+        experiment, run, observe, signals, processes, accelerator: As handed to :func:`fit`, or made by it.
+        forward: The model, compiled where that is wanted.
+        state: All that training changes.
+        scored: The model that is validated: the moving average where there is one.
+        seconds_before: Of the run, in the processes before this one.
+    """
+
+    experiment: Experiment
+    run: RunDirectory
+    observe: Observer
+    signals: Signals
+    processes: Processes
+    accelerator: Accelerator
+    forward: Callable[..., Tensor]
+    state: TrainingState
+    scored: Model
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    saved: float = field(default_factory=time.monotonic)
+    unsaved: bool = False
+    pending: tuple[Tensor, npt.NDArray[np.int64]] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of the run so far."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def features(self, loader: Loader, stages: int, *, training: bool = False) -> Source:
+        """Return a split's batches; of several processes the first of each machine fills the feature cache."""
+        with self.signals.at_once(), self.processes.first_here():
+            return self.experiment.features(loader, stages, training=training)
+
+
+def fit(
+    experiment: Experiment,
+    run: RunDirectory,
+    observe: Observer,
+    signals: Signals,
+    *,
+    resume: bool = False,
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
+    """Train, keep the best epoch by the validation split, score the test split once with it.
+
+    The model ends with the weights of the best epoch. Every epoch writes a line of metrics and, unless one was written
+    just before, the checkpoint ``last``.
+
+    Args:
+        experiment: What to train.
+        run: Where the run is written.
+        observe: Is told what happens.
+        signals: Are heard between two steps of the optimizer; the state is saved then.
+        resume: Go on from the checkpoint ``last``.
+        processes: That train together; each calls this function, and the first one alone writes the run.
+
+    Returns:
+        The summary: ``best_epoch``, ``validation``, ``test``, ``parameters``, ``cache``, throughput, time and memory.
+
+    Raises:
+        TrainingError: The loss is not finite, memory ran out, a checkpoint cannot be written, or another process is
+            gone.
+        RunError: The checkpoint is damaged, or does not fit the experiment.
+        Interrupted: A signal came.
+    """
+    try:
+        training = _prepare(experiment, run, observe, signals, processes)
+        if resume:
+            _restore(training)
+        return _train(training)
+    except LostProcess as error:
+        message = error.problems[0].message
+        raise LostProcess(message, fix=f"go on, in as many processes or in one, with: {run.resume_command}") from error
+
+
+def _train(training: _Training) -> dict[str, Any]:
+    """Run what is left of the phases, and score the test split."""
+    experiment, run = training.experiment, training.run
+    try:
+        for number in range(training.state.progress.phase, len(experiment.phases) + 1):
+            _train_phase(training, number)
+        if training.unsaved:
+            with training.signals.held():
+                _save(training)
+    except Interrupted as interruption:
+        if training.unsaved and not interruption.at_once:
+            _save(training)
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a loader process was killed, perhaps because memory ran out: {error}",
+            fix=f"set fewer train.workers in another run, or go on as it was with: {run.resume_command}",
+        ) from error
+    return _finish(training)
+
+
+def _prepare(
+    experiment: Experiment, run: RunDirectory, observe: Observer, signals: Signals, processes: Processes
+) -> _Training:
+    """Put the model on its device and what training changes beside it."""
+    settings, model = experiment.settings, experiment.model
+    # Accelerate keeps its state for the whole process, and refuses a second run of another precision otherwise.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision="no" if settings.precision == "fp32" else settings.precision,
+        # It takes several processes for single ones otherwise, where there is no GPU.
+        cpu=True if processes.several and not torch.cuda.is_available() else None,
+    )
+    if accelerator.num_processes != processes.own.count:
+        raise TrainingError(
+            f"{accelerator.num_processes} processes were started, and this works in {processes.own.count}",
+            fix="start it without a launcher, or with torchrun",
+        )
+    model.to(accelerator.device)
+    average = None
+    if settings.ema is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))  # type: ignore[no-untyped-call]
+    # Gradients of several processes are added up below, once per step of the optimizer, whatever a phase freezes.
+    prepared = accelerator.prepare_model(model, evaluation_mode=processes.several)
+    metrics = _metrics(experiment.task, accelerator.device)
+    unchanged = experiment.unchanged_stages()
+    base = {name: tensor for name, tensor in model.state_dict().items() if model.stage_of(name) in unchanged}
+    origin = {**experiment.origin, "base weights": checkpoint.digest(base)}
+    if processes.several:
+        processes.agree({**origin, "initial weights": checkpoint.digest(model.state_dict())})
+    return _Training(
+        experiment,
+        run,
+        observe,
+        signals,
+        processes,
+        accelerator,
+        torch.compile(prepared) if settings.compile else prepared,
+        TrainingState(model, unchanged, origin, average, accelerator.scaler, metrics),
+        model if average is None else cast("Model", average.module),
+    )
+
+
+def _restore(training: _Training) -> None:
+    """Go back to the newest checkpoint that is whole; where none was written yet, to the beginning."""
+    run, state, observe = training.run, training.state, training.observe
+    folder, processes = run.checkpoints / "last", training.processes
+    # Only the first process need see the run directory.
+    found = processes.from_first(lambda: checkpoint.load(folder) if checkpoint.exists(folder) else None)
+    if found is not None:
+        recovered = state.restore(*found, folder)
+        if recovered is not None:
+            observe(Note(f"the checkpoint before is used, because the newest is damaged: {recovered}"))
+        progress = state.progress
+        observe(Note(f"goes on after epoch {progress.epochs}, and batch {progress.epoch.batches} of the next"))
+    else:
+        observe(Note("no checkpoint was written yet: begins again"))
+    training.seconds_before = state.progress.seconds
+    if not processes.leads:
+        return
+    repaired = run.restore_metrics(state.progress.records)
+    if repaired is not None:
+        observe(Note(repaired))
+
+
+def _train_phase(training: _Training, number: int) -> None:
+    experiment, state, observe = training.experiment, training.state, training.observe
+    settings, model, progress = experiment.settings, experiment.model, state.progress
+    phase, primary = experiment.phases[number - 1], experiment.task.primary_metric
+    freezing.apply(model, phase.frozen)
+    if state.average is not None:
+        _hold_still(state.average, model, phase.frozen)
+    stages = freezing.prefix_length(model, phase.frozen)
+    train = training.features(experiment.train, stages, training=True)
+    validation = training.features(experiment.validation, stages)
+    _report_caches(training, number, train, validation)
+    if stages:
+        observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
+
+    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=state.optimizer)
+    begins = number > progress.phase
+    most, first = experiment.most_batches or sys.maxsize, progress.epochs - (0 if begins else progress.phase_epochs)
+    counts = [min(train.loader.count(first + ahead), most) for ahead in range(phase.epochs)]
+    schedule = Schedule(
+        phase.scheduler,
+        optimizer,
+        epochs=phase.epochs,
+        steps_per_epoch=[math.ceil(batches / settings.accumulate) for batches in counts],
+        warmup_epochs=0.0 if experiment.most_batches else settings.warmup_epochs,
+        higher_is_better=primary.higher_is_better,
+    )
+    with training.signals.held():  # a checkpoint names the phase whose optimizer it holds
+        if begins:
+            progress.phase, progress.phase_epochs, progress.phase_best = number, 0, None
+        state.begin_phase(optimizer, schedule)
+    scaler = training.accelerator.scaler
+    prepared_optimizer = optimizer if scaler is None else training.accelerator.prepare_optimizer(optimizer)
+    total_epochs = sum(phase.epochs for phase in experiment.phases)
+
+    while progress.phase_epochs < phase.epochs and not _gives_up(progress, phase.patience):
+        batches = counts[progress.phase_epochs]
+        observe(EpochStarted(progress.epochs + 1, total_epochs, number, len(experiment.phases), batches))
+        _train_epoch(training, train, prepared_optimizer)
+        validation_started = time.perf_counter()
+        scores = evaluate(
+            training.scored,
+            experiment.task,
+            validation,
+            settings.precision,
+            observe,
+            "validation",
+            experiment.most_batches,
+            processes=training.processes,
+            signals=training.signals,
+        )
+        with training.signals.held():
+            _end_epoch(training, scores, time.perf_counter() - validation_started)
+    if progress.phase_epochs < phase.epochs:
+        observe(Note(f"phase {number} ends after epoch {progress.epochs}: no better for {phase.patience} epochs"))
+
+
+def _train_epoch(training: _Training, train: Source, optimizer: Any) -> None:
+    """Train what is left of the epoch that is going on."""
+    experiment, progress, signals = training.experiment, training.state.progress, training.signals
+    metrics, primary = training.state.metrics, experiment.task.primary_metric.name
+    settings, sums = experiment.settings, progress.epoch
+    sizes = [len(batch) for batch in experiment.train.plan(progress.epochs)[: experiment.most_batches]]
+    if not sums.batches:
+        sums.rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        for metric in metrics.values():
+            metric.reset()
+    experiment.model.train()
+    seconds_before, waiting_before, examples_before = sums.seconds, sums.waiting_seconds, sums.examples
+    started = told = time.perf_counter()
+    left = len(sizes) - sums.batches
+    share = training.processes.share if training.processes.several else None
+    batches = Timed(train.loader.epoch(progress.epochs, first=sums.batches, most=left, share=share))
+
+    for batch in batches:  # waiting for it may be interrupted: nothing is half done then
+        with signals.held():
+            _optimizer_step(
+                training, train.first_stage, optimizer, chain([batch], islice(batches, settings.accumulate - 1)), sizes
+            )
+            now = time.perf_counter()
+            sums.seconds = seconds_before + now - started
+            sums.waiting_seconds = waiting_before + batches.seconds
+            if _save_is_due(training, sums.batches) and sums.batches < len(sizes):
+                _save(training)
+        known = sums.examples - (len(training.pending[1]) if training.pending else 0)
+        if known and now - told >= TELL_SECONDS:
+            told = now
+            value = (primary, float(metrics[primary].compute()))
+            speed = (sums.examples - examples_before) / (now - started)
+            training.observe(StepEnded(sums.batches, sums.loss_sum / known, value, speed))
+        signals.heed()
+    _settle(training)
+    sums.seconds = seconds_before + time.perf_counter() - started
+
+
+def _optimizer_step(
+    training: _Training, first_stage: int, optimizer: Any, batches: Iterable[Batch], sizes: Sequence[int]
+) -> None:
+    """Make one step of the optimizer from the gradients of one or more batches, and count them."""
+    experiment, accelerator, state = training.experiment, training.accelerator, training.state
+    processes, model = training.processes, experiment.model
+    settings, task, sums = experiment.settings, experiment.task, state.progress.epoch
+    # The batches between two steps of the optimizer weigh as one batch of all their examples.
+    together = sum(sizes[sums.batches : sums.batches + settings.accumulate])
+    for on_cpu in batches:
+        batch = on_cpu.to(accelerator.device)
+        # Dropout is a function of the seed and the batch, whatever has drawn random numbers in between.
+        _seed_step(accelerator.device, experiment.seed, state.progress.batches + sums.batches + 1, processes.own.rank)
+        with _memory(len(batch.indices)):
+            inputs, mixed = batch.inputs, None
+            if settings.mix is not None:
+                mixed = blend(inputs, settings.mix)
+                inputs = mixed.inputs
+            with autocast(settings.precision, accelerator.device):
+                outputs = training.forward(inputs, first_stage)
+            outputs = outputs.float()
+            losses = task.loss(outputs, batch.targets)
+            if mixed is not None:
+                losses = mixed.loss(losses, task.loss(outputs, batch.targets[mixed.partners]))
+            if batch.whole is not None:
+                losses = losses[: processes.counted(len(batch.whole))]
+            loss = losses.sum() / together
+            # Without loss scaling accelerate's backward and step only add checks, at half a millisecond each.
+            if accelerator.scaler is None:
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                accelerator.backward(loss)
+        losses, predictions = losses.detach(), task.predictions(outputs.detach())
+        targets, indices = batch.targets, batch.indices
+        if batch.whole is not None:
+            indices = batch.whole
+            losses, predictions, targets = processes.gather(len(indices), losses, predictions, targets)
+        for metric in state.metrics.values():
+            metric.update(predictions, targets)
+        # .item() waits for the device, so it reads the loss of the batch before, which has long been computed.
+        _settle(training)
+        training.pending = (losses.sum(), indices)
+        sums.batches, sums.examples = sums.batches + 1, sums.examples + len(indices)
+
+    if processes.several:
+        # Running statistics move by a linear rule: the mean of the processes' is that of their batches' statistics.
+        norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.training]
+        statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+        processes.add_up([parameter for parameter in model.parameters() if parameter.requires_grad], statistics)
+    if settings.clip_norm is not None:
+        if accelerator.scaler is not None:
+            # Of this optimizer alone: accelerate's own clipping unscales those of earlier phases with it.
+            accelerator.unscale_gradients(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert state.schedule is not None
+    state.schedule.after_step()
+    if state.average is not None:
+        state.average.update_parameters(model)
+    training.unsaved = True
+
+
+def rehearse(experiment: Experiment, phase: PhasePlan) -> Callable[[Batch, Batch], None]:
+    """Return a function that makes a training step of a phase as :func:`fit` does, and evaluates another batch.
+
+    The experiment's model is trained, and nothing is written. The function raises MemoryRanOut.
+    """
+    training = _prepare(experiment, RunDirectory(Path()), lambda _: None, Signals(), ALONE)
+    model, device = experiment.model, training.accelerator.device
+    freezing.apply(model, phase.frozen)
+    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=None)
+    training.state.begin_phase(optimizer, Schedule(None, optimizer, epochs=1, steps_per_epoch=1, higher_is_better=True))
+    scaler = training.accelerator.scaler
+    prepared_optimizer = optimizer if scaler is None else training.accelerator.prepare_optimizer(optimizer)
+
+    def step(trained: Batch, evaluated: Batch) -> None:
+        model.train()
+        training.pending, training.state.progress.epoch = None, EpochSums()
+        for metric in training.state.metrics.values():
+            metric.reset()
+        with _memory(len(trained.indices)):
+            _optimizer_step(training, 0, prepared_optimizer, [trained], [len(trained.indices)])
+        model.eval()
+        with _memory(len(evaluated.indices)), torch.inference_mode(), autocast(experiment.settings.precision, device):
+            model(evaluated.to(device).inputs, 0)
+
+    return step
+
+
+def _end_epoch(training: _Training, scores: dict[str, float], validation_seconds: float) -> None:
+    """Count a validated epoch, write its checkpoints and its line of metrics."""
+    experiment, run, state = training.experiment, training.run, training.state
+    progress, sums, primary = state.progress, state.progress.epoch, experiment.task.primary_metric
+    assert state.schedule is not None
+    state.schedule.after_epoch(scores[primary.name])
+    trained = {name: float(metric.compute()) for name, metric in state.metrics.items()}
+    record = {
+        "phase": progress.phase,
+        "epoch": progress.epochs + 1,
+        "train": {"loss": sums.loss_sum / sums.examples, **trained},
+        "validation": scores,
+        "lr": sums.rates,
+        "seconds": round(sums.seconds + validation_seconds, 3),
+        "examples_per_second": round(sums.examples / sums.seconds, 2),
+        "waiting_for_data": round(sums.waiting_seconds / sums.seconds, 4),
+    }
+    progress.records.append(record)
+    progress.phase_epochs += 1
+    progress.batches += sums.batches
+    progress.trained_examples += sums.examples
+    progress.trained_seconds += sums.seconds
+    progress.waiting_seconds += sums.waiting_seconds
+    progress.epoch = EpochSums()
+    reached = {"epoch": progress.epochs, "validation": scores}
+    improved = progress.best is None or _better(primary, scores, progress.best["validation"])
+    if progress.phase_best is None or _better(primary, scores, progress.phase_best["validation"]):
+        progress.phase_best = reached
+    if improved:
+        progress.best = reached
+        if training.processes.leads:
+            # Before `last`, which names it: killed in between, the epoch is trained again and ends the same.
+            state.save_best(run.checkpoints / "best")
+    if experiment.settings.checkpoint.every_steps or time.monotonic() - training.saved >= BRIEF_SECONDS:
+        _save(training)
+    if training.processes.leads:
+        run.append_metrics(record)
+    training.observe(EpochEnded(record, improved))
+
+
+def _save(training: _Training) -> None:
+    """Write the checkpoint ``last``."""
+    _settle(training)
+    training.state.progress.seconds = training.seconds
+    if training.processes.leads:
+        training.state.save(training.run.checkpoints / "last", training.experiment.settings.checkpoint.keep)
+    training.saved, training.unsaved = time.monotonic(), False
+
+
+def _save_is_due(training: _Training, batches: int) -> bool:
+    settings = training.experiment.settings
+    every = settings.checkpoint.every_steps
+    if every is not None and batches // settings.accumulate % every == 0:
+        return True
+    minutes = settings.checkpoint.every_minutes
+    return minutes is not None and time.monotonic() - training.saved >= 60 * minutes
+
+
+def _gives_up(progress: Progress, patience: int | None) -> bool:
+    best = progress.phase_best
+    return patience is not None and best is not None and progress.epochs - int(best["epoch"]) >= patience
+
+
+def _report_caches(training: _Training, number: int, train: Source, validation: Source) -> None:
+    """Note what of a phase is cached; a run that goes on should find what it found before."""
+    progress = training.state.progress
+    found = [
+        {"phase": number, "split": "train", **train.report},
+        {"phase": number, "split": "validation", **validation.report},
+    ]
+    before = [report for report in progress.caches if report["phase"] == number]
+    if before and [report["cached"] for report in before] != [report["cached"] for report in found]:
+        text = "the feature cache holds other splits than before the interruption: results may differ in the last bits"
+        training.observe(Note(text))
+    progress.caches = [report for report in progress.caches if report["phase"] < number] + found
+
+
+def _finish(training: _Training) -> dict[str, Any]:
+    """Score the test split with the best epoch's weights, and sum up."""
+    experiment, progress, processes = training.experiment, training.state.progress, training.processes
+    model, task = experiment.model, experiment.task
+    tensors, best = processes.from_first(lambda: checkpoint.load(training.run.checkpoints / "best"))
+    if progress.best is None or best["epoch"] != progress.best["epoch"]:
+        text = f"the weights of the best epoch are damaged: those of epoch {best['epoch']} are taken"
+        training.observe(Note(f"{text}: {best.get('recovered')}"))
+    model.load_state_dict(tensors["model"], strict=False)  # without the stages that never changed
+    caches, test = progress.caches, None
+    if experiment.test is not None:
+        loader = training.features(experiment.test, experiment.always_frozen())
+        caches = [*caches, {"split": "test", **loader.report}]
+        kept: list[tuple[Tensor, ...]] = []
+        precision, most = experiment.settings.precision, experiment.most_batches
+        test = evaluate(
+            model,
+            task,
+            loader,
+            precision,
+            training.observe,
+            "test",
+            most,
+            kept if processes.leads else None,
+            processes=processes,
+            signals=training.signals,
+        )
+        if most is None and processes.leads:
+            indices, *found = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            order = indices.argsort()
+            training.run.write_predictions(Scored(*(tensor[order] for tensor in found)))
+    ever_trained = {name for phase in experiment.phases for group in phase.groups for name in group.parameters}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {
+        "best_epoch": best["epoch"],
+        "epochs": progress.epochs,
+        "validation": best["validation"],
+        "test": test,
+        "primary_metric": task.primary_metric.name,
+        "parameters": {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in ever_trained)},
+        "examples_per_second": round(progress.trained_examples / progress.trained_seconds, 2),
+        "waiting_for_data": round(progress.waiting_seconds / progress.trained_seconds, 4),
+        "seconds": round(training.seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "cache": caches,
+        "device": str(training.accelerator.device),
+    }
+
+
+def evaluate(
+    model: Model,
+    task: Task,
+    source: Source,
+    precision: Precision,
+    observe: Observer,
+    split: str,
+    most_batches: int | None = None,
+    kept: list[tuple[Tensor, ...]] | None = None,
+    *,
+    processes: Processes = ALONE,
+    signals: Signals | None = None,
+) -> dict[str, float]:
+    """Return the mean loss and the metrics of a split, in eval mode and without gradients.
+
+    Of each batch the indices, and what :class:`transfer.storage.run_directory.Scored` holds, are appended to ``kept``,
+    on the CPU. Several processes compute a share of every batch each, and return the same.
+    """
+    device = next(model.parameters()).device
+    metrics = _metrics(task, device)
+    share = processes.share if processes.several else None
+    examples, loss_sum = 0, torch.zeros((), dtype=torch.float64, device=device)
+    observe(EvaluationStarted(split, min(len(source.loader), most_batches or sys.maxsize)))
+    model.eval()
+    with torch.inference_mode():
+        for step, on_cpu in enumerate(source.loader.epoch(most=most_batches, share=share), 1):
+            batch = on_cpu.to(device)
+            with _memory(len(batch.indices)), autocast(precision, device):
+                outputs = model(batch.inputs, source.first_stage)
+            outputs = outputs.float()
+            losses, predictions = task.loss(outputs, batch.targets), task.predictions(outputs)
+            targets, indices = batch.targets, batch.indices
+            confidences = task.scores(outputs).amax(1) if kept is not None or batch.whole is not None else losses
+            if batch.whole is not None:
+                indices = batch.whole
+                losses, predictions, targets, confidences = processes.gather(
+                    len(indices), losses, predictions, targets, confidences
+                )
+            loss_sum += losses.sum()
+            for metric in metrics.values():
+                metric.update(predictions, targets)
+            if kept is not None:
+                found = (predictions.cpu(), targets.cpu(), losses.cpu(), confidences.cpu())
+                kept.append((torch.from_numpy(indices), *found))
+            examples += len(indices)
+            observe(EvaluationStep(step))
+            if signals is not None:
+                signals.heed()
+    scores = {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
+    broken = [name for name, value in scores.items() if not math.isfinite(value)]
+    if broken:
+        raise TrainingError(
+            f"{' and '.join(broken)} of the {split} split is not finite",
+            fix="look for values that are not finite in the data, or lower the learning rate",
+        )
+    return scores
+
+
+def _metrics(task: Task, device: torch.device) -> dict[str, Metric]:
+    """Return a task's metrics, which see every example in every process and so have nothing to ask of the others."""
+    metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
+    for _, metric in nested(metrics):
+        metric.distributed_available_fn = _never
+    return metrics
+
+
+def _never() -> bool:
+    return False
+
+
+def _hold_still(average: AveragedModel, model: Model, frozen: Frozen) -> None:
+    """Give the average the frozen weights as they are: what is trained from now on is trained on top of these."""
+    averaged: dict[str, Tensor] = dict(average.module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in frozen.parameters:
+                averaged[name].copy_(parameter)
+
+
+def _seed_step(device: torch.device, seed: int, step: int, rank: int) -> None:
+    """Seed the generators that a model draws from; torch.manual_seed would look for every kind of device."""
+    parts = (seed, step, rank) if rank else (seed, step)
+    value = int(np.random.SeedSequence(parts).generate_state(1)[0])
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
+
+
+def _settle(training: _Training) -> None:
+    """Add the loss of the batch before to the sum, and stop where it is not finite."""
+    if training.pending is None:
+        return
+    (total, indices), training.pending = training.pending, None
+    value, progress = total.item(), training.state.progress
+    if not math.isfinite(value):
+        assert training.state.optimizer is not None
+        rates = {group["name"]: group["lr"] for group in training.state.optimizer.param_groups}
+        raise TrainingError(
+            f"the loss of epoch {progress.epochs + 1}, step {progress.epoch.batches} is {value}: "
+            f"learning rates {rates}, "
+            f"examples {indices[:16].tolist()}{'...' if len(indices) > 16 else ''} of the training split",
+            fix="lower the learning rate, or look at these examples"
+            + ("; the checkpoint `best` holds the best epoch so far" if progress.epochs else ""),
+        )
+    progress.epoch.loss_sum += value
+
+
+@contextmanager
+def _memory(examples: int) -> Iterator[None]:
+    """Say what to do when memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one; the CPU's allocator raises a plain one
+        if isinstance(error, torch.cuda.OutOfMemoryError) or should_reduce_batch_size(error):
+            raise MemoryRanOut(
+                f"memory ran out on a batch of {examples} examples",
+                fix="set a smaller train.batch_size (or train.evaluation_batch_size, or train.max_tokens), or auto",
+            ) from error
+        raise
+
+
+def _better(primary: PrimaryMetric, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
+    """Compare by the primary metric; where that is equal, as it often is on a small split, by the loss."""
+    if new[primary.name] != old[primary.name]:
+        return (new[primary.name] > old[primary.name]) == primary.higher_is_better
+    return new["loss"] < old["loss"]
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory in use so far: the device's on a GPU, the process's on the CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux

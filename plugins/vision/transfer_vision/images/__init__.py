@@ -1,0 +1,1 @@
+"""Image files: archives, decoding, validation."""

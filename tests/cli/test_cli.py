@@ -1,0 +1,328 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transfer import TransferError, __main__
+from transfer.cli import app as cli
+from transfer.runs import train as workflow
+
+
+def transfer(*arguments: str | Path, prelude: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    code = f"{prelude}\nimport sys\nfrom transfer.cli.app import main\nsys.argv[0] = 'transfer'\nmain()"
+    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRANSFER_DEBUG", None)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
+
+
+NO_TORCH = "import atexit, sys; atexit.register(lambda: print('TORCH' if 'torch' in sys.modules else 'LIGHT'))"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plugins"], ["plugins", "--json"]])
+def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
+    ended = transfer(*arguments, prelude=NO_TORCH)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "LIGHT"
+    assert ended.stderr == ""
+
+
+def test_plugins_as_json() -> None:
+    ended = transfer("plugins", "--json")
+    found = {(p["kind"], p["name"]): p for p in json.loads(ended.stdout)}
+    assert found["head", "linear"]["distribution"] == "transfer"
+
+
+def test_no_name_of_a_plugin_is_cut_off() -> None:
+    narrow = "import os; os.environ['COLUMNS'] = '80'"
+    rows = [line.split() for line in transfer("plugins", prelude=narrow).stdout.splitlines()]
+    assert rows[0] == ["kind", "name", "distribution", "version", "description"]
+    assert ["dataset", "torchvision_dataset", "transfer"] in [row[:3] for row in rows]
+
+
+PACKAGE = """
+import pathlib, sys
+package = pathlib.Path({folder!r}, "needy-1.dist-info")
+package.mkdir(parents=True)
+facts = ["Metadata-Version: 2.1", "Name: needy", "Version: 1", "Requires-Dist: not-there-at-all"]
+(package / "METADATA").write_text("\\n".join(facts))
+(package / "entry_points.txt").write_text("[transfer.heads]\\nneedy = needy:Head\\n")
+sys.path.insert(0, {folder!r})
+"""
+
+
+def test_what_cannot_be_loaded_is_listed_with_reason_and_remedy(tmp_path: Path) -> None:
+    listed = transfer("plugins", prelude=NO_TORCH + PACKAGE.format(folder=str(tmp_path / "plain")))
+    assert listed.stdout.splitlines()[-1] == "LIGHT"
+    assert "head needy is unavailable: it needs not-there-at-all, which is not installed" in listed.stdout
+    assert "fix: pip install needy" in listed.stdout
+    found = json.loads(transfer("plugins", "--json", prelude=PACKAGE.format(folder=str(tmp_path / "json"))).stdout)
+    reasons = {(p["kind"], p["name"]): (p["unavailable"], p["fix"]) for p in found}
+    assert reasons["head", "needy"] == ("it needs not-there-at-all, which is not installed", "pip install needy")
+    assert reasons["head", "linear"] == (None, None)
+
+
+def test_the_installed_command_is_this_one() -> None:
+    from importlib import metadata
+
+    (entry,) = metadata.entry_points(group="console_scripts", name="transfer")
+    assert entry.load() is __main__.command
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["check", "missing.yaml"], 2)])
+def test_the_process_ends_with_the_status_after_what_packages_do_at_its_end(arguments: list[str], status: int) -> None:
+    code = """
+import atexit, sys
+from transfer.__main__ import command
+sys.argv = ["transfer", *sys.argv[1:]]
+from transfer import cli
+app, cli.app = cli.app, lambda: (atexit.register(print, "said at the end"), app())
+command()
+"""
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == status
+    assert ended.stdout.endswith("said at the end\n")
+
+
+def test_a_mistake_is_a_panel_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "near.yaml").write_text("data: {}\nbackbone: {name: resnet}\n", encoding="utf-8")
+    ended = transfer("check", tmp_path / "naer.yaml")
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    for part in ("there is no config file", "exists", "near.yaml", "fix", "did you mean"):
+        assert part in ended.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    ended = transfer("--debug", "check", tmp_path / "nothing.yaml")
+    assert ended.returncode not in (0, 2)
+    assert "Traceback" in ended.stderr
+    assert "ConfigError" in ended.stderr
+
+
+def test_an_unknown_command_is_a_mistake_of_the_user() -> None:
+    ended = transfer("rnu")
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Return a function that runs the command line in this process: status, output, errors."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("TRANSFER_DEBUG", raising=False)
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["transfer", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_a_full_disk_is_told_in_words() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "transfer", "plugins"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert "No space left on device" in ended.stderr
+    assert "make room" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_path_that_cannot_be_written_is_named(call: Any, tmp_path: Path) -> None:
+    status, _, err = call("schema", "--output", tmp_path / "nowhere" / "schema.json")
+    assert status == 1
+    assert "No such file or directory" in err
+    assert "schema.json" in err
+
+
+def test_a_line_that_is_not_utf_8_is_named(call: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1,2,3,4\ncaf\xe9\n"), "utf-8", errors="strict"))
+    status, _, err = call("predict", folder, "-")
+    assert status == 2
+    assert "standard input, line 2" in err
+    assert "this line is not UTF-8" in err
+
+
+def test_run_prints_the_folder_last(call: Any, config_file: Path, tmp_path: Path) -> None:
+    status, out, _ = call("run", config_file, "train.phases=[{epochs: 1}]", "--output", tmp_path / "runs")
+    assert status == 0
+    folder = Path(out.splitlines()[-1])
+    assert folder.parent == tmp_path / "runs"
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["epochs"] == 1
+
+
+def test_a_quick_run(call: Any, config_file: Path, tmp_path: Path) -> None:
+    status, out, _ = call("run", config_file, "--quick", "--output", tmp_path / "runs")
+    assert status == 0
+    assert json.loads((Path(out.splitlines()[-1]) / "summary.json").read_text(encoding="utf-8"))["quick"] is True
+
+
+def test_several_seeds_and_a_comparison(call: Any, config_file: Path, tmp_path: Path) -> None:
+    one = ("run", config_file, "train.phases=[{epochs: 1}]", "--seeds", "2", "--output", tmp_path / "runs")
+    status, out, _ = call(*one)
+    assert status == 0
+    assert "mean ± standard deviation" in out
+    folder = Path(out.splitlines()[-1])
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["seeds"] == [3, 4]
+    status, again, _ = call("resume", folder)
+    assert (status, again.splitlines()[-1]) == (0, str(folder))
+    status, out, _ = call("compare", folder, folder / "seed-3", "--csv", tmp_path / "table.csv")
+    assert status == 0
+    assert "reference" in out
+    assert (tmp_path / "table.csv").is_file()
+
+
+def test_check_shows_the_plan(call: Any, config_file: Path) -> None:
+    status, out, _ = call("check", config_file, "train.phases=[{epochs: 1, freeze: backbone}]")
+    assert status == 0
+    assert "frozen" in out
+    assert "dense" in out
+
+
+def test_check_shows_every_rate_of_many_phases_on_a_narrow_console(call: Any, config_file: Path) -> None:
+    phases = ", ".join(f"{{epochs: 1, freeze: none, lr: {number}.23e-05}}" for number in range(1, 9))
+    status, out, _ = call("check", config_file, f"train.phases=[{phases}]")
+    assert status == 0
+    assert [rate for number in range(1, 9) if (rate := f"{number}.23e-05") not in out] == []
+
+
+def test_wrong_overrides_are_a_panel(call: Any, config_file: Path) -> None:
+    status, out, err = call("check", config_file, "backbone.widht=3", "head.name=linaer")
+    assert (status, out) == (2, "")
+    for part in (
+        "2 problems",
+        "backbone 'dense' has no option 'widht'",
+        "override 'backbone.widht=3'",
+        "did you mean 'width'?",
+        "did you mean 'linear'?",
+    ):
+        assert part in err
+
+
+@pytest.fixture
+def folder(config: dict[str, Any], tmp_path: Path) -> Path:
+    return workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path).folder
+
+
+def test_evaluate_as_json(call: Any, folder: Path) -> None:
+    status, out, _ = call("evaluate", folder, "--json")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert status == 0
+    assert json.loads(out) == {"test": summary["test"]}
+
+
+def test_evaluate_for_people(call: Any, folder: Path) -> None:
+    status, out, _ = call("evaluate", folder, "--split", "validation")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert status == 0
+    assert repr(summary["validation"]["accuracy"]) in out
+
+
+def test_predict_as_json(call: Any, folder: Path) -> None:
+    status, out, _ = call("predict", folder, "1,2,3,4", "0,0,0,0", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [row["input"] for row in rows] == ["1,2,3,4", "0,0,0,0"]
+    assert {row["label"] for row in rows} <= {"near", "far"}
+
+
+def test_predict_reads_lines(call: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1,2,3,4\n\n5,6,7,8\n"))
+    _, out, _ = call("predict", folder, "-", "--json")
+    assert [json.loads(line)["input"] for line in out.splitlines()] == ["1,2,3,4", "5,6,7,8"]
+
+
+def test_predict_for_people(call: Any, folder: Path) -> None:
+    status, out, _ = call("predict", folder, "1,2,3,4")
+    assert status == 0
+    assert "near" in out
+    assert "1,2,3,4" in out
+
+
+def test_predict_with_no_run(call: Any, tmp_path: Path) -> None:
+    status, _, err = call("predict", tmp_path, "1,2,3,4")
+    assert status == 2
+    assert "is no run directory" in err
+
+
+def test_show_describes_the_options(call: Any) -> None:
+    status, out, _ = call("show", "head", "linear")
+    assert status == 0
+    for part in (
+        "transfer.builtin.heads:Linear",
+        "number >= 0 and < 1",
+        "0.0",
+        "Share of the features that is dropped",
+    ):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(("optimizer", "adam"), "no kind of plugin"), (("head", "linaer"), "did you mean 'linear'?")],
+)
+def test_show_of_the_unknown(call: Any, arguments: tuple[str, str], part: str) -> None:
+    status, _, err = call("show", *arguments)
+    assert status == 2
+    assert part in err
+
+
+@pytest.mark.parametrize(("error", "status"), [(TransferError("it broke"), 1), (KeyboardInterrupt(), 130)])
+def test_other_exit_statuses(
+    call: Any, config_file: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transfer.runs.train.run", fail)
+    got, _, err = call("run", config_file)
+    assert got == status
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    prelude = "import transfer.registry as r; p = r.plugins(); r.plugins = lambda *_: p * 100"
+    code = f"{prelude}\nfrom transfer.cli.app import main\nmain()"
+    command = f"{sys.executable} -c '{code}' plugins --json | head -n 1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert ended.stdout == "[\n"
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_server_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transfer.errors import Problem
+    from transfer.registry import requirements
+
+    lacking = Problem("it needs fastapi, which is not installed", fix="pip install 'transfer[serve]'")
+    monkeypatch.setattr(requirements, "unmet", lambda distribution, extras: lacking)
+    with pytest.raises(TransferError, match="needs fastapi") as caught:
+        cli.serve(["runs/none"])
+    assert caught.value.problems[0].fix == "pip install 'transfer[serve]'"
+
+
+def test_names_of_plugins_are_whole_on_a_narrow_terminal(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call("plugins")
+    (row,) = [line for line in out.splitlines() if "torchvision_dataset" in line]
+    assert row.split()[:3] == ["dataset", "torchvision_dataset", "transfer"]
+    assert row.rstrip().endswith("…")
+    assert len(row) <= 80

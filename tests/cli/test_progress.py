@@ -1,0 +1,103 @@
+"""What a person sees."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from transfer import ConfigError
+from transfer.cli.plan import render
+from transfer.cli.progress import RunConsole, error_panel, facts_table, metrics_text
+from transfer.errors import Problem
+from transfer.runs import train as workflow
+from transfer.training.events import EpochStarted, Note, StepEnded
+
+
+def shown(*parts: Any, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    for part in parts:
+        console.print(part)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_an_error_says_what_where_what_exists_and_the_fix() -> None:
+    text = shown(error_panel(ConfigError("no such head", where="a.yaml:7", available=["linear", "mlp"], fix="use mlp")))
+    for part in ("ConfigError", "no such head", "a.yaml:7", "linear, mlp", "use mlp"):
+        assert part in text
+
+
+def test_several_problems_are_counted() -> None:
+    text = shown(error_panel(ConfigError.of([Problem("first"), Problem("second")])))
+    assert "2 problems" in text
+    assert "first" in text
+    assert "second" in text
+
+
+def test_square_brackets_are_shown_as_they_are() -> None:
+    error = ConfigError("[red]{until: x}[/red]", where="[0]", available=["[bold]"], fix="[/]")
+    text = shown(error_panel(error))
+    for part in ("[red]{until: x}[/red]", "[0]", "[bold]", "[/]"):
+        assert part in text
+    assert "[/]" in shown(facts_table({"a": "[/]"}))
+
+
+def test_values_are_shown_for_people() -> None:
+    text = shown(
+        facts_table({"some_thing": 0.123456, "n": 12345, "on": True, "none": None, "l": [1, 2.5], "m": {"a": 1}})
+    )
+    for part in ("some thing", "0.1235", "12,345", "true", "none  ", "1, 2.5", "a 1"):
+        assert part in text
+    assert metrics_text({"loss": 0.51234, "accuracy": 0.9}) == "loss 0.5123  accuracy 0.9000"
+
+
+def test_a_run_on_no_terminal_is_plain_lines(config: dict[str, Any], tmp_path: Path) -> None:
+    file = io.StringIO()
+    with RunConsole(Console(file=file, width=200)) as observe:
+        workflow.run(config, ["train.phases=[{epochs: 2}]"], output=tmp_path, observe=observe)
+    text = file.getvalue()
+    assert "\x1b" not in text
+    lines = [line for line in text.splitlines() if line.startswith("epoch ")]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
+    assert "best" in lines[0]
+    assert "done" in text
+    assert "160" not in text.partition("done")[2]
+
+
+def test_a_run_on_a_terminal_shows_the_same_results(config: dict[str, Any], tmp_path: Path) -> None:
+    file = io.StringIO()
+    with RunConsole(Console(file=file, width=200, force_terminal=True)) as observe:
+        workflow.run(config, output=tmp_path, observe=observe)
+    assert "epoch 2/2" in file.getvalue()
+    assert "best epoch" in file.getvalue()
+
+
+def test_long_epochs_on_no_terminal_show_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transfer.cli.progress.PLAIN_LINE_SECONDS", 0.0)
+    file = io.StringIO()
+    with RunConsole(Console(file=file, width=200)) as observe:
+        observe(EpochStarted(1, 3, 1, 1, 50))
+        observe(StepEnded(7, 0.25, ("accuracy", 0.5), 1234.0))
+    assert "epoch 1/3  step 7/50  loss 0.2500  accuracy 0.5000  1,234 examples/s" in file.getvalue()
+
+
+def test_a_note_is_shown() -> None:
+    file = io.StringIO()
+    with RunConsole(Console(file=file, width=80)) as observe:
+        observe(Note("pretrained weights", {"found": 400_000}))
+    assert "pretrained weights" in file.getvalue()
+    assert "400,000" in file.getvalue()
+
+
+def test_the_plan_is_shown_stage_by_stage(config: dict[str, Any]) -> None:
+    phases = "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, freeze: {until: first}, lr: 0.5}]"
+    text = shown(*render(*workflow.check(config, [phases])), width=150)
+    rows = {line.split()[0]: line for line in text.splitlines() if line.split()}
+    assert rows["first"].count("frozen") == 2
+    assert "frozen" in rows["second"]
+    assert "lr 0.5" in rows["second"]
+    assert rows["head"].count("lr") == 2
+    assert "phase 2: 2 epochs" in text

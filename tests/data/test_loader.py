@@ -1,0 +1,409 @@
+"""From raw examples to batches."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import random
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from transfer import DataError, Preprocessing, Split
+from transfer.data import loader as loading
+from transfer.data.loader import Batch, Loader, Timed, encode, move
+
+
+class Ragged(Preprocessing):
+    """Lists of numbers, padded with zeros; a negative one cannot be encoded."""
+
+    encode_once: ClassVar[bool] = True
+
+    def encode(self, values: Sequence[Any]) -> list[Tensor]:
+        for value in values:
+            if min(value) < 0:
+                raise ValueError("a number is negative")
+        return [torch.tensor(value, dtype=torch.float32) for value in values]
+
+    def collate(self, encoded: Sequence[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(encoded), batch_first=True)
+
+    def length(self, encoded: Tensor) -> int:
+        return len(encoded)
+
+    def read(self, source: str) -> Any:
+        return [float(source)]
+
+
+class Lazy(Ragged):
+    """The same, encoded batch by batch."""
+
+    encode_once: ClassVar[bool] = False
+
+
+class Noisy(Lazy):
+    """The same with noise from every global generator."""
+
+    def augment(self, encoded: Tensor) -> Tensor:
+        return encoded + torch.rand(1) + float(np.random.rand()) + random.random()
+
+
+class NoisyOnce(Noisy):
+    """Noise upon what was encoded once."""
+
+    encode_once: ClassVar[bool] = True
+
+
+def split(count: int = 50, *, longest: int = 12) -> Split:
+    lengths = np.random.default_rng(1).integers(1, longest + 1, count)
+    return Split({"x": [[float(i)] * n for i, n in enumerate(lengths)]}, np.arange(count) % 3)
+
+
+def loader(preprocessing: Preprocessing, part: Split | None = None, **options: Any) -> Loader:
+    return Loader(part or split(), ("x",), preprocessing, **{"batch_size": 8, "training": True, **options})
+
+
+def batches(made: Loader, epoch: int = 0) -> list[Batch]:
+    return list(made.epoch(epoch))
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets) and np.array_equal(a.indices, b.indices)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("preprocessing", [Ragged(), Lazy(), Noisy(), NoisyOnce()])
+def test_batches_are_a_function_of_seed_and_epoch(preprocessing: Preprocessing) -> None:
+    one = loader(preprocessing, seed=5)
+    first, second = batches(one, 0), batches(one, 1)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    assert same(batches(loader(preprocessing, seed=5), 1), second)
+    assert same(batches(one, 0), first)
+    assert not same(first, second)
+    assert not same(batches(loader(preprocessing, seed=6), 0), first)
+
+
+@pytest.mark.parametrize("preprocessing", [Lazy(), Noisy(), NoisyOnce()])
+def test_the_number_of_workers_changes_nothing(preprocessing: Preprocessing) -> None:
+    assert same(batches(loader(preprocessing, workers=2), 3), batches(loader(preprocessing, workers=0), 3))
+
+
+def test_augmentation_differs_by_example_and_epoch() -> None:
+    part = Split({"x": [[0.0]] * 40}, np.zeros(40, dtype=np.int64))
+    made = loader(Noisy(), part)
+    drawn = [{round(float(v), 5) for batch in batches(made, epoch) for v in batch.inputs} for epoch in (0, 1)]
+    assert len(drawn[0]) == len(drawn[1]) == 40
+    assert len(drawn[0] | drawn[1]) == 80
+
+
+def test_augmentation_leaves_the_global_generators_alone() -> None:
+    def states() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    made = loader(Noisy()).epoch()
+    next(made)
+    before = states()
+    assert len(list(made)) == 6
+    assert states() == before
+
+
+def test_evaluation_is_not_augmented() -> None:
+    made = loader(Noisy(), training=False)
+    assert same(batches(made, 0), batches(made, 1))
+    for batch in batches(made):
+        assert torch.equal(batch.inputs[:, 0], torch.as_tensor(batch.indices, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("preprocessing", [Ragged(), Lazy()])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 50, 1000])
+def test_every_example_comes_exactly_once(preprocessing: Preprocessing, training: bool, count: int) -> None:
+    made = loader(preprocessing, split(count), training=training)
+    found = np.concatenate([batch.indices for batch in batches(made)])
+    assert sorted(found.tolist()) == list(range(count))
+    assert len(made) == len(batches(made))
+
+
+def test_inputs_and_targets_belong_to_the_indices() -> None:
+    for batch in batches(loader(Ragged())):
+        assert batch.inputs[:, 0].tolist() == batch.indices.tolist()
+        assert batch.targets.tolist() == (batch.indices % 3).tolist()
+        assert batch.targets.dtype == torch.int64
+
+
+def test_a_last_batch_of_one_joins_the_batch_before_in_training() -> None:
+    sizes = [len(batch) for batch in loader(Lazy(), split(17)).plan(0)]
+    assert sizes == [8, 9]
+    assert [len(batch) for batch in loader(Lazy(), split(17), training=False).plan(0)] == [8, 8, 1]
+    assert [len(batch) for batch in loader(Lazy(), split(1)).plan(0)] == [1]
+
+
+def padding_share(made: Loader) -> float:
+    inputs = [batch.inputs for batch in batches(made)]
+    lengths = sum(len(value) for value in made.split.fields["x"])
+    return 1 - lengths / sum(tensor.numel() for tensor in inputs)
+
+
+def test_buckets_save_padding() -> None:
+    part = split(800, longest=100)
+    without, with_buckets = (padding_share(loader(Ragged(), part, bucket=b)) for b in (False, True))
+    assert without > 0.3
+    assert with_buckets < 0.1
+
+
+def test_buckets_stay_random() -> None:
+    made = loader(Ragged(), split(800, longest=100))
+    first, second = made.plan(0), made.plan(1)
+    assert not any(set(a) == set(b) for a in first for b in second)
+    lengths = [max(len(made.split.fields["x"][i]) for i in batch) for batch in first]
+    assert lengths != sorted(lengths)
+
+
+def test_evaluation_goes_from_long_to_short() -> None:
+    made = loader(Ragged(), training=False)
+    lengths = [len(made.split.fields["x"][i]) for batch in made.plan(0) for i in batch]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_an_epoch_can_begin_and_end_in_the_middle() -> None:
+    made = loader(Noisy())
+    whole = batches(made, 2)
+    assert same(list(made.epoch(2, first=3)), whole[3:])
+    assert same(list(made.epoch(2, first=1, most=2)), whole[1:3])
+    assert list(made.epoch(2, first=len(whole))) == []
+
+
+BROKEN = Split({"x": [[1.0], [2.0], [-3.0], [4.0]]}, np.zeros(4, dtype=np.int64), ["a", "b", "c.txt", "d"])
+
+
+def test_what_cannot_be_encoded_once_is_named() -> None:
+    with pytest.raises(DataError, match="a number is negative") as caught:
+        loader(Ragged(), BROKEN)
+    assert caught.value.problems[0].where == "c.txt"
+
+
+def test_what_cannot_be_encoded_in_a_batch_is_named() -> None:
+    with pytest.raises(DataError, match="a number is negative") as caught:
+        batches(loader(Lazy(), BROKEN))
+    assert caught.value.problems[0].where == "c.txt"
+
+
+def test_a_batch_that_fails_as_a_whole_says_so() -> None:
+    class Choosy(Lazy):
+        def encode(self, values: Sequence[Any]) -> list[Tensor]:
+            if len(values) > 1:
+                raise ValueError("too many")
+            return super().encode(values)
+
+    with pytest.raises(DataError, match="a batch cannot be encoded: too many"):
+        encode(Choosy(), [[1.0], [2.0]], [0, 1], str)
+
+
+def test_tuples_of_tensors_move_as_a_whole() -> None:
+    moved = move((torch.zeros(1), (torch.ones(2), torch.ones(3))), torch.device("meta"))
+    assert [moved[0].device.type, moved[1][0].device.type, moved[1][1].shape] == ["meta", "meta", (3,)]
+
+
+def test_iterating_leaves_the_global_generators_alone() -> None:
+    made = loader(Noisy())
+    before = torch.get_rng_state().tolist()
+    batches(made)
+    assert torch.get_rng_state().tolist() == before
+
+
+def test_no_bucket_leaves_a_batch_of_one() -> None:
+    made = loader(Ragged(), split(8 * 50 * 2 + 1), batch_size=8)
+    sizes = [len(batch) for batch in made.plan(0)]
+    assert min(sizes) > 1
+    assert max(sizes) <= 9
+
+
+def test_what_cannot_be_encoded_in_a_loader_process_is_named() -> None:
+    with pytest.raises(DataError, match="a number is negative") as caught:
+        batches(loader(Lazy(), BROKEN, workers=2))
+    assert caught.value.problems[0].where == "c.txt"
+
+
+# ------------------------------------------------------------------------------------------------ batches by their cost
+
+
+def costs(made: Loader, epoch: int = 0) -> list[int]:
+    """Return the size of each batch when padded to its longest example."""
+    assert made.lengths is not None
+    return [len(batch) * int(made.lengths[batch].max()) for batch in made.plan(epoch)]
+
+
+def by_tokens(part: Split | None = None, max_tokens: int = 40, **options: Any) -> Loader:
+    return loader(Ragged(), part, batch_size=None, max_tokens=max_tokens, **options)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bucket", [True, False, 3])
+def test_a_batch_costs_no_more_than_it_may(training: bool, bucket: bool | int) -> None:
+    made = by_tokens(split(400), training=training, bucket=bucket)
+    for epoch in range(3):
+        plan = made.plan(epoch)
+        assert sorted(np.concatenate(plan).tolist()) == list(range(400))
+        assert max(costs(made, epoch)) <= 40
+        assert made.count(epoch) == len(plan) == len(batches(made, epoch))
+
+
+def test_no_batch_has_room_for_the_first_example_of_the_next() -> None:
+    made = by_tokens(split(400), bucket=False)
+    assert made.lengths is not None
+    plan = made.plan(0)
+    for batch, following in itertools.pairwise(plan):
+        together = [*batch, following[0]]
+        assert len(together) * int(made.lengths[together].max()) > 40
+
+
+def test_an_example_that_costs_more_alone_is_a_batch_of_its_own() -> None:
+    part = Split({"x": [[1.0] * n for n in (3, 90, 4, 2)]}, np.zeros(4, dtype=np.int64))
+    for bucket in (True, False):
+        plan = by_tokens(part, bucket=bucket).plan(0)
+        assert [1] in [batch.tolist() for batch in plan]
+        assert sorted(np.concatenate(plan).tolist()) == [0, 1, 2, 3]
+
+
+def test_the_number_of_batches_may_differ_between_epochs() -> None:
+    made = by_tokens(split(400), bucket=False)
+    assert len({made.count(epoch) for epoch in range(8)}) > 1
+    assert len(made) == made.count(0)
+
+
+def test_buckets_need_fewer_batches_for_the_same_cost() -> None:
+    part = split(800, longest=100)
+    plain, buckets = (by_tokens(part, 1000, bucket=bucket).count(0) for bucket in (False, True))
+    assert buckets < 0.75 * plain
+
+
+def test_the_prefix_of_a_cache_ignores_what_a_batch_may_cost() -> None:
+    sizes = [len(batch) for batch in by_tokens(split(50)).in_fixed_order(16, augment=False).plan(0)]
+    assert sizes == [16, 16, 16, 2]
+
+
+def test_larger_pools_save_more_padding() -> None:
+    part = split(800, longest=100)
+    shares = [padding_share(loader(Ragged(), part, bucket=batches)) for batches in (1, 4, True)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.25
+
+
+def test_lengths_that_are_known_are_not_counted_one_by_one() -> None:
+    class Known(Ragged):
+        def length(self, encoded: Tensor) -> int:
+            raise AssertionError("one value is measured")
+
+        def lengths(self, encoded: Sequence[Any]) -> np.ndarray[Any, Any]:
+            return np.array([len(value) for value in encoded])
+
+    assert same(batches(loader(Known())), batches(loader(Ragged())))
+
+
+# ---------------------------------------------------------------------------------------------- kept in memory
+
+
+class Kept(Preprocessing):
+    """Vectors that are augmented in place, and a count of what was encoded."""
+
+    limit: int | None
+    encoded: list[int]
+
+    @property
+    def keep_bytes(self) -> int | None:
+        return self.limit
+
+    def encode(self, values):
+        self.encoded.append(len(values))
+        return [torch.tensor(value) for value in values]
+
+    def collate(self, encoded):
+        return torch.stack(encoded)
+
+    def read(self, source):
+        return [float(source)]
+
+    def augment(self, encoded):
+        return encoded.mul_(torch.rand(1))
+
+
+def kept_loader(limit: int | None, **options: object) -> Loader:
+    preprocessing = Kept()
+    preprocessing.limit, preprocessing.encoded = limit, []
+    split = Split({"point": [[float(i), 1.0, 2.0, 3.0] for i in range(40)]}, np.arange(40) % 2)
+    return Loader(split, ("point",), preprocessing, batch_size=8, training=True, **options)
+
+
+def sums(loader: Loader, epoch: int) -> list[torch.Tensor]:
+    return [batch.inputs.clone() for batch in loader.epoch(epoch)]
+
+
+def test_values_that_fit_are_encoded_once_and_batches_stay_the_same() -> None:
+    kept, plain = kept_loader(40 * 16), kept_loader(0)
+    for epoch in (0, 1, 2, 0):
+        assert all(torch.equal(a, b) for a, b in zip(sums(kept, epoch), sums(plain, epoch), strict=True))
+    assert sum(kept.preprocessing.encoded) == 40
+    assert sum(plain.preprocessing.encoded) == 4 * 40
+
+
+def test_a_split_that_does_not_fit_is_not_kept() -> None:
+    loader = kept_loader(40 * 16 - 1)
+    sums(loader, 0), sums(loader, 1)
+    assert not loader.examples.kept.values
+    assert sum(loader.preprocessing.encoded) == 80 + loading.MEASURED_EXAMPLES
+
+
+def test_by_default_half_of_the_available_memory_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_bytes", lambda: 2 * 40 * 16)
+    fits = kept_loader(None)
+    sums(fits, 0)
+    assert len(fits.examples.kept.values) == 40
+    monkeypatch.setattr(loading, "available_bytes", lambda: 2 * 40 * 16 - 2)
+    too_large = kept_loader(None)
+    sums(too_large, 0)
+    assert not too_large.examples.kept.values
+
+
+def test_values_larger_than_those_measured_do_not_pass_the_limit() -> None:
+    loader = kept_loader(40 * 16)
+    loader.examples.measure()
+    loader.examples.kept._room_bytes = 100
+    sums(loader, 0)
+    assert len(loader.examples.kept.values) == loading.MEASURED_EXAMPLES + 100 // 16
+    assert all(torch.equal(a, b) for a, b in zip(sums(loader, 1), sums(kept_loader(0), 1), strict=True))
+
+
+def test_a_split_that_is_used_once_is_not_kept() -> None:
+    loader = kept_loader(None, repeated=False)
+    sums(loader, 0)
+    assert not loader.examples.kept.values
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_loader_processes_begin_when_all_is_in_memory() -> None:
+    loader, plain = kept_loader(None, workers=2), kept_loader(0)
+    for epoch in (0, 1):
+        assert loader.examples.fills == (epoch == 0) or not loader.examples.kept.measured
+        assert all(torch.equal(a, b) for a, b in zip(sums(loader, epoch), sums(plain, epoch), strict=True))
+    assert sum(loader.preprocessing.encoded) == 40
+    assert not pickle.loads(pickle.dumps(loader.examples)).kept.values
+
+
+def test_waiting_is_timed() -> None:
+    def slow():
+        for _ in range(3):
+            time.sleep(0.01)
+            yield Batch(torch.zeros(1), torch.zeros(1), np.zeros(1, dtype=np.int64))
+
+    timed = Timed(slow())
+    assert len(list(timed)) == 3
+    assert 0.03 <= timed.seconds < 1

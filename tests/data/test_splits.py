@@ -1,0 +1,180 @@
+"""From the splits of a dataset to those of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from transfer import Data, DataError, DataSpec, Split
+from transfer.data.splits import complete, count_classes, cut
+
+
+def split(targets: npt.ArrayLike, first: int = 0) -> Split:
+    targets = np.asarray(targets)
+    return Split({"x": list(range(first, first + len(targets)))}, targets)
+
+
+def ids(part: Split) -> list[int]:
+    return list(part.fields["x"])
+
+
+def data(target: Any = "class", **splits: Split) -> Data:
+    return Data(DataSpec(("x",), target, ("a", "b", "c")), splits)
+
+
+HALVES = [0, 1] * 50
+
+
+def test_all_three_splits_stay_as_they_are() -> None:
+    given = data(train=split(HALVES), validation=split([0, 1], 100), test=split([1, 0, 1], 200))
+    found = complete(given, validation=0.5, limit=None)
+    assert {name: ids(part) for name, part in found.items()} == {name: ids(part) for name, part in given.splits.items()}
+
+
+def test_a_validation_split_alone_is_scored_once_at_the_end() -> None:
+    found = complete(data(train=split(HALVES), validation=split([0, 1, 0], 500)), validation=0.1, limit=None)
+    assert ids(found["test"]) == [500, 501, 502]
+    assert (len(found["train"]), len(found["validation"])) == (90, 10)
+    assert sorted(ids(found["train"]) + ids(found["validation"])) == list(range(100))
+
+
+def test_validation_is_cut_from_train_and_test_is_left_alone() -> None:
+    found = complete(data(train=split(HALVES), test=split([0, 1], 500)), validation=0.2, limit=None)
+    assert {name: len(part) for name, part in found.items()} == {"train": 80, "validation": 20, "test": 2}
+
+
+def test_without_test_data_there_is_no_test_split() -> None:
+    assert set(complete(data(train=split(HALVES)), validation=0.1, limit=None)) == {"train", "validation"}
+
+
+def test_a_cut_is_stratified() -> None:
+    left, taken = cut(split([0] * 70 + [1] * 20 + [2] * 10), 0.1)
+    assert np.bincount(taken.targets).tolist() == [7, 2, 1]
+    assert np.bincount(left.targets).tolist() == [63, 18, 9]
+
+
+def test_a_cut_is_always_the_same_and_keeps_the_order() -> None:
+    first, second = (cut(split(HALVES), 0.3) for _ in range(2))
+    assert [ids(part) for part in first] == [ids(part) for part in second]
+    for part in first:
+        assert ids(part) == sorted(ids(part))
+
+
+def test_a_cut_is_random() -> None:
+    _, taken = cut(split([0] * 100), 0.1)
+    assert ids(taken) != list(range(10))
+
+
+@pytest.mark.parametrize(("count", "share", "taken"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.99, 9), (10, 0.25, 2)])
+def test_a_class_gives_and_keeps_at_least_one(count: int, share: float, taken: int) -> None:
+    left, off = cut(split([0] * count), share)
+    assert (len(left), len(off)) == (count - taken, taken)
+
+
+def test_a_class_of_one_example_stays_in_training() -> None:
+    left, taken = cut(split([0] * 9 + [1]), 0.5)
+    assert set(left.targets.tolist()) == {0, 1}
+    assert set(taken.targets.tolist()) == {0}
+
+
+@pytest.mark.parametrize("targets", [[0], [0, 1, 2]])
+def test_too_few_to_cut_from_is_refused(targets: list[int]) -> None:
+    with pytest.raises(DataError, match="too few to cut"):
+        cut(split(targets), 0.5)
+
+
+def test_an_empty_split_cannot_be_cut() -> None:
+    with pytest.raises(DataError, match="too few to cut"):
+        cut(split(np.zeros(0, dtype=np.int64)), 0.5)
+
+
+def test_numbers_are_cut_as_a_whole() -> None:
+    left, taken = cut(split(np.arange(40, dtype=np.float32).reshape(20, 2)), 0.25)
+    assert (len(left), len(taken)) == (15, 5)
+
+
+def test_the_limit_is_per_class_and_takes_the_first() -> None:
+    given = data(train=split([0, 0, 0, 1, 1, 2]), validation=split([2, 1, 0, 0], 10), test=split([0, 0, 0], 20))
+    found = complete(given, validation=0.1, limit=2)
+    assert ids(found["train"]) == [0, 1, 3, 4, 5]
+    assert ids(found["validation"]) == [10, 11, 12, 13]
+    assert ids(found["test"]) == [20, 21]
+
+
+def test_the_limit_of_numbers_is_over_the_split() -> None:
+    targets = np.zeros((9, 1), dtype=np.float32)
+    found = complete(data("number", train=split(targets), validation=split(targets)), validation=0.5, limit=4)
+    assert ids(found["test"]) == [0, 1, 2, 3]
+    assert len(found["train"]) == 4
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_an_empty_split_is_refused(name: str) -> None:
+    splits = {part: split(HALVES) for part in ("train", "validation", "test")}
+    splits[name] = split(np.zeros(0, dtype=np.int64))
+    with pytest.raises(DataError, match=f"the {name} split is empty"):
+        complete(data(**splits), validation=0.1, limit=None)
+
+
+def test_an_empty_split_is_refused_under_a_limit_too() -> None:
+    empty = split(np.zeros(0, dtype=np.int64))
+    with pytest.raises(DataError, match="the test split is empty"):
+        complete(data(train=split(HALVES), test=empty), validation=0.1, limit=3)
+
+
+def test_one_class_alone_cannot_be_learned() -> None:
+    with pytest.raises(DataError, match="holds the class 'b' alone"):
+        complete(data(train=split([1] * 10)), validation=0.1, limit=None)
+
+
+@pytest.mark.parametrize("splits", [{"test": [0, 1]}, {"train": [0, 1], "dev": [0, 1]}])
+def test_splits_of_other_names_are_refused(splits: dict[str, list[int]]) -> None:
+    with pytest.raises(DataError) as caught:
+        complete(data(**{name: split(targets) for name, targets in splits.items()}), validation=0.1, limit=None)
+    assert caught.value.problems[0].available == ("train", "validation", "test")
+
+
+def test_classes_are_counted() -> None:
+    assert count_classes(split([0, 2, 2]), ("a", "b", "c")) == {"a": 1, "b": 0, "c": 2}
+    assert count_classes(split(np.zeros((3, 1), dtype=np.float32)), ("x",)) == {}
+
+
+# --------------------------------------------------------------------------------------------------------------- groups
+
+
+def grouped(targets: list[int], groups: list[int]) -> Split:
+    return Split({"x": list(range(len(targets)))}, np.array(targets), (), np.array(groups))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.95])
+def test_groups_are_cut_as_a_whole_and_classes_alike(share: float) -> None:
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(60), generator.integers(1, 8, 60))
+    whole = grouped(generator.integers(0, 3, len(groups)).tolist(), groups.tolist())
+    left, taken = cut(whole, share)
+    assert not set(left.groups.tolist()) & set(taken.groups.tolist())
+    assert sorted(ids(left) + ids(taken)) == list(range(len(whole)))
+    for target in range(3):
+        part = (taken.targets == target).sum() / (whole.targets == target).sum()
+        assert abs(part - share) < 0.05
+    assert ids(cut(whole, share)[1]) == ids(taken)
+
+
+def test_large_groups_give_and_keep_at_least_one() -> None:
+    for share in (0.01, 0.99):
+        left, taken = cut(grouped([0, 1] * 10, [0] * 12 + [1] * 8), share)
+        assert {len(left), len(taken)} == {8, 12}
+
+
+def test_one_group_cannot_be_cut() -> None:
+    with pytest.raises(DataError, match="all examples are of one group"):
+        cut(grouped([0, 1, 0, 1], [7, 7, 7, 7]), 0.5)
+
+
+def test_validation_is_cut_by_groups_too() -> None:
+    found = complete(data(train=grouped([0, 1] * 20, (np.arange(40) // 4).tolist())), validation=0.2, limit=None)
+    assert len(found["validation"]) == 8
+    assert not set(found["train"].groups.tolist()) & set(found["validation"].groups.tolist())

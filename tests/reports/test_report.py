@@ -1,0 +1,320 @@
+"""The report of a run: its figures against torchmetrics, what is in it for each task, and what keeps it away."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Dense, PointPreprocessing, Points
+from torchmetrics.classification import MulticlassPrecision, MulticlassRecall, MultilabelF1Score
+from torchmetrics.functional.classification import (
+    binary_calibration_error,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+)
+from torchmetrics.functional.regression import r2_score
+
+import transfer
+from transfer import Data, DataSpec, Occlusion, RunError, Split
+from transfer.registry import entry_points as registry
+from transfer.reports import charts
+from transfer.reports.metrics import Bin, calibrate, confusion, most_confused, of_classes, of_labels, residuals
+from transfer.runs import train as workflow
+from transfer.training.events import Note
+
+DRAWN = torch.Generator().manual_seed(0)
+
+
+def drawn(*size: int) -> torch.Tensor:
+    return torch.rand(*size, generator=DRAWN)
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def test_figures_of_classes_are_those_of_torchmetrics() -> None:
+    predictions, targets = (drawn(200) * 5).long(), (drawn(200) * 5).long()
+    matrix = confusion(predictions, targets, 5)
+    assert torch.equal(matrix, multiclass_confusion_matrix(predictions, targets, 5))
+    found = of_classes(matrix)
+    oracles = {"precision": MulticlassPrecision(5, average=None), "recall": MulticlassRecall(5, average=None)}
+    for name, oracle in oracles.items():
+        assert [getattr(one, name) for one in found] == pytest.approx(oracle(predictions, targets).tolist())
+    assert [one.f1 for one in found] == pytest.approx(multiclass_f1_score(predictions, targets, 5, None).tolist())
+    assert [one.support for one in found] == torch.bincount(targets, minlength=5).tolist()
+
+
+def test_a_class_that_is_nowhere_has_no_figures_and_one_that_is_never_said_no_precision() -> None:
+    nowhere, never_said = of_classes(confusion(torch.tensor([2, 2]), torch.tensor([1, 2]), 3))[:2]
+    assert (nowhere.precision, nowhere.recall, nowhere.f1, nowhere.support) == (None, None, None, 0)
+    assert (never_said.precision, never_said.recall, never_said.f1, never_said.support) == (None, 0.0, 0.0, 1)
+
+
+def test_the_most_frequent_mistakes_come_first_and_right_ones_are_none() -> None:
+    assert most_confused(torch.tensor([[9, 1, 0], [3, 9, 0], [0, 2, 9]]), 2) == [(1, 0, 3), (2, 1, 2)]
+    assert most_confused(torch.diag(torch.tensor([4, 5])), 3) == []
+
+
+def test_figures_of_labels_are_those_of_torchmetrics() -> None:
+    probabilities, targets = drawn(50, 3), (drawn(50, 3) > 0.6).long()
+    found = of_labels(probabilities >= 0.4, targets > 0)
+    oracle = MultilabelF1Score(3, threshold=0.4, average=None)
+    assert [one.f1 for one in found] == pytest.approx(oracle(probabilities, targets).tolist())
+
+
+def test_the_calibration_error_is_that_of_torchmetrics() -> None:
+    probabilities, right = drawn(500), drawn(500) < 0.7
+    found = calibrate(probabilities, right)
+    assert found.error == pytest.approx(float(binary_calibration_error(probabilities, right.long(), 15)), abs=1e-6)
+    assert sum(one.count for one in found.bins) == 500
+    assert found.right == pytest.approx(right.float().mean().item())
+    certain = calibrate(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, True, True]))
+    assert certain.error == 0
+    assert [one.count for one in certain.bins] == [1, 2]
+    assert 0 < Bin(0.9, 1.0, 10, 0.95, 1.0).standard_error < 0.2
+
+
+def test_residuals_are_those_of_torchmetrics() -> None:
+    targets = drawn(40, 2)
+    predictions = targets + drawn(40, 2) / 5
+    for place, found in enumerate(residuals(predictions, targets)):
+        said, true = predictions[:, place], targets[:, place]
+        assert found.explained == pytest.approx(float(r2_score(said, true)), abs=1e-5)
+        assert found.mean_absolute == pytest.approx(float((said - true).abs().mean()))
+        assert found.bias == pytest.approx(float((said - true).mean()))
+    assert residuals(torch.zeros(2, 1), torch.ones(2, 1))[0].explained is None
+
+
+# ------------------------------------------------------------------------------------------------------------- charts
+
+ODD = {
+    "one point": charts.lines("a", {"x": [(1.0, 0.5)]}),
+    "all alike": charts.lines("a", {"x": [(1.0, 0.5), (2.0, 0.5)], "y": [(1.0, 0.5)]}),
+    "tiny rates": charts.lines("a", {"x": [(1.0, 1e-9), (2.0, 1e-3)]}, log=True),
+    "one rate": charts.lines("a", {"x": [(1.0, 1e-9)]}, log=True),
+    "many lines": charts.lines("a", {f"layer {i}": [(1.0, i), (2.0, -i)] for i in range(30)}),
+    "one number": charts.scatter("<a>", [(2.0, 2.0)], "x", "y"),
+    "many numbers": charts.scatter("a", [(i * 1.0, -i * 1e6) for i in range(9000)], "x", "y"),
+    "empty classes": charts.matrix("a", [[0, 0], [0, 0]], ["<b>", "\x1b" * 40]),
+    "many classes": charts.matrix("a", [[1] * 40] * 40, [f"class {i}" for i in range(40)]),
+    "no time": charts.shares("a", {"x": 0.0, "y": 1.0}, "s"),
+    "one bin": charts.reliability("a", calibrate(torch.ones(1), torch.ones(1) > 0)),
+}
+
+
+@pytest.mark.parametrize("svg", ODD.values(), ids=ODD.keys())
+def test_a_chart_is_xml_and_stays_inside_its_frame(svg: str) -> None:
+    root = ET.fromstring(charts.alone(svg))
+    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    numbers = [float(n) for e in root.iter() for n in re.findall(r"-?\d+\.?\d*", e.attrib.get("points", ""))]
+    for element in root.iter():
+        if "cx" in element.attrib:
+            numbers += [float(element.attrib["cx"]), float(element.attrib["cy"])]
+        assert float(element.attrib.get("x", "0").rstrip("%")) <= width
+    assert all(0 <= number <= max(width, height) for number in numbers)
+    assert "nan" not in svg
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+class TakenApart(PointPreprocessing):
+    """Explains a point by its numbers."""
+
+    def occlusions(self, value: Any) -> list[Occlusion]:
+        return [Occlusion(f"{number:.1f} ", [*value[:i], 0.0, *value[i + 1 :]]) for i, number in enumerate(value)]
+
+
+class Explaining(Dense):
+    """The tiny backbone, which explains itself."""
+
+    @property
+    def preprocessing(self) -> TakenApart:
+        return TakenApart()
+
+
+class Labelled(Points):
+    """Points, each with two labels that its first two numbers say."""
+
+    @property
+    def spec(self) -> DataSpec:
+        return DataSpec(("point",), "labels", ("<first>", "second"))
+
+    def load(self) -> Data:
+        generator = np.random.default_rng(0)
+        points = generator.normal(size=(self.count, 4))
+        split = Split({"point": [row.tolist() for row in points]}, (points[:, :2] > 0).astype(np.float32))
+        half = np.arange(self.count) % 2 == 0
+        parts = {"train": split.select(np.flatnonzero(half)), "test": split.select(np.flatnonzero(~half))}
+        return Data(self.spec, parts)
+
+
+def page(run: transfer.Run) -> str:
+    return (run.folder / "report.html").read_text(encoding="utf-8")
+
+
+def words(html: str) -> str:
+    """Return what a page says, in one line."""
+    return " ".join(re.sub(r"<[^>]*>", " ", html.split("<body>")[1]).split())
+
+
+@pytest.fixture
+def run(config: dict[str, Any], tmp_path: Path) -> transfer.Run:
+    registry.register("backbone", "explaining")(Explaining)
+    return workflow.run(config | {"backbone": {"name": "explaining"}}, output=tmp_path)
+
+
+def test_a_run_ends_with_its_report(run: transfer.Run) -> None:
+    said = words(page(run))
+    assert f"test accuracy {run.summary['test']['accuracy']:.4f}" in said
+    assert "40 examples" in said
+    names = {path.name for path in (run.folder / "plots").iterdir()}
+    drawn = ("loss", "accuracy", "f1_macro", "learning_rate", "time", "confusion", "calibration")
+    assert names == {f"{name}.svg" for name in drawn}
+    for name in names:
+        ET.parse(run.folder / "plots" / name)
+    assert page(run).count("<article>") == 12
+    # Losses fall from one example to the next, and the pieces that moved a score are named.
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", said.split("examples with the highest loss")[1])]
+    assert losses == sorted(losses, reverse=True)
+    assert said.count("moved by") == 12
+    assert not list(run.folder.glob(".*"))
+
+
+def test_the_command_writes_the_same_page_again(run: transfer.Run) -> None:
+    before = page(run)
+    (run.folder / "report.html").unlink()
+    shutil.rmtree(run.folder / "plots")
+    assert transfer.report(run.folder) == run.folder / "report.html"
+    assert page(run) == before
+
+
+def test_without_the_data_the_page_lacks_the_examples_and_says_why(
+    run: transfer.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Points, "load", lambda self: (_ for _ in ()).throw(transfer.DataError("no <points> here")))
+    transfer.report(run.folder)
+    assert "Not shown: the data is not here: no &lt;points&gt; here." in page(run)
+    assert "<article>" not in page(run)
+    assert (run.folder / "plots" / "confusion.svg").is_file()
+
+
+def test_other_data_is_not_taken_for_the_run_s(run: transfer.Run) -> None:
+    file = run.folder / "config.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("count: 160", "count: 80"), encoding="utf-8")
+    transfer.report(run.folder)
+    assert "the data is not what it was when the run was scored" in page(run)
+
+
+def test_numbers_get_residuals_and_no_calibration(config: dict[str, Any], tmp_path: Path) -> None:
+    config |= {"data": {"name": "points", "target": "number"}, "task": {"name": "regression"}}
+    said = words(page(run := workflow.run(config, output=tmp_path)))
+    assert "mean absolute error" in said
+    assert "Calibration" not in said
+    assert (run.folder / "plots" / "residuals-1.svg").is_file()
+    assert re.search(r"true first -?\d", said)
+
+
+def test_labels_get_a_table_and_the_calibration_of_all_of_them(config: dict[str, Any], tmp_path: Path) -> None:
+    registry.register("dataset", "labelled")(Labelled)
+    config |= {"data": {"name": "labelled"}, "task": {"name": "multilabel", "threshold": 0.3}}
+    run = workflow.run(config, output=tmp_path)
+    assert "from a probability of 0.3" in words(page(run))
+    assert "&lt;first&gt;" in page(run)
+    assert "<first>" not in page(run)
+    assert "probabilities of labels" in words(page(run))
+    assert not (run.folder / "plots" / "confusion.svg").exists()
+
+
+def test_phases_and_a_missing_test_score(config: dict[str, Any], tmp_path: Path) -> None:
+    phases = "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, lr: {head: 0.1, backbone: 0.001}}]"
+    run = workflow.run(config, [phases, "train.score_test=false"], output=tmp_path)
+    said = words(page(run))
+    assert "the test split was not scored" in said
+    assert "phase 1: 1 epoch phase 2: 2 epochs first 56 frozen lr 0.001" in said
+    assert "phase 2" in (run.folder / "plots" / "loss.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("overrides", "quick"), [(["train.report=false"], False), ([], True)])
+def test_it_can_be_switched_off_and_a_quick_try_has_none(
+    config: dict[str, Any], tmp_path: Path, overrides: Sequence[str], quick: bool
+) -> None:
+    run = workflow.run(config, overrides, output=tmp_path, quick=quick)
+    assert not (run.folder / "report.html").exists()
+    transfer.report(run.folder)
+    assert ("its figures say nothing" in page(run)) == quick
+
+
+def test_a_report_that_fails_is_told_and_the_run_is_complete(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("the report's fault")
+
+    monkeypatch.setattr("transfer.reports.report.render", broken)
+    told: list[object] = []
+    run = workflow.run(config, output=tmp_path, observe=told.append)
+    assert run.summary["status"] == "complete"
+    notes = [event.text for event in told if isinstance(event, Note)]
+    assert any("the report was not written" in text and "transfer report" in text for text in notes)
+    with pytest.raises(RunError, match="the report cannot be made of this run: ZeroDivisionError"):
+        transfer.report(run.folder)
+
+
+def test_a_run_that_has_not_ended_has_none(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, output=tmp_path)
+    (run.folder / "summary.json").write_text(json.dumps({"status": "stopped", "error": "Stopped: enough"}))
+    with pytest.raises(RunError, match="has not ended: Stopped: enough") as caught:
+        transfer.report(run.folder)
+    assert "transfer resume" in str(caught.value.problems[0].fix)
+
+
+Change = Callable[[Path], object]
+
+
+def replaced(name: str, old: str, new: str) -> Change:
+    def change(run: Path) -> None:
+        text = (run / name).read_text(encoding="utf-8")
+        assert old in text
+        (run / name).write_text(text.replace(old, new), encoding="utf-8")
+
+    return change
+
+
+DAMAGE = {
+    "no metrics": lambda run: (run / "metrics.jsonl").unlink(),
+    "a line that is none": lambda run: (run / "metrics.jsonl").write_text("{}\n[1"),
+    "an epoch that is a word": replaced("metrics.jsonl", '"epoch": 1', '"epoch": "first"'),
+    "another primary metric": replaced("summary.json", '"primary_metric": "accuracy"', '"primary_metric": "x"'),
+    "no sizes": replaced("summary.json", '"examples":', '"samples":'),
+    "predictions cut": lambda run: (run / "predictions.safetensors").write_bytes(b"\x08"),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE.keys())
+def test_what_is_damaged_is_refused_in_words(config: dict[str, Any], tmp_path: Path, change: Change) -> None:
+    folder = workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path).folder
+    change(folder)
+    with pytest.raises(RunError) as caught:
+        transfer.report(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_predictions_of_an_earlier_version_lack_the_examples(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, output=tmp_path)
+    directory = transfer.storage.run_directory.RunDirectory(run.folder)
+    scored = directory.predictions()
+    assert scored is not None
+    directory.write_predictions(dataclasses.replace(scored, losses=None, confidences=None))
+    transfer.report(run.folder)
+    assert "did not keep the losses" in page(run)
+    assert "Calibration" not in words(page(run))

@@ -1,0 +1,378 @@
+"""The conformance kit: what keeps its contracts passes, and each broken one is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import unittest
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Dense, MeanOfSteps, PointPreprocessing, Points, Steps
+from torch import Tensor, nn
+
+from transfer import Data, FeatureSpec, Head, PluginError, PrimaryMetric, Split, register
+from transfer.builtin.tasks import Classification
+from transfer.registry.entry_points import IN_PROCESS
+from transfer.testing import Case, ContractError, contracts, contracts_of
+
+POINTS = [[float(i), 1.0, -2.0, 0.5 * i] for i in range(4)]
+
+
+def failures(case: Case) -> dict[str, str]:
+    """Return what is wrong, by contract."""
+    found = {}
+    for contract in contracts_of(case):
+        try:
+            contract.check()
+        except ContractError as error:
+            found[contract.name] = str(error)
+    return found
+
+
+def broken(kind: Any, cls: type, **options: Any) -> dict[str, str]:
+    register(kind, "broken")(cls)
+    return failures(Case(kind, "broken", options, POINTS if kind == "backbone" else None))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_keeps_its_contracts_passes() -> None:
+    checked = contracts(IN_PROCESS, {"dense": [{"width": 4}, {"dropout": 0.5}]}, values={"dense": POINTS})
+    assert {contract.case.name for contract in checked} == {
+        f"{IN_PROCESS}:{name}" for name in ("points", "dense", "steps", "mean_of_steps")
+    }
+    for contract in checked:
+        contract.check()
+    assert len({str(contract) for contract in checked}) == len(checked)
+    assert str(checked[-1]).startswith("head-mean_of_steps-")
+
+
+def test_a_failure_says_what_was_promised_what_was_found_and_where_it_is_written() -> None:
+    class Narrow(Dense):
+        """It says eight and gives four."""
+
+        @property
+        def features(self) -> FeatureSpec:
+            return FeatureSpec("vector", 8)
+
+    message = broken("backbone", Narrow, width=4)["features are as declared"]
+    first, promised, found, written = message.splitlines()
+    assert first == "backbone-broken[width=4] breaks the contract 'features are as declared'"
+    assert promised.startswith("  promised: The last stage returns what ``features`` says")
+    assert found == (
+        "  found: features says FeatureSpec(layout='vector', size=8), and forward returns (4, 4) of torch.float32, "
+        "where (B, D) is (4, 8)"
+    )
+    assert written.startswith("  written: transfer.interfaces.FeatureSpec (")
+    assert "interfaces.py:" in written
+
+
+class Outside(Dense):
+    """A parameter outside the stages."""
+
+    def __init__(self, *, width: int = 8) -> None:
+        super().__init__(width=width)
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class Drifting(Dense):
+    """A buffer moves in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__(width=4)
+        self.stages.first = Counting()
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, points: Tensor) -> Tensor:
+        self.seen = self.seen + 1
+        return self.linear(points)
+
+
+class Idle(Dense):
+    """A parameter takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__(width=4)
+        self.stages.third.unused = nn.Linear(4, 4)
+        self.stages.third.forward = self.stages.third[0].forward
+
+
+class Together(Dense):
+    """Examples depend on their batch."""
+
+    def __init__(self) -> None:
+        super().__init__(width=4)
+        self.stages.second.append(Centred())
+
+
+class Centred(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return features - features.mean(0)
+
+
+class HiddenState(Dense):
+    """A random tensor that no state dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__(width=4)
+        self.stages.first = Shifted()
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.shift = torch.randn(4)
+
+    def forward(self, points: Tensor) -> Tensor:
+        return self.linear(points) + self.shift.to(points.device)
+
+
+class Preprocessed(Dense):
+    """Another preprocessing."""
+
+    made: Callable[[], Any]
+
+    @property
+    def preprocessing(self) -> Any:
+        return type(self).made()
+
+
+class Unpicklable(PointPreprocessing):
+    def __init__(self) -> None:
+        self.scale = lambda x: x
+
+
+class Noisy(PointPreprocessing):
+    def encode(self, values: Sequence[Any]) -> list[Tensor]:
+        return [tensor + torch.rand(4) for tensor in super().encode(values)]
+
+
+class Lying(PointPreprocessing):
+    """It says that it augments."""
+
+    def augment(self, encoded: Any) -> Any:
+        return encoded
+
+
+def with_preprocessing(cls: type) -> type:
+    return type("Other", (Preprocessed,), {"made": cls, "__doc__": "Another preprocessing."})
+
+
+@pytest.mark.parametrize(
+    ("cls", "contract", "found"),
+    [
+        (Outside, "stages cover every parameter and buffer once", "outside the stages: scale"),
+        (Drifting, "frozen parameters and buffers are bit identical", "these changed: first.seen"),
+        (Idle, "gradients are finite", "takes no part in the output"),
+        (Together, "examples do not depend on their batch", "alone and in a batch"),
+        (HiddenState, "the state dict makes another one the same", "neither parameter nor buffer"),
+        (with_preprocessing(Unpicklable), "preprocessing survives pickling", "pickle"),
+        (with_preprocessing(Noisy), "preprocessing is deterministic", "another batch"),
+        (with_preprocessing(Lying), "the same seed gives the same augmentation", "augments should be False"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_a_broken_backbone_is_found(cls: type, contract: str, found: str) -> None:
+    wrong = broken("backbone", cls)
+    assert found in wrong[contract]
+
+
+def test_two_stages_that_share_a_parameter_are_found() -> None:
+    class Tied(Dense):
+        """The second stage is the third's."""
+
+        def __init__(self) -> None:
+            super().__init__(width=4)
+            self.stages.third[0].weight = self.stages.second[0].weight
+
+    wrong = broken("backbone", Tied)
+    assert "'second' and 'third' share a parameter" in wrong["stages cover every parameter and buffer once"]
+
+
+class Undescribed(MeanOfSteps):
+    """Says nothing of its option."""
+
+    def __init__(self, features: FeatureSpec, out_features: int, *, size: int = 1, rate: float = "fast") -> None:  # type: ignore[assignment]
+        super().__init__(features, out_features)
+
+
+class Documented(Undescribed):
+    """Says it.
+
+    Args:
+        size: So big.
+        rate: So fast.
+    """
+
+
+class Padded(MeanOfSteps):
+    """Takes the mean over padding too."""
+
+    def forward(self, features: tuple[Tensor, Tensor]) -> Tensor:
+        return self.output(features[0].mean(1))
+
+
+class TwoDimensional(Head):
+    """One output too many."""
+
+    def __init__(self, features: FeatureSpec, out_features: int) -> None:
+        super().__init__()
+        self.output = nn.Linear(features.size, out_features + 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.output(features)
+
+
+class Matrix(TwoDimensional):
+    """A layout that is none."""
+
+    layouts = frozenset({"matrix"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cls", "contract", "found"),
+    [
+        (Undescribed, "the schema is complete", "describes size, rate"),
+        (Documented, "the schema is complete", "the default of rate, 'fast', is none of its values"),
+        (Padded, "padding and other examples do not count", "at the padding"),
+        (TwoDimensional, "outputs have the tasks size", "(4, 2) of torch.float32, where (4, 1)"),
+        (Matrix, "outputs have the tasks size", "layouts is frozenset({'matrix'})"),
+    ],
+)
+def test_a_broken_head_is_found(cls: type, contract: str, found: str) -> None:
+    assert found in broken("head", cls)[contract]
+
+
+class Mean(Classification):
+    """The loss of the batch."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets).mean()
+
+
+class Unnamed(Classification):
+    """Another primary metric."""
+
+    primary_metric = PrimaryMetric("recall", higher_is_better=True)
+
+
+class Tensors(Classification):
+    """Tensors instead of numbers."""
+
+    def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
+        return [{"scores": row} for row in outputs]
+
+
+@pytest.mark.parametrize(
+    ("cls", "contract", "found"),
+    [
+        (Mean, "the loss is one finite number per example", "loss returns (), where (4,) belongs: take no mean"),
+        (Unnamed, "the primary metric is one of the metrics", "is 'recall', and metrics are accuracy, f1_macro"),
+        (Tensors, "predictions are read as json", "Tensor is not JSON serializable"),
+    ],
+)
+def test_a_broken_task_is_found(cls: type, contract: str, found: str) -> None:
+    assert found in broken("task", cls)[contract]
+
+
+class Unseeded(Points):
+    """Other points each time."""
+
+    def load(self) -> Data:
+        data = super().load()
+        splits = {n: Split({"point": np.random.random((len(s), 4))}, s.targets) for n, s in data.splits.items()}
+        return Data(data.spec, splits)
+
+
+class Beyond(Points):
+    """A class that is not named."""
+
+    def load(self) -> Data:
+        data = super().load()
+        return Data(data.spec, {"train": Split(data.splits["train"].fields, data.splits["train"].targets + 1)})
+
+
+class Floats(Points):
+    """Targets of the wrong type."""
+
+    def load(self) -> Data:
+        train = super().load().splits["train"]
+        return Data(self.spec, {"train": Split(train.fields, train.targets.astype(np.float32))})
+
+
+@pytest.mark.parametrize(
+    ("cls", "contract", "found"),
+    [
+        (Unseeded, "loading again gives the same", "the field 'point' of the train split differs"),
+        (Beyond, "splits hold what they should", "from 1 to 2, and there are 2 classes"),
+        (Floats, "splits hold what they should", "float32 (120,), where int64 (N,) belongs"),
+    ],
+)
+def test_a_broken_dataset_is_found(cls: type, contract: str, found: str) -> None:
+    assert found in broken("dataset", cls)[contract]
+
+
+def test_an_error_of_the_plugin_keeps_its_traceback() -> None:
+    class Crashing(MeanOfSteps):
+        """Crashes."""
+
+        def forward(self, features: Any) -> Any:
+            raise KeyError("gone")
+
+    register("head", "broken")(Crashing)
+    with pytest.raises(ContractError, match="KeyError: 'gone'") as caught:
+        next(c for c in contracts_of(Case("head", "broken")) if c.name == "gradients are finite").check()
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_data_that_is_not_here_is_skipped(tmp_path: Path) -> None:
+    case = Case("dataset", "text_csv", {"train": str(tmp_path / "nowhere.csv")})
+    with pytest.raises(unittest.SkipTest, match=r"its data is not here: .*nowhere\.csv"):
+        next(c for c in contracts_of(case) if c.cost == "data").check()
+
+
+def test_a_name_that_is_no_plugin_of_the_distribution_is_refused() -> None:
+    with pytest.raises(PluginError, match="transfer has no plugin called 'textcn'") as caught:
+        contracts("transfer", {"textcn": {}})
+    assert caught.value.problems[0].fix == "did you mean 'textcnn'?"
+
+
+def test_a_distribution_without_plugins_is_refused() -> None:
+    with pytest.raises(PluginError, match="no plugin of 'transfer-nothing' is installed") as caught:
+        contracts("transfer-nothing")
+    assert "transfer" in caught.value.problems[0].available
+    assert "pip install --editable ." in str(caught.value.problems[0].fix)
+
+
+def test_a_config_that_is_wrong_breaks_its_contract(config_file: Path) -> None:
+    config_file.write_text(config_file.read_text(encoding="utf-8").replace("dense", "dance"), encoding="utf-8")
+    checked = [c for c in contracts("transfer", configs=[config_file]) if str(c).startswith("config-")]
+    assert [c.name for c in checked] == ["it passes the check", "it runs"]
+    with pytest.raises(ContractError, match="there is no backbone called 'dance'"):
+        checked[0].check()
+
+
+def test_a_config_that_is_right_keeps_its_contracts(config_file: Path) -> None:
+    for contract in contracts("transfer", configs=[config_file])[-2:]:
+        contract.check()
+
+
+def test_the_kit_needs_no_pytest() -> None:
+    code = "import sys; sys.modules['pytest'] = None; import transfer.testing"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_steps_keep_their_contracts() -> None:
+    register("backbone", "broken")(Steps)
+    assert failures(Case("backbone", "broken")) == {}

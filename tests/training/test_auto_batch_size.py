@@ -1,0 +1,232 @@
+"""``batch_size: auto``: what it finds where memory runs out, and that it changes nothing else."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from transfer import ConfigError, TrainingError, find_learning_rate, run_seeds
+from transfer.cli.plan import render
+from transfer.config.json_schema import config_schema
+from transfer.config.run_config import load_config
+from transfer.models.model import Model
+from transfer.runs import train as workflow
+from transfer.storage.run_directory import RunDirectory
+from transfer.system.memory import PeakResident
+from transfer.training import auto_batch_size as batch_size
+from transfer.training.auto_batch_size import find_batch_size, most_demanding
+from transfer.training.build import build
+from transfer.training.engine import Experiment
+from transfer.training.events import Event, Note
+
+AUTO = "train.batch_size=auto"
+TRAINED = "data.count=1000"  # three quarters of them for training, less a tenth for validation
+
+
+def silent(_: Event) -> None:
+    return
+
+
+@pytest.fixture
+def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let memory run out, as torch says it does, where a model is trained on more examples than this."""
+
+    def limit(examples: int, evaluated: int = 10_000) -> None:
+        forward = Model.forward
+
+        def fails(self: Model, inputs: Any, first_stage: int = 0) -> Any:
+            if len(inputs) > (evaluated if torch.is_inference_mode_enabled() else examples):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return forward(self, inputs, first_stage)
+
+        monkeypatch.setattr(Model, "forward", fails)
+
+    return limit
+
+
+@pytest.fixture
+def experiment(config: dict[str, Any]) -> Experiment:
+    return build(load_config(config, [TRAINED]), silent).experiment
+
+
+def notes_of(do: Callable[[Callable[[Event], None]], Any]) -> tuple[Any, list[Note]]:
+    notes: list[Note] = []
+    return do(lambda event: notes.append(event) if isinstance(event, Note) else None), notes
+
+
+# ---------------------------------------------------------------------------------------------------------- the search
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2, 2), (20, 16), (32, 32)])
+def test_the_largest_power_of_two_before_memory_runs_out(
+    experiment: Experiment, memory_for: Callable[..., None], limit: int, expected: int
+) -> None:
+    memory_for(limit)
+    found, notes = notes_of(lambda observe: find_batch_size(experiment, observe))
+    assert found == expected
+    assert notes[-1].text == f"batch size {expected}, found by auto: {2 * expected} ran out of memory"
+    assert notes[-1].details is not None
+    assert list(notes[-1].details)[1:] == [f"a step of {2**power}" for power in range(1, expected.bit_length())]
+
+
+def test_twice_as_many_must_fit_where_nothing_is_trained(
+    config: dict[str, Any], experiment: Experiment, memory_for: Callable[..., None]
+) -> None:
+    memory_for(10_000, evaluated=20)
+    assert find_batch_size(experiment, silent) == 8
+    own = build(load_config(config, [TRAINED, "train.evaluation_batch_size=4"]), silent).experiment
+    assert find_batch_size(own, silent) > 8
+
+
+def test_an_epoch_has_some_steps(config: dict[str, Any], experiment: Experiment) -> None:
+    assert len(experiment.train.split) // 8 == 84
+    assert find_batch_size(experiment, silent) == 64
+    few = build(load_config(config, ["data.count=20"]), silent).experiment
+    assert find_batch_size(few, silent) == 2
+
+
+def test_on_the_cpu_no_size_is_tried_that_would_not_fit(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that takes too much is killed there: what a step takes is told by those before it."""
+    tried: list[int] = []
+    mebibyte = 2**20
+
+    def rehearse(experiment: Experiment, phase: Any) -> Callable[[Any, Any], None]:
+        return lambda trained, evaluated: tried.append(len(trained.indices))
+
+    class Peak(PeakResident):
+        @staticmethod
+        def now() -> int:
+            return (100 + 10 * (tried[-1] if tried else 0)) * mebibyte
+
+    monkeypatch.setattr(batch_size, "rehearse", rehearse)
+    monkeypatch.setattr(batch_size, "PeakResident", Peak)
+    monkeypatch.setattr(batch_size, "available_bytes", lambda: 2 * 200 * mebibyte)
+    found, notes = notes_of(lambda observe: find_batch_size(experiment, observe))
+    assert found == 16  # 320 MiB for 32 of the 200 that may be taken
+    assert set(tried) == {2, 4, 8, 16}
+    assert notes[-1].text == "batch size 16, found by auto: 32 would take about 0.31 GiB"
+    assert notes[-1].details is not None
+    assert notes[-1].details["may take"] == "0.20 GiB"
+
+
+def test_where_nothing_fits_it_says_so(config: dict[str, Any], memory_for: Callable[..., None], tmp_path: Path) -> None:
+    memory_for(1)
+    with pytest.raises(TrainingError, match="auto found none: 2 ran out of memory") as caught:
+        workflow.run(config, [AUTO], output=tmp_path / "runs")
+    assert "freeze more stages" in str(caught.value.problems[0].fix)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_experiment_is_left_as_it_is(experiment: Experiment) -> None:
+    def state() -> list[bytes]:
+        tensors = [t.numpy().tobytes() for t in experiment.model.state_dict().values()]
+        generators = [torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes()]  # type: ignore[index]
+        flags = [repr([p.requires_grad for p in experiment.model.parameters()]).encode()]
+        order = [np.concatenate(experiment.train.plan(epoch)).tobytes() for epoch in range(2)]
+        return [*tensors, *generators, *flags, *order, repr(random.getstate()).encode()]
+
+    before = state()
+    assert find_batch_size(experiment, silent) == 64
+    assert state() == before
+    assert all(parameter.grad is None for parameter in experiment.model.parameters())
+
+
+def test_the_phase_that_needs_most_is_tried(config: dict[str, Any]) -> None:
+    phases = "[{epochs: 1, freeze: backbone}, {epochs: 1}, {epochs: 1, freeze: {until: first}}]"
+    experiment = build(load_config(config, [f"train.phases={phases}"]), silent).experiment
+    assert most_demanding(experiment.phases, experiment) is experiment.phases[1]
+
+
+def test_texts_are_tried_with_the_longest() -> None:
+    config = {"data": {"name": "mini_reviews"}, "backbone": {"name": "textcnn", "filters": 2, "vectors": None}}
+    loader = build(load_config({**config, "train": {"bucket": False}}), silent).experiment.train
+    lengths = loader.preprocessing.lengths(loader.examples.encoded)  # type: ignore[arg-type]
+    found = loader.costliest(4)
+    assert sorted(lengths[found.indices]) == sorted(lengths)[-4:]
+
+
+def test_the_peak_is_seen_while_it_lasts() -> None:
+    before = PeakResident.now()
+    with PeakResident() as peak:
+        blocks = torch.ones(40, 2**20)
+        blocks.mul_(2)
+        del blocks
+    assert peak.bytes - before > 120 * 2**20
+    assert PeakResident.now() < peak.bytes
+
+
+# ------------------------------------------------------------------------------------------------------------ the runs
+
+
+def test_a_run_is_that_of_the_size_found(config: dict[str, Any], tmp_path: Path) -> None:
+    found = workflow.run(config, [AUTO], output=tmp_path / "auto")
+    assert yaml.safe_load((found.folder / "config.yaml").read_text())["train"]["batch_size"] == 8
+    given = workflow.run(config, ["train.batch_size=8"], output=tmp_path / "given")
+
+    def outcome(run: workflow.Run) -> Any:
+        return [(line["train"], line["validation"]) for line in RunDirectory(run.folder).metrics()], run.summary["test"]
+
+    assert outcome(found) == outcome(given)
+    assert workflow.evaluate(found.folder) == found.summary["test"]
+
+
+def test_a_run_that_goes_on_keeps_its_size(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_for: Callable[..., None]
+) -> None:
+    memory_for(20)
+    run = workflow.run(config, [AUTO], output=tmp_path)
+    (run.folder / "summary.json").unlink()
+    monkeypatch.setattr("transfer.training.build.find_batch_size", lambda *arguments: pytest.fail("it has been found"))
+    assert workflow.resume(run.folder).summary["test"] == run.summary["test"]
+
+
+def test_seeds_share_one_size(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter([16, 4, 8])
+    monkeypatch.setattr("transfer.training.build.find_batch_size", lambda *arguments: next(sizes))
+    run = run_seeds(config, [AUTO], seeds=2, output=tmp_path)
+    plain = [RunDirectory(run.folder / f"seed-{seed}").config() for seed in (3, 4)]
+    assert [each["train"]["batch_size"] for each in plain] == [16, 16]
+
+
+def test_a_range_test_and_a_quick_try_find_one_too(config: dict[str, Any], tmp_path: Path) -> None:
+    find_learning_rate(config, [AUTO], steps=10, output=tmp_path / "curve.svg")
+    run = workflow.run(config, [AUTO, "train.precision=bf16", "train.ema=0.9"], output=tmp_path, quick=True)
+    assert RunDirectory(run.folder).config()["train"]["batch_size"] == 8
+
+
+# ---------------------------------------------------------------------------------------------------------- the config
+
+
+def test_the_config_takes_auto_alone(config: dict[str, Any]) -> None:
+    assert load_config(config, [AUTO]).plain["train"]["batch_size"] == "auto"
+    for wrong in ("automatic", "0", "1.5"):
+        with pytest.raises(ConfigError, match="it should be a whole number, 1 or more, or auto"):
+            load_config(config, [f"train.batch_size={wrong}"])
+    with pytest.raises(ConfigError, match="batch_size or max_tokens, not both"):
+        load_config(config, [AUTO, "train.max_tokens=100"])
+
+
+def test_check_says_when_it_is_found(config: dict[str, Any]) -> None:
+    checked, parts = workflow.check(config, [AUTO])
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*render(checked, parts))
+    assert "the batch size that fits into memory when the run begins" in console.export_text()
+
+
+def test_the_schema_allows_it(tiny: None) -> None:
+    validator = jsonschema.Draft202012Validator(config_schema()[0])
+    block = {"data": {"name": "points"}, "backbone": {"name": "dense"}}
+    assert all(validator.is_valid({**block, "train": {"batch_size": size}}) for size in (16, "auto", "${SIZE:-8}"))
+    assert not any(validator.is_valid({**block, "train": {"batch_size": size}}) for size in (0, "all"))

@@ -1,0 +1,215 @@
+"""The training loop, through whole runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import POINT_SIZE, Points
+
+from transfer import ConfigError, Data, Split, TrainingError, register
+from transfer.config.run_config import load_config
+from transfer.models.saved_model import read_model
+from transfer.runs import train as workflow
+from transfer.training.events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_model(folder / "model").model.state_dict()
+
+
+PHASES = "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, freeze: {until: first}, lr: 0.02}]"
+
+
+def test_metrics_have_a_line_per_epoch(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, [PHASES], output=tmp_path)
+    found = lines(run.folder)
+    assert [(line["phase"], line["epoch"]) for line in found] == [(1, 1), (2, 2), (2, 3)]
+    assert found[0]["lr"] == {"head": 0.05}
+    assert found[2]["lr"] == {"second": 0.02, "third": 0.02, "head": 0.02}
+    for line in found:
+        for part in ("train", "validation"):
+            assert set(line[part]) == {"loss", "accuracy", "f1_macro"}
+            assert math.isfinite(line[part]["loss"])
+        assert line["seconds"] >= 0
+        assert line["examples_per_second"] > 0
+        assert 0 < line["waiting_for_data"] < 1
+
+
+def test_the_best_epoch_is_chosen_by_validation(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, ["train.phases=[{epochs: 6}]", "train.optimizer.lr=0.3"], output=tmp_path)
+    found = lines(run.folder)
+    best = max(found, key=lambda line: (line["validation"]["accuracy"], -line["validation"]["loss"]))
+    assert run.summary["best_epoch"] == best["epoch"]
+    assert run.summary["validation"] == best["validation"]
+
+
+def test_a_metric_that_should_fall_is_chosen_by_its_least(config: dict[str, Any], tmp_path: Path) -> None:
+    overrides = ["data.target=number", "task={name: regression}", "train.phases=[{epochs: 5}]"]
+    run = workflow.run(config, overrides, output=tmp_path)
+    found = lines(run.folder)
+    best = min(found, key=lambda line: line["validation"]["mean_absolute_error"])
+    assert run.summary["best_epoch"] == best["epoch"]
+    assert run.summary["primary_metric"] == "mean_absolute_error"
+
+
+def test_training_learns(config: dict[str, Any], tmp_path: Path) -> None:
+    overrides = ["data.distance=4.0", "train.phases=[{epochs: 5}]"]
+    assert workflow.run(config, overrides, output=tmp_path).summary["test"]["accuracy"] > 0.95
+
+
+def test_the_same_seed_gives_the_same_bits(config: dict[str, Any], tmp_path: Path) -> None:
+    first = workflow.run(config, [PHASES], output=tmp_path)
+    torch.manual_seed(12345)
+    np.random.seed(1)
+    second = workflow.run(config, [PHASES], output=tmp_path)
+    ours, theirs = weights(first.folder), weights(second.folder)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name in ("validation", "test", "best_epoch", "parameters"):
+        assert first.summary[name] == second.summary[name]
+    assert [line["train"] for line in lines(first.folder)] == [line["train"] for line in lines(second.folder)]
+
+
+def test_loader_processes_change_nothing(config: dict[str, Any], tmp_path: Path) -> None:
+    first, second = (workflow.run(config, [f"train.workers={n}"], output=tmp_path) for n in (0, 2))
+    ours, theirs = weights(first.folder), weights(second.folder)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_another_seed_gives_other_weights(config: dict[str, Any], tmp_path: Path) -> None:
+    first, second = (workflow.run(config, [f"seed={seed}"], output=tmp_path) for seed in (0, 1))
+    assert not torch.equal(weights(first.folder)["head.output.weight"], weights(second.folder)["head.output.weight"])
+
+
+def test_every_seed_is_scored_on_the_same_examples(config: dict[str, Any]) -> None:
+    from transfer.config.run_config import load_config
+    from transfer.training.build import build
+
+    first, second = (build(load_config(config, [f"seed={seed}"]), lambda event: None) for seed in (0, 1))
+    ours, theirs = (built.experiment.validation.split.fields["point"] for built in (first, second))
+    assert list(ours) == list(theirs)
+
+
+def test_a_sequence_backbone_trains(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, ["backbone={name: steps}", "head={name: mean_of_steps}"], output=tmp_path)
+    assert run.summary["status"] == "complete"
+
+
+def test_the_loss_is_the_mean_over_examples(config: dict[str, Any], tmp_path: Path) -> None:
+    """With a rate too small to matter, training and evaluation see the same model on every batch."""
+    overrides = [
+        "backbone.dropout=0.0",
+        "train.optimizer={name: sgd, lr: 1.0e-30}",
+        "train.phases=[{epochs: 1, freeze: backbone}]",
+        "train.batch_size=7",
+    ]
+    run = workflow.run(config, overrides, output=tmp_path)
+    (line,) = lines(run.folder)
+    scored = workflow.evaluate(run.folder, "train")
+    assert line["train"] == pytest.approx(scored, rel=1e-5)
+
+
+def test_parameters_are_counted(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, ["train.phases=[{epochs: 1, freeze: backbone}]"], output=tmp_path)
+    total = (4 * 8 + 8) + 16 + (8 * 8 + 8) + (8 * 8 + 8) + 16
+    assert run.summary["parameters"] == {"total": total + 18, "trainable": 18}
+
+
+class Faulty(Points):
+    """Points of which one in ``where`` is infinite."""
+
+    def __init__(self, *, where: str = "train", count: int = 160) -> None:
+        super().__init__(count=count)
+        self.where = where
+
+    def load(self) -> Data:
+        """Spoil the first point."""
+        data = super().load()
+        splits = dict(data.splits)
+        points = list(splits[self.where].fields["point"])
+        points[0] = [math.inf] * POINT_SIZE
+        splits[self.where] = Split({"point": points}, splits[self.where].targets)
+        if self.where == "train":
+            splits["validation"] = splits["test"]
+        return Data(data.spec, splits)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config: dict[str, Any], tmp_path: Path) -> None:
+    register("dataset", "faulty")(Faulty)
+    with pytest.raises(TrainingError, match=r"the loss of epoch 1, step \d+ is nan: learning rates .*examples \["):
+        workflow.run(config, ["data.name=faulty"], output=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert summary["status"] == "failed"
+    assert summary["error"].startswith("TrainingError: the loss of epoch 1")
+    assert not (folder / "model").exists()
+
+
+def test_the_example_at_fault_is_among_those_named(config: dict[str, Any], tmp_path: Path) -> None:
+    register("dataset", "faulty")(Faulty)
+    with pytest.raises(TrainingError) as caught:
+        workflow.run(config, ["data.name=faulty", "train.batch_size=8"], output=tmp_path)
+    named = str(caught.value).partition("examples [")[2].partition("]")[0]
+    assert 0 in map(int, named.split(","))
+
+
+def test_observers_hear_of_the_run_in_order(config: dict[str, Any], tmp_path: Path) -> None:
+    seen: list[Event] = []
+    run = workflow.run(config, [PHASES], output=tmp_path, observe=seen.append)
+    kinds = [type(event) for event in seen]
+    assert kinds.index(RunStarted) < kinds.index(EpochStarted) < kinds.index(EpochEnded) < kinds.index(RunEnded)
+    started = [event for event in seen if isinstance(event, EpochStarted)]
+    assert [(e.epoch, e.epochs, e.phase, e.phases) for e in started] == [(1, 3, 1, 2), (2, 3, 2, 2), (3, 3, 2, 2)]
+    ended = [event for event in seen if isinstance(event, EpochEnded)]
+    assert [event.record for event in ended] == lines(run.folder)
+    assert [e.record["epoch"] for e in ended if e.best][-1] == run.summary["best_epoch"]
+    assert isinstance(seen[-1], RunEnded)
+    assert seen[-1].summary == run.summary
+
+
+def test_plateau_runs(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, ["train.scheduler={name: plateau, patience: 0}"], output=tmp_path)
+    assert run.summary["status"] == "complete"
+
+
+def test_two_runs_in_one_process_may_differ_in_precision(config: dict[str, Any], tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        workflow.run(config, [f"train.precision={precision}"], output=tmp_path)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_an_evaluation_that_is_not_finite_is_a_training_error(
+    config: dict[str, Any], tmp_path: Path, split: str
+) -> None:
+
+    class Spoiled(Faulty):
+        def load(self) -> Data:
+            data = super().load()
+            splits = dict(data.splits)
+            if split == "validation":
+                splits["validation"] = splits["test"]
+            return Data(data.spec, splits)
+
+    register("dataset", "spoiled")(Spoiled)
+    with pytest.raises(TrainingError, match=split):
+        workflow.run(config, ["data={name: spoiled, where: test}"], output=tmp_path)
+
+
+def test_options_that_torch_refuses_together_are_a_config_error(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="refuses its options"):
+        workflow.run(config, ["train.optimizer={name: adam, fused: true, foreach: true}"], output=tmp_path)
+
+
+def test_cyclic_takes_its_mode(config: dict[str, Any]) -> None:
+    load_config(config, ["train.scheduler={name: cycliclr, base_lr: 0.01, mode: triangular2}"])
+    with pytest.raises(ConfigError, match="scale_fn"):
+        load_config(config, ["train.scheduler={name: cycliclr, base_lr: 0.01, scale_fn: abs}"])

@@ -1,0 +1,440 @@
+"""Parameter groups, optimizers and schedulers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from conftest import Dense
+from torch import nn
+from torch.optim import Optimizer
+
+from transfer import ConfigError
+from transfer.builtin.heads import Linear
+from transfer.config.run_config import TorchPart
+from transfer.models.model import Model
+from transfer.training.freezing import Frozen
+from transfer.training.scheduler import OPTIMIZERS, SCHEDULERS, Schedule, build_optimizer, groups
+
+NOTHING = Frozen(frozenset(), frozenset())
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    backbone = Dense()
+    return Model(backbone, Linear(backbone.features, 2))
+
+
+def freeze(model: Model, *stages: str) -> Frozen:
+    names = (name for name, _ in model.named_parameters() if name.split(".")[0] in stages)
+    return Frozen(frozenset(names), frozenset(stages))
+
+
+def rates(model: Model, lr: float | Mapping[str, float], frozen: Frozen = NOTHING) -> dict[str, float]:
+    return {group.stage: group.lr for group in groups(model, frozen, lr)}
+
+
+@pytest.mark.parametrize(
+    ("lr", "expected"),
+    [
+        (0.1, {"first": 0.1, "second": 0.1, "third": 0.1, "head": 0.1}),
+        ({"head": 0.1, "backbone": 0.01}, {"first": 0.01, "second": 0.01, "third": 0.01, "head": 0.1}),
+        (
+            {"head": 0.1, "backbone": 0.01, "second": 0.5},
+            {"first": 0.01, "second": 0.5, "third": 0.01, "head": 0.1},
+        ),
+        (
+            {"head": 0.8, "backbone": 0.4, "layer_decay": 0.5},
+            {"first": 0.1, "second": 0.2, "third": 0.4, "head": 0.8},
+        ),
+        ({"head": 0.8, "layer_decay": 0.5}, {"first": 0.1, "second": 0.2, "third": 0.4, "head": 0.8}),
+        (
+            {"first": 0.1, "second": 0.2, "third": 0.3, "head": 0.4},
+            {"first": 0.1, "second": 0.2, "third": 0.3, "head": 0.4},
+        ),
+    ],
+)
+def test_learning_rates_by_group(model: Model, lr: Any, expected: dict[str, float]) -> None:
+    assert rates(model, lr) == pytest.approx(expected)
+
+
+def test_frozen_stages_have_no_group(model: Model) -> None:
+    assert rates(model, {"head": 0.1}, freeze(model, "first", "second", "third")) == {"head": 0.1}
+
+
+def test_layer_decay_counts_frozen_stages_too(model: Model) -> None:
+    found = rates(model, {"head": 0.8, "layer_decay": 0.5}, freeze(model, "second"))
+    assert found == pytest.approx({"first": 0.1, "third": 0.4, "head": 0.8})
+
+
+def test_layer_decay_passes_over_stages_without_parameters(model: Model) -> None:
+    backbone = Dense()
+    backbone.stages.add_module("pool", nn.Identity())
+    found = rates(Model(backbone, Linear(backbone.features, 2)), {"head": 0.8, "layer_decay": 0.5})
+    assert found == pytest.approx({"first": 0.1, "second": 0.2, "third": 0.4, "head": 0.8})
+
+
+def test_groups_hold_every_trained_parameter_once(model: Model) -> None:
+    frozen = freeze(model, "second")
+    names = [name for group in groups(model, frozen, 0.1) for name in group.parameters]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters() if name not in frozen.parameters)
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        ({"heda": 0.1, "backbone": 0.1}, "lr names 'heda'"),
+        ({"head": 0.1, "fourth": 0.1}, "lr names 'fourth'"),
+        ({"head": 0.1}, "lr says nothing of the stage 'first'"),
+        ({"backbone": 0.1}, "lr says nothing of the stage 'head'"),
+        ({"first": 0.1, "head": 0.1}, "lr says nothing of the stage 'second'"),
+    ],
+)
+def test_wrong_learning_rates(model: Model, lr: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        groups(model, NOTHING, lr)
+
+
+def optimizer(
+    model: Model, name: str = "sgd", lr: Any = 0.1, before: Optimizer | None = None, **options: Any
+) -> Optimizer:
+    part = TorchPart(name, OPTIMIZERS[name], options)
+    return build_optimizer(model, groups(model, NOTHING, lr), part, before)
+
+
+def step(model: Model, made: Optimizer) -> None:
+    model(torch.randn(6, 4)).square().mean().backward()
+    made.step()
+    made.zero_grad()
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_by_name_takes_a_step(model: Model, name: str) -> None:
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    step(model, optimizer(model, name, 0.01))
+    assert not torch.equal(before["head.output.weight"], model.state_dict()["head.output.weight"])
+
+
+# The larger eps keeps gradients that are zero but for rounding from being scaled up to steps.
+@pytest.mark.parametrize(("name", "options"), [("adam", {"eps": 0.1}), ("adamw", {"eps": 0.1}), ("sgd", {})])
+@pytest.mark.parametrize("own", [{"fused": False}, {"foreach": True}])
+def test_the_fused_kernel_is_taken_unless_the_config_chooses(
+    model: Model, name: str, options: dict[str, Any], own: dict[str, Any]
+) -> None:
+    same = copy.deepcopy(model)
+    fused, chosen = optimizer(model, name, 0.01, **options), optimizer(same, name, 0.01, **options, **own)
+    assert [made.param_groups[0]["fused"] for made in (fused, chosen)] == [True, own.get("fused")]
+    for net, made in ((model, fused), (same, chosen)):
+        torch.manual_seed(0)
+        for _ in range(3):
+            step(net, made)
+    torch.testing.assert_close(dict(model.state_dict()), dict(same.state_dict()))
+
+
+def test_gradients_that_no_fused_kernel_takes_are_stepped_all_the_same(model: Model) -> None:
+    complex_ = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    for weight, table in ((complex_, None), (None, nn.Embedding(2, 3, sparse=True))):
+        net = copy.deepcopy(model)
+        net.head.register_parameter("phase", weight)
+        net.head.register_module("table", table)
+        made = optimizer(net, "sgd", 0.5)
+        assert {group["fused"] for group in made.param_groups} == {None}
+        loss = table(torch.tensor([1])).sum() if table is not None else (weight * weight.conj()).real.sum()
+        before = [parameter.detach().clone() for parameter in net.head.parameters()]
+        loss.backward()
+        made.step()
+        changed = [not torch.equal(old, new) for old, new in zip(before, net.head.parameters(), strict=True)]
+        assert changed.count(True) == 1
+
+
+def test_groups_are_real_parameter_groups(model: Model) -> None:
+    made = optimizer(model, lr={"head": 0.1, "backbone": 0.01}, momentum=0.9)
+    assert [(g["name"], g["lr"], g["momentum"]) for g in made.param_groups] == [
+        ("first", 0.01, 0.9),
+        ("second", 0.01, 0.9),
+        ("third", 0.01, 0.9),
+        ("head", 0.1, 0.9),
+    ]
+
+
+def test_options_that_torch_refuses_are_a_config_error(model: Model) -> None:
+    with pytest.raises(ConfigError, match="SGD refuses its options"):
+        optimizer(model, momentum=-1.0)
+    with pytest.raises(ConfigError, match="Adam refuses its options"):
+        optimizer(model, "adam", betas=(0.9, 2.0))
+
+
+def test_state_is_kept_for_parameters_that_go_on(model: Model) -> None:
+    part = TorchPart("adam", OPTIMIZERS["adam"], {})
+    head_alone = freeze(model, "first", "second", "third")
+    first = build_optimizer(model, groups(model, head_alone, 0.1), part, None)
+    step(model, first)
+    second = build_optimizer(model, groups(model, NOTHING, 0.1), part, first)
+    head, lowest = model.get_parameter("head.output.weight"), model.get_parameter("first.0.weight")
+    assert torch.equal(second.state[head]["exp_avg"], first.state[head]["exp_avg"])
+    assert lowest not in second.state
+    step(model, second)
+    assert (second.state[head]["step"].item(), second.state[lowest]["step"].item()) == (2, 1)
+    third = build_optimizer(model, groups(model, freeze(model, "head"), 0.1), part, second)
+    assert head not in third.state
+    assert lowest in third.state
+
+
+def schedule(made: Optimizer, name: str | None, epochs: int = 4, steps: int = 3, **options: Any) -> Schedule:
+    part = TorchPart(name, SCHEDULERS[name], options) if name else None
+    return Schedule(part, made, epochs=epochs, steps_per_epoch=steps, higher_is_better=True)
+
+
+def rates_over(model: Model, name: str | None, metrics: tuple[float, ...] = (0.0,) * 4, **options: Any) -> list[float]:
+    """Return the learning rate of the head at every step of four epochs of three steps."""
+    made = optimizer(model, momentum=0.9)
+    plan = schedule(made, name, **options)
+    seen = []
+    for metric in metrics:
+        for _ in range(3):
+            seen.append(made.param_groups[-1]["lr"])
+            made.step()
+            plan.after_step()
+        plan.after_epoch(metric)
+    return seen
+
+
+def by_epoch(*values: float) -> list[float]:
+    return [value for value in values for _ in range(3)]
+
+
+def test_no_scheduler_is_a_constant_rate(model: Model) -> None:
+    assert rates_over(model, None) == by_epoch(0.1, 0.1, 0.1, 0.1)
+
+
+def test_step_moves_after_epochs(model: Model) -> None:
+    assert rates_over(model, "step", step_size=2, gamma=0.1) == pytest.approx(by_epoch(0.1, 0.1, 0.01, 0.01))
+
+
+def test_cosine_covers_the_phase(model: Model) -> None:
+    half = 0.5**0.5
+    expected = by_epoch(0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half))
+    assert rates_over(model, "cosine") == pytest.approx(expected)
+
+
+def test_one_cycle_moves_after_every_batch(model: Model) -> None:
+    seen = rates_over(model, "one_cycle", pct_start=0.25, div_factor=10, final_div_factor=100)
+    assert seen[0] == pytest.approx(0.01)
+    assert max(seen) == pytest.approx(0.1)
+    assert seen.index(max(seen)) == 2
+    assert seen[-1] == pytest.approx(0.01 / 100)
+    assert len(set(seen)) == 12
+
+
+def test_one_cycle_keeps_the_rates_of_the_groups(model: Model) -> None:
+    made = optimizer(model, lr={"head": 0.4, "backbone": 0.1}, momentum=0.9)
+    schedule(made, "one_cycle", div_factor=10)
+    assert [group["lr"] for group in made.param_groups] == pytest.approx([0.01, 0.01, 0.01, 0.04])
+
+
+def test_plateau_watches_the_metric(model: Model) -> None:
+    seen = rates_over(model, "plateau", metrics=(0.5, 0.6, 0.6, 0.6, 0.7), patience=1, factor=0.5)
+    assert seen == pytest.approx(by_epoch(0.1, 0.1, 0.1, 0.1, 0.05))
+
+
+def test_multistep_moves_after_its_milestones(model: Model) -> None:
+    assert rates_over(model, "multisteplr", milestones=(1, 3)) == pytest.approx(by_epoch(0.1, 0.01, 0.01, 0.001))
+
+
+def test_cyclic_moves_after_every_batch(model: Model) -> None:
+    seen = rates_over(model, "cycliclr", base_lr=0.02, step_size_up=2)
+    assert seen[:5] == pytest.approx([0.02, 0.06, 0.1, 0.06, 0.02])
+
+
+def test_options_that_a_scheduler_refuses_are_a_config_error(model: Model) -> None:
+    with pytest.raises(ConfigError, match="OneCycleLR refuses its options"):
+        schedule(optimizer(model, momentum=0.9), "one_cycle", pct_start=5.0)
+
+
+def warmed(
+    model: Model, name: str | None, warmup_epochs: float, *, epochs: int = 4, steps: int = 4, **options: Any
+) -> list[float]:
+    """Return the learning rate of the head at every step."""
+    made = optimizer(model, momentum=0.9)
+    part = TorchPart(name, SCHEDULERS[name], options) if name else None
+    plan = Schedule(
+        part, made, epochs=epochs, steps_per_epoch=steps, warmup_epochs=warmup_epochs, higher_is_better=True
+    )
+    seen = []
+    for _ in range(epochs):
+        for _ in range(steps):
+            seen.append(made.param_groups[-1]["lr"])
+            made.step()
+            plan.after_step()
+        plan.after_epoch(0.0)
+    return seen
+
+
+RISING = [0.02, 0.04, 0.06, 0.08]
+"""Four steps on the way to 0.1."""
+
+
+def test_warm_up_rises_linearly_to_the_rate(model: Model) -> None:
+    assert warmed(model, None, 1.0) == pytest.approx([*RISING, *[0.1] * 12])
+
+
+def test_a_warm_up_may_end_within_an_epoch(model: Model) -> None:
+    assert warmed(model, None, 0.5) == pytest.approx([0.1 / 3, 0.2 / 3, *[0.1] * 14])
+    rising = [0.1 * k / 7 for k in range(1, 7)]
+    assert warmed(model, None, 1.5) == pytest.approx([*rising, *[0.1] * 10])
+
+
+def test_warm_up_rises_to_the_rate_of_each_group(model: Model) -> None:
+    made = optimizer(model, lr={"head": 0.4, "backbone": 0.1})
+    plan = Schedule(None, made, epochs=2, steps_per_epoch=3, warmup_epochs=1.0, higher_is_better=True)
+    seen = []
+    for _ in range(4):
+        seen.append([group["lr"] for group in made.param_groups])
+        made.step()
+        plan.after_step()
+    assert seen[0] == pytest.approx([0.025, 0.025, 0.025, 0.1])
+    assert seen[3] == pytest.approx([0.1, 0.1, 0.1, 0.4])
+
+
+def test_step_begins_after_the_warm_up(model: Model) -> None:
+    seen = warmed(model, "step", 1.0, step_size=1, gamma=0.1)
+    assert seen == pytest.approx([*RISING, *[0.1] * 4, *[0.01] * 4, *[0.001] * 4])
+
+
+def cosine(epoch: int, epochs: int) -> float:
+    return 0.05 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+@pytest.mark.parametrize("warmup_epochs", [1.0, 1.1])
+def test_cosine_covers_what_the_warm_up_leaves(model: Model, warmup_epochs: float) -> None:
+    """Four steps of warm-up, also where rounding makes them so."""
+    rest = [cosine(epoch, 3) for epoch in range(3) for _ in range(4)]
+    assert warmed(model, "cosine", warmup_epochs) == pytest.approx([*RISING, *rest])
+
+
+def test_cosine_after_a_warm_up_of_part_of_an_epoch(model: Model) -> None:
+    rest = [cosine(epoch, 3) for epoch in range(3) for _ in range(4)]
+    assert warmed(model, "cosine", 0.5) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1, *rest])
+
+
+def test_a_warm_up_of_less_than_half_a_step_is_none(model: Model) -> None:
+    assert warmed(model, "cosine", 0.1) == pytest.approx([cosine(epoch, 4) for epoch in range(4) for _ in range(4)])
+
+
+def test_plateau_does_not_count_while_warming_up(model: Model) -> None:
+    seen = warmed(model, "plateau", 2.0, epochs=5, patience=0, factor=0.5)
+    assert seen[8:] == pytest.approx([*[0.1] * 8, *[0.05] * 4])
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup_epochs", "message"),
+    [
+        ("one_cycle", 1.0, "OneCycleLR has a warm-up of its own"),
+        ("cycliclr", 1.0, "CyclicLR has a warm-up of its own"),
+        ("cosine", 4.0, "warmup_epochs of 4 leaves nothing of a phase of 4"),
+        (None, 9.0, "leaves nothing"),
+    ],
+)
+def test_a_warm_up_that_does_not_fit_is_refused(
+    model: Model, name: str | None, warmup_epochs: float, message: str
+) -> None:
+    options = {"base_lr": 0.01} if name == "cycliclr" else {}
+    with pytest.raises(ConfigError, match=message):
+        warmed(model, name, warmup_epochs, **options)
+
+
+def over(made: Optimizer, plan: Schedule, steps: list[int]) -> list[float]:
+    """Return the learning rate of the head at every step of epochs of so many steps."""
+    seen = []
+    for epoch in steps:
+        for _ in range(epoch):
+            seen.append(made.param_groups[-1]["lr"])
+            made.step()
+            plan.after_step()
+        plan.after_epoch(0.0)
+    return seen
+
+
+UNEVEN = [3, 5, 4]
+"""Optimizer steps of epochs that differ."""
+
+
+def test_one_cycle_ends_with_the_last_of_uneven_epochs(model: Model) -> None:
+    made = optimizer(model, momentum=0.9)
+    part = TorchPart("one_cycle", SCHEDULERS["one_cycle"], {})
+    seen = over(made, Schedule(part, made, epochs=3, steps_per_epoch=UNEVEN, higher_is_better=True), UNEVEN)
+    assert len(set(seen)) == 12
+    assert seen[-1] == min(seen)
+
+
+@pytest.mark.parametrize(("warmup_epochs", "steps"), [(1.0, 3), (2.0, 8), (1.6, 6), (2.25, 9)])
+def test_a_warm_up_over_uneven_epochs_counts_their_own_steps(model: Model, warmup_epochs: float, steps: int) -> None:
+    made = optimizer(model)
+    plan = Schedule(None, made, epochs=3, steps_per_epoch=UNEVEN, warmup_epochs=warmup_epochs, higher_is_better=True)
+    rising = [0.1 * k / (steps + 1) for k in range(1, steps + 1)]
+    assert over(made, plan, UNEVEN) == pytest.approx([*rising, *[0.1] * (12 - steps)])
+
+
+@pytest.mark.parametrize("name", [None, "cosine", "plateau"])
+def test_the_state_of_a_schedule_is_json(model: Model, name: str | None) -> None:
+    part = TorchPart(name, SCHEDULERS[name], {}) if name else None
+    made = optimizer(model)
+    plan = Schedule(part, made, epochs=4, steps_per_epoch=3, warmup_epochs=1.0, higher_is_better=True)
+    made.step()
+    plan.after_step()
+    state = json.loads(json.dumps(plan.state_dict(), allow_nan=False))
+    assert state["warmup_steps"] == 2
+    assert state["warmup"]["last_epoch"] == 1
+
+
+NORMS = {"first.1.weight", "first.1.bias", "third.1.weight", "third.1.bias"}
+BIASES = {"first.0.bias", "first.1.bias", "second.0.bias", "third.0.bias", "third.1.bias", "head.output.bias"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"), [((), set()), (("norm",), NORMS), (("bias",), BIASES), (("norm", "bias"), NORMS | BIASES)]
+)
+def test_kinds_of_parameters_are_left_out_of_weight_decay(model: Model, kinds: Any, expected: set[str]) -> None:
+    found = groups(model, NOTHING, 0.1, kinds)
+    assert {name for group in found if not group.decays for name in group.parameters} == expected
+    names = [name for group in found for name in group.parameters]
+    assert sorted(names) == sorted(dict(model.named_parameters()))
+    part = TorchPart("adamw", OPTIMIZERS["adamw"], {"weight_decay": 0.3})
+    made = build_optimizer(model, found, part, None)
+    assert [group["weight_decay"] for group in made.param_groups] == [0.3 if g.decays else 0.0 for g in found]
+    assert all(group["lr"] == 0.1 for group in made.param_groups)
+
+
+def test_frozen_parameters_are_in_neither_group(model: Model) -> None:
+    found = groups(model, freeze(model, "first", "second", "third"), 0.1, ("norm", "bias"))
+    assert [(group.stage, group.decays, group.parameters) for group in found] == [
+        ("head", True, ("head.output.weight",)),
+        ("head", False, ("head.output.bias",)),
+    ]
+
+
+def test_norms_and_biases_of_other_layers_are_known() -> None:
+    backbone = Dense()
+    backbone.stages.add_module("attention", nn.MultiheadAttention(8, 2))
+    backbone.stages.add_module("norms", nn.ModuleList([nn.LayerNorm(8), nn.GroupNorm(2, 8)]))
+    backbone.stages.add_module("recurrent", nn.LSTM(8, 3))
+    model = Model(backbone, Linear(backbone.features, 2))
+    found = groups(model, NOTHING, 0.1, ("norm", "bias"))
+    spared = {name for group in found if not group.decays for name in group.parameters}
+    assert {name for name in spared if name.startswith("attention")} == {
+        "attention.in_proj_bias",
+        "attention.out_proj.bias",
+    }
+    assert {name for name in spared if name.startswith("norms")} == {
+        f"norms.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")
+    }
+    assert {name for name in spared if name.startswith("recurrent")} == {
+        "recurrent.bias_ih_l0",
+        "recurrent.bias_hh_l0",
+    }

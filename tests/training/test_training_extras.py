@@ -1,0 +1,456 @@
+"""Accumulation, clipping, moving averages, patience, compilation, blends and class weights, through whole runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import POINT_SIZE, Dense, Points
+from torch import Tensor, nn
+
+from transfer import Backbone, ConfigError, Data, FeatureSpec, Preprocessing, register
+from transfer.builtin.tasks import Classification
+from transfer.models.model import Model
+from transfer.models.saved_model import read_model
+from transfer.runs import train as workflow
+from transfer.storage import checkpoint
+from transfer.training import engine as engine_module
+from transfer.training.events import Event, Note
+from transfer.training.mixup import Blend
+
+
+class Smooth(Backbone):
+    """Two stages without batch norm or dropout: the gradient of a batch is the mean of its examples' gradients."""
+
+    field = "point"
+
+    def __init__(self) -> None:
+        super().__init__(
+            {"first": nn.Sequential(nn.Linear(POINT_SIZE, 6), nn.Tanh()), "second": nn.Sequential(nn.Linear(6, 5))}
+        )
+
+    @property
+    def features(self) -> FeatureSpec:
+        return FeatureSpec("vector", 5)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Dense().preprocessing
+
+
+@pytest.fixture(autouse=True)
+def smooth(tiny: None) -> None:
+    register("backbone", "smooth")(Smooth)
+
+
+SMOOTH = ["backbone={name: smooth}"]
+Run = workflow.Run
+
+
+def lines(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    return read_model(run.folder / "model").model.state_dict()
+
+
+def last(run: Run, part: str = "model") -> dict[str, Tensor]:
+    return checkpoint.load(run.folder / "checkpoints" / "last")[0][part]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Return a list that grows by what the optimizer is about to use, at each of its steps."""
+    seen: list[dict[str, Any]] = []
+    original = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD, *args: Any, **options: Any) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        answer = original(self, *args, **options)
+        seen.append(
+            {
+                "norm": float(torch.stack([g.norm() for g in gradients]).norm()),
+                "gradients": [g.clone() for g in gradients],
+                "lr": self.param_groups[-1]["lr"],
+                "after": [p.detach().clone() for p in parameters],
+            }
+        )
+        return answer
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------------- accumulation
+
+
+@pytest.mark.parametrize("freeze", ["none", "{until: first}"])
+def test_accumulated_batches_are_one_large_batch(config: dict[str, Any], tmp_path: Path, freeze: str) -> None:
+    """108 examples: 14 batches of 8, the last of 4; or 5 of 24, the last of 12 (8 and 4)."""
+    overrides = [*SMOOTH, f"train.phases=[{{epochs: 2, freeze: {freeze}}}]"]
+    large = workflow.run(config, [*overrides, "train.batch_size=24"], output=tmp_path)
+    small = workflow.run(config, [*overrides, "train.batch_size=8", "train.accumulate=3"], output=tmp_path)
+    for name, tensor in weights(large).items():
+        torch.testing.assert_close(weights(small)[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    for one, other in zip(lines(large), lines(small), strict=True):
+        assert one["validation"] == pytest.approx(other["validation"], rel=1e-4)
+
+
+def test_accumulation_counts_the_optimizers_steps(
+    config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
+) -> None:
+    overrides = ["train.batch_size=8", "train.accumulate=3", "train.phases=[{epochs: 2}]"]
+    workflow.run(config, [*overrides, "train.scheduler={name: one_cycle}"], output=tmp_path)
+    assert len(steps) == 2 * 5
+    assert len({step["lr"] for step in steps}) == 10  # the scheduler moves with them
+    assert steps[-1]["lr"] == min(step["lr"] for step in steps)
+
+
+TEXTS = [
+    "data={name: mini_reviews, limit: 60}",
+    "backbone={name: textcnn, dimensions: 4, kernel_sizes: [1], filters: 4}",
+    "train.batch_size=null",
+    "train.max_tokens=150",
+    "train.bucket=false",
+]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_schedule_over_batches_by_tokens_ends_with_the_last_step(
+    config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]], accumulate: int
+) -> None:
+    rate = ["train.scheduler={name: one_cycle}", "train.phases=[{epochs: 3}]", f"train.accumulate={accumulate}"]
+    run = workflow.run(config, [*TEXTS, *rate], output=tmp_path)
+    checked, parts = workflow.check(run.folder / "config.yaml")
+    assert (checked.train.batch_size, checked.train.max_tokens) == (None, 150)
+    rates = [step["lr"] for step in steps]
+    assert len(set(rates)) == len(rates)
+    assert rates[-1] == min(rates)
+    assert rates[-1] < 1e-4 * max(rates)
+    assert workflow.evaluate(run.folder) == run.summary["test"]
+    assert parts.backbone.field == "text"
+
+
+def test_a_quick_try_takes_a_few_batches_by_tokens(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, TEXTS, output=tmp_path, quick=True)
+    assert run.summary["epochs"] == 1
+    assert workflow.evaluate(run.folder) == run.summary["test"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.batch_size=8", "train.max_tokens=100"], "it should set batch_size or max_tokens, not both"),
+        (["train.batch_size=null"], "it should set batch_size or max_tokens"),
+        (["train.batch_size=null", "train.max_tokens=100"], "one example, which max_tokens may make"),
+        (
+            ["train.batch_size=null", "train.max_tokens=100", "train.phases=[{epochs: 1, freeze: backbone}]"],
+            "what dense takes has no length beforehand",
+        ),
+        (["train.bucket=0"], "train.bucket is 0: it should be true, false, or a number of batches"),
+    ],
+)
+def test_what_batches_by_tokens_cannot_be_is_refused(
+    config: dict[str, Any], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        workflow.check(config, overrides)
+
+
+# ----------------------------------------------------------------------------------------------------------- clipping
+
+
+def test_clipping_bounds_the_norm_of_the_gradient(
+    config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
+) -> None:
+    workflow.run(config, [*SMOOTH], output=tmp_path)
+    free = [step["norm"] for step in steps]
+    bound = sorted(free)[len(free) // 2]
+    del steps[:]
+    phases = "train.phases=[{epochs: 1, freeze: [first]}, {epochs: 1}]"
+    workflow.run(config, [*SMOOTH, phases, f"train.clip_norm={bound}"], output=tmp_path)
+    clipped = [step["norm"] for step in steps]
+    assert max(clipped) <= bound * (1 + 1e-4)
+    assert max(free) > bound * 1.05
+    assert any(norm == pytest.approx(bound, rel=1e-4) for norm in clipped)
+    assert any(norm < bound * 0.99 for norm in clipped)  # shorter ones stay
+
+
+def test_clipping_keeps_the_direction(config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]) -> None:
+    for overrides in ([], ["train.clip_norm=0.001"]):
+        workflow.run(config, [*SMOOTH, "train.phases=[{epochs: 1}]", *overrides], output=tmp_path)
+    free, clipped = steps[0], steps[len(steps) // 2]
+    assert clipped["norm"] == pytest.approx(0.001, rel=1e-3)
+    for one, other in zip(free["gradients"], clipped["gradients"], strict=True):
+        torch.testing.assert_close(other, one * (0.001 / free["norm"]), rtol=1e-3, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------- exponential moving average
+
+
+def test_the_average_follows_its_recurrence_and_is_what_is_scored_and_kept(
+    config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
+) -> None:
+    run = workflow.run(config, [*SMOOTH, "train.ema=0.8", "train.phases=[{epochs: 1}]"], output=tmp_path)
+    average = steps[0]["after"]
+    for step in steps[1:]:
+        average = [0.8 * old + 0.2 * new for old, new in zip(average, step["after"], strict=True)]
+    names = list(weights(run))
+    for name, expected, now in zip(names, average, steps[-1]["after"], strict=True):
+        torch.testing.assert_close(weights(run)[name], expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(last(run, "average")[name], expected, rtol=1e-5, atol=1e-7)
+        assert torch.equal(last(run)[name], now)
+        assert not torch.allclose(expected, now, rtol=1e-3)
+    assert lines(run)[0]["validation"] == pytest.approx(workflow.evaluate(run.folder, "validation"), rel=1e-6)
+    assert workflow.evaluate(run.folder) == run.summary["test"]
+
+
+def test_the_average_does_not_move_what_is_trained(config: dict[str, Any], tmp_path: Path) -> None:
+    plain, averaged = (workflow.run(config, extra, output=tmp_path) for extra in ([], ["train.ema=0.9"]))
+    assert "average" not in checkpoint.load(plain.folder / "checkpoints" / "last")[0]
+    for name, tensor in last(plain).items():
+        assert torch.equal(tensor, last(averaged)[name]), name
+    assert [line["train"] for line in lines(plain)] == [line["train"] for line in lines(averaged)]
+
+
+def test_buffers_of_the_average_are_the_models(config: dict[str, Any], tmp_path: Path) -> None:
+    run = workflow.run(config, ["train.ema=0.9"], output=tmp_path)
+    for name in ("first.1.running_mean", "third.1.num_batches_tracked"):
+        assert torch.equal(last(run, "average")[name], last(run)[name])
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_what_is_frozen_later_is_frozen_in_the_average_too(config: dict[str, Any], tmp_path: Path, cache: str) -> None:
+    """What was scored is what is kept, though the average would go on towards the frozen weights."""
+    phases = "train.phases=[{epochs: 1}, {epochs: 3, freeze: backbone, lr: 0.5}]"
+    run = workflow.run(config, [phases, "train.ema=0.9", f"train.cache={cache}"], output=tmp_path)
+    average, model = last(run, "average"), last(run)
+    for name in model:
+        assert torch.equal(average[name], model[name]) == (not name.startswith("head")), name
+    scored = workflow.evaluate(run.folder, "validation")
+    assert scored == pytest.approx(run.summary["validation"], rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- patience
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
+    """Let the validation of each epoch give the next accuracy."""
+    values = iter(accuracies)
+    original = engine_module.evaluate
+
+    def evaluate(*args: Any, **options: Any) -> dict[str, float]:
+        scores = original(*args, **options)
+        return scores if args[5] != "validation" else {**scores, "accuracy": next(values), "loss": 1.0}
+
+    monkeypatch.setattr(engine_module, "evaluate", evaluate)
+
+
+def test_patience_ends_a_phase_and_the_next_one_begins(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first phase is best in its second epoch; the second one counts anew, though it is never as good.
+    scripted(monkeypatch, [0.5, 0.9, 0.8, 0.9, 0.1, 0.2, 0.3, 0.3, 0.2])
+    phases = "train.phases=[{epochs: 9, patience: 2, freeze: backbone}, {epochs: 5, patience: 3}]"
+    notes: list[str] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+
+    run = workflow.run(config, [phases], output=tmp_path, observe=observe)
+    assert [line["phase"] for line in lines(run)] == [1] * 4 + [2] * 5
+    assert run.summary["best_epoch"] == 2
+    assert run.summary["epochs"] == 9
+    assert any("phase 1 ends after epoch 4: no better for 2 epochs" in note for note in notes)
+    assert not any("phase 2 ends" in note for note in notes)
+
+
+def test_an_epoch_that_is_only_as_good_uses_patience_up(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [0.5] * 9)
+    run = workflow.run(config, ["train.phases=[{epochs: 9, patience: 1}]"], output=tmp_path)
+    assert len(lines(run)) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ warm-up
+
+
+def test_a_run_warms_up_in_each_phase(config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]) -> None:
+    """Seven batches per epoch."""
+    overrides = ["train.warmup_epochs=0.5", "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, lr: 0.1}]"]
+    workflow.run(config, overrides, output=tmp_path)
+    found = [step["lr"] for step in steps]
+    warm = round(0.5 * 7)
+    rising = [(k + 1) / (warm + 1) for k in range(warm)]
+    expected = [0.05 * share for share in rising] + [0.05] * (7 - warm)
+    expected += [0.1 * share for share in rising] + [0.1] * (14 - warm)
+    assert found == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------- mix
+
+
+def test_blended_losses_are_what_is_trained_on(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A blend that swaps every pair whole is training on the partners."""
+
+    def swap(inputs: Tensor, mix: object) -> Blend:
+        partners = torch.arange(len(inputs)).flip(0)
+        return Blend(inputs[partners], partners, 0.0)
+
+    plain = workflow.run(config, [*SMOOTH], output=tmp_path)
+    monkeypatch.setattr(engine_module, "blend", swap)
+    swapped = workflow.run(config, [*SMOOTH, "train.mix={mixup: 1.0}"], output=tmp_path)
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(swapped)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_with_mixup_learns_and_can_be_repeated(config: dict[str, Any], tmp_path: Path) -> None:
+    overrides = ["data.distance=4.0", "train.mix={mixup: 0.4}", "train.phases=[{epochs: 4}]"]
+    first, second = (workflow.run(config, overrides, output=tmp_path) for _ in range(2))
+    assert first.summary["test"]["accuracy"] > 0.9
+    assert all(torch.equal(tensor, weights(second)[name]) for name, tensor in weights(first).items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.mix={cutmix: 1.0}"], "rectangles of pictures"),
+        (["train.mix={}"], "mixup, cutmix or both"),
+        (
+            ["data={name: mini_reviews}", "backbone={name: textcnn}", "train.mix={mixup: 1.0}"],
+            "no tensor of numbers",
+        ),
+    ],
+)
+def test_a_blend_that_cannot_be_is_refused_before_the_run(
+    config: dict[str, Any], tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        workflow.run(config, overrides, output=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- compilation
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, of which each release has others
+def test_a_compiled_model_trains_the_same(config: dict[str, Any], tmp_path: Path) -> None:
+    overrides = ["backbone.dropout=0.0", "train.phases=[{epochs: 1, freeze: {until: first}}, {epochs: 1}]"]
+    plain, compiled = (
+        workflow.run(config, [*overrides, f"train.compile={flag}"], output=tmp_path) for flag in ("false", "true")
+    )
+    for one, other in zip(lines(plain), lines(compiled), strict=True):
+        for part in ("train", "validation"):
+            assert one[part] == pytest.approx(other[part], rel=1e-4)
+    assert list(weights(plain)) == list(weights(compiled))
+
+
+def test_compilation_is_asked_of_torch(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+
+    def compile_(model: Model) -> Model:
+        asked.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    workflow.run(config, output=tmp_path)
+    assert asked == []
+    workflow.run(config, ["train.compile=true"], output=tmp_path)
+    assert [type(model) for model in asked] == [Model]
+
+
+# --------------------------------------------------------------------------------- weights of classes and of parameters
+
+
+class Uneven(Points):
+    """Points of which one in four is far."""
+
+    def load(self) -> Data:
+        """Leave out most of the far ones of the training split."""
+        data = super().load()
+        train = data.splits["train"]
+        keep = np.flatnonzero((train.targets == 0) | (np.arange(len(train)) % 6 == 1))
+        return Data(data.spec, {**data.splits, "train": train.select(keep)})
+
+
+def test_balanced_weights_come_from_the_training_split(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register("dataset", "uneven")(Uneven)
+    tasks: list[Classification] = []
+    original: Callable[[Classification, Any], None] = Classification.prepare
+
+    def prepare(self: Classification, targets: Any) -> None:
+        original(self, targets)
+        tasks.append(self)
+
+    monkeypatch.setattr(Classification, "prepare", prepare)
+    overrides = ["data.name=uneven", "train.phases=[{epochs: 3}]"]
+    plain = workflow.run(config, overrides, output=tmp_path)
+    balanced = workflow.run(config, [*overrides, "task.class_weights=balanced"], output=tmp_path)
+    counts: Mapping[str, int] = balanced.summary["data"]["train"]
+    assert counts["near"] > 2.5 * counts["far"]
+    total = sum(counts.values())
+    assert tasks[0].weights is None
+    assert tasks[1].weights is not None
+    assert tasks[1].weights.tolist() == pytest.approx([total / (2 * counts[name]) for name in ("near", "far")])
+
+    def share_of_far(run: Run) -> float:
+        loaded = read_model(run.folder / "model")
+        points = torch.randn(400, POINT_SIZE, generator=torch.Generator().manual_seed(0)) + 0.5
+        with torch.inference_mode():
+            return float((loaded.model(points).argmax(1) == 1).float().mean())
+
+    assert share_of_far(balanced) > share_of_far(plain) + 0.1
+
+
+def test_a_wrong_class_name_is_refused_before_the_run(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="class_weights names"):
+        workflow.check(config, ["task.class_weights={near: 1.0, fra: 2.0}"])
+
+
+def test_parameters_without_weight_decay_do_not_shrink(config: dict[str, Any], tmp_path: Path) -> None:
+    """Where the loss has no gradient, weight decay alone moves the weights."""
+    decay = "train.optimizer={name: sgd, lr: 0.1, weight_decay: 0.5, no_weight_decay: [norm, bias]}"
+
+    class Still(Classification):
+        def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return (outputs * 0).sum(1)
+
+    register("task", "still")(Still)
+    overrides = ["task={name: still}", "train.phases=[{epochs: 1}]"]
+    start = workflow.run(config, [*overrides, "train.optimizer={name: sgd, lr: 1.0e-30}"], output=tmp_path)
+    run = workflow.run(config, [*overrides, decay], output=tmp_path)
+    batches = 7
+    for name in dict(read_model(run.folder / "model").model.named_parameters()):
+        spared = name.endswith("bias") or name in ("first.1.weight", "third.1.weight")
+        expected = last(start)[name] * (1.0 if spared else (1 - 0.1 * 0.5) ** batches)
+        torch.testing.assert_close(last(run)[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.phases=[{epochs: 1, batch_norm: train}]"], "none is frozen"),
+        (["train.phases=[{epochs: 1, freeze: [second], batch_norm: train}]"], "none is frozen"),
+        (["train.views=2"], "train.views"),
+        (["train.warmup_epochs=0.5", "train.scheduler={name: one_cycle}"], "warm-up of its own"),
+        (["train.warmup_epochs=2"], "leaves nothing of a phase"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(config: dict[str, Any], overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        workflow.check(config, overrides)
+    assert caught.value.problems[0].where
