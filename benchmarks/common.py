@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, default_collate
 
 from transfer import Backbone, Data, DataError, Dataset, DataSpec, FeatureSpec, Preprocessing, Split, register
-from transfer.config.run_config import load_config
+from transfer.config.check import load_config
 from transfer.models.model import Model
 from transfer.training import freezing as transfer_freezing
 from transfer.training.build import build
@@ -371,7 +371,7 @@ class PlainLoop:
         """Yield the batches that the engine makes in this epoch, from a plain DataLoader."""
         loader: DataLoader[Any] = DataLoader(
             self.examples,  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_sampler=[batch.tolist() for batch in self.plan(epoch)],
+            batch_sampler=[batch.tolist() for batch in self.batch_indices(epoch)],
             collate_fn=_pad if self.padded else default_collate,
             pin_memory=self.device.type == "cuda",
         )

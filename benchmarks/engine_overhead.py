@@ -42,7 +42,7 @@ WARM_UP_EPOCHS = 1
 def measure(config: Config, clock: Callable[[], float]) -> list[tuple[float, float, float, float]]:
     """Return for each epoch the milliseconds of a step and the mean loss, of the engine and of the plain loop."""
     plain = PlainLoop(config, torch.device("cpu"))
-    steps = len(plain.plan(0))
+    steps = len(plain.batch_indices(0))
     found: list[tuple[float, float, float, float]] = []
     times = {"started": 0.0, "trained": 0.0}
 

@@ -28,13 +28,14 @@ from common import THREADS, Config, data_file, machine, print_table, spread, wai
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from transfer.config.run_config import load_config
+from transfer.config.check import load_config
+from transfer.config.train_settings import Precision
 from transfer.feature_cache.loader import Source
-from transfer.models.precision import Precision
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.signals import Signals
-from transfer.training.build import Built, build
-from transfer.training.engine import evaluate, fit
+from transfer.training.build import BuiltExperiment, build
+from transfer.training.engine import fit
+from transfer.training.evaluation import evaluate
 from transfer.training.events import EpochEnded, EpochStarted, EvaluationStarted, Event
 
 BATCH = 64
@@ -170,13 +171,13 @@ def measure(
         )
 
     with tempfile.TemporaryDirectory() as folder, Signals() as signals:
-        experiment = replace(built.experiment, test=None, most_batches=batches)
+        experiment = replace(built.experiment, test=None, max_batches=batches)
         fit(experiment, RunDirectory.create(Path(folder), "speed"), observe, signals)
     words = {split: np.mean([len(text) for text in _encoded(built, split)]) for split in ("train", "validation")}
     return found[1:], float(words["train"]), float(words["validation"])
 
 
-def _encoded(built: Built, split: str) -> Sequence[Any]:
+def _encoded(built: BuiltExperiment, split: str) -> Sequence[Any]:
     """Return the word indices of each review of a split."""
     encoded = built.loaders[split].examples.encoded
     assert encoded is not None, "texts are encoded once"
@@ -193,7 +194,7 @@ class Book:
         clock: Gives seconds.
     """
 
-    def __init__(self, built: Built, work: Workload, batches: int, clock: Callable[[], float]) -> None:
+    def __init__(self, built: BuiltExperiment, work: Workload, batches: int, clock: Callable[[], float]) -> None:
         embedding = built.experiment.model.stages["embedding"]
         assert isinstance(embedding.static, Tensor)
         self.model = work.book(embedding.static)
@@ -204,7 +205,7 @@ class Book:
         self.clock = clock
         self.data = {name: self._features(built, name) for name in ("train", "validation")}
 
-    def _features(self, built: Built, split: str) -> TensorDataset:
+    def _features(self, built: BuiltExperiment, split: str) -> TensorDataset:
         loader = built.loaders[split]
         features = torch.zeros(len(loader.split), STEPS, dtype=torch.int64)
         for row, indices in zip(features, _encoded(built, split), strict=True):

@@ -11,19 +11,19 @@ import typer
 
 from transfer.cli import app as cli
 from transfer.config.option_schema import Option, describe_fields, describe_options, options_model, summary
-from transfer.config.run_config import Sections
+from transfer.config.run_config import RunConfigSchema
+from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, options_set_by_framework
 from transfer.config.train_settings import (
     Checkpoint,
     DataOptions,
-    Mix,
-    Named,
+    MixupCutmix,
+    NamedBlock,
     OptimizerOptions,
     Phase,
     Recipe,
     TrainConfig,
 )
 from transfer.registry import entry_points as registry
-from transfer.training.scheduler import NOT_OPTIONS, OPTIMIZERS, SCHEDULERS, handed_over
 
 PAGE = Path(__file__).parent / "reference.md"
 HEAD = """\
@@ -36,7 +36,7 @@ BLOCKS = {
     "train": TrainConfig,
     "train.phases": Phase,
     "train.recipe": Recipe,
-    "train.mix": Mix,
+    "train.mix": MixupCutmix,
     "train.checkpoint": Checkpoint,
 }
 EXIT_STATUSES = {
@@ -54,7 +54,7 @@ def page() -> str:
 
 def _config() -> Iterator[str]:
     yield "## The config\n"
-    yield from _options(describe_fields(Sections))
+    yield from _options(describe_fields(RunConfigSchema))
     for name, block in BLOCKS.items():
         yield f"### `{name}`\n\n{summary(block)}\n"
         yield from _options(describe_fields(block))
@@ -79,11 +79,11 @@ def _torch_parts() -> Iterator[str]:
     yield from _options(_without_name(describe_fields(OptimizerOptions)))
     yield "| optimizer | torch's options, and their defaults |\n|---|---|"
     for name, cls in OPTIMIZERS.items():
-        yield _torch_row(f"`{name}`", options_model(cls, OptimizerOptions, skip=NOT_OPTIONS), OptimizerOptions)
+        yield _torch_row(f"`{name}`", options_model(cls, OptimizerOptions, skip=RESERVED_OPTIONS), OptimizerOptions)
     yield "\n| scheduler | torch's options, and their defaults |\n|---|---|"
     for cls in dict.fromkeys(SCHEDULERS.values()):
         names = ", ".join(f"`{name}`" for name, other in SCHEDULERS.items() if other is cls)
-        yield _torch_row(names, options_model(cls, Named, skip=handed_over(cls)), Named)
+        yield _torch_row(names, options_model(cls, NamedBlock, skip=options_set_by_framework(cls)), NamedBlock)
     yield ""
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from transfer import DataSpec
-from transfer.config.run_config import load_component
+from transfer.config.check import load_component
 from transfer.deployment.serving.app import BATCHING, Batching, make_app
 from transfer.deployment.serving.models import ServedModel
 from transfer.deployment.serving.reading import LIMITS, Limits
 from transfer.deployment.serving.server import make_server
+from transfer.models.assemble import assemble
 from transfer.models.saved_model import LoadedModel
-from transfer.training.build import assemble
 
 
 def loaded_model(backbone: dict[str, Any], field: str, classes: tuple[str, ...]) -> LoadedModel:

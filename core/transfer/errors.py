@@ -100,7 +100,7 @@ class MemoryRanOut(TrainingError):  # noqa: N818  # it says what happened
     """Memory ran out on a batch."""
 
 
-class Stopped(TransferError):  # noqa: N818  # nothing went wrong
+class StoppedByObserver(TransferError):  # noqa: N818  # nothing went wrong
     """An observer ends a run after an epoch: what it reached stays, and it can be resumed."""
 
 

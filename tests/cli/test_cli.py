@@ -14,7 +14,6 @@ import pytest
 
 from transfer import TransferError, __main__
 from transfer.cli import app as cli
-from transfer.runs import train as workflow
 
 
 def transfer(*arguments: str | Path, prelude: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
@@ -40,7 +39,7 @@ def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
 def test_plugins_as_json() -> None:
     ended = transfer("plugins", "--json")
     found = {(p["kind"], p["name"]): p for p in json.loads(ended.stdout)}
-    assert found["head", "linear"]["distribution"] == "transfer"
+    assert found["head", "linear"]["distribution"] == "transferkit"
 
 
 def test_no_name_of_a_plugin_is_cut_off() -> None:
@@ -220,7 +219,7 @@ def test_wrong_overrides_are_a_panel(call: Any, config_file: Path) -> None:
 
 @pytest.fixture
 def folder(config: dict[str, Any], tmp_path: Path) -> Path:
-    return workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path).folder
+    return transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path).folder
 
 
 def test_evaluate_as_json(call: Any, folder: Path) -> None:
@@ -312,11 +311,11 @@ def test_a_server_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> 
     from transfer.errors import Problem
     from transfer.registry import requirements
 
-    lacking = Problem("it needs fastapi, which is not installed", fix="pip install 'transfer[serve]'")
+    lacking = Problem("it needs fastapi, which is not installed", fix="pip install 'transferkit[serve]'")
     monkeypatch.setattr(requirements, "unmet", lambda distribution, extras: lacking)
     with pytest.raises(TransferError, match="needs fastapi") as caught:
         cli.serve(["runs/none"])
-    assert caught.value.problems[0].fix == "pip install 'transfer[serve]'"
+    assert caught.value.problems[0].fix == "pip install 'transferkit[serve]'"
 
 
 def test_names_of_plugins_are_whole_on_a_narrow_terminal(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import transfer
 from transfer import ConfigError
 from transfer.cli.plan import render
-from transfer.cli.progress import RunConsole, error_panel, facts_table, metrics_text
+from transfer.cli.progress import RunConsole
+from transfer.cli.tables import error_panel, facts_table, metrics_text
 from transfer.errors import Problem
-from transfer.runs import train as workflow
 from transfer.training.events import EpochStarted, Note, StepEnded
 
 
@@ -57,7 +58,7 @@ def test_values_are_shown_for_people() -> None:
 def test_a_run_on_no_terminal_is_plain_lines(config: dict[str, Any], tmp_path: Path) -> None:
     file = io.StringIO()
     with RunConsole(Console(file=file, width=200)) as observe:
-        workflow.run(config, ["train.phases=[{epochs: 2}]"], output=tmp_path, observe=observe)
+        transfer.run(config, ["train.phases=[{epochs: 2}]"], output=tmp_path, observe=observe)
     text = file.getvalue()
     assert "\x1b" not in text
     lines = [line for line in text.splitlines() if line.startswith("epoch ")]
@@ -70,7 +71,7 @@ def test_a_run_on_no_terminal_is_plain_lines(config: dict[str, Any], tmp_path: P
 def test_a_run_on_a_terminal_shows_the_same_results(config: dict[str, Any], tmp_path: Path) -> None:
     file = io.StringIO()
     with RunConsole(Console(file=file, width=200, force_terminal=True)) as observe:
-        workflow.run(config, output=tmp_path, observe=observe)
+        transfer.run(config, output=tmp_path, observe=observe)
     assert "epoch 2/2" in file.getvalue()
     assert "best epoch" in file.getvalue()
 
@@ -94,7 +95,7 @@ def test_a_note_is_shown() -> None:
 
 def test_the_plan_is_shown_stage_by_stage(config: dict[str, Any]) -> None:
     phases = "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, freeze: {until: first}, lr: 0.5}]"
-    text = shown(*render(*workflow.check(config, [phases])), width=150)
+    text = shown(*render(*transfer.check(config, [phases])), width=150)
     rows = {line.split()[0]: line for line in text.splitlines() if line.split()}
     assert rows["first"].count("frozen") == 2
     assert "frozen" in rows["second"]

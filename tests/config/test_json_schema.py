@@ -17,12 +17,12 @@ from jsonschema.exceptions import best_match
 from transfer import Head, register
 from transfer.config.json_schema import config_schema
 from transfer.config.option_schema import describe_options
+from transfer.config.torch_classes import OPTIMIZERS, SCHEDULERS
 from transfer.registry import entry_points as registry
-from transfer.training.scheduler import OPTIMIZERS, SCHEDULERS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-BUILT_IN = [p for p in registry.plugins() if p.distribution == "transfer" and not (p.extras and p.unavailable)]
+BUILT_IN = [p for p in registry.plugins() if p.distribution == "transferkit" and not (p.extras and p.unavailable)]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_all_of_torchs_parts_are_there(schema: Any) -> None:
 
 
 def test_core_s_own_options_are_described(schema: Any) -> None:
-    for name in ("TrainConfig", "Phase", "Recipe", "Mix"):
+    for name in ("TrainConfig", "Phase", "Recipe", "MixupCutmix"):
         block = schema["$defs"][name]
         assert "Args" not in block["description"]
         assert all(option.get("description") for option in block["properties"].values()), name

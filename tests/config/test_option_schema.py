@@ -15,10 +15,10 @@ from torch.optim import lr_scheduler
 
 from transfer import PluginError
 from transfer.config.option_schema import describe_options, options_model, validate
-from transfer.config.run_config import Named
+from transfer.config.run_config import NamedBlock
+from transfer.config.torch_classes import SCHEDULERS, options_set_by_framework
 from transfer.config.yaml_document import make_document
 from transfer.errors import Problem
-from transfer.training.scheduler import SCHEDULERS, handed_over
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -38,7 +38,7 @@ class Part:
 
     def __init__(
         self,
-        handed_over: int = 0,
+        options_set_by_framework: int = 0,
         *,
         size: int,
         share: Share = 0.5,
@@ -54,13 +54,15 @@ class Part:
 
 def problems_of(component: type, block: dict[str, Any]) -> list[Problem]:
     document = make_document({"part": block})
-    _, problems = validate(options_model(component, Named), document.data["part"], document, ("part",), "part 'x'")
+    _, problems = validate(options_model(component, NamedBlock), document.data["part"], document, ("part",), "part 'x'")
     return problems
 
 
 def checked(component: type, block: dict[str, Any]) -> Any:
     document = make_document({"part": block})
-    model, problems = validate(options_model(component, Named), document.data["part"], document, ("part",), "part 'x'")
+    model, problems = validate(
+        options_model(component, NamedBlock), document.data["part"], document, ("part",), "part 'x'"
+    )
     assert not problems
     return model
 
@@ -197,7 +199,7 @@ def test_an_option_called_like_a_key_of_the_framework_is_refused() -> None:
         def __init__(self, *, name: str = "") -> None: ...
 
     with pytest.raises(PluginError, match="an option called 'name'") as caught:
-        options_model(Greedy, Named)
+        options_model(Greedy, NamedBlock)
     assert "rename it" in caught.value.problems[0].fix
 
 
@@ -206,7 +208,7 @@ def test_an_option_without_a_type_is_refused() -> None:
         def __init__(self, *, size=1) -> None: ...  # type: ignore[no-untyped-def]
 
     with pytest.raises(PluginError, match="option 'size' of Untyped has no type"):
-        options_model(Untyped, Named)
+        options_model(Untyped, NamedBlock)
 
 
 def test_a_type_that_cannot_be_resolved_is_refused() -> None:
@@ -214,7 +216,7 @@ def test_a_type_that_cannot_be_resolved_is_refused() -> None:
         def __init__(self, *, part: Fraction | None = None) -> None: ...
 
     with pytest.raises(PluginError, match="Fraction") as caught:
-        options_model(Unresolved, Named)
+        options_model(Unresolved, NamedBlock)
     assert "TYPE_CHECKING" in caught.value.problems[0].fix
 
 
@@ -227,7 +229,7 @@ def test_an_option_that_pydantic_cannot_name_is_refused() -> None:
 
     for component in (Hidden, Model):
         with pytest.raises(PluginError, match="has an option called") as caught:
-            options_model(component, Named)
+            options_model(component, NamedBlock)
         assert "rename it" in caught.value.problems[0].fix
 
 
@@ -252,13 +254,13 @@ def test_a_component_without_a_constructor_has_no_options() -> None:
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_every_scheduler_of_torch_has_a_schema(name: str) -> None:
-    ours = handed_over(SCHEDULERS[name])
-    fields = options_model(SCHEDULERS[name], Named, skip=ours).model_fields
+    ours = options_set_by_framework(SCHEDULERS[name])
+    fields = options_model(SCHEDULERS[name], NamedBlock, skip=ours).model_fields
     assert not ours & set(fields)
 
 
 def test_an_iterable_of_torch_is_a_list_that_can_be_read_twice() -> None:
-    model = options_model(lr_scheduler.MultiStepLR, Named, skip=handed_over(lr_scheduler.MultiStepLR))
+    model = options_model(lr_scheduler.MultiStepLR, NamedBlock, skip=options_set_by_framework(lr_scheduler.MultiStepLR))
     document = make_document({"s": {"name": "multisteplr", "milestones": [2, 4]}})
     block, problems = validate(model, document.data["s"], document, ("s",), "scheduler")
     assert not problems
@@ -270,5 +272,5 @@ def test_a_learning_rate_that_may_be_a_tensor_is_a_number() -> None:
         def __init__(self, params: Any, rate: float | torch.Tensor = 1.0, both: Callable[[], None] | None = None):
             pass
 
-    model = options_model(Tensors, Named, skip={"params", "both"})
+    model = options_model(Tensors, NamedBlock, skip={"params", "both"})
     assert model.model_fields["rate"].annotation is float

@@ -1,4 +1,4 @@
-"""Named recipes: the phases they stand for."""
+"""NamedBlock recipes: the phases they stand for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from conftest import Dense
 
+import transfer
 from transfer import ConfigError, register
 from transfer.config.recipes import expand
 from transfer.config.train_settings import LearningRate, Phase, Recipe, Until
-from transfer.runs import train as workflow
 
 STAGES = ("stem", "body", "top")
 
@@ -67,7 +67,7 @@ def test_fewer_epochs_than_phases_are_refused(name: str, count: int) -> None:
 
 def test_a_recipe_is_worked_out_for_the_model(config: dict[str, Any]) -> None:
     del config["train"]["phases"]
-    _, parts = workflow.check(config, ["train.recipe={name: gradual, epochs: 4}"])
+    _, parts = transfer.check(config, ["train.recipe={name: gradual, epochs: 4}"])
     assert [sorted(phase.frozen.stages) for phase in parts.phases] == [
         ["first", "second", "third"],
         ["first", "second"],
@@ -82,13 +82,13 @@ def test_a_recipe_is_worked_out_for_the_model(config: dict[str, Any]) -> None:
 def test_a_recipe_that_does_not_fit_has_its_line(config: dict[str, Any]) -> None:
     del config["train"]["phases"]
     with pytest.raises(ConfigError, match="4 phases on this model and 3 epochs") as caught:
-        workflow.check(config, ["train.recipe={name: gradual, epochs: 3}"])
+        transfer.check(config, ["train.recipe={name: gradual, epochs: 3}"])
     assert caught.value.problems[0].where == "override 'train.recipe={name: gradual, epochs: 3}'"
 
 
 def test_phases_and_a_recipe_exclude_each_other(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="phases or recipe, not both"):
-        workflow.check(config, ["train.recipe={name: scratch, epochs: 3}"])
+        transfer.check(config, ["train.recipe={name: scratch, epochs: 3}"])
 
 
 class Pretrained(Dense):
@@ -107,14 +107,14 @@ def test_scratch_alone_reads_no_pretrained_weights(
     register("backbone", "pretrained")(Pretrained)
     del config["train"]["phases"]
     overrides = ["backbone.name=pretrained", f"train.recipe={{name: {name}, epochs: 1}}"]
-    run = workflow.run(config, overrides, output=tmp_path)
+    run = transfer.run(config, overrides, output=tmp_path)
     assert run.summary["pretrained"] == ({"weights": "ones"} if read else {})
 
 
 @pytest.mark.parametrize(("name", "count"), [("lp_ft", 2), ("gradual", 4)])
 def test_recipes_train(config: dict[str, Any], tmp_path: Path, name: str, count: int) -> None:
     del config["train"]["phases"]
-    run = workflow.run(config, [f"train.recipe={{name: {name}, epochs: {count}}}"], output=tmp_path)
+    run = transfer.run(config, [f"train.recipe={{name: {name}, epochs: {count}}}"], output=tmp_path)
     assert run.summary["epochs"] == count
     assert {report.get("phase") for report in run.summary["cache"]} == {*range(1, count + 1), None}
-    assert workflow.evaluate(run.folder) == run.summary["test"]
+    assert transfer.evaluate(run.folder) == run.summary["test"]

@@ -12,7 +12,8 @@ from conftest import Dense, Points
 from torch.optim import lr_scheduler
 
 from transfer import ConfigError, PluginError, RunError, register
-from transfer.config.run_config import load_component, load_config, located
+from transfer.config.check import load_component, load_config
+from transfer.config.component import error_location
 from transfer.config.train_settings import Parameters, Until
 from transfer.errors import Problem
 
@@ -276,10 +277,10 @@ def test_an_error_inside_gets_the_place(config_file: Path) -> None:
     with pytest.raises(ConfigError, match="too big") as caught, checked.at("train", "phases", 0):
         raise ValueError("too big")
     assert caught.value.problems[0].where.startswith(f"{config_file}:")
-    with pytest.raises(PluginError) as kept, located("elsewhere"):
+    with pytest.raises(PluginError) as kept, error_location("elsewhere"):
         raise PluginError("bad", where="here")
     assert kept.value.problems[0].where == "here"
-    with pytest.raises(RunError) as placed, located("elsewhere"):
+    with pytest.raises(RunError) as placed, error_location("elsewhere"):
         raise RunError("bad")
     assert str(placed.value) == "elsewhere: bad"
 

@@ -67,12 +67,12 @@ def test_every_value_knows_its_line(read: Any) -> None:
     document = read("a: 1\n\nb:\n  c: 2\n  d:\n    - 3\n    - {e: 4}\n")
     path = document.source
     lines = {("a",): 1, ("b",): 3, ("b", "c"): 4, ("b", "d"): 5, ("b", "d", 0): 6, ("b", "d", 1, "e"): 7}
-    assert {key: document.where(key) for key in lines} == {key: f"{path}:{line}" for key, line in lines.items()}
+    assert {key: document.location(key) for key in lines} == {key: f"{path}:{line}" for key, line in lines.items()}
 
 
 def test_a_missing_key_is_placed_at_what_surrounds_it(read: Any) -> None:
     document = read("a: 1\nb:\n  c: 2\n")
-    assert document.where(("b", "nothing", 3)) == f"{document.source}:2"
+    assert document.location(("b", "nothing", 3)) == f"{document.source}:2"
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_second_line(read: Any) -> None:
@@ -172,13 +172,13 @@ def test_overrides_set_one_value(read: Any, override: str, expected: Any) -> Non
 
 def test_an_override_is_where_its_value_comes_from(read: Any) -> None:
     document = read("a:\n  b: {c: 1}\n", "a.b={c: 2, d: 3}")
-    assert document.where(("a", "b", "d")) == "override 'a.b={c: 2, d: 3}'"
-    assert document.where(("a",)).endswith("file.yaml:1")
+    assert document.location(("a", "b", "d")) == "override 'a.b={c: 2, d: 3}'"
+    assert document.location(("a",)).endswith("file.yaml:1")
 
 
 def test_what_an_override_makes_on_its_way_comes_from_it(read: Any) -> None:
     document = read("a: 1\n", "b.c.d=2")
-    assert [document.where(key) for key in (("a",), ("b",), ("b", "c"))] == [f"{document.source}:1"] + 2 * [
+    assert [document.location(key) for key in (("a",), ("b",), ("b", "c"))] == [f"{document.source}:1"] + 2 * [
         "override 'b.c.d=2'"
     ]
 
@@ -249,7 +249,7 @@ def test_plain_data_is_copied(tmp_path: Path) -> None:
     document = make_document(data, ["a.b.0=5"])
     assert document.data == {"a": {"b": [5, 2]}, "c": str(tmp_path)}
     assert data["a"] == {"b": (1, 2)}
-    assert document.where(("a",)) == "config"
+    assert document.location(("a",)) == "config"
 
 
 def test_plain_data_that_yaml_cannot_hold_is_refused() -> None:

@@ -64,7 +64,7 @@ def test_contract(contract: Contract) -> None:
 
 def test_every_built_in_plugin_is_here() -> None:
     tested = {(c.case.kind, c.case.name) for c in CONTRACTS}
-    installed = [p for p in registry.plugins() if p.distribution == "transfer" and not (p.extras and p.unavailable)]
+    installed = [p for p in registry.plugins() if p.distribution == "transferkit" and not (p.extras and p.unavailable)]
     assert tested == {(p.kind, p.qualified_name) for p in installed}
     assert len(tested) >= 22
     assert len(CONTRACTS) > 250

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from transfer import DataError, Preprocessing, Split
 from transfer.data import loader as loading
-from transfer.data.loader import Batch, Loader, Timed, encode, move
+from transfer.data.batch import Batch, TimedIterator, move
+from transfer.data.encoding import encode
+from transfer.data.loader import Loader
 
 
 class Ragged(Preprocessing):
@@ -141,10 +143,10 @@ def test_inputs_and_targets_belong_to_the_indices() -> None:
 
 
 def test_a_last_batch_of_one_joins_the_batch_before_in_training() -> None:
-    sizes = [len(batch) for batch in loader(Lazy(), split(17)).plan(0)]
+    sizes = [len(batch) for batch in loader(Lazy(), split(17)).batch_indices(0)]
     assert sizes == [8, 9]
-    assert [len(batch) for batch in loader(Lazy(), split(17), training=False).plan(0)] == [8, 8, 1]
-    assert [len(batch) for batch in loader(Lazy(), split(1)).plan(0)] == [1]
+    assert [len(batch) for batch in loader(Lazy(), split(17), training=False).batch_indices(0)] == [8, 8, 1]
+    assert [len(batch) for batch in loader(Lazy(), split(1)).batch_indices(0)] == [1]
 
 
 def padding_share(made: Loader) -> float:
@@ -162,7 +164,7 @@ def test_buckets_save_padding() -> None:
 
 def test_buckets_stay_random() -> None:
     made = loader(Ragged(), split(800, longest=100))
-    first, second = made.plan(0), made.plan(1)
+    first, second = made.batch_indices(0), made.batch_indices(1)
     assert not any(set(a) == set(b) for a in first for b in second)
     lengths = [max(len(made.split.fields["x"][i]) for i in batch) for batch in first]
     assert lengths != sorted(lengths)
@@ -170,7 +172,7 @@ def test_buckets_stay_random() -> None:
 
 def test_evaluation_goes_from_long_to_short() -> None:
     made = loader(Ragged(), training=False)
-    lengths = [len(made.split.fields["x"][i]) for batch in made.plan(0) for i in batch]
+    lengths = [len(made.split.fields["x"][i]) for batch in made.batch_indices(0) for i in batch]
     assert lengths == sorted(lengths, reverse=True)
 
 
@@ -222,7 +224,7 @@ def test_iterating_leaves_the_global_generators_alone() -> None:
 
 def test_no_bucket_leaves_a_batch_of_one() -> None:
     made = loader(Ragged(), split(8 * 50 * 2 + 1), batch_size=8)
-    sizes = [len(batch) for batch in made.plan(0)]
+    sizes = [len(batch) for batch in made.batch_indices(0)]
     assert min(sizes) > 1
     assert max(sizes) <= 9
 
@@ -239,7 +241,7 @@ def test_what_cannot_be_encoded_in_a_loader_process_is_named() -> None:
 def costs(made: Loader, epoch: int = 0) -> list[int]:
     """Return the size of each batch when padded to its longest example."""
     assert made.lengths is not None
-    return [len(batch) * int(made.lengths[batch].max()) for batch in made.plan(epoch)]
+    return [len(batch) * int(made.lengths[batch].max()) for batch in made.batch_indices(epoch)]
 
 
 def by_tokens(part: Split | None = None, max_tokens: int = 40, **options: Any) -> Loader:
@@ -251,7 +253,7 @@ def by_tokens(part: Split | None = None, max_tokens: int = 40, **options: Any) -
 def test_a_batch_costs_no_more_than_it_may(training: bool, bucket: bool | int) -> None:
     made = by_tokens(split(400), training=training, bucket=bucket)
     for epoch in range(3):
-        plan = made.plan(epoch)
+        plan = made.batch_indices(epoch)
         assert sorted(np.concatenate(plan).tolist()) == list(range(400))
         assert max(costs(made, epoch)) <= 40
         assert made.count(epoch) == len(plan) == len(batches(made, epoch))
@@ -260,7 +262,7 @@ def test_a_batch_costs_no_more_than_it_may(training: bool, bucket: bool | int) -
 def test_no_batch_has_room_for_the_first_example_of_the_next() -> None:
     made = by_tokens(split(400), bucket=False)
     assert made.lengths is not None
-    plan = made.plan(0)
+    plan = made.batch_indices(0)
     for batch, following in itertools.pairwise(plan):
         together = [*batch, following[0]]
         assert len(together) * int(made.lengths[together].max()) > 40
@@ -269,7 +271,7 @@ def test_no_batch_has_room_for_the_first_example_of_the_next() -> None:
 def test_an_example_that_costs_more_alone_is_a_batch_of_its_own() -> None:
     part = Split({"x": [[1.0] * n for n in (3, 90, 4, 2)]}, np.zeros(4, dtype=np.int64))
     for bucket in (True, False):
-        plan = by_tokens(part, bucket=bucket).plan(0)
+        plan = by_tokens(part, bucket=bucket).batch_indices(0)
         assert [1] in [batch.tolist() for batch in plan]
         assert sorted(np.concatenate(plan).tolist()) == [0, 1, 2, 3]
 
@@ -287,7 +289,7 @@ def test_buckets_need_fewer_batches_for_the_same_cost() -> None:
 
 
 def test_the_prefix_of_a_cache_ignores_what_a_batch_may_cost() -> None:
-    sizes = [len(batch) for batch in by_tokens(split(50)).in_fixed_order(16, augment=False).plan(0)]
+    sizes = [len(batch) for batch in by_tokens(split(50)).in_fixed_order(16, augment=False).batch_indices(0)]
     assert sizes == [16, 16, 16, 2]
 
 
@@ -404,6 +406,6 @@ def test_waiting_is_timed() -> None:
             time.sleep(0.01)
             yield Batch(torch.zeros(1), torch.zeros(1), np.zeros(1, dtype=np.int64))
 
-    timed = Timed(slow())
+    timed = TimedIterator(slow())
     assert len(list(timed)) == 3
     assert 0.03 <= timed.seconds < 1

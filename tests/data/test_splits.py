@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from transfer import Data, DataError, DataSpec, Split
-from transfer.data.splits import complete, count_classes, cut
+from transfer import Data, DataError, DataSpec, Split, split_off
+from transfer.data.splits import complete, count_classes
 
 
 def split(targets: npt.ArrayLike, first: int = 0) -> Split:
@@ -51,31 +51,31 @@ def test_without_test_data_there_is_no_test_split() -> None:
 
 
 def test_a_cut_is_stratified() -> None:
-    left, taken = cut(split([0] * 70 + [1] * 20 + [2] * 10), 0.1)
+    left, taken = split_off(split([0] * 70 + [1] * 20 + [2] * 10), 0.1)
     assert np.bincount(taken.targets).tolist() == [7, 2, 1]
     assert np.bincount(left.targets).tolist() == [63, 18, 9]
 
 
 def test_a_cut_is_always_the_same_and_keeps_the_order() -> None:
-    first, second = (cut(split(HALVES), 0.3) for _ in range(2))
+    first, second = (split_off(split(HALVES), 0.3) for _ in range(2))
     assert [ids(part) for part in first] == [ids(part) for part in second]
     for part in first:
         assert ids(part) == sorted(ids(part))
 
 
 def test_a_cut_is_random() -> None:
-    _, taken = cut(split([0] * 100), 0.1)
+    _, taken = split_off(split([0] * 100), 0.1)
     assert ids(taken) != list(range(10))
 
 
 @pytest.mark.parametrize(("count", "share", "taken"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.99, 9), (10, 0.25, 2)])
 def test_a_class_gives_and_keeps_at_least_one(count: int, share: float, taken: int) -> None:
-    left, off = cut(split([0] * count), share)
+    left, off = split_off(split([0] * count), share)
     assert (len(left), len(off)) == (count - taken, taken)
 
 
 def test_a_class_of_one_example_stays_in_training() -> None:
-    left, taken = cut(split([0] * 9 + [1]), 0.5)
+    left, taken = split_off(split([0] * 9 + [1]), 0.5)
     assert set(left.targets.tolist()) == {0, 1}
     assert set(taken.targets.tolist()) == {0}
 
@@ -83,16 +83,16 @@ def test_a_class_of_one_example_stays_in_training() -> None:
 @pytest.mark.parametrize("targets", [[0], [0, 1, 2]])
 def test_too_few_to_cut_from_is_refused(targets: list[int]) -> None:
     with pytest.raises(DataError, match="too few to cut"):
-        cut(split(targets), 0.5)
+        split_off(split(targets), 0.5)
 
 
 def test_an_empty_split_cannot_be_cut() -> None:
     with pytest.raises(DataError, match="too few to cut"):
-        cut(split(np.zeros(0, dtype=np.int64)), 0.5)
+        split_off(split(np.zeros(0, dtype=np.int64)), 0.5)
 
 
 def test_numbers_are_cut_as_a_whole() -> None:
-    left, taken = cut(split(np.arange(40, dtype=np.float32).reshape(20, 2)), 0.25)
+    left, taken = split_off(split(np.arange(40, dtype=np.float32).reshape(20, 2)), 0.25)
     assert (len(left), len(taken)) == (15, 5)
 
 
@@ -154,24 +154,24 @@ def test_groups_are_cut_as_a_whole_and_classes_alike(share: float) -> None:
     generator = np.random.default_rng(0)
     groups = np.repeat(np.arange(60), generator.integers(1, 8, 60))
     whole = grouped(generator.integers(0, 3, len(groups)).tolist(), groups.tolist())
-    left, taken = cut(whole, share)
+    left, taken = split_off(whole, share)
     assert not set(left.groups.tolist()) & set(taken.groups.tolist())
     assert sorted(ids(left) + ids(taken)) == list(range(len(whole)))
     for target in range(3):
         part = (taken.targets == target).sum() / (whole.targets == target).sum()
         assert abs(part - share) < 0.05
-    assert ids(cut(whole, share)[1]) == ids(taken)
+    assert ids(split_off(whole, share)[1]) == ids(taken)
 
 
 def test_large_groups_give_and_keep_at_least_one() -> None:
     for share in (0.01, 0.99):
-        left, taken = cut(grouped([0, 1] * 10, [0] * 12 + [1] * 8), share)
+        left, taken = split_off(grouped([0, 1] * 10, [0] * 12 + [1] * 8), share)
         assert {len(left), len(taken)} == {8, 12}
 
 
 def test_one_group_cannot_be_cut() -> None:
     with pytest.raises(DataError, match="all examples are of one group"):
-        cut(grouped([0, 1, 0, 1], [7, 7, 7, 7]), 0.5)
+        split_off(grouped([0, 1, 0, 1], [7, 7, 7, 7]), 0.5)
 
 
 def test_validation_is_cut_by_groups_too() -> None:

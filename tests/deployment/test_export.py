@@ -25,7 +25,8 @@ from transfer.deployment.formats import find_format
 from transfer.models.model import Model
 from transfer.models.saved_model import LoadedModel, read_model
 from transfer.registry import entry_points as registry
-from transfer.storage.run_directory import RunDirectory, write_json
+from transfer.storage.run_directory import RunDirectory
+from transfer.system.atomic_files import write_json
 
 TEXTS = ["a warm, funny film", "two hours of my life that I will never get back"]
 recorded = pytest.mark.skipif(not hasattr(torch.export.Dim, "AUTO"), reason="torch finds sizes out from 2.6 on")

@@ -27,13 +27,13 @@ pytest.importorskip("fastapi")
 from conftest import PointPreprocessing
 from serving_cases import Running, loaded_model, running
 
+import transfer
 from transfer import UserError
 from transfer.deployment.serving.app import Batching
 from transfer.deployment.serving.batching import Batcher, BusyError
 from transfer.deployment.serving.models import RefusedError, ServedModel
 from transfer.deployment.serving.reading import Limits
 from transfer.deployment.serving.server import is_loopback, listen, name_runs
-from transfer.runs import train as workflow
 
 POINT = {"point": "1,2,3,4"}
 WITH_POINTS = f"""
@@ -243,7 +243,7 @@ def receive(connection: socket.socket) -> bytes:
 def test_slow_and_endless_requests_are_refused_and_do_not_stop_the_others(server: Running) -> None:
     head = b"POST /models/points/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     requests = {
-        "silent": b"",
+        "ignore_events": b"",
         "half a head": head,
         "half a body": head + b'Content-Length: 50\r\n\r\n{"point',
         "too long, as it says": head + b"Content-Length: 99999999999\r\n\r\n",
@@ -260,7 +260,7 @@ def test_slow_and_endless_requests_are_refused_and_do_not_stop_the_others(server
         for connection in open_.values():
             connection.close()
     assert statuses == {
-        "silent": b"",
+        "ignore_events": b"",
         "half a head": b"",
         "half a body": b"408",
         "too long, as it says": b"413",
@@ -349,7 +349,7 @@ def test_only_loopback_is_loopback() -> None:
 def test_the_command_answers_and_ends_with_143_when_what_is_under_way_is_answered(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path)
+    run = transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path)
     arguments = ["serve", f"points={run.folder}", "--port", "0", "--wait-milliseconds", "1000"]
     command = [sys.executable, "-u", "-c", WITH_POINTS, *arguments]
     environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}

@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MUTATIONS = int(os.environ.get("TRANSFER_MUTATIONS", "60"))
 """Mutated configs per shipped one; TRANSFER_MUTATIONS=5000 for a long search."""
 
-Place = tuple[Any, ...]
+Rank = tuple[Any, ...]
 
 scalars = st.one_of(
     st.none(),
@@ -41,7 +41,7 @@ values = st.recursive(
 )
 
 
-def places(node: Any, at: Place = ()) -> Iterator[Place]:
+def places(node: Any, at: Rank = ()) -> Iterator[Rank]:
     """Yield the path of every value below a node."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, child in children:
@@ -49,7 +49,7 @@ def places(node: Any, at: Place = ()) -> Iterator[Place]:
         yield from places(child, (*at, key))
 
 
-def parent(config: Any, place: Place) -> Any:
+def parent(config: Any, place: Rank) -> Any:
     """Return the mapping or list that holds a place."""
     for key in place[:-1]:
         config = config[key]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from kill_harness import CONFIGS, outcome
 
-from transfer.runs import train as workflow
+import transfer
 
 
 def test_the_cache_of_encoded_texts_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,9 +15,9 @@ def test_the_cache_of_encoded_texts_changes_nothing(tmp_path: Path, monkeypatch:
 
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(corpus, "WORTH_KEEPING_CHARACTERS", 1)
-    first = workflow.run(CONFIGS["text"], output=tmp_path / "empty")
+    first = transfer.run(CONFIGS["text"], output=tmp_path / "empty")
     assert list((tmp_path / "cache" / "text").iterdir())
-    second = workflow.run(CONFIGS["text"], output=tmp_path / "filled")
+    second = transfer.run(CONFIGS["text"], output=tmp_path / "filled")
     assert outcome(first.folder) == outcome(second.folder)
 
 
@@ -27,7 +27,7 @@ def test_loader_processes_and_decoded_pictures_in_memory_change_nothing(
     from transfer_vision.preprocessing import ImagePreprocessing
 
     config = CONFIGS["vision, two loader processes"]
-    kept = workflow.run(config, ["train.workers=0"], output=tmp_path / "kept")
+    kept = transfer.run(config, ["train.workers=0"], output=tmp_path / "kept")
     monkeypatch.setattr(ImagePreprocessing, "keep_bytes", 0)
-    read = workflow.run(config, ["train.workers=2"], output=tmp_path / "read")
+    read = transfer.run(config, ["train.workers=2"], output=tmp_path / "read")
     assert outcome(kept.folder) == outcome(read.folder)

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 from torch.nn.functional import cross_entropy
 
-from transfer.config.run_config import load_config
+import transfer
+from transfer.config.check import load_config
 from transfer.runs import train as workflow
 from transfer.training.build import build
 
@@ -178,7 +179,7 @@ def test_two_processes_give_what_one_gives(
     kind: str, launcher: Launcher, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     config = request.getfixturevalue(kind)
-    alone = workflow.run(config, output=tmp_path / "alone").folder
+    alone = transfer.run(config, output=tmp_path / "alone").folder
     both = run_both(launcher, tmp_path / "both", config)
     assert all(count % 2 for count in summary(both)["examples"].values()), "two must not divide what is tested"
     assert_equal_to_rounding(both, alone)
@@ -206,7 +207,7 @@ def test_the_gradient_is_that_of_the_whole_batch(
         "optimizer": {"name": "sgd", "lr": 1.0},
         "phases": [{"epochs": 1}],
     }
-    built = build(load_config(reviews), workflow.silent)
+    built = build(load_config(reviews), workflow.ignore_events)
     model, train = built.experiment.model, built.experiment.train
     (batch,) = train.epoch(0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -226,7 +227,7 @@ def test_statistics_of_batch_norm_are_means_over_the_processes(
     pictures["data"]["per_class"] = 4
     pictures["backbone"]["augmentation"] = "none"
     pictures["train"] = {"batch_size": 12, "optimizer": {"name": "sgd", "lr": 0.01}, "phases": [{"epochs": 1}]}
-    alone = workflow.run(pictures, output=tmp_path / "alone").folder
+    alone = transfer.run(pictures, output=tmp_path / "alone").folder
     both = run_both(launcher, tmp_path / "both", pictures)
     one, other = (load_file(run / "checkpoints" / "last" / "model.safetensors") for run in (alone, both))
     (first,) = [name for name in one if name.startswith("stem.") and name.endswith("running_mean")]
@@ -271,7 +272,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_either_number_goes_on(
         assert kill_harness.outcome(run) == kill_harness.outcome(whole)  # as many as before: to the last bit
     else:
         notes: list[Any] = []
-        workflow.resume(run, observe=notes.append)
+        transfer.resume(run, observe=notes.append)
         assert any("processes 2 -> 1" in getattr(note, "text", "") for note in notes)
         assert_equal_to_rounding(run, whole)
 
@@ -279,7 +280,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_either_number_goes_on(
 def test_a_run_of_one_goes_on_in_two(launcher: Launcher, tmp_path: Path, reviews: Config) -> None:
     reviews["train"]["phases"] = [{"epochs": 6}]
     config = write(tmp_path / "run", reviews)
-    whole = workflow.run(config, output=tmp_path / "whole").folder
+    whole = transfer.run(config, output=tmp_path / "whole").folder
     environment = {"TRANSFER_CACHE": str(tmp_path / "cache"), "COLUMNS": "1000"}
     attempt = launcher.zygotes[0].start(("run", "config.yaml"), config.parent, environment)
     while not any(config.parent.glob("runs/*/checkpoints/last/state.json")):
@@ -342,7 +343,7 @@ def test_a_loss_that_is_not_finite_is_told_once(launcher: Launcher, tmp_path: Pa
     ids=["torchrun", "accelerate"],
 )
 def test_real_launchers(real: list[str], tmp_path: Path, reviews: Config) -> None:
-    alone = workflow.run(reviews, output=tmp_path / "alone").folder
+    alone = transfer.run(reviews, output=tmp_path / "alone").folder
     write(tmp_path, reviews)
     command = [sys.executable, "-m", *real, "-m", "transfer", "run", "config.yaml"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFER_CACHE": str(tmp_path / "cache")}

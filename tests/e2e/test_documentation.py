@@ -44,7 +44,7 @@ from safetensors.torch import save_file
 import transfer
 from transfer.cli import app as cli
 from transfer.config.json_schema import config_schema
-from transfer.config.run_config import Sections
+from transfer.config.run_config import RunConfigSchema
 from transfer.config.train_settings import TrainConfig
 from transfer.registry import entry_points as registry
 
@@ -328,7 +328,7 @@ class Reader:
                     name = re.search(r"models/([^/]+)/", request)
                     if name is None or name[1] in served:
                         here = request.replace("localhost:8000", f"127.0.0.1:{port}")
-                        asked = [*shlex.split(here), "--silent", "--fail-with-body"]
+                        asked = [*shlex.split(here), "--ignore_events", "--fail-with-body"]
                         self.answers[request] = subprocess.run(asked, capture_output=True, text=True, check=False)
             finally:
                 if served:
@@ -359,7 +359,7 @@ class Reader:
         named = re.match(r"# (?:transfer run )?([\w./-]+\.yaml)\b", block.text)
         if named is None:
             for line, part in parts_of(block.text):
-                if problem := why_not(part):
+                if problem := reason_not_cached(part):
                     self.wrong(block.line + line, problem)
             return
         content = yaml.safe_load(block.text)
@@ -430,12 +430,12 @@ def parts_of(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield begin, yaml.safe_load("\n".join(lines[begin:end]))
 
 
-def why_not(part: dict[str, Any]) -> str | None:
+def reason_not_cached(part: dict[str, Any]) -> str | None:
     """Return what is wrong with a part of a config; nothing where some whole config with it passes the check."""
     (key,) = part
     if key in TrainConfig.model_fields:
         part = {"train": part}
-    elif key not in Sections.model_fields:
+    elif key not in RunConfigSchema.model_fields:
         part = {"backbone": {"name": "resnet18", **part}}
     said = []
     choices = [[part[section]] if section in part else others for section, others in COMPLETIONS.items()]

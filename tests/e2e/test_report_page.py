@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from browser import Browser, needs_chromium, started_browser
 
-from transfer.runs import train as workflow
+import transfer
 
 pytestmark = needs_chromium
 
@@ -44,7 +44,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "backbone": {"name": "textcnn", "vectors": None, "dimensions": 8, "filters": 4, "kernel_sizes": [2]},
         "train": {"batch_size": 16, "phases": [{"epochs": 1}, {"epochs": 1, "freeze": "backbone"}]},
     }
-    return workflow.run(config, output=folder / "runs").folder / "report.html"
+    return transfer.run(config, output=folder / "runs").folder / "report.html"
 
 
 def test_it_opens_without_an_error_or_a_request(browser: Browser, page: Path) -> None:

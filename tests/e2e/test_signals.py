@@ -13,8 +13,8 @@ import pytest
 import yaml
 from kill_harness import Attempt, Zygote
 
+import transfer
 from transfer import RunError
-from transfer.runs import train as workflow
 from transfer.storage import checkpoint
 
 VISION = "vision, two loader processes"
@@ -76,6 +76,6 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint_whole(zygo
 def test_a_second_process_on_one_run_is_refused(zygote: Zygote, tmp_path: Path) -> None:
     attempt, run = begin(zygote, tmp_path, "text", phases=[{"epochs": 1000}])
     with pytest.raises(RunError, match=f"another process writes into .*: process {attempt.pid} on"):
-        workflow.resume(run)
+        transfer.resume(run)
     attempt.kill()
     assert attempt.status() == -signal.SIGKILL

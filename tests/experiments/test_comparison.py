@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+import transfer
 from transfer import RunError, compare, run_seeds
-from transfer.runs import train as workflow
-from transfer.storage.run_directory import RunDirectory, read_json, write_json
+from transfer.storage.run_directory import RunDirectory
+from transfer.system.atomic_files import read_json, write_json
 
 EPOCHS = "train.phases=[{epochs: 2}]"
 BLIND = "train.optimizer.lr=1.0e-9"
@@ -33,8 +34,8 @@ def test_what_is_much_better_is_said_to_be(config: dict[str, Any], good: Path, t
 
 def test_of_an_error_less_is_better(config: dict[str, Any], tmp_path: Path) -> None:
     number = ["data.target=number", "task={name: regression}", "train.phases=[{epochs: 3}]"]
-    good = workflow.run(config, number, output=tmp_path).folder
-    bad = workflow.run(config, [*number, BLIND], output=tmp_path).folder
+    good = transfer.run(config, number, output=tmp_path).folder
+    bad = transfer.run(config, [*number, BLIND], output=tmp_path).folder
     found = compare([bad, good])
     assert (found.metric, found.higher_is_better) == ("mean_absolute_error", False)
     assert found.rows[1].verdict == "better"
@@ -43,14 +44,14 @@ def test_of_an_error_less_is_better(config: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_losses_of_single_runs_are_compared_over_examples(config: dict[str, Any], tmp_path: Path) -> None:
-    good = workflow.run(config, [EPOCHS, EASY], output=tmp_path).folder
-    bad = workflow.run(config, [EPOCHS, EASY, BLIND], output=tmp_path).folder
+    good = transfer.run(config, [EPOCHS, EASY], output=tmp_path).folder
+    bad = transfer.run(config, [EPOCHS, EASY, BLIND], output=tmp_path).folder
     assert [compare([one, bad], metric="loss").rows[1].verdict for one in (good, bad)] == ["worse", "within noise"]
 
 
 def test_without_an_interval_nothing_is_said(config: dict[str, Any], tmp_path: Path) -> None:
     untested = [EPOCHS, EASY, "train.score_test=false"]
-    runs = [workflow.run(config, [*untested, *more], output=tmp_path).folder for more in ([], [BLIND])]
+    runs = [transfer.run(config, [*untested, *more], output=tmp_path).folder for more in ([], [BLIND])]
     assert compare(runs).rows[1].verdict == "cannot tell"
 
 
@@ -62,7 +63,7 @@ def test_a_small_difference_is_noise(config: dict[str, Any], good: Path, tmp_pat
 
 
 def test_two_single_runs_are_compared_over_examples(config: dict[str, Any], tmp_path: Path) -> None:
-    runs = [workflow.run(config, [EPOCHS, EASY, seed], output=tmp_path).folder for seed in ("seed=1", "seed=2")]
+    runs = [transfer.run(config, [EPOCHS, EASY, seed], output=tmp_path).folder for seed in ("seed=1", "seed=2")]
     found = compare(runs)
     assert found.rows[0].spread.standard_deviation is None
     assert found.rows[1].difference is not None
@@ -71,7 +72,7 @@ def test_two_single_runs_are_compared_over_examples(config: dict[str, Any], tmp_
 
 
 def test_the_noise_of_examples_is_that_of_pairs(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, [EPOCHS, EASY], output=tmp_path).folder
+    run = transfer.run(config, [EPOCHS, EASY], output=tmp_path).folder
     (_, row) = compare([run, run]).rows
     # The same predictions differ nowhere, however the examples are drawn.
     assert row.difference is not None
@@ -80,7 +81,7 @@ def test_the_noise_of_examples_is_that_of_pairs(config: dict[str, Any], tmp_path
 
 
 def test_stored_predictions_give_the_figure_of_the_summary(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, [EPOCHS], output=tmp_path)
+    run = transfer.run(config, [EPOCHS], output=tmp_path)
     stored = RunDirectory(run.folder).predictions()
     assert stored is not None
     predictions, targets, losses, confidences = vars(stored).values()
@@ -92,14 +93,14 @@ def test_stored_predictions_give_the_figure_of_the_summary(config: dict[str, Any
 
 
 def test_a_quick_try_is_not_compared(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, output=tmp_path, quick=True)
+    run = transfer.run(config, output=tmp_path, quick=True)
     assert RunDirectory(run.folder).predictions() is None
     with pytest.raises(RunError, match="quick try"):
         compare([run.folder])
 
 
 def test_other_test_examples_are_refused(config: dict[str, Any], good: Path, tmp_path: Path) -> None:
-    other = workflow.run(config, [EPOCHS, "data.count=80"], output=tmp_path / "other").folder
+    other = transfer.run(config, [EPOCHS, "data.count=80"], output=tmp_path / "other").folder
     with pytest.raises(RunError, match="not scored on the same test examples") as caught:
         compare([good, other])
     assert "--different-data" in str(caught.value.problems[0].fix)

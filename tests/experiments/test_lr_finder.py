@@ -12,7 +12,7 @@ import pytest
 from test_cli import transfer
 
 from transfer import ConfigError, RunError, find_learning_rate
-from transfer.config.run_config import load_config
+from transfer.config.check import load_config
 from transfer.experiments import lr_finder as learning_rate
 
 QUICK = {"steps": 40, "lowest": 1e-5, "highest": 1e3}
@@ -25,7 +25,7 @@ def test_rates_rise_evenly_on_a_logarithmic_scale_until_training_diverges(
     found = find_learning_rate(config, overrides, output=tmp_path / "curve.svg", **QUICK)
     ratios = [b / a for a, b in zip(found.rates[:-1], found.rates[1:], strict=True)]
     assert ratios == pytest.approx([1e8 ** (1 / 39)] * len(ratios))
-    assert len(found.rates) == len(found.losses) == len(found.smoothed) >= learning_rate.LEAST_STEPS
+    assert len(found.rates) == len(found.losses) == len(found.smoothed) >= learning_rate.MIN_STEPS
     assert found.rates[0] == 1e-5
     assert found.rates[0] < found.steepest <= 10 * found.tenth_of_lowest
 

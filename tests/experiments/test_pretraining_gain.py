@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import Dense
 
-from transfer import DataSpec, Task, UserError, measure_value, register, resume_value
+from transfer import DataSpec, Task, UserError, pretraining_gain, register, resume_pretraining_gain
 from transfer.builtin.tasks import Classification, Regression
-from transfer.config.run_config import load_config
+from transfer.config.check import load_config
 from transfer.experiments import pretraining_gain as value
 from transfer.experiments.comparison import Row, verdict
 from transfer.experiments.intervals import Difference, spread
@@ -53,7 +53,7 @@ def given(config: dict[str, Any]) -> dict[str, Any]:
 
 def test_all_arms_on_the_same_splits(given: dict[str, Any], tmp_path: Path) -> None:
     notes: list[str] = []
-    found = measure_value(given, seeds=2, output=tmp_path, observe=lambda event: notes.append(str(event)))
+    found = pretraining_gain(given, seeds=2, output=tmp_path, observe=lambda event: notes.append(str(event)))
     result = json.loads((found.folder / "value.json").read_text(encoding="utf-8"))
     assert result == found.summary
     assert result["status"] == "complete"
@@ -71,14 +71,14 @@ def test_all_arms_on_the_same_splits(given: dict[str, Any], tmp_path: Path) -> N
             trained = run["parameters"]["trainable"]
             assert (trained == 18) == (arm in ("random_features", "linear_probe"))
     assert len(digests) == 1
-    assert resume_value(found.folder).summary == result
+    assert resume_pretraining_gain(found.folder).summary == result
 
 
 def test_the_frozen_arms_share_their_features(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
-    measure_value(given, seeds=3, output=tmp_path / "runs")
+    pretraining_gain(given, seeds=3, output=tmp_path / "runs")
     # Three splits of the pretrained network once for all seeds, and of each random one.
     assert len(list((tmp_path / "cache").glob("*/entry.json"))) == 3 + 3 * 3
 
@@ -122,7 +122,7 @@ def test_it_says_what_pretraining_is_worth(task: Task, difference: Difference, s
 
 def test_features_that_say_nothing_are_negative_transfer(given: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["backbone.good=false", "data.distance=3.0", "train.optimizer.lr=0.2", "train.phases=[{epochs: 3}]"]
-    found = measure_value(given, overrides, seeds=3, output=tmp_path).summary
+    found = pretraining_gain(given, overrides, seeds=3, output=tmp_path).summary
     assert found["linear_probe_to_random_features"]["verdict"] == "worse"
     assert found["negative_transfer"] is True
     assert "Negative transfer: frozen under a linear head" in found["sentence"]
@@ -130,7 +130,7 @@ def test_features_that_say_nothing_are_negative_transfer(given: dict[str, Any], 
 
 def test_without_anything_pretrained_there_is_nothing_to_value(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="reads nothing pretrained"):
-        measure_value(config, seeds=2, output=tmp_path / "runs")
+        pretraining_gain(config, seeds=2, output=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -147,16 +147,16 @@ def test_it_goes_on_where_it_was_stopped(
 
     monkeypatch.setattr(workflow, "fit", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        measure_value(given, seeds=2, output=tmp_path)
+        pretraining_gain(given, seeds=2, output=tmp_path)
     (folder,) = tmp_path.iterdir()
     assert json.loads((folder / "value.json").read_text(encoding="utf-8"))["status"] == "interrupted"
-    assert resume_value(folder).summary["status"] == "complete"
+    assert resume_pretraining_gain(folder).summary["status"] == "complete"
     assert len(calls) == 4 + 5
 
 
 def test_numbers_are_compared_to_the_median(given: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["data.target=number", "task={name: regression}"]
-    found = measure_value(given, overrides, seeds=2, output=tmp_path).summary
+    found = pretraining_gain(given, overrides, seeds=2, output=tmp_path).summary
     assert found["higher_is_better"] is False
     assert 0.5 < found["arms"]["constant"]["test"]["mean_absolute_error"]["mean"] < 1.5
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import transfer
 from transfer import DataError, RunError, UserError, resume_seeds, run_seeds
 from transfer.runs import train as workflow
 
@@ -46,7 +47,7 @@ def test_seeds_share_the_splits_and_differ_in_the_rest(config: dict[str, Any], t
 
 def test_each_run_is_the_one_that_its_seed_gives(config: dict[str, Any], tmp_path: Path) -> None:
     several = run_seeds(config, [EPOCH], seeds=2, output=tmp_path / "several")
-    alone = workflow.run(config, [EPOCH, "seed=4"], output=tmp_path / "alone")
+    alone = transfer.run(config, [EPOCH, "seed=4"], output=tmp_path / "alone")
     assert read(several.folder / "seed-4" / "summary.json")["test"] == alone.summary["test"]
 
 
@@ -92,4 +93,4 @@ def test_it_goes_on_with_the_seeds_that_are_missing(
 
 def test_the_folder_of_one_run_is_no_folder_of_seeds(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no folder of seeds"):
-        resume_seeds(workflow.run(config, [EPOCH], output=tmp_path).folder)
+        resume_seeds(transfer.run(config, [EPOCH], output=tmp_path).folder)

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
+import transfer
 from transfer import ConfigError, RunError
-from transfer.runs import train as workflow
 from transfer.training.events import Event, Note
 
 pytest.importorskip("optuna")
 
 from transfer import sweep
-from transfer.experiments.sweep import check_space, read_space
+from transfer.experiments.search_space import check_space, read_space
 
 SPACE = """
 sweep: {trials: 4, sampler: {name: tpe, seed: 1, n_startup_trials: 2}, pruner: {name: none}}
@@ -52,7 +52,7 @@ def test_a_sweep_picks_the_best_by_validation_and_scores_test_once(files: tuple[
     assert report["best"]["validation"] == max(scores)
     runs = sorted((ended.folder / "runs").iterdir())
     assert [json.loads((run / "summary.json").read_text())["test"] for run in runs] == [None] * 4
-    assert report["best"]["test"] == workflow.evaluate(ended.folder / report["best"]["run"])
+    assert report["best"]["test"] == transfer.evaluate(ended.folder / report["best"]["run"])
     assert "## Importance" in (ended.folder / "report.md").read_text(encoding="utf-8")
     # Learning rates and batch sizes leave the frozen features as they are: training and validation, stored once.
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 3

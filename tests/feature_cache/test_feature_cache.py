@@ -21,13 +21,15 @@ from conftest import POINT_SIZE, Dense, PointPreprocessing
 from PIL import Image
 from torch import Tensor, nn
 
+import transfer
 from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Preprocessing, Split, TrainingError, register
 from transfer.builtin.heads import MLP, Linear
 from transfer.data.loader import Loader
 from transfer.feature_cache import loader as module
-from transfer.feature_cache.loader import STALE_SECONDS, CachedLoader, Entry, FeatureCache, Prefix, source
+from transfer.feature_cache.loader import CachedLoader, select_stage_inputs
+from transfer.feature_cache.prefix import FrozenPrefix
+from transfer.feature_cache.store import STALE_SECONDS, Entry, FeatureCache
 from transfer.models.model import Model
-from transfer.runs import train as workflow
 
 HERE = Path(__file__).parent
 PLENTY = 2**30
@@ -226,13 +228,13 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: None) ->
 def prefix_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that grows by the name of the last stage whenever a prefix is run."""
     seen: list[str] = []
-    original = Prefix.run
+    original = FrozenPrefix.run
 
-    def run(self: Prefix, *args: Any, **options: Any) -> Iterator[Any]:
+    def run(self: FrozenPrefix, *args: Any, **options: Any) -> Iterator[Any]:
         seen.append(self.stages[-1])
         return original(self, *args, **options)
 
-    monkeypatch.setattr(Prefix, "run", run)
+    monkeypatch.setattr(FrozenPrefix, "run", run)
     return seen
 
 
@@ -245,31 +247,31 @@ def lists() -> Split:
     return Lists().load().splits["train"]
 
 
-def small(seed: int = 0, *, count: int = 2, part: Split | None = None, **options: Any) -> tuple[Prefix, Loader]:
+def small(seed: int = 0, *, count: int = 2, part: Split | None = None, **options: Any) -> tuple[FrozenPrefix, Loader]:
     """Return the first stages of a model and a loader over points."""
     torch.manual_seed(seed)
     backbone = Dense()
     model = Model(backbone, Linear(backbone.features, 2))
     loader = Loader(part or points(), ("point",), backbone.preprocessing, **{"batch_size": 8, **options})
-    return Prefix(model, count, {}, "fp32"), loader
+    return FrozenPrefix(model, count, {}, "fp32"), loader
 
 
-def ragged(cls: type[Ragged] = Ragged, **options: Any) -> tuple[Prefix, Loader]:
+def ragged(cls: type[Ragged] = Ragged, **options: Any) -> tuple[FrozenPrefix, Loader]:
     torch.manual_seed(0)
     backbone = cls()
     model = Model(backbone, nn.Identity())  # type: ignore[arg-type]
     loader = Loader(lists(), ("list",), backbone.preprocessing, **{"batch_size": 8, **options})
-    return Prefix(model, 1, {}, "fp32"), loader
+    return FrozenPrefix(model, 1, {}, "fp32"), loader
 
 
-def entry_of(cache: FeatureCache, prefix: Prefix, loader: Loader, view: int | None = None) -> Entry:
+def entry_of(cache: FeatureCache, prefix: FrozenPrefix, loader: Loader, view: int | None = None) -> Entry:
     entry = cache.features(prefix, loader, view=view)
     assert isinstance(entry, Entry)
     return entry
 
 
 @torch.no_grad()
-def direct(prefix: Prefix, loader: Loader, indices: Any, *, view: int | None = None) -> Any:
+def direct(prefix: FrozenPrefix, loader: Loader, indices: Any, *, view: int | None = None) -> Any:
     """Return what the frozen stages give for some examples, computed here and one by one."""
     preprocessing = loader.preprocessing
     encoded = preprocessing.encode([loader.split.column(*loader.fields)[int(i)] for i in indices])
@@ -286,7 +288,7 @@ def direct(prefix: Prefix, loader: Loader, indices: Any, *, view: int | None = N
     return value
 
 
-def lines(run: workflow.Run) -> list[dict[str, Any]]:
+def lines(run: transfer.Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -334,7 +336,7 @@ RUNS: Mapping[str, list[str]] = {
 @pytest.mark.parametrize("name", RUNS)
 def test_cached_and_uncached_training_are_the_same(config: dict[str, Any], tmp_path: Path, name: str) -> None:
     cached, again, uncached = (
-        workflow.run(config, [*RUNS[name], f"train.cache={mode}"], output=tmp_path)
+        transfer.run(config, [*RUNS[name], f"train.cache={mode}"], output=tmp_path)
         for mode in ("auto", "verify", "off")
     )
     assert all(report["cached"] for report in cached.summary["cache"])
@@ -350,7 +352,7 @@ def test_cached_and_uncached_training_are_the_same(config: dict[str, Any], tmp_p
 def test_another_run_reads_and_never_runs_the_frozen_stages(
     config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]
 ) -> None:
-    workflow.run(config, [FREEZE_FIRST], output=tmp_path)
+    transfer.run(config, [FREEZE_FIRST], output=tmp_path)
     assert prefix_runs == ["first"] * 3  # train, validation, test
     del prefix_runs[:]
     calls: list[int] = []
@@ -363,7 +365,7 @@ def test_another_run_reads_and_never_runs_the_frozen_stages(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dense, "__init__", watched)
         other = ["train.optimizer.lr=0.01", "train.batch_size=9", "head={name: mlp}", "train.phases.0.epochs=1"]
-        run = workflow.run(config, [FREEZE_FIRST, *other], output=tmp_path)
+        run = transfer.run(config, [FREEZE_FIRST, *other], output=tmp_path)
     assert prefix_runs == []
     assert calls == []
     assert all(report["cached"] for report in run.summary["cache"])
@@ -415,7 +417,7 @@ def test_sequences_come_back_with_their_masks() -> None:
 def test_a_pair_of_tensors_comes_back_with_its_types() -> None:
     torch.manual_seed(0)
     backbone = Pair()
-    prefix = Prefix(Model(backbone, Linear(backbone.features, 2)), 1, {}, "fp32")
+    prefix = FrozenPrefix(Model(backbone, Linear(backbone.features, 2)), 1, {}, "fp32")
     loader = Loader(points(), ("point",), backbone.preprocessing, batch_size=8)
     indices = np.array([4, 2])
     values, places = entry_of(FeatureCache(PLENTY), prefix, loader).take(indices)
@@ -427,7 +429,7 @@ def test_a_pair_of_tensors_comes_back_with_its_types() -> None:
 
 def test_features_in_bf16_stay_bf16() -> None:
     prefix, loader = small(count=1)
-    prefix = Prefix(prefix.model, 1, {}, "bf16")
+    prefix = FrozenPrefix(prefix.model, 1, {}, "bf16")
     prefix.model.first = nn.Linear(POINT_SIZE, 5)
     features = entry_of(FeatureCache(PLENTY), prefix, loader).take(np.arange(4))
     assert features.dtype == torch.bfloat16
@@ -438,7 +440,7 @@ def test_shapes_that_vary_without_a_mask_are_not_cached_and_the_run_goes_on(
     config: dict[str, Any], tmp_path: Path, cache_folder: Path
 ) -> None:
     overrides = ["data={name: lists}", "backbone={name: varying}", "train.phases=[{epochs: 1, freeze: backbone}]"]
-    run = workflow.run(config, overrides, output=tmp_path)
+    run = transfer.run(config, overrides, output=tmp_path)
     first = run.summary["cache"][0]
     assert first["cached"] is True  # the stage after it makes vectors of them
     prefix, loader = ragged(Varying)  # type: ignore[arg-type]
@@ -473,12 +475,12 @@ def test_extracting_leaves_the_mode_and_the_randomness_alone() -> None:
 # --------------------------------------------------------------------------------------------------------------- keys
 
 
-def change_weight(prefix: Prefix) -> None:
+def change_weight(prefix: FrozenPrefix) -> None:
     with torch.no_grad():
         prefix.model.get_parameter("first.0.weight")[0, 0] += 1e-6
 
 
-def change_buffer(prefix: Prefix) -> None:
+def change_buffer(prefix: FrozenPrefix) -> None:
     prefix.model.get_buffer("first.1.running_var")[3] = 2.0
 
 
@@ -496,7 +498,7 @@ def test_the_key_changes_with_everything_that_decides_the_features() -> None:
     prefix, loader = small(training=True)
     keys = {"as it is": prefix.key(loader, None)}
 
-    def add(name: str, other: Prefix | None = None, part: Loader | None = None, view: int | None = None) -> None:
+    def add(name: str, other: FrozenPrefix | None = None, part: Loader | None = None, view: int | None = None) -> None:
         keys[name] = (other or prefix).key(part or loader, view)
 
     for name, change in (("weight", change_weight), ("buffer", change_buffer)):
@@ -509,9 +511,9 @@ def test_the_key_changes_with_everything_that_decides_the_features() -> None:
     other, _ = small()
     other.model.stages["second"].temperature = 2.0  # type: ignore[assignment]
     add("a plain attribute of a stage", other)
-    add("stages", Prefix(prefix.model, 1, {}, "fp32"))
-    add("assets", Prefix(prefix.model, 2, {"vocabulary.json": "[]"}, "fp32"))
-    add("precision", Prefix(prefix.model, 2, {}, "bf16"))
+    add("stages", FrozenPrefix(prefix.model, 1, {}, "fp32"))
+    add("assets", FrozenPrefix(prefix.model, 2, {"vocabulary.json": "[]"}, "fp32"))
+    add("precision", FrozenPrefix(prefix.model, 2, {}, "bf16"))
     for name, preprocessing in {
         "class of the preprocessing": NoisyPoints(),
         "options of the preprocessing": Wider(),
@@ -545,7 +547,7 @@ def test_the_key_changes_with_nothing_else() -> None:
     with torch.no_grad():
         other.get_parameter("third.0.weight").zero_()
     other.requires_grad_(False)
-    assert Prefix(other, 2, {}, "fp32").key(loader, None) == key
+    assert FrozenPrefix(other, 2, {}, "fp32").key(loader, None) == key
 
 
 # -------------------------------------------------------------------------------------------------------------- views
@@ -554,7 +556,7 @@ def test_the_key_changes_with_nothing_else() -> None:
 def test_each_epoch_draws_one_of_the_views_of_each_example() -> None:
     prefix, _ = small(count=1)
     loader = Loader(points(), ("point",), NoisyPoints(), batch_size=8, seed=3, training=True)
-    made = source(FeatureCache(PLENTY), prefix, loader, views=2, mixed=False)
+    made = select_stage_inputs(FeatureCache(PLENTY), prefix, loader, views=2, mixed=False)
     assert made.report["views"] == 2
     everyone = np.arange(50)
     views = [direct(prefix, loader, everyone, view=view) for view in (0, 1)]
@@ -563,7 +565,7 @@ def test_each_epoch_draws_one_of_the_views_of_each_example() -> None:
     for epoch in (0, 1):
         chosen = np.random.default_rng((3, epoch, 1)).integers(2, size=50)
         drawn.append(chosen)
-        for batch, plan in zip(made.loader.epoch(epoch), loader.plan(epoch), strict=True):
+        for batch, plan in zip(made.loader.epoch(epoch), loader.batch_indices(epoch), strict=True):
             assert np.array_equal(batch.indices, plan)
             expected = torch.stack([views[chosen[i]][i] for i in batch.indices])
             torch.testing.assert_close(batch.inputs, expected)
@@ -585,17 +587,17 @@ def test_views_of_sequences_of_different_lengths_are_put_together() -> None:
 
 def test_more_views_keep_those_there_are(config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]) -> None:
     overrides = ["backbone={name: noisy}", FREEZE_FIRST]
-    workflow.run(config, [*overrides, "train.views=2"], output=tmp_path)
+    transfer.run(config, [*overrides, "train.views=2"], output=tmp_path)
     assert len(prefix_runs) == 4  # two views, validation, test
     del prefix_runs[:]
-    run = workflow.run(config, [*overrides, "train.views=3"], output=tmp_path)
+    run = transfer.run(config, [*overrides, "train.views=3"], output=tmp_path)
     assert len(prefix_runs) == 1
     assert run.summary["cache"][0]["views"] == 3
     assert run.summary["cache"][1]["views"] is None
 
 
 def test_random_augmentation_without_views_is_not_cached_and_says_so(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, ["backbone={name: noisy}", FREEZE_FIRST], output=tmp_path)
+    run = transfer.run(config, ["backbone={name: noisy}", FREEZE_FIRST], output=tmp_path)
     train, validation, test = run.summary["cache"]
     assert train["cached"] is False
     assert "train.views" in train["why"]
@@ -604,21 +606,21 @@ def test_random_augmentation_without_views_is_not_cached_and_says_so(config: dic
 
 
 def test_blended_training_examples_are_not_cached(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, [FREEZE_FIRST, "train.mix={mixup: 0.4}"], output=tmp_path)
+    run = transfer.run(config, [FREEZE_FIRST, "train.mix={mixup: 0.4}"], output=tmp_path)
     train, validation, _ = run.summary["cache"]
     assert train == {"phase": 1, "split": "train", "cached": False, "why": "train.mix blends examples at the input"}
     assert validation["cached"]
 
 
 def test_off_writes_nothing(config: dict[str, Any], tmp_path: Path, cache_folder: Path, prefix_runs: list[str]) -> None:
-    run = workflow.run(config, [FREEZE_FIRST, "train.cache=off"], output=tmp_path)
+    run = transfer.run(config, [FREEZE_FIRST, "train.cache=off"], output=tmp_path)
     assert {report["why"] for report in run.summary["cache"]} == {"train.cache is off"}
     assert not cache_folder.exists()
     assert prefix_runs == []
 
 
 def test_a_quick_try_writes_nothing_and_says_so(config: dict[str, Any], tmp_path: Path, cache_folder: Path) -> None:
-    run = workflow.run(config, [FREEZE_FIRST], output=tmp_path, quick=True)
+    run = transfer.run(config, [FREEZE_FIRST], output=tmp_path, quick=True)
     assert all("quick try" in report["why"] for report in run.summary["cache"])
     assert not cache_folder.exists()
 
@@ -629,7 +631,7 @@ TWO_PHASES = "train.phases=[{epochs: 2, freeze: backbone}, {epochs: 2, freeze: {
 
 
 def test_a_phase_that_unfreezes_moves_the_boundary(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, [TWO_PHASES], output=tmp_path)
+    run = transfer.run(config, [TWO_PHASES], output=tmp_path)
     whole = ["first", "second", "third"]
     found = [(report.get("phase"), report["split"], report["stages"]) for report in run.summary["cache"]]
     assert found == [
@@ -648,13 +650,13 @@ def test_evaluate_gives_the_figures_of_the_summary_with_and_without_the_cache(
     config: dict[str, Any], tmp_path: Path, prefix_runs: list[str], name: str
 ) -> None:
     overrides = RUNS.get(name, [TWO_PHASES, "train.batch_size=7"])
-    run = workflow.run(config, overrides, output=tmp_path)
+    run = transfer.run(config, overrides, output=tmp_path)
     assert run.summary["cache"][-1]["cached"]
     del prefix_runs[:]
-    assert workflow.evaluate(run.folder) == run.summary["test"]
+    assert transfer.evaluate(run.folder) == run.summary["test"]
     assert prefix_runs == []
     FeatureCache(PLENTY).clear()
-    assert workflow.evaluate(run.folder) == run.summary["test"]
+    assert transfer.evaluate(run.folder) == run.summary["test"]
     assert len(prefix_runs) == 1
 
 
@@ -672,7 +674,9 @@ def alter(entry: Entry) -> None:
 
 
 @pytest.mark.parametrize("made", [small, ragged])
-def test_verify_passes_what_is_right_and_refuses_what_was_altered(made: Callable[[], tuple[Prefix, Loader]]) -> None:
+def test_verify_passes_what_is_right_and_refuses_what_was_altered(
+    made: Callable[[], tuple[FrozenPrefix, Loader]],
+) -> None:
     prefix, loader = made()
     strict = FeatureCache(PLENTY, verify=True)
     entry = entry_of(strict, prefix, loader)
@@ -696,11 +700,11 @@ def test_verify_refuses_a_stage_that_is_random_at_once() -> None:
 
 
 def test_a_run_that_verifies_fails_on_an_altered_entry(config: dict[str, Any], tmp_path: Path) -> None:
-    workflow.run(config, [FREEZE_FIRST], output=tmp_path)
+    transfer.run(config, [FREEZE_FIRST], output=tmp_path)
     for listed in FeatureCache(PLENTY).entries():
         alter(Entry(module.cache_folder() / listed["key"], (), np.array([]), None, pair=False))
     with pytest.raises(TrainingError, match="stored features differ"):
-        workflow.run(config, [FREEZE_FIRST, "train.cache=verify"], output=tmp_path)
+        transfer.run(config, [FREEZE_FIRST, "train.cache=verify"], output=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------ damage, crashes
@@ -885,7 +889,7 @@ def test_the_entry_just_written_stays() -> None:
 def test_what_is_too_large_is_not_cached_and_the_run_goes_on(
     config: dict[str, Any], tmp_path: Path, cache_folder: Path
 ) -> None:
-    run = workflow.run(config, [FREEZE_FIRST, "train.cache_limit_gib=1.0e-7"], output=tmp_path)
+    run = transfer.run(config, [FREEZE_FIRST, "train.cache_limit_gib=1.0e-7"], output=tmp_path)
     assert run.summary["status"] == "complete"
     for report in run.summary["cache"]:
         assert report["why"].startswith("it would take about ")
@@ -897,10 +901,10 @@ def test_views_that_are_too_large_together_are_not_cached() -> None:
     prefix, _ = small(count=1)
     loader = Loader(points(), ("point",), NoisyPoints(), batch_size=8, seed=3, training=True)
     size = sum(tensor.nbytes for tensor in entry_of(FeatureCache(PLENTY), prefix, loader, view=0).tensors)
-    made = source(FeatureCache(2 * size), prefix, loader, views=3, mixed=False)
+    made = select_stage_inputs(FeatureCache(2 * size), prefix, loader, views=3, mixed=False)
     assert made.report["why"].startswith("it would take about")
     assert not FeatureCache(PLENTY).entries()[1:]  # the one above: nothing was written to be dropped again
-    assert source(FeatureCache(PLENTY), prefix, loader, views=3, mixed=False).report["cached"]
+    assert select_stage_inputs(FeatureCache(PLENTY), prefix, loader, views=3, mixed=False).report["cached"]
 
 
 def test_long_examples_do_not_make_the_rest_too_large() -> None:
@@ -919,7 +923,7 @@ def test_a_folder_that_cannot_be_written_stops_no_run(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "file" / "cache"))
-    run = workflow.run(config, [FREEZE_FIRST], output=tmp_path)
+    run = transfer.run(config, [FREEZE_FIRST], output=tmp_path)
     assert run.summary["status"] == "complete"
     assert all("cannot be written" in report["why"] for report in run.summary["cache"])
 

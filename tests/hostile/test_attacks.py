@@ -19,20 +19,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import transfer
 from transfer import DataError, RunError, Tables, UserError, WeightsError
 from transfer.cli import app as cli
-from transfer.cli.progress import error_panel
-from transfer.config.run_config import load_config
+from transfer.cli.tables import error_panel
+from transfer.config.check import load_config
 from transfer.data import tables
 from transfer.deployment.export import export
 from transfer.errors import ConfigError
-from transfer.feature_cache.loader import FeatureCache
+from transfer.feature_cache.store import FeatureCache
 from transfer.models.saved_model import read_model
 from transfer.registry.entry_points import load
 from transfer.registry.scaffold import new_plugin
-from transfer.runs import train as workflow
 from transfer.storage import checkpoint
-from transfer.storage.run_directory import RunDirectory, read_json
+from transfer.storage.run_directory import RunDirectory
+from transfer.system.atomic_files import read_json
 from transfer.system.terminal import Console, printable
 
 ESCAPE = "\x1b]0;owned\x07\x1b[31m\u202e"
@@ -50,7 +51,7 @@ def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 @pytest.fixture
 def run(config: dict[str, Any], tmp_path: Path) -> Path:
     """Return a finished run, in a folder of its own."""
-    return workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path / "runs").folder
+    return transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path / "runs").folder
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_resume_writes_through_no_link(run: Path, outside: Path, name: str) -> N
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(outside)
     with pytest.raises(RunError, match="leads out of the run directory"):
-        workflow.resume(run)
+        transfer.resume(run)
     assert outside.read_text(encoding="utf-8") == "mine"
 
 
@@ -242,7 +243,7 @@ def test_weights_that_give_no_numbers_give_no_prediction(run: Path) -> None:
     file = run / "model" / "weights.safetensors"
     save_file({k: v * torch.nan if v.is_floating_point() else v for k, v in load_file(file).items()}, file)
     with pytest.raises(RunError, match="not finite"):
-        list(workflow.predict(run, ["1,2,3,4"]))
+        list(transfer.predict(run, ["1,2,3,4"]))
 
 
 def test_stored_features_that_were_edited_are_dropped(tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def csv_table(path: Path) -> Tables:
 
 
 def test_a_packed_table_that_is_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "LARGEST_TABLE_BYTES", 1 << 20)
+    monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 1 << 20)
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"text,label\n" + b" " * (1 << 20)))
     with pytest.raises(DataError, match="would unpack to"):
         csv_table(tmp_path / "t.csv.gz").read("text")

@@ -17,8 +17,8 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+import transfer
 from transfer.cli import app as cli
-from transfer.runs import train as workflow
 from transfer.storage import checkpoint
 
 MUTATIONS = int(os.environ.get("TRANSFER_MUTATIONS", "15"))
@@ -163,7 +163,7 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "backbone": {"name": "textcnn", "dimensions": 4, "filters": 2, "kernel_sizes": [2], "min_frequency": 8},
         "train": {"batch_size": 32, "phases": [{"epochs": 1}]},
     }
-    return workflow.run(config, output=tmp_path_factory.mktemp("text"), quick=True).folder
+    return transfer.run(config, output=tmp_path_factory.mktemp("text"), quick=True).folder
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def scored_text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "backbone": {"name": "textcnn", "dimensions": 4, "filters": 2, "kernel_sizes": [2], "min_frequency": 8},
         "train": {"batch_size": 32, "phases": [{"epochs": 2}]},
     }
-    return workflow.run(config, output=tmp_path_factory.mktemp("scored")).folder
+    return transfer.run(config, output=tmp_path_factory.mktemp("scored")).folder
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def stopped_run(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(checkpoint, "save", counting)
         options = ["train.ema=0.9", "train.optimizer={name: adam}", "train.scheduler={name: cosine}"]
         with pytest.raises(Killed):
-            workflow.run(config, [*options, "train.checkpoint.every_steps=3"], output=tmp_path / "stopped")
+            transfer.run(config, [*options, "train.checkpoint.every_steps=3"], output=tmp_path / "stopped")
     (folder,) = (tmp_path / "stopped").iterdir()
     return folder
 

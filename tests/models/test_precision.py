@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import transfer
 from transfer import ConfigError
 from transfer.models.precision import autocast
 from transfer.models.saved_model import read_model
-from transfer.runs import train as workflow
 
 CPU = torch.device("cpu")
 
@@ -37,27 +37,27 @@ def test_the_inner_context_decides() -> None:
 def test_a_run_in_bf16_is_close_to_one_in_fp32(config: dict[str, Any], tmp_path: Path, cache: str) -> None:
     phases = "train.phases=[{epochs: 1, freeze: {until: first}}, {epochs: 2}]"
     exact, rounded = (
-        workflow.run(config, [phases, f"train.cache={cache}", f"train.precision={precision}"], output=tmp_path)
+        transfer.run(config, [phases, f"train.cache={cache}", f"train.precision={precision}"], output=tmp_path)
         for precision in ("fp32", "bf16")
     )
     assert rounded.summary["test"]["loss"] == pytest.approx(exact.summary["test"]["loss"], rel=0.05)
     assert rounded.summary["test"]["loss"] != exact.summary["test"]["loss"]
     weights = read_model(rounded.folder / "model").model.state_dict()
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
-    assert workflow.evaluate(rounded.folder) == rounded.summary["test"]
+    assert transfer.evaluate(rounded.folder) == rounded.summary["test"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU scales gradients")
 def test_fp16_needs_a_gpu(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        workflow.run(config, ["train.precision=fp16"], output=tmp_path)
+        transfer.run(config, ["train.precision=fp16"], output=tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a GPU")
 def test_fp16_trains_over_phases_with_clipping(config: dict[str, Any], tmp_path: Path) -> None:
     phases = "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2}]"
     exact, rounded = (
-        workflow.run(config, [phases, "train.clip_norm=0.5", f"train.precision={precision}"], output=tmp_path)
+        transfer.run(config, [phases, "train.clip_norm=0.5", f"train.precision={precision}"], output=tmp_path)
         for precision in ("fp32", "fp16")
     )
     assert rounded.summary["test"]["loss"] == pytest.approx(exact.summary["test"]["loss"], rel=0.05)

@@ -12,15 +12,15 @@ import pytest
 import torch
 from conftest import Dense
 
+import transfer
 from transfer import RunError, UserError, register
 from transfer.models.saved_model import read_model
 from transfer.registry import entry_points as registry
-from transfer.runs import train as workflow
 
 
 @pytest.fixture
 def folder(config: dict[str, Any], tmp_path: Path) -> Path:
-    run = workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path)
+    run = transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path)
     return run.folder / "model"
 
 
@@ -51,7 +51,7 @@ def test_the_folder_says_what_is_in_it(folder: Path) -> None:
     assert content["data"] == {"fields": ["point"], "target": "class", "classes": ["near", "far"]}
     assert content["features"] == {"layout": "vector", "size": 8}
     assert content["preprocessing"] == {"size": 4}
-    assert content["plugins"]["head"]["distribution"] == "transfer"
+    assert content["plugins"]["head"]["distribution"] == "transferkit"
 
 
 @pytest.mark.parametrize("key", ["format", "backbone", "head", "task", "data", "assets"])
@@ -145,12 +145,12 @@ class Learning(Dense):
 def test_what_was_learned_from_the_data_comes_back(config: dict[str, Any], tmp_path: Path) -> None:
     register("backbone", "learning")(Learning)
     overrides = ["backbone={name: learning}", "train.phases=[{epochs: 1}]"]
-    run = workflow.run(config, overrides, output=tmp_path)
+    run = transfer.run(config, overrides, output=tmp_path)
     backbone = read_model(run.folder / "model").backbone
     assert isinstance(backbone, Learning)
     assert repr(backbone.mean) == (run.folder / "model" / "mean.txt").read_text(encoding="utf-8")
     assert backbone.mean != 0.0
-    assert workflow.evaluate(run.folder) == run.summary["test"]
+    assert transfer.evaluate(run.folder) == run.summary["test"]
     (run.folder / "model" / "mean.txt").unlink()
     with pytest.raises(RunError, match="incomplete"):
         read_model(run.folder / "model")

@@ -15,7 +15,6 @@ from transfer import PluginError, RunError
 from transfer.cli import app as cli
 from transfer.registry import entry_points as registry
 from transfer.registry.listing import catalogue
-from transfer.runs import train as workflow
 
 HEAD = '''
 from torch import nn
@@ -104,9 +103,9 @@ def test_one_with_a_clashing_name(install: Install, call: Any) -> None:
 
 def test_one_for_another_interface_version(install: Install, call: Any) -> None:
     entries = {"transfer.heads": ["tomorrow = tomorrow_plugin:Good"]}
-    install("tomorrow", "4.0", entries, requires=["transfer>=7,<8"], tomorrow_plugin=HEAD)
-    message = f"it is written for transfer>=7,<8, and transfer {VERSION} is installed"
-    fix = f"pip install 'transfer>=7,<8', or a version of tomorrow for transfer {VERSION}"
+    install("tomorrow", "4.0", entries, requires=["transferkit>=7,<8"], tomorrow_plugin=HEAD)
+    message = f"it is written for transferkit>=7,<8, and transferkit {VERSION} is installed"
+    fix = f"pip install 'transferkit>=7,<8', or a version of tomorrow for transferkit {VERSION}"
     assert refusal("head", "tomorrow") == (
         "entry point tomorrow = tomorrow_plugin:Good of tomorrow 4.0: head 'tomorrow' cannot be loaded: "
         f"{message}\n  fix: {fix}"
@@ -129,12 +128,12 @@ def test_one_that_disappears_after_a_run_was_saved(
     install: Install, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("fleeting", "1.5", {"transfer.heads": ["fleeting = fleeting_plugin:Good"]}, fleeting_plugin=HEAD)
-    run = workflow.run(config, ["head={name: fleeting}", "train.phases=[{epochs: 1}]"], output=tmp_path / "runs")
-    assert list(workflow.predict(run.folder, ["1,2,3,4"]))
+    run = transfer.run(config, ["head={name: fleeting}", "train.phases=[{epochs: 1}]"], output=tmp_path / "runs")
+    assert list(transfer.predict(run.folder, ["1,2,3,4"]))
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
     registry._entry_points.cache_clear()
     with pytest.raises(RunError) as caught:
-        list(workflow.predict(run.folder, ["1,2,3,4"]))
+        list(transfer.predict(run.folder, ["1,2,3,4"]))
     (problem,) = caught.value.problems
     assert problem.message == "there is no head called 'fleeting'"
     assert problem.fix == "pip install fleeting==1.5"

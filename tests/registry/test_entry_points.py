@@ -33,7 +33,7 @@ class Wrong:
 
 def test_the_parts_of_core_are_plugins_too() -> None:
     found = {(p.kind, p.name): p for p in plugins()}
-    assert found["head", "linear"].distribution == "transfer"
+    assert found["head", "linear"].distribution == "transferkit"
     assert found["task", "classification"].target == "transfer.builtin.tasks:Classification"
     assert registry.load("head", "linear") is Linear
 

@@ -99,7 +99,7 @@ def test_what_may_be_there_is_no_problem(target: str) -> None:
 
 
 def test_every_built_in_plugin_has_a_description_and_no_problem() -> None:
-    installed = [plugin for plugin in registry.plugins() if plugin.distribution == "transfer"]
+    installed = [plugin for plugin in registry.plugins() if plugin.distribution == "transferkit"]
     assert [plugin.name for plugin in installed if not description(plugin)] == []
 
 

@@ -25,7 +25,7 @@ class Shown(PointPreprocessing):
     def augment(self, encoded: torch.Tensor) -> torch.Tensor:
         return encoded + 100
 
-    def show(
+    def render_batch(
         self, inputs: Any, values: Sequence[Any], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
     ) -> str:
         plain = {name: list(places) for name, places in groups.items()}
@@ -46,7 +46,7 @@ def showing(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"backbone": {"name": "showing"}}
 
 
-def content(look: transfer.reports.preview.Look) -> dict[str, Any]:
+def content(look: transfer.reports.preview.Preview) -> dict[str, Any]:
     assert isinstance(look.content, str)
     return dict(json.loads(look.content))
 
@@ -91,7 +91,7 @@ def test_a_text_is_written_only_where_it_is_asked_for(showing: dict[str, Any], t
 
 def test_predictions_are_shown_right_wrong_and_least_sure(showing: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(showing, output=tmp_path)
-    look = transfer.look_at_predictions(run.folder)
+    look = transfer.preview_predictions(run.folder)
     assert look.path == run.folder / "plots" / "predictions.txt"
     seen = content(look)
     right, wrong, least = seen["groups"].items()
@@ -115,7 +115,7 @@ def test_predictions_are_shown_right_wrong_and_least_sure(showing: dict[str, Any
 
 def test_numbers_are_shown_by_their_loss(showing: dict[str, Any], tmp_path: Path) -> None:
     showing |= {"data": {"name": "points", "target": "number"}, "task": {"name": "regression"}}
-    seen = content(transfer.look_at_predictions(transfer.run(showing, output=tmp_path).folder))
+    seen = content(transfer.preview_predictions(transfer.run(showing, output=tmp_path).folder))
     assert list(seen["groups"]) == ["smallest loss", "largest loss"]
     assert seen["captions"][0].startswith("true: first ")
     errors = [abs(float(t.split()[-1]) - float(s.split()[-1])) for t, s in (c.split("\n") for c in seen["captions"])]
@@ -124,7 +124,7 @@ def test_numbers_are_shown_by_their_loss(showing: dict[str, Any], tmp_path: Path
 
 def test_a_split_that_is_not_there_is_named(showing: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the data has no split 'dev'"):
-        transfer.look_at_predictions(transfer.run(showing, output=tmp_path).folder, "dev")
+        transfer.preview_predictions(transfer.run(showing, output=tmp_path).folder, "dev")
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,6 @@ def test_a_task_without_probabilities_shows_right_and_wrong(showing: dict[str, A
 
     registry.register("task", "plain")(Plain)
     run = transfer.run(showing | {"task": {"name": "plain"}}, output=tmp_path)
-    seen = content(transfer.look_at_predictions(run.folder))
+    seen = content(transfer.preview_predictions(run.folder))
     assert [heading.split(":")[0] for heading in seen["groups"]] == ["right", "wrong"]
     assert all(len(caption.split("\n")) == 2 for caption in seen["captions"])

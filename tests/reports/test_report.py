@@ -28,7 +28,6 @@ from transfer import Data, DataSpec, Occlusion, RunError, Split
 from transfer.registry import entry_points as registry
 from transfer.reports import charts
 from transfer.reports.metrics import Bin, calibrate, confusion, most_confused, of_classes, of_labels, residuals
-from transfer.runs import train as workflow
 from transfer.training.events import Note
 
 DRAWN = torch.Generator().manual_seed(0)
@@ -170,7 +169,7 @@ def words(html: str) -> str:
 @pytest.fixture
 def run(config: dict[str, Any], tmp_path: Path) -> transfer.Run:
     registry.register("backbone", "explaining")(Explaining)
-    return workflow.run(config | {"backbone": {"name": "explaining"}}, output=tmp_path)
+    return transfer.run(config | {"backbone": {"name": "explaining"}}, output=tmp_path)
 
 
 def test_a_run_ends_with_its_report(run: transfer.Run) -> None:
@@ -217,7 +216,7 @@ def test_other_data_is_not_taken_for_the_run_s(run: transfer.Run) -> None:
 
 def test_numbers_get_residuals_and_no_calibration(config: dict[str, Any], tmp_path: Path) -> None:
     config |= {"data": {"name": "points", "target": "number"}, "task": {"name": "regression"}}
-    said = words(page(run := workflow.run(config, output=tmp_path)))
+    said = words(page(run := transfer.run(config, output=tmp_path)))
     assert "mean absolute error" in said
     assert "Calibration" not in said
     assert (run.folder / "plots" / "residuals-1.svg").is_file()
@@ -227,7 +226,7 @@ def test_numbers_get_residuals_and_no_calibration(config: dict[str, Any], tmp_pa
 def test_labels_get_a_table_and_the_calibration_of_all_of_them(config: dict[str, Any], tmp_path: Path) -> None:
     registry.register("dataset", "labelled")(Labelled)
     config |= {"data": {"name": "labelled"}, "task": {"name": "multilabel", "threshold": 0.3}}
-    run = workflow.run(config, output=tmp_path)
+    run = transfer.run(config, output=tmp_path)
     assert "from a probability of 0.3" in words(page(run))
     assert "&lt;first&gt;" in page(run)
     assert "<first>" not in page(run)
@@ -237,7 +236,7 @@ def test_labels_get_a_table_and_the_calibration_of_all_of_them(config: dict[str,
 
 def test_phases_and_a_missing_test_score(config: dict[str, Any], tmp_path: Path) -> None:
     phases = "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, lr: {head: 0.1, backbone: 0.001}}]"
-    run = workflow.run(config, [phases, "train.score_test=false"], output=tmp_path)
+    run = transfer.run(config, [phases, "train.score_test=false"], output=tmp_path)
     said = words(page(run))
     assert "the test split was not scored" in said
     assert "phase 1: 1 epoch phase 2: 2 epochs first 56 frozen lr 0.001" in said
@@ -248,7 +247,7 @@ def test_phases_and_a_missing_test_score(config: dict[str, Any], tmp_path: Path)
 def test_it_can_be_switched_off_and_a_quick_try_has_none(
     config: dict[str, Any], tmp_path: Path, overrides: Sequence[str], quick: bool
 ) -> None:
-    run = workflow.run(config, overrides, output=tmp_path, quick=quick)
+    run = transfer.run(config, overrides, output=tmp_path, quick=quick)
     assert not (run.folder / "report.html").exists()
     transfer.report(run.folder)
     assert ("its figures say nothing" in page(run)) == quick
@@ -262,7 +261,7 @@ def test_a_report_that_fails_is_told_and_the_run_is_complete(
 
     monkeypatch.setattr("transfer.reports.report.render", broken)
     told: list[object] = []
-    run = workflow.run(config, output=tmp_path, observe=told.append)
+    run = transfer.run(config, output=tmp_path, observe=told.append)
     assert run.summary["status"] == "complete"
     notes = [event.text for event in told if isinstance(event, Note)]
     assert any("the report was not written" in text and "transfer report" in text for text in notes)
@@ -271,9 +270,9 @@ def test_a_report_that_fails_is_told_and_the_run_is_complete(
 
 
 def test_a_run_that_has_not_ended_has_none(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, output=tmp_path)
-    (run.folder / "summary.json").write_text(json.dumps({"status": "stopped", "error": "Stopped: enough"}))
-    with pytest.raises(RunError, match="has not ended: Stopped: enough") as caught:
+    run = transfer.run(config, output=tmp_path)
+    (run.folder / "summary.json").write_text(json.dumps({"status": "stopped", "error": "StoppedByObserver: enough"}))
+    with pytest.raises(RunError, match="has not ended: StoppedByObserver: enough") as caught:
         transfer.report(run.folder)
     assert "transfer resume" in str(caught.value.problems[0].fix)
 
@@ -302,7 +301,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE.keys())
 def test_what_is_damaged_is_refused_in_words(config: dict[str, Any], tmp_path: Path, change: Change) -> None:
-    folder = workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path).folder
+    folder = transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path).folder
     change(folder)
     with pytest.raises(RunError) as caught:
         transfer.report(folder)
@@ -310,7 +309,7 @@ def test_what_is_damaged_is_refused_in_words(config: dict[str, Any], tmp_path: P
 
 
 def test_predictions_of_an_earlier_version_lack_the_examples(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, output=tmp_path)
+    run = transfer.run(config, output=tmp_path)
     directory = transfer.storage.run_directory.RunDirectory(run.folder)
     scored = directory.predictions()
     assert scored is not None

@@ -16,11 +16,11 @@ import torch
 from conftest import Points
 from test_resume import outcome
 
+import transfer
 from transfer import Data, DataError, RunError, Split, TrainingError, TransferError, register
 from transfer.models.model import Model
-from transfer.runs import train as workflow
 from transfer.storage import checkpoint
-from transfer.storage.run_directory import write_atomically
+from transfer.system.atomic_files import write_atomically
 from transfer.training.events import EpochEnded, Event, Note
 
 OVERRIDES = ["train.batch_size=27", "train.phases=[{epochs: 3}]", "train.checkpoint.every_steps=1"]
@@ -63,14 +63,14 @@ def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def expected(config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """Return the outcome of a run to which nothing happened."""
-    return outcome(workflow.run(config, OVERRIDES, output=tmp_path / "whole").folder)
+    return outcome(transfer.run(config, OVERRIDES, output=tmp_path / "whole").folder)
 
 
 @pytest.fixture
 def stopped(config: dict[str, Any], tmp_path: Path) -> Path:
     """Return the folder of a run that was stopped in its third epoch."""
     with pytest.raises(Stop):
-        workflow.run(config, OVERRIDES, output=tmp_path / "stopped", observe=after_epoch(2, stop))
+        transfer.run(config, OVERRIDES, output=tmp_path / "stopped", observe=after_epoch(2, stop))
     (folder,) = (tmp_path / "stopped").iterdir()
     return folder
 
@@ -86,7 +86,7 @@ def test_disk_full(config: dict[str, Any], tmp_path: Path, expected: dict[str, A
     fill = after_epoch(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1])))
     try:
         with pytest.raises(TrainingError, match=r"the checkpoint cannot be written: .*large") as caught:
-            workflow.run(config, OVERRIDES, output=tmp_path / "runs", observe=fill)
+            transfer.run(config, OVERRIDES, output=tmp_path / "runs", observe=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert "transfer resume" in str(caught.value.problems[0].fix)
@@ -94,7 +94,7 @@ def test_disk_full(config: dict[str, Any], tmp_path: Path, expected: dict[str, A
     _, state = checkpoint.load(folder / "checkpoints" / "last")
     assert "recovered" not in state
     assert not list((folder / "checkpoints").glob(".*"))
-    workflow.resume(folder)
+    transfer.resume(folder)
     assert outcome(folder) == expected
 
 
@@ -127,7 +127,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 def test_a_damaged_checkpoint(stopped: Path, expected: dict[str, Any], file: str, damage: str) -> None:
     DAMAGE[damage](stopped / "checkpoints" / "last" / file)
     said = Texts()
-    workflow.resume(stopped, observe=said)
+    transfer.resume(stopped, observe=said)
     assert any("checkpoint before is used" in line and file in line for line in said.lines)
     assert outcome(stopped) == expected
 
@@ -136,7 +136,7 @@ def test_every_checkpoint_is_damaged(stopped: Path) -> None:
     for folder in ("last", "last.previous"):
         _flip(stopped / "checkpoints" / folder / "model.safetensors")
     with pytest.raises(RunError, match="damaged") as caught:
-        workflow.resume(stopped)
+        transfer.resume(stopped)
     assert len(caught.value.problems) == 2
     assert all("transfer run" in str(problem.fix) for problem in caught.value.problems)
 
@@ -144,12 +144,12 @@ def test_every_checkpoint_is_damaged(stopped: Path) -> None:
 def test_the_weights_of_the_best_epoch_are_damaged(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = [*OVERRIDES, "data.distance=3.0", "train.optimizer.lr=0.01"]
     with pytest.raises(Stop):
-        workflow.run(config, overrides, output=tmp_path / "runs", observe=after_epoch(3, stop))
+        transfer.run(config, overrides, output=tmp_path / "runs", observe=after_epoch(3, stop))
     folder = the_run(tmp_path)
     before = checkpoint.load(folder / "checkpoints" / "best.previous")[1]
     DAMAGE["truncated"](folder / "checkpoints" / "best" / "model.safetensors")
     said = Texts()
-    run = workflow.resume(folder, observe=said)
+    run = transfer.resume(folder, observe=said)
     assert any("the weights of the best epoch are damaged" in line for line in said.lines)
     assert (run.summary["best_epoch"], run.summary["validation"]) == (before["epoch"], before["validation"])
 
@@ -158,7 +158,7 @@ def test_the_weights_of_the_best_epoch_are_damaged(config: dict[str, Any], tmp_p
 def test_damaged_metrics(stopped: Path, expected: dict[str, Any], damage: str) -> None:
     DAMAGE[damage](stopped / "metrics.jsonl")
     said = Texts()
-    workflow.resume(stopped, observe=said)
+    transfer.resume(stopped, observe=said)
     assert any("metrics.jsonl" in line and "restored" in line for line in said.lines)
     assert outcome(stopped) == expected
 
@@ -166,14 +166,14 @@ def test_damaged_metrics(stopped: Path, expected: dict[str, Any], damage: str) -
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     overrides = [*OVERRIDES, "train.phases=[{epochs: 3, freeze: backbone}]"]
-    expected = outcome(workflow.run(config, overrides, output=tmp_path / "whole").folder)
+    expected = outcome(transfer.run(config, overrides, output=tmp_path / "whole").folder)
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
     with pytest.raises(Stop):
-        workflow.run(config, overrides, output=tmp_path / "runs", observe=after_epoch(1, stop))
+        transfer.run(config, overrides, output=tmp_path / "runs", observe=after_epoch(1, stop))
     for file in (tmp_path / "cache").glob("*/0.bin"):
         DAMAGE[damage](file)
     folder = the_run(tmp_path)
-    workflow.resume(folder)
+    transfer.resume(folder)
     assert outcome(folder) == expected
 
 
@@ -188,7 +188,7 @@ def test_a_read_only_run_directory(stopped: Path) -> None:
         if not os.getuid():
             os.setuid(65534)
         try:
-            workflow.resume(".")
+            transfer.resume(".")
         except RunError as error:
             os.write(writing, str(error).encode())
         os._exit(0)
@@ -242,25 +242,25 @@ def points_in_files(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_data_file_vanishes(config: dict[str, Any], tmp_path: Path, points_in_files: Path) -> None:
-    expected = outcome(workflow.run(config, OVERRIDES, output=tmp_path / "whole").folder)
+    expected = outcome(transfer.run(config, OVERRIDES, output=tmp_path / "whole").folder)
     file = points_in_files / "train" / "7"
     content = file.read_text()
     with pytest.raises(DataError, match="cannot be read") as caught:
-        workflow.run(config, OVERRIDES, output=tmp_path / "runs", observe=after_epoch(1, file.unlink))
+        transfer.run(config, OVERRIDES, output=tmp_path / "runs", observe=after_epoch(1, file.unlink))
     assert caught.value.exit_status == 2
     assert caught.value.problems[0].where == "7"
     file.write_text(content)
     folder = the_run(tmp_path)
-    workflow.resume(folder)
+    transfer.resume(folder)
     assert outcome(folder) == expected
 
 
 def test_a_loader_process_is_killed(config: dict[str, Any], tmp_path: Path, points_in_files: Path) -> None:
     overrides = [*OVERRIDES, "train.workers=2"]
-    expected = outcome(workflow.run(config, overrides, output=tmp_path / "whole").folder)
+    expected = outcome(transfer.run(config, overrides, output=tmp_path / "whole").folder)
     flag = points_in_files / "train" / "kill"
     with pytest.raises(TrainingError, match="a loader process was killed") as caught:
-        workflow.run(
+        transfer.run(
             config,
             overrides,
             output=tmp_path / "runs",
@@ -269,7 +269,7 @@ def test_a_loader_process_is_killed(config: dict[str, Any], tmp_path: Path, poin
     assert "transfer resume" in str(caught.value.problems[0].fix)
     flag.unlink()
     folder = the_run(tmp_path)
-    workflow.resume(folder)
+    transfer.resume(folder)
     assert outcome(folder) == expected
 
 
@@ -287,21 +287,21 @@ def test_a_loss_that_is_not_finite(
 
     monkeypatch.setattr(Classification, "loss", fails)
     with pytest.raises(TrainingError, match=r"the loss of epoch 2, step 1 is (nan|inf)"):
-        workflow.run(
+        transfer.run(
             config, OVERRIDES, output=tmp_path / "runs", observe=after_epoch(1, lambda: broken.insert(0, True))
         )
     folder = the_run(tmp_path)
     tensors, _ = checkpoint.load(folder / "checkpoints" / "last")
     assert all(torch.isfinite(tensor).all() for tensor in tensors["model"].values())
     broken.insert(0, False)
-    workflow.resume(folder)
+    transfer.resume(folder)
     assert outcome(folder) == expected
 
 
 def test_weights_that_are_not_finite_are_never_saved(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = [*OVERRIDES, "train.optimizer={name: sgd, lr: 1.0e+38}"]
     with pytest.raises(TransferError, match=r"not finite|is nan|is inf"):
-        workflow.run(config, overrides, output=tmp_path / "runs")
+        transfer.run(config, overrides, output=tmp_path / "runs")
     for file in the_run(tmp_path).glob("checkpoints/*/model.safetensors"):
         assert all(np.isfinite(tensor.numpy()).all() for tensor in checkpoint.load_tensors(file).values())
 
@@ -315,7 +315,7 @@ def test_out_of_memory(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
         with pytest.raises(TrainingError, match="memory ran out on a batch of 27 examples") as caught:
-            workflow.run(
+            transfer.run(
                 config,
                 OVERRIDES,
                 output=tmp_path / "runs",
@@ -323,7 +323,7 @@ def test_out_of_memory(
             )
     assert "train.batch_size" in str(caught.value.problems[0].fix)
     folder = the_run(tmp_path)
-    workflow.resume(folder)
+    transfer.resume(folder)
     assert outcome(folder) == expected
 
 
@@ -336,7 +336,7 @@ def test_other_data_is_refused(config: dict[str, Any], stopped: Path, monkeypatc
 
     monkeypatch.setattr(Points, "load", fewer)
     with pytest.raises(RunError, match="the run began with other data"):
-        workflow.resume(stopped)
+        transfer.resume(stopped)
 
 
 def test_other_base_weights_are_refused(
@@ -344,10 +344,10 @@ def test_other_base_weights_are_refused(
 ) -> None:
     overrides = [*OVERRIDES, "train.phases=[{epochs: 3, freeze: backbone}]"]
     with pytest.raises(Stop):
-        workflow.run(config, overrides, output=tmp_path / "runs", observe=after_epoch(1, stop))
+        transfer.run(config, overrides, output=tmp_path / "runs", observe=after_epoch(1, stop))
     monkeypatch.setattr(torch, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed + 1))
     with pytest.raises(RunError, match="the run began with other base weights"):
-        workflow.resume(the_run(tmp_path))
+        transfer.resume(the_run(tmp_path))
 
 
 def test_a_run_without_a_checkpoint_begins_again(
@@ -356,19 +356,19 @@ def test_a_run_without_a_checkpoint_begins_again(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", lambda *arguments, **options: stop())
         with pytest.raises(Stop):
-            workflow.run(config, OVERRIDES, output=tmp_path / "runs")
+            transfer.run(config, OVERRIDES, output=tmp_path / "runs")
     folder = the_run(tmp_path)
     said = Texts()
-    workflow.resume(folder, observe=said)
+    transfer.resume(folder, observe=said)
     assert any("begins again" in line for line in said.lines)
     assert outcome(folder) == expected
 
 
 def test_a_complete_run_is_left_alone(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, OVERRIDES, output=tmp_path)
+    run = transfer.run(config, OVERRIDES, output=tmp_path)
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
     said = Texts()
-    assert workflow.resume(run.folder, observe=said).summary == run.summary
+    assert transfer.resume(run.folder, observe=said).summary == run.summary
     assert any("there is nothing to do" in line for line in said.lines)
     assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()} == before
 
@@ -376,5 +376,5 @@ def test_a_complete_run_is_left_alone(config: dict[str, Any], tmp_path: Path) ->
 def test_what_has_changed_since_is_said(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     said = Texts()
-    workflow.resume(stopped, observe=said)
+    transfer.resume(stopped, observe=said)
     assert any("threads 1 -> 99" in line for line in said.lines)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from transfer.runs import train as workflow
+import transfer
 from transfer.storage import checkpoint
 from transfer.system.signals import Interrupted
-from transfer.training.engine import Experiment
+from transfer.training.experiment import Experiment
 
 TIMES = {"seconds", "examples_per_second", "waiting_for_data", "peak_memory_bytes"}
 
@@ -97,18 +97,18 @@ def test_it_ends_the_same_to_the_last_bit(
     case: str, config: dict[str, Any], tmp_path: Path, killed_at_save: Callable[[int], None]
 ) -> None:
     overrides = ["train.batch_size=27", PHASES, *CASES[case], "train.checkpoint.every_steps=1"]
-    expected = outcome(workflow.run(config, overrides, output=tmp_path / "whole").folder)
+    expected = outcome(transfer.run(config, overrides, output=tmp_path / "whole").folder)
     # Every process saves once or a few times, then it is killed: after steps, at the ends of epochs and of phases.
     killed_at_save(2)
     with pytest.raises(Killed):
-        workflow.run(config, overrides, output=tmp_path / "killed")
+        transfer.run(config, overrides, output=tmp_path / "killed")
     (folder,) = (tmp_path / "killed").iterdir()
     for saves in (2, 1, 3, 2, 1, 1):
         killed_at_save(saves)
         with pytest.raises(Killed):
-            workflow.resume(folder)
+            transfer.resume(folder)
     killed_at_save(0)
-    workflow.resume(folder)
+    transfer.resume(folder)
     found = outcome(folder)
     for part, value in expected.items():
         assert found[part] == value, part
@@ -118,7 +118,7 @@ def test_what_a_killed_process_left_of_the_model_is_no_part_of_it(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill in the middle of the weights leaves the file under the name that safetensors writes it to."""
-    expected = outcome(workflow.run(config, output=tmp_path / "whole").folder)
+    expected = outcome(transfer.run(config, output=tmp_path / "whole").folder)
 
     def half_write(path: Path, tensors: object) -> None:
         (path.parent / ".tmpqa1x1V").write_bytes(b"\x10")
@@ -127,9 +127,9 @@ def test_what_a_killed_process_left_of_the_model_is_no_part_of_it(
     with monkeypatch.context() as patch:
         patch.setattr("transfer.models.saved_model.write_tensors", half_write)
         with pytest.raises(Killed):
-            workflow.run(config, output=tmp_path / "killed")
+            transfer.run(config, output=tmp_path / "killed")
     (folder,) = (tmp_path / "killed").iterdir()
-    workflow.resume(folder)
+    transfer.resume(folder)
     assert outcome(folder)["model"] == expected["model"]
 
 
@@ -146,11 +146,11 @@ def test_short_epochs_do_not_each_end_with_a_checkpoint_but_training_does(
 
     monkeypatch.setattr(checkpoint, "save", counting)
     phases = "train.phases=[{epochs: 3}, {epochs: 1, freeze: backbone}]"
-    workflow.run(config, [phases], output=tmp_path)
+    transfer.run(config, [phases], output=tmp_path)
     assert written == [4]
     written.clear()
-    monkeypatch.setattr("transfer.training.engine.BRIEF_SECONDS", 0.0)
-    workflow.run(config, [phases], output=tmp_path)
+    monkeypatch.setattr("transfer.training.engine.MIN_CHECKPOINT_SECONDS", 0.0)
+    transfer.run(config, [phases], output=tmp_path)
     assert written == [1, 2, 3, 4]
 
 
@@ -158,7 +158,7 @@ def test_a_signal_while_the_cache_is_filled_for_the_next_phase(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The epochs before were too short for a checkpoint each: what is saved is the end of their phase."""
-    expected = outcome(workflow.run(config, [PHASES], output=tmp_path / "whole").folder)
+    expected = outcome(transfer.run(config, [PHASES], output=tmp_path / "whole").folder)
     features, asked = Experiment.features, 0
 
     def interrupted_at_the_third(*arguments: Any, **options: Any) -> Any:
@@ -171,9 +171,9 @@ def test_a_signal_while_the_cache_is_filled_for_the_next_phase(
     with monkeypatch.context() as patch:
         patch.setattr(Experiment, "features", interrupted_at_the_third)
         with pytest.raises(Interrupted):
-            workflow.run(config, [PHASES], output=tmp_path / "stopped")
+            transfer.run(config, [PHASES], output=tmp_path / "stopped")
     (folder,) = (tmp_path / "stopped").iterdir()
-    workflow.resume(folder)
+    transfer.resume(folder)
     found = outcome(folder)
     for part, value in expected.items():
         assert found[part] == value, part

@@ -17,12 +17,12 @@ import pytest
 import yaml
 from conftest import Install
 
+import transfer
 from transfer import ConfigError, TrackedRun, Tracker, register
+from transfer.config.check import load_config
 from transfer.config.json_schema import config_schema
-from transfer.config.run_config import load_config
 from transfer.errors import Problem
 from transfer.registry import entry_points as registry
-from transfer.runs import train as workflow
 from transfer.runs.tracking import figures, flat, run_name
 from transfer.storage.run_directory import RunDirectory
 from transfer.training.events import EpochEnded, Event, Note
@@ -93,7 +93,7 @@ def told(config: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def test_a_tracker_is_told_each_epoch_and_the_end(config: dict[str, Any], told: list[Any], tmp_path: Path) -> None:
-    run = workflow.run(config, [PHASES], output=tmp_path)
+    run = transfer.run(config, [PHASES], output=tmp_path)
     assert [what for what, *_ in told] == ["start", "record", "record", "record", "record", "finish"]
     (_, started), *records, (_, status) = told
     assert (started.folder, started.name, started.known, status) == (run.folder, run.folder.name, None, "complete")
@@ -115,7 +115,7 @@ def test_a_tracker_is_told_each_epoch_and_the_end(config: dict[str, Any], told: 
 
 def test_tracking_changes_nothing(config: dict[str, Any], told: list[Any], tmp_path: Path) -> None:
     def outcome(trackers: str) -> Any:
-        run = workflow.run(config, [PHASES, f"trackers={trackers}"], output=tmp_path)
+        run = transfer.run(config, [PHASES, f"trackers={trackers}"], output=tmp_path)
         lines = RunDirectory(run.folder).metrics()
         return [(line["train"], line["validation"]) for line in lines], run.summary["test"]
 
@@ -123,7 +123,7 @@ def test_tracking_changes_nothing(config: dict[str, Any], told: list[Any], tmp_p
 
 
 def test_a_quick_try_is_not_tracked(config: dict[str, Any], told: list[Any], tmp_path: Path) -> None:
-    run = workflow.run(config, output=tmp_path, quick=True)
+    run = transfer.run(config, output=tmp_path, quick=True)
     assert told == []
     assert not (run.folder / "trackers.json").exists()
     assert yaml.safe_load((run.folder / "config.yaml").read_text())["trackers"] == []
@@ -133,7 +133,7 @@ def test_a_run_that_goes_on_is_told_what_was_missed_and_nothing_twice(
     config: dict[str, Any], told: list[Any], tmp_path: Path
 ) -> None:
     with pytest.raises(Stop):
-        workflow.run(config, [PHASES], output=tmp_path, observe=after_epoch(2, stop))
+        transfer.run(config, [PHASES], output=tmp_path, observe=after_epoch(2, stop))
     (folder,) = tmp_path.iterdir()
     assert told[-1] == ("finish", "failed")
     marks = json.loads((folder / "trackers.json").read_text())
@@ -141,7 +141,7 @@ def test_a_run_that_goes_on_is_told_what_was_missed_and_nothing_twice(
     # As if the process had been killed before it could tell the second epoch.
     (folder / "trackers.json").write_text(json.dumps({"recorder": {"run": "run 1", "epochs": 1}}))
     told.clear()
-    workflow.resume(folder)
+    transfer.resume(folder)
     assert told[0][1].known == "run 1"
     assert [epoch for what, epoch, *_ in told[1:] if what == "record"] == [2, 3, 3]
     assert told[-1] == ("finish", "complete")
@@ -152,7 +152,7 @@ def test_a_run_that_fails_says_so(
 ) -> None:
     monkeypatch.setattr("transfer.runs.train.fit", _fails)
     with pytest.raises(RuntimeError):
-        workflow.run(config, output=tmp_path)
+        transfer.run(config, output=tmp_path)
     assert [what for what, *_ in told] == ["start", "finish"]
     assert told[-1] == ("finish", "failed")
 
@@ -167,7 +167,7 @@ def test_a_tracker_that_fails_is_left_out(
 ) -> None:
     config["trackers"] = [{"name": "recorder", "fails": fails}]
     notes: list[str] = []
-    run = workflow.run(
+    run = transfer.run(
         config, output=tmp_path, observe=lambda event: notes.append(event.text) if isinstance(event, Note) else None
     )
     assert run.summary["status"] == "complete"
@@ -204,25 +204,25 @@ def test_mistakes_are_found_at_once(config: dict[str, Any], told: list[Any]) -> 
 def test_a_missing_extra_is_named_with_its_remedy(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
 ) -> None:
-    lacking = Problem("it needs wandb>=0.19.10, which is not installed", fix="pip install 'transfer[wandb]'")
+    lacking = Problem("it needs wandb>=0.19.10, which is not installed", fix="pip install 'transferkit[wandb]'")
     monkeypatch.setattr(registry, "unmet", lambda distribution, extras: lacking if extras == ("wandb",) else None)
     with pytest.raises(ConfigError) as caught:
-        workflow.check(config_file, ["trackers=[wandb]"])
+        transfer.check(config_file, ["trackers=[wandb]"])
     (problem,) = caught.value.problems
     assert problem.message == "tracker 'wandb' cannot be loaded: it needs wandb>=0.19.10, which is not installed"
-    assert problem.fix == "pip install 'transfer[wandb]'"
+    assert problem.fix == "pip install 'transferkit[wandb]'"
     assert str(problem.where).startswith("override 'trackers=[wandb]' -> entry point wandb")
 
 
 def test_a_run_is_evaluated_where_its_tracker_is_not_installed(
     config: dict[str, Any], told: list[Any], tmp_path: Path
 ) -> None:
-    run = workflow.run(config, output=tmp_path)
+    run = transfer.run(config, output=tmp_path)
     del registry._registered["tracker", "recorder"]
-    assert workflow.evaluate(run.folder) == run.summary["test"]
+    assert transfer.evaluate(run.folder) == run.summary["test"]
     (run.folder / "summary.json").unlink()
     with pytest.raises(ConfigError, match="no tracker called 'recorder'"):
-        workflow.resume(run.folder)
+        transfer.resume(run.folder)
 
 
 def test_a_package_brings_a_tracker(config: dict[str, Any], install: Install, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ class Wrong:
     install("transfer-lines", "1", entries, lines_plugin=source)
     with pytest.raises(ConfigError, match=r"no subclass of transfer\.interfaces\.Tracker"):
         load_config({**config, "trackers": ["wrong"]})
-    run = workflow.run({**config, "trackers": ["lines"]}, output=tmp_path)
+    run = transfer.run({**config, "trackers": ["lines"]}, output=tmp_path)
     lines = (run.folder / "lines.txt").read_text().split("\n")
     assert lines[:2] == ["1 1", "2 1"]
     assert lines[2] == f"2 {run.summary['test']['loss']}"
@@ -277,9 +277,9 @@ def test_the_schema_knows_trackers(monkeypatch: pytest.MonkeyPatch, config: dict
 def test_tensorboard(config: dict[str, Any], tmp_path: Path) -> None:
     config["trackers"] = ["tensorboard"]
     with pytest.raises(Stop):
-        workflow.run(config, [PHASES], output=tmp_path, observe=after_epoch(2, stop))
+        transfer.run(config, [PHASES], output=tmp_path, observe=after_epoch(2, stop))
     (folder,) = tmp_path.iterdir()
-    run = workflow.resume(folder)
+    run = transfer.resume(folder)
     events = _events(folder / "tensorboard")
     lines = RunDirectory(folder).metrics()
     for name, part in (("validation/accuracy", "validation"), ("train/loss", "train")):
@@ -297,7 +297,7 @@ def test_tensorboard(config: dict[str, Any], tmp_path: Path) -> None:
 def test_tensorboard_knows_the_hyperparameters(config: dict[str, Any], tmp_path: Path) -> None:
     from tensorboard.plugins.hparams import metadata
 
-    run = workflow.run(
+    run = transfer.run(
         config, [f"trackers=[{{name: tensorboard, folder: {tmp_path}/board}}]"], output=tmp_path / "runs"
     )
     (folder,) = (tmp_path / "board").iterdir()
@@ -338,11 +338,11 @@ def mlflow_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
 def test_mlflow(config: dict[str, Any], tmp_path: Path, mlflow_environment: None) -> None:
     config["trackers"] = [{"name": "mlflow", "tracking_uri": f"sqlite:///{tmp_path}/store.db", "tags": {"who": "test"}}]
     with pytest.raises(Stop):
-        workflow.run(config, [PHASES], output=tmp_path / "runs", observe=after_epoch(2, stop))
+        transfer.run(config, [PHASES], output=tmp_path / "runs", observe=after_epoch(2, stop))
     (folder,) = (tmp_path / "runs").iterdir()
     with sqlite3.connect(tmp_path / "store.db") as store:
         assert store.execute("SELECT status FROM runs").fetchall() == [("FAILED",)]
-    run = workflow.resume(folder)
+    run = transfer.resume(folder)
     with sqlite3.connect(tmp_path / "store.db") as store:
         (identity, name, status), *more = store.execute("SELECT run_uuid, name, status FROM runs").fetchall()
         assert (name, status, more) == (folder.name, "FINISHED", [])
@@ -364,7 +364,7 @@ def test_mlflow(config: dict[str, Any], tmp_path: Path, mlflow_environment: None
 def test_a_server_that_is_away(config: dict[str, Any], tmp_path: Path, mlflow_environment: None) -> None:
     config["trackers"] = [{"name": "mlflow", "tracking_uri": "http://127.0.0.1:9"}]
     notes: list[str] = []
-    run = workflow.run(
+    run = transfer.run(
         config, output=tmp_path, observe=lambda event: notes.append(event.text) if isinstance(event, Note) else None
     )
     assert run.summary["status"] == "complete"
@@ -377,9 +377,9 @@ def test_a_server_that_is_away(config: dict[str, Any], tmp_path: Path, mlflow_en
 def test_wandb_offline(config_file: Path, tmp_path: Path) -> None:
     """In a process of its own, which wandb's service and its hooks end with."""
     code = (
-        "import sys, conftest; from transfer import register, workflow\n"
+        "import sys, conftest; import transfer; from transfer import register\n"
         "register('dataset', 'points')(conftest.Points); register('backbone', 'dense')(conftest.Dense)\n"
-        "run = workflow.run(sys.argv[1], ['trackers=[{name: wandb, mode: offline}]'], output=sys.argv[2])\n"
+        "run = transfer.run(sys.argv[1], ['trackers=[{name: wandb, mode: offline}]'], output=sys.argv[2])\n"
         "print(run.folder)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
+import transfer
 from transfer import ConfigError, DataError, RunError, TransferError
 from transfer.models.saved_model import read_model
-from transfer.runs import train as workflow
 from transfer.runs.train import Run
 
 FILES = {
@@ -46,11 +46,11 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture
 def run(config: dict[str, Any], tmp_path: Path) -> Run:
-    return workflow.run(config, ["train.phases=[{epochs: 3}]"], output=tmp_path / "runs")
+    return transfer.run(config, ["train.phases=[{epochs: 3}]"], output=tmp_path / "runs")
 
 
 def test_a_run_of_one_epoch_has_exactly_these_files(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path)
+    run = transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path)
     assert files(run.folder) == FILES
     assert list(tmp_path.iterdir()) == [run.folder]
 
@@ -83,12 +83,12 @@ def test_the_summary_is_what_is_returned(run: Run) -> None:
 
 
 def test_a_run_is_called_after_its_config(config_file: Path, tmp_path: Path) -> None:
-    run = workflow.run(config_file, ["train.phases=[{epochs: 1}]"], output=tmp_path / "runs")
+    run = transfer.run(config_file, ["train.phases=[{epochs: 1}]"], output=tmp_path / "runs")
     assert run.folder.name.startswith("tiny-")
 
 
 def test_the_resolved_config_runs_again(run: Run, tmp_path: Path) -> None:
-    again = workflow.run(run.folder / "config.yaml", output=tmp_path / "again")
+    again = transfer.run(run.folder / "config.yaml", output=tmp_path / "again")
     assert again.summary["test"] == run.summary["test"]
     read = [yaml.safe_load((r.folder / "config.yaml").read_text(encoding="utf-8")) for r in (run, again)]
     assert read[0] == read[1]
@@ -96,25 +96,25 @@ def test_the_resolved_config_runs_again(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_evaluate_gives_exactly_the_figures_of_the_summary(run: Run, split: str) -> None:
-    assert workflow.evaluate(run.folder, split) == run.summary[split]
+    assert transfer.evaluate(run.folder, split) == run.summary[split]
 
 
 def test_evaluate_of_a_frozen_backbone_gives_exactly_the_figures_of_the_summary(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = workflow.run(config, ["train.phases=[{epochs: 2, freeze: backbone}]"], output=tmp_path)
-    assert workflow.evaluate(run.folder) == run.summary["test"]
+    run = transfer.run(config, ["train.phases=[{epochs: 2, freeze: backbone}]"], output=tmp_path)
+    assert transfer.evaluate(run.folder) == run.summary["test"]
 
 
 def test_an_unknown_split_lists_those_there_are(run: Run) -> None:
     with pytest.raises(RunError, match="no split 'dev'") as caught:
-        workflow.evaluate(run.folder, "dev")
+        transfer.evaluate(run.folder, "dev")
     assert set(caught.value.problems[0].available) == {"train", "validation", "test"}
 
 
 def test_evaluate_needs_a_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="does not exist"):
-        workflow.evaluate(tmp_path / "nothing")
+        transfer.evaluate(tmp_path / "nothing")
 
 
 def test_predict_is_what_the_model_says(run: Run) -> None:
@@ -122,7 +122,7 @@ def test_predict_is_what_the_model_says(run: Run) -> None:
     points = [[0.5, 1.0, -1.0, 2.0], [3.0, 3.0, 3.0, 3.0]]
     with torch.inference_mode():
         probabilities = loaded.model(torch.tensor(points)).softmax(1)
-    answers = list(workflow.predict(run.folder, [",".join(map(str, point)) for point in points]))
+    answers = list(transfer.predict(run.folder, [",".join(map(str, point)) for point in points]))
     assert [answer["input"] for answer in answers] == ["0.5,1.0,-1.0,2.0", "3.0,3.0,3.0,3.0"]
     for answer, row in zip(answers, probabilities, strict=True):
         assert answer["probability"] == pytest.approx(row.max().item())
@@ -132,27 +132,27 @@ def test_predict_is_what_the_model_says(run: Run) -> None:
 
 def test_predict_goes_on_over_many_batches_in_order(run: Run) -> None:
     sources = [f"{i},0,0,0" for i in range(150)]
-    assert [answer["input"] for answer in workflow.predict(run.folder, iter(sources))] == sources
+    assert [answer["input"] for answer in transfer.predict(run.folder, iter(sources))] == sources
 
 
 def test_predict_of_nothing_is_nothing(run: Run) -> None:
-    assert list(workflow.predict(run.folder, [])) == []
+    assert list(transfer.predict(run.folder, [])) == []
 
 
 def test_an_input_that_cannot_be_encoded_is_named(run: Run) -> None:
     with pytest.raises(DataError, match="a point has 4 numbers") as caught:
-        list(workflow.predict(run.folder, ["1,2,3,4", "1,2,3"]))
+        list(transfer.predict(run.folder, ["1,2,3,4", "1,2,3"]))
     assert caught.value.problems[0].where == "1,2,3"
 
 
 def test_an_input_that_cannot_be_read_is_named(run: Run) -> None:
     with pytest.raises(DataError, match="the input cannot be read: could not convert string to float: 'x'") as caught:
-        list(workflow.predict(run.folder, ["1,2,3,4", "1,2,x"]))
+        list(transfer.predict(run.folder, ["1,2,3,4", "1,2,x"]))
     assert caught.value.problems[0].where == "1,2,x"
 
 
 def test_a_pattern_stands_for_the_files_it_matches(tmp_path: Path) -> None:
-    from transfer.runs.train import _expand
+    from transfer.runs.predict import _expand
 
     for name in ("b.txt", "a.txt", "c.csv"):
         (tmp_path / name).touch()
@@ -162,18 +162,18 @@ def test_a_pattern_stands_for_the_files_it_matches(tmp_path: Path) -> None:
 
 def test_a_quick_try_proves_a_config(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["train.phases=[{epochs: 50, freeze: backbone}, {epochs: 50}]", "train.batch_size=4"]
-    run = workflow.run(config, overrides, output=tmp_path, quick=True)
+    run = transfer.run(config, overrides, output=tmp_path, quick=True)
     assert run.summary["quick"] is True
     assert run.summary["epochs"] == 2
-    assert workflow.evaluate(run.folder) == run.summary["test"]
-    assert list(workflow.predict(run.folder, ["1,2,3,4"]))
+    assert transfer.evaluate(run.folder) == run.summary["test"]
+    assert list(transfer.predict(run.folder, ["1,2,3,4"]))
 
 
 def test_a_wrong_config_writes_nothing(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        workflow.run(config, ["head.name=linaer"], output=tmp_path / "runs")
+        transfer.run(config, ["head.name=linaer"], output=tmp_path / "runs")
     with pytest.raises(DataError):
-        workflow.run(config, ["data.count=2"], output=tmp_path / "runs")
+        transfer.run(config, ["data.count=2"], output=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -181,7 +181,7 @@ def test_check_reads_no_data(config: dict[str, Any], monkeypatch: pytest.MonkeyP
     from conftest import Points
 
     monkeypatch.setattr(Points, "load", lambda self: pytest.fail("the data was read"))
-    checked, parts = workflow.check(config)
+    checked, parts = transfer.check(config)
     assert checked.backbone.plugin.name == "dense"
     assert all(parameter.is_meta for parameter in parts.model.parameters())
     assert [group.stage for group in parts.phases[0].groups] == ["first", "second", "third", "head"]
@@ -207,7 +207,7 @@ def test_parts_that_do_not_fit_are_all_refused_at_once(
     config: dict[str, Any], overrides: list[str], messages: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        workflow.check(config, overrides)
+        transfer.check(config, overrides)
     assert len(caught.value.problems) == len(messages)
     for problem, message in zip(caught.value.problems, messages, strict=True):
         assert problem.message.startswith(message)
@@ -216,7 +216,7 @@ def test_parts_that_do_not_fit_are_all_refused_at_once(
 
 def test_a_misfit_names_the_lines_of_both(config_file: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        workflow.check(config_file, ["backbone={name: steps}"])
+        transfer.check(config_file, ["backbone={name: steps}"])
     (problem,) = caught.value.problems
     lines = config_file.read_text(encoding="utf-8").splitlines()
     assert problem.where == f"{config_file}:{lines.index('head:') + 1}"
@@ -229,10 +229,10 @@ def test_a_run_says_why_it_failed(config: dict[str, Any], tmp_path: Path, monkey
 
     monkeypatch.setattr("transfer.runs.train.fit", broken)
     with pytest.raises(TransferError):
-        workflow.run(config, output=tmp_path)
+        transfer.run(config, output=tmp_path)
     (folder,) = tmp_path.iterdir()
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary == {"status": "failed", "error": "TransferError: the disk is full"}
     with pytest.raises(RunError, match="the run did not end") as caught:
-        workflow.evaluate(folder)
+        transfer.evaluate(folder)
     assert caught.value.problems[0].fix == f"bring it to its end: transfer resume {folder}"

@@ -13,7 +13,9 @@ from transfer import RunError
 from transfer.builtin.heads import Linear
 from transfer.models.model import Model
 from transfer.storage import checkpoint
-from transfer.storage.checkpoint import load, load_tensors, optimizer_tensors, save
+from transfer.storage.checkpoint import load, save
+from transfer.storage.tensor_files import load_tensors
+from transfer.training.optimizer_state import optimizer_tensors
 
 
 def weights(value: float) -> dict[str, dict[str, torch.Tensor]]:

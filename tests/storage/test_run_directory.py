@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from transfer import RunError
-from transfer.storage.run_directory import RunDirectory, changes, environment, read_json, write_atomically, write_json
+from transfer.storage.environment import environment, environment_diff
+from transfer.storage.run_directory import RunDirectory
+from transfer.system.atomic_files import read_json, write_atomically, write_json
 
 
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -79,9 +81,9 @@ def test_the_environment_is_written(tmp_path: Path) -> None:
 
 def test_what_differs_between_two_environments_is_said() -> None:
     before = environment("cpu", {"some-plugin": "1.2"})
-    assert changes(before, before) == []
+    assert environment_diff(before, before) == []
     now = {**before, "threads": 99, "versions": {**before["versions"], "some-plugin": "1.3"}}
-    assert changes(before, now) == [f"threads {before['threads']} -> 99", "some-plugin 1.2 -> 1.3"]
+    assert environment_diff(before, now) == [f"threads {before['threads']} -> 99", "some-plugin 1.2 -> 1.3"]
 
 
 def test_metrics_are_made_to_agree_with_the_checkpoint(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import transfer
 from transfer import DataError, Occlusion, RunError
 from transfer.cli.app import main
-from transfer.cli.progress import explanation_text
+from transfer.cli.tables import explanation_text
 from transfer_text.encoding.preprocessing import TextPreprocessing
 from transfer_text.encoding.vocabulary import TOKENIZERS, TokenizerName, Vocabulary
 

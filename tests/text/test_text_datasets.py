@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from transfer import ConfigError, DataError, data_folder
-from transfer.data.tables import _delimited
+from transfer.data.records import read_delimited
 from transfer_text.data import datasets
 from transfer_text.data.datasets import IMDb, MiniReviews
 from transfer_text.data.folders import TextFolder
@@ -224,7 +224,7 @@ def test_quoting_is_that_of_python(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_is_left_half_way_lowers_no_limit(tmp_path: Path) -> None:
-    records = _delimited(["text,label\n", "a,b\n", "c,d\n"], tmp_path / "short.csv", ",")
+    records = read_delimited(["text,label\n", "a,b\n", "c,d\n"], tmp_path / "short.csv", ",")
     next(records)
     assert csv.field_size_limit() >= 131_072
     records.close()  # type: ignore[attr-defined]  # a generator

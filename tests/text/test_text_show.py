@@ -14,7 +14,7 @@ VOCABULARY = Vocabulary.build(["a b c d e f"])
 def shown(text: str, max_length: int | None = None, truncation: Truncation = "head") -> list[str]:
     preprocessing = TextPreprocessing(VOCABULARY, max_length, truncation)
     inputs = preprocessing.collate(preprocessing.encode([text, "a"]))
-    return preprocessing.show(inputs, [text, "a"], ["true: x\nsaid: y", "z"], {"heading": [0, 1]}).splitlines()
+    return preprocessing.render_batch(inputs, [text, "a"], ["true: x\nsaid: y", "z"], {"heading": [0, 1]}).splitlines()
 
 
 def test_unknown_words_are_marked_and_padding_is_not_shown() -> None:

@@ -99,7 +99,7 @@ def test_a_vocabulary_that_is_cut_is_torchtexts(cut: dict[str, int]) -> None:
 def test_a_model_folder_brings_torchtexts_tokenizer_back() -> None:
     vocabulary = PluginVocabulary.build(["A film, a cast."], "torchtext/basic_english")
     content = json.loads(vocabulary.to_json())
-    assert content["plugin"]["requirement"].startswith("transfer[torchtext]==")
+    assert content["plugin"]["requirement"].startswith("transferkit[torchtext]==")
     assert content["words"] == ["a", ",", ".", "cast", "film"]
     for again in (read_vocabulary(vocabulary.to_json()), pickle.loads(pickle.dumps(vocabulary))):
         assert again.encode(["a FILM; new"])[0].tolist() == [2, 6, UNKNOWN]

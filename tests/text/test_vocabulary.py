@@ -263,7 +263,7 @@ def test_counts_and_lengths_are_those_of_the_training_texts() -> None:
 def test_more_pieces_than_the_table_holds_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"w{i} w{i + 1} w{i // 2}" for i in range(60)]
     whole = Vocabulary.build(texts)
-    monkeypatch.setattr(pieces, "MOST_PIECES", 5)
+    monkeypatch.setattr(pieces, "MAX_PIECES", 5)
     monkeypatch.setattr(corpus, "BLOCK_TEXTS", 4)
     parts = Vocabulary.build(texts)
     assert parts.to_json() == whole.to_json()

@@ -15,25 +15,25 @@ import torch
 import yaml
 from rich.console import Console
 
+import transfer
 from transfer import ConfigError, TrainingError, find_learning_rate, run_seeds
 from transfer.cli.plan import render
+from transfer.config.check import load_config
 from transfer.config.json_schema import config_schema
-from transfer.config.run_config import load_config
 from transfer.models.model import Model
-from transfer.runs import train as workflow
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.memory import PeakResident
 from transfer.training import auto_batch_size as batch_size
 from transfer.training.auto_batch_size import find_batch_size, most_demanding
 from transfer.training.build import build
-from transfer.training.engine import Experiment
 from transfer.training.events import Event, Note
+from transfer.training.experiment import Experiment
 
 AUTO = "train.batch_size=auto"
 TRAINED = "data.count=1000"  # three quarters of them for training, less a tenth for validation
 
 
-def silent(_: Event) -> None:
+def ignore_events(_: Event) -> None:
     return
 
 
@@ -56,7 +56,7 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def experiment(config: dict[str, Any]) -> Experiment:
-    return build(load_config(config, [TRAINED]), silent).experiment
+    return build(load_config(config, [TRAINED]), ignore_events).experiment
 
 
 def notes_of(do: Callable[[Callable[[Event], None]], Any]) -> tuple[Any, list[Note]]:
@@ -83,16 +83,16 @@ def test_twice_as_many_must_fit_where_nothing_is_trained(
     config: dict[str, Any], experiment: Experiment, memory_for: Callable[..., None]
 ) -> None:
     memory_for(10_000, evaluated=20)
-    assert find_batch_size(experiment, silent) == 8
-    own = build(load_config(config, [TRAINED, "train.evaluation_batch_size=4"]), silent).experiment
-    assert find_batch_size(own, silent) > 8
+    assert find_batch_size(experiment, ignore_events) == 8
+    own = build(load_config(config, [TRAINED, "train.evaluation_batch_size=4"]), ignore_events).experiment
+    assert find_batch_size(own, ignore_events) > 8
 
 
 def test_an_epoch_has_some_steps(config: dict[str, Any], experiment: Experiment) -> None:
     assert len(experiment.train.split) // 8 == 84
-    assert find_batch_size(experiment, silent) == 64
-    few = build(load_config(config, ["data.count=20"]), silent).experiment
-    assert find_batch_size(few, silent) == 2
+    assert find_batch_size(experiment, ignore_events) == 64
+    few = build(load_config(config, ["data.count=20"]), ignore_events).experiment
+    assert find_batch_size(few, ignore_events) == 2
 
 
 def test_on_the_cpu_no_size_is_tried_that_would_not_fit(
@@ -124,7 +124,7 @@ def test_on_the_cpu_no_size_is_tried_that_would_not_fit(
 def test_where_nothing_fits_it_says_so(config: dict[str, Any], memory_for: Callable[..., None], tmp_path: Path) -> None:
     memory_for(1)
     with pytest.raises(TrainingError, match="auto found none: 2 ran out of memory") as caught:
-        workflow.run(config, [AUTO], output=tmp_path / "runs")
+        transfer.run(config, [AUTO], output=tmp_path / "runs")
     assert "freeze more stages" in str(caught.value.problems[0].fix)
     assert not (tmp_path / "runs").exists()
 
@@ -134,26 +134,26 @@ def test_the_experiment_is_left_as_it_is(experiment: Experiment) -> None:
         tensors = [t.numpy().tobytes() for t in experiment.model.state_dict().values()]
         generators = [torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes()]  # type: ignore[index]
         flags = [repr([p.requires_grad for p in experiment.model.parameters()]).encode()]
-        order = [np.concatenate(experiment.train.plan(epoch)).tobytes() for epoch in range(2)]
+        order = [np.concatenate(experiment.train.batch_indices(epoch)).tobytes() for epoch in range(2)]
         return [*tensors, *generators, *flags, *order, repr(random.getstate()).encode()]
 
     before = state()
-    assert find_batch_size(experiment, silent) == 64
+    assert find_batch_size(experiment, ignore_events) == 64
     assert state() == before
     assert all(parameter.grad is None for parameter in experiment.model.parameters())
 
 
 def test_the_phase_that_needs_most_is_tried(config: dict[str, Any]) -> None:
     phases = "[{epochs: 1, freeze: backbone}, {epochs: 1}, {epochs: 1, freeze: {until: first}}]"
-    experiment = build(load_config(config, [f"train.phases={phases}"]), silent).experiment
+    experiment = build(load_config(config, [f"train.phases={phases}"]), ignore_events).experiment
     assert most_demanding(experiment.phases, experiment) is experiment.phases[1]
 
 
 def test_texts_are_tried_with_the_longest() -> None:
     config = {"data": {"name": "mini_reviews"}, "backbone": {"name": "textcnn", "filters": 2, "vectors": None}}
-    loader = build(load_config({**config, "train": {"bucket": False}}), silent).experiment.train
+    loader = build(load_config({**config, "train": {"bucket": False}}), ignore_events).experiment.train
     lengths = loader.preprocessing.lengths(loader.examples.encoded)  # type: ignore[arg-type]
-    found = loader.costliest(4)
+    found = loader.largest_batch(4)
     assert sorted(lengths[found.indices]) == sorted(lengths)[-4:]
 
 
@@ -171,25 +171,25 @@ def test_the_peak_is_seen_while_it_lasts() -> None:
 
 
 def test_a_run_is_that_of_the_size_found(config: dict[str, Any], tmp_path: Path) -> None:
-    found = workflow.run(config, [AUTO], output=tmp_path / "auto")
+    found = transfer.run(config, [AUTO], output=tmp_path / "auto")
     assert yaml.safe_load((found.folder / "config.yaml").read_text())["train"]["batch_size"] == 8
-    given = workflow.run(config, ["train.batch_size=8"], output=tmp_path / "given")
+    given = transfer.run(config, ["train.batch_size=8"], output=tmp_path / "given")
 
-    def outcome(run: workflow.Run) -> Any:
+    def outcome(run: transfer.Run) -> Any:
         return [(line["train"], line["validation"]) for line in RunDirectory(run.folder).metrics()], run.summary["test"]
 
     assert outcome(found) == outcome(given)
-    assert workflow.evaluate(found.folder) == found.summary["test"]
+    assert transfer.evaluate(found.folder) == found.summary["test"]
 
 
 def test_a_run_that_goes_on_keeps_its_size(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_for: Callable[..., None]
 ) -> None:
     memory_for(20)
-    run = workflow.run(config, [AUTO], output=tmp_path)
+    run = transfer.run(config, [AUTO], output=tmp_path)
     (run.folder / "summary.json").unlink()
     monkeypatch.setattr("transfer.training.build.find_batch_size", lambda *arguments: pytest.fail("it has been found"))
-    assert workflow.resume(run.folder).summary["test"] == run.summary["test"]
+    assert transfer.resume(run.folder).summary["test"] == run.summary["test"]
 
 
 def test_seeds_share_one_size(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_seeds_share_one_size(config: dict[str, Any], tmp_path: Path, monkeypatc
 
 def test_a_range_test_and_a_quick_try_find_one_too(config: dict[str, Any], tmp_path: Path) -> None:
     find_learning_rate(config, [AUTO], steps=10, output=tmp_path / "curve.svg")
-    run = workflow.run(config, [AUTO, "train.precision=bf16", "train.ema=0.9"], output=tmp_path, quick=True)
+    run = transfer.run(config, [AUTO, "train.precision=bf16", "train.ema=0.9"], output=tmp_path, quick=True)
     assert RunDirectory(run.folder).config()["train"]["batch_size"] == 8
 
 
@@ -219,7 +219,7 @@ def test_the_config_takes_auto_alone(config: dict[str, Any]) -> None:
 
 
 def test_check_says_when_it_is_found(config: dict[str, Any]) -> None:
-    checked, parts = workflow.check(config, [AUTO])
+    checked, parts = transfer.check(config, [AUTO])
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(*render(checked, parts))
     assert "the batch size that fits into memory when the run begins" in console.export_text()

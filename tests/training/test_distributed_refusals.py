@@ -10,15 +10,15 @@ from transfer.experiments import lr_finder as learning_rate
 from transfer.experiments import pretraining_gain as value
 from transfer.experiments import seeds as several
 from transfer.experiments import sweep as sweeping
-from transfer.system.ranks import Place, lacks_a_launcher, place
-from transfer.training.distributed import ALONE, Processes, joined
+from transfer.system.ranks import Rank, lacks_a_launcher, rank_from_environment
+from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("examples", [1, 2, 3, 4, 5, 7, 16, 33])
 def test_shares_are_the_batch_cut_into_pieces_of_like_size(count: int, examples: int) -> None:
     batch = np.arange(100, 100 + examples)
-    everybody = [Processes(Place(rank, count)) for rank in range(count)]
+    everybody = [ProcessGroup(Rank(rank, count)) for rank in range(count)]
     sizes = [one.counted(examples) for one in everybody]
     assert [*np.concatenate([one.share(batch)[:size] for one, size in zip(everybody, sizes, strict=True)])] == [*batch]
     taken = [size for size in sizes if size]
@@ -29,21 +29,21 @@ def test_shares_are_the_batch_cut_into_pieces_of_like_size(count: int, examples:
 
 def test_one_process_has_the_whole_batch_and_asks_nobody() -> None:
     batch = np.arange(7)
-    assert ALONE.share(batch) is not None
-    assert len(ALONE.share(batch)) == ALONE.counted(7) == 7
-    assert ALONE.from_first(lambda: "made") == "made"
-    ALONE.wait()
-    ALONE.agree({"data": "this"})
-    with ALONE.first_here():
+    assert SINGLE_PROCESS.share(batch) is not None
+    assert len(SINGLE_PROCESS.share(batch)) == SINGLE_PROCESS.counted(7) == 7
+    assert SINGLE_PROCESS.from_first(lambda: "made") == "made"
+    SINGLE_PROCESS.wait()
+    SINGLE_PROCESS.agree({"data": "this"})
+    with SINGLE_PROCESS.first_here():
         pass
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, Place()),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Place(3, 4, 1, 2)),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place(1, 2, 1, 2)),
+        ({}, Rank()),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Rank(3, 4, 1, 2)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Rank(1, 2, 1, 2)),
         (
             {
                 "OMPI_COMM_WORLD_RANK": "2",
@@ -51,20 +51,20 @@ def test_one_process_has_the_whole_batch_and_asks_nobody() -> None:
                 "OMPI_COMM_WORLD_LOCAL_RANK": "0",
                 "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
             },
-            Place(2, 4, 0, 2),
+            Rank(2, 4, 0, 2),
         ),
     ],
 )
 def test_the_place_is_what_the_launcher_says(
-    environment: dict[str, str], expected: Place, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], expected: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     for name, text in environment.items():
         monkeypatch.setenv(name, text)
-    assert place() == expected
+    assert rank_from_environment() == expected
     # A job of a cluster that is no training: nobody says where to meet.
     monkeypatch.delenv("MASTER_ADDR")
-    assert place() == Place()
+    assert rank_from_environment() == Rank()
 
 
 def test_a_launcher_that_starts_one_process_instead_of_several_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +82,8 @@ def test_a_launcher_that_starts_one_process_instead_of_several_is_noticed(monkey
     [
         lambda: several.run_seeds("nothing.yaml", seeds=2),
         lambda: several.resume_seeds("nothing"),
-        lambda: value.measure_value("nothing.yaml", seeds=2),
-        lambda: value.resume_value("nothing"),
+        lambda: value.pretraining_gain("nothing.yaml", seeds=2),
+        lambda: value.resume_pretraining_gain("nothing"),
         lambda: sweeping.sweep("nothing.yaml", "nothing.yaml"),
         lambda: learning_rate.find_learning_rate("nothing.yaml"),
     ],
@@ -98,5 +98,5 @@ def test_what_only_one_process_does_is_refused_once(start: object, rank: int, mo
 
 
 def test_a_single_process_joins_nobody() -> None:
-    with joined() as processes:
-        assert processes is ALONE
+    with process_group() as processes:
+        assert processes is SINGLE_PROCESS

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import POINT_SIZE, Points
 
+import transfer
 from transfer import ConfigError, Data, Split, TrainingError, register
-from transfer.config.run_config import load_config
+from transfer.config.check import load_config
 from transfer.models.saved_model import read_model
-from transfer.runs import train as workflow
 from transfer.training.events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted
 
 
@@ -31,7 +31,7 @@ PHASES = "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, freeze: {unti
 
 
 def test_metrics_have_a_line_per_epoch(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, [PHASES], output=tmp_path)
+    run = transfer.run(config, [PHASES], output=tmp_path)
     found = lines(run.folder)
     assert [(line["phase"], line["epoch"]) for line in found] == [(1, 1), (2, 2), (2, 3)]
     assert found[0]["lr"] == {"head": 0.05}
@@ -46,7 +46,7 @@ def test_metrics_have_a_line_per_epoch(config: dict[str, Any], tmp_path: Path) -
 
 
 def test_the_best_epoch_is_chosen_by_validation(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, ["train.phases=[{epochs: 6}]", "train.optimizer.lr=0.3"], output=tmp_path)
+    run = transfer.run(config, ["train.phases=[{epochs: 6}]", "train.optimizer.lr=0.3"], output=tmp_path)
     found = lines(run.folder)
     best = max(found, key=lambda line: (line["validation"]["accuracy"], -line["validation"]["loss"]))
     assert run.summary["best_epoch"] == best["epoch"]
@@ -55,7 +55,7 @@ def test_the_best_epoch_is_chosen_by_validation(config: dict[str, Any], tmp_path
 
 def test_a_metric_that_should_fall_is_chosen_by_its_least(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["data.target=number", "task={name: regression}", "train.phases=[{epochs: 5}]"]
-    run = workflow.run(config, overrides, output=tmp_path)
+    run = transfer.run(config, overrides, output=tmp_path)
     found = lines(run.folder)
     best = min(found, key=lambda line: line["validation"]["mean_absolute_error"])
     assert run.summary["best_epoch"] == best["epoch"]
@@ -64,14 +64,14 @@ def test_a_metric_that_should_fall_is_chosen_by_its_least(config: dict[str, Any]
 
 def test_training_learns(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["data.distance=4.0", "train.phases=[{epochs: 5}]"]
-    assert workflow.run(config, overrides, output=tmp_path).summary["test"]["accuracy"] > 0.95
+    assert transfer.run(config, overrides, output=tmp_path).summary["test"]["accuracy"] > 0.95
 
 
 def test_the_same_seed_gives_the_same_bits(config: dict[str, Any], tmp_path: Path) -> None:
-    first = workflow.run(config, [PHASES], output=tmp_path)
+    first = transfer.run(config, [PHASES], output=tmp_path)
     torch.manual_seed(12345)
     np.random.seed(1)
-    second = workflow.run(config, [PHASES], output=tmp_path)
+    second = transfer.run(config, [PHASES], output=tmp_path)
     ours, theirs = weights(first.folder), weights(second.folder)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for name in ("validation", "test", "best_epoch", "parameters"):
@@ -80,18 +80,18 @@ def test_the_same_seed_gives_the_same_bits(config: dict[str, Any], tmp_path: Pat
 
 
 def test_loader_processes_change_nothing(config: dict[str, Any], tmp_path: Path) -> None:
-    first, second = (workflow.run(config, [f"train.workers={n}"], output=tmp_path) for n in (0, 2))
+    first, second = (transfer.run(config, [f"train.workers={n}"], output=tmp_path) for n in (0, 2))
     ours, theirs = weights(first.folder), weights(second.folder)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_another_seed_gives_other_weights(config: dict[str, Any], tmp_path: Path) -> None:
-    first, second = (workflow.run(config, [f"seed={seed}"], output=tmp_path) for seed in (0, 1))
+    first, second = (transfer.run(config, [f"seed={seed}"], output=tmp_path) for seed in (0, 1))
     assert not torch.equal(weights(first.folder)["head.output.weight"], weights(second.folder)["head.output.weight"])
 
 
 def test_every_seed_is_scored_on_the_same_examples(config: dict[str, Any]) -> None:
-    from transfer.config.run_config import load_config
+    from transfer.config.check import load_config
     from transfer.training.build import build
 
     first, second = (build(load_config(config, [f"seed={seed}"]), lambda event: None) for seed in (0, 1))
@@ -100,7 +100,7 @@ def test_every_seed_is_scored_on_the_same_examples(config: dict[str, Any]) -> No
 
 
 def test_a_sequence_backbone_trains(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, ["backbone={name: steps}", "head={name: mean_of_steps}"], output=tmp_path)
+    run = transfer.run(config, ["backbone={name: steps}", "head={name: mean_of_steps}"], output=tmp_path)
     assert run.summary["status"] == "complete"
 
 
@@ -112,14 +112,14 @@ def test_the_loss_is_the_mean_over_examples(config: dict[str, Any], tmp_path: Pa
         "train.phases=[{epochs: 1, freeze: backbone}]",
         "train.batch_size=7",
     ]
-    run = workflow.run(config, overrides, output=tmp_path)
+    run = transfer.run(config, overrides, output=tmp_path)
     (line,) = lines(run.folder)
-    scored = workflow.evaluate(run.folder, "train")
+    scored = transfer.evaluate(run.folder, "train")
     assert line["train"] == pytest.approx(scored, rel=1e-5)
 
 
 def test_parameters_are_counted(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, ["train.phases=[{epochs: 1, freeze: backbone}]"], output=tmp_path)
+    run = transfer.run(config, ["train.phases=[{epochs: 1, freeze: backbone}]"], output=tmp_path)
     total = (4 * 8 + 8) + 16 + (8 * 8 + 8) + (8 * 8 + 8) + 16
     assert run.summary["parameters"] == {"total": total + 18, "trainable": 18}
 
@@ -146,7 +146,7 @@ class Faulty(Points):
 def test_a_loss_that_is_not_finite_stops_the_run(config: dict[str, Any], tmp_path: Path) -> None:
     register("dataset", "faulty")(Faulty)
     with pytest.raises(TrainingError, match=r"the loss of epoch 1, step \d+ is nan: learning rates .*examples \["):
-        workflow.run(config, ["data.name=faulty"], output=tmp_path)
+        transfer.run(config, ["data.name=faulty"], output=tmp_path)
     (folder,) = tmp_path.iterdir()
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["status"] == "failed"
@@ -157,14 +157,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(config: dict[str, Any], tmp_pat
 def test_the_example_at_fault_is_among_those_named(config: dict[str, Any], tmp_path: Path) -> None:
     register("dataset", "faulty")(Faulty)
     with pytest.raises(TrainingError) as caught:
-        workflow.run(config, ["data.name=faulty", "train.batch_size=8"], output=tmp_path)
+        transfer.run(config, ["data.name=faulty", "train.batch_size=8"], output=tmp_path)
     named = str(caught.value).partition("examples [")[2].partition("]")[0]
     assert 0 in map(int, named.split(","))
 
 
 def test_observers_hear_of_the_run_in_order(config: dict[str, Any], tmp_path: Path) -> None:
     seen: list[Event] = []
-    run = workflow.run(config, [PHASES], output=tmp_path, observe=seen.append)
+    run = transfer.run(config, [PHASES], output=tmp_path, observe=seen.append)
     kinds = [type(event) for event in seen]
     assert kinds.index(RunStarted) < kinds.index(EpochStarted) < kinds.index(EpochEnded) < kinds.index(RunEnded)
     started = [event for event in seen if isinstance(event, EpochStarted)]
@@ -177,13 +177,13 @@ def test_observers_hear_of_the_run_in_order(config: dict[str, Any], tmp_path: Pa
 
 
 def test_plateau_runs(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, ["train.scheduler={name: plateau, patience: 0}"], output=tmp_path)
+    run = transfer.run(config, ["train.scheduler={name: plateau, patience: 0}"], output=tmp_path)
     assert run.summary["status"] == "complete"
 
 
 def test_two_runs_in_one_process_may_differ_in_precision(config: dict[str, Any], tmp_path: Path) -> None:
     for precision in ("fp32", "bf16"):
-        workflow.run(config, [f"train.precision={precision}"], output=tmp_path)
+        transfer.run(config, [f"train.precision={precision}"], output=tmp_path)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -201,12 +201,12 @@ def test_an_evaluation_that_is_not_finite_is_a_training_error(
 
     register("dataset", "spoiled")(Spoiled)
     with pytest.raises(TrainingError, match=split):
-        workflow.run(config, ["data={name: spoiled, where: test}"], output=tmp_path)
+        transfer.run(config, ["data={name: spoiled, where: test}"], output=tmp_path)
 
 
 def test_options_that_torch_refuses_together_are_a_config_error(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="refuses its options"):
-        workflow.run(config, ["train.optimizer={name: adam, fused: true, foreach: true}"], output=tmp_path)
+        transfer.run(config, ["train.optimizer={name: adam, fused: true, foreach: true}"], output=tmp_path)
 
 
 def test_cyclic_takes_its_mode(config: dict[str, Any]) -> None:

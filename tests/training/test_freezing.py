@@ -9,12 +9,12 @@ import torch
 from conftest import Dense
 from torch import nn
 
+import transfer
 from transfer import ConfigError
 from transfer.builtin.heads import Linear
-from transfer.config.run_config import load_config
+from transfer.config.check import load_config
 from transfer.models.model import Model
 from transfer.models.saved_model import read_model
-from transfer.runs import train as workflow
 from transfer.training.build import build
 from transfer.training.freezing import Frozen, apply, prefix_length, resolve
 
@@ -86,7 +86,7 @@ def test_an_unknown_stage_names_the_nearest(model: Model, config: dict[str, Any]
 
 def test_a_wrong_policy_has_its_line(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
-        workflow.check(config, ["train.phases.0.freeze={until: secnd}"])
+        transfer.check(config, ["train.phases.0.freeze={until: secnd}"])
     assert caught.value.problems[0].where == "override 'train.phases.0.freeze={until: secnd}'"
 
 
@@ -139,7 +139,7 @@ def test_what_is_frozen_is_bit_identical_after_training(
 ) -> None:
     overrides = [f"train.phases=[{{epochs: 2, freeze: {text}}}]", "train.optimizer={name: adamw, lr: 0.01}"]
     before = build(load_config(config, overrides), lambda event: None).experiment.model.state_dict()
-    after = read_model(workflow.run(config, overrides, output=tmp_path).folder / "model").model.state_dict()
+    after = read_model(transfer.run(config, overrides, output=tmp_path).folder / "model").model.state_dict()
     for name, tensor in before.items():
         module = name.rpartition(".")[0]
         # Buffers stay where everything else of their module does.

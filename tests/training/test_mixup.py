@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from transfer import ConfigError
-from transfer.config.train_settings import Mix
-from transfer.training.mixup import blend
+from transfer.config.train_settings import MixupCutmix
+from transfer.training.mixup import mix_batch
 
 
 def batch(count: int = 6) -> torch.Tensor:
@@ -23,7 +23,7 @@ def test_mixup_is_the_weighted_mean_with_the_partner(shape: tuple[int, ...]) -> 
     torch.manual_seed(0)
     inputs = torch.randn(shape)
     before = inputs.clone()
-    made = blend(inputs, Mix(mixup=1.0))
+    made = mix_batch(inputs, MixupCutmix(mixup=1.0))
     assert sorted(made.partners.tolist()) == list(range(6))
     assert 0 < made.share < 1
     torch.testing.assert_close(made.inputs, made.share * inputs + (1 - made.share) * inputs[made.partners])
@@ -33,15 +33,15 @@ def test_mixup_is_the_weighted_mean_with_the_partner(shape: tuple[int, ...]) -> 
 def test_the_share_is_of_the_first_example() -> None:
     """With a great parameter the share is a half; a small one keeps one of the two nearly whole."""
     torch.manual_seed(0)
-    assert blend(batch(), Mix(mixup=1e6)).share == pytest.approx(0.5, abs=0.01)
-    shares = torch.tensor([blend(batch(), Mix(mixup=0.01)).share for _ in range(200)])
+    assert mix_batch(batch(), MixupCutmix(mixup=1e6)).share == pytest.approx(0.5, abs=0.01)
+    shares = torch.tensor([mix_batch(batch(), MixupCutmix(mixup=0.01)).share for _ in range(200)])
     assert ((shares < 0.01) | (shares > 0.99)).float().mean() > 0.9
     assert 0.4 < shares.mean() < 0.6
 
 
 def test_shares_follow_the_beta_distribution() -> None:
     torch.manual_seed(0)
-    shares = torch.tensor([blend(torch.zeros(2, 1), Mix(mixup=0.4)).share for _ in range(2000)])
+    shares = torch.tensor([mix_batch(torch.zeros(2, 1), MixupCutmix(mixup=0.4)).share for _ in range(2000)])
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
     assert shares.var() == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.08)
 
@@ -51,7 +51,7 @@ def test_cutmix_pastes_one_rectangle_of_the_area_it_says() -> None:
     areas = []
     for _ in range(50):
         inputs = batch()
-        made = blend(inputs, Mix(cutmix=1.0))
+        made = mix_batch(inputs, MixupCutmix(cutmix=1.0))
         for index, partner in enumerate(made.partners.tolist()):
             picture = made.inputs[index]
             assert set(picture.unique().tolist()) <= {float(index), float(partner)}
@@ -72,7 +72,7 @@ def test_both_draw_one_of_the_two() -> None:
     torch.manual_seed(0)
     cut = 0
     for _ in range(40):
-        made = blend(batch(), Mix(mixup=1.0, cutmix=1.0))
+        made = mix_batch(batch(), MixupCutmix(mixup=1.0, cutmix=1.0))
         index = next(i for i, partner in enumerate(made.partners.tolist()) if partner != i)
         own, other = float(index), float(made.partners[index])
         cut += set(made.inputs[index].unique().tolist()) <= {own, other}
@@ -81,22 +81,22 @@ def test_both_draw_one_of_the_two() -> None:
 
 def test_losses_are_blended_as_the_inputs_are() -> None:
     torch.manual_seed(0)
-    made = blend(batch(), Mix(mixup=1.0))
+    made = mix_batch(batch(), MixupCutmix(mixup=1.0))
     own, partners = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 0.0])
     torch.testing.assert_close(made.loss(own, partners), made.share * own + (1 - made.share) * partners)
 
 
 def test_a_batch_of_one_is_blended_with_itself() -> None:
     inputs = torch.randn(1, 3, 8, 8)
-    for mix in (Mix(mixup=1.0), Mix(cutmix=1.0)):
-        torch.testing.assert_close(blend(inputs, mix).inputs, inputs)
+    for mix in (MixupCutmix(mixup=1.0), MixupCutmix(cutmix=1.0)):
+        torch.testing.assert_close(mix_batch(inputs, mix).inputs, inputs)
 
 
 def test_the_global_generator_decides() -> None:
     made = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        made.append(blend(batch(), Mix(mixup=0.4, cutmix=1.0)))
+        made.append(mix_batch(batch(), MixupCutmix(mixup=0.4, cutmix=1.0)))
     assert torch.equal(made[0].inputs, made[1].inputs)
     assert made[0].share == made[1].share != made[2].share
 
@@ -108,15 +108,15 @@ def test_the_global_generator_decides() -> None:
 )
 def test_what_is_no_tensor_of_numbers_is_refused(inputs: Any) -> None:
     with pytest.raises(ConfigError, match="no tensor of numbers"):
-        blend(inputs, Mix(mixup=1.0))
+        mix_batch(inputs, MixupCutmix(mixup=1.0))
 
 
 def test_cutmix_of_what_is_no_picture_is_refused() -> None:
     with pytest.raises(ConfigError, match="rectangles of pictures") as caught:
-        blend(torch.zeros(4, 7), Mix(cutmix=1.0))
+        mix_batch(torch.zeros(4, 7), MixupCutmix(cutmix=1.0))
     assert caught.value.problems[0].fix == "use mixup"
 
 
 def test_neither_is_refused() -> None:
     with pytest.raises(ValidationError, match="mixup, cutmix or both"):
-        Mix()
+        MixupCutmix()

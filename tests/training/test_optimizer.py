@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 
 from transfer import ConfigError
 from transfer.builtin.heads import Linear
-from transfer.config.run_config import TorchPart
+from transfer.config.run_config import TorchClass
+from transfer.config.torch_classes import OPTIMIZERS, SCHEDULERS
 from transfer.models.model import Model
 from transfer.training.freezing import Frozen
-from transfer.training.scheduler import OPTIMIZERS, SCHEDULERS, Schedule, build_optimizer, groups
+from transfer.training.optimizer import build_optimizer, parameter_groups
+from transfer.training.scheduler import Schedule
 
 NOTHING = Frozen(frozenset(), frozenset())
 
@@ -37,7 +39,7 @@ def freeze(model: Model, *stages: str) -> Frozen:
 
 
 def rates(model: Model, lr: float | Mapping[str, float], frozen: Frozen = NOTHING) -> dict[str, float]:
-    return {group.stage: group.lr for group in groups(model, frozen, lr)}
+    return {group.stage: group.lr for group in parameter_groups(model, frozen, lr)}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_layer_decay_passes_over_stages_without_parameters(model: Model) -> None
 
 def test_groups_hold_every_trained_parameter_once(model: Model) -> None:
     frozen = freeze(model, "second")
-    names = [name for group in groups(model, frozen, 0.1) for name in group.parameters]
+    names = [name for group in parameter_groups(model, frozen, 0.1) for name in group.parameters]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters() if name not in frozen.parameters)
 
 
@@ -98,14 +100,14 @@ def test_groups_hold_every_trained_parameter_once(model: Model) -> None:
 )
 def test_wrong_learning_rates(model: Model, lr: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        groups(model, NOTHING, lr)
+        parameter_groups(model, NOTHING, lr)
 
 
 def optimizer(
-    model: Model, name: str = "sgd", lr: Any = 0.1, before: Optimizer | None = None, **options: Any
+    model: Model, name: str = "sgd", lr: Any = 0.1, previous: Optimizer | None = None, **options: Any
 ) -> Optimizer:
-    part = TorchPart(name, OPTIMIZERS[name], options)
-    return build_optimizer(model, groups(model, NOTHING, lr), part, before)
+    part = TorchClass(name, OPTIMIZERS[name], options)
+    return build_optimizer(model, parameter_groups(model, NOTHING, lr), part, previous)
 
 
 def step(model: Model, made: Optimizer) -> None:
@@ -171,23 +173,23 @@ def test_options_that_torch_refuses_are_a_config_error(model: Model) -> None:
 
 
 def test_state_is_kept_for_parameters_that_go_on(model: Model) -> None:
-    part = TorchPart("adam", OPTIMIZERS["adam"], {})
+    part = TorchClass("adam", OPTIMIZERS["adam"], {})
     head_alone = freeze(model, "first", "second", "third")
-    first = build_optimizer(model, groups(model, head_alone, 0.1), part, None)
+    first = build_optimizer(model, parameter_groups(model, head_alone, 0.1), part, None)
     step(model, first)
-    second = build_optimizer(model, groups(model, NOTHING, 0.1), part, first)
+    second = build_optimizer(model, parameter_groups(model, NOTHING, 0.1), part, first)
     head, lowest = model.get_parameter("head.output.weight"), model.get_parameter("first.0.weight")
     assert torch.equal(second.state[head]["exp_avg"], first.state[head]["exp_avg"])
     assert lowest not in second.state
     step(model, second)
     assert (second.state[head]["step"].item(), second.state[lowest]["step"].item()) == (2, 1)
-    third = build_optimizer(model, groups(model, freeze(model, "head"), 0.1), part, second)
+    third = build_optimizer(model, parameter_groups(model, freeze(model, "head"), 0.1), part, second)
     assert head not in third.state
     assert lowest in third.state
 
 
 def schedule(made: Optimizer, name: str | None, epochs: int = 4, steps: int = 3, **options: Any) -> Schedule:
-    part = TorchPart(name, SCHEDULERS[name], options) if name else None
+    part = TorchClass(name, SCHEDULERS[name], options) if name else None
     return Schedule(part, made, epochs=epochs, steps_per_epoch=steps, higher_is_better=True)
 
 
@@ -262,7 +264,7 @@ def warmed(
 ) -> list[float]:
     """Return the learning rate of the head at every step."""
     made = optimizer(model, momentum=0.9)
-    part = TorchPart(name, SCHEDULERS[name], options) if name else None
+    part = TorchClass(name, SCHEDULERS[name], options) if name else None
     plan = Schedule(
         part, made, epochs=epochs, steps_per_epoch=steps, warmup_epochs=warmup_epochs, higher_is_better=True
     )
@@ -367,7 +369,7 @@ UNEVEN = [3, 5, 4]
 
 def test_one_cycle_ends_with_the_last_of_uneven_epochs(model: Model) -> None:
     made = optimizer(model, momentum=0.9)
-    part = TorchPart("one_cycle", SCHEDULERS["one_cycle"], {})
+    part = TorchClass("one_cycle", SCHEDULERS["one_cycle"], {})
     seen = over(made, Schedule(part, made, epochs=3, steps_per_epoch=UNEVEN, higher_is_better=True), UNEVEN)
     assert len(set(seen)) == 12
     assert seen[-1] == min(seen)
@@ -383,7 +385,7 @@ def test_a_warm_up_over_uneven_epochs_counts_their_own_steps(model: Model, warmu
 
 @pytest.mark.parametrize("name", [None, "cosine", "plateau"])
 def test_the_state_of_a_schedule_is_json(model: Model, name: str | None) -> None:
-    part = TorchPart(name, SCHEDULERS[name], {}) if name else None
+    part = TorchClass(name, SCHEDULERS[name], {}) if name else None
     made = optimizer(model)
     plan = Schedule(part, made, epochs=4, steps_per_epoch=3, warmup_epochs=1.0, higher_is_better=True)
     made.step()
@@ -401,18 +403,18 @@ BIASES = {"first.0.bias", "first.1.bias", "second.0.bias", "third.0.bias", "thir
     ("kinds", "expected"), [((), set()), (("norm",), NORMS), (("bias",), BIASES), (("norm", "bias"), NORMS | BIASES)]
 )
 def test_kinds_of_parameters_are_left_out_of_weight_decay(model: Model, kinds: Any, expected: set[str]) -> None:
-    found = groups(model, NOTHING, 0.1, kinds)
+    found = parameter_groups(model, NOTHING, 0.1, kinds)
     assert {name for group in found if not group.decays for name in group.parameters} == expected
     names = [name for group in found for name in group.parameters]
     assert sorted(names) == sorted(dict(model.named_parameters()))
-    part = TorchPart("adamw", OPTIMIZERS["adamw"], {"weight_decay": 0.3})
+    part = TorchClass("adamw", OPTIMIZERS["adamw"], {"weight_decay": 0.3})
     made = build_optimizer(model, found, part, None)
     assert [group["weight_decay"] for group in made.param_groups] == [0.3 if g.decays else 0.0 for g in found]
     assert all(group["lr"] == 0.1 for group in made.param_groups)
 
 
 def test_frozen_parameters_are_in_neither_group(model: Model) -> None:
-    found = groups(model, freeze(model, "first", "second", "third"), 0.1, ("norm", "bias"))
+    found = parameter_groups(model, freeze(model, "first", "second", "third"), 0.1, ("norm", "bias"))
     assert [(group.stage, group.decays, group.parameters) for group in found] == [
         ("head", True, ("head.output.weight",)),
         ("head", False, ("head.output.bias",)),
@@ -425,7 +427,7 @@ def test_norms_and_biases_of_other_layers_are_known() -> None:
     backbone.stages.add_module("norms", nn.ModuleList([nn.LayerNorm(8), nn.GroupNorm(2, 8)]))
     backbone.stages.add_module("recurrent", nn.LSTM(8, 3))
     model = Model(backbone, Linear(backbone.features, 2))
-    found = groups(model, NOTHING, 0.1, ("norm", "bias"))
+    found = parameter_groups(model, NOTHING, 0.1, ("norm", "bias"))
     spared = {name for group in found if not group.decays for name in group.parameters}
     assert {name for name in spared if name.startswith("attention")} == {
         "attention.in_proj_bias",

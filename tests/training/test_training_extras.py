@@ -13,15 +13,15 @@ import torch
 from conftest import POINT_SIZE, Dense, Points
 from torch import Tensor, nn
 
+import transfer
 from transfer import Backbone, ConfigError, Data, FeatureSpec, Preprocessing, register
 from transfer.builtin.tasks import Classification
 from transfer.models.model import Model
 from transfer.models.saved_model import read_model
-from transfer.runs import train as workflow
 from transfer.storage import checkpoint
 from transfer.training import engine as engine_module
 from transfer.training.events import Event, Note
-from transfer.training.mixup import Blend
+from transfer.training.mixup import MixedBatch
 
 
 class Smooth(Backbone):
@@ -49,7 +49,7 @@ def smooth(tiny: None) -> None:
 
 
 SMOOTH = ["backbone={name: smooth}"]
-Run = workflow.Run
+Run = transfer.Run
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
@@ -95,8 +95,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_accumulated_batches_are_one_large_batch(config: dict[str, Any], tmp_path: Path, freeze: str) -> None:
     """108 examples: 14 batches of 8, the last of 4; or 5 of 24, the last of 12 (8 and 4)."""
     overrides = [*SMOOTH, f"train.phases=[{{epochs: 2, freeze: {freeze}}}]"]
-    large = workflow.run(config, [*overrides, "train.batch_size=24"], output=tmp_path)
-    small = workflow.run(config, [*overrides, "train.batch_size=8", "train.accumulate=3"], output=tmp_path)
+    large = transfer.run(config, [*overrides, "train.batch_size=24"], output=tmp_path)
+    small = transfer.run(config, [*overrides, "train.batch_size=8", "train.accumulate=3"], output=tmp_path)
     for name, tensor in weights(large).items():
         torch.testing.assert_close(weights(small)[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
     for one, other in zip(lines(large), lines(small), strict=True):
@@ -107,7 +107,7 @@ def test_accumulation_counts_the_optimizers_steps(
     config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
 ) -> None:
     overrides = ["train.batch_size=8", "train.accumulate=3", "train.phases=[{epochs: 2}]"]
-    workflow.run(config, [*overrides, "train.scheduler={name: one_cycle}"], output=tmp_path)
+    transfer.run(config, [*overrides, "train.scheduler={name: one_cycle}"], output=tmp_path)
     assert len(steps) == 2 * 5
     assert len({step["lr"] for step in steps}) == 10  # the scheduler moves with them
     assert steps[-1]["lr"] == min(step["lr"] for step in steps)
@@ -127,21 +127,21 @@ def test_a_schedule_over_batches_by_tokens_ends_with_the_last_step(
     config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]], accumulate: int
 ) -> None:
     rate = ["train.scheduler={name: one_cycle}", "train.phases=[{epochs: 3}]", f"train.accumulate={accumulate}"]
-    run = workflow.run(config, [*TEXTS, *rate], output=tmp_path)
-    checked, parts = workflow.check(run.folder / "config.yaml")
+    run = transfer.run(config, [*TEXTS, *rate], output=tmp_path)
+    checked, parts = transfer.check(run.folder / "config.yaml")
     assert (checked.train.batch_size, checked.train.max_tokens) == (None, 150)
     rates = [step["lr"] for step in steps]
     assert len(set(rates)) == len(rates)
     assert rates[-1] == min(rates)
     assert rates[-1] < 1e-4 * max(rates)
-    assert workflow.evaluate(run.folder) == run.summary["test"]
+    assert transfer.evaluate(run.folder) == run.summary["test"]
     assert parts.backbone.field == "text"
 
 
 def test_a_quick_try_takes_a_few_batches_by_tokens(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, TEXTS, output=tmp_path, quick=True)
+    run = transfer.run(config, TEXTS, output=tmp_path, quick=True)
     assert run.summary["epochs"] == 1
-    assert workflow.evaluate(run.folder) == run.summary["test"]
+    assert transfer.evaluate(run.folder) == run.summary["test"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_what_batches_by_tokens_cannot_be_is_refused(
     config: dict[str, Any], overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        workflow.check(config, overrides)
+        transfer.check(config, overrides)
 
 
 # ----------------------------------------------------------------------------------------------------------- clipping
@@ -170,12 +170,12 @@ def test_what_batches_by_tokens_cannot_be_is_refused(
 def test_clipping_bounds_the_norm_of_the_gradient(
     config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
 ) -> None:
-    workflow.run(config, [*SMOOTH], output=tmp_path)
+    transfer.run(config, [*SMOOTH], output=tmp_path)
     free = [step["norm"] for step in steps]
     bound = sorted(free)[len(free) // 2]
     del steps[:]
     phases = "train.phases=[{epochs: 1, freeze: [first]}, {epochs: 1}]"
-    workflow.run(config, [*SMOOTH, phases, f"train.clip_norm={bound}"], output=tmp_path)
+    transfer.run(config, [*SMOOTH, phases, f"train.clip_norm={bound}"], output=tmp_path)
     clipped = [step["norm"] for step in steps]
     assert max(clipped) <= bound * (1 + 1e-4)
     assert max(free) > bound * 1.05
@@ -185,7 +185,7 @@ def test_clipping_bounds_the_norm_of_the_gradient(
 
 def test_clipping_keeps_the_direction(config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]) -> None:
     for overrides in ([], ["train.clip_norm=0.001"]):
-        workflow.run(config, [*SMOOTH, "train.phases=[{epochs: 1}]", *overrides], output=tmp_path)
+        transfer.run(config, [*SMOOTH, "train.phases=[{epochs: 1}]", *overrides], output=tmp_path)
     free, clipped = steps[0], steps[len(steps) // 2]
     assert clipped["norm"] == pytest.approx(0.001, rel=1e-3)
     for one, other in zip(free["gradients"], clipped["gradients"], strict=True):
@@ -198,7 +198,7 @@ def test_clipping_keeps_the_direction(config: dict[str, Any], tmp_path: Path, st
 def test_the_average_follows_its_recurrence_and_is_what_is_scored_and_kept(
     config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
 ) -> None:
-    run = workflow.run(config, [*SMOOTH, "train.ema=0.8", "train.phases=[{epochs: 1}]"], output=tmp_path)
+    run = transfer.run(config, [*SMOOTH, "train.ema=0.8", "train.phases=[{epochs: 1}]"], output=tmp_path)
     average = steps[0]["after"]
     for step in steps[1:]:
         average = [0.8 * old + 0.2 * new for old, new in zip(average, step["after"], strict=True)]
@@ -208,12 +208,12 @@ def test_the_average_follows_its_recurrence_and_is_what_is_scored_and_kept(
         torch.testing.assert_close(last(run, "average")[name], expected, rtol=1e-5, atol=1e-7)
         assert torch.equal(last(run)[name], now)
         assert not torch.allclose(expected, now, rtol=1e-3)
-    assert lines(run)[0]["validation"] == pytest.approx(workflow.evaluate(run.folder, "validation"), rel=1e-6)
-    assert workflow.evaluate(run.folder) == run.summary["test"]
+    assert lines(run)[0]["validation"] == pytest.approx(transfer.evaluate(run.folder, "validation"), rel=1e-6)
+    assert transfer.evaluate(run.folder) == run.summary["test"]
 
 
 def test_the_average_does_not_move_what_is_trained(config: dict[str, Any], tmp_path: Path) -> None:
-    plain, averaged = (workflow.run(config, extra, output=tmp_path) for extra in ([], ["train.ema=0.9"]))
+    plain, averaged = (transfer.run(config, extra, output=tmp_path) for extra in ([], ["train.ema=0.9"]))
     assert "average" not in checkpoint.load(plain.folder / "checkpoints" / "last")[0]
     for name, tensor in last(plain).items():
         assert torch.equal(tensor, last(averaged)[name]), name
@@ -221,7 +221,7 @@ def test_the_average_does_not_move_what_is_trained(config: dict[str, Any], tmp_p
 
 
 def test_buffers_of_the_average_are_the_models(config: dict[str, Any], tmp_path: Path) -> None:
-    run = workflow.run(config, ["train.ema=0.9"], output=tmp_path)
+    run = transfer.run(config, ["train.ema=0.9"], output=tmp_path)
     for name in ("first.1.running_mean", "third.1.num_batches_tracked"):
         assert torch.equal(last(run, "average")[name], last(run)[name])
 
@@ -230,11 +230,11 @@ def test_buffers_of_the_average_are_the_models(config: dict[str, Any], tmp_path:
 def test_what_is_frozen_later_is_frozen_in_the_average_too(config: dict[str, Any], tmp_path: Path, cache: str) -> None:
     """What was scored is what is kept, though the average would go on towards the frozen weights."""
     phases = "train.phases=[{epochs: 1}, {epochs: 3, freeze: backbone, lr: 0.5}]"
-    run = workflow.run(config, [phases, "train.ema=0.9", f"train.cache={cache}"], output=tmp_path)
+    run = transfer.run(config, [phases, "train.ema=0.9", f"train.cache={cache}"], output=tmp_path)
     average, model = last(run, "average"), last(run)
     for name in model:
         assert torch.equal(average[name], model[name]) == (not name.startswith("head")), name
-    scored = workflow.evaluate(run.folder, "validation")
+    scored = transfer.evaluate(run.folder, "validation")
     assert scored == pytest.approx(run.summary["validation"], rel=1e-5)
 
 
@@ -265,7 +265,7 @@ def test_patience_ends_a_phase_and_the_next_one_begins(
         if isinstance(event, Note):
             notes.append(event.text)
 
-    run = workflow.run(config, [phases], output=tmp_path, observe=observe)
+    run = transfer.run(config, [phases], output=tmp_path, observe=observe)
     assert [line["phase"] for line in lines(run)] == [1] * 4 + [2] * 5
     assert run.summary["best_epoch"] == 2
     assert run.summary["epochs"] == 9
@@ -277,7 +277,7 @@ def test_an_epoch_that_is_only_as_good_uses_patience_up(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, [0.5] * 9)
-    run = workflow.run(config, ["train.phases=[{epochs: 9, patience: 1}]"], output=tmp_path)
+    run = transfer.run(config, ["train.phases=[{epochs: 9, patience: 1}]"], output=tmp_path)
     assert len(lines(run)) == 2
 
 
@@ -287,7 +287,7 @@ def test_an_epoch_that_is_only_as_good_uses_patience_up(
 def test_a_run_warms_up_in_each_phase(config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]) -> None:
     """Seven batches per epoch."""
     overrides = ["train.warmup_epochs=0.5", "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, lr: 0.1}]"]
-    workflow.run(config, overrides, output=tmp_path)
+    transfer.run(config, overrides, output=tmp_path)
     found = [step["lr"] for step in steps]
     warm = round(0.5 * 7)
     rising = [(k + 1) / (warm + 1) for k in range(warm)]
@@ -304,20 +304,20 @@ def test_blended_losses_are_what_is_trained_on(
 ) -> None:
     """A blend that swaps every pair whole is training on the partners."""
 
-    def swap(inputs: Tensor, mix: object) -> Blend:
+    def swap(inputs: Tensor, mix: object) -> MixedBatch:
         partners = torch.arange(len(inputs)).flip(0)
-        return Blend(inputs[partners], partners, 0.0)
+        return MixedBatch(inputs[partners], partners, 0.0)
 
-    plain = workflow.run(config, [*SMOOTH], output=tmp_path)
+    plain = transfer.run(config, [*SMOOTH], output=tmp_path)
     monkeypatch.setattr(engine_module, "blend", swap)
-    swapped = workflow.run(config, [*SMOOTH, "train.mix={mixup: 1.0}"], output=tmp_path)
+    swapped = transfer.run(config, [*SMOOTH, "train.mix={mixup: 1.0}"], output=tmp_path)
     for name, tensor in weights(plain).items():
         torch.testing.assert_close(weights(swapped)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_with_mixup_learns_and_can_be_repeated(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["data.distance=4.0", "train.mix={mixup: 0.4}", "train.phases=[{epochs: 4}]"]
-    first, second = (workflow.run(config, overrides, output=tmp_path) for _ in range(2))
+    first, second = (transfer.run(config, overrides, output=tmp_path) for _ in range(2))
     assert first.summary["test"]["accuracy"] > 0.9
     assert all(torch.equal(tensor, weights(second)[name]) for name, tensor in weights(first).items())
 
@@ -337,7 +337,7 @@ def test_a_blend_that_cannot_be_is_refused_before_the_run(
     config: dict[str, Any], tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        workflow.run(config, overrides, output=tmp_path / "runs")
+        transfer.run(config, overrides, output=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -349,7 +349,7 @@ def test_a_blend_that_cannot_be_is_refused_before_the_run(
 def test_a_compiled_model_trains_the_same(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["backbone.dropout=0.0", "train.phases=[{epochs: 1, freeze: {until: first}}, {epochs: 1}]"]
     plain, compiled = (
-        workflow.run(config, [*overrides, f"train.compile={flag}"], output=tmp_path) for flag in ("false", "true")
+        transfer.run(config, [*overrides, f"train.compile={flag}"], output=tmp_path) for flag in ("false", "true")
     )
     for one, other in zip(lines(plain), lines(compiled), strict=True):
         for part in ("train", "validation"):
@@ -365,9 +365,9 @@ def test_compilation_is_asked_of_torch(config: dict[str, Any], tmp_path: Path, m
         return model
 
     monkeypatch.setattr(torch, "compile", compile_)
-    workflow.run(config, output=tmp_path)
+    transfer.run(config, output=tmp_path)
     assert asked == []
-    workflow.run(config, ["train.compile=true"], output=tmp_path)
+    transfer.run(config, ["train.compile=true"], output=tmp_path)
     assert [type(model) for model in asked] == [Model]
 
 
@@ -398,8 +398,8 @@ def test_balanced_weights_come_from_the_training_split(
 
     monkeypatch.setattr(Classification, "prepare", prepare)
     overrides = ["data.name=uneven", "train.phases=[{epochs: 3}]"]
-    plain = workflow.run(config, overrides, output=tmp_path)
-    balanced = workflow.run(config, [*overrides, "task.class_weights=balanced"], output=tmp_path)
+    plain = transfer.run(config, overrides, output=tmp_path)
+    balanced = transfer.run(config, [*overrides, "task.class_weights=balanced"], output=tmp_path)
     counts: Mapping[str, int] = balanced.summary["data"]["train"]
     assert counts["near"] > 2.5 * counts["far"]
     total = sum(counts.values())
@@ -418,7 +418,7 @@ def test_balanced_weights_come_from_the_training_split(
 
 def test_a_wrong_class_name_is_refused_before_the_run(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="class_weights names"):
-        workflow.check(config, ["task.class_weights={near: 1.0, fra: 2.0}"])
+        transfer.check(config, ["task.class_weights={near: 1.0, fra: 2.0}"])
 
 
 def test_parameters_without_weight_decay_do_not_shrink(config: dict[str, Any], tmp_path: Path) -> None:
@@ -431,8 +431,8 @@ def test_parameters_without_weight_decay_do_not_shrink(config: dict[str, Any], t
 
     register("task", "still")(Still)
     overrides = ["task={name: still}", "train.phases=[{epochs: 1}]"]
-    start = workflow.run(config, [*overrides, "train.optimizer={name: sgd, lr: 1.0e-30}"], output=tmp_path)
-    run = workflow.run(config, [*overrides, decay], output=tmp_path)
+    start = transfer.run(config, [*overrides, "train.optimizer={name: sgd, lr: 1.0e-30}"], output=tmp_path)
+    run = transfer.run(config, [*overrides, decay], output=tmp_path)
     batches = 7
     for name in dict(read_model(run.folder / "model").model.named_parameters()):
         spared = name.endswith("bias") or name in ("first.1.weight", "third.1.weight")
@@ -452,5 +452,5 @@ def test_parameters_without_weight_decay_do_not_shrink(config: dict[str, Any], t
 )
 def test_a_setting_that_would_do_nothing_is_refused(config: dict[str, Any], overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        workflow.check(config, overrides)
+        transfer.check(config, overrides)
     assert caught.value.problems[0].where

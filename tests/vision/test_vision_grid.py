@@ -62,10 +62,10 @@ def test_a_batch_is_shown_in_its_own_colours_and_the_same_every_time() -> None:
     preprocessing = ImagePreprocessing(image_size=128, resize=128)
     picture = Image.fromarray(pixels)
     inputs = preprocessing.collate(preprocessing.encode([picture]))
-    content = preprocessing.show(inputs, [picture], ["noise"], {"": [0]})
+    content = preprocessing.render_batch(inputs, [picture], ["noise"], {"": [0]})
     top, left = GAP_PIXELS + HEADING_PIXELS, GAP_PIXELS
     assert np.array_equal(opened(content)[top : top + 128, left : left + 128], pixels)
-    assert content == preprocessing.show(inputs, [picture], ["noise"], {"": [0]})
+    assert content == preprocessing.render_batch(inputs, [picture], ["noise"], {"": [0]})
 
 
 @pytest.mark.parametrize(("channels", "drawn"), [(1, [200, 200, 200]), (2, [200, 200, 200]), (5, [200, 150, 100])])
@@ -73,5 +73,5 @@ def test_other_numbers_of_channels_are_drawn_too(channels: int, drawn: list[int]
     preprocessing = ImagePreprocessing(image_size=32, resize=32, mean=(0.5,) * channels, std=(0.5,) * channels)
     value = np.full((32, 32, channels), [200, 150, 100, 50, 0][:channels], dtype=np.uint8)
     inputs = preprocessing.collate(preprocessing.encode([value]))
-    content = preprocessing.show(inputs, [value], [""], {"": [0]})
+    content = preprocessing.render_batch(inputs, [value], [""], {"": [0]})
     assert opened(content)[GAP_PIXELS + HEADING_PIXELS, GAP_PIXELS].tolist() == drawn

@@ -473,5 +473,5 @@ def test_other_channels_than_those_of_the_backbone_are_refused(value: object, me
 def test_a_picture_for_a_page_is_a_small_one(value: Any, channels: int, size: tuple[int, int]) -> None:
     stats = (0.5,) * channels
     preprocessing = ImagePreprocessing(image_size=42, resize=48, mean=stats, std=stats)
-    picture = Image.open(io.BytesIO(preprocessing.picture(value)))
+    picture = Image.open(io.BytesIO(preprocessing.thumbnail(value)))
     assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", size)

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from transfer.config.run_config import Component, load_component
+from transfer.config.check import load_component
+from transfer.config.component import Component
 from transfer.errors import ConfigError, DataError
 from transfer.interfaces import Backbone, Columns, FeatureSpec, Preprocessing
 
@@ -43,7 +44,7 @@ class Fusion(Backbone):
         vectors = {name: part.features.size for name, part in parts.items() if part.features.layout == "vector"}
         if others := sorted(parts.keys() - vectors.keys()):
             raise ConfigError(
-                f"the part {others[0]!r} of a fusion gives a sequence, and only vectors can be joined",
+                f"the part {others[0]!r} of a fusion gives a sequence, and only vectors can be process_group",
                 fix="choose a readout of that backbone which gives a vector",
             )
         stages: dict[str, nn.Module] = {

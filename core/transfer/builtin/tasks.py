@@ -22,7 +22,7 @@ from torchmetrics.classification import (
 from transfer.errors import ConfigError
 from transfer.interfaces import DataSpec, PrimaryMetric, TargetKind, Task
 
-MOST_CLASSES_SHOWN = 5
+MAX_CLASSES_SHOWN = 5
 
 
 class MeanOf(MeanMetric):
@@ -103,7 +103,7 @@ class Classification(Task):
         """Return the probability of each class, float32 (B, C)."""
         return outputs.float().softmax(dim=1)
 
-    def main_output(self, scores: Tensor) -> int:
+    def explained_output(self, scores: Tensor) -> int:
         """Return the most probable class."""
         return int(scores.argmax())
 
@@ -116,7 +116,7 @@ class Classification(Task):
                 {
                     "label": ranked[0][1],
                     "probability": ranked[0][0],
-                    "probabilities": {name: p for p, name in ranked[:MOST_CLASSES_SHOWN]},
+                    "probabilities": {name: p for p, name in ranked[:MAX_CLASSES_SHOWN]},
                 }
             )
         return rows
@@ -157,7 +157,7 @@ class MultiLabel(Task):
         """Return the probability of each label, float32 (B, C)."""
         return outputs.float().sigmoid()
 
-    def main_output(self, scores: Tensor) -> int:
+    def explained_output(self, scores: Tensor) -> int:
         """Return the most probable label."""
         return int(scores.argmax())
 

@@ -8,25 +8,24 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from transfer.cli.progress import facts_table
+from transfer.cli.tables import facts_table
 from transfer.config.run_config import RunConfig
-from transfer.feature_cache.loader import why_not
-from transfer.models.model import Model
-from transfer.training.build import ASSUMED_CLASSES, Parts
-from transfer.training.engine import PhasePlan
+from transfer.feature_cache.loader import reason_not_cached
 from transfer.training.freezing import prefix_length
+from transfer.training.preflight import PLACEHOLDER_CLASSES, CheckedParts, treatment
 
 PHASES_OF_A_TABLE = 3
 
 
-def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
+def render(config: RunConfig, parts: CheckedParts) -> Iterator[RenderableType]:
     """Yield the plan of a checked config: the parts, the stages in each phase, and what will be cached."""
     features, data, train = parts.backbone.features, parts.dataset.spec, config.train
     optimizer = ", ".join([config.optimizer.name, *(f"{k} {v}" for k, v in config.optimizer.options.items())])
     yield facts_table(
         {
             "data": f"{config.data.plugin.name}: {', '.join(data.fields)} -> {data.target}",
-            "classes": ", ".join(data.classes) or f"known when the data is read; {len(ASSUMED_CLASSES)} assumed here",
+            "classes": ", ".join(data.classes)
+            or f"known when the data is read; {len(PLACEHOLDER_CLASSES)} assumed here",
             "backbone": f"{_written(config)}: {features.layout} of {features.size}",
             "head": f"{config.head.plugin.name}: {features.size} -> {parts.task.out_features}",
             "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
@@ -41,14 +40,14 @@ def render(config: RunConfig, parts: Parts) -> Iterator[RenderableType]:
 
 def _written(config: RunConfig) -> str:
     """Name the backbone, and its options as far as the config gives them in a word."""
-    options = {key: value for key, value in config.backbone.plain.items() if config.document.wrote(("backbone", key))}
+    options = {key: value for key, value in config.backbone.plain.items() if config.document.is_set(("backbone", key))}
     words = [
         f"{key} {value}" for key, value in options.items() if key != "name" and isinstance(value, str | int | None)
     ]
     return config.backbone.plugin.name + (f" ({', '.join(words)})" if words else "")
 
 
-def _stages(config: RunConfig, parts: Parts) -> Iterator[Table]:
+def _stages(config: RunConfig, parts: CheckedParts) -> Iterator[Table]:
     """Say what happens to each stage in each phase: in several tables where a narrow console would not show all."""
     phases = list(enumerate(parts.phases, 1))
     for first in range(0, len(phases), PHASES_OF_A_TABLE):
@@ -72,22 +71,7 @@ def _stages(config: RunConfig, parts: Parts) -> Iterator[Table]:
         yield table
 
 
-def treatment(config: RunConfig, model: Model, phase: PhasePlan, stage: str) -> tuple[str, bool]:
-    """Return what a phase does with a stage, in words, and whether it trains it."""
-    groups = [group for group in phase.groups if group.stage == stage]
-    parameters = len(list(model.stages[stage].parameters()))
-    if not groups:
-        return "frozen" if stage in phase.frozen.stages or parameters else "-", False
-    decay = config.weight_decay
-    text = f"lr {groups[0].lr:.3g}"
-    if decay:
-        text += f", decay {decay:g}{'' if all(group.decays for group in groups) else '*'}"
-    if sum(len(group.parameters) for group in groups) < parameters:
-        text += ", partly frozen"
-    return text, True
-
-
-def _cache(config: RunConfig, parts: Parts) -> Table:
+def _cache(config: RunConfig, parts: CheckedParts) -> Table:
     """Say what the feature cache will hold in each phase, and why not."""
     table = Table(title="feature cache", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("phase", "training examples", "validation examples"):
@@ -98,7 +82,7 @@ def _cache(config: RunConfig, parts: Parts) -> Table:
         count = prefix_length(parts.model, phase.frozen)
         cells = []
         for training in (True, False):
-            reason = why_not(
+            reason = reason_not_cached(
                 count,
                 cache=train.cache != "off",
                 augments=augments and training,

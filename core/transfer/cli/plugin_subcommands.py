@@ -8,11 +8,13 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from transfer.errors import PluginError
-from transfer.registry.entry_points import Plugin, import_target, origin, plugins
+from transfer.registry.entry_points import Plugin, core_first, import_target, origin, plugins
 from transfer.registry.listing import description
 
 KIND = "command"
 """Entries of the group ``transfer.commands``: a function, or a ``typer.Typer`` app."""
+OLD_SPELLINGS = {"look": "preview", "value": "pretraining-gain", "matrix": "compatibility"}
+"""Commands of version 0.1 that have another name now; the old name keeps working."""
 
 
 # What is of click is Any here: typer brings a copy of click or needs it, as its version is.
@@ -25,10 +27,17 @@ class WithPlugins(TyperGroup):
         return [*own, *sorted({plugin.name for plugin in plugins(KIND)} - set(own))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command by name; that of a plugin has not been imported."""
-        own = super().get_command(ctx, cmd_name)
-        claims = [plugin for plugin in plugins(KIND) if plugin.name == cmd_name]
+        """Return a command by name, without importing a command that comes from an entry point."""
+        name = OLD_SPELLINGS.get(cmd_name, cmd_name)
+        own = super().get_command(ctx, name)
+        claims = core_first([plugin for plugin in plugins(KIND) if plugin.name == name])
         return own if own is not None or not claims else _NotImported(claims)
+
+
+def own_commands(context: typer.Context) -> set[str]:
+    """Return the names that no entry point can take: the commands registered in ``transfer.cli.app``."""
+    root = context.find_root()
+    return set(TyperGroup.list_commands(root.command, root))  # type: ignore[arg-type]  # the root is a WithPlugins
 
 
 class _NotImported(TyperCommand):

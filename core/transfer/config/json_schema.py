@@ -12,18 +12,18 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.json_schema import models_json_schema
 
 from transfer.config.option_schema import options_model, summary
-from transfer.config.run_config import Sections
-from transfer.config.train_settings import DataOptions, Named, OptimizerOptions, Phase, TrainConfig
+from transfer.config.run_config import RunConfigSchema
+from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, options_set_by_framework
+from transfer.config.train_settings import DataOptions, NamedBlock, OptimizerOptions, Phase, TrainConfig
 from transfer.errors import PluginError, Problem
 from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
-from transfer.training.scheduler import NOT_OPTIONS, OPTIMIZERS, SCHEDULERS, handed_over
 
-_SECTIONS: Mapping[str, tuple[Kind, type[Named]]] = {
+_SECTIONS: Mapping[str, tuple[Kind, type[NamedBlock]]] = {
     "data": ("dataset", DataOptions),
-    "backbone": ("backbone", Named),
-    "head": ("head", Named),
-    "task": ("task", Named),
+    "backbone": ("backbone", NamedBlock),
+    "head": ("head", NamedBlock),
+    "task": ("task", NamedBlock),
 }
 _VARIABLE = {"type": "string", "pattern": r"\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}", "title": "from the environment"}
 _NUMBERS = frozenset({"integer", "number", "boolean"})
@@ -39,19 +39,19 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     alternatives: dict[str, list[_Member]] = {
         section: _plugins(kind, base, problems) for section, (kind, base) in _SECTIONS.items()
     }
-    alternatives["tracker"] = _plugins("tracker", Named, problems)
+    alternatives["tracker"] = _plugins("tracker", NamedBlock, problems)
     alternatives["optimizer"] = [
-        ([name], options_model(cls, OptimizerOptions, skip=NOT_OPTIONS), "") for name, cls in OPTIMIZERS.items()
+        ([name], options_model(cls, OptimizerOptions, skip=RESERVED_OPTIONS), "") for name, cls in OPTIMIZERS.items()
     ]
     alternatives["scheduler"] = [
         (
             [name for name, other in SCHEDULERS.items() if other is cls],
-            options_model(cls, Named, skip=handed_over(cls)),
+            options_model(cls, NamedBlock, skip=options_set_by_framework(cls)),
             "",
         )
         for cls in dict.fromkeys(SCHEDULERS.values())
     ]
-    models: list[type[BaseModel]] = [Sections, TrainConfig]
+    models: list[type[BaseModel]] = [RunConfigSchema, TrainConfig]
     models += [model for members in alternatives.values() for _, model, _ in members]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Default value .* is not JSON serializable", UserWarning)
@@ -60,7 +60,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     for name, members in alternatives.items():
         refs = [(names, found[model, "validation"], description) for names, model, description in members]
         definitions[name] = _choice(definitions, refs)
-    top = _definition(definitions, found[Sections, "validation"])
+    top = _definition(definitions, found[RunConfigSchema, "validation"])
     train = _definition(definitions, found[TrainConfig, "validation"])
     phase = definitions[Phase.__name__]
     for block, keys in ((top, _SECTIONS), (train, ("optimizer", "scheduler")), (phase, ("scheduler",))):
@@ -76,7 +76,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     return {**head, "$defs": {name: definitions[name] for name in sorted(definitions)}}, problems
 
 
-def _plugins(kind: Kind, base: type[Named], problems: list[Problem]) -> list[_Member]:
+def _plugins(kind: Kind, base: type[NamedBlock], problems: list[Problem]) -> list[_Member]:
     """Return what a config may choose from of a kind; a plugin that cannot be loaded is left out."""
     installed = entry_points.plugins(kind)
     claims = Counter(plugin.name for plugin in installed)

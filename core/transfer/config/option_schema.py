@@ -176,7 +176,7 @@ def _locate(value: Any, location: tuple[int | str, ...]) -> Key:
 
 
 def _problem(model: type[BaseModel], one: Any, at: Key, document: Document, key: Key, what: str) -> Problem:
-    where = document.where(key + at)
+    where = document.location(key + at)
     name = str(one["loc"][-1]) if one["loc"] else ""
     path = ".".join(map(str, key + at))
     if one["type"] == "extra_forbidden":

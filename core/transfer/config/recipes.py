@@ -1,4 +1,4 @@
-"""Named recipes, worked out for a model's stages."""
+"""NamedBlock recipes, worked out for a model's stages."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from transfer.config.option_schema import Block
-from transfer.models.precision import Precision
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 32
@@ -57,13 +58,13 @@ BatchNorm = Literal["frozen", "train"]
 RecipeName = Literal["feature_extraction", "fine_tune", "lp_ft", "gradual", "scratch", "random_features"]
 
 
-class Named(Block):
+class NamedBlock(Block):
     """A block that names a plugin or one of torch's classes; the options of what it names stand beside the name."""
 
     name: str
 
 
-class DataOptions(Named):
+class DataOptions(NamedBlock):
     """What every dataset's block takes beside the dataset's own options.
 
     Args:
@@ -75,7 +76,7 @@ class DataOptions(Named):
     limit: Count | None = None
 
 
-class OptimizerOptions(Named):
+class OptimizerOptions(NamedBlock):
     """What every optimizer's block takes beside torch's own options.
 
     Args:
@@ -123,7 +124,7 @@ class Recipe(Block):
     epochs: Count
 
 
-class Mix(Block):
+class MixupCutmix(Block):
     """Batch augmentation: train on blends of two examples, losses blended alike.
 
     Args:
@@ -136,7 +137,7 @@ class Mix(Block):
     cutmix: Positive | None = None
 
     @model_validator(mode="after")
-    def _something(self) -> Mix:
+    def _something(self) -> MixupCutmix:
         if self.mixup is None and self.cutmix is None:
             raise ValueError("it should set mixup, cutmix or both")
         return self
@@ -209,7 +210,7 @@ class TrainConfig(Block):
     precision: Precision = "fp32"
     compile: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    mix: Mix | None = None
+    mix: MixupCutmix | None = None
     cache: Literal["auto", "off", "verify"] = "auto"
     views: Count | None = None
     cache_limit_gib: Positive = 20.0

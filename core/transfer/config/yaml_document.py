@@ -16,7 +16,7 @@ from transfer.errors import ConfigError, Problem
 
 Key = tuple[str | int, ...]
 
-MOST_VALUES = 100_000
+MAX_VALUES = 100_000
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -50,13 +50,13 @@ class Document:
     source: str
     places: dict[Key, str] = field(default_factory=dict)
 
-    def where(self, key: Key) -> str:
+    def location(self, key: Key) -> str:
         """Return where the value at ``key`` was written, or the nearest thing around it that was."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key, self.source)
 
-    def wrote(self, key: Key) -> bool:
+    def is_set(self, key: Key) -> bool:
         """Tell whether there is a value at ``key``."""
         at: Any = self.data
         for part in key:
@@ -257,8 +257,8 @@ class _Reader:
     def value(self, node: yaml.Node, key: Key, place: str | None = None) -> Any:
         place = place or self.place(node)
         self.places[key] = place
-        if len(self.places) > MOST_VALUES:  # aliases of aliases make a small file a huge one
-            raise yaml.YAMLError(f"more than {MOST_VALUES} values")
+        if len(self.places) > MAX_VALUES:  # aliases of aliases make a small file a huge one
+            raise yaml.YAMLError(f"more than {MAX_VALUES} values")
         if node.tag not in _PLAIN_TAGS:
             self.problems.append(Problem(f"the tag {node.tag!r} is not allowed", place, fix="write plain YAML"))
             return None

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import random
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,45 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from transfer.data.batch import Batch, Share
+from transfer.data.encoding import encode
+from transfer.data.memory_cache import MemoryCache
+from transfer.data.randomness import preserve_rng_state, seed_all
 from transfer.errors import DataError
 from transfer.interfaces import Preprocessing, Split
-from transfer.system.memory import available_bytes
-from transfer.system.ranks import place
 
 BUCKET_BATCHES = 50
 """Batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
-Share = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
-"""Which examples of a batch this process computes, where several share each batch."""
 MEASURED_EXAMPLES = 8
 """Whose size tells whether the encoded values of a split fit into memory."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step consumes.
-
-    Args:
-        inputs: The backbone's input: a tensor or a tuple of tensors, batch first.
-        targets: int64 (B,) or float32 (B, C).
-        indices: int64 (B,), the examples' places in their split.
-        whole: The same of the whole batch, where these are one process's share of it.
-    """
-
-    inputs: Any
-    targets: Tensor
-    indices: npt.NDArray[np.int64]
-    whole: npt.NDArray[np.int64] | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
-        return Batch(move(self.inputs, device), self.targets.to(device, non_blocking=True), self.indices, self.whole)
-
-
-def move(inputs: Any, device: torch.device) -> Any:
-    """Return a backbone's input (a tensor or a tuple of tensors) on a device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
-    return tuple(move(item, device) for item in inputs)
 
 
 class Loader:
@@ -104,7 +73,7 @@ class Loader:
         self.bucket_batches = BUCKET_BATCHES if bucket is True else int(bucket)
         self.seed = seed
         self.training = training
-        self.examples = _Examples(
+        self.examples = _BatchDataset(
             split, fields, preprocessing, seed=seed, augments=training and augment, keeps=repeated
         )
         self.lengths: npt.NDArray[np.int64] | None = None
@@ -119,9 +88,9 @@ class Loader:
 
     def count(self, epoch: int) -> int:
         """Return the number of batches of an epoch; with ``max_tokens`` they may differ."""
-        return len(self.plan(epoch if self.max_tokens else 0))
+        return len(self.batch_indices(epoch if self.max_tokens else 0))
 
-    def plan(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+    def batch_indices(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """Return the indices of each batch of an epoch: a function of the seed and the epoch alone."""
         count = len(self.split)
         generator = np.random.default_rng((self.seed, epoch))
@@ -139,7 +108,7 @@ class Loader:
             batches[-2:] = [np.concatenate(batches[-2:])]
         return batches if lengths is None else [batches[i] for i in generator.permutation(len(batches))]
 
-    def costliest(self, count: int) -> Batch:
+    def largest_batch(self, count: int) -> Batch:
         """Return a batch of the examples that cost most: the longest, where lengths are known, else any."""
         lengths = self.lengths
         if lengths is None and self.examples.encoded is not None:
@@ -172,7 +141,7 @@ class Loader:
             most: Yield no more than this many.
             share: Load of each batch this process's share alone.
         """
-        whole = self.plan(epoch)[first:][:most]
+        whole = self.batch_indices(epoch)[first:][:most]
         batches = whole if share is None else [share(batch) for batch in whole]
         self.examples.measure()
         loader: DataLoader[Any] = DataLoader(
@@ -188,7 +157,7 @@ class Loader:
         for number, batch in enumerate(loader):
             if isinstance(batch, DataError):
                 raise batch
-            yield batch if share is None else replace(batch, whole=whole[number])
+            yield batch if share is None else replace(batch, global_indices=whole[number])
 
     @property
     def _most_tokens(self) -> int:
@@ -212,25 +181,6 @@ class Loader:
         return batches
 
 
-class Timed(Iterator[Batch]):
-    """Batches, and how long one has waited for them.
-
-    Args:
-        batches: To be given on.
-    """
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.seconds = 0.0
-        self._batches = batches
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        try:
-            return next(self._batches)
-        finally:
-            self.seconds += time.perf_counter() - started
-
-
 def _ignore_signals(_: int) -> None:
     """Leave Ctrl-C and SIGTERM, which may reach a whole group, to the training process: it may want another batch."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -241,53 +191,7 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-class _Kept:
-    """Encoded values in memory from one epoch to the next, where those of a whole split fit.
-
-    Args:
-        count: Examples of the split.
-        limit_bytes: For all of them; None: half of what is available when they are measured, divided by the processes
-            that train together on this machine.
-    """
-
-    def __init__(self, count: int, limit_bytes: int | None) -> None:
-        self.values: dict[int, Any] = {}
-        self.measured = limit_bytes == 0
-        self._count = count
-        self._limit_bytes = limit_bytes
-        self._room_bytes = 0
-
-    @property
-    def wants_more(self) -> bool:
-        return self._room_bytes > 0 and len(self.values) < self._count
-
-    def measure(self, some: Mapping[int, Any]) -> None:
-        """Decide by the size of some values, by their index, whether all are kept."""
-        self.measured = True
-        limit = available_bytes() // 2 // place().local_count if self._limit_bytes is None else self._limit_bytes
-        if sum(map(_bytes, some.values())) / len(some) * self._count <= limit:
-            self._room_bytes = limit
-            for index, value in some.items():
-                self.put(index, value)
-
-    def put(self, index: int, value: Any) -> None:
-        """Keep a value, unless those that are there have filled the memory after all."""
-        size = _bytes(value)
-        if size <= self._room_bytes:
-            self.values[index] = value
-            self._room_bytes -= size
-        else:
-            self._room_bytes = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(_Kept(0, 0))  # a process that is not forked gets none
-
-
-def _bytes(value: Any) -> int:
-    return int(value.numel() * value.element_size() if isinstance(value, Tensor) else np.asarray(value).nbytes)
-
-
-class _Examples(Dataset[Any]):
+class _BatchDataset(Dataset[Any]):
     """Makes batches of (epoch, index) pairs; loader processes get a copy."""
 
     def __init__(
@@ -309,7 +213,7 @@ class _Examples(Dataset[Any]):
         if preprocessing.encode_once:
             self.encoded = encode(preprocessing, self.column, range(len(split)), split.name)
         self.keeps = keeps and self.encoded is None
-        self.kept = _Kept(len(split), preprocessing.keep_bytes)
+        self.kept = MemoryCache(len(split), preprocessing.keep_bytes)
 
     @property
     def fills(self) -> bool:
@@ -337,9 +241,9 @@ class _Examples(Dataset[Any]):
         indices = np.array([index for _, index in pairs])
         encoded = self._encoded(indices.tolist())
         if self.augments:
-            with own_randomness():
+            with preserve_rng_state():
                 for place, (epoch, index) in enumerate(pairs):
-                    _seed_all(self.seed, epoch, index)
+                    seed_all(self.seed, epoch, index)
                     value = encoded[place]
                     # What augments in place must not change what is kept.
                     own = value.clone() if index in self.kept.values and isinstance(value, Tensor) else value
@@ -356,47 +260,3 @@ class _Examples(Dataset[Any]):
             for index, value in fresh.items():
                 self.kept.put(index, value)
         return found
-
-
-def encode(
-    preprocessing: Preprocessing, column: Sequence[Any], indices: Sequence[int], name: Callable[[int], str]
-) -> Sequence[Any]:
-    """Encode some values of a column; if that fails, find out which one it is.
-
-    Args:
-        preprocessing: The backbone's.
-        column: Raw values.
-        indices: Which of them, in order.
-        name: What a value is called in messages, by index.
-
-    Raises:
-        DataError: Names the value that cannot be encoded.
-    """
-    try:
-        return preprocessing.encode([column[i] for i in indices]) if len(indices) else []
-    except (ValueError, OSError) as error:
-        for index in indices:
-            try:
-                preprocessing.encode([column[index]])
-            except (ValueError, OSError) as one:
-                raise DataError(f"cannot be read: {one}", where=name(index), fix="mend or remove it") from one
-        raise DataError(f"a batch cannot be encoded: {error}") from error
-
-
-@contextmanager
-def own_randomness() -> Iterator[None]:
-    """Restore the global generators afterwards: what draws from them inside must not move the model's randomness."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-
-
-def _seed_all(*parts: int) -> None:
-    seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)

@@ -38,7 +38,7 @@ def complete(data: Data, *, validation: float, limit: int | None) -> dict[str, S
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     if "validation" not in splits:
-        splits["train"], splits["validation"] = cut(splits["train"], validation)
+        splits["train"], splits["validation"] = split_off(splits["train"], validation)
     for name, split in splits.items():
         if not len(split):
             raise DataError(f"the {name} split is empty", fix="give it examples, or cut a larger share of train")
@@ -53,7 +53,7 @@ def complete(data: Data, *, validation: float, limit: int | None) -> dict[str, S
     return {name: splits[name] for name in SPLITS if name in splits}
 
 
-def cut(split: Split, share: float) -> tuple[Split, Split]:
+def split_off(split: Split, share: float) -> tuple[Split, Split]:
     """Cut a share off a split at random, alike in every class where targets are classes, and groups as a whole.
 
     Args:

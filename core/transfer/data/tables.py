@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import difflib
-import gzip
 import io
-import json
 import math
-import re
 import zlib
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from transfer.data.splits import cut
-from transfer.data.targets import class_indices, label_sets
+from transfer.data.records import (
+    JSON_LINES,
+    UTF_16,
+    LineNames,
+    Record,
+    open_table,
+    read_delimited,
+    read_json_lines,
+    table_suffix,
+)
+from transfer.data.splits import split_off
+from transfer.data.targets import encode_labels, multi_hot
 from transfer.errors import ConfigError, DataError
 from transfer.interfaces import Data, DataSpec, Split
 from transfer.system.downloads import find_file
-
-LARGEST_TABLE_BYTES = 1 << 32
-"""A packed table that is larger is not unpacked: it may be a bomb."""
-LONGEST_FIELD = 2**31 - 1  # the most that Python takes everywhere
-JSON_LINES = (".jsonl", ".ndjson")
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 TableTarget = Literal["class", "labels", "label_list", "number"]
 """``class``: each example is of one class. ``labels``: each column says 0 or 1. ``label_list``: one column names all
 labels of an example. ``number``: each column is a number."""
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
-
-Record = dict[str, str | list[str]]
 
 
 class Tables:
@@ -58,7 +55,7 @@ class Tables:
         split: Column that says for each row of the one table which split it is of.
         group: Column of what must not be torn apart (a patient, an author): no group is in two splits.
         test_fraction: The part of ``train`` that becomes the test split where there is none.
-        beside: Further fields of an example, and the column of each (``{"text": "caption"}``).
+        extra_fields: Further fields of an example, and the column of each (``{"text": "caption"}``).
 
     Raises:
         ConfigError: Options that do not go together.
@@ -80,10 +77,10 @@ class Tables:
         split: str | None = None,
         group: str | None = None,
         test_fraction: float = 0.0,
-        beside: Mapping[str, str] | None = None,
+        extra_fields: Mapping[str, str] | None = None,
     ) -> None:
         labels = (label,) if isinstance(label, str) else label
-        columns = ({} if column is None else {example: column}) | dict(beside or {})
+        columns = ({} if column is None else {example: column}) | dict(extra_fields or {})
         if not labels or len({*columns.values(), *labels}) != len(columns) + len(labels):
             named = ", ".join(f"{what} {name!r}" for what, name in columns.items()) + (" and " if columns else "")
             one_for_each = "".join(f"one column for the {what} and " for what in columns)
@@ -127,11 +124,11 @@ class Tables:
         self.split = split
         self.group = group
         self.test_fraction = test_fraction
-        self.beside = dict(beside or {})
+        self.extra_fields = dict(extra_fields or {})
 
     def spec(self, field: str) -> DataSpec:
         """Return what the options alone say of data whose examples are in ``field``."""
-        fields = (field, *self.beside)
+        fields = (field, *self.extra_fields)
         if self.target == "class":
             return DataSpec(fields, "class")
         if self.target == "label_list":
@@ -150,15 +147,15 @@ class Tables:
         spec, targets = self._targets(field, tables)
         codes = _group_codes(tables, self.group)
         splits = {
-            name: Split({field: table.values} | self._beside(table), targets[name], table.names, codes.get(name))
+            name: Split({field: table.values} | self._extra_columns(table), targets[name], table.names, codes.get(name))
             for name, table in tables.items()
         }
         if self.test_fraction:
-            splits["train"], splits["test"] = cut(splits["train"], self.test_fraction)
+            splits["train"], splits["test"] = split_off(splits["train"], self.test_fraction)
         return Data(spec, splits)
 
-    def _beside(self, table: _Table) -> dict[str, list[str]]:
-        return {name: [extra[column] for extra in table.extra] for name, column in self.beside.items()}
+    def _extra_columns(self, table: _Table) -> dict[str, list[str]]:
+        return {name: [extra[column] for extra in table.extra] for name, column in self.extra_fields.items()}
 
     def _targets(self, field: str, tables: Mapping[str, _Table]) -> tuple[DataSpec, dict[str, npt.NDArray[Any]]]:
         train = tables["train"]
@@ -172,14 +169,14 @@ class Tables:
                     fix="training needs two classes or more",
                 )
             return replace(self.spec(field), classes=classes), {
-                name: class_indices(columns[name], classes, table.names.__getitem__) for name, table in tables.items()
+                name: encode_labels(columns[name], classes, table.names.__getitem__) for name, table in tables.items()
             }
         if self.target == "label_list":
             classes = tuple(sorted({name for row in train.labels for name in row}))
             if not classes:
                 raise DataError(f"column {self.labels[0]!r} names no label", where=self.paths["train"])
             return replace(self.spec(field), classes=classes), {
-                name: label_sets(table.labels, classes, table.names.__getitem__) for name, table in tables.items()
+                name: multi_hot(table.labels, classes, table.names.__getitem__) for name, table in tables.items()
             }
         parse = _zero_or_one if self.target == "labels" else _number
         return self.spec(field), {name: _floats(table, self.labels, parse) for name, table in tables.items()}
@@ -192,8 +189,8 @@ class Tables:
     def _read(self, written: str) -> _Table:
         path = self.find(written)
         try:
-            newline = "\n" if _suffix(path) in JSON_LINES else ""
-            with _open(path) as file, io.TextIOWrapper(file, self.encoding, newline=newline) as lines:
+            newline = "\n" if table_suffix(path) in JSON_LINES else ""
+            with open_table(path) as file, io.TextIOWrapper(file, self.encoding, newline=newline) as lines:
                 return self._rows(lines, path)
         except UnicodeError:  # of UTF-16 without its mark it is no UnicodeDecodeError
             raise self._of_another_encoding(path) from None
@@ -206,14 +203,14 @@ class Tables:
 
     def _rows(self, lines: Iterable[str], path: Path) -> _Table:
         """Read a table row by row: no more of it is in memory at once than the values that are kept."""
-        suffix = _suffix(path)
+        suffix = table_suffix(path)
         if suffix in JSON_LINES:
-            records = _json_lines(lines, path, self.column, self.example)
+            records = read_json_lines(lines, path, self.column, self.example)
         else:
-            records = _delimited(lines, path, self.delimiter or ("\t" if suffix == ".tsv" else ","))
+            records = read_delimited(lines, path, self.delimiter or ("\t" if suffix == ".tsv" else ","))
         table = _Table(path)
         own = () if self.column is None else (self.column,)
-        single = tuple(column for column in (self.split, self.group, *self.beside.values()) if column is not None)
+        single = tuple(column for column in (self.split, self.group, *self.extra_fields.values()) if column is not None)
         known: dict[tuple[str, ...], tuple[str, ...]] = {}  # a million rows of two classes are two objects
         for line, record in records:
             where = f"{path}:{line}"
@@ -233,7 +230,7 @@ class Tables:
 
     def _example(self, record: Record, where: str) -> Any:
         if self.column is None:
-            named = {*self.labels, self.split, self.group, *self.beside.values()}
+            named = {*self.labels, self.split, self.group, *self.extra_fields.values()}
             row = {name: value for name, value in record.items() if name not in named}
             if not row:
                 raise DataError(f"the {self.example} is empty: every column has another meaning", where=where)
@@ -251,9 +248,9 @@ class Tables:
 
     def _of_another_encoding(self, path: Path) -> DataError:
         """Say where the table is not of its encoding: read at once, it tells the place."""
-        with _open(path) as file:
+        with open_table(path) as file:
             content = file.read()
-        if codecs.lookup(self.encoding).name == "utf-16" and not content.startswith(_UTF_16):
+        if codecs.lookup(self.encoding).name == "utf-16" and not content.startswith(UTF_16):
             fix = "set encoding to that of the file; all tables of a dataset have the same one"
             return DataError("the table does not begin as one of UTF-16 does", where=f"{path}:1", fix=fix)
         try:
@@ -261,48 +258,11 @@ class Tables:
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             fix = "set encoding to that of the file (cp1252 and utf-16 are common), or save it as UTF-8"
-            if content.startswith(_UTF_16):
+            if content.startswith(UTF_16):
                 fix = "the file begins as one of UTF-16 does: set encoding: utf-16"
             byte = error.object[error.start]
             return DataError(f"byte {byte:#04x} is not {self.encoding}", where=f"{path}:{line}", fix=fix)
         return DataError("the table was changed while it was read", where=str(path), fix="run it again")
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def _open(path: Path) -> BinaryIO:
-    return io.BytesIO(_unpacked(path)) if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-def _unpacked(path: Path) -> bytes:
-    with gzip.open(path) as file:
-        content = file.read(LARGEST_TABLE_BYTES)
-    if len(content) == LARGEST_TABLE_BYTES:
-        raise OSError(f"it would unpack to {LARGEST_TABLE_BYTES / 2**30:.0f} GiB or more; unpack it yourself")
-    return content
-
-
-class LineNames(Sequence[str]):
-    """``path:line`` of each row of a table, put together when it is asked for.
-
-    Args:
-        path: The table.
-        lines: Where each row begins, counted from 1.
-    """
-
-    def __init__(self, path: Path, lines: Sequence[int]) -> None:
-        self._path = path
-        self._lines = lines
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return LineNames(self._path, self._lines[index])
-        return f"{self._path}:{self._lines[index]}"
 
 
 @dataclass
@@ -371,88 +331,6 @@ def _group_codes(tables: Mapping[str, _Table], column: str | None) -> dict[str, 
                 )
         codes[name] = np.array([numbers.setdefault(e[column], len(numbers)) for e in table.extra], dtype=np.int64)
     return codes
-
-
-def _delimited(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[int, Record]]:
-    """Give each record of a table with a header, and the line where it begins."""
-    # Python's limit on a field is meant for broken files; a text may well be longer. It is global, so it is put back,
-    # and never lowered: a reader that is left half way puts it back late.
-    limit = csv.field_size_limit()
-    csv.field_size_limit(max(LONGEST_FIELD, limit))
-    # Strict, because otherwise a quote that is never closed swallows the rest of the file in silence.
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    begin = 1
-    try:
-        header = next(reader, [])
-        if twice := [name for name, count in Counter(header).items() if count > 1]:
-            raise DataError(f"two columns are called {twice[0]!r}", where=f"{path}:1", fix="rename one of them")
-        begin = reader.line_num + 1
-        for fields in reader:
-            line, begin = begin, reader.line_num + 1
-            if len(fields) == len(header):
-                yield line, dict(zip(header, fields, strict=True))
-            elif fields:  # a blank line is no record
-                raise DataError(
-                    f"the row has {len(fields)} fields, the header {len(header)}",
-                    where=f"{path}:{line}",
-                    fix=f"quote a field that holds {delimiter!r}, or set delimiter",
-                )
-    except csv.Error as error:
-        raise DataError(
-            f"the row cannot be parsed: {error}", where=f"{path}:{begin}", fix='write a quote within quotes as ""'
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _json_lines(lines: Iterable[str], path: Path, column: str | None, example: str) -> Iterator[tuple[int, Record]]:
-    """Give each object of a file with one on every line; numbers and booleans as JSON writes them."""
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"the line is not JSON: {error}", where=where, fix="write one object on each line"
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"the line holds a {type(record).__name__}, not an object",
-                where=where,
-                fix=f'write one object on each line: {{"{example}": ..., "label": ...}}',
-            )
-        if column is not None and isinstance(record.get(column), list | dict):
-            what = type(record[column]).__name__
-            raise DataError(f"{column!r} holds a {what}, not a {example}", where=where, fix=f"give one {example} each")
-        if _SURROGATE.search(line) and _lone_surrogate(record):
-            raise DataError(
-                "a text holds half a character (one of \\ud800 to \\udfff alone)",
-                where=where,
-                fix="remove it, or the row",
-            )
-        yield number, {key: _plain(value) for key, value in record.items()}
-
-
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def _lone_surrogate(record: Mapping[str, object]) -> bool:
-    """Tell whether a value can be written in no encoding: JSON's escapes may name one half of a pair."""
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _plain(value: object) -> str | list[str]:
-    if isinstance(value, list):
-        return [item if isinstance(item, str) else json.dumps(item) for item in value]
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _missing_column(column: str, record: Record, where: str, options: str, *, json_lines: bool) -> DataError:

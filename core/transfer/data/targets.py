@@ -11,10 +11,10 @@ import numpy.typing as npt
 from transfer.errors import DataError
 from transfer.interfaces import DataSpec
 
-MOST_SHOWN = 20
+MAX_SHOWN = 20
 
 
-def class_indices(labels: Sequence[str], classes: Sequence[str], where: Callable[[int], str]) -> npt.NDArray[np.int64]:
+def encode_labels(labels: Sequence[str], classes: Sequence[str], where: Callable[[int], str]) -> npt.NDArray[np.int64]:
     """Return the class of each example, int64 (N,).
 
     Args:
@@ -33,7 +33,7 @@ def class_indices(labels: Sequence[str], classes: Sequence[str], where: Callable
         raise _unknown("class", labels[index], classes, where(index)) from None
 
 
-def label_sets(
+def multi_hot(
     labels: Sequence[Collection[str]], classes: Sequence[str], where: Callable[[int], str]
 ) -> npt.NDArray[np.float32]:
     """Return ones for the labels of each example and zeros elsewhere, float32 (N, C).
@@ -70,6 +70,6 @@ def _unknown(what: str, name: str, classes: Sequence[str], where: str) -> DataEr
     return DataError(
         f"{what} {name!r} is not in the training data",
         where=where,
-        available=classes[:MOST_SHOWN],
+        available=classes[:MAX_SHOWN],
         fix=f"correct the label, or add training examples of that {what}",
     )

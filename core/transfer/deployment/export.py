@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from transfer.config.run_config import load_config
-from transfer.data.loader import encode
+from transfer.config.check import load_config
+from transfer.data.encoding import encode
 from transfer.deployment import verify_export
 from transfer.deployment.formats import FORMATS, Foreign, Format, Safetensors, find_format, input_names
 from transfer.deployment.model_card import render
@@ -30,7 +30,8 @@ from transfer.interfaces import Preprocessing
 from transfer.models.model_json import DESCRIPTION
 from transfer.models.saved_model import LoadedModel, read_model
 from transfer.registry.entry_points import IN_PROCESS
-from transfer.storage.run_directory import RunDirectory, read_json, write_atomically
+from transfer.storage.run_directory import RunDirectory
+from transfer.system.atomic_files import read_json, write_atomically
 from transfer.system.downloads import no_downloads
 from transfer.training.build import read_data
 

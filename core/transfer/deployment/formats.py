@@ -207,7 +207,7 @@ class Onnx(TorchExport):
         if missing:
             raise ExportError(
                 f"format 'onnx' needs {' and '.join(missing)}, which are not installed",
-                fix="pip install 'transfer[onnx]'",
+                fix="pip install 'transferkit[onnx]'",
             )
 
     def write(self, path: Path, inputs: Any) -> None:

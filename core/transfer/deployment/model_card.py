@@ -12,7 +12,7 @@ from transfer.config.yaml_document import dump
 from transfer.errors import UserError
 from transfer.storage.run_directory import RunDirectory
 
-MOST_COLUMNS = 12
+MAX_COLUMNS = 12
 """A table of examples by class is no wider than so many classes."""
 FEW_EXAMPLES = 1000
 """A test split of fewer examples is worth a warning."""
@@ -113,7 +113,7 @@ def _inputs(model: Mapping[str, Any]) -> str:
 def _data(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     by_class: Mapping[str, Mapping[str, int]] = summary["data"]
     names = list(dict.fromkeys(name for counts in by_class.values() for name in counts))
-    names = names if len(names) <= MOST_COLUMNS else []
+    names = names if len(names) <= MAX_COLUMNS else []
     rows = [
         f"| {' | '.join([split, f'{size:,}', *(f'{by_class[split].get(name, 0):,}' for name in names)])} |"
         for split, size in _sizes(summary).items()

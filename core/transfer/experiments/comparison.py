@@ -17,7 +17,7 @@ from transfer.experiments.intervals import Difference, Spread, difference, resam
 from transfer.experiments.seeds import Runs, open_runs
 from transfer.interfaces import Task
 from transfer.models.saved_model import read_task
-from transfer.storage.run_directory import write_atomically
+from transfer.system.atomic_files import write_atomically
 
 RESAMPLED_TEST_SPLITS = 200
 """Enough for a standard error (Efron and Tibshirani 1993, section 6.4)."""

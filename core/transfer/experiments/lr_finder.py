@@ -14,26 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfer.config.run_config import RunConfig, load_config
-from transfer.data.loader import Batch
+from transfer.config.check import load_config
+from transfer.config.run_config import RunConfig
+from transfer.data.batch import Batch
 from transfer.errors import RunError, TrainingError
-from transfer.feature_cache.loader import Source
+from transfer.feature_cache.loader import StageInputs
 from transfer.models.precision import autocast
-from transfer.storage.run_directory import write_atomically
+from transfer.system.atomic_files import write_atomically
 from transfer.system.ranks import refuse_several
 from transfer.training import freezing
 from transfer.training.build import build
-from transfer.training.engine import Experiment
 from transfer.training.events import Note, Observer
-from transfer.training.mixup import blend
-from transfer.training.scheduler import Group, build_optimizer
+from transfer.training.experiment import Experiment
+from transfer.training.mixup import mix_batch
+from transfer.training.optimizer import ParameterGroup, build_optimizer
 
 LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
 SMOOTHING = 0.95
 """Weight of the past in the moving average of the loss, per step of the default number of steps."""
 DIVERGED = 4.0
 """The test ends where the smoothed loss is so many times its lowest value."""
-LEAST_STEPS = 10
+MIN_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def find_learning_rate(
         TrainingError: The loss was not finite before it could be judged.
     """
     refuse_several("transfer find-lr")
-    if not 0 < lowest < highest < math.inf or steps < LEAST_STEPS:
+    if not 0 < lowest < highest < math.inf or steps < MIN_STEPS:
         message = f"a range test from {lowest:g} to {highest:g} in {steps} steps"
-        raise RunError(f"{message} cannot be made", fix=f"rates rise from above zero, in {LEAST_STEPS} steps or more")
+        raise RunError(f"{message} cannot be made", fix=f"rates rise from above zero, in {MIN_STEPS} steps or more")
     checked = load_config(config, overrides)
     path = Path(output or f"{checked.name}-find-lr.svg")
     experiment = build(checked, observe).experiment
@@ -126,7 +127,7 @@ def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> 
     source = experiment.features(experiment.train, stages, training=True)
     if stages:
         observe(Note(f"training examples {source}"))
-    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=None)
+    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, previous=None)
     fastest = max(group["lr"] for group in optimizer.param_groups)
     shares = [group["lr"] / fastest for group in optimizer.param_groups]
     model.train()
@@ -140,9 +141,9 @@ def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> 
             break
         done, losses = [*done, rate], [*losses, loss]
         smoothed = _smooth(losses, SMOOTHING ** (STEPS / len(rates)))
-        if len(losses) >= LEAST_STEPS and smoothed[-1] > DIVERGED * min(smoothed):
+        if len(losses) >= MIN_STEPS and smoothed[-1] > DIVERGED * min(smoothed):
             break
-    if len(losses) < LEAST_STEPS:
+    if len(losses) < MIN_STEPS:
         raise TrainingError(
             f"the loss was not finite after {len(losses)} steps, at a learning rate of {rates[len(losses)]:.2g}",
             fix="begin at a lower rate (--lowest), or look at the data with transfer look",
@@ -150,13 +151,13 @@ def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> 
     return done, losses
 
 
-def _batches(source: Source) -> Iterator[Batch]:
+def _batches(source: StageInputs) -> Iterator[Batch]:
     for epoch in itertools.count():
         yield from source.loader.epoch(epoch)
 
 
 def _step(
-    experiment: Experiment, optimizer: Any, source: Source, batches: Sequence[Batch], device: torch.device
+    experiment: Experiment, optimizer: Any, source: StageInputs, batches: Sequence[Batch], device: torch.device
 ) -> float:
     """Make one step of the optimizer; return the mean loss of its examples."""
     settings, task = experiment.settings, experiment.task
@@ -165,14 +166,14 @@ def _step(
         batch = on_cpu.to(device)
         inputs, mixed = batch.inputs, None
         if settings.mix is not None:
-            mixed = blend(inputs, settings.mix)
+            mixed = mix_batch(inputs, settings.mix)
             inputs = mixed.inputs
         # Gradients of fp16 would need scaling: bf16 has its speed and the range of fp32.
         with autocast("bf16" if settings.precision == "fp16" else settings.precision, device):
             outputs: Tensor = experiment.model(inputs, source.first_stage)
         losses = task.loss(outputs.float(), batch.targets)
         if mixed is not None:
-            losses = mixed.loss(losses, task.loss(outputs.float(), batch.targets[mixed.partners]))
+            losses = mixed.loss(losses, task.loss(outputs.float(), batch.targets[mixed.permutation]))
         loss = losses.sum() / together
         loss.backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.item()
@@ -201,7 +202,7 @@ def _steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float:
     return rates[first + int(np.argmin(slopes))]
 
 
-def _assignment(config: RunConfig, groups: Sequence[Group], rate: float) -> str:
+def _assignment(config: RunConfig, groups: Sequence[ParameterGroup], rate: float) -> str:
     """Return the override that gives the fastest group this rate, and all others in proportion."""
     phase = config.train.phases[0] if config.train.phases else None
     own = phase is not None and phase.lr is not None
@@ -212,7 +213,7 @@ def _assignment(config: RunConfig, groups: Sequence[Group], rate: float) -> str:
         return float(f"{value * factor:.2g}")
 
     new = {k: v if k == "layer_decay" else scaled(v) for k, v in lr.items()} if isinstance(lr, Mapping) else scaled(lr)
-    if own or config.document.wrote(("train", "optimizer")):
+    if own or config.document.is_set(("train", "optimizer")):
         return f"{'train.phases.0.lr' if own else 'train.optimizer.lr'}={json.dumps(new)}"
     # The default optimizer has no block to change.
     return f"train.optimizer={json.dumps({'name': config.optimizer.name, 'lr': new})}"

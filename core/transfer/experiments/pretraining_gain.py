@@ -11,17 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfer.config.run_config import RunConfig, load_config
+from transfer.config.check import load_config
+from transfer.config.run_config import Config, RunConfig
 from transfer.errors import UserError
 from transfer.experiments.comparison import Row, compare, higher_is_better
 from transfer.experiments.intervals import spread
 from transfer.experiments.seeds import removed_if_nothing_ran, saying_how_it_ended, seeds_of, spread_json, train_seeds
 from transfer.interfaces import Task
-from transfer.runs.train import Config, Run, silent
-from transfer.storage.run_directory import FORMAT, RunDirectory, read_json, write_json
+from transfer.runs.train import Run
+from transfer.storage.run_directory import FORMAT, RunDirectory
+from transfer.system.atomic_files import read_json, write_json
 from transfer.system.ranks import refuse_several
-from transfer.training.build import Built, Parts, build, preflight, settled
-from transfer.training.events import Note, Observer
+from transfer.training.build import BuiltExperiment, build, with_found_batch_size
+from transfer.training.events import Note, Observer, ignore_events
+from transfer.training.preflight import CheckedParts, preflight
 
 VALUE = "value.json"
 """Says what a folder of arms holds or is to hold and, at the end, what came of it."""
@@ -36,13 +39,13 @@ RANDOM_FEATURES, LINEAR_PROBE, FROM_SCRATCH, FINE_TUNED = (
 _SMALLEST_SHARE = 1e-6
 
 
-def measure_value(
+def pretraining_gain(
     config: Config,
     overrides: Sequence[str] = (),
     *,
     seeds: int = 5,
     output: str | Path = "runs",
-    observe: Observer = silent,
+    observe: Observer = ignore_events,
 ) -> Run:
     """Train a config's model in four ways, each with several seeds, on the same splits and for as many epochs.
 
@@ -67,7 +70,7 @@ def measure_value(
 
     Raises:
         UserError: The config, the data or the weights are not right, or nothing in the config is pretrained.
-        TrainingError: Training cannot go on; :func:`resume_value` does.
+        TrainingError: Training cannot go on; :func:`resume_pretraining_gain` does.
     """
     refuse_several("transfer value")
     checked = load_config(config, overrides)
@@ -76,7 +79,7 @@ def measure_value(
     for arm in arms.values():
         preflight(arm)
     if checked.train.batch_size == "auto":  # that of the arm which needs most memory, for all of them
-        size = settled(arms[FROM_SCRATCH], observe).train.batch_size
+        size = with_found_batch_size(arms[FROM_SCRATCH], observe).train.batch_size
         assert isinstance(size, int)
         checked, arms = checked.with_batch_size(size), {name: arm.with_batch_size(size) for name, arm in arms.items()}
     built = build(checked, observe)
@@ -91,8 +94,8 @@ def measure_value(
         return _measure(folder, checked, arms, numbers, built, observe)
 
 
-def resume_value(folder: str | Path, *, observe: Observer = silent) -> Run:
-    """Go on with what :func:`measure_value` began: runs that are complete stay.
+def resume_pretraining_gain(folder: str | Path, *, observe: Observer = ignore_events) -> Run:
+    """Go on with what :func:`pretraining_gain` began: runs that are complete stay.
 
     Raises:
         UserError: It is no such folder, or another process writes into it.
@@ -114,7 +117,7 @@ def _measure(
     config: RunConfig,
     arms: Mapping[str, RunConfig],
     seeds: Sequence[int],
-    built: Built,
+    built: BuiltExperiment,
     observe: Observer,
 ) -> Run:
     manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "config": config.plain}
@@ -139,7 +142,7 @@ def title(arm: str) -> str:
     return arm.replace("_", " ")
 
 
-def _arms(config: RunConfig, parts: Parts) -> dict[str, RunConfig]:
+def _arms(config: RunConfig, parts: CheckedParts) -> dict[str, RunConfig]:
     """Return the config of each arm, the cheap ones first."""
     epochs = sum(phase.epochs for phase in parts.phases)
     groups = [group for phase in parts.phases for group in phase.groups]
@@ -168,7 +171,7 @@ def _arms(config: RunConfig, parts: Parts) -> dict[str, RunConfig]:
     }
 
 
-def _constant(built: Built) -> dict[str, float] | None:
+def _constant(built: BuiltExperiment) -> dict[str, float] | None:
     """Return the metrics of the best constant answer on the split that is scored; None where the task has no such one.
 
     For classes that is the most frequent one in the training split, for labels their shares, for numbers the medians.
@@ -198,7 +201,7 @@ def _constant_outputs(targets: np.ndarray[Any, Any], kind: str, count: int) -> T
 
 
 def _answer(
-    path: Path, summaries: Mapping[str, Mapping[str, Any]], constant: Mapping[str, float] | None, built: Built
+    path: Path, summaries: Mapping[str, Mapping[str, Any]], constant: Mapping[str, float] | None, built: BuiltExperiment
 ) -> dict[str, Any]:
     """Compare the arms, and say in a sentence what comes of it."""
     task = built.experiment.task

@@ -14,14 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transfer.config.run_config import RunConfig, load_config
+from transfer.config.check import load_config
+from transfer.config.run_config import Config, RunConfig
 from transfer.errors import RunError, UserError
 from transfer.experiments.intervals import Spread, spread
-from transfer.runs.train import Config, Run, resume, run_in, silent
-from transfer.storage.run_directory import FORMAT, RunDirectory, read_json, write_json
+from transfer.runs.train import Run, resume, run_in
+from transfer.storage.run_directory import FORMAT, RunDirectory
+from transfer.system.atomic_files import read_json, write_json
 from transfer.system.ranks import refuse_several
-from transfer.training.build import preflight, settled
-from transfer.training.events import Note, Observer
+from transfer.training.build import with_found_batch_size
+from transfer.training.events import Note, Observer, ignore_events
+from transfer.training.preflight import preflight
 
 MANIFEST = "seeds.json"
 """Says which runs a folder of seeds holds or is to hold."""
@@ -51,7 +54,7 @@ def run_seeds(
     seeds: int,
     output: str | Path = "runs",
     quick: bool = False,
-    observe: Observer = silent,
+    observe: Observer = ignore_events,
 ) -> Run:
     """Train what a config says once with each of several seeds, its own and those after it.
 
@@ -75,13 +78,13 @@ def run_seeds(
     checked = load_config(config, overrides)
     preflight(checked)
     numbers = seeds_of(checked, seeds)
-    checked = settled(checked, observe)
+    checked = with_found_batch_size(checked, observe)
     folder = RunDirectory.create(Path(output), checked.name, "-seeds")
     with removed_if_nothing_ran(folder.path):
         return train_seeds(checked, numbers, folder.path, quick=quick, observe=observe)
 
 
-def resume_seeds(folder: str | Path, *, observe: Observer = silent) -> Run:
+def resume_seeds(folder: str | Path, *, observe: Observer = ignore_events) -> Run:
     """Go on with a folder of seeds that was interrupted: runs that are complete stay, one that is not goes on.
 
     Raises:

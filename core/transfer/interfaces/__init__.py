@@ -1,25 +1,12 @@
 """Contracts between core and plugins."""
 
-from transfer.interfaces.data import (
-    SPLITS,
-    Backbone,
-    Columns,
-    Data,
-    Dataset,
-    DataSpec,
-    FeatureSpec,
-    ForeignModel,
-    Head,
-    Layout,
-    Occlusion,
-    Preprocessing,
-    PrimaryMetric,
-    Split,
-    TargetKind,
-    Task,
-    TrackedRun,
-    Tracker,
-)
+from transfer.interfaces.backbone import Backbone, FeatureSpec, ForeignModel, Layout
+from transfer.interfaces.columns import Columns
+from transfer.interfaces.data import SPLITS, Data, Dataset, DataSpec, Split, TargetKind
+from transfer.interfaces.head import Head
+from transfer.interfaces.preprocessing import Occlusion, Preprocessing
+from transfer.interfaces.task import PrimaryMetric, Task
+from transfer.interfaces.tracker import TrackedRun, Tracker
 
 __all__ = [
     "SPLITS",

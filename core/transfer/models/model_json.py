@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from transfer.errors import Problem, RunError
 from transfer.interfaces import TargetKind
-from transfer.storage.run_directory import FORMAT, read_json, read_text
+from transfer.storage.run_directory import FORMAT
+from transfer.system.atomic_files import read_json, read_text
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"

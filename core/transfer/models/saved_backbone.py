@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transfer.errors import RunError, WeightsError
 from transfer.models.model_json import WEIGHTS, read_assets, read_description
-from transfer.storage.checkpoint import load_tensors
+from transfer.storage.tensor_files import load_tensors
 
 _HEAD = "head."
 

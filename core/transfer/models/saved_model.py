@@ -8,15 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transfer.config.run_config import Component, RunConfig, load_component, located
+from transfer.config.check import load_component
+from transfer.config.component import Component, error_location
+from transfer.config.run_config import RunConfig
 from transfer.errors import PluginError, Problem, RunError, damaged
 from transfer.interfaces import Backbone, DataSpec, Task
+from transfer.models.assemble import assemble
 from transfer.models.model import Model
 from transfer.models.model_json import DESCRIPTION, WEIGHTS, read_assets, read_description
 from transfer.registry.entry_points import Kind, Plugin
-from transfer.storage.checkpoint import load_tensors, write_tensors
-from transfer.storage.run_directory import FORMAT, RunDirectory, write_atomically, write_json
-from transfer.training.build import assemble
+from transfer.storage.run_directory import FORMAT, RunDirectory
+from transfer.storage.tensor_files import load_tensors, write_tensors
+from transfer.system.atomic_files import write_atomically, write_json
 
 PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
 
@@ -87,7 +90,7 @@ def read_model(folder: Path) -> LoadedModel:
     backbone_class: type[Backbone] = backbone_block.cls
     again = "copy the folder again from where it was trained"
     # A plugin may raise anything at all over a file that is not as it wrote it.
-    with damaged("the model cannot be built again", str(file), again), located(str(file)):
+    with damaged("the model cannot be built again", str(file), again), error_location(str(file)):
         backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
         the_task, model = assemble(backbone, head, task, spec)
     _load_weights(model, folder / WEIGHTS)

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from transfer.errors import PluginError, Problem, nearest
-from transfer.registry.requirements import unmet
+from transfer.registry.requirements import CORE_DISTRIBUTION, unmet
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, EntryPoint
@@ -19,6 +19,9 @@ KINDS: tuple[Kind, ...] = ("dataset", "backbone", "head", "task")
 """Core's own; plugins bring others (see :func:`kinds`)."""
 
 _T = TypeVar("_T", bound=type)
+
+OLD_DISTRIBUTION = "transfer"
+"""The name of this distribution in run folders of version 0.1; on the package index it is another project."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Plugin:
         if self.distribution == IN_PROCESS:
             return ""
         extras = f"[{','.join(self.extras)}]" if self.extras else ""
-        return f"{self.distribution}{extras}=={self.version}"
+        distribution = CORE_DISTRIBUTION if self.distribution == OLD_DISTRIBUTION else self.distribution
+        return f"{distribution}{extras}=={self.version}"
 
     @property
     def unavailable(self) -> Problem | None:
@@ -118,6 +122,8 @@ def find(kind: Kind, name: str) -> Plugin:
     Raises:
         PluginError: No plugin has that name (the nearest ones are listed), or two distributions claim it.
     """
+    if name.startswith(f"{OLD_DISTRIBUTION}:"):
+        name = f"{CORE_DISTRIBUTION}:{name.removeprefix(f'{OLD_DISTRIBUTION}:')}"
     candidates = [p for p in plugins(kind) if name in (p.name, p.qualified_name)]
     registered = [p for p in candidates if p.distribution == IN_PROCESS]
     if registered:  # what this very process registers was meant to be used
@@ -130,6 +136,7 @@ def find(kind: Kind, name: str) -> Plugin:
             available=names,
             fix=f"did you mean {close!r}?" if close else f"install the package that brings {kind} {name!r}",
         )
+    candidates = core_first(candidates)
     if len(candidates) > 1:
         raise PluginError(
             f"{kind} {name!r} is claimed by {' and '.join(f'{p.distribution} {p.version}' for p in candidates)}",
@@ -137,6 +144,14 @@ def find(kind: Kind, name: str) -> Plugin:
             fix=f"write {candidates[0].qualified_name!r} to say which one",
         )
     return candidates[0]
+
+
+def core_first(candidates: list[Plugin]) -> list[Plugin]:
+    """Return core's own plugin if it is among the candidates for one name, otherwise all candidates.
+
+    A package that claims the name of a built-in plugin can thus not change what existing configs mean.
+    """
+    return [plugin for plugin in candidates if plugin.distribution == CORE_DISTRIBUTION] or candidates
 
 
 def load(kind: Kind, name: str) -> type[Any]:

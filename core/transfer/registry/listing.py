@@ -13,8 +13,9 @@ from pathlib import Path
 
 from transfer.errors import Problem
 from transfer.registry.entry_points import IN_PROCESS, Plugin, plugins
+from transfer.registry.requirements import CORE_DISTRIBUTION
 
-_MOST_STEPS = 5
+_MAX_STEPS = 5
 """From module to module that passes on what another one defines."""
 
 
@@ -44,7 +45,7 @@ def catalogue(reserved: Collection[str] = ()) -> list[Entry]:
     found = []
     for plugin in installed:
         wrong = plugin.unavailable or problem(plugin)
-        if wrong is None and claims[plugin.kind, plugin.name] > 1:
+        if wrong is None and claims[plugin.kind, plugin.name] > 1 and plugin.distribution != CORE_DISTRIBUTION:
             fix = "uninstall one" if plugin.kind == "command" else f"write {plugin.qualified_name!r} in a config"
             wrong = Problem("more than one distribution claims the name", fix=fix)
         if wrong is None and plugin.kind == "command" and plugin.name in reserved:
@@ -59,7 +60,7 @@ def description(plugin: Plugin) -> str:
         return ""
     module, _, name = plugin.target.partition(":")
     try:
-        return _first_line(module, name, _MOST_STEPS)
+        return _first_line(module, name, _MAX_STEPS)
     except (SyntaxError, OSError, UnicodeDecodeError, ValueError):
         return ""
 

@@ -13,6 +13,9 @@ from transfer.errors import Problem
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
+CORE_DISTRIBUTION = "transferkit"
+"""The distribution that contains the package ``transfer``."""
+
 
 @cache
 def unmet(distribution: str, extras: tuple[str, ...]) -> Problem | None:
@@ -29,16 +32,22 @@ def unmet(distribution: str, extras: tuple[str, ...]) -> Problem | None:
     missing, other = [], []
     package = f"{distribution}[{','.join(extras)}]" if extras else distribution
     for written, requirement, optional in _requirements(distribution, extras):
+        if requirement.name == "transfer":  # on the package index another project has this name: never suggest it
+            return Problem(
+                f"it requires {written}, and the distribution of this framework is called {CORE_DISTRIBUTION}",
+                fix=f"install a version of {distribution} that requires {CORE_DISTRIBUTION}",
+            )
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             missing.append(f"{written}, which is not installed")
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
-        if requirement.name == "transfer" and not fits:  # the version of the contracts that it was written for
+        if requirement.name == CORE_DISTRIBUTION and not fits:  # the version of the contracts that it was written for
             return Problem(
-                f"it is written for {written}, and transfer {version} is installed",
-                fix=f"pip install {shlex.quote(written)}, or a version of {distribution} for transfer {version}",
+                f"it is written for {written}, and {CORE_DISTRIBUTION} {version} is installed",
+                fix=f"pip install {shlex.quote(written)}, or a version of {distribution} "
+                f"for {CORE_DISTRIBUTION} {version}",
             )
         if optional and not fits:
             other.append(f"{written}, where {version} is installed")

@@ -16,9 +16,9 @@ WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 520, 290, 58, 58, 14, 42
 COLOURS = 6
 CHARACTER = 6.6
 """Width of a character of a legend, about."""
-MOST_POINTS = 2000
+MAX_POINTS = 2000
 """Of a scatter plot; of more, every so many are drawn."""
-MOST_NAME = 16
+MAX_NAME = 16
 """Characters of a class's name beside a matrix."""
 
 Point = tuple[float, float]
@@ -98,7 +98,7 @@ def lines(
 
 def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
     """Draw predicted over true values, with the line on which both are the same."""
-    every = math.ceil(len(points) / MOST_POINTS)
+    every = math.ceil(len(points) / MAX_POINTS)
     shown = points[::every]
     values = [value for point in shown for value in point]
     plane = _Plane((min(values), max(values)), (min(values), max(values)))
@@ -156,7 +156,7 @@ def shares(title: str, parts: Mapping[str, float], unit: str) -> str:
 def matrix(title: str, counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """Draw how often each class (a row) was taken for each (a column); what is right is of another colour."""
     size = max(18, min(64, 620 // len(names)))
-    short = [name if len(name) <= MOST_NAME else f"{name[: MOST_NAME - 1]}…" for name in map(str, names)]
+    short = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…" for name in map(str, names)]
     left = 34 + int(7 * max(map(len, short)))
     upright = max(map(len, short)) * 7 > size - 4
     top = 48 + (int(7 * max(map(len, short))) if upright else 18)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from transfer.cli.plan import treatment
 from transfer.config.run_config import RunConfig
 from transfer.config.yaml_document import dump
 from transfer.models.saved_model import LoadedModel
@@ -28,16 +27,17 @@ from transfer.reports.metrics import (
     residuals,
 )
 from transfer.reports.top_losses import Example, threshold
-from transfer.storage.run_directory import Scored
-from transfer.training.engine import PhasePlan
+from transfer.storage.run_directory import Predictions
+from transfer.training.experiment import PhasePlan
+from transfer.training.preflight import treatment
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-MOST_DRAWN_CLASSES = 40
+MAX_DRAWN_CLASSES = 40
 """Of a confusion matrix; of more there are the most frequent mistakes alone."""
-MOST_LISTED_CLASSES = 60
+MAX_LISTED_CLASSES = 60
 """Of the table of classes; of more there are those with the lowest F1."""
-MOST_PAIRS = 8
-MOST_RESIDUAL_PLOTS = 4
+MAX_PAIRS = 8
+MAX_RESIDUAL_PLOTS = 4
 FEW_PREDICTIONS = 500
 """Of fewer the calibration error says little."""
 
@@ -62,7 +62,7 @@ class Material:
     summary: Mapping[str, Any]
     environment: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
-    scored: Scored | None
+    scored: Predictions | None
     examples: Sequence[Example]
     missing: str
     plots: dict[str, str] = field(default_factory=dict)
@@ -257,17 +257,17 @@ def _is_class(material: Material) -> bool:
     return whole and material.trained.data.target == "class"
 
 
-def _classes(material: Material, scored: Scored) -> str:
+def _classes(material: Material, scored: Predictions) -> str:
     names = material.trained.data.classes
     matrix = confusion(scored.predictions.long(), scored.targets.long(), len(names))
     drawn = ""
-    if len(names) <= MOST_DRAWN_CLASSES:
+    if len(names) <= MAX_DRAWN_CLASSES:
         drawn = material.plot("confusion", charts.matrix("confusion", matrix.tolist(), names))
     pairs = ""
     if len(names) > 2:
         rows = [
             [escape(names[true]), escape(names[predicted]), f"{count:,}"]
-            for true, predicted, count in most_confused(matrix, MOST_PAIRS)
+            for true, predicted, count in most_confused(matrix, MAX_PAIRS)
         ]
         pairs = f"<h3>Most frequent mistakes</h3>{table(['true', 'predicted', 'examples'], rows, words=2)}"
     tables = f"<h3>Classes</h3>{_table_of_classes(names, of_classes(matrix), 'class')}{pairs}"
@@ -277,9 +277,9 @@ def _classes(material: Material, scored: Scored) -> str:
 def _table_of_classes(names: Sequence[str], found: Sequence[ClassFigures], what: str) -> str:
     order = range(len(names))
     note = ""
-    if len(names) > MOST_LISTED_CLASSES:
+    if len(names) > MAX_LISTED_CLASSES:
         worst = sorted(order, key=lambda place: -1.0 if found[place].f1 is None else float(found[place].f1 or 0))
-        order_shown: Sequence[int] = worst[:MOST_LISTED_CLASSES]
+        order_shown: Sequence[int] = worst[:MAX_LISTED_CLASSES]
         note = f"<p>Those with the lowest F1, of {len(names):,}.</p>"
     else:
         order_shown = order
@@ -295,7 +295,7 @@ def _table_of_classes(names: Sequence[str], found: Sequence[ClassFigures], what:
     return table([what, "precision", "recall", "F1", "support", "predicted"], rows) + note
 
 
-def _numbers(material: Material, scored: Scored) -> str:
+def _numbers(material: Material, scored: Predictions) -> str:
     names = material.trained.data.classes
     found = residuals(scored.predictions, scored.targets)
     rows = [
@@ -304,7 +304,7 @@ def _numbers(material: Material, scored: Scored) -> str:
     ]
     headings = ["number", "mean absolute error", "root mean square error", "predicted less true", "R²"]
     plots = []
-    for place, name in list(enumerate(names))[:MOST_RESIDUAL_PLOTS]:
+    for place, name in list(enumerate(names))[:MAX_RESIDUAL_PLOTS]:
         points = torch.stack([scored.targets[:, place], scored.predictions[:, place]], 1).double().tolist()
         drawn = charts.scatter(name, [(x, y) for x, y in points], "true", "predicted")
         plots.append(material.plot(f"residuals-{place + 1}", drawn))
@@ -440,9 +440,9 @@ def _data(material: Material) -> str:
     rows = [["<strong>all</strong>", *(f"<strong>{size:,}</strong>" for size in sizes.values())]]
     rows += [[escape(name), *(_share(by_class[split].get(name, 0), sizes[split]) for split in sizes)] for name in names]
     note = ""
-    if len(names) > MOST_LISTED_CLASSES:
+    if len(names) > MAX_LISTED_CLASSES:
         order = sorted(names, key=lambda name: by_class["train"].get(name, 0))
-        few = set(order[: MOST_LISTED_CLASSES // 2]) | set(order[-MOST_LISTED_CLASSES // 2 :])
+        few = set(order[: MAX_LISTED_CLASSES // 2]) | set(order[-MAX_LISTED_CLASSES // 2 :])
         rows = rows[:1] + [row for name, row in zip(names, rows[1:], strict=True) if name in few]
         note = f"<p>The smallest and the largest of {len(names):,} classes.</p>"
     parts = [table(["examples", *sizes], rows), note]

@@ -11,28 +11,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfer.config.run_config import load_config, located
-from transfer.config.train_settings import Mix
-from transfer.data.loader import Loader, encode
+from transfer.config.check import load_config
+from transfer.config.component import error_location
+from transfer.config.run_config import Config
+from transfer.config.train_settings import MixupCutmix, Precision
+from transfer.data.encoding import encode
+from transfer.data.loader import Loader
 from transfer.data.targets import describe
 from transfer.errors import RunError, UserError
 from transfer.interfaces import Backbone, DataSpec, Split, Task
 from transfer.models.model import Model
-from transfer.models.precision import Precision, autocast
+from transfer.models.precision import autocast
 from transfer.models.saved_model import read_model
-from transfer.runs.train import Config
-from transfer.storage.run_directory import RunDirectory, write_atomically
-from transfer.training.build import make_loader, preflight, read_data
-from transfer.training.mixup import blend
+from transfer.storage.run_directory import RunDirectory
+from transfer.system.atomic_files import write_atomically
+from transfer.training.build import make_loader, read_data
+from transfer.training.mixup import mix_batch
+from transfer.training.preflight import preflight
 
-MOST_EXAMPLES = 64
+MAX_EXAMPLES = 64
 """Of a batch that are shown."""
 PREDICTIONS_EACH = 8
 """Of the predictions that are right, wrong and least sure."""
 
 
 @dataclass(frozen=True)
-class Look:
+class Preview:
     """What there is to see.
 
     Args:
@@ -44,7 +48,7 @@ class Look:
     path: Path | None = None
 
 
-def look(config: Config, overrides: Sequence[str] = (), *, output: str | Path | None = None) -> Look:
+def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str | Path | None = None) -> Preview:
     """Show the first training batch of a config as the model sees it: encoded, augmented, collated and mixed.
 
     Nothing is trained, and no weights are read.
@@ -63,14 +67,14 @@ def look(config: Config, overrides: Sequence[str] = (), *, output: str | Path | 
     data, splits = read_data(checked)
     split = splits["train"]
     backbone_class: type[Backbone] = checked.backbone.cls
-    with located(checked.backbone.where):
+    with error_location(checked.backbone.where):
         backbone = backbone_class.from_data(split.column(*fields), **checked.backbone.options)
     batch = next(make_loader(checked, split, backbone, training=True).epoch(most=1))
     captions = [describe(data.spec, target) for target in batch.targets]
     inputs = batch.inputs
     if checked.train.mix is not None:
         inputs, captions = _mixed(inputs, captions, checked.train.mix, checked.seed)
-    shown = min(len(captions), MOST_EXAMPLES)
+    shown = min(len(captions), MAX_EXAMPLES)
     of = "" if shown == len(captions) else f" (the first {shown})"
     heading = f"{checked.name}: the first training batch, {len(captions)} examples{of}"
     column = split.column(*fields)
@@ -82,7 +86,7 @@ def look(config: Config, overrides: Sequence[str] = (), *, output: str | Path | 
     return _write(content, path)
 
 
-def look_at_predictions(run: str | Path, split: str = "test") -> Look:
+def preview_predictions(run: str | Path, split: str = "test") -> Preview:
     """Show predictions of a run's model: those that are right and wrong with most confidence, and the least sure.
 
     Where the task names no single label, those with the smallest and the largest loss. The picture or text goes to
@@ -120,12 +124,12 @@ def look_at_predictions(run: str | Path, split: str = "test") -> Look:
     return _write(content, directory.path / "plots" / f"predictions.{suffix}")
 
 
-def _mixed(inputs: Any, captions: Sequence[str], mix: Mix, seed: int) -> tuple[Any, list[str]]:
+def _mixed(inputs: Any, captions: Sequence[str], mix: MixupCutmix, seed: int) -> tuple[Any, list[str]]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, 1)).generate_state(1)[0]))
-        mixed = blend(inputs, mix)
-    share, rest = f"{mixed.share:.2f}", f"{1 - mixed.share:.2f}"
-    partners = [captions[partner] for partner in mixed.partners.tolist()]
+        mixed = mix_batch(inputs, mix)
+    share, rest = f"{mixed.lam:.2f}", f"{1 - mixed.lam:.2f}"
+    partners = [captions[partner] for partner in mixed.permutation.tolist()]
     return mixed.inputs, [f"{share} {own}\n{rest} {other}" for own, other in zip(captions, partners, strict=True)]
 
 
@@ -140,7 +144,7 @@ def _show(
     captions: Sequence[str],
     groups: Mapping[str, Sequence[int]],
 ) -> bytes | str:
-    content = backbone.preprocessing.show(inputs, values, captions, groups)
+    content = backbone.preprocessing.render_batch(inputs, values, captions, groups)
     if content is None:
         raise UserError(
             f"backbone {type(backbone).__name__} has no picture of {' and '.join(backbone.fields)}",
@@ -149,9 +153,9 @@ def _show(
     return content
 
 
-def _write(content: bytes | str, path: Path | None) -> Look:
+def _write(content: bytes | str, path: Path | None) -> Preview:
     if path is None:
-        return Look(content)
+        return Preview(content)
     if (path.suffix == ".png") != isinstance(content, bytes):
         what, suffix = ("a picture", ".png") if isinstance(content, bytes) else ("a text", ".txt")
         raise UserError(f"what there is to see is {what}", where=str(path), fix=f"give a path that ends in {suffix}")
@@ -160,7 +164,7 @@ def _write(content: bytes | str, path: Path | None) -> Look:
         write_atomically(path, content)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(path), fix="choose another path") from error
-    return Look(content, path)
+    return Preview(content, path)
 
 
 def _outputs(model: Model, loader: Loader, precision: Precision) -> Tensor:

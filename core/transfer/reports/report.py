@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfer.config.run_config import RunConfig, load_config
+from transfer.config.check import load_config
+from transfer.config.run_config import RunConfig
 from transfer.data.splits import digest
 from transfer.errors import RunError, UserError, damaged
 from transfer.interfaces import Split
-from transfer.models.saved_model import LoadedModel, read_model
+from transfer.models.saved_model import read_model
 from transfer.reports.charts import alone
 from transfer.reports.page import Material, render
 from transfer.reports.top_losses import Example, hardest
-from transfer.storage.run_directory import RunDirectory, Scored, write_atomically
+from transfer.runs.artifacts import CompletedRun
+from transfer.storage.run_directory import Predictions, RunDirectory
+from transfer.system.atomic_files import write_atomically
 from transfer.system.downloads import no_downloads
-from transfer.training.build import preflight, read_data
-from transfer.training.engine import PhasePlan
+from transfer.training.build import read_data
+from transfer.training.preflight import preflight
 
 REPORT = "report.html"
 PLOTS = "plots"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a report is about.
-
-    Args:
-        directory: Of a run that is complete.
-        config: Of the run.
-        phases: Worked out for its model.
-        trained: Its model.
-        test: The raw examples that it was scored on, where they are at hand.
-        why_not: Why they are not.
-    """
-
-    directory: RunDirectory
-    config: RunConfig
-    phases: tuple[PhasePlan, ...]
-    trained: LoadedModel
-    test: Split | None
-    why_not: str = "the data has no test split"
+MAX_EXPLANATION_SECONDS = 0.2
+"""CPU time for explanations in the report at the end of a run; ``transfer report`` has no limit."""
 
 
 def report(run: str | Path) -> Path:
@@ -71,11 +54,16 @@ def report(run: str | Path) -> Path:
     config = config.quick() if summary.get("quick") else config
     trained = read_model(directory.model)
     with directory.locked():
-        test, why_not = _test_split(config, summary)
-        return write_report(Subject(directory, config, preflight(config).phases, trained, test, why_not))
+        test, missing_reason = _test_split(config, summary)
+        return write_report(CompletedRun(directory, config, preflight(config).phases, trained, test, missing_reason))
 
 
-def write_report(subject: Subject, most_seconds: float | None = None) -> Path:
+def write_report_of(run: CompletedRun) -> None:
+    """Write the report at the end of a run, with a limit on the time spent on explanations."""
+    write_report(run, MAX_EXPLANATION_SECONDS)
+
+
+def write_report(subject: CompletedRun, most_seconds: float | None = None) -> Path:
     """Write the report of a run that this process holds the lock of.
 
     Args:
@@ -133,12 +121,14 @@ def _test_split(config: RunConfig, summary: Mapping[str, Any]) -> tuple[Split | 
     return splits["test"], ""
 
 
-def _examples(subject: Subject, scored: Scored | None, most_seconds: float | None) -> tuple[Sequence[Example], str]:
+def _examples(
+    subject: CompletedRun, scored: Predictions | None, most_seconds: float | None
+) -> tuple[Sequence[Example], str]:
     """Return the examples with the highest loss, or none and why."""
     if scored is None:
         return (), "the test split was not scored"
     if scored.losses is None:
         return (), "the run is of a version that did not keep the losses"
     if subject.test is None:
-        return (), subject.why_not
+        return (), subject.missing_reason
     return hardest(subject.trained, subject.test, scored, scored.losses, most_seconds), ""

@@ -15,12 +15,12 @@ from transfer.interfaces import Preprocessing, Split
 from transfer.models.saved_model import LoadedModel
 from transfer.reports.html import escape
 from transfer.runs.occlusion import explain_output, outputs_of
-from transfer.storage.run_directory import Scored
+from transfer.storage.run_directory import Predictions
 
-MOST_EXAMPLES = 12
-MOST_CHARACTERS = 1200
+MAX_EXAMPLES = 12
+MAX_CHARACTERS = 1200
 """Of a text that are shown."""
-MOST_PIECES_NAMED = 4
+MAX_PIECES_NAMED = 4
 JPEG = b"\xff\xd8\xff"
 
 
@@ -46,7 +46,7 @@ class Example:
 
 
 def hardest(
-    trained: LoadedModel, test: Split, scored: Scored, losses: Tensor, most_seconds: float | None
+    trained: LoadedModel, test: Split, scored: Predictions, losses: Tensor, most_seconds: float | None
 ) -> list[Example]:
     """Return the examples with the highest loss, the highest first.
 
@@ -57,7 +57,7 @@ def hardest(
         losses: Float (N,).
         most_seconds: Explain no more of them than about so many seconds of the processor allow; None: all.
     """
-    places = losses.argsort(descending=True, stable=True)[:MOST_EXAMPLES].tolist()
+    places = losses.argsort(descending=True, stable=True)[:MAX_EXAMPLES].tolist()
     column, preprocessing = test.column(*trained.backbone.fields), trained.backbone.preprocessing
     values = [column[place] for place in places]
     explained = _explain(trained, values, [test.name(place) for place in places], most_seconds)
@@ -74,7 +74,7 @@ def hardest(
     ]
 
 
-def _said(trained: LoadedModel, scored: Scored, place: int) -> str:
+def _said(trained: LoadedModel, scored: Predictions, place: int) -> str:
     """Say what was predicted, and how surely where that is known."""
     data, prediction = trained.data, scored.predictions[place]
     if data.target == "class" and not prediction.ndim and not prediction.is_floating_point():
@@ -122,12 +122,12 @@ def _explained(explanation: Mapping[str, Any]) -> str:
     parts, characters = [], 0
     for piece, change in pieces:
         if isinstance(piece, str):
-            if characters > MOST_CHARACTERS:
+            if characters > MAX_CHARACTERS:
                 parts.append(" …")
                 break
             characters += len(piece)
             parts.append(_piece(piece, change, strongest))
-    ranked = sorted(pieces, key=lambda one: -abs(one[1]))[:MOST_PIECES_NAMED]
+    ranked = sorted(pieces, key=lambda one: -abs(one[1]))[:MAX_PIECES_NAMED]
     named = [
         f'<span class="{_side(change)}">{escape(str(piece).strip())} {change:+.3f}</span>'
         for piece, change in ranked
@@ -155,8 +155,8 @@ def _content(preprocessing: Preprocessing, value: Any) -> str:
     """Show a raw value: a picture, a text, each part of several, or the beginning of what it is in Python."""
     if preprocessing.parts and isinstance(value, tuple):
         return "".join(_content(part, one) for part, one in zip(preprocessing.parts.values(), value, strict=True))
-    if (picture := preprocessing.picture(value)) is not None:
+    if (picture := preprocessing.thumbnail(value)) is not None:
         kind = "jpeg" if picture.startswith(JPEG) else "png"
         return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(picture).decode()}">'
     words = value if isinstance(value, str) else repr(value)
-    return f'<p class="text">{escape(words[:MOST_CHARACTERS])}{" …" if len(words) > MOST_CHARACTERS else ""}</p>'
+    return f'<p class="text">{escape(words[:MAX_CHARACTERS])}{" …" if len(words) > MAX_CHARACTERS else ""}</p>'

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfer.data.loader import encode, move
+from transfer.data.batch import move
+from transfer.data.encoding import encode
 from transfer.errors import RunError
 from transfer.models.saved_model import LoadedModel
 
@@ -56,7 +57,7 @@ def explain_output(loaded: LoadedModel, value: Any, output: Tensor) -> dict[str,
         it is without that piece, or None where nothing would be left.
     """
     scores = loaded.task.scores(output[None])[0]
-    index = loaded.task.main_output(scores)
+    index = loaded.task.explained_output(scores)
     whole = float(scores[index])
     pieces: list[dict[str, Any]] = []
     occlusions = iter(loaded.backbone.preprocessing.occlusions(value))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,20 +14,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from transfer.errors import Problem, RunError, TrainingError
-from transfer.storage.run_directory import flush_folder, read_json, write_json
+from transfer.storage.tensor_files import Tensors, load_tensors, write_tensors
+from transfer.system.atomic_files import flush_folder, read_json, write_json
 
 FORMAT = 3
 """Version of a checkpoint's content; a reader refuses one that it does not know."""
 
 STATE = "state.json"
 _PREVIOUS = re.compile(r"\.previous(?:-([0-9]{1,6}))?$")
-
-Tensors = Mapping[str, Tensor]
 
 
 def save(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, keep: int = 2) -> None:
@@ -139,31 +135,6 @@ def _load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return tensors, state
 
 
-def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Write a safetensors file and flush it to the disk.
-
-    Raises:
-        OSError, SafetensorError: It cannot be written.
-    """
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        RunError: It is missing or damaged.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(f"{path.name} is no regular file")
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"the tensors cannot be read: {error}", where=str(path)) from error
-
-
 def digest(tensors: Tensors) -> str:
     """Return the digest of some tensors by name: their types, shapes and bits."""
     whole = hashlib.sha256()
@@ -181,49 +152,3 @@ def _digest_of(state: Mapping[str, Any]) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return an optimizer's state by parameter name: the tensors, and what is not a tensor."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
-    for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{names[parameter]}/{key}"] = value
-            else:
-                rest[f"{names[parameter]}/{key}"] = value
-    return tensors, rest
-
-
-def load_optimizer(
-    model: nn.Module,
-    optimizer: Optimizer,
-    tensors: Tensors,
-    rest: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-) -> None:
-    """Put back what :func:`optimizer_tensors` returned, and the options of the parameter groups."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    entries: dict[str, dict[str, Any]] = {}
-    for path, value in {**tensors, **rest}.items():
-        name, _, key = path.rpartition("/")
-        # A copy: what safetensors returns is mapped from the file, which is about to be replaced.
-        entries.setdefault(name, {})[key] = value.clone() if isinstance(value, Tensor) else value
-    packed = optimizer.state_dict()
-    places = {
-        names[parameter]: place
-        for group, numbers in zip(optimizer.param_groups, packed["param_groups"], strict=True)
-        for parameter, place in zip(group["params"], numbers["params"], strict=True)
-    }
-    packed["state"] = {places[name]: state for name, state in entries.items()}
-    for group, saved in zip(packed["param_groups"], groups, strict=True):
-        # JSON knows no tuples: betas is one.
-        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
-    optimizer.load_state_dict(packed)
-
-
-def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the options of the parameter groups: learning rates as the schedule has moved them, and all others."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -9,23 +9,21 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from transfer.config.yaml_document import dump, read_plain
 from transfer.errors import ConfigError, RunError
+from transfer.system.atomic_files import parse_object, read_bytes, read_json, read_text, write_atomically, write_json
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses one that it does not know."""
@@ -37,7 +35,7 @@ LOCK = "lock"
 
 
 @dataclass(frozen=True)
-class Scored:
+class Predictions:
     """What the model made of the test split's N examples, in their order.
 
     Args:
@@ -248,7 +246,7 @@ class RunDirectory:
         entry = {"at": _now(), "command": shlex.join(sys.argv), "changes": list(changes)}
         write_json(self.path / "environment.json", environment | {"resumed": [*environment.get("resumed", []), entry]})
 
-    def sweep(self) -> None:
+    def remove_temporary_files(self) -> None:
         """Remove what a process that was killed had only begun to write, and the summary of the attempt before."""
         # In the model's folder safetensors names its own unfinished file, with a dot before it too.
         for path in [*self.path.glob(".*.tmp"), *self.model.glob(".*"), *self.checkpoints.glob(".*.tmp")]:
@@ -298,14 +296,14 @@ class RunDirectory:
             lines = read_text(path).splitlines()
         except (OSError, ValueError) as error:
             raise RunError(f"the metrics cannot be read: {error}", where=str(path)) from error
-        return [_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+        return [parse_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
-    def write_predictions(self, scored: Scored) -> None:
+    def write_predictions(self, scored: Predictions) -> None:
         """Write what the model made of the test split."""
         tensors = {name: tensor.contiguous() for name, tensor in vars(scored).items() if tensor is not None}
         write_atomically(self.path / PREDICTIONS, save(tensors))
 
-    def predictions(self) -> Scored | None:
+    def predictions(self) -> Predictions | None:
         """Return what the model made of the test split; None where it was not scored.
 
         Raises:
@@ -313,7 +311,7 @@ class RunDirectory:
         """
         path = self.path / PREDICTIONS
         try:
-            return Scored(**load(read_bytes(path)))
+            return Predictions(**load(read_bytes(path)))
         except FileNotFoundError:
             return None
         except (OSError, TypeError, SafetensorError) as error:
@@ -324,117 +322,9 @@ class RunDirectory:
         write_json(self.path / "summary.json", summary)
 
 
-def environment(device: str, distributions: Mapping[str, str], processes: int = 1) -> dict[str, Any]:
-    """Return what figures may depend on beside config and data: versions, git revision, device, processes and so on."""
-    names = ("torch", "torchvision", "accelerate", "numpy", "tokenizers", "safetensors", "torchmetrics")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "processes": processes,
-        "folder": str(Path.cwd()),
-        "git_revision": _git_revision(),
-        "versions": {name: version for name in names if (version := _version(name))} | dict(distributions),
-    }
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say what differs between two environments."""
-    old, new = ({"processes": 1, **e, **e.get("versions", {})} for e in (before, now))
-    names = [name for name in new if name != "versions"]
-    return [f"{name} {old.get(name)} -> {new[name]}" for name in names if old.get(name) != new[name]]
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush_folder(path.parent)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically; NaN and infinity, which JSON lacks, are errors."""
-    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path, missing: str, fix: str | None = None) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        RunError: The file is not there (``missing`` says what that means, ``fix`` what to do), or damaged.
-    """
-    try:
-        content = read_text(path)
-    except FileNotFoundError as error:
-        raise RunError(missing, where=str(path), fix=fix) from error
-    except (OSError, ValueError) as error:
-        raise RunError(f"the file cannot be read: {error}", where=str(path)) from error
-    return _object(content, str(path))
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"the file cannot be read: {error}", where=where) from error
-    if not isinstance(content, dict):
-        raise RunError("the file holds no JSON object", where=where)
-    return content
-
-
-def read_text(path: Path) -> str:
-    """Read a file in UTF-8; what is no regular file, and may have no end, is an OSError."""
-    return read_bytes(path).decode("utf-8")
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a file; what is no regular file, and may have no end, is an OSError."""
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path.name} is no regular file")
-    return path.read_bytes()
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"JSON has no {name}")
-
-
-def flush_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk: a rename is only safe after that."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    try:
-        # The revision of the user's project is wanted; git is looked up on their own PATH.
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)  # noqa: S607
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Self
 
-LOOK_SECONDS = 0.002
+MEMORY_POLL_SECONDS = 0.002
 _UNLIMITED_BYTES = 1 << 60
 """What the first version of control groups writes for no limit is beyond this."""
 
@@ -80,5 +80,5 @@ class PeakResident:
         self.bytes = max(self.bytes, self.now())
 
     def _watch(self) -> None:
-        while not self._ended.wait(LOOK_SECONDS):
+        while not self._ended.wait(MEMORY_POLL_SECONDS):
             self.bytes = max(self.bytes, self.now())

@@ -20,27 +20,28 @@ _SHARDED = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Rank:
     """One process among those that were started together.
 
     Args:
-        rank: Its number, from 0, over all machines.
-        count: How many there are.
-        local_rank, local_count: The same on this machine alone.
+        index: Rank of this process over all machines, from 0.
+        world_size: Number of processes on all machines.
+        local_rank: Rank of this process on its machine, from 0.
+        local_world_size: Number of processes on this machine.
     """
 
-    rank: int = 0
-    count: int = 1
+    index: int = 0
+    world_size: int = 1
     local_rank: int = 0
-    local_count: int = 1
+    local_world_size: int = 1
 
 
-def place() -> Place:
+def rank_from_environment() -> Rank:
     """Return this process's place; alone where no launcher says otherwise, or none says where the processes meet."""
     count, rank = _number(_COUNT, 1), _number(_RANK, 0)
     if count == 1 or "MASTER_ADDR" not in os.environ:
-        return Place()
-    return Place(rank, count, _number(_LOCAL_RANK, rank), _number(_LOCAL_COUNT, count))
+        return Rank()
+    return Rank(rank, count, _number(_LOCAL_RANK, rank), _number(_LOCAL_COUNT, count))
 
 
 def refuse_several(what: str) -> None:
@@ -49,13 +50,13 @@ def refuse_several(what: str) -> None:
     Raises:
         UserError: A launcher has started several.
     """
-    if place().count == 1:
+    if rank_from_environment().world_size == 1:
         return
     error = UserError(
-        f"{what} works in one process, and a launcher has started {place().count}",
+        f"{what} works in one process, and a launcher has started {rank_from_environment().world_size}",
         fix="start it without a launcher; `transfer run` and `transfer resume` of one run take several processes",
     )
-    error.shown_elsewhere = place().rank > 0
+    error.shown_elsewhere = rank_from_environment().index > 0
     raise error
 
 

@@ -26,14 +26,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """While entered, SIGINT and SIGTERM raise :class:`Interrupted`: at once, or at the end of what is :meth:`held`.
+    """While entered, SIGINT and SIGTERM raise :class:`Interrupted`: at once, or at the end of what is :meth:`deferred`.
 
     Outside the main thread, where Python cannot take signals, it does nothing; a signal that is ignored (``nohup``)
     stays ignored.
 
     Args:
         agree: Where several processes train together: returns the largest of the numbers that they have. They stop at
-            the same place then, where all of them :meth:`heed`.
+            the same place then, where all of them :meth:`raise_if_any_rank_interrupted`.
     """
 
     def __init__(self, agree: Callable[[int], int] | None = None) -> None:
@@ -56,7 +56,7 @@ class Signals:
         self._before = {}
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Finish what is inside before a signal is heard."""
         before, self._holding = self._holding, True
         try:
@@ -66,7 +66,7 @@ class Signals:
         if not before and self._received is not None:
             raise Interrupted(self._received)
 
-    def heed(self) -> None:
+    def raise_if_any_rank_interrupted(self) -> None:
         """Where several processes train together: stop, all at the same place, if any of them was asked to."""
         if self._agree is not None:
             number = self._agree(self._received or 0)
@@ -74,7 +74,7 @@ class Signals:
                 raise Interrupted(number)
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def immediate(self) -> Iterator[None]:
         """Hear a signal at once inside: where several processes train, and this one may work or wait for long."""
         before, self._holding = self._holding, False
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer.data.loader import move
+from transfer.data.batch import move
 from transfer.interfaces import Backbone, FeatureSpec, Head, Preprocessing
 from transfer.models.model import Model
 from transfer.testing.cases import BATCH, TEXTS, Case, pictures, promise, require

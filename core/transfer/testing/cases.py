@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from transfer.config.run_config import Component, load_component
+from transfer.config.check import load_component
+from transfer.config.component import Component
 from transfer.registry.entry_points import Kind
 
 Cost = Literal["quick", "weights", "training", "data"]

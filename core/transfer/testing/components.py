@@ -12,19 +12,19 @@ from transfer.registry.entry_points import load
 from transfer.testing.cases import Broken, Case, promise, require
 
 
-@promise("registry.load", "quick")
+@promise("registry.entry_points.load", "quick")
 def it_can_be_imported(case: Case) -> None:
     """The entry point leads to a concrete class of its kind, written for this version of transfer."""
     load(case.kind, case.name)
 
 
-@promise("schema.options_model", "quick")
+@promise("config.option_schema.options_model", "quick")
 def the_schema_is_complete(case: Case) -> None:
     """Each option has a type, a line under Args, and a default that is one of its values, or else is required."""
     cls = load(case.kind, case.name)
     require(inspect.cleandoc(cls.__doc__ or "").strip(), f"{cls.__name__} has no docstring")
-    silent = [option.name for option in describe_options(cls) if not option.description]
-    require(not silent, f"no line under Args of {cls.__name__}'s docstring describes {', '.join(silent)}")
+    ignore_events = [option.name for option in describe_options(cls) if not option.description]
+    require(not ignore_events, f"no line under Args of {cls.__name__}'s docstring describes {', '.join(ignore_events)}")
     for name, option in options_model(cls, Block).model_fields.items():
         if option.is_required():
             continue

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import tempfile
 
-from transfer.runs.train import check, run
+from transfer.runs.check import check
+from transfer.runs.train import run
 from transfer.testing.cases import ConfigCase, promise, require
 
 
-@promise("workflow.check", "quick")
+@promise("runs.check.check", "quick")
 def it_passes_the_check(case: ConfigCase) -> None:
     """``transfer check`` finds nothing wrong with it: no data, no weights."""
     check(case.path)
 
 
-@promise("workflow.run", "training")
+@promise("runs.train.run", "training")
 def it_runs(case: ConfigCase) -> None:
     """``transfer run --quick`` trains, scores and saves it."""
     with tempfile.TemporaryDirectory() as folder:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from transfer.config.torch_classes import OPTIMIZERS, TorchClass
 from transfer.config.train_settings import BatchNorm, Freeze, Until
 from transfer.models.model import Model
 from transfer.testing.backbones import TARGETS, Subject, tensors
 from transfer.testing.cases import Case, promise, require
 from transfer.training.freezing import Frozen, apply, resolve
-from transfer.training.scheduler import OPTIMIZERS, TorchPart, build_optimizer, groups
+from transfer.training.optimizer import build_optimizer, groups
 
 STEPS = 2
 
@@ -82,7 +83,7 @@ def train(case: Case, policy: Freeze, until: str = "", batch_norm: BatchNorm = "
     frozen = resolve(model, policy, batch_norm)
     apply(model, frozen)
     # Weight decay moves every parameter that the optimizer knows, with or without a gradient.
-    part = TorchPart("adamw", OPTIMIZERS["adamw"], {"weight_decay": 0.1})
+    part = TorchClass("adamw", OPTIMIZERS["adamw"], {"weight_decay": 0.1})
     optimizer: Optimizer = build_optimizer(model, groups(model, frozen, 0.01), part, None)
     before = digests(model)
     with_gradient: set[str] = set()
@@ -125,7 +126,7 @@ def _list(names: set[str]) -> str:
     return ", ".join(sorted(names)[:5])
 
 
-@promise("freezing.apply", "training")
+@promise("training.freezing.apply", "training")
 def frozen_parameters_and_buffers_are_bit_identical(case: Case) -> None:
     """After training no bit of a frozen stage's parameters and buffers has changed, batch-norm statistics included."""
     for run, frozen, _ in boundaries(case):
@@ -133,7 +134,7 @@ def frozen_parameters_and_buffers_are_bit_identical(case: Case) -> None:
         require(not moved, f"frozen until {run.until!r}, these changed: {_list(moved)}")
 
 
-@promise("freezing.apply", "training")
+@promise("training.freezing.apply", "training")
 def frozen_modules_stay_in_eval_mode_and_no_others(case: Case) -> None:
     """In training every module of a frozen stage is in eval mode, dropout and batch norm included, and no other is."""
     modules = dict(built(case)[0].named_modules())
@@ -143,7 +144,7 @@ def frozen_modules_stay_in_eval_mode_and_no_others(case: Case) -> None:
         require(not wrong, f"frozen until {run.until!r}, these are in the wrong mode: {_list(wrong)}")
 
 
-@promise("freezing.apply", "training")
+@promise("training.freezing.apply", "training")
 def frozen_parameters_have_no_gradient_and_no_optimizer_state(case: Case) -> None:
     """A frozen parameter gets no gradient, and the optimizer does not know it."""
     parameters = dict(built(case)[0].named_parameters())
@@ -155,7 +156,7 @@ def frozen_parameters_have_no_gradient_and_no_optimizer_state(case: Case) -> Non
         require(not run.prefix_has_graph, f"frozen until {run.until!r}, a graph is built over the frozen stages")
 
 
-@promise("freezing.apply", "training")
+@promise("training.freezing.apply", "training")
 def every_other_stage_is_trained(case: Case) -> None:
     """What is not frozen changes."""
     parameters = dict(built(case)[0].named_parameters())

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from transfer.data.loader import move
+from transfer.data.batch import move
 from transfer.interfaces import FeatureSpec, Head, Layout
 from transfer.testing.cases import BATCH, Case, promise, require
 

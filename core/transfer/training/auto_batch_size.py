@@ -9,18 +9,19 @@ from dataclasses import replace
 
 import torch
 
-from transfer.data.loader import own_randomness
+from transfer.data.randomness import preserve_rng_state
 from transfer.errors import MemoryRanOut, TrainingError
 from transfer.system.memory import PeakResident, available_bytes
 from transfer.training import freezing
-from transfer.training.engine import Experiment, PhasePlan, rehearse
+from transfer.training.engine import rehearse
 from transfer.training.events import Note, Observer
+from transfer.training.experiment import Experiment, PhasePlan
 
 LEAST = 2
 """The first size that is tried: batch norm cannot train on one example."""
-MOST_ON_GPU, MOST_ON_CPU = 1024, 128
+MAX_ON_GPU, MAX_ON_CPU = 1024, 128
 """On a CPU larger batches are hardly faster (docs/log.md), and a step of pictures takes many seconds."""
-LEAST_STEPS = 8
+MIN_STEPS = 8
 """Of an epoch: in fewer, however large, little is learned."""
 SHARE_OF_GPU = 0.9
 """Of its free memory; fragments and what other batches need beyond the largest one take the rest."""
@@ -43,9 +44,9 @@ def find_batch_size(experiment: Experiment, observe: Observer) -> int:
         TrainingError: Not even two examples fit.
     """
     count, on_gpu = len(experiment.train.split), torch.cuda.is_available()
-    most = min(MOST_ON_GPU if on_gpu else MOST_ON_CPU, max(LEAST, count // LEAST_STEPS))
+    most = min(MAX_ON_GPU if on_gpu else MAX_ON_CPU, max(LEAST, count // MIN_STEPS))
     devices = [torch.cuda.current_device()] if on_gpu else []
-    with own_randomness(), torch.random.fork_rng(devices):
+    with preserve_rng_state(), torch.random.fork_rng(devices):
         costs, why, room = _try_all(experiment, most, on_gpu)
     gc.collect()
     if on_gpu:
@@ -74,8 +75,8 @@ def _try_all(experiment: Experiment, most: int, on_gpu: bool) -> tuple[dict[int,
     for size in _powers(most):
         if not on_gpu and (expected := _expected(costs)) > room:
             return costs, f"{size} would take about {_gib(expected)}", room
-        largest = experiment.train.costliest(size)
-        evaluated = experiment.train.costliest(2 * size) if settings.evaluation_batch_size is None else largest
+        largest = experiment.train.largest_batch(size)
+        evaluated = experiment.train.largest_batch(2 * size) if settings.evaluation_batch_size is None else largest
         try:
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()

@@ -23,27 +23,27 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from transfer.errors import TrainingError, TransferError
-from transfer.system.ranks import Place, place, refuse_sharding
+from transfer.system.ranks import Rank, rank_from_environment, refuse_sharding
 
-MEETING = timedelta(minutes=5)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 """In which all processes must have come."""
-ANSWER = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """In which a process that is alive answers in the middle of training; rank 0 may be writing a checkpoint."""
-LONGEST_WORK = timedelta(days=2)
+BARRIER_TIMEOUT = timedelta(days=2)
 """What one process may do for all the others (fill the feature cache, load the data) takes no longer than this."""
 POLL_SECONDS = 0.02
-SMALLEST_SHARE = 2
+MIN_SHARD_EXAMPLES = 2
 """Batch norm cannot train on one example."""
 
 _T = TypeVar("_T")
 _meetings = count()
 
 
-class LostProcess(TrainingError):  # noqa: N818  # it names who is gone
+class ProcessLostError(TrainingError):
     """Another process of the run has ended, was killed or cannot be reached any more."""
 
 
-class Processes:
+class ProcessGroup:
     """The processes of a run, this one among them; without arguments this one is alone.
 
     Args:
@@ -52,42 +52,42 @@ class Processes:
         store: Where they leave word for each other.
     """
 
-    def __init__(self, own: Place | None = None, waiting: Any = None, store: Any = None) -> None:
-        self.own = own or Place()
+    def __init__(self, rank: Rank | None = None, waiting: Any = None, store: Any = None) -> None:
+        self.rank = rank or Rank()
         self._waiting = waiting
         self._store = store
 
     @property
-    def several(self) -> bool:
+    def is_distributed(self) -> bool:
         """There are others."""
-        return self.own.count > 1
+        return self.rank.world_size > 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """This one alone writes the run directory and tells what happens."""
-        return self.own.rank == 0
+        return self.rank.index == 0
 
-    def shares(self, count: int) -> list[tuple[int, int]]:
+    def shard_bounds(self, count: int) -> list[tuple[int, int]]:
         """Return where each process's share of a batch begins and ends: in a row, of like size, of two or more each.
 
         Of a batch too small for all the last processes get nothing.
         """
-        takers = min(self.own.count, max(1, count // SMALLEST_SHARE))
+        takers = min(self.rank.world_size, max(1, count // MIN_SHARD_EXAMPLES))
         ends = [0, *((number + 1) * count // takers for number in range(takers))]
-        return [*pairwise(ends), *[(count, count)] * (self.own.count - takers)]
+        return [*pairwise(ends), *[(count, count)] * (self.rank.world_size - takers)]
 
-    def share(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def shard(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return which examples of a batch this process computes.
 
         A process that gets nothing computes the first few all the same, so that all do the same things; they are left
         out wherever something is counted.
         """
-        start, end = self.shares(len(indices))[self.own.rank]
-        return indices[start:end] if end > start else indices[:SMALLEST_SHARE]
+        start, end = self.shard_bounds(len(indices))[self.rank.index]
+        return indices[start:end] if end > start else indices[:MIN_SHARD_EXAMPLES]
 
-    def counted(self, count: int) -> int:
+    def shard_size(self, count: int) -> int:
         """Return how many of the examples that this process computes of a batch are its share."""
-        start, end = self.shares(count)[self.own.rank]
+        start, end = self.shard_bounds(count)[self.rank.index]
         return end - start
 
     def gather(self, count: int, *shares: Tensor) -> list[Tensor]:
@@ -95,10 +95,10 @@ class Processes:
 
         Args:
             count: Examples of the batch.
-            shares: (B, ...) each; rows beyond :meth:`counted` are left out.
+            shares: (B, ...) each; rows beyond :meth:`shard_size` are left out.
         """
-        bounds = self.shares(count)
-        own = self.counted(count)
+        bounds = self.shard_bounds(count)
+        own = self.shard_size(count)
         rows = [share[:own].detach() for share in shares]
         rows = [(row if row.dim() > 1 else row[:, None]).flatten(1).contiguous() for row in rows]
         packed = torch.cat([row.view(torch.uint8) for row in rows], dim=1)
@@ -115,7 +115,7 @@ class Processes:
             for columns, share in zip(torch.split(whole, widths, dim=1), shares, strict=True)
         ]
 
-    def add_up(self, parameters: Sequence[nn.Parameter], statistics: Sequence[Tensor]) -> None:
+    def all_reduce(self, parameters: Sequence[nn.Parameter], statistics: Sequence[Tensor]) -> None:
         """Put the sum over all processes in the place of each gradient, and the mean in that of each statistic.
 
         A parameter that has a gradient on no process gets none.
@@ -132,37 +132,37 @@ class Processes:
             for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
                 _sum([tensor for tensor in tensors if tensor.dtype == dtype])
             for statistic in statistics:
-                statistic.div_(self.own.count)
+                statistic.div_(self.rank.world_size)
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """Return the largest of the numbers that the processes have."""
         whole = torch.tensor([number])
         with _answered():
             dist.all_reduce(whole, dist.ReduceOp.MAX)
         return int(whole.item())
 
-    def from_first(self, make: Callable[[], _T]) -> _T:
+    def broadcast_object(self, make: Callable[[], _T]) -> _T:
         """Return on every process what the first one makes."""
-        if not self.several:
+        if not self.is_distributed:
             return make()
-        box = [make() if self.leads else None]
-        self.wait()
+        box = [make() if self.is_main else None]
+        self.barrier()
         with _answered():
             dist.broadcast_object_list(box, src=0, group=self._waiting)
         return cast("_T", box[0])
 
     @contextmanager
-    def first_here(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """Let the first process of each machine go ahead with what is inside, and the others find what it has left."""
-        if self.several and self.own.local_rank:
-            self.wait()
+        if self.is_distributed and self.rank.local_rank:
+            self.barrier()
         yield
-        if self.several and not self.own.local_rank:
-            self.wait()
+        if self.is_distributed and not self.rank.local_rank:
+            self.barrier()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait for all others, however long one of them works; a signal is heard meanwhile."""
-        if not self.several:
+        if not self.is_distributed:
             return
         with _answered():
             work: Any = dist.barrier(self._waiting, async_op=True)
@@ -170,7 +170,7 @@ class Processes:
                 time.sleep(POLL_SECONDS)
             work.wait()
 
-    def agree(self, facts: Mapping[str, str]) -> None:
+    def require_equal(self, facts: Mapping[str, str]) -> None:
         """Refuse to go on where the processes were not given the same.
 
         Args:
@@ -179,9 +179,9 @@ class Processes:
         Raises:
             TrainingError: Names what differs, and on which process.
         """
-        if not self.several:
+        if not self.is_distributed:
             return
-        everybody: list[Any] = [None] * self.own.count
+        everybody: list[Any] = [None] * self.rank.world_size
         with _answered():
             dist.all_gather_object(everybody, dict(facts), group=self._waiting)
         for rank, theirs in enumerate(everybody):
@@ -202,11 +202,11 @@ class Processes:
             return True
 
 
-ALONE = Processes()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def process_group() -> Iterator[ProcessGroup]:
     """Meet the processes that a launcher has started with this one, and part at the end.
 
     Of an error that ends several of them one shows the message (:attr:`transfer.errors.TransferError.shown_elsewhere`).
@@ -214,11 +214,11 @@ def joined() -> Iterator[Processes]:
     Raises:
         UserError: The launcher is to cut the model into pieces.
         TrainingError: Not all came in time.
-        LostProcess: One ended on the way.
+        ProcessLostError: One ended on the way.
     """
-    own = place()
-    if own.count == 1:
-        yield ALONE
+    own = rank_from_environment()
+    if own.world_size == 1:
+        yield SINGLE_PROCESS
         return
     processes = _meet(own)
     try:
@@ -233,13 +233,13 @@ def joined() -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def _meet(own: Place) -> Processes:
+def _meet(own: Rank) -> ProcessGroup:
     on_gpus = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
     if on_gpus:
         torch.cuda.set_device(own.local_rank)
     try:
-        store, rank, size = next(rendezvous("env://", own.rank, own.count, timeout=MEETING))
-        store.set_timeout(MEETING)
+        store, rank, size = next(rendezvous("env://", own.index, own.world_size, timeout=RENDEZVOUS_TIMEOUT))
+        store.set_timeout(RENDEZVOUS_TIMEOUT)
         # A launcher may keep the store from one meeting to the next, with what stands in it.
         store = dist.PrefixStore(f"transfer/{next(_meetings)}", store)  # type: ignore[attr-defined]
         dist.init_process_group(
@@ -247,19 +247,20 @@ def _meet(own: Place) -> Processes:
             store=store,
             rank=rank,
             world_size=size,
-            timeout=ANSWER,
+            timeout=COLLECTIVE_TIMEOUT,
         )
-        waiting = dist.new_group(backend="gloo", timeout=LONGEST_WORK)
+        waiting = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
         # One that finds a mistake at once and ends would otherwise be missed by those that are still connecting.
         dist.barrier(waiting)  # type: ignore[arg-type]  # this process is of the group
     except RuntimeError as error:
         raise TrainingError(
-            f"the {own.count} processes did not find each other at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')} within {MEETING.seconds // 60} minutes: "
+            f"the {own.world_size} processes did not find each other at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')} "
+            f"within {RENDEZVOUS_TIMEOUT.seconds // 60} minutes: "
             f"{_first_line(error)}",
             fix="start as many as were announced, and let every machine reach that address",
         ) from error
-    return Processes(own, waiting, store)
+    return ProcessGroup(own, waiting, store)
 
 
 @contextmanager
@@ -268,7 +269,7 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo raises a plain one, and torch's own are derived from it
-        raise LostProcess(
+        raise ProcessLostError(
             "another process of this run was lost: it failed, was killed, or its machine cannot be reached "
             f"({_first_line(error)})",
             fix="start the processes again",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -18,114 +16,41 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchmetrics import Metric
 
-from transfer.config.train_settings import TrainConfig
-from transfer.data.loader import Batch, Loader, Timed
-from transfer.errors import MemoryRanOut, TrainingError
-from transfer.feature_cache.loader import FeatureCache, Prefix, Source, source
-from transfer.interfaces import PrimaryMetric, Task
+from transfer.data.batch import Batch, TimedIterator
+from transfer.data.loader import Loader
+from transfer.errors import TrainingError
+from transfer.feature_cache.loader import StageInputs
+from transfer.interfaces import PrimaryMetric
 from transfer.models.model import BATCH_NORM, Model
-from transfer.models.precision import Precision, autocast
+from transfer.models.precision import autocast
 from transfer.storage import checkpoint
-from transfer.storage.run_directory import RunDirectory, Scored
+from transfer.storage.run_directory import Predictions, RunDirectory
 from transfer.system.signals import Interrupted, Signals
 from transfer.training import freezing
-from transfer.training.distributed import ALONE, LostProcess, Processes
+from transfer.training.device_memory import explain_out_of_memory, peak_memory_bytes
+from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, ProcessLostError
+from transfer.training.evaluation import device_metrics, evaluate
 from transfer.training.events import (
     EpochEnded,
     EpochStarted,
-    EvaluationStarted,
-    EvaluationStep,
     Note,
     Observer,
     StepEnded,
 )
+from transfer.training.experiment import Experiment, PhasePlan
 from transfer.training.freezing import Frozen
-from transfer.training.mixup import blend
-from transfer.training.scheduler import Group, Schedule, TorchPart, build_optimizer
-from transfer.training.state import EpochSums, Progress, TrainingState, nested
+from transfer.training.mixup import mix_batch
+from transfer.training.optimizer import build_optimizer
+from transfer.training.scheduler import Schedule
+from transfer.training.state import EpochSums, Progress, TrainingState
 
-TELL_SECONDS = 0.2
+PROGRESS_INTERVAL_SECONDS = 0.2
 """Observers hear of steps this often: computing a metric for them waits for the device."""
-QUICK_BATCHES = 3
-"""Batches of each part in a quick try."""
-BRIEF_SECONDS = 2.0
+MIN_CHECKPOINT_SECONDS = 2.0
 """So much training is done again sooner than it is worth a checkpoint: shorter epochs do not each end with one."""
-
-
-@dataclass(frozen=True)
-class PhasePlan:
-    """One phase, worked out for one model.
-
-    Args:
-        epochs: Passes over the training split, at most.
-        frozen: What does not change.
-        groups: What is trained, and how fast.
-        scheduler: How the learning rates move, if they do.
-        patience: End after so many epochs without a better validation metric.
-    """
-
-    epochs: int
-    frozen: Frozen
-    groups: list[Group]
-    scheduler: TorchPart | None
-    patience: int | None = None
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Everything that the engine needs.
-
-    Args:
-        model: With its pretrained weights.
-        task: Loss and metrics.
-        train, validation, test: The splits' batches; without a test split the validation figures stand alone.
-        phases: In order.
-        optimizer: Which, with its options.
-        settings: How to train.
-        seed: Of everything random during training.
-        assets: What the backbone learned from the training split, for the keys of the feature cache.
-        origin: Digests of the data and of the assets, which a run that goes on must find again.
-        most_batches: No more than so many batches of each part (a quick try).
-    """
-
-    model: Model
-    task: Task
-    train: Loader
-    validation: Loader
-    test: Loader | None
-    phases: tuple[PhasePlan, ...]
-    optimizer: TorchPart
-    settings: TrainConfig
-    seed: int
-    assets: Mapping[str, str]
-    origin: Mapping[str, str]
-    most_batches: int | None = None
-
-    def features(self, loader: Loader, stages: int, *, training: bool = False) -> Source:
-        """Return a split's batches, from the feature cache where the first ``stages`` stages are frozen."""
-        if self.most_batches is not None:
-            return Source(loader, 0, {"cached": False, "why": "a quick try takes a few batches, not every example"})
-        prefix = Prefix(self.model, stages, self.assets, self.settings.precision)
-        cache = None
-        if self.settings.cache != "off":
-            limit_bytes = int(self.settings.cache_limit_gib * 2**30)
-            cache = FeatureCache(limit_bytes, verify=self.settings.cache == "verify")
-        mixed = training and self.settings.mix is not None
-        return source(cache, prefix, loader, views=self.settings.views, mixed=mixed)
-
-    def always_frozen(self) -> int:
-        """Return how many stages, from the input on, stay frozen through all phases: the test split's prefix."""
-        return min(freezing.prefix_length(self.model, phase.frozen) for phase in self.phases)
-
-    def unchanged_stages(self) -> frozenset[str]:
-        """Return the stages of which no phase changes anything, buffers included."""
-        still = [p.frozen.stages if p.frozen.batch_norm == "frozen" else frozenset() for p in self.phases]
-        return frozenset.intersection(*still)
 
 
 @dataclass
@@ -144,7 +69,7 @@ class _Training:
     run: RunDirectory
     observe: Observer
     signals: Signals
-    processes: Processes
+    processes: ProcessGroup
     accelerator: Accelerator
     forward: Callable[..., Tensor]
     state: TrainingState
@@ -160,9 +85,9 @@ class _Training:
         """Of the run so far."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    def features(self, loader: Loader, stages: int, *, training: bool = False) -> Source:
+    def features(self, loader: Loader, stages: int, *, training: bool = False) -> StageInputs:
         """Return a split's batches; of several processes the first of each machine fills the feature cache."""
-        with self.signals.at_once(), self.processes.first_here():
+        with self.signals.immediate(), self.processes.local_main_first():
             return self.experiment.features(loader, stages, training=training)
 
 
@@ -173,7 +98,7 @@ def fit(
     signals: Signals,
     *,
     resume: bool = False,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train, keep the best epoch by the validation split, score the test split once with it.
 
@@ -202,9 +127,11 @@ def fit(
         if resume:
             _restore(training)
         return _train(training)
-    except LostProcess as error:
+    except ProcessLostError as error:
         message = error.problems[0].message
-        raise LostProcess(message, fix=f"go on, in as many processes or in one, with: {run.resume_command}") from error
+        raise ProcessLostError(
+            message, fix=f"go on, in as many processes or in one, with: {run.resume_command}"
+        ) from error
 
 
 def _train(training: _Training) -> dict[str, Any]:
@@ -214,7 +141,7 @@ def _train(training: _Training) -> dict[str, Any]:
         for number in range(training.state.progress.phase, len(experiment.phases) + 1):
             _train_phase(training, number)
         if training.unsaved:
-            with training.signals.held():
+            with training.signals.deferred():
                 _save(training)
     except Interrupted as interruption:
         if training.unsaved and not interruption.at_once:
@@ -231,7 +158,7 @@ def _train(training: _Training) -> dict[str, Any]:
 
 
 def _prepare(
-    experiment: Experiment, run: RunDirectory, observe: Observer, signals: Signals, processes: Processes
+    experiment: Experiment, run: RunDirectory, observe: Observer, signals: Signals, processes: ProcessGroup
 ) -> _Training:
     """Put the model on its device and what training changes beside it."""
     settings, model = experiment.settings, experiment.model
@@ -240,11 +167,11 @@ def _prepare(
     accelerator = Accelerator(
         mixed_precision="no" if settings.precision == "fp32" else settings.precision,
         # It takes several processes for single ones otherwise, where there is no GPU.
-        cpu=True if processes.several and not torch.cuda.is_available() else None,
+        cpu=True if processes.is_distributed and not torch.cuda.is_available() else None,
     )
-    if accelerator.num_processes != processes.own.count:
+    if accelerator.num_processes != processes.rank.world_size:
         raise TrainingError(
-            f"{accelerator.num_processes} processes were started, and this works in {processes.own.count}",
+            f"{accelerator.num_processes} processes were started, and this works in {processes.rank.world_size}",
             fix="start it without a launcher, or with torchrun",
         )
     model.to(accelerator.device)
@@ -252,13 +179,13 @@ def _prepare(
     if settings.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))  # type: ignore[no-untyped-call]
     # Gradients of several processes are added up below, once per step of the optimizer, whatever a phase freezes.
-    prepared = accelerator.prepare_model(model, evaluation_mode=processes.several)
-    metrics = _metrics(experiment.task, accelerator.device)
+    prepared = accelerator.prepare_model(model, evaluation_mode=processes.is_distributed)
+    metrics = device_metrics(experiment.task, accelerator.device)
     unchanged = experiment.unchanged_stages()
     base = {name: tensor for name, tensor in model.state_dict().items() if model.stage_of(name) in unchanged}
     origin = {**experiment.origin, "base weights": checkpoint.digest(base)}
-    if processes.several:
-        processes.agree({**origin, "initial weights": checkpoint.digest(model.state_dict())})
+    if processes.is_distributed:
+        processes.require_equal({**origin, "initial weights": checkpoint.digest(model.state_dict())})
     return _Training(
         experiment,
         run,
@@ -277,7 +204,7 @@ def _restore(training: _Training) -> None:
     run, state, observe = training.run, training.state, training.observe
     folder, processes = run.checkpoints / "last", training.processes
     # Only the first process need see the run directory.
-    found = processes.from_first(lambda: checkpoint.load(folder) if checkpoint.exists(folder) else None)
+    found = processes.broadcast_object(lambda: checkpoint.load(folder) if checkpoint.exists(folder) else None)
     if found is not None:
         recovered = state.restore(*found, folder)
         if recovered is not None:
@@ -287,7 +214,7 @@ def _restore(training: _Training) -> None:
     else:
         observe(Note("no checkpoint was written yet: begins again"))
     training.seconds_before = state.progress.seconds
-    if not processes.leads:
+    if not processes.is_main:
         return
     repaired = run.restore_metrics(state.progress.records)
     if repaired is not None:
@@ -308,19 +235,19 @@ def _train_phase(training: _Training, number: int) -> None:
     if stages:
         observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
 
-    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=state.optimizer)
+    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, previous=state.optimizer)
     begins = number > progress.phase
-    most, first = experiment.most_batches or sys.maxsize, progress.epochs - (0 if begins else progress.phase_epochs)
+    most, first = experiment.max_batches or sys.maxsize, progress.epochs - (0 if begins else progress.phase_epochs)
     counts = [min(train.loader.count(first + ahead), most) for ahead in range(phase.epochs)]
     schedule = Schedule(
         phase.scheduler,
         optimizer,
         epochs=phase.epochs,
         steps_per_epoch=[math.ceil(batches / settings.accumulate) for batches in counts],
-        warmup_epochs=0.0 if experiment.most_batches else settings.warmup_epochs,
+        warmup_epochs=0.0 if experiment.max_batches else settings.warmup_epochs,
         higher_is_better=primary.higher_is_better,
     )
-    with training.signals.held():  # a checkpoint names the phase whose optimizer it holds
+    with training.signals.deferred():  # a checkpoint names the phase whose optimizer it holds
         if begins:
             progress.phase, progress.phase_epochs, progress.phase_best = number, 0, None
         state.begin_phase(optimizer, schedule)
@@ -340,22 +267,22 @@ def _train_phase(training: _Training, number: int) -> None:
             settings.precision,
             observe,
             "validation",
-            experiment.most_batches,
+            experiment.max_batches,
             processes=training.processes,
             signals=training.signals,
         )
-        with training.signals.held():
+        with training.signals.deferred():
             _end_epoch(training, scores, time.perf_counter() - validation_started)
     if progress.phase_epochs < phase.epochs:
         observe(Note(f"phase {number} ends after epoch {progress.epochs}: no better for {phase.patience} epochs"))
 
 
-def _train_epoch(training: _Training, train: Source, optimizer: Any) -> None:
+def _train_epoch(training: _Training, train: StageInputs, optimizer: Any) -> None:
     """Train what is left of the epoch that is going on."""
     experiment, progress, signals = training.experiment, training.state.progress, training.signals
     metrics, primary = training.state.metrics, experiment.task.primary_metric.name
     settings, sums = experiment.settings, progress.epoch
-    sizes = [len(batch) for batch in experiment.train.plan(progress.epochs)[: experiment.most_batches]]
+    sizes = [len(batch) for batch in experiment.train.batch_indices(progress.epochs)[: experiment.max_batches]]
     if not sums.batches:
         sums.rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         for metric in metrics.values():
@@ -364,11 +291,11 @@ def _train_epoch(training: _Training, train: Source, optimizer: Any) -> None:
     seconds_before, waiting_before, examples_before = sums.seconds, sums.waiting_seconds, sums.examples
     started = told = time.perf_counter()
     left = len(sizes) - sums.batches
-    share = training.processes.share if training.processes.several else None
-    batches = Timed(train.loader.epoch(progress.epochs, first=sums.batches, most=left, share=share))
+    share = training.processes.shard if training.processes.is_distributed else None
+    batches = TimedIterator(train.loader.epoch(progress.epochs, first=sums.batches, most=left, share=share))
 
     for batch in batches:  # waiting for it may be interrupted: nothing is half done then
-        with signals.held():
+        with signals.deferred():
             _optimizer_step(
                 training, train.first_stage, optimizer, chain([batch], islice(batches, settings.accumulate - 1)), sizes
             )
@@ -378,12 +305,12 @@ def _train_epoch(training: _Training, train: Source, optimizer: Any) -> None:
             if _save_is_due(training, sums.batches) and sums.batches < len(sizes):
                 _save(training)
         known = sums.examples - (len(training.pending[1]) if training.pending else 0)
-        if known and now - told >= TELL_SECONDS:
+        if known and now - told >= PROGRESS_INTERVAL_SECONDS:
             told = now
             value = (primary, float(metrics[primary].compute()))
             speed = (sums.examples - examples_before) / (now - started)
             training.observe(StepEnded(sums.batches, sums.loss_sum / known, value, speed))
-        signals.heed()
+        signals.raise_if_any_rank_interrupted()
     _settle(training)
     sums.seconds = seconds_before + time.perf_counter() - started
 
@@ -400,20 +327,20 @@ def _optimizer_step(
     for on_cpu in batches:
         batch = on_cpu.to(accelerator.device)
         # Dropout is a function of the seed and the batch, whatever has drawn random numbers in between.
-        _seed_step(accelerator.device, experiment.seed, state.progress.batches + sums.batches + 1, processes.own.rank)
-        with _memory(len(batch.indices)):
+        _seed_step(accelerator.device, experiment.seed, state.progress.batches + sums.batches + 1, processes.rank.index)
+        with explain_out_of_memory(len(batch.indices)):
             inputs, mixed = batch.inputs, None
             if settings.mix is not None:
-                mixed = blend(inputs, settings.mix)
+                mixed = mix_batch(inputs, settings.mix)
                 inputs = mixed.inputs
             with autocast(settings.precision, accelerator.device):
                 outputs = training.forward(inputs, first_stage)
             outputs = outputs.float()
             losses = task.loss(outputs, batch.targets)
             if mixed is not None:
-                losses = mixed.loss(losses, task.loss(outputs, batch.targets[mixed.partners]))
-            if batch.whole is not None:
-                losses = losses[: processes.counted(len(batch.whole))]
+                losses = mixed.loss(losses, task.loss(outputs, batch.targets[mixed.permutation]))
+            if batch.global_indices is not None:
+                losses = losses[: processes.shard_size(len(batch.global_indices))]
             loss = losses.sum() / together
             # Without loss scaling accelerate's backward and step only add checks, at half a millisecond each.
             if accelerator.scaler is None:
@@ -422,8 +349,8 @@ def _optimizer_step(
                 accelerator.backward(loss)
         losses, predictions = losses.detach(), task.predictions(outputs.detach())
         targets, indices = batch.targets, batch.indices
-        if batch.whole is not None:
-            indices = batch.whole
+        if batch.global_indices is not None:
+            indices = batch.global_indices
             losses, predictions, targets = processes.gather(len(indices), losses, predictions, targets)
         for metric in state.metrics.values():
             metric.update(predictions, targets)
@@ -432,11 +359,11 @@ def _optimizer_step(
         training.pending = (losses.sum(), indices)
         sums.batches, sums.examples = sums.batches + 1, sums.examples + len(indices)
 
-    if processes.several:
+    if processes.is_distributed:
         # Running statistics move by a linear rule: the mean of the processes' is that of their batches' statistics.
         norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.training]
         statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
-        processes.add_up([parameter for parameter in model.parameters() if parameter.requires_grad], statistics)
+        processes.all_reduce([parameter for parameter in model.parameters() if parameter.requires_grad], statistics)
     if settings.clip_norm is not None:
         if accelerator.scaler is not None:
             # Of this optimizer alone: accelerate's own clipping unscales those of earlier phases with it.
@@ -456,10 +383,10 @@ def rehearse(experiment: Experiment, phase: PhasePlan) -> Callable[[Batch, Batch
 
     The experiment's model is trained, and nothing is written. The function raises MemoryRanOut.
     """
-    training = _prepare(experiment, RunDirectory(Path()), lambda _: None, Signals(), ALONE)
+    training = _prepare(experiment, RunDirectory(Path()), lambda _: None, Signals(), SINGLE_PROCESS)
     model, device = experiment.model, training.accelerator.device
     freezing.apply(model, phase.frozen)
-    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, before=None)
+    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, previous=None)
     training.state.begin_phase(optimizer, Schedule(None, optimizer, epochs=1, steps_per_epoch=1, higher_is_better=True))
     scaler = training.accelerator.scaler
     prepared_optimizer = optimizer if scaler is None else training.accelerator.prepare_optimizer(optimizer)
@@ -469,10 +396,14 @@ def rehearse(experiment: Experiment, phase: PhasePlan) -> Callable[[Batch, Batch
         training.pending, training.state.progress.epoch = None, EpochSums()
         for metric in training.state.metrics.values():
             metric.reset()
-        with _memory(len(trained.indices)):
+        with explain_out_of_memory(len(trained.indices)):
             _optimizer_step(training, 0, prepared_optimizer, [trained], [len(trained.indices)])
         model.eval()
-        with _memory(len(evaluated.indices)), torch.inference_mode(), autocast(experiment.settings.precision, device):
+        with (
+            explain_out_of_memory(len(evaluated.indices)),
+            torch.inference_mode(),
+            autocast(experiment.settings.precision, device),
+        ):
             model(evaluated.to(device).inputs, 0)
 
     return step
@@ -508,12 +439,12 @@ def _end_epoch(training: _Training, scores: dict[str, float], validation_seconds
         progress.phase_best = reached
     if improved:
         progress.best = reached
-        if training.processes.leads:
+        if training.processes.is_main:
             # Before `last`, which names it: killed in between, the epoch is trained again and ends the same.
             state.save_best(run.checkpoints / "best")
-    if experiment.settings.checkpoint.every_steps or time.monotonic() - training.saved >= BRIEF_SECONDS:
+    if experiment.settings.checkpoint.every_steps or time.monotonic() - training.saved >= MIN_CHECKPOINT_SECONDS:
         _save(training)
-    if training.processes.leads:
+    if training.processes.is_main:
         run.append_metrics(record)
     training.observe(EpochEnded(record, improved))
 
@@ -522,7 +453,7 @@ def _save(training: _Training) -> None:
     """Write the checkpoint ``last``."""
     _settle(training)
     training.state.progress.seconds = training.seconds
-    if training.processes.leads:
+    if training.processes.is_main:
         training.state.save(training.run.checkpoints / "last", training.experiment.settings.checkpoint.keep)
     training.saved, training.unsaved = time.monotonic(), False
 
@@ -541,7 +472,7 @@ def _gives_up(progress: Progress, patience: int | None) -> bool:
     return patience is not None and best is not None and progress.epochs - int(best["epoch"]) >= patience
 
 
-def _report_caches(training: _Training, number: int, train: Source, validation: Source) -> None:
+def _report_caches(training: _Training, number: int, train: StageInputs, validation: StageInputs) -> None:
     """Note what of a phase is cached; a run that goes on should find what it found before."""
     progress = training.state.progress
     found = [
@@ -559,7 +490,7 @@ def _finish(training: _Training) -> dict[str, Any]:
     """Score the test split with the best epoch's weights, and sum up."""
     experiment, progress, processes = training.experiment, training.state.progress, training.processes
     model, task = experiment.model, experiment.task
-    tensors, best = processes.from_first(lambda: checkpoint.load(training.run.checkpoints / "best"))
+    tensors, best = processes.broadcast_object(lambda: checkpoint.load(training.run.checkpoints / "best"))
     if progress.best is None or best["epoch"] != progress.best["epoch"]:
         text = f"the weights of the best epoch are damaged: those of epoch {best['epoch']} are taken"
         training.observe(Note(f"{text}: {best.get('recovered')}"))
@@ -569,7 +500,7 @@ def _finish(training: _Training) -> dict[str, Any]:
         loader = training.features(experiment.test, experiment.always_frozen())
         caches = [*caches, {"split": "test", **loader.report}]
         kept: list[tuple[Tensor, ...]] = []
-        precision, most = experiment.settings.precision, experiment.most_batches
+        precision, most = experiment.settings.precision, experiment.max_batches
         test = evaluate(
             model,
             task,
@@ -578,14 +509,14 @@ def _finish(training: _Training) -> dict[str, Any]:
             training.observe,
             "test",
             most,
-            kept if processes.leads else None,
+            kept if processes.is_main else None,
             processes=processes,
             signals=training.signals,
         )
-        if most is None and processes.leads:
+        if most is None and processes.is_main:
             indices, *found = (torch.cat(parts) for parts in zip(*kept, strict=True))
             order = indices.argsort()
-            training.run.write_predictions(Scored(*(tensor[order] for tensor in found)))
+            training.run.write_predictions(Predictions(*(tensor[order] for tensor in found)))
     ever_trained = {name for phase in experiment.phases for group in phase.groups for name in group.parameters}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return {
@@ -602,76 +533,6 @@ def _finish(training: _Training) -> dict[str, Any]:
         "cache": caches,
         "device": str(training.accelerator.device),
     }
-
-
-def evaluate(
-    model: Model,
-    task: Task,
-    source: Source,
-    precision: Precision,
-    observe: Observer,
-    split: str,
-    most_batches: int | None = None,
-    kept: list[tuple[Tensor, ...]] | None = None,
-    *,
-    processes: Processes = ALONE,
-    signals: Signals | None = None,
-) -> dict[str, float]:
-    """Return the mean loss and the metrics of a split, in eval mode and without gradients.
-
-    Of each batch the indices, and what :class:`transfer.storage.run_directory.Scored` holds, are appended to ``kept``,
-    on the CPU. Several processes compute a share of every batch each, and return the same.
-    """
-    device = next(model.parameters()).device
-    metrics = _metrics(task, device)
-    share = processes.share if processes.several else None
-    examples, loss_sum = 0, torch.zeros((), dtype=torch.float64, device=device)
-    observe(EvaluationStarted(split, min(len(source.loader), most_batches or sys.maxsize)))
-    model.eval()
-    with torch.inference_mode():
-        for step, on_cpu in enumerate(source.loader.epoch(most=most_batches, share=share), 1):
-            batch = on_cpu.to(device)
-            with _memory(len(batch.indices)), autocast(precision, device):
-                outputs = model(batch.inputs, source.first_stage)
-            outputs = outputs.float()
-            losses, predictions = task.loss(outputs, batch.targets), task.predictions(outputs)
-            targets, indices = batch.targets, batch.indices
-            confidences = task.scores(outputs).amax(1) if kept is not None or batch.whole is not None else losses
-            if batch.whole is not None:
-                indices = batch.whole
-                losses, predictions, targets, confidences = processes.gather(
-                    len(indices), losses, predictions, targets, confidences
-                )
-            loss_sum += losses.sum()
-            for metric in metrics.values():
-                metric.update(predictions, targets)
-            if kept is not None:
-                found = (predictions.cpu(), targets.cpu(), losses.cpu(), confidences.cpu())
-                kept.append((torch.from_numpy(indices), *found))
-            examples += len(indices)
-            observe(EvaluationStep(step))
-            if signals is not None:
-                signals.heed()
-    scores = {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
-    broken = [name for name, value in scores.items() if not math.isfinite(value)]
-    if broken:
-        raise TrainingError(
-            f"{' and '.join(broken)} of the {split} split is not finite",
-            fix="look for values that are not finite in the data, or lower the learning rate",
-        )
-    return scores
-
-
-def _metrics(task: Task, device: torch.device) -> dict[str, Metric]:
-    """Return a task's metrics, which see every example in every process and so have nothing to ask of the others."""
-    metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
-    for _, metric in nested(metrics):
-        metric.distributed_available_fn = _never
-    return metrics
-
-
-def _never() -> bool:
-    return False
 
 
 def _hold_still(average: AveragedModel, model: Model, frozen: Frozen) -> None:
@@ -711,30 +572,8 @@ def _settle(training: _Training) -> None:
     progress.epoch.loss_sum += value
 
 
-@contextmanager
-def _memory(examples: int) -> Iterator[None]:
-    """Say what to do when memory runs out."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one; the CPU's allocator raises a plain one
-        if isinstance(error, torch.cuda.OutOfMemoryError) or should_reduce_batch_size(error):
-            raise MemoryRanOut(
-                f"memory ran out on a batch of {examples} examples",
-                fix="set a smaller train.batch_size (or train.evaluation_batch_size, or train.max_tokens), or auto",
-            ) from error
-        raise
-
-
 def _better(primary: PrimaryMetric, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
     """Compare by the primary metric; where that is equal, as it often is on a small split, by the loss."""
     if new[primary.name] != old[primary.name]:
         return (new[primary.name] > old[primary.name]) == primary.higher_is_better
     return new["loss"] < old["loss"]
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory in use so far: the device's on a GPU, the process's on the CPU."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux

@@ -104,3 +104,8 @@ class RunEnded:
 
 Event = Note | RunStarted | EpochStarted | StepEnded | EvaluationStarted | EvaluationStep | EpochEnded | RunEnded
 Observer = Callable[[Event], None]
+
+
+def ignore_events(_: object) -> None:
+    """Observe nothing."""
+    return

@@ -8,30 +8,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transfer.config.train_settings import Mix
+from transfer.config.train_settings import MixupCutmix
 from transfer.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Blend:
+class MixedBatch:
     """Which examples a batch was blended from.
 
     Args:
         inputs: The blended inputs.
-        partners: int64 (B,), the second example of each blend.
-        share: How much of each blend is the first example.
+        permutation: int64 (B,), the second example of each blend.
+        lam: How much of each blend is the first example.
     """
 
     inputs: Tensor
-    partners: Tensor
-    share: float
+    permutation: Tensor
+    lam: float
 
-    def loss(self, own: Tensor, partners: Tensor) -> Tensor:
-        """Blend the losses (B,) against the own and the partners' targets alike."""
-        return self.share * own + (1 - self.share) * partners
+    def loss(self, own: Tensor, permutation: Tensor) -> Tensor:
+        """Return the losses (B,) mixed by ``lam``."""
+        return self.lam * own + (1 - self.lam) * permutation
 
 
-def check_blendable(inputs: object, mix: Mix) -> Tensor:
+def check_mixable(inputs: object, mix: MixupCutmix) -> Tensor:
     """Return the backbone's input if its examples can be blended, also on the meta device.
 
     Raises:
@@ -45,32 +45,32 @@ def check_blendable(inputs: object, mix: Mix) -> Tensor:
     return inputs
 
 
-def blend(inputs: object, mix: Mix) -> Blend:
-    """Blend a batch with a permutation of itself; random by torch's global generator.
+def mix_batch(inputs: object, mix: MixupCutmix) -> MixedBatch:
+    """Mix a batch with a permutation of itself; random by torch's global generator.
 
-    Mixup (Zhang et al. 2018) averages with a share drawn from Beta(a, a). Cutmix (Yun et al. 2019) pastes a rectangle
-    that covers one minus that share of the picture; the share is then corrected to the pixels really kept.
+    Mixup (Zhang et al. 2018) averages with a lam drawn from Beta(a, a). Cutmix (Yun et al. 2019) pastes a rectangle
+    that covers one minus that lam of the picture; the lam is then corrected to the pixels really kept.
 
     Args:
         inputs: float (B, ...); float (B, C, H, W) for cutmix.
         mix: Parameters.
 
     Raises:
-        ConfigError: As :func:`check_blendable`.
+        ConfigError: As :func:`check_mixable`.
     """
-    inputs = check_blendable(inputs, mix)
+    inputs = check_mixable(inputs, mix)
     use_cutmix = mix.cutmix is not None and (mix.mixup is None or bool(torch.rand(()) < 0.5))
     concentration = torch.tensor(mix.cutmix if use_cutmix else mix.mixup)
-    share = float(torch.distributions.Beta(concentration, concentration).sample())
-    partners = torch.randperm(len(inputs)).to(inputs.device)
+    lam = float(torch.distributions.Beta(concentration, concentration).sample())
+    permutation = torch.randperm(len(inputs)).to(inputs.device)
     if not use_cutmix:
-        return Blend(torch.lerp(inputs[partners], inputs, share), partners, share)
+        return MixedBatch(torch.lerp(inputs[permutation], inputs, lam), permutation, lam)
     height, width = inputs.shape[2:]
-    cut_height, cut_width = (round(side * math.sqrt(1 - share)) for side in (height, width))
+    cut_height, cut_width = (round(side * math.sqrt(1 - lam)) for side in (height, width))
     top, left = (int(torch.randint(side, ())) - cut // 2 for side, cut in ((height, cut_height), (width, cut_width)))
     rows = slice(max(0, top), max(0, min(height, top + cut_height)))
     columns = slice(max(0, left), max(0, min(width, left + cut_width)))
     blended = inputs.clone()
-    blended[:, :, rows, columns] = inputs[partners][:, :, rows, columns]
+    blended[:, :, rows, columns] = inputs[permutation][:, :, rows, columns]
     pasted = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return Blend(blended, partners, 1 - pasted / (height * width))
+    return MixedBatch(blended, permutation, 1 - pasted / (height * width))

@@ -1,213 +1,17 @@
-"""Torch's optimizers and schedulers by name, over real parameter groups."""
+"""Learning-rate schedules with warm-up."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
-from transfer.errors import ConfigError, nearest
-from transfer.models.model import BATCH_NORM, Model
-from transfer.training.freezing import Frozen
-
-
-def _classes(module: Any, base: type, leave_out: set[str]) -> dict[str, type[Any]]:
-    public = {name: cls for name, cls in vars(module).items() if not name.startswith("_") and name not in leave_out}
-    return {
-        name.lower(): c for name, c in public.items() if isinstance(c, type) and issubclass(c, base) and c is not base
-    }
-
-
-# LBFGS evaluates the model several times a step, SparseAdam takes sparse gradients alone, Muon matrices alone.
-OPTIMIZERS = _classes(torch.optim, Optimizer, {"LBFGS", "SparseAdam", "Muon"})
-# These take functions or other schedulers, which a config cannot write.
-_SCHEDULERS = _classes(
-    lr_scheduler,
-    lr_scheduler.LRScheduler,
-    {"LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"},
-)
-SCHEDULERS = _SCHEDULERS | {
-    "step": lr_scheduler.StepLR,
-    "cosine": lr_scheduler.CosineAnnealingLR,
-    "one_cycle": lr_scheduler.OneCycleLR,
-    "plateau": lr_scheduler.ReduceLROnPlateau,
-    "linear": lr_scheduler.LinearLR,
-    "exponential": lr_scheduler.ExponentialLR,
-}
-NOT_OPTIONS = {"params", "lr", "differentiable", "capturable"}
-"""Of optimizers: what the framework hands over, and what needs another loop than this one."""
-
-
-def handed_over(scheduler: type[Any]) -> set[str]:
-    """Return the parameters of a scheduler that the framework knows, so that a config need not repeat them."""
-    known = {
-        lr_scheduler.CosineAnnealingLR: {"T_max"},
-        lr_scheduler.OneCycleLR: {"max_lr", "total_steps", "epochs", "steps_per_epoch"},
-        lr_scheduler.CyclicLR: {"max_lr", "scale_fn", "scale_mode"},
-        lr_scheduler.ReduceLROnPlateau: {"mode"},
-    }
-    return {"optimizer", "last_epoch", "verbose"} | known.get(scheduler, set())
-
-
-NORMS = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
-"""RMSNorm came with torch 2.4."""
-
-
-@dataclass(frozen=True)
-class TorchPart:
-    """One of torch's optimizers or schedulers that a config names.
-
-    Args:
-        name: Its lower-case name.
-        cls: Its class.
-        options: Checked options as the config gives them (torch's own defaults fill in the rest), without lr.
-    """
-
-    name: str
-    cls: type[Any]
-    options: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Group:
-    """One parameter group.
-
-    Args:
-        stage: The stage that its parameters belong to.
-        lr: Its learning rate.
-        parameters: Names of its parameters; none is frozen.
-        decays: Weight decay applies to it.
-    """
-
-    stage: str
-    lr: float
-    parameters: tuple[str, ...]
-    decays: bool = True
-
-
-def groups(
-    model: Model,
-    frozen: Frozen,
-    lr: float | Mapping[str, float],
-    no_weight_decay: Collection[Literal["norm", "bias"]] = (),
-) -> list[Group]:
-    """Return parameter groups for every stage that has something to train, from input to output.
-
-    A stage has one group, or two where some of its parameters are left out of weight decay.
-
-    ``lr`` by group: a stage's own name wins, then ``head`` or ``backbone``. With ``layer_decay`` the topmost backbone
-    stage with parameters has the rate ``backbone`` (or, where that is not given, ``head`` times the decay), and every
-    stage below it that of the one above times the decay (ULMFiT, Howard and Ruder 2018; BEiT, Bao et al. 2021).
-
-    Raises:
-        ConfigError: A key of ``lr`` is no group of this model, or a stage that is trained has no learning rate.
-    """
-    stages = {
-        stage: tuple(f"{stage}.{name}" for name, _ in module.named_parameters())
-        for stage, module in model.stages.items()
-    }
-    rates = _rates([stage for stage, names in stages.items() if names or stage == "head"], list(stages), lr)
-    found = []
-    for stage, names in stages.items():
-        trained = tuple(name for name in names if name not in frozen.parameters)
-        if not trained:
-            continue
-        if stage not in rates:
-            raise ConfigError(
-                f"lr says nothing of the stage {stage!r}, which is trained",
-                available=["head", "backbone", *list(stages)[:-1]],
-                fix="add backbone: ..., or freeze the stage",
-            )
-        spared = _spared(model.stages[stage], no_weight_decay)
-        for decays in (True, False):
-            members = tuple(name for name in trained if (name.removeprefix(f"{stage}.") in spared) != decays)
-            if members:
-                found.append(Group(stage, rates[stage], members, decays))
-    return found
-
-
-def _spared(stage: nn.Module, kinds: Collection[str]) -> set[str]:
-    """Return the names of a stage's parameters that are left out of weight decay."""
-    spared = set()
-    for prefix, module in stage.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            bias = name.startswith(("bias", "in_proj_bias"))  # in_proj_bias: of attention
-            if ("norm" in kinds and isinstance(module, NORMS)) or ("bias" in kinds and bias):
-                spared.add(f"{prefix}.{name}" if prefix else name)
-    return spared
-
-
-def _rates(with_parameters: list[str], stages: list[str], lr: float | Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(lr, Mapping):
-        return dict.fromkeys(stages, lr)
-    groups = sorted({stage.rpartition(".")[0] for stage in stages if "." in stage})
-    known = ["head", "backbone", "layer_decay", *groups, *stages[:-1]]
-    for key in lr:
-        if key not in known:
-            close = nearest(key, known)
-            fix = f"did you mean {close!r}?" if close else None
-            raise ConfigError(f"lr names {key!r}, which is no group of this model", available=known, fix=fix)
-    decay = lr.get("layer_decay", 1.0)
-    top = lr.get("backbone", lr["head"] * decay if "layer_decay" in lr and "head" in lr else None)
-    rates: dict[str, float] = {}
-    if top is not None:
-        below = [stage for stage in with_parameters if stage != "head"][::-1]
-        rates = {stage: top * decay**depth for depth, stage in enumerate(below)}
-    rates |= {stage: lr[group] for stage in stages if (group := stage.rpartition(".")[0]) in lr}
-    return rates | {stage: lr[stage] for stage in stages if stage in lr}
-
-
-def build_optimizer(model: Model, found: list[Group], part: TorchPart, before: Optimizer | None) -> Optimizer:
-    """Build the optimizer of a phase; parameters that were trained in the phase before keep their state.
-
-    Args:
-        model: The model.
-        found: What :func:`groups` returned.
-        part: Which optimizer, with its options.
-        before: The optimizer of the phase before.
-
-    Raises:
-        ConfigError: Torch refuses the options.
-    """
-    parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-    made = [
-        {"params": [parameters[name] for name in g.parameters], "lr": g.lr, "name": g.stage}
-        | ({} if g.decays else {"weight_decay": 0.0})
-        for g in found
-    ]
-    try:
-        options = {**part.options, "fused": True} if _fused_on_the_cpu(model, part) else part.options
-        optimizer: Optimizer = part.cls(made, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"torch's {part.cls.__name__} refuses its options: {error}") from error
-    if before is not None:
-        kept: dict[Tensor, Any] = {
-            p: before.state[p] for g in optimizer.param_groups for p in g["params"] if p in before.state
-        }
-        optimizer.state.update(kept)
-    return optimizer
-
-
-def _fused_on_the_cpu(model: Model, part: TorchPart) -> bool:
-    """Say whether to take torch's fused kernel of an optimizer, a tenth of the time: the config leaves the choice.
-
-    On a GPU torch chooses well by itself; on the CPU it would go through the parameters one operation at a time.
-    """
-    if torch.__version__ < "2.4" or "fused" not in inspect.signature(part.cls).parameters:
-        return False
-    if any(part.options.get(key) is not None for key in ("fused", "foreach", "differentiable")):
-        return False
-    # Torch itself looks at the first parameter alone, and at no gradient, which an embedding may make sparse.
-    dense = not any(getattr(module, "sparse", False) for module in model.modules())
-    return dense and all(p.device.type == "cpu" and p.is_floating_point() for p in model.parameters())
+from transfer.config.torch_classes import TorchClass
+from transfer.errors import ConfigError
 
 
 class Schedule:
@@ -231,7 +35,7 @@ class Schedule:
 
     def __init__(
         self,
-        part: TorchPart | None,
+        part: TorchClass | None,
         optimizer: Optimizer,
         *,
         epochs: int,

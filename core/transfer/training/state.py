@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from transfer.errors import RunError, TrainingError, damaged
 from transfer.models.model import Model
 from transfer.storage import checkpoint
+from transfer.training import optimizer_state
 from transfer.training.scheduler import Schedule
 
 _BEGIN_AGAIN = "bring back what was there before, or begin again with: transfer run"
@@ -117,7 +118,7 @@ class TrainingState:
             (tensors, state, folder), self._found = self._found, None
             with damaged("the checkpoint does not fit the run", str(folder), _BEGIN_AGAIN):
                 groups = state["groups"]
-                checkpoint.load_optimizer(self.model, optimizer, tensors["optimizer"], state["optimizer"], groups)
+                optimizer_state.load_optimizer(self.model, optimizer, tensors["optimizer"], state["optimizer"], groups)
                 schedule.load_state_dict(state["schedule"])
         self.optimizer, self.schedule = optimizer, schedule
 
@@ -131,7 +132,7 @@ class TrainingState:
         assert self.schedule is not None
         weights = self.weights(self.model)
         self._refuse_what_is_not_finite(weights)
-        tensors, rest = checkpoint.optimizer_tensors(self.model, self.optimizer)
+        tensors, rest = optimizer_state.optimizer_tensors(self.model, self.optimizer)
         counts, states = _metric_states(self.metrics)
         parts: dict[str, Mapping[str, Tensor]] = {"model": weights, "optimizer": tensors, "metrics": states}
         if self.average is not None:
@@ -141,7 +142,7 @@ class TrainingState:
             "origin": self.origin,
             "progress": asdict(self.progress),
             "optimizer": rest,
-            "groups": checkpoint.group_options(self.optimizer),
+            "groups": optimizer_state.group_options(self.optimizer),
             "schedule": self.schedule.state_dict(),
             "metric_updates": counts,
             "scaler": None if self.scaler is None else self.scaler.state_dict(),

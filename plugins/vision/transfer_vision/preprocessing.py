@@ -213,7 +213,7 @@ class ImagePreprocessing(Preprocessing):
         rows = batch.view(len(encoded), size, size * channels).float().sub_(mean).div_(std)
         return rows.view(batch.shape).permute(0, 3, 1, 2)
 
-    def show(
+    def render_batch(
         self, inputs: Tensor, values: Sequence[Any], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
     ) -> bytes:
         """Draw the pictures of a batch, float32 (B, C, S, S), in their own colours: the bytes of a PNG file.
@@ -226,7 +226,7 @@ class ImagePreprocessing(Preprocessing):
         pictures = [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pixels]
         return draw_grid(pictures, captions, groups)
 
-    def picture(self, value: Any) -> bytes:
+    def thumbnail(self, value: Any) -> bytes:
         """Return a raw value in few pixels, upright, its colours as they are: the bytes of a JPEG file.
 
         Of more than three channels the first three are drawn; fewer than three are drawn as the grey of the first.

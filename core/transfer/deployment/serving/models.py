@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from transfer.data.loader import move
+from transfer.data.batch import move
 from transfer.errors import DataError
 from transfer.interfaces import Preprocessing
 from transfer.models.saved_model import LoadedModel, find_model, read_model
 
 logger = logging.getLogger(__name__)
 
-MOST_STEPS = 2**16
+MAX_STEPS = 2**16
 """Tokens, padding included, that go through a model at once: one long text does not make a whole batch as long."""
 
 Request = Mapping[str, bytes]
@@ -108,7 +108,7 @@ class ServedModel:
         lengths = {place: max(self.preprocessing.length(value), 1) for place, value in encoded.items()}
         batch: list[int] = []
         for place in sorted(encoded, key=lambda place: lengths[place]):
-            if batch and (len(batch) + 1) * lengths[place] > MOST_STEPS:
+            if batch and (len(batch) + 1) * lengths[place] > MAX_STEPS:
                 yield batch
                 batch = []
             batch.append(place)

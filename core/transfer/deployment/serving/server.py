@@ -20,7 +20,7 @@ from transfer.deployment.serving.reading import LIMITS, Limits
 from transfer.errors import UserError
 from transfer.system.signals import Signals
 
-MOST_CONNECTIONS = 256
+MAX_CONNECTIONS = 256
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -71,7 +71,7 @@ def make_server(app: FastAPI, limits: Limits) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MOST_CONNECTIONS,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=max(1, round(limits.seconds)),
     )
     return uvicorn.Server(config)
@@ -155,7 +155,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listening = socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
+        listening = socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS)
         # Connections inherit it. Without it an answer's body waits 40 ms for the asker to acknowledge its headers.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listening

@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 from transfer.errors import UserError
+from transfer.registry.requirements import CORE_DISTRIBUTION
 
 _FILES = {
     "pyproject.toml": "pyproject.toml",
@@ -57,4 +58,5 @@ def new_plugin(name: str, folder: str | Path = ".", *, version: str) -> Path:
 def _compatible(version: str) -> str:
     """Return the requirement on transfer: this version up to the next that may change a contract."""
     major, minor = (int(part) for part in version.split(".")[:2])
-    return f"transfer>={version},<{major + 1}" if major else f"transfer>={version},<0.{minor + 1}"
+    next_breaking = f"{major + 1}" if major else f"0.{minor + 1}"
+    return f"{CORE_DISTRIBUTION}>={version},<{next_breaking}"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, class_indices, find_file, label_sets
+from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, encode_labels, find_file, multi_hot
 
 INSTALL = "pip install datasets"
 FORMATS = {
@@ -196,8 +196,8 @@ class HuggingFace(Dataset):
             names = getattr(getattr(feature, "feature", feature), "names", None)
             values = list(rows[column])
             if self.target == "class":
-                return class_indices([_label(value, names) for value in values], classes, where)
-            return label_sets([[_label(item, names) for item in value or ()] for value in values], classes, where)
+                return encode_labels([_label(value, names) for value in values], classes, where)
+            return multi_hot([[_label(item, names) for item in value or ()] for value in values], classes, where)
         targets = np.empty((len(rows), len(self.labels)), dtype=np.float32)
         for position, column in enumerate(self.labels):
             try:

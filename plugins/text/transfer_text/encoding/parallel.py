@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 SHARE_CHARACTERS = 4_000_000
 """The least that is worth a process: about half a second of work."""
-MOST_PROCESSES = 4
+MAX_PROCESSES = 4
 OWN_SHARE = 1.8
 """Of this process, in helpers' shares: it need not be started, and knows pieces from texts before."""
 
@@ -95,7 +95,7 @@ def processes() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(KeyError, ValueError):
         cores = min(cores, int(os.environ["OMP_NUM_THREADS"]))
-    return max(1, min(cores, MOST_PROCESSES))
+    return max(1, min(cores, MAX_PROCESSES))
 
 
 def _shares(texts: Sequence[str]) -> list[Sequence[str]]:

@@ -57,7 +57,7 @@ class TextPreprocessing(TokenPreprocessing):
         """Return the number of tokens of each text; those of :meth:`encode` are known without reading any."""
         return encoded.lengths if isinstance(encoded, EncodedTexts) else super().lengths(encoded)
 
-    def show(
+    def render_batch(
         self, inputs: Tensor, values: Sequence[str], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
     ) -> str:
         """Write the tokens of a batch, int64 (B, T), with unknown words and what is cut off marked."""

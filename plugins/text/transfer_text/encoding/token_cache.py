@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-MOST_PIECES = 1_000_000  # about 200 MB; then the table is begun anew
+MAX_PIECES = 1_000_000  # about 200 MB; then the table is begun anew
 SLOT_BITS = 20
 """Of the numbers of the slots of a table of short pieces: 20 MB."""
 
@@ -47,7 +47,7 @@ class PieceTable:
         Raises:
             ValueError: A text holds half a surrogate pair.
         """
-        if len(self._pieces) > MOST_PIECES:
+        if len(self._pieces) > MAX_PIECES:
             self._pieces = _Pieces()
             self._offsets, self._indices = self._offsets[:1], self._indices[:0]
         pieces, ends = self._pieces.numbers([self._part(text) for text in texts])

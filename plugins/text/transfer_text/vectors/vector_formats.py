@@ -20,7 +20,7 @@ Block = tuple[list[bytes], npt.NDArray[np.float32]]
 BLOCK_LINES = 512
 LONGEST_WORD_BYTES = 1 << 14
 LONGEST_LINE_BYTES = 1 << 22
-MOST_DIMENSIONS = 1 << 16
+MAX_DIMENSIONS = 1 << 16
 FASTTEXT_MODEL = (793_712_314).to_bytes(4, "little")  # how fastText's own binary models begin
 _DECIMAL = re.compile(rb"-?\d*\.\d+(?:e-?\d+)?")
 _NOT_VECTORS = "give a file with a word and its numbers, separated by single spaces, on each line"
@@ -169,7 +169,7 @@ def _binary(file: IO[bytes], where: str) -> tuple[int, Iterator[Block]]:
             fix="give a text file the ending .txt or .vec",
         )
     count, width = map(int, fields)
-    if width > MOST_DIMENSIONS:
+    if width > MAX_DIMENSIONS:
         raise WeightsError(f"the file says that its vectors are {width:,} wide", where=where, fix="fetch it again")
     return width, _binary_blocks(file, count, width, where)
 

@@ -170,7 +170,7 @@ class MultimodalCSV(_Listed):
             split=split,
             group=group,
             test_fraction=test_fraction,
-            beside={"text": text},
+            extra_fields={"text": text},
         )
         super().__init__(tables, root, bad_files)
 

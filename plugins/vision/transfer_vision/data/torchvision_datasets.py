@@ -16,7 +16,7 @@ import torchvision.datasets
 from PIL import Image
 from pydantic import Field
 
-from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, cut, data_folder
+from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, data_folder, split_off
 from transfer_vision.images.image_sources import FolderSource, Pictures
 from transfer_vision.images.validation import BadFiles, good_pictures
 
@@ -129,7 +129,7 @@ class Torchvision(Dataset):
         classes = _classes(found["train"], labels)
         splits = {split: self._split(split, dataset, labels[split]) for split, dataset in found.items()}
         if set(splits) == {"train"}:
-            splits["train"], splits["test"] = cut(splits["train"], self._test_fraction)
+            splits["train"], splits["test"] = split_off(splits["train"], self._test_fraction)
         return Data(DataSpec(("image",), "class", classes), splits)
 
     def _open(self, entry: _Entry, arguments: Mapping[str, Any]) -> Any:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 BadFiles = Literal["error", "skip"]
 
 FORMAT = 1
-MOST_SHOWN = 30
+MAX_SHOWN = 30
 _SHOW_PROGRESS_FROM = 2000
 
 
@@ -94,7 +94,7 @@ def _problem(source: Source, path: str) -> str | None:
 
 
 def _table(source: Source, problems: dict[str, str]) -> str:
-    shown = list(problems.items())[:MOST_SHOWN]
+    shown = list(problems.items())[:MAX_SHOWN]
     names = [source.name(path).removeprefix(f"{source.name('')}/") for path, _ in shown]
     width = max(map(len, names))
     lines = [f"  {name.ljust(width)}  {problem}" for name, (_, problem) in zip(names, shown, strict=True)]
