@@ -219,7 +219,7 @@ def test_wrong_overrides_are_a_panel(call: Any, config_file: Path) -> None:
 
 @pytest.fixture
 def folder(config: dict[str, Any], tmp_path: Path) -> Path:
-    return transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path).folder
+    return library.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path).folder
 
 
 def test_evaluate_as_json(call: Any, folder: Path) -> None:

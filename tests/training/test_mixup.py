@@ -24,24 +24,24 @@ def test_mixup_is_the_weighted_mean_with_the_partner(shape: tuple[int, ...]) -> 
     inputs = torch.randn(shape)
     before = inputs.clone()
     made = mix_batch(inputs, MixupCutmix(mixup=1.0))
-    assert sorted(made.partners.tolist()) == list(range(6))
-    assert 0 < made.share < 1
-    torch.testing.assert_close(made.inputs, made.share * inputs + (1 - made.share) * inputs[made.partners])
+    assert sorted(made.permutation.tolist()) == list(range(6))
+    assert 0 < made.lam < 1
+    torch.testing.assert_close(made.inputs, made.lam * inputs + (1 - made.lam) * inputs[made.permutation])
     assert torch.equal(inputs, before)
 
 
 def test_the_share_is_of_the_first_example() -> None:
     """With a great parameter the share is a half; a small one keeps one of the two nearly whole."""
     torch.manual_seed(0)
-    assert mix_batch(batch(), MixupCutmix(mixup=1e6)).share == pytest.approx(0.5, abs=0.01)
-    shares = torch.tensor([mix_batch(batch(), MixupCutmix(mixup=0.01)).share for _ in range(200)])
+    assert mix_batch(batch(), MixupCutmix(mixup=1e6)).lam == pytest.approx(0.5, abs=0.01)
+    shares = torch.tensor([mix_batch(batch(), MixupCutmix(mixup=0.01)).lam for _ in range(200)])
     assert ((shares < 0.01) | (shares > 0.99)).float().mean() > 0.9
     assert 0.4 < shares.mean() < 0.6
 
 
 def test_shares_follow_the_beta_distribution() -> None:
     torch.manual_seed(0)
-    shares = torch.tensor([mix_batch(torch.zeros(2, 1), MixupCutmix(mixup=0.4)).share for _ in range(2000)])
+    shares = torch.tensor([mix_batch(torch.zeros(2, 1), MixupCutmix(mixup=0.4)).lam for _ in range(2000)])
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
     assert shares.var() == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.08)
 
@@ -52,7 +52,7 @@ def test_cutmix_pastes_one_rectangle_of_the_area_it_says() -> None:
     for _ in range(50):
         inputs = batch()
         made = mix_batch(inputs, MixupCutmix(cutmix=1.0))
-        for index, partner in enumerate(made.partners.tolist()):
+        for index, partner in enumerate(made.permutation.tolist()):
             picture = made.inputs[index]
             assert set(picture.unique().tolist()) <= {float(index), float(partner)}
             assert torch.equal(picture[0], picture[2])
@@ -61,8 +61,8 @@ def test_cutmix_pastes_one_rectangle_of_the_area_it_says() -> None:
             pasted = picture[0] == partner
             rows, columns = pasted.any(1).sum(), pasted.any(0).sum()
             assert pasted.sum() == rows * columns  # a rectangle
-            assert made.share == pytest.approx(1 - float(pasted.float().mean()), abs=1e-6)
-        areas.append(1 - made.share)
+            assert made.lam == pytest.approx(1 - float(pasted.float().mean()), abs=1e-6)
+        areas.append(1 - made.lam)
         assert torch.equal(inputs, batch())
     assert min(areas) < 0.2
     assert max(areas) > 0.5
@@ -73,8 +73,8 @@ def test_both_draw_one_of_the_two() -> None:
     cut = 0
     for _ in range(40):
         made = mix_batch(batch(), MixupCutmix(mixup=1.0, cutmix=1.0))
-        index = next(i for i, partner in enumerate(made.partners.tolist()) if partner != i)
-        own, other = float(index), float(made.partners[index])
+        index = next(i for i, partner in enumerate(made.permutation.tolist()) if partner != i)
+        own, other = float(index), float(made.permutation[index])
         cut += set(made.inputs[index].unique().tolist()) <= {own, other}
     assert 8 < cut < 32
 
@@ -83,7 +83,7 @@ def test_losses_are_blended_as_the_inputs_are() -> None:
     torch.manual_seed(0)
     made = mix_batch(batch(), MixupCutmix(mixup=1.0))
     own, partners = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 0.0])
-    torch.testing.assert_close(made.loss(own, partners), made.share * own + (1 - made.share) * partners)
+    torch.testing.assert_close(made.loss(own, partners), made.lam * own + (1 - made.lam) * partners)
 
 
 def test_a_batch_of_one_is_blended_with_itself() -> None:
@@ -98,7 +98,7 @@ def test_the_global_generator_decides() -> None:
         torch.manual_seed(seed)
         made.append(mix_batch(batch(), MixupCutmix(mixup=0.4, cutmix=1.0)))
     assert torch.equal(made[0].inputs, made[1].inputs)
-    assert made[0].share == made[1].share != made[2].share
+    assert made[0].lam == made[1].lam != made[2].lam
 
 
 @pytest.mark.parametrize(

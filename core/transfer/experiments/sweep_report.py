@@ -7,14 +7,16 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transfer.errors import RunError, TrainingError
 from transfer.experiments.search_space import DECIDED, FOLDER, Space
-from transfer.experiments.sweep import Worker
 from transfer.runs.evaluate import evaluate
 from transfer.system.atomic_files import read_json, write_atomically, write_json
 from transfer.training.events import Note, Observer
+
+if TYPE_CHECKING:
+    from transfer.experiments.sweep import Worker
 
 
 def short(value: Any) -> str:

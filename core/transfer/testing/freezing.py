@@ -18,7 +18,7 @@ from transfer.models.model import Model
 from transfer.testing.backbones import TARGETS, Subject, tensors
 from transfer.testing.cases import Case, promise, require
 from transfer.training.freezing import Frozen, apply, resolve
-from transfer.training.optimizer import build_optimizer, groups
+from transfer.training.optimizer import build_optimizer, parameter_groups
 
 STEPS = 2
 
@@ -84,7 +84,7 @@ def train(case: Case, policy: Freeze, until: str = "", batch_norm: BatchNorm = "
     apply(model, frozen)
     # Weight decay moves every parameter that the optimizer knows, with or without a gradient.
     part = TorchClass("adamw", OPTIMIZERS["adamw"], {"weight_decay": 0.1})
-    optimizer: Optimizer = build_optimizer(model, groups(model, frozen, 0.01), part, None)
+    optimizer: Optimizer = build_optimizer(model, parameter_groups(model, frozen, 0.01), part, None)
     before = digests(model)
     with_gradient: set[str] = set()
     torch.manual_seed(0)
