@@ -135,3 +135,19 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the one of ``names`` that ``name`` was most likely meant to be, or None."""
     matches = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def unknown_name(what: str, name: str, names: Iterable[str], *, where: str | None = None, fix: str = "") -> Problem:
+    """Return the problem of a name that does not exist: it lists the names that do and suggests the nearest.
+
+    Args:
+        what: What the name should name, in the singular (``stage``, ``backbone``).
+        name: The unknown name.
+        names: The names that exist.
+        where: The config line or file that contains the name.
+        fix: The fix if no name is near.
+    """
+    names = sorted(names)
+    close = nearest(name, names)
+    suggestion = f"did you mean {close!r}?" if close else fix or None
+    return Problem(f"unknown {what} {name!r}", where, tuple(names), suggestion)

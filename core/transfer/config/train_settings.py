@@ -179,6 +179,7 @@ class TrainConfig(Block):
         workers: Loader processes; 0 loads in the training process.
         accumulate: Batches whose gradients make one step of the optimizer.
         clip_norm: The gradient is scaled down to this norm where it is longer.
+        device: Device to train on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
         precision: What forward and backward compute in; weights stay fp32.
         compile: Compile the model (torch.compile): slow to start, then faster on many models.
         ema: Decay per step of an exponential moving average of the weights, which is what is scored and kept.
@@ -207,6 +208,7 @@ class TrainConfig(Block):
     workers: Annotated[int, Field(ge=0)] = 0
     accumulate: Count = 1
     clip_norm: Positive | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
     precision: Precision = "fp32"
     compile: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -1,0 +1,71 @@
+"""The one forward loop: evaluation, previews, explanations, serving and the feature cache run models through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from transfer.config.train_settings import Precision
+from transfer.data.batch import Batch
+from transfer.errors import MemoryRanOut
+from transfer.models.model import Model
+from transfer.models.precision import autocast
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
+
+
+def forward_batches(
+    model: Model,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    precision: Precision = "fp32",
+    first_stage: int = 0,
+    end_stage: int | None = None,
+) -> Iterator[tuple[Batch, Any]]:
+    """Yield each batch, on the device, with what the model returns for it: in eval mode and without gradients.
+
+    The model keeps the mode that it had before. Nothing in the loop waits for the device.
+
+    Args:
+        model: The model; it is on the device.
+        batches: Batches as a loader yields them.
+        device: Where the batches are moved to.
+        precision: Precision of the forward pass.
+        first_stage: Index of the first stage that runs: the batches contain the inputs of this stage.
+        end_stage: Index after the last stage that runs. None runs all stages and yields outputs (B, out_features).
+
+    Raises:
+        MemoryRanOut: Memory ran out; the error states the batch size.
+    """
+    stages = list(model)[first_stage:end_stage]
+    training = model.training
+    model.eval()
+    try:
+        for cpu_batch in batches:
+            with torch.inference_mode(), explain_out_of_memory(len(cpu_batch.indices)), autocast(precision, device):
+                batch = cpu_batch.to(device)
+                value = batch.inputs
+                for stage in stages:
+                    value = stage(value)
+            yield batch, value
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def explain_out_of_memory(examples: int) -> Iterator[None]:
+    """Turn an out-of-memory error of torch into one that states the batch size and the settings to change."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one; the CPU's allocator raises a plain one
+        out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError) or any(t in str(error) for t in _OUT_OF_MEMORY)
+        if not out_of_memory:
+            raise
+        raise MemoryRanOut(
+            f"memory ran out on a batch of {examples} examples",
+            fix="set a smaller train.batch_size (or train.evaluation_batch_size, or train.max_tokens), or auto",
+        ) from error

@@ -1,0 +1,45 @@
+"""The device that a command computes on."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from transfer.errors import UserError
+
+
+def resolve_device(name: str = "auto", *, where: str | None = None) -> torch.device:
+    """Return the device that a name stands for.
+
+    Args:
+        name: ``auto`` (CUDA, then MPS, then the CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. With ``auto`` and
+            ``cuda``, a process that a launcher started uses the GPU of its local rank.
+        where: The config line or option that names the device, for errors.
+
+    Raises:
+        UserError: The name is not one of these, or this machine does not have the device.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *(["mps"] if mps else [])]
+    if name == "cuda" and cuda:
+        local_rank = os.environ.get("LOCAL_RANK", "")
+        # Without a launcher, the current device: a notebook may have chosen one with torch.cuda.set_device.
+        index = int(local_rank) % torch.cuda.device_count() if local_rank.isdigit() else torch.cuda.current_device()
+        name = f"cuda:{index}"
+    if name not in available:
+        known = name in ("cuda", "mps") or (name.startswith("cuda:") and name.removeprefix("cuda:").isdigit())
+        raise UserError(
+            f"device {name!r} is not on this machine" if known else f"device {name!r} is unknown",
+            where=where,
+            available=["auto", *available],
+            fix="use auto, or one of the available devices",
+        )
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device for people and records: the model of a GPU, otherwise ``cpu`` or ``mps``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,44 @@
+"""Values as text for people: tables, pages, notes and command lines format them all in this way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def format_value(value: Any, *, digits: int = 4) -> str:
+    """Return a value as text: ``0.9021``, ``25,000``, ``true``, ``none``, ``a 1, b 2``.
+
+    Args:
+        value: A number, text, boolean or None, or a mapping or list of them.
+        digits: Significant digits of a float.
+    """
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {format_value(item, digits=digits)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(format_value(item, digits=digits) for item in value) or "none"
+    return str(value)
+
+
+def format_count(count: int) -> str:
+    """Return a large count in short: ``11.7 M``, ``809 k``."""
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}"
+    return str(count)
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration: ``3.2 s``, ``4 min 10 s``, ``2 h 5 min``."""
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {int(seconds) % 60} s" if minutes else f"{seconds:.1f} s"
