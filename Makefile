@@ -55,10 +55,12 @@ PLUGINS := $(patsubst %/tests,%,$(wildcard examples/plugins/*/tests))
 plugins: .venv-plugins/ready  ## the packages under examples/plugins, as their authors would test them
 	OMP_NUM_THREADS=1 .venv-plugins/bin/python -m pytest -n 2 $(PLUGINS)
 
-check: .venv/ready  ## style and types
+check: .venv/ready  ## style, types, the direction of imports, spelling and terms
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell --dictionary=- --dictionary=.codespell-glossary.txt
 
 schema: .venv/ready  ## what editors know of configs, with the options of every installed plugin
 	$(BIN)/transfer schema --output configs/schema.json

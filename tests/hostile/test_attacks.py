@@ -24,7 +24,6 @@ from transfer import DataError, RunError, Tables, UserError, WeightsError
 from transfer.cli import app as cli
 from transfer.cli.tables import error_panel
 from transfer.config.check import load_config
-from transfer.data import tables
 from transfer.deployment.export import export
 from transfer.errors import ConfigError
 from transfer.feature_cache.store import FeatureCache
@@ -173,7 +172,7 @@ def test_no_command_writes_through_a_linked_folder(
 
 def test_what_was_half_written_is_swept_but_not_what_a_link_leads_to(run: Path, outside: Path) -> None:
     (run / ".x.tmp").symlink_to(outside.parent)
-    RunDirectory.open(run).sweep()
+    RunDirectory.open(run).remove_temporary_files()
     assert not (run / ".x.tmp").is_symlink()
     assert outside.exists()
 
@@ -315,7 +314,7 @@ def csv_table(path: Path) -> Tables:
 
 
 def test_a_packed_table_that_is_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 1 << 20)
+    monkeypatch.setattr("transfer.data.records.MAX_TABLE_BYTES", 1 << 20)
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"text,label\n" + b" " * (1 << 20)))
     with pytest.raises(DataError, match="would unpack to"):
         csv_table(tmp_path / "t.csv.gz").read("text")
