@@ -21,8 +21,8 @@ TEXTS = [
 
 @pytest.fixture(autouse=True)
 def three_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "processes", lambda: 3)
-    monkeypatch.setattr(sharing, "SHARE_CHARACTERS", 1000)
+    monkeypatch.setattr(sharing, "max_processes", lambda: 3)
+    monkeypatch.setattr(sharing, "MIN_CHUNK_CHARACTERS", 1000)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
 
 def alone(monkeypatch: pytest.MonkeyPatch, name: str) -> Vocabulary:
     with monkeypatch.context() as patch:
-        patch.setattr(sharing, "processes", lambda: 1)
+        patch.setattr(sharing, "max_processes", lambda: 1)
         return Vocabulary.build(TEXTS, name, min_frequency=2)
 
 
@@ -59,7 +59,7 @@ def test_three_processes_learn_and_encode_what_one_does(
     shared = vocabulary.encode(others)
     assert [process.returncode for process in started] == [0] * 4
     with monkeypatch.context() as patch:
-        patch.setattr(sharing, "processes", lambda: 1)
+        patch.setattr(sharing, "max_processes", lambda: 1)
         once = expected.encode(others)
     assert np.array_equal(shared.indices, once.indices)
     assert np.array_equal(shared.offsets, once.offsets)
@@ -86,8 +86,8 @@ def test_nothing_is_left_running_or_lying_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[subprocess.Popen[bytes]]
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    numbering = sharing.Numbering("glove")
-    parts = sharing.numericalised(TEXTS, "glove", numbering.table.numericalise, numbering.look_up)
+    numbering = sharing.LocalIds("glove")
+    parts = sharing.encode_in_parallel(TEXTS, "glove", numbering.table.encode, numbering.look_up)
     next(parts)
     assert len(list(tmp_path.iterdir())) == 2
     parts.close()  # as when training is interrupted
@@ -108,10 +108,10 @@ def test_omp_num_threads_says_how_many(written: str, most: int, monkeypatch: pyt
     monkeypatch.undo()
     monkeypatch.setenv("OMP_NUM_THREADS", written)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert sharing.processes() == most
+    assert sharing.max_processes() == most
 
 
 def test_few_texts_start_no_process(monkeypatch: pytest.MonkeyPatch, started: list[subprocess.Popen[bytes]]) -> None:
-    monkeypatch.setattr(sharing, "SHARE_CHARACTERS", 4_000_000)
+    monkeypatch.setattr(sharing, "MIN_CHUNK_CHARACTERS", 4_000_000)
     Vocabulary.build(TEXTS, "glove")
     assert not started

@@ -130,8 +130,8 @@ def test_words_of_vectors_are_appended_where_a_text_can_spell_them() -> None:
     assert vocabulary.tokens[2:] == ("zebra", "film", "fine", "superb")
     assert vocabulary.counts is not None
     assert vocabulary.counts.tolist() == [0, 3, 0, 3, 1, 0]
-    assert vocabulary.further == 1
-    assert read_vocabulary(vocabulary.to_json(), 1).further == pickle.loads(pickle.dumps(vocabulary)).further == 1
+    assert vocabulary.extra == 1
+    assert read_vocabulary(vocabulary.to_json(), 1).extra == pickle.loads(pickle.dumps(vocabulary)).extra == 1
 
 
 def test_names_and_paths_of_ours_are_no_plugins() -> None:

@@ -76,7 +76,7 @@ def test_the_loss_by_truncation_is_told() -> None:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep texts of any length, in a cache of its own."""
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(corpus, "WORTH_KEEPING_CHARACTERS", 1)
+    monkeypatch.setattr(corpus, "MIN_CACHED_CHARACTERS", 1)
     monkeypatch.setattr(corpus, "BLOCK_TEXTS", 3)
     return tmp_path / "cache" / "text"
 
@@ -85,7 +85,7 @@ def no_more_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("texts are numericalised again")
 
-    monkeypatch.setattr(PieceTable, "numericalise", fail)
+    monkeypatch.setattr(PieceTable, "encode", fail)
 
 
 def test_the_second_start_reads_what_the_first_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_other_texts_or_settings_are_other_entries(folder: Path, texts: list[str
 
 
 def test_which_words_can_be_spelled_is_found_out_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "WORTH_KEEPING_WORDS", 1)
+    monkeypatch.setattr(vocabulary, "MIN_CACHED_WORDS", 1)
     words = Vocabulary.build(TEXTS)
     longer = words.extended(["new", "two words", "other"])
     (kept,) = folder.glob("spelled-*/spelled.npy")
@@ -129,7 +129,7 @@ def test_which_words_can_be_spelled_is_found_out_once(folder: Path, monkeypatch:
     monkeypatch.undo()
     kept.write_bytes(b"damaged")
     monkeypatch.setenv("TRANSFER_CACHE", str(folder.parent))
-    monkeypatch.setattr(vocabulary, "WORTH_KEEPING_WORDS", 1)
+    monkeypatch.setattr(vocabulary, "MIN_CACHED_WORDS", 1)
     assert words.extended(["new", "two words", "other"]).tokens == longer.tokens
 
 

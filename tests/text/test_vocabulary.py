@@ -213,7 +213,7 @@ def test_words_counts_and_indices_are_those_of_plain_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: TokenizerName, kept: bool
 ) -> None:
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path))
-    monkeypatch.setattr(corpus, "WORTH_KEEPING_CHARACTERS", 1 if kept else 10**9)
+    monkeypatch.setattr(corpus, "MIN_CACHED_CHARACTERS", 1 if kept else 10**9)
     monkeypatch.setattr(corpus, "BLOCK_TEXTS", 100)
     generator = np.random.default_rng(1)
     odd = [part for part in ODD if part != '"']  # see the test before
@@ -240,7 +240,7 @@ def test_pieces_of_any_length_and_byte_are_told_apart() -> None:
         str.encode, lambda new: (np.array([*map(words.index, new)]), np.ones(len(new), dtype=int))
     )
     for _ in range(2):
-        indices, counts = table.numericalise([" ".join(words[::-1]), "", " \t\n", words[7]])
+        indices, counts = table.encode([" ".join(words[::-1]), "", " \t\n", words[7]])
         assert counts.tolist() == [len(words), 0, 0, 1]
         assert [words[i] for i in indices] == [*words[::-1], words[7]]
 

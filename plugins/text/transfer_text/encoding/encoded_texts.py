@@ -1,4 +1,4 @@
-"""Numericalised texts: one flat array of indices, and where each text begins in it."""
+"""Encoded texts: one flat array of token indices, and the offset of each text."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ INDICES, OFFSETS = "indices.bin", "offsets.npy"
 
 
 class EncodedTexts(Sequence[npt.NDArray[np.int32]]):
-    """The indices of each text, int32 (T,), cut from one flat array when they are asked for.
+    """The token indices of each text, int32 (T,), as a slice of one flat array.
 
-    A million texts are two arrays, not a million objects; the flat one may be a file that is mapped into memory.
+    A million texts are two arrays instead of a million objects, and the flat array may be memory-mapped from a file.
 
     Args:
-        indices: Those of all texts in a row, int32 (the sum of T,).
-        offsets: Where each text begins, and where the last one ends, int64 (N + 1,).
-        max_length: The most indices of a text that are given; None gives all.
-        truncation: Which of a longer text stay: the first (``head``), the last (``tail``), or half from each end.
+        indices: Concatenated token indices of all texts, int32 (sum of T,).
+        offsets: Start of each text in ``indices``, and the end of the last one, int64 (N + 1,).
+        max_length: Maximum number of tokens returned per text. None returns all tokens.
+        truncation: Tokens that remain of a longer text: the first (``head``), the last (``tail``), or half of them from
+            each end (``both``).
     """
 
     def __init__(
@@ -38,25 +39,25 @@ class EncodedTexts(Sequence[npt.NDArray[np.int32]]):
         self.truncation: Truncation = truncation
 
     @classmethod
-    def of(cls, parts: Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]) -> Self:
-        """Return texts that come in parts: the indices of some texts in a row, and the number of each text's."""
-        found = list(parts)
-        indices = np.concatenate([np.zeros(0, dtype=np.int32), *(indices for indices, _ in found)])
-        return cls(indices, _offsets([sizes for _, sizes in found]))
+    def of(cls, blocks: Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]) -> Self:
+        """Return encoded texts from blocks of concatenated token indices and the length of each text."""
+        encoded = list(blocks)
+        indices = np.concatenate([np.zeros(0, dtype=np.int32), *(indices for indices, _ in encoded)])
+        return cls(indices, _offsets([lengths for _, lengths in encoded]))
 
     @staticmethod
-    def write(folder: Path, parts: Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]) -> None:
-        """Write the same to disk, a part at a time."""
-        sizes = []
+    def write(folder: Path, blocks: Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]) -> None:
+        """Write encoded texts to a folder, block by block."""
+        lengths = []
         with (folder / INDICES).open("wb") as file:
-            for indices, of_each in parts:
+            for indices, block_lengths in blocks:
                 indices.astype("<i4", copy=False).tofile(file)
-                sizes.append(of_each)
-        np.save(folder / OFFSETS, _offsets(sizes))
+                lengths.append(block_lengths)
+        np.save(folder / OFFSETS, _offsets(lengths))
 
     @classmethod
     def read(cls, folder: Path, count: int) -> Self | None:
-        """Map so many texts that :meth:`write` wrote; None if they are damaged."""
+        """Memory-map ``count`` texts that :meth:`write` wrote. Return None if the files are damaged."""
         try:
             offsets: npt.NDArray[np.int64] = np.load(folder / OFFSETS, allow_pickle=False)
             file = folder / INDICES
@@ -64,18 +65,18 @@ class EncodedTexts(Sequence[npt.NDArray[np.int32]]):
                 return None
             if not offsets[-1]:
                 return cls(np.zeros(0, dtype=np.int32), offsets)
-            # Copy on write: torch warns of arrays that cannot be written.
+            # Copy on write, because torch warns about read-only arrays.
             return cls(np.asarray(np.memmap(file, dtype="<i4", mode="c")), offsets)
         except (OSError, ValueError, EOFError, IndexError):
             return None
 
     def truncated(self, max_length: int | None, truncation: Truncation = "head") -> EncodedTexts:
-        """Return the same texts, cut to another length; nothing is copied."""
+        """Return the same texts with another maximum length, without a copy."""
         return EncodedTexts(self.indices, self.offsets, max_length, truncation)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """The number of indices given of each text, int64 (N,)."""
+        """The number of tokens returned per text, int64 (N,)."""
         lengths = np.diff(self.offsets)
         return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
@@ -87,28 +88,28 @@ class EncodedTexts(Sequence[npt.NDArray[np.int32]]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(f"there are {len(self)} texts, and no text {index}")
+            raise IndexError(f"text {index} is out of range: there are {len(self)} texts")
         index = int(index) % len(self)
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        most = self.max_length
-        if most is None or end - start <= most or self.truncation == "head":
-            return self.indices[start : end if most is None else min(end, start + most)]
+        limit = self.max_length
+        if limit is None or end - start <= limit or self.truncation == "head":
+            return self.indices[start : end if limit is None else min(end, start + limit)]
         if self.truncation == "tail":
-            return self.indices[end - most : end]
-        first = (most + 1) // 2
-        return np.concatenate([self.indices[start : start + first], self.indices[end - (most - first) : end]])
+            return self.indices[end - limit : end]
+        head = (limit + 1) // 2
+        return np.concatenate([self.indices[start : start + head], self.indices[end - (limit - head) : end]])
 
 
 def truncation_loss(lengths: npt.NDArray[np.int64], max_length: int | None) -> dict[str, Any]:
-    """Say how much of some texts their longest length drops: JSON alone.
+    """Return the effect of truncation on texts, as JSON values.
 
     Args:
-        lengths: Of the whole texts in tokens, int64 (N,).
-        max_length: As a backbone has it.
+        lengths: Number of tokens of each text before truncation, int64 (N,).
+        max_length: Maximum number of tokens per text. None means no truncation.
 
     Returns:
-        ``max_length``, ``texts_cut`` (the share of texts that lose something) and ``tokens_cut`` (the share of all
-        tokens that is dropped).
+        ``max_length``, ``texts_cut`` (the fraction of truncated texts) and ``tokens_cut`` (the fraction of dropped
+        tokens).
     """
     beyond = np.maximum(lengths - max_length, 0) if max_length is not None else np.zeros_like(lengths)
     return {
@@ -118,5 +119,5 @@ def truncation_loss(lengths: npt.NDArray[np.int64], max_length: int | None) -> d
     }
 
 
-def _offsets(sizes: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    return np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *sizes]))
+def _offsets(lengths: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    return np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *lengths]))

@@ -27,13 +27,13 @@ def vocabulary_class(tokenizer: str) -> type[Vocabulary]:
     return PluginVocabulary if is_plugin("tokenizer", tokenizer) else Vocabulary
 
 
-def read_vocabulary(text: str, further: int = 0) -> Vocabulary:
-    """Return the vocabulary that its ``to_json`` wrote, with so many further words at its end.
+def read_vocabulary(text: str, extra: int = 0) -> Vocabulary:
+    """Return the vocabulary that its ``to_json`` wrote, with so many extra words at its end.
 
     Raises:
         transfer.PluginError: Its tokenizer is of a package that is not installed here.
     """
-    return (PluginVocabulary if re.match(r'\s*\{\s*"plugin"', text) else Vocabulary).from_json(text, further)
+    return (PluginVocabulary if re.match(r'\s*\{\s*"plugin"', text) else Vocabulary).from_json(text, extra)
 
 
 class PluginVocabulary(Vocabulary):
@@ -44,7 +44,7 @@ class PluginVocabulary(Vocabulary):
         requirement: What pip is to install to have it.
         tokenizer: The tokenizer itself.
         words: In the order of the indices, without the special ones.
-        counts, lengths, further: As of any vocabulary.
+        counts, lengths, extra: As of any vocabulary.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class PluginVocabulary(Vocabulary):
         words: Iterable[str],
         counts: npt.NDArray[np.int64] | None = None,
         lengths: npt.NDArray[np.int64] | None = None,
-        further: int = 0,
+        extra: int = 0,
     ) -> None:
         indices = {token: index for index, token in enumerate((*SPECIAL, *words))}
-        super().__init__(Library(models.WordLevel(indices, unk_token=UNKNOWN_TOKEN)), counts, lengths, further)
+        super().__init__(Library(models.WordLevel(indices, unk_token=UNKNOWN_TOKEN)), counts, lengths, extra)
         self.written = written
         self.requirement = requirement
         self._plugin = tokenizer
@@ -115,11 +115,11 @@ class PluginVocabulary(Vocabulary):
             transfer.PluginError: The tokenizer cannot be loaded here.
         """
         vocabulary = cls(tokenizer, requirement("tokenizer", tokenizer), make_tokenizer(tokenizer), ["the"])
-        vocabulary.to_come = "learned from the training texts"
+        vocabulary.placeholder_note = "learned from the training texts"
         return vocabulary
 
     @classmethod
-    def from_json(cls, text: str, further: int = 0) -> PluginVocabulary:
+    def from_json(cls, text: str, extra: int = 0) -> PluginVocabulary:
         """Return the vocabulary that :meth:`to_json` wrote.
 
         Raises:
@@ -128,7 +128,7 @@ class PluginVocabulary(Vocabulary):
         content = json.loads(text)
         written, package = content["plugin"]["tokenizer"], content["plugin"]["requirement"]
         try:
-            return cls(written, package, make_tokenizer(written), content["words"], further=further)
+            return cls(written, package, make_tokenizer(written), content["words"], extra=extra)
         except PluginError as error:
             fix = f"pip install {shlex.quote(package)}" if package else "register it first, as where it was trained"
             raise PluginError.of([replace(problem, fix=fix) for problem in error.problems]) from error
@@ -139,19 +139,19 @@ class PluginVocabulary(Vocabulary):
         return json.dumps({"plugin": plugin, "words": self.tokens[len(SPECIAL) :]}, ensure_ascii=False)
 
     def extended(self, words: Sequence[str]) -> PluginVocabulary:
-        """Return this vocabulary with further words after its own: those that texts can spell."""
+        """Return this vocabulary with extra words after its own: those that texts can spell."""
         own = self.tokens[len(SPECIAL) :]
         known = {*SPECIAL, *own}
         more = [w for w in dict.fromkeys(words) if w not in known and list(self.tokenize(w)) == [w]]
         counts = None if self.counts is None else np.pad(self.counts, (0, len(more)))
         source = (self.written, self.requirement, self._plugin)
-        return PluginVocabulary(*source, [*own, *more], counts, self.lengths, self.further + len(more))
+        return PluginVocabulary(*source, [*own, *more], counts, self.lengths, self.extra + len(more))
 
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of one text."""
         return list(self._plugin.tokenize(text))
 
-    def _numericalise(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    def _encode_block(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         found = [[self._words.get(token, UNKNOWN) for token in self._plugin.tokenize(text)] for text in texts]
         flat = np.array([index for indices in found for index in indices], dtype=np.int32)
         return flat, np.array([len(indices) for indices in found], dtype=np.int64)
@@ -163,7 +163,7 @@ class PluginVocabulary(Vocabulary):
 
     def __getstate__(self) -> dict[str, Any]:
         source = (self.written, self.requirement, self._plugin, self.tokens[len(SPECIAL) :])
-        return {"arguments": (*source, self.counts, self.lengths, self.further)}
+        return {"arguments": (*source, self.counts, self.lengths, self.extra)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         PluginVocabulary.__init__(self, *state["arguments"])

@@ -87,8 +87,10 @@ class TextPreprocessing(TokenPreprocessing):
         """Return the size and digest of the vocabulary, the longest length and what is cut."""
         vocabulary = {
             "vocabulary_size": len(self.vocabulary),
-            "further_words": self.vocabulary.further,
+            "further_words": self.vocabulary.extra,
             "vocabulary_sha256": self.vocabulary.digest,
         }
         cut = {"max_length": self.max_length, "truncation": self.truncation}
-        return ({"vocabulary": self.vocabulary.to_come} if self.vocabulary.to_come else vocabulary) | cut
+        return (
+            {"vocabulary": self.vocabulary.placeholder_note} if self.vocabulary.placeholder_note else vocabulary
+        ) | cut

@@ -1,4 +1,4 @@
-"""Many texts: worked on in blocks, known by their digest, and kept on disk once numericalised where that pays."""
+"""Collections of texts: processing in blocks, digests, and whether caching them on disk pays off."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 BLOCK_TEXTS = 1024
-"""Texts that are worked on at a time: what is written piece by piece takes no memory beyond that."""
-WORTH_KEEPING_CHARACTERS = 4_000_000
-"""Shorter collections of texts are numericalised in a moment, and not kept on disk."""
+"""Texts that are processed at a time; memory use is bounded by one block."""
+MIN_CACHED_CHARACTERS = 4_000_000
+"""Shorter collections of texts are not cached on disk: encoding them takes less than a second."""
 
 
 def blocks(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the texts, some at a time."""
+    """Yield the texts in blocks of up to ``BLOCK_TEXTS``."""
     for start in range(0, len(texts), BLOCK_TEXTS):
         yield list(texts[start : start + BLOCK_TEXTS])
 
 
-def worth_keeping(texts: Sequence[str]) -> bool:
-    """Say whether what is found out about these texts is worth a place on disk."""
-    seen = 0
+def worth_caching(texts: Sequence[str]) -> bool:
+    """Return whether the encoded texts are worth caching on disk."""
+    characters = 0
     for block in blocks(texts):
-        seen += sum(map(len, block))
-        if seen >= WORTH_KEEPING_CHARACTERS:
+        characters += sum(map(len, block))
+        if characters >= MIN_CACHED_CHARACTERS:
             return True
     return False
 
 
 def digest_of(texts: Sequence[str]) -> str:
-    """Return the digest of some texts in their order."""
+    """Return the SHA-256 digest of texts and their order."""
     digest = hashlib.sha256(np.fromiter(map(len, texts), dtype="<i8", count=len(texts)).tobytes())
     for block in blocks(texts):
         digest.update("".join(block).encode("utf-8", "surrogatepass"))

@@ -1,4 +1,7 @@
-"""Numericalise texts piece by piece: a piece that was met before costs one look-up in a table."""
+"""Encode texts piece by piece: a piece that was seen before costs one table look-up.
+
+This is the pre-tokenization cache that tokenizer libraries keep per word, vectorized over a block of texts.
+"""
 
 from __future__ import annotations
 
@@ -9,145 +12,151 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-MAX_PIECES = 1_000_000  # about 200 MB; then the table is begun anew
+MAX_PIECES = 1_000_000  # about 200 MB; the table is emptied when it grows beyond this
 SLOT_BITS = 20
-"""Of the numbers of the slots of a table of short pieces: 20 MB."""
+"""The hash table of short pieces has 2 ** SLOT_BITS slots: 20 MB."""
 
 _IS_BLANK = np.zeros(256, dtype=np.bool_)
-_IS_BLANK[list(b" \t\n\r\x0b\x0c")] = True  # as bytes.split() has them
+_IS_BLANK[list(b" \t\n\r\x0b\x0c")] = True  # the whitespace of bytes.split()
 _WORD_BYTES = 8
 _BLANKS = np.uint64(int.from_bytes(b" " * _WORD_BYTES, "little"))
 _FIRST_BYTES = np.array([(1 << 8 * count) - 1 for count in range(_WORD_BYTES + 1)], dtype=np.uint64)
-_MULTIPLIERS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, without a pattern
+_MULTIPLIERS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd constants with well-mixed bits
 
 Key = TypeVar("Key", str, bytes)
 Tokenize = Callable[[Sequence[str]], tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]
 
 
 class PieceTable:
-    """The pieces met so far and the indices of their tokens.
+    """Distinct pieces (whitespace-separated words) of the texts seen so far, with the indices of their tokens.
 
-    Texts hold few distinct pieces (words as blanks part them), so almost all of a tokenizer's work is repeated work.
+    Texts contain few distinct pieces, so almost all of a tokenizer's work is repeated work.
 
     Args:
-        part: Gives a text in UTF-8 with ASCII blanks between pieces whose tokens, in a row, are those of the text.
-        tokenize: Gives the indices of the tokens of some pieces in a row, int32, and the number of each piece's.
+        split: Function that returns a text as UTF-8 bytes in which every whitespace-separated piece can be tokenized
+            independently: the concatenated tokens of the pieces are the tokens of the text.
+        tokenize: Function that returns the concatenated token indices of some pieces, int32, and the number of tokens
+            of each piece, int64.
     """
 
-    def __init__(self, part: Callable[[str], bytes], tokenize: Tokenize) -> None:
-        self._part = part
+    def __init__(self, split: Callable[[str], bytes], tokenize: Tokenize) -> None:
+        self._split = split
         self._tokenize = tokenize
         self._pieces = _Pieces()
         self._offsets: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)
         self._indices: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
-    def numericalise(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Return the indices of all texts in a row, int32, and the number of each text's, int64 (N,).
+    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Return the concatenated token indices of texts, int32 (T,), and the length of each text, int64 (N,).
 
         Raises:
-            ValueError: A text holds half a surrogate pair.
+            ValueError: A text contains a lone surrogate.
         """
         if len(self._pieces) > MAX_PIECES:
             self._pieces = _Pieces()
             self._offsets, self._indices = self._offsets[:1], self._indices[:0]
-        pieces, ends = self._pieces.numbers([self._part(text) for text in texts])
-        self._learn()
-        begins = self._offsets[pieces]
-        sizes = self._offsets[pieces + 1] - begins
-        reached = np.concatenate([[0], np.cumsum(sizes)])  # tokens before each piece
-        # For each token the place in the table: its piece's first, and on from there.
-        source = np.repeat(begins - reached[:-1], sizes) + np.arange(reached[-1])
-        return self._indices[source], np.diff(reached[ends])
+        pieces, ends = self._pieces.ids([self._split(text) for text in texts])
+        self._tokenize_new_pieces()
+        starts = self._offsets[pieces]
+        sizes = self._offsets[pieces + 1] - starts
+        before = np.concatenate([[0], np.cumsum(sizes)])  # number of tokens before each piece
+        # Position of each token in the table: the start of its piece, plus its position within the piece.
+        positions = np.repeat(starts - before[:-1], sizes) + np.arange(before[-1])
+        return self._indices[positions], np.diff(before[ends])
 
     def map(self, new: npt.NDArray[np.int32]) -> None:
-        """Replace each index ``i`` by ``new[i]``."""
+        """Replace each stored token index ``i`` by ``new[i]``."""
         self._indices = new[self._indices]
 
-    def then(self, tokenize: Tokenize) -> None:
-        """Tokenize pieces that were not met yet in another way from now on."""
+    def set_tokenizer(self, tokenize: Tokenize) -> None:
+        """Use another function for the pieces that are not in the table yet."""
         self._tokenize = tokenize
 
-    def _learn(self) -> None:
-        """Tokenize the pieces that are new."""
-        known = len(self._offsets) - 1
-        if known == len(self._pieces):
+    def _tokenize_new_pieces(self) -> None:
+        tokenized = len(self._offsets) - 1
+        if tokenized == len(self._pieces):
             return
-        indices, sizes = self._tokenize(self._pieces.since(known))
+        indices, sizes = self._tokenize(self._pieces.after(tokenized))
         self._offsets = np.concatenate([self._offsets, np.cumsum(sizes) + self._offsets[-1]])
         self._indices = np.concatenate([self._indices, indices])
 
 
 class _Pieces:
-    """Numbers pieces in the order in which they are first met.
+    """Ids of pieces in first-seen order.
 
-    Pieces of up to 16 bytes are looked up all at once: two machine words hold one whole and name its slot in a table.
-    Longer pieces, new ones, and those whose slot another piece has taken go through a dictionary.
+    Pieces of up to 16 bytes are looked up in one vectorized step. Two 64-bit words contain such a piece completely, and
+    a multiplicative hash of the two words is its slot in an open table of 2 ** SLOT_BITS entries. The slot stores both
+    words, so that a hash collision is detected. Longer pieces, new pieces, and pieces whose slot is occupied by another
+    piece are looked up in a dictionary.
     """
 
     def __init__(self) -> None:
-        self._numbers = InOrder[bytes]()
+        self._ids = FirstSeenIndex[bytes]()
         slots = 1 << SLOT_BITS
-        self._first: npt.NDArray[np.uint64] = np.zeros(slots, dtype=np.uint64)  # no piece has zero here
+        self._first: npt.NDArray[np.uint64] = np.zeros(slots, dtype=np.uint64)  # 0: an empty slot
         self._second: npt.NDArray[np.uint64] = np.zeros(slots, dtype=np.uint64)
-        self._number: npt.NDArray[np.int64] = np.zeros(slots, dtype=np.int64)
+        self._slot_ids: npt.NDArray[np.int64] = np.zeros(slots, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._ids)
 
-    def since(self, count: int) -> list[str]:
-        """Return all pieces but the first so many."""
-        newest = itertools.islice(reversed(self._numbers), len(self._numbers) - count)
+    def after(self, count: int) -> list[str]:
+        """Return all pieces except the first ``count``."""
+        newest = itertools.islice(reversed(self._ids), len(self._ids) - count)
         return [piece.decode() for piece in newest][::-1]
 
-    def numbers(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the number of each piece of some texts, int64, and where each text's begin and the last one's end."""
+    def ids(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the id of each piece, int64 (P,), and the offset of each text's first piece, int64 (N + 1,)."""
         content = b" ".join(texts)
-        begins, ends = _bounds(content)
-        first, second = _words(content, begins, ends - begins)
+        starts, ends = _bounds(content)
+        first, second = _words(content, starts, ends - starts)
         slots = ((first * _MULTIPLIERS[0] ^ second * _MULTIPLIERS[1]) >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
-        numbers = self._number[slots]
-        known = (self._first[slots] == first) & (self._second[slots] == second) & (ends - begins <= 2 * _WORD_BYTES)
-        rest = np.flatnonzero(~known)
-        find = self._numbers.__getitem__
-        numbers[rest] = [
-            find(content[begin:end]) for begin, end in zip(begins[rest].tolist(), ends[rest].tolist(), strict=True)
+        ids = self._slot_ids[slots]
+        hit = (self._first[slots] == first) & (self._second[slots] == second) & (ends - starts <= 2 * _WORD_BYTES)
+        rest = np.flatnonzero(~hit)
+        find = self._ids.__getitem__
+        ids[rest] = [
+            find(content[start:end]) for start, end in zip(starts[rest].tolist(), ends[rest].tolist(), strict=True)
         ]
-        rest = rest[(ends - begins)[rest] <= 2 * _WORD_BYTES]
-        rest = rest[self._first[slots[rest]] == 0]  # whose slot is free
-        _, one_each = np.unique(slots[rest], return_index=True)
-        rest = rest[one_each]
-        taken = slots[rest]
-        self._first[taken], self._second[taken], self._number[taken] = first[rest], second[rest], numbers[rest]
+        rest = rest[(ends - starts)[rest] <= 2 * _WORD_BYTES]
+        rest = rest[self._first[slots[rest]] == 0]  # pieces whose slot is free
+        _, first_of_slot = np.unique(slots[rest], return_index=True)
+        rest = rest[first_of_slot]
+        filled = slots[rest]
+        self._first[filled], self._second[filled], self._slot_ids[filled] = first[rest], second[rest], ids[rest]
         lengths = np.array([0, *map(len, texts)], dtype=np.int64)
-        return numbers, np.searchsorted(begins, np.cumsum(lengths) + np.arange(len(lengths)))
+        return ids, np.searchsorted(starts, np.cumsum(lengths) + np.arange(len(lengths)))
 
 
-class InOrder(dict[Key, int]):
-    """Numbers keys in the order in which they are first asked for."""
+class FirstSeenIndex(dict[Key, int]):
+    """Mapping that assigns each new key the next integer."""
 
     def __missing__(self, key: Key) -> int:
-        number = self[key] = len(self)
-        return number
+        index = self[key] = len(self)
+        return index
 
 
 def _bounds(content: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return where each run of bytes that are no blanks begins, and where it ends."""
-    blank = np.ones(len(content) + 2, dtype=np.bool_)  # one before and one after
+    """Return the start and the end of each run of non-whitespace bytes."""
+    blank = np.ones(len(content) + 2, dtype=np.bool_)  # one blank before and one after the content
     blank[1:-1] = _IS_BLANK[np.frombuffer(content, dtype=np.uint8)]
     edges = np.flatnonzero(blank[1:] != blank[:-1])
     return edges[::2], edges[1::2]
 
 
 def _words(
-    content: bytes, begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+    content: bytes, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """Return the first eight bytes of each piece and the next eight, as numbers that no other piece of up to 16 has.
+    """Return the first and the second eight bytes of each piece as integers, unique among pieces of up to 16 bytes.
 
-    Bytes are less a blank's, which no piece holds, and 0 after the end: so the numbers tell the length too.
+    Each byte is XORed with a blank, which no piece contains, and bytes after the end of a piece are 0. The integers
+    thus encode the length as well.
     """
     padded = content + b" " * (2 * _WORD_BYTES)
     count = len(content) + _WORD_BYTES + 1
-    at = np.ndarray((count,), dtype="<u8", buffer=padded, strides=(1,))  # the eight bytes from each place on
-    first = (at[begins] ^ _BLANKS) & _FIRST_BYTES[np.minimum(lengths, _WORD_BYTES)]
-    second = (at[begins + _WORD_BYTES] ^ _BLANKS) & _FIRST_BYTES[np.clip(lengths - _WORD_BYTES, 0, _WORD_BYTES)]
+    at = np.ndarray(
+        (count,), dtype="<u8", buffer=padded, strides=(1,)
+    )  # overlapping view: the eight bytes that start at each position
+    first = (at[starts] ^ _BLANKS) & _FIRST_BYTES[np.minimum(lengths, _WORD_BYTES)]
+    second = (at[starts + _WORD_BYTES] ^ _BLANKS) & _FIRST_BYTES[np.clip(lengths - _WORD_BYTES, 0, _WORD_BYTES)]
     return first, second

@@ -32,7 +32,7 @@ def assemble(name: TokenizerName, model: models.Model) -> Tokenizer:
     return tokenizer
 
 
-def parted_by_blanks(name: TokenizerName, text: str) -> bytes:
+def with_safe_whitespace(name: TokenizerName, text: str) -> bytes:
     """Return a text in UTF-8 of which any two pieces between ASCII blanks can be tokenized apart.
 
     No token of these tokenizers reaches over a blank and none depends on what stands beyond one, except that a tag may

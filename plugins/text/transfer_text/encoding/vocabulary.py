@@ -20,11 +20,11 @@ from transfer import ConfigError, find_file
 from transfer_text import cache
 from transfer_text.encoding import text_blocks
 from transfer_text.encoding.encoded_texts import EncodedTexts
-from transfer_text.encoding.parallel import numericalised
+from transfer_text.encoding.parallel import encode_in_parallel
 from transfer_text.encoding.token_cache import PieceTable
 from transfer_text.encoding.token_finder import TokenFinder
-from transfer_text.encoding.tokenization import TOKENIZERS, TokenizerName, assemble, name_of, parted_by_blanks
-from transfer_text.encoding.vocabulary_builder import Learned, learn
+from transfer_text.encoding.tokenization import TOKENIZERS, TokenizerName, assemble, name_of, with_safe_whitespace
+from transfer_text.encoding.vocabulary_builder import VocabularyCounts, count_words
 from transfer_text.plugins import names
 
 __all__ = ["MIN_FREQUENCY", "PADDING", "TOKENIZERS", "UNKNOWN", "TokenizerName", "Vocabulary"]
@@ -39,8 +39,8 @@ UNKNOWN = 1
 MIN_FREQUENCY = 1
 
 FORMAT = 1
-WORTH_KEEPING_WORDS = 50_000
-"""Whether fewer words can be spelled is found out every time."""
+MIN_CACHED_WORDS = 50_000
+"""The check whether words are single tokens is cached on disk from this number of words on."""
 
 
 class Vocabulary:
@@ -53,18 +53,18 @@ class Vocabulary:
         tokenizer: A learned one, whose first two tokens are the special ones, or any other.
         counts: How often the training texts hold each token, int64 (V,); None where that is not known.
         lengths: The number of tokens of each training text, int64 (N,); None where that is not known.
-        further: How many of its words, the last ones, are not from the training texts (see :meth:`extended`).
+        extra: How many of its words, the last ones, are not from the training texts (see :meth:`extended`).
     """
 
-    to_come: str = ""
-    """What is to be learned, where this stands in for it (:meth:`nominal`)."""
+    placeholder_note: str = ""
+    """Description of the vocabulary if this one is a placeholder (:meth:`nominal`); empty otherwise."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         counts: npt.NDArray[np.int64] | None = None,
         lengths: npt.NDArray[np.int64] | None = None,
-        further: int = 0,
+        extra: int = 0,
     ) -> None:
         places = [tokenizer.token_to_id(token) for token in SPECIAL]
         if places not in ([PADDING, UNKNOWN], [None, None]):
@@ -76,7 +76,7 @@ class Vocabulary:
         self._table: PieceTable | None = None
         self.counts = counts
         self.lengths = lengths
-        self.further = further
+        self.extra = extra
 
     @classmethod
     def build(
@@ -111,21 +111,21 @@ class Vocabulary:
             vocabulary.lengths = encoded.lengths
             vocabulary.counts = np.bincount(encoded.indices, minlength=len(vocabulary))
             return vocabulary
-        if not text_blocks.worth_keeping(texts):
-            return cls._of(learn(texts, name, min_frequency, max_size, None), name)
+        if not text_blocks.worth_caching(texts):
+            return cls._of(count_words(texts, name, min_frequency, max_size, None), name)
         made: list[Vocabulary] = []
         texts_digest = text_blocks.digest_of(texts)
 
         def write(folder: Path) -> None:
             with (folder / "numbers").open("wb") as numbers:
-                learned = learn(texts, name, min_frequency, max_size, numbers)
-            vocabulary = cls._of(learned, name)
+                counted = count_words(texts, name, min_frequency, max_size, numbers)
+            vocabulary = cls._of(counted, name)
             made.append(vocabulary)
-            vocabulary._keep(folder / "numbers", learned, texts_digest)
+            vocabulary._keep(folder / "numbers", counted, texts_digest)
             (folder / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
-            np.savez(folder / "counts.npz", counts=vocabulary.counts, lengths=learned.lengths)  # type: ignore[arg-type]
+            np.savez(folder / "counts.npz", counts=vocabulary.counts, lengths=counted.lengths)  # type: ignore[arg-type]
 
-        settings = [FORMAT, learned_by(name), min_frequency, max_size]
+        settings = [FORMAT, tokenizer_config(name), min_frequency, max_size]
         folder = cache.entry("vocabulary", cache.digest(settings, texts_digest), write)
         if made:
             return made[0]
@@ -137,28 +137,28 @@ class Vocabulary:
                     return cls(Tokenizer.from_str(text), arrays["counts"], arrays["lengths"])
             except Exception:  # whatever is wrong with an entry (the library raises this very class), it is made again
                 cache.drop(folder)
-        return cls._of(learn(texts, name, min_frequency, max_size, None), name)
+        return cls._of(count_words(texts, name, min_frequency, max_size, None), name)
 
     @classmethod
-    def _of(cls, learned: Learned, name: TokenizerName) -> Vocabulary:
-        tokens = {token: index for index, token in enumerate((*SPECIAL, *learned.words))}
-        counts = np.concatenate([[0, learned.rest], learned.occurrences]).astype(np.int64)
+    def _of(cls, counted: VocabularyCounts, name: TokenizerName) -> Vocabulary:
+        tokens = {token: index for index, token in enumerate((*SPECIAL, *counted.words))}
+        counts = np.concatenate([[0, counted.rest], counted.occurrences]).astype(np.int64)
         tokenizer = assemble(name, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN))
-        vocabulary = cls(tokenizer, counts, learned.lengths)
+        vocabulary = cls(tokenizer, counts, counted.lengths)
         # Other splits hold much the same pieces, whose tokens are known by now.
-        vocabulary._table = learned.table
-        vocabulary._table.map(_indices(learned.ranks))
-        vocabulary._table.then(vocabulary._indices_of)
+        vocabulary._table = counted.table
+        vocabulary._table.map(_indices(counted.ranks))
+        vocabulary._table.set_tokenizer(vocabulary._indices_of)
         return vocabulary
 
-    def _keep(self, numbers: Path, learned: Learned, texts_digest: str) -> None:
+    def _keep(self, numbers: Path, counted: VocabularyCounts, texts_digest: str) -> None:
         """Keep the training texts, whose tokens were numbered as they were met, for :meth:`encode`."""
-        indices = _indices(learned.ranks)
+        indices = _indices(counted.ranks)
 
         def parts() -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
             with numbers.open("rb") as file:
-                for first in range(0, len(learned.lengths), text_blocks.BLOCK_TEXTS):
-                    sizes = learned.lengths[first : first + text_blocks.BLOCK_TEXTS]
+                for first in range(0, len(counted.lengths), text_blocks.BLOCK_TEXTS):
+                    sizes = counted.lengths[first : first + text_blocks.BLOCK_TEXTS]
                     yield indices[np.fromfile(file, dtype="<i4", count=int(sizes.sum()))], sizes
 
         cache.entry("encoded", self._key(texts_digest), lambda folder: EncodedTexts.write(folder, parts()))
@@ -176,20 +176,20 @@ class Vocabulary:
             return cls(_read(tokenizer))
         tokens = {PADDING_TOKEN: PADDING, UNKNOWN_TOKEN: UNKNOWN, "the": 2}
         vocabulary = cls(assemble(name, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN)))
-        vocabulary.to_come = "learned from the training texts"
+        vocabulary.placeholder_note = "learned from the training texts"
         return vocabulary
 
     @classmethod
-    def from_json(cls, text: str, further: int = 0) -> Vocabulary:
-        """Return the vocabulary that :meth:`to_json` wrote; counts, lengths and ``further`` are not part of it."""
-        return cls(Tokenizer.from_str(text), further=further)
+    def from_json(cls, text: str, extra: int = 0) -> Vocabulary:
+        """Return the vocabulary that :meth:`to_json` wrote; counts, lengths and ``extra`` are not part of it."""
+        return cls(Tokenizer.from_str(text), extra=extra)
 
     def to_json(self) -> str:
         """Return all of it as one JSON string, which the ``tokenizers`` library also reads."""
         return str(self._tokenizer.to_str())
 
     def extended(self, words: Sequence[str]) -> Vocabulary:
-        """Return this vocabulary with further words after its own, with counts of 0: those that texts can spell.
+        """Return this vocabulary with extra words after its own, with counts of 0: those that texts can spell.
 
         Words that training never saw, but word vectors know, keep their vectors in prediction.
 
@@ -209,11 +209,11 @@ class Vocabulary:
                 own[word] = len(own)
         tokenizer = assemble(self._name, models.WordLevel(own, unk_token=UNKNOWN_TOKEN))
         counts = None if self.counts is None else np.pad(self.counts, (0, len(own) - len(self)))
-        extended = Vocabulary(tokenizer, counts, self.lengths, self.further + len(own) - len(self))
+        extended = Vocabulary(tokenizer, counts, self.lengths, self.extra + len(own) - len(self))
         if self._table is not None and self.counts is not None and not self.counts[UNKNOWN]:
-            # The training texts hold none of the further words: what their pieces hold is known.
+            # The training texts hold none of the extra words: what their pieces hold is known.
             extended._table, self._table = self._table, None
-            extended._table.then(extended._indices_of)
+            extended._table.set_tokenizer(extended._indices_of)
         return extended
 
     def _spelled(self, words: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -231,11 +231,11 @@ class Vocabulary:
             made.append(spell())
             np.save(folder / "spelled.npy", made[0])
 
-        if len(words) < WORTH_KEEPING_WORDS:
+        if len(words) < MIN_CACHED_WORDS:
             return spell()
         assert self._name is not None
         folder = cache.entry(
-            "spelled", cache.digest(FORMAT, learned_by(self._name), text_blocks.digest_of(words)), write
+            "spelled", cache.digest(FORMAT, tokenizer_config(self._name), text_blocks.digest_of(words)), write
         )
         if made:
             return made[0]
@@ -293,10 +293,10 @@ class Vocabulary:
 
         def parts() -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
             if self._name is None:
-                return map(self._numericalise, text_blocks.blocks(texts))
-            return numericalised(texts, self._name, self._numericalise, self._look_up)
+                return map(self._encode_block, text_blocks.blocks(texts))
+            return encode_in_parallel(texts, self._name, self._encode_block, self._look_up)
 
-        if not text_blocks.worth_keeping(texts):
+        if not text_blocks.worth_caching(texts):
             return EncodedTexts.of(parts())
         key = self._key(text_blocks.digest_of(texts))
         for _ in range(2):  # an entry that is damaged is made again
@@ -311,12 +311,12 @@ class Vocabulary:
     def _key(self, texts_digest: str) -> str:
         return cache.digest(FORMAT, self.digest, texts_digest)
 
-    def _numericalise(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    def _encode_block(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Return the indices of all texts in a row, and the number of each text's."""
         if self._name is not None:
             if self._table is None:
-                self._table = PieceTable(functools.partial(parted_by_blanks, self._name), self._indices_of)
-            return self._table.numericalise(texts)
+                self._table = PieceTable(functools.partial(with_safe_whitespace, self._name), self._indices_of)
+            return self._table.encode(texts)
         _allow_parallelism()
         encode_batch = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)  # tokenizers >= 0.20
         for text in texts:
@@ -345,7 +345,7 @@ class Vocabulary:
         return None if self._shift else name_of(json.loads(self.to_json()))
 
     def __getstate__(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in ("counts", "lengths", "further")}
+        plain = {name: getattr(self, name) for name in ("counts", "lengths", "extra")}
         return {"json": self.to_json(), **plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -381,7 +381,7 @@ def _read(written: str) -> Tokenizer:
         raise ConfigError(f"the tokenizer cannot be read: {error}", where=str(path), fix=fix) from error
 
 
-def learned_by(name: TokenizerName) -> str:
+def tokenizer_config(name: TokenizerName) -> str:
     """Return what decides the tokens that a named tokenizer finds: its JSON."""
     return str(assemble(name, models.WordLevel({UNKNOWN_TOKEN: 0}, unk_token=UNKNOWN_TOKEN)).to_str())
 

@@ -82,13 +82,13 @@ class TextBackbone(Backbone):
             vocabulary = vocabulary_class(tokenizer).nominal(tokenizer)
             if vectors_vocabulary:
                 vocabulary = _with_words_of(vectors, vocabulary, [])
-                vocabulary.to_come = f"learned from the training texts, and the words that {vectors} knows"
+                vocabulary.placeholder_note = f"learned from the training texts, and the words that {vectors} knows"
         embedding = WordEmbedding(
-            len(vocabulary) - vocabulary.further,
+            len(vocabulary) - vocabulary.extra,
             width,
             frozen=variant in ("static", "multichannel"),
             tuned=variant != "static",
-            further=vocabulary.further,
+            further=vocabulary.extra,
         )
         super().__init__({"embedding": embedding, **above(embedding.out_dimensions)})
         self.vocabulary = vocabulary
@@ -116,12 +116,12 @@ class TextBackbone(Backbone):
 
     def assets(self) -> Mapping[str, str]:
         """Return the vocabulary with its tokenizer, and the width of the vectors."""
-        embedding = {"width": self.width, "further_words": self.vocabulary.further}
+        embedding = {"width": self.width, "further_words": self.vocabulary.extra}
         return {"vocabulary.json": self.vocabulary.to_json(), "embedding.json": json.dumps(embedding)}
 
     def learned(self) -> Mapping[str, Any]:
         """Return the number of words, and what the longest length drops (see :func:`truncation_loss`)."""
-        further, lengths = self.vocabulary.further, self.vocabulary.lengths
+        further, lengths = self.vocabulary.extra, self.vocabulary.lengths
         words = {"words": len(self.vocabulary) - 2 - further, **({"further_words": further} if further else {})}
         return words | ({} if lengths is None else truncation_loss(lengths, self._preprocessing.max_length))
 
@@ -135,7 +135,7 @@ class TextBackbone(Backbone):
             return {}
         special, words = self.vocabulary.tokens[:2], self.vocabulary.tokens[2:]
         vectors = read_vectors(self.vectors, words)
-        own = len(words) - self.vocabulary.further
+        own = len(words) - self.vocabulary.extra
         if not vectors.found[:own].any():
             raise WeightsError(
                 f"{self.vectors!r} has a vector for none of the {own} words of the training texts",
