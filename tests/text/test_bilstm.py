@@ -180,10 +180,10 @@ def test_vectors_are_frozen_when_the_variant_is_left_out(source: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 1, "dropout": 0.2}, "between layers, and there is one"),
+        ({"layers": 1, "dropout": 0.2}, "between layers, but layers is 1"),
         ({"variant": "static"}, "needs pretrained vectors"),
-        ({"variant": "rand", "vectors": "mini"}, "reads none"),
-        ({"vectors": "mini", "dimensions": 50}, "mini is 100 wide"),
+        ({"variant": "rand", "vectors": "mini"}, "uses random vectors"),
+        ({"vectors": "mini", "dimensions": 50}, "mini has width 100"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:

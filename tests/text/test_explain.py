@@ -197,7 +197,7 @@ def test_a_backbone_that_cannot_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["reviews.txt", "/no/such/file", "./review", "~/review", "../x.txt"])
 def test_a_path_where_nothing_is_is_not_taken_for_a_text(path: str) -> None:
-    with pytest.raises(DataError, match="no such text file") as caught:
+    with pytest.raises(DataError, match="text file does not exist") as caught:
         preprocessing().read(path)
     assert caught.value.problems[0].where == path
 

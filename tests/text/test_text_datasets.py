@@ -91,7 +91,7 @@ def test_unlabelled_reviews_are_counted_and_left_out(folder: Path, caplog: pytes
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="transfer_text.data.datasets"):
             assert len(IMDb(root=str(root)).load().splits["train"]) == 6
-        assert "2 unlabelled reviews are left out" in caplog.text
+        assert "omitted 2 unlabeled reviews" in caplog.text
 
 
 def test_what_is_not_there_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_an_archive_is_unpacked_once_and_again_where_that_was_damaged(
 
 def test_an_incomplete_archive_is_refused(folder: Path) -> None:
     path = pack(folder, dict(list(REVIEWS.items())[:-1]))
-    with pytest.raises(DataError, match="test holds 3 negative and 2 positive") as caught:
+    with pytest.raises(DataError, match="test contains 3 negative and 2 positive") as caught:
         IMDb().load()
     assert caught.value.problems[0].where == str(path)
 
@@ -392,8 +392,8 @@ def test_a_wrong_json_line_is_named(tmp_path: Path, line: str, message: str) -> 
     ("value", "target", "message"),
     [
         ("2", "labels", "train.csv:3: column 'a' holds '2', which is neither 0 nor 1"),
-        ("many", "number", "train.csv:3: column 'a' holds 'many', which is no finite number"),
-        ("nan", "number", "train.csv:3: column 'a' holds 'nan', which is no finite number"),
+        ("many", "number", "train.csv:3: column 'a' holds 'many', which is not a finite number"),
+        ("nan", "number", "train.csv:3: column 'a' holds 'nan', which is not a finite number"),
     ],
 )
 def test_a_target_that_cannot_be_parsed_is_named(tmp_path: Path, value: str, target: str, message: str) -> None:
@@ -483,20 +483,20 @@ def test_without_folders_of_splits_a_part_of_each_class_is_the_test_split(tmp_pa
 def test_other_files_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = plant(tmp_path, "train/a/1.txt", "train/b/1.txt", "train/b/notes.md", "train/README", "train/a/.hidden.txt")
     assert sizes(root) == {"train": 2}
-    assert "skipped 2 files that are no texts: 1 without extension, 1 .md" in caplog.text
+    assert "skipped 2 files that are not texts: 1 without extension, 1 .md" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (("1.txt",), {}, "holds 1 files but no folder of a class"),
+        (("1.txt",), {}, "contains 1 files but no class folder"),
         (("a/1.txt",), {}, "only one class, 'a'"),
         (("a/1.txt", "b/1.md"), {}, "class 'b' has no texts, only 1 .md"),
-        (("a/1.txt", "b/1.txt"), {}, "class 'a' has a single text"),
+        (("a/1.txt", "b/1.txt"), {}, "class 'a' has only one text"),
         (("train/a/1.txt", "train/b/1.txt", "test/a/1.txt", "test/c/1.txt"), {}, "only in test: c"),
         (("train/a/1.txt", "train/b/1.txt", "test/a/1.txt"), {}, "only in train: b"),
         (("train/a/1.txt", "train/b/1.txt"), {"test": "held_out"}, "there is no folder 'held_out'"),
-        (("train/a/1.txt", "val/a/1.txt", "valid/a/1.txt"), {}, "could each be the val split"),
+        (("train/a/1.txt", "val/a/1.txt", "valid/a/1.txt"), {}, "can each be the val split"),
     ],
 )
 def test_a_wrong_folder_is_explained(
@@ -522,7 +522,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no such folder"):
+    with pytest.raises(DataError, match="the folder does not exist"):
         TextFolder(root=str(tmp_path / "none")).load()
 
 
@@ -542,7 +542,7 @@ def test_without_the_library_the_message_says_how_to_get_it(monkeypatch: pytest.
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(DataError, match="not installed") as caught:
         HuggingFace(dataset="stanfordnlp/imdb").load()
-    assert caught.value.problems[0].fix == "pip install datasets"
+    assert caught.value.problems[0].fix == "pip install 'transferkit[huggingface]'"
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_loading_reports_coverage(source: str) -> None:
 def test_vectors_of_another_language_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("xyzzy 1 2 3\n")
     backbone = TextCNN.from_data(TEXTS, vectors=str(tmp_path / "other.txt"), **SMALL)
-    with pytest.raises(WeightsError, match="a vector for none"):
+    with pytest.raises(WeightsError, match="no vector for any"):
         backbone.load_pretrained()
 
 
@@ -201,12 +201,12 @@ def test_the_variant_follows_the_vectors_when_left_out(source: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "rand", "vectors": "mini"}, "reads none"),
+        ({"variant": "rand", "vectors": "mini"}, "uses random vectors"),
         ({"variant": "static"}, "needs pretrained vectors"),
-        ({"vectors": "mini", "dimensions": 50}, "dimensions is 50, but mini is 100 wide"),
-        ({"kernel_sizes": (3, 4), "filters": (10,)}, "2 kernel_sizes and 1 numbers of filters"),
-        ({"kernel_sizes": ()}, "0 kernel_sizes"),
-        ({"vectors": "glove.6B.101d"}, "no word vectors 'glove.6B.101d'"),
+        ({"vectors": "mini", "dimensions": 50}, "dimensions is 50, but mini has width 100"),
+        ({"kernel_sizes": (3, 4), "filters": (10,)}, "differ in length: 2 and 1"),
+        ({"kernel_sizes": ()}, "differ in length: 0 and 0"),
+        ({"vectors": "glove.6B.101d"}, "unknown word vectors 'glove.6B.101d'"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
@@ -218,7 +218,7 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
 def test_a_saved_width_counts_for_dimensions_too() -> None:
     assets = TextCNN.from_data(TEXTS, dimensions=8).assets()
     assert TextCNN.from_assets(assets, dimensions=8).width == 8
-    with pytest.raises(ConfigError, match="is 8 wide"):
+    with pytest.raises(ConfigError, match="has width 8"):
         TextCNN.from_assets(assets, dimensions=9)
 
 
@@ -278,7 +278,7 @@ def by_conv1d(layers: Convolutions, table: Tensor, rows: Tensor, lengths: list[i
 def test_outputs_and_gradients_are_those_of_conv1d(
     by_words: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(textcnn, "in_batch_terms", lambda rows: by_words)
+    monkeypatch.setattr(textcnn, "use_batch_vocabulary", lambda rows: by_words)
     table, rows, lengths = batch(dtype)
     layers = convolutions(dtype)
     wanted = [table, *layers.parameters()]
@@ -335,7 +335,7 @@ def test_the_whole_table_gives_the_same_features(source: str, monkeypatch: pytes
     backbone = build(source)
     features = backbone(inputs(backbone, TEXTS))
     for module in (embedding, textcnn):
-        monkeypatch.setattr(module, "in_batch_terms", lambda rows: False)
+        monkeypatch.setattr(module, "use_batch_vocabulary", lambda rows: False)
     assert len(backbone.stages[0](inputs(backbone, TEXTS))[0]) == len(backbone.vocabulary)
     torch.testing.assert_close(backbone(inputs(backbone, TEXTS)), features)
 

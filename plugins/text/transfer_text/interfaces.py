@@ -1,8 +1,9 @@
-"""The contracts of what another package may bring to texts: tokenizers, word vectors, a preprocessing into tokens.
+"""Contracts for plugins of the text plugin: tokenizers, word vectors, and preprocessing into tokens.
 
-A package registers a subclass of the first two by an entry point in the group ``transfer.tokenizers`` or
-``transfer.vectors``, a notebook by ``@transfer.register("tokenizer", NAME)`` or ``@transfer.register("vectors",
-NAME)``. A config then says ``tokenizer: NAME`` or ``tokenizer: NAME/ARGUMENT``, and the same of ``vectors``.
+A package registers a subclass of :class:`Tokenizer` or :class:`Vectors` by an entry point in the group
+``transfer.tokenizers`` or ``transfer.vectors``; a notebook uses ``@transfer.register("tokenizer", NAME)`` or
+``@transfer.register("vectors", NAME)``. A config then sets ``tokenizer: NAME`` or ``tokenizer: NAME/ARGUMENT``, and
+``vectors`` likewise.
 """
 
 from __future__ import annotations
@@ -21,101 +22,103 @@ import numpy.typing as npt
 
 from transfer import ConfigError, DataError, Occlusion, Preprocessing
 
-# What a reader would take for one: tags, entities, words with what hyphens and apostrophes join, runs of marks.
+# Units of an explanation: tags, entities, words with their hyphens and apostrophes, runs of punctuation.
 _MARKUP = r"</?\w+\s*/?>|&#?\w+;"
 _PIECE = re.compile(
     rf"{_MARKUP}|['\u2019](?:s|re|ve|ll|d|m)\b|\w+(?:[-'\u2019]\w+)*|(?:(?!{_MARKUP})[^\w\s])+", re.IGNORECASE
 )
 _PATH = re.compile(r"(?:~|\.{1,2})?/\S*/\S+|(?:~|\.{1,2})/\S+|\S+\.txt")
-"""What can only be meant as the path of a file."""
+"""Strings that can only be paths of files."""
 
 
 class TokenPreprocessing(Preprocessing):
-    """What every preprocessing of texts into tokens does with raw ones: read them, and take out words to explain.
+    """Base class of preprocessing of texts into tokens: reading raw texts, and leaving out words for explanations.
 
-    A subclass defines how texts are encoded and collated. Encoded texts are one-dimensional.
+    A subclass defines :meth:`encode` and :meth:`collate`. Encoded texts are one-dimensional.
     """
 
     encode_once: ClassVar[bool] = True
 
     @abstractmethod
     def tokenize(self, text: str) -> Sequence[str]:
-        """Return the tokens of one text, in words."""
+        """Return the tokens of one text as strings."""
 
     def length(self, encoded: Any) -> int:
         """Return the number of tokens."""
         return len(encoded)
 
     def read(self, source: str) -> str:
-        """Return the content of the file at ``source``, or ``source`` itself where that is no path.
+        """Return the content of the file at ``source``, or ``source`` itself if it is not a path.
 
         Raises:
-            transfer.DataError: There is no such file, or it cannot be read.
+            transfer.DataError: The file does not exist or cannot be read.
         """
-        if not os.path.isfile(source):  # unlike Path.is_file, this takes a text that is too long for a path
+        if not os.path.isfile(source):  # unlike Path.is_file, this accepts a text that is too long for a path
             if os.sep in source and source.strip("./") and os.path.isdir(source):
                 raise DataError(
-                    "this is a folder", where=source, fix="give its texts: a pattern such as 'FOLDER/*.txt'"
+                    "this is a folder: expected a text or a file", where=source, fix="use a pattern: 'FOLDER/*.txt'"
                 )
             if _PATH.fullmatch(source):
-                raise DataError("there is no such text file", where=source, fix="check the path, or give a text")
+                raise DataError("the text file does not exist", where=source, fix="check the path, or give a text")
             return source
         try:
             return Path(source).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"the text cannot be read: {error}", where=source, fix="give a text file in UTF-8"
+                f"the text cannot be read: {error}", where=source, fix="use a text file in UTF-8"
             ) from error
 
     def read_bytes(self, content: bytes) -> str:
-        """Return the text that is so encoded in UTF-8."""
+        """Decode a text from UTF-8."""
         return content.decode("utf-8-sig")
 
     def occlusions(self, value: str) -> Iterator[Occlusion]:
-        """Yield the text's words and runs of marks, each with what stands up to the next, and the text without it."""
-        found = list(_PIECE.finditer(value))
-        begins = [0, *(match.start() for match in found[1:]), len(value)]
-        tokens = [len(self.tokenize(match.group())) for match in found]
-        for place, match in enumerate(found):
-            # A blank in its place keeps its neighbours apart.
-            rest = f"{value[: match.start()]} {value[match.end() :]}" if sum(tokens) > tokens[place] else None
-            yield Occlusion(value[begins[place] : begins[place + 1]], rest)
+        """Yield each word and run of punctuation, with the characters up to the next one, and the text without it."""
+        matches = list(_PIECE.finditer(value))
+        starts = [0, *(match.start() for match in matches[1:]), len(value)]
+        tokens = [len(self.tokenize(match.group())) for match in matches]
+        for index, match in enumerate(matches):
+            # A blank replaces the word, so that its neighbors do not join.
+            rest = f"{value[: match.start()]} {value[match.end() :]}" if sum(tokens) > tokens[index] else None
+            yield Occlusion(value[starts[index] : starts[index + 1]], rest)
 
     def example(self) -> str:
         """Return a short text."""
         return "An example of a text that is longer than any kernel is wide."
 
 
-class _Source:
-    """What a config names, with what it says behind the name.
+class _NamedSource:
+    """A plugin that a config names, with an optional argument: ``NAME/ARGUMENT``.
 
     Args:
-        argument: What stands behind the slash; empty where nothing does.
+        argument: Text after the slash; empty if there is none.
     """
 
     def __init__(self, argument: str = "") -> None:
         if argument:
-            raise ConfigError(f"{type(self).__name__} takes no argument, and {argument!r} is one", fix="leave it out")
+            raise ConfigError(f"{type(self).__name__} takes no argument, got {argument!r}", fix="remove it")
 
 
-class Tokenizer(_Source, ABC):
-    """Cut texts into tokens.
+class Tokenizer(_NamedSource, ABC):
+    """A tokenizer of texts.
 
-    A trained model holds the vocabulary, and of the tokenizer its name and its package's version: the package must be
-    installed wherever the model predicts. Objects are small and picklable: loader processes get a copy.
+    A trained model contains the vocabulary, the name of the tokenizer and the version of its package. The package must
+    be installed to predict with the model. Objects are small and picklable: loader processes get a copy.
     """
 
     @abstractmethod
     def tokenize(self, text: str) -> Sequence[str]:
-        """Return the tokens of one text, which depend on nothing but the text and the argument."""
+        """Return the tokens of one text. They depend only on the text and the argument."""
 
     def vocabulary(self, texts: Iterable[Sequence[str]], *, min_frequency: int, max_size: int | None) -> Sequence[str]:
-        """Return the words to know, in the order of their indices; by default by frequency, then alphabetically.
+        """Return the words of the vocabulary in the order of their indices.
+
+        By default words are ordered by frequency, then alphabetically.
 
         Args:
-            texts: The tokens of each text of the training split, to be read once.
-            min_frequency: Words that occur less often are unknown.
-            max_size: The most words to return; None is all.
+            texts: Tokens of each text of the training split; iterate over them once.
+            min_frequency: Minimum number of occurrences of a word.
+            max_size: Maximum number of words. None returns all.
         """
         counts: Counter[str] = Counter()
         for tokens in texts:
@@ -129,30 +132,32 @@ class WordVectors:
     """The vectors of some words.
 
     Args:
-        matrix: float32 (V, D), a row for each word; zeros where the source lacks the word.
-        found: bool (V,).
+        matrix: Vectors, float32 (V, D), one row per word; zeros for words without a vector.
+        found: Whether each word has a vector, bool (V,).
     """
 
     matrix: npt.NDArray[np.float32]
     found: npt.NDArray[np.bool_]
 
 
-class Vectors(_Source, ABC):
-    """A source of word vectors. Its constructor reads nothing but its argument."""
+class Vectors(_NamedSource, ABC):
+    """A source of word vectors. The constructor reads only its argument."""
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """D, the width of a vector: known without reading them all, and without downloading any."""
+        """Width of a vector, D; available without reading all vectors and without a download."""
 
     @abstractmethod
     def read(self, words: Sequence[str]) -> WordVectors:
-        """Find (or download) the vectors, and return those of these very words; other spellings are asked for too.
+        """Find (or download) the vectors and return those of exactly these words.
+
+        The caller requests other spellings itself.
 
         Raises:
-            transfer.WeightsError: They are missing or broken; the message says which file to put where.
+            transfer.WeightsError: The vectors are missing or damaged; the message states the expected path.
         """
 
     def words(self) -> Sequence[str]:
-        """Return all words that it has vectors of; by default none, as of one that makes a vector for any word."""
+        """Return all words that have a vector; by default none, as for a source that computes vectors of any word."""
         return ()

@@ -1,4 +1,4 @@
-"""Tokenizers and vectors that packages bring, by what a config calls them: ``NAME`` or ``NAME/ARGUMENT``."""
+"""Tokenizers and vectors of other packages, by their name in a config: ``NAME`` or ``NAME/ARGUMENT``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from transfer_text.interfaces import Tokenizer, Vectors
 
 
 def names(kind: str) -> list[str]:
-    """Return the names of all plugins of a kind, those that cannot be loaded included."""
+    """Return the names of all plugins of a kind, including those that cannot be loaded."""
     return [plugin.name for plugin in plugins(kind)]
 
 
 def is_plugin(kind: str, written: str) -> bool:
-    """Say whether what a config writes begins with the name of a plugin; ``./NAME/...`` is a path whatever there is."""
+    """Return whether a config value starts with the name of a plugin; ``./NAME/...`` is always a path."""
     name = _name(written)
     return any(name in (plugin.name, plugin.qualified_name) for plugin in plugins(kind))
 
@@ -23,8 +23,8 @@ def make_tokenizer(written: str) -> Tokenizer:
     """Return the tokenizer that a config names.
 
     Raises:
-        transfer.PluginError: It cannot be loaded here; the message says why and what to install.
-        transfer.ConfigError: It does not take that argument.
+        transfer.PluginError: The plugin cannot be loaded; the message states the reason and the package to install.
+        transfer.ConfigError: The plugin does not accept the argument.
     """
     return cast(Tokenizer, load_plugin("tokenizer", _name(written))(*_argument(written)))
 
@@ -33,13 +33,13 @@ def make_vectors(written: str) -> Vectors:
     """Return the source of vectors that a config names.
 
     Raises:
-        transfer.PluginError, transfer.ConfigError: As :func:`make_tokenizer`.
+        transfer.PluginError, transfer.ConfigError: Same as for :func:`make_tokenizer`.
     """
     return cast(Vectors, load_plugin("vectors", _name(written))(*_argument(written)))
 
 
 def requirement(kind: str, written: str) -> str:
-    """Return what pip is to install to have exactly that plugin; empty of one that is registered in this process."""
+    """Return the pip requirement of a plugin; empty if the plugin is registered in this process."""
     return find_plugin(kind, _name(written)).requirement
 
 

@@ -1,4 +1,4 @@
-"""torchtext's tokenizers, vocabulary and word vectors as sources: the extra ``torchtext``, on torch 2.3."""
+"""Tokenizers, vocabulary and word vectors of torchtext: the extra ``torchtext``, on torch 2.3."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ def _torchtext(module: str) -> Any:
 class TorchtextTokenizer(Tokenizer):
     """torchtext's tokenizers and its vocabulary.
 
-    The argument is a name that ``torchtext.data.get_tokenizer`` knows: ``torchtext/basic_english``; ``spacy``,
-    ``moses``, ``toktok``, ``revtok`` and ``subword`` need further packages. The vocabulary is that of
-    ``torchtext.vocab.build_vocab_from_iterator``, in its order.
+    The argument is a name of ``torchtext.data.get_tokenizer``: ``torchtext/basic_english``. The names ``spacy``,
+    ``moses``, ``toktok``, ``revtok`` and ``subword`` need additional packages. The vocabulary is built by
+    ``torchtext.vocab.build_vocab_from_iterator``.
     """
 
     def __init__(self, argument: str = "") -> None:
         names = ("torchtext/basic_english", "spacy", "moses", "toktok", "revtok", "subword")
         try:
-            with contextlib.redirect_stdout(None):  # it prints what to install before it raises
+            with contextlib.redirect_stdout(None):  # it prints an installation hint before it raises
                 self._tokenize: Callable[[str], list[str]] = _torchtext("data.utils").get_tokenizer(argument)
         except ValueError as error:
             raise ConfigError(
-                f"torchtext has no tokenizer {argument!r}", available=names, fix="write torchtext/basic_english"
+                f"torchtext has no tokenizer {argument!r}", available=names, fix="use torchtext/basic_english"
             ) from error
-        except (ImportError, AttributeError, OSError) as error:  # of its library, or of that library's own data
+        except (ImportError, AttributeError, OSError) as error:  # of the tokenizer's library or of its data
             raise ConfigError(
                 f"torchtext's tokenizer {argument!r} cannot be loaded: {error}",
-                fix=f"install what it is of ({argument}), or write torchtext/basic_english",
+                fix=f"install the library of {argument}, or use torchtext/basic_english",
             ) from error
 
     def tokenize(self, text: str) -> list[str]:
-        """Return the tokens that torchtext finds."""
+        """Return the tokens of one text."""
         return self._tokenize(text)
 
     def vocabulary(self, texts: Iterable[Sequence[str]], *, min_frequency: int, max_size: int | None) -> list[str]:
@@ -68,9 +68,9 @@ class TorchtextTokenizer(Tokenizer):
 class TorchtextVectors(Vectors):
     """torchtext's word vectors.
 
-    The argument is one of its names (``torchtext/glove.6B.100d``, ``torchtext/fasttext.en``,
-    ``torchtext/charngram.100d``) or a file that its ``Vectors`` read. Files are looked for under ``$TRANSFER_DATA`` by
-    their usual names, as all vectors are, and what is not there is downloaded there.
+    The argument is one of torchtext's names (``torchtext/glove.6B.100d``, ``torchtext/fasttext.en``,
+    ``torchtext/charngram.100d``) or the path of a file that ``torchtext.vocab.Vectors`` reads. Files are searched for
+    under ``$TRANSFER_DATA`` by their usual names; missing files are downloaded to that folder.
     """
 
     def __init__(self, argument: str = "") -> None:
@@ -79,8 +79,8 @@ class TorchtextVectors(Vectors):
         if match := re.fullmatch(r"fasttext\.([a-z_]+)(?:\.300d)?", argument):
             known[argument] = functools.partial(vocab.FastText, language=match[1])
         if not argument:
-            fix = "write torchtext/glove.6B.100d, or the path of a file behind the slash"
-            raise ConfigError("torchtext has many vectors, and none is named", available=tuple(known), fix=fix)
+            fix = "write torchtext/glove.6B.100d, or a path after the slash"
+            raise ConfigError("torchtext needs the name of vectors", available=tuple(known), fix=fix)
         self._argument = argument
         self._vocab = vocab
         self._class: Any = known[argument].func if argument in known else vocab.Vectors
@@ -88,7 +88,7 @@ class TorchtextVectors(Vectors):
 
     @property
     def width(self) -> int:
-        """As its name says, or the first line of the file."""
+        """Width of the vectors, from the name or the first line of the file."""
         if self._class is self._vocab.FastText:
             return FASTTEXT_WIDTH
         if self._class is self._vocab.CharNGram:
@@ -96,23 +96,23 @@ class TorchtextVectors(Vectors):
         return width_of(self._argument)
 
     def read(self, words: Sequence[str]) -> WordVectors:
-        """Return what torchtext looks up."""
+        """Return torchtext's vectors of some words."""
         vectors = self._vectors
         matrix = np.zeros((len(words), vectors.dim), dtype=np.float32)
         for row, word in enumerate(words):
             matrix[row] = vectors[word].reshape(-1).numpy()
-        if self._class is self._vocab.CharNGram:  # a word is found if any of its n-grams is
+        if self._class is self._vocab.CharNGram:  # a word is source if any of its n-grams is
             return WordVectors(matrix, np.any(matrix, axis=1))
         return WordVectors(matrix, np.fromiter((word in vectors for word in words), dtype=np.bool_, count=len(words)))
 
     def words(self) -> list[str]:
-        """Return the words of the file; those of character n-grams are none."""
+        """Return the words of the file; none for character n-grams."""
         return [] if self._class is self._vocab.CharNGram else list(self._vectors.itos)
 
     @functools.cached_property
     def _vectors(self) -> Any:
-        # torchtext looks into the folder first, so it downloads nothing; it also leaves a pickle there.
-        with tempfile.TemporaryDirectory() as folder, _certificate_checks_kept():
+        # torchtext finds the file in this folder, so it downloads nothing. It also writes a pickle there.
+        with tempfile.TemporaryDirectory() as folder, _certificate_checks_restored():
             file = self._unpack_into(Path(folder))
             options = {"name": str(file)} if self._class is self._vocab.Vectors else self._options
             try:
@@ -121,22 +121,22 @@ class TorchtextVectors(Vectors):
                 raise WeightsError(f"torchtext cannot read {self._argument!r}: {error}") from error
 
     def _unpack_into(self, folder: Path) -> Path:
-        """Put the file into a folder, under the name by which torchtext looks for it."""
+        """Put the file into a folder, under the name that torchtext expects."""
         if self._class is self._vocab.CharNGram:
             return _unpack_ngrams(self._class.url, folder / str(self._class.name))
         if self._class is self._vocab.FastText:
             url = self._class.url_base.format(self._options["language"])
             file = folder / str(os.path.basename(url))
-            found = locate(str(_fetch(url, file.name)))
+            source = locate(str(_fetch(url, file.name)))
         else:
             file = folder / (f"{self._argument}.txt" if self._class is self._vocab.GloVe else "vectors.txt")
-            found = locate(self._argument)
-        if isinstance(found.path, Path) and found.path.suffix in (".txt", ".vec"):
-            file.symlink_to(found.path.resolve())
+            source = locate(self._argument)
+        if isinstance(source.path, Path) and source.path.suffix in (".txt", ".vec"):
+            file.symlink_to(source.path.resolve())
             return file
-        with found.open() as (content, where, binary):
+        with source.open() as (content, where, binary):
             if binary:
-                raise WeightsError("torchtext reads no binary vectors", where=where, fix="leave out torchtext/")
+                raise WeightsError("torchtext does not read binary vectors", where=where, fix="remove torchtext/")
             with file.open("wb") as unpacked:
                 shutil.copyfileobj(content, unpacked, 1 << 20)
         return file
@@ -154,7 +154,7 @@ def _unpack_ngrams(url: str, file: Path) -> Path:
             with file.open("wb") as out:
                 shutil.copyfileobj(member, out, 1 << 20)
     except (tarfile.TarError, KeyError, EOFError, OSError) as error:
-        raise WeightsError(f"the archive holds no {file.name}: {error}", where=str(archive)) from error
+        raise WeightsError(f"the archive does not contain {file.name}: {error}", where=str(archive)) from error
     return file
 
 
@@ -166,8 +166,8 @@ def _fetch(url: str, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _certificate_checks_kept() -> Iterator[None]:
-    """Undo what torchtext's ``Vectors`` do in passing: they turn certificate checks off for the whole process."""
+def _certificate_checks_restored() -> Iterator[None]:
+    """Restore the check of TLS certificates, which torchtext's ``Vectors`` disable for the entire process."""
     before = ssl._create_default_https_context
     try:
         yield

@@ -23,29 +23,28 @@ logger = logging.getLogger(__name__)
 
 SENTIMENTS = ("negative", "positive")
 
-# ---------------------------------------------------------------------------------------------------------------- IMDb
-
 IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 IMDB_ARCHIVE = "aclImdb_v1.tar.gz"
 IMDB_FOLDER = "aclImdb"
-IMDB_REVIEWS = 12_500  # of each sentiment in each split
+IMDB_REVIEWS = 12_500  # per sentiment and split
 _IMDB_SENTIMENTS = {"neg": 0, "pos": 1}
 _IMDB_FOLDERS = {
     f"{split}/{name}": (split, sentiment) for split in ("train", "test") for name, sentiment in _IMDB_SENTIMENTS.items()
 }
 FORMAT = 1
-LONGEST_REVIEW_BYTES = 1 << 20  # the longest is 14 kB
+MAX_REVIEW_BYTES = 1 << 20  # the longest review has 14 kB
 READ_BYTES = 1 << 14
 
 
 class IMDb(Dataset):
     """The Large Movie Review Dataset: 25,000 reviews to train on and 25,000 to test, balanced (Maas et al. 2011, ACL).
 
-    It is read from ``aclImdb_v1.tar.gz`` without unpacking, or from the unpacked folder ``aclImdb``, and downloaded
-    where the data folder has neither. The 50,000 unlabelled reviews of the original are counted and left out.
+    The dataset is read from ``aclImdb_v1.tar.gz`` without unpacking, or from the unpacked folder ``aclImdb``. It is
+    downloaded if the data folder contains neither. The 50,000 unlabeled reviews of the original are omitted.
 
     Args:
-        root: The archive, the folder ``aclImdb``, or the folder that holds one of them; null: the data folder.
+        root: Path of the archive, of the folder ``aclImdb``, or of the folder that contains one of them. null uses the
+            data folder.
     """
 
     def __init__(self, *, root: str | None = None) -> None:
@@ -53,21 +52,21 @@ class IMDb(Dataset):
 
     @property
     def spec(self) -> DataSpec:
-        """A text and its sentiment."""
+        """Field ``text`` and two classes of sentiment."""
         return DataSpec(fields=("text",), target="class", classes=SENTIMENTS)
 
     def load(self) -> Data:
-        """Read the reviews, the negative ones first, each by name."""
+        """Read the reviews: negative before positive, each sorted by name."""
         path = self._find()
         reviews: dict[str, list[tuple[int, str, bytes]]] = {"train": [], "test": []}
-        unlabelled = 0
+        unlabeled = 0
         for name, content in _read_folder(path) if path.is_dir() else _read_archive(path):
-            if (parts := _labelled(name)) is not None:
+            if (parts := _split_and_class(name)) is not None:
                 reviews[parts[0]].append((parts[1], name, content))
             else:
-                unlabelled += 1
-        if unlabelled:
-            logger.info("%s: %d unlabelled reviews are left out", path, unlabelled)
+                unlabeled += 1
+        if unlabeled:
+            logger.info("%s: omitted %d unlabeled reviews", path, unlabeled)
         return Data(self.spec, {split: _split_of(found, split, path) for split, found in reviews.items()})
 
     def _find(self) -> Path:
@@ -80,39 +79,39 @@ class IMDb(Dataset):
             if path.exists():
                 return path
         raise DataError(
-            f"there is no {IMDB_FOLDER} and no {IMDB_ARCHIVE} in {root}",
+            f"{root} contains neither {IMDB_FOLDER} nor {IMDB_ARCHIVE}",
             available=sorted(path.name for path in root.iterdir())[:20] if root.is_dir() else (),
-            fix=f"download {IMDB_URL} and give its path or that of the unpacked folder as root",
+            fix=f"download {IMDB_URL} and set root to its path or to that of the unpacked folder",
         )
 
 
-def _labelled(name: str) -> tuple[str, int] | None:
-    """Return the split and the class of ``aclImdb/train/pos/0_9.txt``; None of what is no labelled review."""
+def _split_and_class(name: str) -> tuple[str, int] | None:
+    """Return split and class of a review such as ``aclImdb/train/pos/0_9.txt``; None if it is not labeled."""
     folder, _, file = name.partition("/")[2].rpartition("/")
     return _IMDB_FOLDERS.get(folder) if file.endswith(".txt") else None
 
 
 def _read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Give the name and content of each labelled review, and the name alone of each unlabelled one."""
-    known = path.stat()
-    key = cache.digest(FORMAT, str(path.resolve()), known.st_size, known.st_mtime_ns)
+    """Yield the name and content of each labeled review, and the name with empty content of each unlabeled one."""
+    status = path.stat()
+    key = cache.digest(FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns)
     folder = cache.entry("reviews", key, lambda folder: _write(folder, _stream(path)))
     if folder is not None:
-        if (kept := _read_kept(folder)) is not None:
-            return kept
+        if (cached := _read_cached(folder)) is not None:
+            return cached
         cache.drop(folder)
     return _stream(path)
 
 
 def _stream(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
-        # One pass over the stream; nothing is written, so no name in the archive can point anywhere.
+        # One pass over the stream. Nothing is unpacked to disk, so paths in the archive cannot escape a folder.
         with tarfile.open(path, "r|gz") as archive:
             for member in archive:
                 if not member.isfile():
                     continue
-                if _labelled(member.name) and (file := archive.extractfile(member)) is not None:
-                    if member.size > LONGEST_REVIEW_BYTES:
+                if _split_and_class(member.name) and (file := archive.extractfile(member)) is not None:
+                    if member.size > MAX_REVIEW_BYTES:
                         raise tarfile.ReadError(f"{member.name!r} would unpack to {member.size:,} bytes")
                     yield member.name, file.read()
                 elif member.name.startswith(f"{IMDB_FOLDER}/train/unsup/"):
@@ -124,7 +123,7 @@ def _stream(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _write(folder: Path, reviews: Iterator[tuple[str, bytes]]) -> None:
-    """Write reviews one after the other, and their names and sizes: unpacking takes a second or two each time."""
+    """Write concatenated reviews, names and sizes. Unpacking the archive would take one to two seconds each time."""
     names, sizes = [], []
     with (folder / "reviews.bin").open("wb") as file:
         for name, content in reviews:
@@ -134,8 +133,8 @@ def _write(folder: Path, reviews: Iterator[tuple[str, bytes]]) -> None:
     (folder / "reviews.json").write_text(json.dumps([names, sizes]), encoding="utf-8")
 
 
-def _read_kept(folder: Path) -> Iterator[tuple[str, bytes]] | None:
-    """Give what :func:`_write` wrote; None if it is damaged."""
+def _read_cached(folder: Path) -> Iterator[tuple[str, bytes]] | None:
+    """Yield the reviews that :func:`_write` wrote; None if the files are damaged."""
     try:
         names, sizes = json.loads((folder / "reviews.json").read_text(encoding="utf-8"))
         content = (folder / "reviews.bin").read_bytes()
@@ -144,11 +143,11 @@ def _read_kept(folder: Path) -> Iterator[tuple[str, bytes]] | None:
     ends = list(itertools.accumulate(sizes, initial=0))
     if len(names) != len(sizes) or ends[-1] != len(content):
         return None
-    return ((name, content[begin:end]) for name, (begin, end) in zip(names, itertools.pairwise(ends), strict=True))
+    return ((name, content[start:end]) for name, (start, end) in zip(names, itertools.pairwise(ends), strict=True))
 
 
 def _read_folder(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Give the same of an unpacked archive."""
+    """Yield the same as :func:`_read_archive` from an unpacked archive."""
     for split in ("train", "test"):
         for sentiment in _IMDB_SENTIMENTS:
             for name in _texts_in(path / split / sentiment):
@@ -159,7 +158,7 @@ def _read_folder(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _content(path: str) -> bytes:
-    """Read a small file by the system's calls alone: of 50,000 of them that takes half the time of ``open``."""
+    """Read a small file by system calls only: for 50,000 files this takes half the time of ``open``."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         content = os.read(descriptor, READ_BYTES)
@@ -180,7 +179,8 @@ def _split_of(reviews: list[tuple[int, str, bytes]], split: str, path: Path) -> 
     counts = np.bincount(targets, minlength=len(SENTIMENTS))
     if any(counts != IMDB_REVIEWS):
         raise DataError(
-            f"{split} holds {counts[0]:,} negative and {counts[1]:,} positive reviews, not {IMDB_REVIEWS:,} of each",
+            f"{split} contains {counts[0]:,} negative and {counts[1]:,} positive reviews: "
+            f"expected {IMDB_REVIEWS:,} of each",
             where=str(path),
             fix=f"the data is incomplete; delete it and download {IMDB_URL} again",
         )
@@ -193,15 +193,12 @@ def _split_of(reviews: list[tuple[int, str, bytes]], split: str, path: Path) -> 
     return Split({"text": texts}, targets, [name for _, name, _ in reviews])
 
 
-# -------------------------------------------------------------------------------------------------------- mini reviews
-
-
 class MiniReviews(Dataset):
-    """1,128 short film reviews that come with this plugin, in three splits: to try a config in seconds, offline."""
+    """1,128 short film reviews that are part of this plugin, in three splits: to try a config in seconds, offline."""
 
     @property
     def spec(self) -> DataSpec:
-        """A text and its sentiment."""
+        """Field ``text`` and two classes of sentiment."""
         return DataSpec(fields=("text",), target="class", classes=SENTIMENTS)
 
     def load(self) -> Data:
@@ -211,10 +208,10 @@ class MiniReviews(Dataset):
         rows = list(csv.DictReader(io.StringIO(content, newline="")))
         splits = {}
         for split in ("train", "validation", "test"):
-            chosen = [(line, row) for line, row in enumerate(rows, 2) if row["split"] == split]
+            selected = [(line, row) for line, row in enumerate(rows, 2) if row["split"] == split]
             splits[split] = Split(
-                {"text": [row["text"] for _, row in chosen]},
-                np.array([SENTIMENTS.index(row["label"]) for _, row in chosen], dtype=np.int64),
-                [f"{file}:{line}" for line, _ in chosen],
+                {"text": [row["text"] for _, row in selected]},
+                np.array([SENTIMENTS.index(row["label"]) for _, row in selected], dtype=np.int64),
+                [f"{file}:{line}" for line, _ in selected],
             )
         return Data(self.spec, splits)

@@ -1,4 +1,4 @@
-"""Texts in a file each, in a folder for each class."""
+"""Text files in one folder per class."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _SPLIT_NAMES = ("train", "training", *_VALIDATION_NAMES, *_TEST_NAMES, "testing"
 _LAYOUT = "put the texts of each class in a folder of its own: ROOT/CLASS/*.txt or ROOT/{train,test}/CLASS/*.txt"
 
 ByClass = dict[str, list[Path]]
-"""Files by class, both sorted."""
+"""Files by class; classes and files are sorted."""
 
 
 class TextFolder(Dataset):
-    """Texts in a folder for each class, with or without a folder for each split.
+    """Text files in one folder per class, with or without a folder per split.
 
-    ``root/train/CLASS/*.txt``, ``root/val/CLASS/*.txt`` and so on, or ``root/CLASS/*.txt``, of which a part becomes the
-    test split.
+    The layout is ``root/train/CLASS/*.txt``, ``root/val/CLASS/*.txt`` and so on, or ``root/CLASS/*.txt``. In the second
+    case a fraction of each class becomes the test split.
 
     Args:
-        root: The folder, from the working folder or from the data folder.
-        train: The folder of the training split.
-        val: The folder of the validation split; null: ``validation``, ``valid`` or ``val`` if there is one. Without a
-            test split it is the test split, and validation is cut from train.
-        test: The folder of the test split; null: ``test`` if there is one.
-        test_fraction: The part of each class that becomes the test split where there are no folders of splits; the same
-            texts every time.
+        root: Path of the folder, relative to the working folder or to the data folder.
+        train: Name of the folder of the training split.
+        val: Name of the folder of the validation split. null uses ``validation``, ``valid`` or ``val`` if it exists. If
+            there is no test split, this folder is the test split, and validation is split off from train.
+        test: Name of the folder of the test split. null uses ``test`` if it exists.
+        test_fraction: Fraction of each class that becomes the test split if there are no folders of splits. The same
+            texts are selected every time.
         encoding: Character encoding of the files.
     """
 
@@ -58,14 +58,14 @@ class TextFolder(Dataset):
         names = [name for name in (train, val, test) if name is not None]
         if len(set(names)) < len(names):
             raise ConfigError(
-                f"two splits cannot be one folder: train {train!r}, val {val!r}, test {test!r}",
-                fix="name another folder, or leave the split out",
+                f"two splits use the same folder: train {train!r}, val {val!r}, test {test!r}",
+                fix="use another folder, or remove the split",
             )
         try:
             codecs.lookup(encoding)
         except LookupError:
             raise ConfigError(
-                f"there is no encoding called {encoding!r}", available=("utf-8-sig", "utf-16", "latin-1", "cp1252")
+                f"unknown encoding {encoding!r}", available=("utf-8-sig", "utf-16", "latin-1", "cp1252")
             ) from None
         self._root = root
         self._train = train
@@ -76,74 +76,76 @@ class TextFolder(Dataset):
 
     @property
     def spec(self) -> DataSpec:
-        """A text and one class; the classes are known when the folders have been read."""
+        """Field ``text`` and one class; the class names are known after the folders have been read."""
         return DataSpec(("text",), "class")
 
     def load(self) -> Data:
         """Read the texts.
 
         Raises:
-            transfer.DataError: A folder is missing or empty, the splits have different classes, or a file is no text.
+            transfer.DataError: A folder is missing or empty, the splits have different classes, or a file is not text.
         """
         root = Path(self._root).expanduser()
         root = root if root.exists() else find_file(self._root) or root
         if not root.is_dir():
             raise DataError(
-                "this is not a folder" if root.exists() else "there is no such folder", where=str(root), fix=_LAYOUT
+                "this is not a folder" if root.exists() else "the folder does not exist", where=str(root), fix=_LAYOUT
             )
         folders = self._split_folders(root)
         splits = {split: _by_class(folder) for split, folder in (folders or {"train": root}).items()}
         if len(splits["train"]) == 1:
-            raise DataError(f"there is only one class, {min(splits['train'])!r}", where=str(root), fix=_LAYOUT)
+            raise DataError(
+                f"there is only one class, {min(splits['train'])!r}: expected two or more", where=str(root), fix=_LAYOUT
+            )
         if not folders and self._test_fraction:
-            splits = _cut(splits["train"], self._test_fraction, root)
+            splits = _split_off_test(splits["train"], self._test_fraction, root)
         return self._data(root, splits)
 
     def _split_folders(self, root: Path) -> dict[str, Path]:
-        """Return the folder of each split; empty where the root holds the classes themselves."""
+        """Return the folder of each split; empty if the root contains the classes themselves."""
         top = [path.name for path in _folders(root)]
         usable = [name for name in top if _folders(root / name)]
         likely = [name for name in top if name.lower() in _SPLIT_NAMES]
         asked = {"train": self._train, "val": self._val, "test": self._test}
         nothing_asked = asked == {"train": "train", "val": None, "test": None}
-        # A class may be called "train"; a split holds folders, or stands among splits alone.
-        holds_splits = any(name in usable for name in likely) or (bool(top) and likely == top)
-        if nothing_asked and not holds_splits:
+        # A class may be called "train". A split contains folders, or all its siblings are splits.
+        has_splits = any(name in usable for name in likely) or (bool(top) and likely == top)
+        if nothing_asked and not has_splits:
             return {}
         for option, name in asked.items():
             if name is not None and name not in usable:
                 raise DataError(
-                    f"there is no folder {name!r} with a folder for each class",
+                    f"there is no folder {name!r} with one folder per class",
                     where=str(root),
                     available=usable,
-                    fix=f"name the folder of this split ({option}: FOLDER), and put a folder for each class in it",
+                    fix=f"set the folder of this split ({option}: FOLDER); it contains one folder per class",
                 )
         rest = [name for name in usable if name not in asked.values()]
         val = self._val or _only([name for name in rest if name.lower() in _VALIDATION_NAMES], "val", root)
         test = self._test or _only([name for name in rest if name.lower() in _TEST_NAMES], "test", root)
         if test is None:
             val, test = None, val
-        found = {"train": self._train, "validation": val, "test": test}
-        return {split: root / name for split, name in found.items() if name is not None}
+        folders = {"train": self._train, "validation": val, "test": test}
+        return {split: root / name for split, name in folders.items() if name is not None}
 
     def _data(self, root: Path, splits: Mapping[str, ByClass]) -> Data:
         classes = tuple(splits["train"])
-        made = {}
+        data = {}
         for split, files in splits.items():
             if tuple(files) != classes:
                 only_train = sorted(set(classes) - set(files))
                 only_here = sorted(set(files) - set(classes))
                 raise DataError(
-                    f"the {split} split has other classes than the training split"
+                    f"the classes of the {split} split differ from those of the training split"
                     + (f"; only in train: {', '.join(only_train)}" if only_train else "")
                     + (f"; only in {split}: {', '.join(only_here)}" if only_here else ""),
                     where=str(root),
-                    fix="give every split a folder of the same name for each class",
+                    fix="use the same class folders in every split",
                 )
             paths = [path for name in classes for path in files[name]]
             targets = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files[name]) for name in classes])
-            made[split] = Split({"text": [self._read(path) for path in paths]}, targets, [str(path) for path in paths])
-        return Data(DataSpec(("text",), "class", classes), made)
+            data[split] = Split({"text": [self._read(path) for path in paths]}, targets, [str(path) for path in paths])
+        return Data(DataSpec(("text",), "class", classes), data)
 
     def _read(self, path: Path) -> str:
         try:
@@ -156,7 +158,7 @@ class TextFolder(Dataset):
             raise DataError(
                 f"byte {error.object[error.start]:#04x} is not {self._encoding}",
                 where=str(path),
-                fix="set encoding to that of the files (cp1252 and utf-16 are common), or save it as UTF-8",
+                fix="set encoding to the encoding of the files (cp1252 and utf-16 are common), or save them as UTF-8",
             ) from error
         if not text.strip():
             raise DataError("the text is empty", where=str(path), fix="fill the file, or remove it")
@@ -164,24 +166,26 @@ class TextFolder(Dataset):
 
 
 def _folders(path: Path) -> list[Path]:
-    """Return the folders in a folder, sorted, without hidden ones."""
+    """Return the subfolders of a folder, sorted, without hidden ones."""
     try:
         return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise DataError(
-            f"this folder cannot be read: {error.strerror}", where=str(path), fix="make it readable"
+            f"the folder cannot be read: {error.strerror}", where=str(path), fix="make it readable"
         ) from error
 
 
 def _by_class(folder: Path) -> ByClass:
-    """Return the texts in a folder of classes; files that are none are counted in the log."""
+    """Return the texts in a folder of classes. Other files are counted in the log."""
     classes = _folders(folder)
     if not classes:
         count = sum(1 for _ in folder.iterdir())
         raise DataError(
-            f"holds {count} files but no folder of a class" if count else "is empty", where=str(folder), fix=_LAYOUT
+            f"the folder contains {count} files but no class folder" if count else "the folder is empty",
+            where=str(folder),
+            fix=_LAYOUT,
         )
-    found: ByClass = {}
+    by_class: ByClass = {}
     skipped = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     for path in classes:
         files = sorted(
@@ -198,11 +202,11 @@ def _by_class(folder: Path) -> ByClass:
                 where=str(folder),
                 fix=f"put {SUFFIX} files in its folder, or remove the folder",
             )
-        found[path.name] = texts
+        by_class[path.name] = texts
         skipped += others
     if skipped:
-        logger.warning("%s: skipped %d files that are no texts: %s", folder, len(skipped), _extensions(skipped))
-    return found
+        logger.warning("%s: skipped %d files that are not texts: %s", folder, len(skipped), _extensions(skipped))
+    return by_class
 
 
 def _extensions(paths: list[Path]) -> str:
@@ -210,21 +214,24 @@ def _extensions(paths: list[Path]) -> str:
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
 
 
-def _cut(texts: ByClass, fraction: float, root: Path) -> dict[str, ByClass]:
-    """Cut a test split, a part of each class: by a digest of the path, for neighbours by name are often alike."""
+def _split_off_test(texts: ByClass, fraction: float, root: Path) -> dict[str, ByClass]:
+    """Split off a fraction of each class as test split.
+
+    Texts are selected by a digest of their path, because files with similar names often have similar content.
+    """
     train: ByClass = {}
     test: ByClass = {}
     for name, paths in texts.items():
         count = min(len(paths) - 1, max(1, round(len(paths) * fraction)))
         if count == 0:
             raise DataError(
-                f"class {name!r} has a single text, too few for a test split",
+                f"class {name!r} has only one text: a test split needs two or more",
                 where=str(root),
                 fix="add texts, or set test_fraction: 0",
             )
-        chosen = set(sorted(paths, key=lambda path: _digest(path.relative_to(root)))[:count])
-        test[name] = [path for path in paths if path in chosen]
-        train[name] = [path for path in paths if path not in chosen]
+        selected = set(sorted(paths, key=lambda path: _digest(path.relative_to(root)))[:count])
+        test[name] = [path for path in paths if path in selected]
+        train[name] = [path for path in paths if path not in selected]
     return {"train": train, "test": test}
 
 
@@ -233,11 +240,11 @@ def _digest(path: Path) -> bytes:
 
 
 def _only(names: list[str], option: str, root: Path) -> str | None:
-    """Return the one folder that can be this split, if any."""
+    """Return the only folder that can be this split, or None."""
     if len(names) > 1:
         raise DataError(
-            f"{' and '.join(names)} could each be the {option} split",
+            f"{' and '.join(names)} can each be the {option} split",
             where=str(root),
-            fix=f"say which one: {option}: {names[0]}",
+            fix=f"choose one: {option}: {names[0]}",
         )
     return names[0] if names else None

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, encode_labels, find_file, multi_hot
 
-INSTALL = "pip install datasets"
+INSTALL = "pip install 'transferkit[huggingface]'"
 FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -24,21 +24,22 @@ FORMATS = {
 
 
 class HuggingFace(Dataset):
-    """Texts and labels that the ``datasets`` library reads; it is installed by ``pip install datasets``.
+    """Texts and labels read by the ``datasets`` library; install it with ``pip install 'transferkit[huggingface]'``.
 
     Args:
-        dataset: A name on the Hub (``stanfordnlp/imdb``), or a folder that ``save_to_disk`` wrote or that holds data
-            files; null: ``train``, ``val`` and ``test`` are the paths of files.
-        subset: The configuration of a dataset that has several.
-        revision: The commit, tag or branch of a dataset on the Hub, to get the same data every time.
-        train: The split to train on, or its file (``.parquet``, ``.arrow``, ``.csv``, ``.tsv``, ``.json``, ``.jsonl``).
-        val: The split that picks the best epoch, or its file; null: ``validation`` if there is one. Without a test
-            split it is the test split, and validation is cut from train.
-        test: The split to test on, or its file; null: ``test`` if there is one.
-        text: Column of the text.
-        label: Column of the label; for ``labels`` and ``number``, one column each.
-        target: ``class``: each text is of one class. ``labels``: each column says 0 or 1. ``label_list``: one column
-            lists all labels of a text. ``number``: each column is a number.
+        dataset: Name on the Hub (``stanfordnlp/imdb``), or path of a folder that ``save_to_disk`` wrote or that
+            contains data files. null: ``train``, ``val`` and ``test`` are paths of files.
+        subset: Configuration of a dataset that has several.
+        revision: Commit, tag or branch of a dataset on the Hub; fixes the version of the data.
+        train: Training split, or the path of its file (``.parquet``, ``.arrow``, ``.csv``, ``.tsv``, ``.json``,
+            ``.jsonl``).
+        val: Validation split, or the path of its file. null uses ``validation`` if it exists. If there is no test
+            split, this split is the test split, and validation is split off from train.
+        test: Test split, or the path of its file. null uses ``test`` if it exists.
+        text: Name of the column of the text.
+        label: Name of the column of the label; several names for ``labels`` and ``number``.
+        target: ``class``: one class per text. ``labels``: each column contains 0 or 1. ``label_list``: one column
+            lists all labels of a text. ``number``: each column contains a number.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class HuggingFace(Dataset):
         if not labels or len({text, *labels}) != len(labels) + 1:
             raise ConfigError(
                 f"text {text!r} and label {', '.join(map(repr, labels)) or '()'} do not name different columns",
-                fix="name one column for the text and at least one other for the label",
+                fix="name one column for the text and at least one other column for the label",
             )
         if target in ("class", "label_list") and len(labels) > 1:
             raise ConfigError(
-                f"a {target.replace('_', ' ')} is in one column, but label names {len(labels)}: {', '.join(labels)}",
+                f"target {target!r} uses one column, but label names {len(labels)}: {', '.join(labels)}",
                 fix="name one column, or set target: labels (zeros and ones) or target: number",
             )
         self.splits = {"train": train, "validation": val, "test": test}
@@ -70,9 +71,9 @@ class HuggingFace(Dataset):
             for written in filter(None, self.splits.values()):
                 if Path(written).suffix.lower() not in FORMATS:
                     raise ConfigError(
-                        f"{written!r} is no file that can be read",
+                        f"{written!r} is not the path of a supported file",
                         available=tuple(FORMATS),
-                        fix="set dataset to the name of one on the Hub, or train to the path of a file",
+                        fix="set dataset to a name on the Hub, or train to the path of a file",
                     )
         self.dataset = dataset
         self.subset = subset
@@ -83,7 +84,7 @@ class HuggingFace(Dataset):
 
     @property
     def spec(self) -> DataSpec:
-        """A text and its target; the names of classes are in the data."""
+        """Field ``text`` and its target; class names are read from the data."""
         if self.target == "class":
             return DataSpec(("text",), "class")
         if self.target == "label_list":
@@ -91,44 +92,46 @@ class HuggingFace(Dataset):
         return DataSpec(("text",), self.target, self.labels)
 
     def load(self) -> Data:
-        """Read the splits, or download them into the library's own cache folder.
+        """Read the splits, or download them into the cache folder of the library.
 
         Raises:
-            transfer.DataError: The library is not installed or cannot read the data, or a split, a column or a value is
-                not right.
+            transfer.DataError: The library is not installed or cannot read the data, or a split, column or value is
+                invalid.
         """
         try:
             library = importlib.import_module("datasets")
         except ImportError as error:
             raise DataError("the library `datasets` is not installed", fix=INSTALL) from error
-        found = self._read_files(library) if self.dataset is None else self._choose(self._read(library, self.dataset))
-        for name, rows in found.items():
+        tables = self._read_files(library) if self.dataset is None else self._choose(self._read(library, self.dataset))
+        for name, rows in tables.items():
             self._check(name, rows)
-        classes = self._classes(found["train"])
+        classes = self._classes(tables["train"])
         splits = {}
-        for name, rows in found.items():
+        for name, rows in tables.items():
             texts = list(rows[self.text])
             for index, text in enumerate(texts):
                 if not isinstance(text, str) or not text.strip():
-                    raise DataError(f"column {self.text!r} holds no text: {text!r}", where=f"{name}[{index}]")
+                    raise DataError(
+                        f"column {self.text!r} contains {text!r}: expected a text", where=f"{name}[{index}]"
+                    )
             targets = self._targets(rows, classes, lambda index, name=name: f"{name}[{index}]")  # type: ignore[misc]
             splits[name] = Split({"text": texts}, targets, _Names(name, len(texts)))
         spec = self.spec
         return Data(DataSpec(spec.fields, spec.target, classes), splits)
 
     def _read_files(self, library: Any) -> dict[str, Any]:
-        found = {}
+        tables = {}
         for name, written in self.splits.items():
             if written is None:
                 continue
             path = Path(written).expanduser()
             path = path if path.is_file() else find_file(written) or path
             if not path.is_file():
-                raise DataError("there is no such file", where=str(path), fix=f"give the path of the {name} file")
+                raise DataError("the file does not exist", where=str(path), fix=f"set the path of the {name} file")
             options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
             files = {name: str(path)}
-            found[name] = _load(library, FORMATS[path.suffix.lower()], data_files=files, split=name, **options)
-        return found
+            tables[name] = _load(library, FORMATS[path.suffix.lower()], data_files=files, split=name, **options)
+        return tables
 
     def _read(self, library: Any, dataset: str) -> Mapping[str, Any]:
         folder = Path(dataset).expanduser()
@@ -136,37 +139,37 @@ class HuggingFace(Dataset):
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             try:
                 loaded = library.load_from_disk(str(folder))
-            except Exception as error:  # the library raises many kinds
+            except Exception as error:  # the library raises many types of exceptions
                 raise DataError(f"the dataset cannot be read: {error}", where=str(folder)) from error
             return loaded if isinstance(loaded, Mapping) else {"train": loaded}
         name = str(folder) if folder.is_dir() else dataset
         splits: Mapping[str, Any] = _load(library, name, self.subset, revision=self.revision)
         return splits
 
-    def _choose(self, there: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the splits that were asked for, and those with the usual names."""
-        found = {}
+    def _choose(self, available: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the splits that the options name, and those with the default names."""
+        tables = {}
         for name, asked in self.splits.items():
             wanted = asked if asked is not None else name
-            if wanted in there:
-                found[name] = there[wanted]
+            if wanted in available:
+                tables[name] = available[wanted]
             elif asked is not None:
                 raise DataError(
-                    f"there is no split {asked!r}",
+                    f"unknown split {asked!r}",
                     where=self.dataset,
-                    available=list(there),
-                    fix="name a split that it has",
+                    available=list(available),
+                    fix="use one of the available splits",
                 )
-        return found
+        return tables
 
     def _check(self, name: str, rows: Any) -> None:
         for column in (self.text, *self.labels):
             if column not in rows.column_names:
                 raise DataError(
-                    f"there is no column {column!r}",
+                    f"unknown column {column!r}",
                     where=name,
                     available=rows.column_names,
-                    fix="set text and label to the names of the columns",
+                    fix="set text and label to names of columns",
                 )
 
     def _classes(self, rows: Any) -> tuple[str, ...]:
@@ -182,10 +185,10 @@ class HuggingFace(Dataset):
         classes = tuple(sorted({_written(value) for value in values}))
         if len(classes) < (2 if self.target == "class" else 1):
             raise DataError(
-                f"column {column!r} holds {'one class alone' if classes else 'no label'}",
+                f"column {column!r} contains {'one class' if classes else 'no label'}: expected two or more classes",
                 where="train",
                 available=classes,
-                fix="training needs two classes or more",
+                fix="choose another label column, or add examples of other classes",
             )
         return classes
 
@@ -203,19 +206,23 @@ class HuggingFace(Dataset):
             try:
                 targets[:, position] = np.array(list(rows[column]), dtype=np.float32)
             except (ValueError, TypeError) as error:
-                raise DataError(f"column {column!r} holds more than numbers: {error}", where=where(0)) from error
+                raise DataError(
+                    f"column {column!r} contains a value that is not a number: {error}", where=where(0)
+                ) from error
             bad = ~np.isfinite(targets[:, position])
             if self.target == "labels":
                 bad = ~np.isin(targets[:, position], (0, 1))
             if bad.any():
                 index = int(np.flatnonzero(bad)[0])
-                what = "neither 0 nor 1" if self.target == "labels" else "no finite number"
-                raise DataError(f"column {column!r} holds {rows[column][index]!r}, which is {what}", where=where(index))
+                expected = "0 or 1" if self.target == "labels" else "a finite number"
+                raise DataError(
+                    f"column {column!r} contains {rows[column][index]!r}: expected {expected}", where=where(index)
+                )
         return targets
 
 
 class _Names(Sequence[str]):
-    """``train[0]`` and so on, put together when they are asked for."""
+    """The names ``train[0]``, ``train[1]`` and so on, computed on access."""
 
     def __init__(self, split: str, count: int) -> None:
         self._split = split
@@ -233,17 +240,17 @@ class _Names(Sequence[str]):
 def _load(library: Any, *arguments: Any, **options: Any) -> Any:
     try:
         return library.load_dataset(*arguments, **options)
-    except Exception as error:  # the library raises many kinds: of its own, of its network and file layers
+    except Exception as error:  # the library raises its own exceptions and those of its network and file layers
         named = next(iter(options.get("data_files", {}).values()), arguments[0])
         raise DataError(
             f"the dataset cannot be read: {type(error).__name__}: {error}",
             where=str(named),
-            fix="check its name on the Hub, its subset and the connection, or give the path of a file or folder",
+            fix="check the name on the Hub, the subset and the connection, or use the path of a file or folder",
         ) from error
 
 
 def _label(value: object, names: Sequence[str] | None) -> str:
-    """Return the name of a label; what is none, such as the -1 of unlabelled texts, as it is written."""
+    """Return the name of a label; a value without a name, such as -1 for unlabeled texts, as text."""
     if names is not None and isinstance(value, int):
         return names[value] if 0 <= value < len(names) else str(value)
     return _written(value)

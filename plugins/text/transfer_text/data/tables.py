@@ -1,4 +1,4 @@
-"""Texts and labels from tables of your own."""
+"""Texts and labels from tables."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from transfer import Data, Dataset, DataSpec, Tables, TableTarget
 
 
 class TextCSV(Dataset):
-    """Texts and labels from a table of your own: CSV, TSV, or JSON Lines (``.jsonl``), plain or ``.gz``.
+    """Texts and labels from a table: CSV, TSV or JSON Lines (``.jsonl``), plain or ``.gz``.
 
     Args:
-        train: The table to train on, by its path (or its name in the data folder).
-        val: The table that picks the best epoch; null: it is cut from ``train``. Without a test table it is the test
-            split, and validation is cut from ``train``.
-        test: The table to test on.
-        text: Column of the text.
-        label: Column of the label; for ``labels`` and ``number``, one column each.
-        target: ``class``: each text is of one class. ``labels``: each column says 0 or 1. ``label_list``: one column
-            names all labels of a text. ``number``: each column is a number.
-        separator: What separates the labels of a ``label_list``; JSON Lines may hold lists instead.
-        delimiter: What separates the columns; null: a tab in a .tsv file, a comma elsewhere.
+        train: Path of the training table, or its name in the data folder.
+        val: Path of the validation table. null splits validation off from ``train``. If there is no test table, this
+            table is the test split, and validation is split off from ``train``.
+        test: Path of the test table.
+        text: Name of the column of the text.
+        label: Name of the column of the label; several names for ``labels`` and ``number``.
+        target: ``class``: one class per text. ``labels``: each column contains 0 or 1. ``label_list``: one column
+            lists all labels of a text. ``number``: each column contains a number.
+        separator: Separator of the labels of a ``label_list``; JSON Lines may contain lists instead.
+        delimiter: Separator of the columns. null means a tab in a .tsv file and a comma otherwise.
         encoding: Character encoding of the files.
-        split: Column that says of each row of ``train`` which split it is of: train, val or test.
-        group: Column of what must not be torn apart (an author, a film): no group is in two splits.
-        test_fraction: The part of ``train`` that becomes the test split where there is none; alike in every class.
+        split: Name of a column with the split of each row of ``train``: train, val or test.
+        group: Name of a column of groups (an author, a film). Rows of one group are always in the same split.
+        test_fraction: Fraction of ``train`` that becomes the test split if there is none; the same in every class.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class TextCSV(Dataset):
 
     @property
     def spec(self) -> DataSpec:
-        """A text and its target; the names of classes are in the data."""
+        """Field ``text`` and its target; class names are read from the data."""
         return self._tables.spec("text")
 
     def load(self) -> Data:
         """Read the tables; classes are in alphabetical order.
 
         Raises:
-            transfer.DataError: A table is missing or not what it should be; the message names file and line.
+            transfer.DataError: A table is missing or invalid; the message states file and line.
         """
         return self._tables.read("text")

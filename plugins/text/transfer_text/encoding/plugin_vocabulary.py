@@ -1,4 +1,4 @@
-"""The vocabulary of a tokenizer that another package brings, and which vocabulary it is that a config asks for."""
+"""Vocabulary of a tokenizer plugin, and the choice of the vocabulary class for a config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transfer_text.plugins import is_plugin, make_tokenizer, requirement
 
 
 def vocabulary_class(tokenizer: str) -> type[Vocabulary]:
-    """Return the class of vocabulary that goes with a tokenizer, as a config writes it."""
+    """Return the vocabulary class of a tokenizer, given by its name in a config."""
     return PluginVocabulary if is_plugin("tokenizer", tokenizer) else Vocabulary
 
 
@@ -31,19 +31,19 @@ def read_vocabulary(text: str, extra: int = 0) -> Vocabulary:
     """Return the vocabulary that its ``to_json`` wrote, with so many extra words at its end.
 
     Raises:
-        transfer.PluginError: Its tokenizer is of a package that is not installed here.
+        transfer.PluginError: The package of the tokenizer is not installed.
     """
     return (PluginVocabulary if re.match(r'\s*\{\s*"plugin"', text) else Vocabulary).from_json(text, extra)
 
 
 class PluginVocabulary(Vocabulary):
-    """Words and their indices, with a tokenizer that a package brings; one JSON string says which, and holds the words.
+    """Words and their indices, with a tokenizer plugin; serialized as one JSON string with the name of the plugin.
 
     Args:
-        written: The tokenizer as a config names it.
-        requirement: What pip is to install to have it.
-        tokenizer: The tokenizer itself.
-        words: In the order of the indices, without the special ones.
+        written: Name of the tokenizer in a config, with its argument.
+        requirement: Pip requirement of the tokenizer's package.
+        tokenizer: The tokenizer.
+        words: Words in the order of their indices, without the special tokens.
         counts, lengths, extra: As of any vocabulary.
     """
 
@@ -72,10 +72,10 @@ class PluginVocabulary(Vocabulary):
         min_frequency: int = MIN_FREQUENCY,
         max_size: int | None = None,
     ) -> PluginVocabulary:
-        """Let the tokenizer learn the vocabulary of the training texts.
+        """Build the vocabulary of the training texts with the tokenizer.
 
         Raises:
-            transfer.PluginError: The tokenizer cannot be loaded, or does not keep its contract.
+            transfer.PluginError: The tokenizer cannot be loaded or violates its contract.
             transfer.DataError: No word is left.
         """
         made = make_tokenizer(tokenizer)
@@ -91,11 +91,11 @@ class PluginVocabulary(Vocabulary):
 
         reading = tokenized()
         words = list(made.vocabulary(reading, min_frequency=min_frequency, max_size=max_size))
-        deque(reading, maxlen=0)  # a vocabulary that is fixed has looked at none of them
+        deque(reading, maxlen=0)  # a fixed vocabulary has not read the texts; their tokens are counted here
         if len(set(words)) < len(words) or not set(SPECIAL).isdisjoint(words):
             raise PluginError(
-                f"the vocabulary of tokenizer {tokenizer!r} holds a word twice, or one of {SPECIAL}",
-                fix=f"report it to whoever wrote {requirement('tokenizer', tokenizer)}",
+                f"the vocabulary of tokenizer {tokenizer!r} contains a duplicate word or one of {SPECIAL}",
+                fix=f"report it to the authors of {requirement('tokenizer', tokenizer)}",
             )
         if not words:
             raise DataError(
@@ -109,10 +109,10 @@ class PluginVocabulary(Vocabulary):
 
     @classmethod
     def nominal(cls, tokenizer: str = "glove") -> PluginVocabulary:
-        """Return a vocabulary of one word, for building a model before there is data.
+        """Return a placeholder vocabulary of one word, to build a model without data.
 
         Raises:
-            transfer.PluginError: The tokenizer cannot be loaded here.
+            transfer.PluginError: The tokenizer cannot be loaded.
         """
         vocabulary = cls(tokenizer, requirement("tokenizer", tokenizer), make_tokenizer(tokenizer), ["the"])
         vocabulary.placeholder_note = "learned from the training texts"
@@ -134,7 +134,7 @@ class PluginVocabulary(Vocabulary):
             raise PluginError.of([replace(problem, fix=fix) for problem in error.problems]) from error
 
     def to_json(self) -> str:
-        """Return all of it but the tokenizer's code as one JSON string."""
+        """Return the vocabulary and the name of the tokenizer as one JSON string."""
         plugin = {"tokenizer": self.written, "requirement": self.requirement}
         return json.dumps({"plugin": plugin, "words": self.tokens[len(SPECIAL) :]}, ensure_ascii=False)
 
@@ -158,7 +158,7 @@ class PluginVocabulary(Vocabulary):
 
     @cached_property
     def _words(self) -> Mapping[str, int]:
-        """The index of each word; a text that spells a special token does not mean it."""
+        """Index of each word, without special tokens: a text that contains their spelling does not mean them."""
         return {word: index for index, word in enumerate(self.tokens) if index >= len(SPECIAL)}
 
     def __getstate__(self) -> dict[str, Any]:

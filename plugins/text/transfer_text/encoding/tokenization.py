@@ -1,4 +1,4 @@
-"""Tokenizers by name: how a text is normalized and cut into tokens. Each is one of the ``tokenizers`` library."""
+"""The named tokenizers, built with the ``tokenizers`` library: normalization and splitting into tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TAGS = "br|p|i|b|u|em|strong|hr|div|span|ul|ol|li"
 
 
 def assemble(name: TokenizerName, model: models.Model) -> Tokenizer:
-    """Return a tokenizer by its name, over a model."""
+    """Return the tokenizer of a name with a model."""
     tokenizer = Tokenizer(model)
     if name == "glove":
         tokenizer.normalizer = normalizers.Sequence(
@@ -27,36 +27,36 @@ def assemble(name: TokenizerName, model: models.Model) -> Tokenizer:
     elif name == "basic_english":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *_replacing(_BASIC_ENGLISH)])
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    else:  # for text that is tokenized already: nothing but blanks counts
+    else:  # for tokenized text: split at whitespace only
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
 
 def with_safe_whitespace(name: TokenizerName, text: str) -> bytes:
-    """Return a text in UTF-8 of which any two pieces between ASCII blanks can be tokenized apart.
+    """Return a text as UTF-8 in which every piece between ASCII whitespace can be tokenized independently.
 
-    No token of these tokenizers reaches over a blank and none depends on what stands beyond one, except that a tag may
-    hold a blank; it is taken out.
+    Tokens of these tokenizers contain no whitespace and do not depend on characters beyond it. The only exception is
+    whitespace inside a tag, which is removed here.
 
     Raises:
-        ValueError: The text holds half a surrogate pair, which is no character.
+        ValueError: The text contains a lone surrogate, which is not a character.
     """
     content = text.encode()
     if name != "whitespace" and b"<" in content:
         if name == "glove":
-            content = content.replace(b"<br />", b"<br/>")  # nearly all there are, and much faster
+            content = content.replace(b"<br />", b"<br/>")  # almost all tags; `replace` is much faster than the pattern
         content = _BLANK_IN_TAG.sub(rb"<\1\2>", content) if name == "glove" else _BREAK.sub(b" ", content)
     return content
 
 
-# All that Unicode takes for a blank, in UTF-8.
+# Whitespace characters of Unicode, in UTF-8.
 _BLANK = rb"(?:\s|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
 _BLANK_IN_TAG = re.compile(rb"<(/?(?:" + _TAGS.encode() + rb"))" + _BLANK + rb"+(/?)>", re.IGNORECASE)
 _BREAK = re.compile(rb"<br />", re.IGNORECASE)
 
 
 def name_of(settings: Mapping[str, Any]) -> TokenizerName | None:
-    """Return the name of a tokenizer that :func:`assemble` made, from its JSON; None of any other."""
+    """Return the name of a tokenizer of :func:`assemble` from its JSON; None for any other tokenizer."""
     return next((name for name in TOKENIZERS if all(settings.get(k) == v for k, v in _settings(name).items())), None)
 
 
@@ -67,8 +67,8 @@ def _settings(name: TokenizerName) -> dict[str, Any]:
     return {part: settings[part] for part in ("normalizer", "pre_tokenizer")}
 
 
-# The conventions of the Stanford tokenizer, which GloVe's own text went through, after lower-casing. The first
-# alternative that matches counts.
+# The conventions of the Stanford tokenizer, which was applied to GloVe's training text, after lower-casing. The first
+# alternative that matches is used.
 GLOVE_TOKEN = "|".join(
     (
         r"n't\b",
@@ -78,7 +78,7 @@ GLOVE_TOKEN = "|".join(
         r"(?:jan|feb|aug|sept|oct|nov|dec)\.(?!\.)",
         r"(?:\p{L}\.){2,}",  # u.s.
         r"\p{N}+(?:[.,:]\p{N}+)+",  # 1,000 and 3.5
-        # Hyphens and the apostrophe of o'brien stay within a word; that of a clitic does not.
+        # Hyphens and the apostrophe of o'brien are part of a word; the apostrophe of a clitic is not.
         r"[\p{L}\p{M}\p{N}_]+(?:(?:-|'(?!(?:s|re|ve|ll|d|m)\b))[\p{L}\p{M}\p{N}_]+)*",
         r"\.{2,}",
         r"-{2,}",
@@ -86,19 +86,19 @@ GLOVE_TOKEN = "|".join(
     )
 )
 GLOVE_TOKEN_IN_ASCII = (
-    r"[a-zA-Z]++(?![.'\w-])|"  # a word that no rule of these can change: most of them, so it is tried first
+    r"[a-zA-Z]++(?![.'\w-])|"  # a word that no other rule changes: the most frequent case first
     + GLOVE_TOKEN.replace(r"[\p{L}\p{M}\p{N}_]", "[a-zA-Z0-9_]")
     .replace(r"\p{L}", "[a-zA-Z]")
     .replace(r"\p{N}", "[0-9]")
 )
-"""The same for Python's own regular expressions, which know no classes of Unicode, and for ASCII alone."""
+"""The same pattern for ASCII text in Python's ``re`` module, which has no Unicode property classes."""
 
 
-# What is replaced, in this order; of a text in ASCII a pattern finds the same in Python and in the library.
+# Replacements in order. On ASCII text a pattern has the same matches in Python and in the tokenizers library.
 Replacements = tuple[tuple[str | re.Pattern[str], str], ...]
 
-# What the web does to text is undone: tags, entities, typographic marks and their Windows codes. Of the entities the
-# common ones become their characters; any other becomes a blank.
+# Clean-up of web text: tags, entities, typographic punctuation and its Windows code points. Common entities are
+# replaced by their characters, other entities by a blank.
 _WEB_TEXT: Replacements = (
     (re.compile(rf"</?(?:{_TAGS})\s*/?>", re.ASCII), " "),
     ("&amp;", "&"),
@@ -114,7 +114,7 @@ _WEB_TEXT: Replacements = (
     (re.compile("[\u2013\u0096]|&(?:#8211|ndash);"), "-"),
     (re.compile(r"&(?:#\d{2,6}|#x[0-9a-f]{2,5}|[a-z]{2,8}\d?);", re.ASCII), " "),
 )
-# torchtext's ``basic_english`` to the letter, which leaves entities as they are.
+# Exactly torchtext's ``basic_english``, which does not replace entities.
 _BASIC_ENGLISH: Replacements = (
     ("'", " ' "),
     ('"', ""),
@@ -136,7 +136,7 @@ def _replacing(replacements: Replacements) -> list[normalizers.Normalizer]:
 
 
 def normalized_ascii(name: TokenizerName, text: str) -> str:
-    """Normalize a text that is ASCII alone as the named tokenizer does, twice as fast as the library."""
+    """Normalize an ASCII text like the named tokenizer, twice as fast as the library."""
     if name == "whitespace":
         return text
     text = text.lower()

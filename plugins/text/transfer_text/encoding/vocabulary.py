@@ -1,4 +1,4 @@
-"""From texts to word indices: a vocabulary learned from the training texts, or one that a tokenizer file brings."""
+"""Vocabularies: built from the training texts, or read from a tokenizer file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from transfer_text.plugins import names
 
 __all__ = ["MIN_FREQUENCY", "PADDING", "TOKENIZERS", "UNKNOWN", "TokenizerName", "Vocabulary"]
 
-# No tokenizer gives a token with a blank in it, so no text can spell these two.
+# No tokenizer returns a token with a blank, so these two cannot occur in a text.
 PADDING_TOKEN = "< padding >"  # noqa: S105
 UNKNOWN_TOKEN = "< unknown >"  # noqa: S105
 SPECIAL = (PADDING_TOKEN, UNKNOWN_TOKEN)
@@ -44,15 +44,16 @@ MIN_CACHED_WORDS = 50_000
 
 
 class Vocabulary:
-    """Words and their indices, with the tokenizer that finds the words; one JSON string says it all.
+    """Words, their indices and the tokenizer; serialized as one JSON string.
 
-    Index 0 is padding and 1 any unknown word. A learned vocabulary goes on with its words by frequency, then
-    alphabetically; that of a tokenizer file with the file's own tokens in their order: index ``id + 2``.
+    Index 0 is padding, and index 1 is the unknown word. The words of a built vocabulary follow by frequency, then
+    alphabetically. The tokens of a tokenizer file follow in their order: index ``id + 2``.
 
     Args:
-        tokenizer: A learned one, whose first two tokens are the special ones, or any other.
-        counts: How often the training texts hold each token, int64 (V,); None where that is not known.
-        lengths: The number of tokens of each training text, int64 (N,); None where that is not known.
+        tokenizer: Tokenizer of the ``tokenizers`` library. If its first two tokens are the special tokens, its ids are
+            the indices.
+        counts: Number of occurrences of each token in the training texts, int64 (V,). None if unknown.
+        lengths: Number of tokens of each training text, int64 (N,). None if unknown.
         extra: How many of its words, the last ones, are not from the training texts (see :meth:`extended`).
     """
 
@@ -66,13 +67,13 @@ class Vocabulary:
         lengths: npt.NDArray[np.int64] | None = None,
         extra: int = 0,
     ) -> None:
-        places = [tokenizer.token_to_id(token) for token in SPECIAL]
-        if places not in ([PADDING, UNKNOWN], [None, None]):
-            raise ValueError(f"a learned vocabulary begins with {PADDING_TOKEN!r} and {UNKNOWN_TOKEN!r}")
-        tokenizer.no_truncation()  # a tokenizer file may say so, but the backbone's options do
+        special_ids = [tokenizer.token_to_id(token) for token in SPECIAL]
+        if special_ids not in ([PADDING, UNKNOWN], [None, None]):
+            raise ValueError(f"a vocabulary starts with {PADDING_TOKEN!r} and {UNKNOWN_TOKEN!r}")
+        tokenizer.no_truncation()  # a tokenizer file may set it, but the options of the backbone decide
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._shift = 0 if places[0] == PADDING else len(SPECIAL)
+        self._shift = 0 if special_ids[0] == PADDING else len(SPECIAL)
         self._table: PieceTable | None = None
         self.counts = counts
         self.lengths = lengths
@@ -87,24 +88,24 @@ class Vocabulary:
         min_frequency: int = MIN_FREQUENCY,
         max_size: int | None = None,
     ) -> Vocabulary:
-        """Learn the vocabulary of some texts; the same texts are learned from once and remembered on disk.
+        """Build the vocabulary of texts; the result is cached on disk.
 
         Args:
-            texts: The texts of the training split, and no others.
-            tokenizer: One of :data:`TOKENIZERS`, or the path of a ``tokenizer.json``, which brings its vocabulary.
-            min_frequency: Words that occur less often are unknown.
-            max_size: The most words to keep, besides padding and the unknown word.
+            texts: Texts of the training split only.
+            tokenizer: One of :data:`TOKENIZERS`, or the path of a ``tokenizer.json`` with its own vocabulary.
+            min_frequency: Minimum number of occurrences of a word; rarer words are unknown.
+            max_size: Maximum number of words, without padding and the unknown word.
 
         Raises:
-            transfer.ConfigError: There is no such tokenizer, or its vocabulary is fixed and was to be cut.
+            transfer.ConfigError: The tokenizer does not exist, or its vocabulary is fixed and cannot be limited.
             transfer.DataError: No word is left.
         """
         name = _name(tokenizer)
         if name is None:
             if min_frequency != MIN_FREQUENCY or max_size is not None:
                 raise ConfigError(
-                    f"{tokenizer} brings its own vocabulary, which min_frequency and max_size cannot cut",
-                    fix="leave them out, or choose a tokenizer by its name",
+                    f"{tokenizer} has a fixed vocabulary: min_frequency and max_size do not apply",
+                    fix="remove them, or choose a named tokenizer",
                 )
             vocabulary = cls(_read(tokenizer))
             encoded = vocabulary.encode(texts)
@@ -135,7 +136,7 @@ class Vocabulary:
                 with (folder / "counts.npz").open("rb") as file:
                     arrays = np.load(file, allow_pickle=False)
                     return cls(Tokenizer.from_str(text), arrays["counts"], arrays["lengths"])
-            except Exception:  # whatever is wrong with an entry (the library raises this very class), it is made again
+            except Exception:  # the library raises this base class for any damage; the entry is replaced
                 cache.drop(folder)
         return cls._of(count_words(texts, name, min_frequency, max_size, None), name)
 
@@ -145,31 +146,31 @@ class Vocabulary:
         counts = np.concatenate([[0, counted.rest], counted.occurrences]).astype(np.int64)
         tokenizer = assemble(name, models.WordLevel(tokens, unk_token=UNKNOWN_TOKEN))
         vocabulary = cls(tokenizer, counts, counted.lengths)
-        # Other splits hold much the same pieces, whose tokens are known by now.
+        # Other splits contain mostly the same pieces, which are already in this table.
         vocabulary._table = counted.table
         vocabulary._table.map(_indices(counted.ranks))
         vocabulary._table.set_tokenizer(vocabulary._indices_of)
         return vocabulary
 
     def _keep(self, numbers: Path, counted: VocabularyCounts, texts_digest: str) -> None:
-        """Keep the training texts, whose tokens were numbered as they were met, for :meth:`encode`."""
+        """Cache the encoded training texts for :meth:`encode`, from the local ids that were written while counting."""
         indices = _indices(counted.ranks)
 
-        def parts() -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+        def blocks() -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
             with numbers.open("rb") as file:
-                for first in range(0, len(counted.lengths), text_blocks.BLOCK_TEXTS):
-                    sizes = counted.lengths[first : first + text_blocks.BLOCK_TEXTS]
+                for start in range(0, len(counted.lengths), text_blocks.BLOCK_TEXTS):
+                    sizes = counted.lengths[start : start + text_blocks.BLOCK_TEXTS]
                     yield indices[np.fromfile(file, dtype="<i4", count=int(sizes.sum()))], sizes
 
-        cache.entry("encoded", self._key(texts_digest), lambda folder: EncodedTexts.write(folder, parts()))
+        cache.entry("encoded", self._key(texts_digest), lambda folder: EncodedTexts.write(folder, blocks()))
         numbers.unlink()
 
     @classmethod
     def nominal(cls, tokenizer: str = "glove") -> Vocabulary:
-        """Return a vocabulary for building a model before there is data: of one word, or that of a tokenizer file.
+        """Return a placeholder vocabulary to build a model without data: one word, or that of a tokenizer file.
 
         Raises:
-            transfer.ConfigError: There is no such tokenizer.
+            transfer.ConfigError: The tokenizer does not exist.
         """
         name = _name(tokenizer)
         if name is None:
@@ -185,7 +186,7 @@ class Vocabulary:
         return cls(Tokenizer.from_str(text), extra=extra)
 
     def to_json(self) -> str:
-        """Return all of it as one JSON string, which the ``tokenizers`` library also reads."""
+        """Return the vocabulary as one JSON string that the ``tokenizers`` library can read."""
         return str(self._tokenizer.to_str())
 
     def extended(self, words: Sequence[str]) -> Vocabulary:
@@ -194,12 +195,12 @@ class Vocabulary:
         Words that training never saw, but word vectors know, keep their vectors in prediction.
 
         Raises:
-            transfer.ConfigError: A tokenizer file brings the vocabulary, which is fixed.
+            transfer.ConfigError: The vocabulary of a tokenizer file is fixed.
         """
         if self._name is None:
             raise ConfigError(
-                "the tokenizer file brings its own vocabulary, to which no words can be added",
-                fix="leave vectors_vocabulary out, or choose a tokenizer by its name",
+                "the vocabulary of a tokenizer file is fixed: no words can be added",
+                fix="remove vectors_vocabulary, or choose a named tokenizer",
             )
         own = dict(zip(self.tokens, range(len(self)), strict=True))
         possible = [word for word in dict.fromkeys(words) if word not in own and "\n" not in word]
@@ -217,7 +218,7 @@ class Vocabulary:
         return extended
 
     def _spelled(self, words: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Return which words the tokenizer gives back as one token, bool (N,)."""
+        """Return whether the tokenizer returns each word as one token, bool (N,)."""
         made: list[npt.NDArray[np.bool_]] = []
 
         def spell() -> npt.NDArray[np.bool_]:
@@ -241,9 +242,9 @@ class Vocabulary:
             return made[0]
         if folder is not None:
             try:
-                kept: npt.NDArray[np.bool_] = np.load(folder / "spelled.npy", allow_pickle=False)
-                if kept.shape == (len(words),):
-                    return kept
+                spelled: npt.NDArray[np.bool_] = np.load(folder / "spelled.npy", allow_pickle=False)
+                if spelled.shape == (len(words),):
+                    return spelled
             except (OSError, ValueError, EOFError):
                 pass
             cache.drop(folder)
@@ -254,20 +255,20 @@ class Vocabulary:
 
     @functools.cached_property
     def tokens(self) -> tuple[str, ...]:
-        """Every token in the order of the indices, the two special ones first."""
+        """Tokens in the order of their indices, the two special tokens first."""
         indices: Mapping[str, int] = self._tokenizer.get_vocab()
-        tokens = [""] * (max(indices.values(), default=-1) + 1)  # the ids of a tokenizer file may have gaps
+        tokens = [""] * (max(indices.values(), default=-1) + 1)  # ids of a tokenizer file may have gaps
         for token, index in indices.items():
             tokens[index] = token
         return tuple(tokens) if not self._shift else (*SPECIAL, *tokens)
 
     @functools.cached_property
     def digest(self) -> str:
-        """The SHA-256 of :meth:`to_json`, in hexadecimal."""
+        """SHA-256 digest of :meth:`to_json`, hexadecimal."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def tokenize(self, text: str) -> list[str]:
-        """Return the tokens of one text as the tokenizer finds them, known or not."""
+        """Return the tokens of one text, including unknown words."""
         if self._shift:
             return list(self._tokenizer.encode(text, add_special_tokens=False).tokens)
         normalize, pre_tokenize = self._rules
@@ -275,44 +276,44 @@ class Vocabulary:
 
     @functools.cached_property
     def _rules(self) -> tuple[Callable[[str], str], Callable[[str], list[tuple[str, tuple[int, int]]]]]:
-        normalizer = self._tokenizer.normalizer  # each of these makes a new object
+        normalizer = self._tokenizer.normalizer  # each access creates a new object
         return str if normalizer is None else normalizer.normalize_str, self._tokenizer.pre_tokenizer.pre_tokenize_str
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        """Tokenize and numericalise some texts; many texts are worked on once and then read from disk.
+        """Return the token indices of texts; large collections are cached on disk.
 
         Args:
-            texts: The texts; an empty one gives an empty array.
+            texts: Texts to encode. An empty text returns an empty array.
 
         Returns:
-            For each text the indices of its tokens, int32 (T,).
+            The token indices of each text, int32 (T,).
 
         Raises:
-            ValueError: A text holds half a surrogate pair.
+            ValueError: A text contains a lone surrogate.
         """
 
-        def parts() -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+        def blocks() -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
             if self._name is None:
                 return map(self._encode_block, text_blocks.blocks(texts))
             return encode_in_parallel(texts, self._name, self._encode_block, self._look_up)
 
         if not text_blocks.worth_caching(texts):
-            return EncodedTexts.of(parts())
+            return EncodedTexts.of(blocks())
         key = self._key(text_blocks.digest_of(texts))
-        for _ in range(2):  # an entry that is damaged is made again
-            folder = cache.entry("encoded", key, lambda folder: EncodedTexts.write(folder, parts()))
+        for _ in range(2):  # a damaged entry is replaced once
+            folder = cache.entry("encoded", key, lambda folder: EncodedTexts.write(folder, blocks()))
             if folder is None:
                 break
             if (encoded := EncodedTexts.read(folder, len(texts))) is not None:
                 return encoded
             cache.drop(folder)
-        return EncodedTexts.of(parts())
+        return EncodedTexts.of(blocks())
 
     def _key(self, texts_digest: str) -> str:
         return cache.digest(FORMAT, self.digest, texts_digest)
 
     def _encode_block(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Return the indices of all texts in a row, and the number of each text's."""
+        """Return the concatenated token indices of texts, int32 (T,), and the length of each text, int64 (N,)."""
         if self._name is not None:
             if self._table is None:
                 self._table = PieceTable(functools.partial(with_safe_whitespace, self._name), self._indices_of)
@@ -320,10 +321,10 @@ class Vocabulary:
         _allow_parallelism()
         encode_batch = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)  # tokenizers >= 0.20
         for text in texts:
-            text.encode()  # the library would panic, not say that this is no text
-        found = [encoding.ids for encoding in encode_batch(texts, add_special_tokens=False)]
-        flat = np.array([index for ids in found for index in ids], dtype=np.int32) + np.int32(self._shift)
-        return flat, np.array([len(ids) for ids in found], dtype=np.int64)
+            text.encode()  # raises for a lone surrogate, on which the library panics
+        ids_of_texts = [encoding.ids for encoding in encode_batch(texts, add_special_tokens=False)]
+        flat = np.array([index for ids in ids_of_texts for index in ids], dtype=np.int32) + np.int32(self._shift)
+        return flat, np.array([len(ids) for ids in ids_of_texts], dtype=np.int64)
 
     def _indices_of(self, pieces: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         assert self._name is not None
@@ -341,7 +342,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _name(self) -> TokenizerName | None:
-        """Which of the named tokenizers this is, if any."""
+        """Name of the tokenizer, or None for a tokenizer file."""
         return None if self._shift else name_of(json.loads(self.to_json()))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -353,18 +354,18 @@ class Vocabulary:
 
 
 def _name(tokenizer: str) -> TokenizerName | None:
-    """Return the name of a tokenizer; None where it is the path of a file."""
+    """Return the name of a tokenizer, or None for the path of a file."""
     for name in TOKENIZERS:
         if tokenizer == name:
             return name
     if tokenizer.endswith(".json"):
         return None
-    known = (*TOKENIZERS, *names("tokenizer"))
-    close = difflib.get_close_matches(tokenizer, known, n=1)
+    available = (*TOKENIZERS, *names("tokenizer"))
+    close = difflib.get_close_matches(tokenizer, available, n=1)
     raise ConfigError(
-        f"there is no tokenizer {tokenizer!r}",
-        available=(*known, "PATH/tokenizer.json"),
-        fix=f"did you mean {close[0]!r}?" if close else "give one of these names, or the path of a tokenizer.json",
+        f"unknown tokenizer {tokenizer!r}",
+        available=(*available, "PATH/tokenizer.json"),
+        fix=f"did you mean {close[0]!r}?" if close else "use one of these names, or the path of a tokenizer.json",
     )
 
 
@@ -372,29 +373,29 @@ def _read(written: str) -> Tokenizer:
     path = Path(written).expanduser()
     if not path.is_file():
         path = find_file(written) or path
-    fix = "give a tokenizer.json as the tokenizers library writes it"
+    fix = "use a tokenizer.json of the tokenizers library"
     if not path.is_file():
-        raise ConfigError("there is no such tokenizer file", where=str(path), available=TOKENIZERS, fix=fix)
+        raise ConfigError("the tokenizer file does not exist", where=str(path), available=TOKENIZERS, fix=fix)
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises this very class
+    except Exception as error:  # the library raises this base class
         raise ConfigError(f"the tokenizer cannot be read: {error}", where=str(path), fix=fix) from error
 
 
 def tokenizer_config(name: TokenizerName) -> str:
-    """Return what decides the tokens that a named tokenizer finds: its JSON."""
+    """Return the JSON of a named tokenizer: all settings that determine its tokens."""
     return str(assemble(name, models.WordLevel({UNKNOWN_TOKEN: 0}, unk_token=UNKNOWN_TOKEN)).to_str())
 
 
 def _indices(ranks: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Return the index of each token that was met in training."""
+    """Map ranks to vocabulary indices; tokens outside the vocabulary become unknown."""
     return np.where(ranks < 0, np.int32(UNKNOWN), ranks + np.int32(len(SPECIAL)))
 
 
 def _allow_parallelism() -> None:
-    """Keep the tokenizers library from printing a warning in every process forked later.
+    """Set the variable without which the tokenizers library prints a warning in every forked process.
 
-    It warns unless the variable is set, and its thread pool would hang in a forked process.
+    The thread pool of the library would hang in a forked process.
     """
     if "TOKENIZERS_PARALLELISM" not in os.environ:
         os.environ["TOKENIZERS_PARALLELISM"] = "true"

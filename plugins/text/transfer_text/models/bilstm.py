@@ -1,4 +1,4 @@
-"""BiLSTM: a recurrent network over word vectors that reads the text from both ends."""
+"""BiLSTM: a bidirectional recurrent network over word vectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transfer import ConfigError, FeatureSpec
 from transfer_text.encoding.encoded_texts import Truncation
 from transfer_text.encoding.vocabulary import MIN_FREQUENCY, PADDING, Vocabulary
-from transfer_text.models.embedding import Count, TextBackbone, Unknown, in_batch_terms, look_up
+from transfer_text.models.embedding import Count, TextBackbone, Unknown, look_up, use_batch_vocabulary
 
 Pooling = Literal["first_last", "last_states", "max", "mean"]
 Readout = Literal["first_last", "last_states", "max", "mean", "sequence"]
@@ -24,20 +24,20 @@ TunableVariant = Literal["rand", "static", "nonstatic"]
 class BiLSTM(TextBackbone):
     """A bidirectional LSTM over word vectors (Graves and Schmidhuber 2005, Neural Networks 18; torch's equations).
 
-    Its features are as ``readout`` says: float (B, 4 H) of ``first_last``, (B, 2 H) of the others that are vectors,
-    (B, T, 2 H) with its mask of ``sequence``.
+    ``readout`` determines the features: float (B, 4 H) for ``first_last``, (B, 2 H) for the other vectors, and
+    (B, T, 2 H) with a mask for ``sequence``.
 
-    Stages: ``embedding``, ``lstm``, and ``readout`` where the features are a vector.
+    Stages: ``embedding``, ``lstm``, and ``readout`` if the features are a vector.
 
     Args:
-        variant: ``rand``: random vectors, tuned. ``static``: pretrained ones, frozen. ``nonstatic``: pretrained ones,
-            tuned. null: static with vectors, else rand.
-        layers: Number of layers; each reads what both directions of the one below return.
-        hidden_size: H, the size of the state of each direction.
-        dropout: Share of what leaves each layer but the last that is dropped in training.
-        readout: ``first_last``: outputs at the first and at the last word. ``last_states``: each direction's state
-            after it has read everything. ``max``, ``mean``: over all words. ``sequence``: all outputs, for a head that
-            takes a sequence (attention).
+        variant: ``rand``: random vectors, tuned. ``static``: pretrained vectors, frozen. ``nonstatic``: pretrained
+            vectors, tuned. null: static if vectors are named, otherwise rand.
+        layers: Number of layers. Each layer reads both directions of the layer below.
+        hidden_size: Size of the hidden state of each direction, H.
+        dropout: Probability of dropout between layers.
+        readout: ``first_last``: outputs at the first and the last word. ``last_states``: final state of each direction.
+            ``max``, ``mean``: pooled over all words. ``sequence``: all outputs, for a head that takes a sequence
+            (attention).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class BiLSTM(TextBackbone):
     ) -> None:
         if dropout and layers == 1:
             raise ConfigError(
-                f"dropout of {dropout:g} is between layers, and there is one",
+                f"dropout {dropout:g} applies between layers, but layers is 1",
                 fix="set the head's dropout, or layers: 2",
             )
 
@@ -90,7 +90,7 @@ class BiLSTM(TextBackbone):
 
 
 class BidirectionalLSTM(nn.LSTM):
-    """Torch's LSTM, with its parameters and their names, over texts that end in padding."""
+    """Torch's LSTM over padded texts; parameters have the same names as in ``nn.LSTM``."""
 
     def forward(self, words: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return the outputs, float (B, T, 2 H), zero at padding, and the mask, bool (B, T).
@@ -100,7 +100,7 @@ class BidirectionalLSTM(nn.LSTM):
         """
         table, rows = words
         mask = rows != PADDING
-        if rows.device.type == "cuda":  # where cuDNN takes packed sequences as they are
+        if rows.device.type == "cuda":  # cuDNN processes packed sequences directly
             packed = pack_padded_sequence(
                 look_up(table, rows), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
             )
@@ -109,27 +109,28 @@ class BidirectionalLSTM(nn.LSTM):
         return self._from_both_ends(table, rows, mask), mask
 
     def _from_both_ends(self, table: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-        """Turn each text around within its own length for the second direction, so that padding is last in both.
+        """Run both directions over padded sequences: (U, D), (B, T), (B, T) -> (B, T, 2 H).
 
-        Packed sequences do the same on the CPU, but step by step, at a sixth of the speed.
+        For the second direction each text is reversed within its own length, so that padding is last in both. Packed
+        sequences give the same result on the CPU but run step by step, at a sixth of the speed.
         """
         steps = torch.arange(rows.shape[1], device=rows.device)
         lengths = mask.sum(1)
-        turned = torch.where(mask, lengths[:, None] - 1 - steps, steps)  # its own inverse
-        ahead, back = look_up(table, rows.t()), look_up(table, rows.gather(1, turned).t())  # (T, B, D)
-        # In the rows of (T B, ...), where a step of a text is found.
-        texts = rows.shape[0]  # len() would fix the number in an exported graph
-        places = (turned * texts + torch.arange(texts, device=rows.device)[:, None]).t()
+        reversed_steps = torch.where(mask, lengths[:, None] - 1 - steps, steps)  # this permutation is its own inverse
+        ahead, back = look_up(table, rows.t()), look_up(table, rows.gather(1, reversed_steps).t())  # (T, B, D)
+        # Row in (T B, ...) of each step of each text.
+        texts = rows.shape[0]  # len() would be a constant in an exported graph
+        positions = (reversed_steps * texts + torch.arange(texts, device=rows.device)[:, None]).t()
         for layer in range(self.num_layers):
             if layer:
                 ahead = functional.dropout(ahead, self.dropout, self.training)
-                back = _take(ahead, places)
-            second = _take(self._run(back, f"l{layer}_reverse"), places)
+                back = _take(ahead, positions)
+            second = _take(self._run(back, f"l{layer}_reverse"), positions)
             ahead = torch.cat([self._run(ahead, f"l{layer}"), second], dim=2)
         states = ahead.transpose(0, 1)
-        if torch.is_grad_enabled() or not in_batch_terms(rows):
+        if torch.is_grad_enabled() or not use_batch_vocabulary(rows):
             return states * mask[:, :, None]
-        first = int(lengths.min())  # texts of a batch are of like length: only their ends differ
+        first = int(lengths.min())  # texts of a batch have similar lengths: only the ends contain padding
         states[:, first:] *= mask[:, first:, None]
         return states
 
@@ -141,16 +142,16 @@ class BidirectionalLSTM(nn.LSTM):
         return outputs
 
 
-def _take(steps: Tensor, places: Tensor) -> Tensor:
-    """Return steps (T, B, D) in another order of time, as places (T, B) among their T B rows say."""
-    return functional.embedding(places, steps.flatten(0, 1))
+def _take(steps: Tensor, positions: Tensor) -> Tensor:
+    """Gather steps (T, B, D) by positions (T, B), row numbers of (T B, D)."""
+    return functional.embedding(positions, steps.flatten(0, 1))
 
 
 class ReadOut(nn.Module):
-    """From outputs at each word to one vector for the text.
+    """Pooling of the outputs at each word into one vector for the text.
 
     Args:
-        kind: See :class:`BiLSTM`.
+        kind: ``first_last``, ``last_states``, ``max`` or ``mean``, as in :class:`BiLSTM`.
     """
 
     def __init__(self, kind: Pooling) -> None:
@@ -158,7 +159,7 @@ class ReadOut(nn.Module):
         self.kind: Pooling = kind
 
     def forward(self, sequence: tuple[Tensor, Tensor]) -> Tensor:
-        """Return float (B, 2 H or 4 H) of outputs, float (B, T, 2 H), and their mask, bool (B, T)."""
+        """Pool outputs, float (B, T, 2 H), with their mask, bool (B, T), into float (B, 2 H or 4 H)."""
         states, mask = sequence
         if self.kind == "max":
             return states.masked_fill(~mask[:, :, None], -torch.inf).amax(1)

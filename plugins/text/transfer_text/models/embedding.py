@@ -1,4 +1,4 @@
-"""What backbones over word vectors share: the vocabulary, the vectors, and the first stage, which looks them up."""
+"""The base class of backbones over word vectors, and their first stage: the embedding."""
 
 from __future__ import annotations
 
@@ -25,40 +25,42 @@ Unknown = Literal["random", "zero", "mean"]
 Count = Annotated[int, Field(gt=0)]
 
 RANDOM_DIMENSIONS = 100
-RANDOM_RANGE = 0.25  # Kim's
+RANDOM_RANGE = 0.25  # the range of Kim (2014)
 
 
 class TextBackbone(Backbone):
     """A network over word vectors.
 
-    Its input is word indices, int64 (B, T), padded with 0, and padding never changes a result. Its first stage is
+    The input is word indices, int64 (B, T), padded with 0. Padding never changes a result. The first stage is
     ``embedding``.
 
     Args:
-        vocabulary: What was learned from the training split; None for a nominal one.
-        width: The width of the vectors where it was learned before, so that no file is needed.
-        above: Makes the stages above the embedding, given the width of what leaves that.
-        features: What the last of them returns.
-        variant: ``rand``: random vectors, tuned. ``static``: pretrained ones, frozen. ``nonstatic``: pretrained ones,
-            tuned.
+        vocabulary: Vocabulary of the training split. None builds a placeholder, for checking shapes.
+        width: Width of the word vectors of a saved model, whose vector file is not needed. None reads it from
+            ``vectors``.
+        above: Function that builds the stages above the embedding, given the width of the embedding's output.
+        features: Layout and size of the output of the last stage.
+        variant: ``rand``: random vectors, tuned. ``static``: pretrained vectors, frozen. ``nonstatic``: pretrained
+            vectors, tuned.
         vectors: Pretrained word vectors: a known name (``glove.6B.100d``), ``mini``, a file in GloVe's format, or
-            those of a plugin (``torchtext/glove.6B.100d``).
-        dimensions: Width of random vectors, 100 by default; that of pretrained ones is their own.
-        unknown: Vector of a word that the pretrained ones lack: random with their spread, zero, or their mean.
-        vectors_vocabulary: Keep the vectors of words that training never saw, too, for prediction. They are never
-            trained: in a tuned channel they stay as they were pretrained.
-        tokenizer: ``glove`` (that of GloVe's own text), ``basic_english`` (torchtext's), ``whitespace``, the path of a
-            ``tokenizer.json``, which brings its own vocabulary, or that of a plugin (``torchtext/basic_english``).
-        min_frequency: Words that occur less often in the training split are unknown.
-        max_size: The most words in the vocabulary, the frequent ones first; null keeps all.
-        max_length: The most words of a text that are kept; null keeps all.
-        truncation: Which words of a longer text are kept: the first (``head``), the last (``tail``), or half from each
+            vectors of a plugin (``torchtext/glove.6B.100d``).
+        dimensions: Width of random vectors, 100 by default. Pretrained vectors have their own width.
+        unknown: Vector of a word without a pretrained vector: random with the same variance, zero, or the mean.
+        vectors_vocabulary: Whether to keep the vectors of words that are not in the training texts, for prediction.
+            They are never trained: in a tuned channel they keep their pretrained values.
+        tokenizer: ``glove`` (the conventions of GloVe's training text), ``basic_english`` (torchtext's),
+            ``whitespace``, the path of a ``tokenizer.json`` with its own vocabulary, or a plugin
+            (``torchtext/basic_english``).
+        min_frequency: Minimum number of occurrences of a word in the training split; rarer words are unknown.
+        max_size: Maximum size of the vocabulary, most frequent words first. null keeps all words.
+        max_length: Maximum number of words per text. null keeps all words.
+        truncation: Words that remain of a longer text: the first (``head``), the last (``tail``), or half from each
             end (``both``).
     """
 
     field: ClassVar[str] = "text"
     pretrained_variants: ClassVar[tuple[Variant, ...]] = ("static", "nonstatic")
-    """The variants that read vectors, the default first."""
+    """Variants that read pretrained vectors; the first is the default."""
 
     def __init__(
         self,
@@ -78,11 +80,11 @@ class TextBackbone(Backbone):
     ) -> None:
         variant = self._variant(variant, vectors)
         width = _width(width, vectors, dimensions)
-        if vocabulary is None:  # a nominal one is as good as any for checking shapes
+        if vocabulary is None:  # a placeholder is sufficient for checking shapes
             vocabulary = vocabulary_class(tokenizer).nominal(tokenizer)
             if vectors_vocabulary:
                 vocabulary = _with_words_of(vectors, vocabulary, [])
-                vocabulary.placeholder_note = f"learned from the training texts, and the words that {vectors} knows"
+                vocabulary.placeholder_note = f"learned from the training texts, plus the words of {vectors}"
         embedding = WordEmbedding(
             len(vocabulary) - vocabulary.extra,
             width,
@@ -100,7 +102,7 @@ class TextBackbone(Backbone):
 
     @classmethod
     def from_data(cls, values: Sequence[str], **options: Any) -> Self:
-        """Build with the vocabulary of the training texts, and perhaps the further words that the vectors know."""
+        """Build with the vocabulary of the training texts, with ``vectors_vocabulary`` plus that of the vectors."""
         learned = {name: options[name] for name in ("tokenizer", "min_frequency", "max_size") if name in options}
         vocabulary = vocabulary_class(options.get("tokenizer", "glove")).build(values, **learned)
         if options.get("vectors_vocabulary"):
@@ -109,7 +111,7 @@ class TextBackbone(Backbone):
 
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
-        """Build with the vocabulary and the width of a saved model; no file of vectors is needed."""
+        """Build with the vocabulary and the width of a saved model; the vector file is not needed."""
         embedding = json.loads(assets["embedding.json"])
         vocabulary = read_vocabulary(assets["vocabulary.json"], embedding.get("further_words", 0))
         return cls(vocabulary, embedding["width"], **options)
@@ -120,9 +122,9 @@ class TextBackbone(Backbone):
         return {"vocabulary.json": self.vocabulary.to_json(), "embedding.json": json.dumps(embedding)}
 
     def learned(self) -> Mapping[str, Any]:
-        """Return the number of words, and what the longest length drops (see :func:`truncation_loss`)."""
-        further, lengths = self.vocabulary.extra, self.vocabulary.lengths
-        words = {"words": len(self.vocabulary) - 2 - further, **({"further_words": further} if further else {})}
+        """Return the number of words, and the effect of truncation (see :func:`truncation_loss`)."""
+        extra, lengths = self.vocabulary.extra, self.vocabulary.lengths
+        words = {"words": len(self.vocabulary) - 2 - extra, **({"further_words": extra} if extra else {})}
         return words | ({} if lengths is None else truncation_loss(lengths, self._preprocessing.max_length))
 
     def load_pretrained(self) -> Mapping[str, Any]:
@@ -135,26 +137,28 @@ class TextBackbone(Backbone):
             return {}
         special, words = self.vocabulary.tokens[:2], self.vocabulary.tokens[2:]
         vectors = read_vectors(self.vectors, words)
-        own = len(words) - self.vocabulary.extra
-        if not vectors.found[:own].any():
+        trained = len(words) - self.vocabulary.extra
+        if not vectors.found[:trained].any():
             raise WeightsError(
-                f"{self.vectors!r} has a vector for none of the {own} words of the training texts",
+                f"{self.vectors!r} contains no vector for any of the {trained} words of the training texts",
                 fix="choose vectors of the texts' language and case, or another tokenizer",
             )
         if vectors.matrix.shape[1] != self.width:
-            raise WeightsError(f"{self.vectors!r} is {vectors.matrix.shape[1]} wide, the model {self.width}")
+            raise WeightsError(
+                f"{self.vectors!r} has width {vectors.matrix.shape[1]}: expected {self.width}, the model's"
+            )
         rows = ((len(special), 0), (0, 0))
         embedding = self.stages[0]
         assert isinstance(embedding, WordEmbedding)
-        embedding.load(np.pad(vectors.matrix[:own], rows), np.pad(vectors.found[:own], rows[0]), self.unknown)
-        embedding.load_further(vectors.matrix[own:])
+        embedding.load(np.pad(vectors.matrix[:trained], rows), np.pad(vectors.found[:trained], rows[0]), self.unknown)
+        embedding.load_further(vectors.matrix[trained:])
         counts = self.vocabulary.counts
         report = coverage(words, vectors.found, None if counts is None else counts[len(special) :])
         return {"vectors": self.vectors, **report}
 
     @classmethod
     def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Choose random vectors of the same width, all of them tuned."""
+        """Return options for random, tuned vectors of the same width."""
         vectors = options.get("vectors")
         if vectors is None:
             return {}
@@ -162,12 +166,12 @@ class TextBackbone(Backbone):
 
     @property
     def features(self) -> FeatureSpec:
-        """What the options ask for."""
+        """Layout and size of the features, as the options set them."""
         return self._features
 
     @property
     def preprocessing(self) -> TextPreprocessing:
-        """Tokenize, numericalise, pad."""
+        """Tokenization, encoding and padding."""
         return self._preprocessing
 
     def _variant(self, variant: Variant | None, vectors: str | None) -> Variant:
@@ -175,7 +179,7 @@ class TextBackbone(Backbone):
             return "rand" if vectors is None else self.pretrained_variants[0]
         if variant == "rand" and vectors is not None:
             raise ConfigError(
-                f"variant 'rand' begins with random vectors and reads none, but vectors names {vectors!r}",
+                f"variant 'rand' uses random vectors, but vectors is {vectors!r}",
                 available=self.pretrained_variants,
                 fix="set vectors: null, or choose a variant that reads vectors",
             )
@@ -197,14 +201,14 @@ def _width(width: int | None, vectors: str | None, dimensions: int | None) -> in
         return RANDOM_DIMENSIONS if dimensions is None else dimensions
     if dimensions is not None and dimensions != width:
         raise ConfigError(
-            f"dimensions is {dimensions}, but {vectors or 'the saved embedding'} is {width} wide",
+            f"dimensions is {dimensions}, but {vectors or 'the saved embedding'} has width {width}",
             fix="leave dimensions out, or choose vectors of that width",
         )
     return width
 
 
 def _with_words_of(source: str | None, vocabulary: Vocabulary, words: Sequence[str] | None = None) -> Vocabulary:
-    """Extend a vocabulary by the words that a source of vectors knows, or by those given."""
+    """Return a vocabulary extended by the words of a source of vectors, or by the given words."""
     if source is None:
         raise ConfigError(
             "vectors_vocabulary keeps the words of the vectors, but vectors is null",
@@ -214,18 +218,18 @@ def _with_words_of(source: str | None, vocabulary: Vocabulary, words: Sequence[s
 
 
 class WordEmbedding(nn.Module):
-    """Look up a frozen vector, a tuned one, or both side by side for each word.
+    """The vectors of words: a frozen channel, a tuned channel, or both concatenated.
 
     Args:
-        size: V, the size of the vocabulary.
-        dimensions: D, the width of a vector.
-        frozen: Have a channel that is never trained, whatever a config's phases say.
-        tuned: Have a channel that is.
-        further: F, how many words beyond the V have a vector that is the same in every channel and never trained.
+        size: Size of the vocabulary, V.
+        dimensions: Width of a vector, D.
+        frozen: Whether there is a channel that is never trained, regardless of a config's phases.
+        tuned: Whether there is a channel that is trained.
+        further: Number of additional words, F, whose vectors are equal in all channels and never trained.
     """
 
     recompute = True
-    """Looking up is cheaper than reading stored features back."""
+    """A look-up is cheaper than reading features from the cache."""
 
     def __init__(self, size: int, dimensions: int, *, frozen: bool, tuned: bool, further: int = 0) -> None:
         super().__init__()
@@ -234,7 +238,8 @@ class WordEmbedding(nn.Module):
         self.static: Tensor | None
         self.register_buffer("static", weight.clone() if frozen else None)
         self.tuned = nn.Parameter(weight) if tuned else None
-        # No rows of the parameter: an optimizer would pass over them at every step, and weight decay would move them.
+        # A buffer, not rows of the parameter: weight decay would change rows without a gradient. Saved models contain
+        # this name.
         self.further: Tensor | None
         self.register_buffer("further", torch.zeros(further, dimensions) if further else None)
         self.out_dimensions = dimensions * (frozen + tuned)
@@ -246,20 +251,22 @@ class WordEmbedding(nn.Module):
         found: npt.NDArray[np.bool_],
         unknown: Unknown,
     ) -> None:
-        """Take pretrained vectors.
+        """Copy pretrained vectors into all channels.
 
         Args:
-            matrix: float32 (V, D).
-            found: bool (V,), which rows hold a vector; the others are filled as ``unknown`` says.
-            unknown: ``random`` draws from torch's global generator, uniformly with the variance of the vectors found.
+            matrix: Vectors, float32 (V, D).
+            found: Whether each row contains a vector, bool (V,). The other rows are filled according to ``unknown``.
+            unknown: ``random`` draws from a uniform distribution with the variance of the vectors, by torch's global
+                generator; ``zero``; or ``mean``.
         """
         weight = torch.from_numpy(matrix)
         known = torch.from_numpy(found)
         if unknown == "mean":
             weight[~known] = weight[known].mean(0)
         elif unknown == "random":
-            reach = weight[known].std(0, unbiased=False) * 3**0.5  # of a uniform distribution with that deviation
-            weight[~known] = (2 * torch.rand_like(weight[~known]) - 1) * reach
+            # The uniform distribution on [-bound, bound] has the standard deviation bound / sqrt(3).
+            bound = weight[known].std(0, unbiased=False) * 3**0.5
+            weight[~known] = (2 * torch.rand_like(weight[~known]) - 1) * bound
         else:
             weight[~known] = 0
         weight[PADDING] = 0
@@ -268,50 +275,53 @@ class WordEmbedding(nn.Module):
 
     @torch.no_grad()
     def load_further(self, matrix: npt.NDArray[np.float32]) -> None:
-        """Take the vectors of the words beyond the vocabulary of the training texts, float32 (F, D)."""
+        """Copy the vectors of the additional words, float32 (F, D)."""
         if self.further is not None:
             self.further.copy_(torch.from_numpy(matrix))
 
     def forward(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return a table of vectors, float (U, D or 2 D), and the row of each word in it, int64 (B, T).
 
-        Row 0 is padding and holds zeros. The table has a row for each different word of the batch, so that what
-        follows can do once what depends on the word alone; off the CPU, and where a graph is recorded that must not
-        depend on the batch, it is the whole vocabulary's.
+        Row 0 is padding and contains zeros. On the CPU the table has one row per distinct word of the batch, so the
+        next stage computes anything that depends on a single word only once per distinct word. On a GPU, and while a
+        graph is recorded that must not depend on the batch, the table is the complete vocabulary.
 
         Args:
             indices: Word indices, int64 (B, T).
         """
         channels = self._channels()
-        if not in_batch_terms(indices):
+        if not use_batch_vocabulary(indices):
             table = torch.cat(channels, dim=1) if len(channels) > 1 else channels[0]
             if self.further is not None:
                 table = torch.cat([table, self.further.repeat(1, len(channels))])
             return table, indices
-        own = len(channels[0])
-        size = own if self.further is None else own + len(self.further)
+        size_trained = len(channels[0])
+        size = size_trained if self.further is None else size_trained + len(self.further)
         occurs = torch.zeros(size, dtype=torch.bool)
         occurs[indices] = True
         occurs[PADDING] = True
         words = occurs.nonzero().squeeze(1)
-        rows = torch.empty(size, dtype=torch.int64)  # of the words that occur; nobody reads the others
+        rows = torch.empty(size, dtype=torch.int64)  # only entries of words that occur are set and read
         rows[words] = torch.arange(len(words))
-        known = words if self.further is None else words[words < own]
+        known = words if self.further is None else words[words < size_trained]
         table = torch.cat([functional.embedding(known, c, padding_idx=PADDING) for c in channels], dim=1)
         if self.further is not None and len(known) < len(words):
-            table = torch.cat([table, self.further[words[len(known) :] - own].repeat(1, len(channels))])
+            table = torch.cat([table, self.further[words[len(known) :] - size_trained].repeat(1, len(channels))])
         return table, rows[indices]
 
     def _channels(self) -> list[Tensor]:
         return [channel for channel in (self.static, self.tuned) if channel is not None]
 
 
-def in_batch_terms(indices: Tensor) -> bool:
-    """Say whether to work with the different words of a batch: on the CPU, where nothing waits to learn how many."""
+def use_batch_vocabulary(indices: Tensor) -> bool:
+    """Return whether to look up only the distinct tokens of the batch.
+
+    True on the CPU only: counting them on a GPU would force a synchronization. False while a graph is recorded.
+    """
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return indices.device.type == "cpu" and not recorded
 
 
 def look_up(table: Tensor, rows: Tensor) -> Tensor:
-    """Return the vectors, float (B, T, D), of rows (B, T) of a table (U, D); padding gets no gradient."""
+    """Look up rows (B, T) of a table (U, D): float (B, T, D). Padding receives no gradient."""
     return functional.embedding(rows, table, padding_idx=PADDING)

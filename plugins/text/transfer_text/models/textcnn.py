@@ -1,4 +1,4 @@
-"""TextCNN: convolutions over word vectors, and the maximum over time."""
+"""TextCNN: convolutions over word vectors, then the maximum over time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 from transfer import ConfigError, FeatureSpec
 from transfer_text.encoding.encoded_texts import Truncation
 from transfer_text.encoding.vocabulary import MIN_FREQUENCY, PADDING, Vocabulary
-from transfer_text.models.embedding import Count, TextBackbone, Unknown, Variant, in_batch_terms, look_up
+from transfer_text.models.embedding import Count, TextBackbone, Unknown, Variant, look_up, use_batch_vocabulary
 
 BLOCK_WORDS = 64
 
@@ -21,16 +21,16 @@ BLOCK_WORDS = 64
 class TextCNN(TextBackbone):
     """A convolutional network over word vectors (Kim 2014, EMNLP, https://aclanthology.org/D14-1181).
 
-    Its features are the largest value that each filter takes anywhere in the text, float (B, the sum of ``filters``).
+    The features are the maximum of each filter over the text, float (B, sum of ``filters``).
 
     Stages: ``embedding``, ``convolution``.
 
     Args:
-        variant: ``rand``: random vectors, tuned. ``static``: pretrained ones, frozen. ``nonstatic``: pretrained ones,
-            tuned. ``multichannel``: a frozen and a tuned channel side by side. null: multichannel with
-            vectors, else rand.
-        kernel_sizes: How many words each convolution spans.
-        filters: Number of filters of each convolution, or one number for all.
+        variant: ``rand``: random vectors, tuned. ``static``: pretrained vectors, frozen. ``nonstatic``: pretrained
+            vectors, tuned. ``multichannel``: a frozen and a tuned channel, concatenated. null: multichannel if vectors
+            are named, otherwise rand.
+        kernel_sizes: Width of each convolution in words.
+        filters: Number of filters of each convolution, or one number for all of them.
     """
 
     pretrained_variants: ClassVar[tuple[Variant, ...]] = ("multichannel", "static", "nonstatic")
@@ -56,8 +56,8 @@ class TextCNN(TextBackbone):
         counts = (filters,) * len(kernel_sizes) if isinstance(filters, int) else filters
         if not kernel_sizes or len(counts) != len(kernel_sizes):
             raise ConfigError(
-                f"there are {len(kernel_sizes)} kernel_sizes and {len(counts)} numbers of filters",
-                fix="give one number of filters for each kernel size, or a single one for all",
+                f"kernel_sizes and filters differ in length: {len(kernel_sizes)} and {len(counts)}",
+                fix="set one number of filters per kernel size, or a single number",
             )
         super().__init__(
             vocabulary,
@@ -76,32 +76,32 @@ class TextCNN(TextBackbone):
 
 
 class Convolutions(nn.Module):
-    """Convolve with several kernel sizes, and take each filter's maximum over time.
+    """Convolutions with several kernel sizes, and the maximum of each filter over time.
 
     Args:
-        dimensions: D, the width of a vector.
-        kernel_sizes: How many steps each convolution spans.
-        filters: The number of filters of each.
+        dimensions: Width of a word vector, D.
+        kernel_sizes: Width of each convolution in words.
+        filters: Number of filters of each convolution.
     """
 
     def __init__(self, dimensions: int, kernel_sizes: Sequence[int], filters: Sequence[int]) -> None:
         super().__init__()
-        # In two dimensions, because torch then takes (B, T, D) as channels-last memory as it is. It is a third
-        # faster on the CPU than one dimension, which transposes.
+        # Conv2d, not Conv1d: a (B, T, D) tensor is channels-last memory for it without a copy. This is a third faster
+        # on the CPU than Conv1d, which transposes.
         self.convolutions = nn.ModuleList(
             nn.Conv2d(dimensions, count, (1, size)) for size, count in zip(kernel_sizes, filters, strict=True)
         )
         self.kernel_sizes = tuple(kernel_sizes)
 
     def forward(self, words: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the features, float (B, the sum of filters), of a table of vectors (U, D) and rows of it (B, T).
+        """Return the features, float (B, sum of filters), of a table of vectors (U, D) and its rows (B, T).
 
-        A text shorter than a kernel counts as padded with zeros to its size, and has one window.
+        A text shorter than a kernel is padded with zeros to the kernel's size and has one window.
         """
         table, rows = words
         lengths = (rows != PADDING).sum(1)
         widest = max(self.kernel_sizes)
-        if in_batch_terms(rows):
+        if use_batch_vocabulary(rows):
             convolve, missing = _convolve_words, max(0, widest - rows.shape[1])
         else:
             convolve, missing = _convolve, widest  # a recorded graph must not depend on the length
@@ -119,13 +119,13 @@ class Convolutions(nn.Module):
 
 
 def _convolve(table: Tensor, rows: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
-    """Return each filter's maximum over time, float (B, F), by convolving vector after vector.
+    """Return the maximum over time of each filter, float (B, F), by an ordinary convolution.
 
     Args:
-        table: float (U, D).
-        rows: int64 (B, T).
-        weight: float (F, D, 1, k).
-        windows: int64 (B,), how many of each text count.
+        table: Word vectors, float (U, D).
+        rows: Row of each word in ``table``, int64 (B, T).
+        weight: Weights of the filters, float (F, D, 1, k).
+        windows: Number of valid windows of each text, int64 (B,).
     """
     image = look_up(table, rows).transpose(1, 2).unsqueeze(2)  # (B, D, 1, T)
     responses = functional.conv2d(image, weight).squeeze(2)  # (B, F, T - k + 1)
@@ -134,7 +134,12 @@ def _convolve(table: Tensor, rows: Tensor, weight: Tensor, windows: Tensor) -> T
 
 
 def _convolve_words(table: Tensor, rows: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
-    """Do the same with less work: one product per different word and tap, then a sum of looked-up rows per window."""
+    """Return the same as :func:`_convolve` with less work.
+
+    A window's response is a sum over its k words of (vector x weights of that tap). The product depends only on the
+    word and the tap, so it is computed once per distinct word of the batch (:func:`_project`), and each window sums k
+    rows of the result.
+    """
     if torch.is_grad_enabled():
         best: Tensor = _MaximumOverTime.apply(table, rows, weight, windows)
         return best
@@ -142,35 +147,40 @@ def _convolve_words(table: Tensor, rows: Tensor, weight: Tensor, windows: Tensor
 
 
 def _responses(table: Tensor, rows: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
-    """Return the responses of each window, float (B, T - k + 1, F), -inf beyond the last that counts."""
+    """Return the response of each window, float (B, T - k + 1, F); -inf for windows beyond the end of a text."""
     taps = weight.shape[3]
     projected = _project(table, weight)  # (U k, F)
-    # One bag for each window, with the row of each of its taps.
-    places = rows.mul(taps).unfold(1, taps, 1) + torch.arange(taps)  # (B, T - k + 1, k)
-    responses = functional.embedding_bag(places.reshape(-1, taps), projected, mode="sum")
-    responses = responses.view(*places.shape[:2], -1)
-    first = int(windows.min())  # texts of a batch are of like length: only their ends differ
-    beyond = torch.arange(first, places.shape[1]) >= windows[:, None]
+    # One bag per window, with the row in `projected` of each of its k taps.
+    tap_rows = rows.mul(taps).unfold(1, taps, 1) + torch.arange(taps)  # (B, T - k + 1, k)
+    responses = functional.embedding_bag(tap_rows.reshape(-1, taps), projected, mode="sum")
+    responses = responses.view(*tap_rows.shape[:2], -1)
+    first = int(windows.min())  # texts of a batch have similar lengths: only the ends need masking
+    beyond = torch.arange(first, tap_rows.shape[1]) >= windows[:, None]
     responses[:, first:].masked_fill_(beyond[:, :, None], -torch.inf)
     return responses
 
 
 def _project(table: Tensor, weight: Tensor) -> Tensor:
-    """Return what each word gives each filter at each tap: float (U k, F), the taps of a word one after the other.
+    """Return the product of each word vector with each tap of each filter, float (U k, F), taps of a word in a row.
 
-    It is a matrix product, done as a convolution of width one over blocks of words: oneDNN then does it at twice the
-    rate of torch's own product on processors that MKL does not favour, and at the same rate on others.
+    This is the matrix product (U, D) x (D, k F). It is written as a 1 x 1 convolution over blocks of BLOCK_WORDS words,
+    because oneDNN computes that at twice the rate of torch's matrix product on non-Intel processors, and at the same
+    rate on Intel's.
     """
     filters, dimensions, _, taps = weight.shape
     blocks = functional.pad(table, (0, 0, 0, -len(table) % BLOCK_WORDS)).view(-1, 1, BLOCK_WORDS, dimensions)
     kernel = weight.permute(3, 0, 1, 2).reshape(taps * filters, dimensions, 1, 1)
     projected = functional.conv2d(blocks.permute(0, 3, 1, 2), kernel)
-    # Under autocast the product is in lower precision; the sum is not.
+    # Under autocast the product has lower precision; the sum over taps is in the precision of the table.
     return projected.permute(0, 2, 3, 1).reshape(-1, taps * filters)[: len(table)].to(table).reshape(-1, filters)
 
 
 class _MaximumOverTime(torch.autograd.Function):
-    """The maximum over time, with its gradient: only each filter's best window has one, which takes B F k products."""
+    """The maximum over time with a sparse backward pass.
+
+    Only the best window of each filter receives a gradient, so the backward pass takes B F k products instead of
+    B T F k.
+    """
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
@@ -187,19 +197,19 @@ class _MaximumOverTime(torch.autograd.Function):
         used = (window[:, :, None] + torch.arange(taps)).view(batch, -1)
         words = rows.gather(1, used)  # (B, F k)
         gradients = gradient.repeat_interleave(taps, dim=1)
-        of_table = of_weight = None
-        if ctx.needs_input_grad[2]:  # for each filter and tap the sum over the texts of gradient times vector
-            of_weight = functional.embedding_bag(
+        table_gradient = weight_gradient = None
+        if ctx.needs_input_grad[2]:  # per filter and tap: sum over texts of gradient x vector
+            weight_gradient = functional.embedding_bag(
                 words.t().contiguous(), table, per_sample_weights=gradients.t().contiguous(), mode="sum"
             )
-            of_weight = of_weight.view(filters, taps, -1).permute(0, 2, 1).unsqueeze(2)
-        if ctx.needs_input_grad[0]:  # for each word the sum over its uses of gradient times the tap's weights
+            weight_gradient = weight_gradient.view(filters, taps, -1).permute(0, 2, 1).unsqueeze(2)
+        if ctx.needs_input_grad[0]:  # per word: sum over its uses of gradient x weights
             words, order = words.view(-1).sort()
-            of_table = functional.embedding_bag(
+            table_gradient = functional.embedding_bag(
                 order % (filters * taps),
                 weight.permute(0, 3, 1, 2).reshape(filters * taps, -1),
                 torch.searchsorted(words, torch.arange(len(table))),
                 per_sample_weights=gradients.view(-1)[order],
                 mode="sum",
             )
-        return of_table, None, of_weight, None
+        return table_gradient, None, weight_gradient, None

@@ -1,4 +1,4 @@
-"""Where word vectors lie: known names, packaged ones, paths, archives; and how a file of them is opened."""
+"""Files of word vectors: known names, packaged files, paths and archives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transfer_text.plugins import names
 SITE = "https://nlp.stanford.edu/data/"
 _6B = "glove.6B.zip"
 _TWITTER = "glove.twitter.27B.zip"
-# The archive and the width of each known name (Pennington et al. 2014, https://nlp.stanford.edu/projects/glove).
+# Archive and width of each known name (Pennington et al. 2014, https://nlp.stanford.edu/projects/glove).
 KNOWN: dict[str, tuple[str, int]] = {
     "glove.6B.50d": (_6B, 50),
     "glove.6B.100d": (_6B, 100),
@@ -40,11 +40,11 @@ BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class VectorFile:
-    """A file of word vectors, packed or not.
+    """A file of word vectors, possibly in an archive.
 
     Args:
-        path: The file, or the archive that holds it.
-        member: Which file of an archive; None where it holds one alone.
+        path: Path of the file or of the archive that contains it.
+        member: Name of the file in the archive. None if the archive contains only one file.
     """
 
     path: Traversable
@@ -52,10 +52,10 @@ class VectorFile:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[IO[bytes], str, bool]]:
-        """Open it, and give its content, its name for messages, and whether it is in word2vec's binary format.
+        """Open the file. Yield its content, its name for errors, and whether it has word2vec's binary format.
 
         Raises:
-            transfer.WeightsError: It cannot be read, or is damaged.
+            transfer.WeightsError: The file cannot be read or is damaged.
         """
         where, name = str(self.path), self.path.name
         with contextlib.ExitStack() as stack:
@@ -72,21 +72,23 @@ class VectorFile:
                 yield content, where, name.endswith(".bin")
             except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
                 raise WeightsError(
-                    f"the vectors are in a damaged archive: {error}", where=where, fix="delete it and fetch it again"
+                    f"the archive of the vectors is damaged: {error}",
+                    where=where,
+                    fix="delete it and download it again",
                 ) from error
             except OSError as error:
                 raise WeightsError(f"the vectors cannot be read: {error}", where=where) from error
 
 
 def locate(source: str, *, fetch: bool = True) -> VectorFile:
-    """Return the file that a source means.
+    """Return the file of a source.
 
     Args:
         source: A known or packaged name, the name or path of a file, or ``archive.zip:member.txt``.
-        fetch: Download a known name that is not there.
+        fetch: Whether to download the vectors of a known name if they are missing.
 
     Raises:
-        transfer.WeightsError: There is no such file; the message says what there is and what to put where.
+        transfer.WeightsError: The file does not exist; the error lists the available files and the expected path.
     """
     if source in PACKAGED:
         return VectorFile(resources.files("transfer_text") / "resources" / PACKAGED[source][0])
@@ -114,9 +116,9 @@ def locate(source: str, *, fetch: bool = True) -> VectorFile:
                     fix=f"put {source}.txt, {source}.txt.gz or {archive} into {folders[1]}",
                 ) from error
     raise WeightsError(
-        f"there are no word vectors {source!r}",
+        f"unknown word vectors {source!r}",
         available=(*KNOWN, *PACKAGED, *(f"{name}/..." for name in names("vectors")), *_on_disk(folders)),
-        fix=f"give a known name, a path, or put {source if source.endswith(SUFFIXES) else f'{source}.txt'} "
+        fix=f"use a known name or a path, or put {source if source.endswith(SUFFIXES) else f'{source}.txt'} "
         f"into {folders[1]}",
     )
 
@@ -127,15 +129,17 @@ def _member(archive: zipfile.ZipFile, member: str | None, where: str) -> str:
         return names[0]
     if member is None or member not in names:
         raise WeightsError(
-            f"the archive holds {len(names)} files" if member is None else f"the archive holds no {member!r}",
+            f"the archive contains {len(names)} files: expected one"
+            if member is None
+            else f"the archive does not contain {member!r}",
             where=where,
             available=names,
-            fix=f"name one of them: {where}:{names[0]}" if names else "fetch the archive again",
+            fix=f"name one of them: {where}:{names[0]}" if names else "download the archive again",
         )
     return member
 
 
 def _on_disk(folders: Sequence[Path]) -> list[str]:
-    """Return the names of what looks like vectors in the folder of vectors."""
-    found = folders[-1]
-    return sorted(path.name for path in found.iterdir() if path.name.endswith(SUFFIXES)) if found.is_dir() else []
+    """Return the names of the vector files in the folder of vectors."""
+    folder = folders[-1]
+    return sorted(path.name for path in folder.iterdir() if path.name.endswith(SUFFIXES)) if folder.is_dir() else []

@@ -1,7 +1,7 @@
-"""Pretrained word vectors: those of a vocabulary's words, and how many of them there are.
+"""Pretrained word vectors of a vocabulary, and their coverage.
 
-A file is parsed once; its matrix and words are kept as one safetensors file in the user's cache folder and mapped from
-there, so that the second look-up takes a moment.
+A file is parsed once. Its matrix and words are cached as one safetensors file in the user's cache folder and
+memory-mapped from there, so the second look-up is fast.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from transfer_text.vectors.vector_formats import Block, read_blocks
 __all__ = ["WordVectors", "coverage", "read_vectors", "width_of", "words_of"]
 
 FORMAT = 1
-MISSING = 1_000  # above the rank of any spelling
+MISSING = 1_000  # larger than the rank of any spelling
 HEADER_BYTES = 1024
-"""Room for the header of a safetensors file, whose sizes are known at the end."""
-KEPT_ROWS = 1 << 14
-"""Rows of a kept matrix that are looked at together."""
+"""Space reserved for the header of the safetensors file, which is written last."""
+BLOCK_ROWS = 1 << 14
+"""Rows of a cached matrix that are read together."""
 
 
 def width_of(source: str) -> int:
-    """Return the width of the vectors that ``source`` names, reading at most the first line.
+    """Return the width of a source's vectors. At most the first line is read.
 
     Raises:
-        transfer.WeightsError: There is no such source, or its first line holds no vector.
+        transfer.WeightsError: The source does not exist, or its first line contains no vector.
     """
     if source in KNOWN:
         return KNOWN[source][1]
@@ -51,49 +51,48 @@ def width_of(source: str) -> int:
 
 
 def read_vectors(source: str, words: Sequence[str]) -> WordVectors:
-    """Read the vectors of these words; the others pass by, so memory stays near the rows that are wanted.
+    """Read the vectors of some words. Memory use is proportional to these words, not to the source.
 
-    A word that the source lacks is looked up in other spellings too: in lower case, without the marks around it, a
-    run of marks as one (``mr.`` as ``mr``, ``...`` as ``.``), since not all vectors come from one tokenizer.
+    A word that the source does not contain is also looked up in other spellings, because vectors come from different
+    tokenizers: in lower case, without surrounding punctuation, and a run of punctuation as one character (``mr.`` as
+    ``mr``, ``...`` as ``.``).
 
     Args:
         source: A known name (``glove.6B.100d``), ``mini``, the name or path of a file in the text format of GloVe,
             word2vec or fastText or in word2vec's binary one (``.bin``), plain, ``.gz`` or ``.zip``, or
             ``archive.zip:member.txt``; or ``NAME/ARGUMENT`` of a plugin.
-        words: The words that are needed.
+        words: Words to look up.
 
     Raises:
-        transfer.WeightsError: The source is missing, broken, or holds a line that is no vector of its width.
+        transfer.WeightsError: The source is missing or damaged, or contains a line that is not a vector of its width.
     """
     if is_plugin("vectors", source):
         return _look_up(make_vectors(source), source, words)
-    wanted: dict[bytes, list[tuple[int, int]]] = {}  # spelling -> the rows it may fill, and its rank there
+    wanted: dict[bytes, list[tuple[int, int]]] = {}  # spelling -> (row that it may fill, rank of the spelling)
     for row, word in enumerate(words):
         for rank, spelling in enumerate(_spellings(word)):
             wanted.setdefault(spelling.encode(), []).append((row, rank))
     with _blocks(source) as (width, blocks):
         matrix = np.zeros((len(words), width), dtype=np.float32)
-        best = np.full(len(words), MISSING, dtype=np.int64)  # the rank of the spelling that gave a row
+        best = np.full(len(words), MISSING, dtype=np.int64)  # rank of the spelling whose vector each row contains
         for spellings, vectors in blocks:
-            for place, found in enumerate(map(wanted.get, spellings)):
-                for row, rank in found or ():
-                    if rank < best[row]:  # of two lines for one word the first counts
-                        matrix[row] = vectors[place]
+            for index, matches in enumerate(map(wanted.get, spellings)):
+                for row, rank in matches or ():
+                    if rank < best[row]:  # if a word occurs in two lines, the first line is used
+                        matrix[row] = vectors[index]
                         best[row] = rank
     return WordVectors(matrix, best < MISSING)
 
 
 def words_of(source: str) -> list[str]:
-    """Return all words that a source has vectors of, in its order; words that are not UTF-8 are left out.
+    """Return all words of a source, in its order; words that are not valid UTF-8 are omitted.
 
     Raises:
         transfer.WeightsError: As :func:`read_vectors`.
     """
     if is_plugin("vectors", source):
         if not (listed := make_vectors(source).words()):
-            raise WeightsError(
-                f"{source!r} lists no words", fix="leave vectors_vocabulary out, or choose other vectors"
-            )
+            raise WeightsError(f"{source!r} lists no words", fix="remove vectors_vocabulary, or choose other vectors")
         return list(dict.fromkeys(listed))
     words = []
     with _blocks(source) as (_, blocks):
@@ -107,18 +106,18 @@ def words_of(source: str) -> list[str]:
 def coverage(
     words: Sequence[str], found: npt.NDArray[np.bool_], counts: npt.NDArray[np.int64] | None, examples: int = 10
 ) -> dict[str, Any]:
-    """Say how much of a vocabulary has vectors: JSON alone.
+    """Return the coverage of a vocabulary by vectors, as JSON values.
 
     Args:
-        words: The words of the vocabulary.
-        found: bool (V,), which of them have a vector.
-        counts: How often each occurs in the training texts, int64 (V,), where that is known; words that never do are
-            left out.
-        examples: How many missing words to name, the most frequent first.
+        words: Words of the vocabulary.
+        found: Whether each word has a vector, bool (V,).
+        counts: Number of occurrences of each word in the training texts, int64 (V,); words without any are omitted.
+            None if the counts are unknown.
+        examples: Maximum number of missing words to list, most frequent first.
 
     Returns:
-        ``words``, ``found``, ``types`` (the share of words found), ``tokens`` (the share of their occurrences found;
-        None where the counts are not known) and ``missing``.
+        ``words``, ``found``, ``types`` (fraction of words with a vector), ``tokens`` (fraction of occurrences with a
+        vector, None if the counts are unknown) and ``missing``.
     """
     if counts is not None:
         words = [words[int(index)] for index in np.flatnonzero(counts)]
@@ -136,64 +135,62 @@ def coverage(
 
 
 def _look_up(vectors: Vectors, source: str, words: Sequence[str]) -> WordVectors:
-    """Ask a plugin for every spelling of the words, and take for each word the vector of the best."""
-    places: dict[str, int] = {}
+    """Look up every spelling of the words in a plugin, and return the vector of each word's best spelling."""
+    indices: dict[str, int] = {}
     for word in words:
         for spelling in _spellings(word):
-            places.setdefault(spelling, len(places))
-    read = vectors.read(list(places))
-    expected, dtype = (len(places), vectors.width), read.matrix.dtype
+            indices.setdefault(spelling, len(indices))
+    read = vectors.read(list(indices))
+    expected, dtype = (len(indices), vectors.width), read.matrix.dtype
     if read.matrix.shape != expected or dtype != np.float32 or read.found.shape != expected[:1]:
         raise PluginError(
-            f"vectors {source!r} gave a matrix of {dtype} {read.matrix.shape}, and found of {read.found.shape}",
-            fix=f"a source of vectors returns float32 {expected} and bool {expected[:1]} for so many words",
+            f"vectors {source!r} returned a matrix of {dtype} {read.matrix.shape} and found of {read.found.shape}: "
+            f"expected float32 {expected} and bool {expected[:1]}",
+            fix="correct the plugin's `read`",
         )
-    best = [next((p for p in map(places.__getitem__, _spellings(word)) if read.found[p]), -1) for word in words]
+    best = [next((p for p in map(indices.__getitem__, _spellings(word)) if read.found[p]), -1) for word in words]
     rows = np.array(best, dtype=np.int64)
     return WordVectors(np.where(rows[:, None] < 0, np.float32(0), read.matrix[rows]), rows >= 0)
 
 
 def _spellings(word: str) -> list[str]:
-    """Return the word and what else it may be called, the best first."""
+    """Return the spellings under which a word may be listed, the best first."""
     lower = word.lower()
     return list(dict.fromkeys((word, lower, lower.strip(string.punctuation) or lower[:1])))
 
 
-# -------------------------------------------------------------------------------------------------------- parsed, once
-
-
 @contextlib.contextmanager
 def _blocks(source: str) -> Iterator[tuple[int, Iterator[Block]]]:
-    """Give the width of a source's vectors and all of them in blocks: from the cache, where that can be written."""
+    """Yield the width of a source's vectors and its blocks; from the cache, unless that cannot be written."""
     file = locate(source)
-    if (kept := _kept(file)) is not None:
-        yield kept
+    if (cached := _cached_blocks(file)) is not None:
+        yield cached
         return
     with file.open() as (content, where, binary):
         yield read_blocks(content, where, binary=binary)
 
 
-def _kept(file: VectorFile) -> tuple[int, Iterator[Block]] | None:
-    if not isinstance(file.path, Path):  # a package that is not unpacked
+def _cached_blocks(file: VectorFile) -> tuple[int, Iterator[Block]] | None:
+    if not isinstance(file.path, Path):  # inside a zipped package
         return None
     try:
-        known = file.path.stat()
+        status = file.path.stat()
     except OSError:
-        return None  # opening it says what is wrong
-    key = cache.digest(FORMAT, str(file.path.resolve()), known.st_size, known.st_mtime_ns, file.member)
-    for _ in range(2):  # an entry that is damaged is made again
+        return None  # opening the file raises the error
+    key = cache.digest(FORMAT, str(file.path.resolve()), status.st_size, status.st_mtime_ns, file.member)
+    for _ in range(2):  # a damaged entry is replaced once
         folder = cache.entry("vectors", key, lambda folder: _write(folder, file))
         if folder is None:
             return None
         try:
-            return _open_kept(folder / "vectors.safetensors")
+            return _open_cached(folder / "vectors.safetensors")
         except (OSError, ValueError, KeyError, TypeError):
             cache.drop(folder)
     return None
 
 
 def _write(folder: Path, file: VectorFile) -> None:
-    """Parse a file into ``vectors.safetensors``: the matrix (N, D), and the words in UTF-8 with new lines between."""
+    """Parse a file into ``vectors.safetensors``: the matrix (N, D), and the words in UTF-8, one per line."""
     words = io.BytesIO()
     count = 0
     with file.open() as (content, where, binary), (folder / "vectors.safetensors").open("wb") as out:
@@ -217,7 +214,7 @@ def _write(folder: Path, file: VectorFile) -> None:
             },
         }
         written = json.dumps(header)
-        if len(written.encode()) > HEADER_BYTES:  # a path beyond all measure
+        if len(written.encode()) > HEADER_BYTES:  # the path is too long for the header
             header["__metadata__"] = {}
             written = json.dumps(header)
         try:
@@ -228,17 +225,17 @@ def _write(folder: Path, file: VectorFile) -> None:
             raise cache.UnwritableError(str(error)) from error
 
 
-def _open_kept(path: Path) -> tuple[int, Iterator[Block]]:
-    """Map a file that :func:`_write` wrote; the safetensors library would read all of the matrix."""
+def _open_cached(path: Path) -> tuple[int, Iterator[Block]]:
+    """Memory-map a file that :func:`_write` wrote; the safetensors library would read the complete matrix."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size != HEADER_BYTES:
-            raise ValueError("the header is of another size")
+            raise ValueError("unexpected header size")
         header = json.loads(file.read(size))
-        begin, end = (8 + size + offset for offset in header["words"]["data_offsets"])
+        start, end = (8 + size + offset for offset in header["words"]["data_offsets"])
         if path.stat().st_size != end:
-            raise ValueError("the file was cut short")
-        file.seek(begin)
+            raise ValueError("the file is truncated")
+        file.seek(start)
         words = io.BytesIO(file.read())
     count, width = header["matrix"]["shape"]
     matrix: npt.NDArray[np.float32] = np.asarray(
@@ -246,8 +243,8 @@ def _open_kept(path: Path) -> tuple[int, Iterator[Block]]:
     )
 
     def blocks() -> Iterator[Block]:
-        for first in range(0, count, KEPT_ROWS):
-            rows = matrix[first : first + KEPT_ROWS]
+        for first in range(0, count, BLOCK_ROWS):
+            rows = matrix[first : first + BLOCK_ROWS]
             yield [words.readline()[:-1] for _ in range(len(rows))], rows
 
     return width, blocks()
