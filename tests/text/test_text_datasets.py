@@ -392,8 +392,8 @@ def test_a_wrong_json_line_is_named(tmp_path: Path, line: str, message: str) -> 
     ("value", "target", "message"),
     [
         ("2", "labels", "train.csv:3: column 'a' holds '2', which is neither 0 nor 1"),
-        ("many", "number", "train.csv:3: column 'a' holds 'many', which is not a finite number"),
-        ("nan", "number", "train.csv:3: column 'a' holds 'nan', which is not a finite number"),
+        ("many", "number", "train.csv:3: column 'a' holds 'many', which is no finite number"),
+        ("nan", "number", "train.csv:3: column 'a' holds 'nan', which is no finite number"),
     ],
 )
 def test_a_target_that_cannot_be_parsed_is_named(tmp_path: Path, value: str, target: str, message: str) -> None:

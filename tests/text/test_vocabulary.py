@@ -327,7 +327,7 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown tokenizer 'glov'") as caught:
         Vocabulary.nominal("glov")
     assert caught.value.problems[0].fix == "did you mean 'glove'?"
-    with pytest.raises(ConfigError, match="no such tokenizer file"):
+    with pytest.raises(ConfigError, match="tokenizer file does not exist"):
         Vocabulary.nominal(str(tmp_path / "none.json"))
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be read"):
