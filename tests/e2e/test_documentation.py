@@ -181,7 +181,7 @@ def own_files(folder: Path) -> None:
 PLACEHOLDERS = {
     "RUN": "runs/text",
     "RUN...": "runs/text",
-    "PICTURES": "runs/vision",
+    "VISION_RUN": "runs/vision",
     "CONFIG": "configs/quickstart_text.yaml",
     "INPUT...": "'worth every minute'",
     "runs/A": "runs/text",
