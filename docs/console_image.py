@@ -6,12 +6,12 @@ import io
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import transfer
 from transfer.cli.progress import RunConsole
+from transfer.system.terminal import Console
 
 ROOT = Path(__file__).parents[1]
 SENTENCES = ("a warm, funny film that I would gladly watch again", "two hours of my life that I will never get back")
