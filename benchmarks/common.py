@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes measured from outside, synthetic workloads, a plain loop beside the engine."""
+"""Shared code of the benchmarks: timing of processes, synthetic workloads, a plain training loop as the baseline."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from transfer.training.build import build
 from transfer_vision.models.resnet import ResNet18, ResNet50
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
-"""Of both sides of every comparison on the CPU."""
-BUSY = 0.1
-"""Where others take more of the processor than this, times decide nothing."""
+"""Number of threads of both sides of every comparison on the CPU."""
+MAX_OTHER_FRACTION = 0.1
+"""If other processes use a larger fraction of the processor, elapsed times decide no target."""
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "weights/resnet18-tiny-imagenet.safetensors"
 
@@ -45,13 +45,13 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Process:
-    """A command that ended.
+    """Measurements of a completed command.
 
     Args:
-        seconds: From its start to its end, imports included.
-        cpu_seconds: Of all its threads: on one thread hardly changed by what others do on the machine.
-        peak_bytes: The most memory it had resident.
-        lines: What it printed.
+        seconds: Elapsed seconds from start to exit, including imports.
+        cpu_seconds: Processor seconds of all threads; on one thread hardly affected by other processes.
+        peak_bytes: Peak resident memory in bytes.
+        lines: Lines of the combined standard output and standard error.
     """
 
     seconds: float
@@ -61,7 +61,7 @@ class Process:
 
 
 def run_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Process:
-    """Run a command to its end on two threads and measure it from outside; stop where it fails."""
+    """Run a command on :data:`THREADS` threads and return its measurements; exit if it fails."""
     variables = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "TERM": "dumb", "COLUMNS": "200", **(environment or {})}
     with tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()
@@ -78,16 +78,16 @@ def run_process(command: Sequence[str], environment: Mapping[str, str] | None = 
 
 
 def transfer_run(config: str, overrides: Sequence[str], folder: Path, cache: Path) -> Process:
-    """Run ``transfer run`` on a file of ``configs``; the last of its lines is the run's folder."""
+    """Run ``transfer run`` on a file in ``configs``. The last line that it prints is the path of the run directory."""
     command = [sys.executable, "-m", "transfer", "run", str(ROOT / "configs" / config), *overrides]
     return run_process([*command, "--output", str(folder)], {"TRANSFER_CACHE": str(cache)})
 
 
 def data_file(name: str) -> Path:
-    """Return a file below ``$TRANSFER_DATA``, or say that it is not there and stop."""
+    """Return the path of a file in ``$TRANSFER_DATA``; exit with a message if it does not exist."""
     path = Path(os.environ.get("TRANSFER_DATA", ".")).expanduser().resolve() / name
     if not path.exists():
-        sys.exit(f"this benchmark needs {name} in the folder that TRANSFER_DATA names; {path} does not exist")
+        sys.exit(f"this benchmark requires {name} in the folder TRANSFER_DATA: {path} does not exist")
     return path
 
 
@@ -95,7 +95,7 @@ def data_file(name: str) -> Path:
 
 
 def machine(threads: int = THREADS) -> str:
-    """Say what this runs on."""
+    """Return a line that describes the device, the number of threads, the load and the versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     load = os.getloadavg()[0]
     return (
@@ -104,15 +104,15 @@ def machine(threads: int = THREADS) -> str:
     )
 
 
-def wait_until_quiet(seconds: float, most: float = 0.8) -> None:
-    """Wait at most so long for a load average below ``most``: others' work on a shared machine is noise."""
+def wait_until_quiet(seconds: float, max_load: float = 0.8) -> None:
+    """Wait up to this number of seconds until the load average is at most ``max_load``."""
     until = time.monotonic() + seconds
-    while os.getloadavg()[0] > most and time.monotonic() < until:
+    while os.getloadavg()[0] > max_load and time.monotonic() < until:
         time.sleep(5)
 
 
 def print_table(rows: Sequence[Mapping[str, str]]) -> None:
-    """Print rows of equal keys as a Markdown table, numbers to the right."""
+    """Print rows with the same keys as a Markdown table; all columns but the first are right-aligned."""
     names = list(rows[0])
     widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
     print("| " + " | ".join(name.ljust(width) for name, width in zip(names, widths, strict=True)) + " |")
@@ -123,30 +123,30 @@ def print_table(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def spread(values: Sequence[float], form: str = ".1f") -> str:
-    """Return the median with the least and the greatest value."""
-    middle = statistics.median(values)
+    """Return the median with the minimum and the maximum as text."""
+    median = statistics.median(values)
     if len(values) == 1:
-        return format(middle, form)
-    return f"{middle:{form}} ({min(values):{form}} to {max(values):{form}})"
+        return format(median, form)
+    return f"{median:{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def verdict(values: Sequence[float], target: float, others: float, *, at_least: bool = True) -> str:
-    """Say whether a target is met by every value, by none, or not decided: by some, or on a busy machine."""
+def verdict(values: Sequence[float], target: float, other_fraction: float, *, at_least: bool = True) -> str:
+    """Return whether all values meet a target, or none; undecided if only some do or the machine was busy."""
     met = [value >= target if at_least else value <= target for value in values]
-    wanted = f"target {'at least' if at_least else 'at most'} {target:g}"
-    if others > BUSY:
-        return f"{wanted}: not decided, the machine was busy"
-    return f"{wanted}: {'met' if all(met) else 'not decided' if any(met) else 'MISSED'}"
+    description = f"target {'at least' if at_least else 'at most'} {target:g}"
+    if other_fraction > MAX_OTHER_FRACTION:
+        return f"{description}: not decided, the machine was busy"
+    return f"{description}: {'met' if all(met) else 'not decided' if any(met) else 'MISSED'}"
 
 
-class Others:
-    """How much of the processor other people's work took since this object was made (Linux; elsewhere unknown: 0)."""
+class OtherProcesses:
+    """Processor use of other processes since the construction of this object. Linux only; 0 on other systems."""
 
     def __init__(self) -> None:
         self._before = self._now()
 
-    def share(self) -> float:
-        """Return that share, between 0 and 1."""
+    def cpu_fraction(self) -> float:
+        """Return the fraction of the machine's processor time, between 0 and 1."""
         busy, total, own = (now - before for now, before in zip(self._now(), self._before, strict=True))
         return max(0.0, busy - own) / total if total else 0.0
 
@@ -165,13 +165,13 @@ class Others:
 
 @register("dataset", "synthetic_tensors")
 class SyntheticTensors(Dataset):
-    """Random tensors in memory with labels in turn.
+    """Random tensors in memory with alternating labels.
 
     Args:
-        examples: Of the training split.
-        shape: Of one example.
+        examples: Number of training examples.
+        shape: Shape of one example, without the batch dimension.
         classes: Number of classes.
-        held_out: Examples of the validation and of the test split.
+        held_out: Number of examples in the validation split and in the test split.
     """
 
     def __init__(self, *, examples: int, shape: tuple[int, ...], classes: int = 10, held_out: int = 16) -> None:
@@ -180,11 +180,11 @@ class SyntheticTensors(Dataset):
 
     @property
     def spec(self) -> DataSpec:
-        """A tensor and a class."""
+        """One tensor and one class label per example."""
         return DataSpec(("image",), "class", self._classes)
 
     def load(self) -> Data:
-        """Draw the three splits."""
+        """Generate the three splits."""
         splits = {}
         for seed, (name, count) in enumerate(_sizes(self._examples, self._held_out).items()):
             values = torch.randn(count, *self._shape, generator=torch.Generator().manual_seed(seed))
@@ -194,13 +194,13 @@ class SyntheticTensors(Dataset):
 
 @register("dataset", "synthetic_texts")
 class SyntheticTexts(Dataset):
-    """Texts of random words, between half and the whole of the greatest length.
+    """Texts of random words, between half of the maximum length and the maximum length.
 
     Args:
-        examples: Of the training split.
-        length: Words of the longest text.
-        words: How many words there are.
-        held_out: Examples of the validation and of the test split.
+        examples: Number of training examples.
+        length: Maximum number of words per text.
+        words: Number of distinct words.
+        held_out: Number of examples in the validation split and in the test split.
     """
 
     def __init__(self, *, examples: int, length: int, words: int, held_out: int = 16) -> None:
@@ -208,11 +208,11 @@ class SyntheticTexts(Dataset):
 
     @property
     def spec(self) -> DataSpec:
-        """A text and one of two classes."""
+        """One text and one of two class labels per example."""
         return DataSpec(("text",), "class", ("negative", "positive"))
 
     def load(self) -> Data:
-        """Draw the three splits."""
+        """Generate the three splits."""
         splits = {}
         for seed, (name, count) in enumerate(_sizes(self._examples, self._held_out).items()):
             generator = np.random.default_rng(seed)
@@ -227,44 +227,44 @@ def _sizes(examples: int, held_out: int) -> dict[str, int]:
 
 
 class TensorPreprocessing(Preprocessing):
-    """Take tensors as they are."""
+    """Preprocessing that passes tensors through unchanged."""
 
     def encode(self, values: Sequence[Any]) -> Sequence[Any]:
-        """Return the tensors."""
+        """Return the tensors unchanged."""
         return values
 
     def collate(self, encoded: Sequence[Any]) -> Tensor:
-        """Stack them."""
+        """Stack the tensors to a batch."""
         return torch.stack(list(encoded))
 
     def read(self, source: str) -> Any:
-        """Refuse: there are no files."""
-        raise DataError("synthetic tensors are not read from anywhere", where=source)
+        """Raise an error: synthetic tensors have no files."""
+        raise DataError("synthetic tensors cannot be read from a file", where=source)
 
 
 @register("backbone", "tensor_resnet18")
 class TensorResNet18(ResNet18):
-    """ResNet-18 over tensors that need no preprocessing."""
+    """ResNet-18 for preprocessed tensors."""
 
     @property
     def preprocessing(self) -> Any:
-        """Nothing but stacking."""
+        """Preprocessing that only stacks tensors."""
         return TensorPreprocessing()
 
 
 @register("backbone", "tensor_resnet50")
 class TensorResNet50(ResNet50):
-    """ResNet-50 over tensors that need no preprocessing."""
+    """ResNet-50 for preprocessed tensors."""
 
     @property
     def preprocessing(self) -> Any:
-        """Nothing but stacking."""
+        """Preprocessing that only stacks tensors."""
         return TensorPreprocessing()
 
 
-@register("backbone", "next_to_nothing")
-class NextToNothing(Backbone):
-    """Eight numbers through one small layer: what a step of it costs is what the loop costs."""
+@register("backbone", "minimal")
+class MinimalBackbone(Backbone):
+    """One linear layer on eight numbers: a training step measures the cost of the loop itself."""
 
     field = "image"
 
@@ -273,17 +273,17 @@ class NextToNothing(Backbone):
 
     @property
     def features(self) -> FeatureSpec:
-        """A vector of eight."""
+        """A vector of eight features."""
         return FeatureSpec("vector", 8)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Nothing but stacking."""
+        """Preprocessing that only stacks tensors."""
         return TensorPreprocessing()
 
 
 def vision_config(backbone: str, *, batch: int, steps: int, epochs: int, image_size: int = 224, **train: Any) -> Config:
-    """Return the config of a ResNet from random weights on random tensors."""
+    """Return the config of a randomly initialized ResNet on random tensors."""
     return {
         "seed": 0,
         "data": {
@@ -305,7 +305,7 @@ def vision_config(backbone: str, *, batch: int, steps: int, epochs: int, image_s
 
 
 def text_config(*, batch: int, steps: int, epochs: int, length: int = 400, words: int = 20_000, **train: Any) -> Config:
-    """Return the config of a TextCNN of the usual size on random texts."""
+    """Return the config of a TextCNN of the default size on random texts."""
     return {
         "seed": 0,
         "data": {
@@ -327,11 +327,11 @@ def text_config(*, batch: int, steps: int, epochs: int, length: int = 400, words
     }
 
 
-def small_config(*, batch: int, steps: int, epochs: int) -> Config:
-    """Return the config of next to nothing, to see what a step of the loop itself costs."""
+def minimal_config(*, batch: int, steps: int, epochs: int) -> Config:
+    """Return the config of the minimal model, which measures the cost of the loop itself."""
     config = vision_config("resnet18", batch=batch, steps=steps, epochs=epochs)
     config["data"]["shape"] = [8]
-    config["backbone"] = {"name": "next_to_nothing"}
+    config["backbone"] = {"name": "minimal"}
     return config
 
 
@@ -339,11 +339,11 @@ def small_config(*, batch: int, steps: int, epochs: int) -> Config:
 
 
 class PlainLoop:
-    """The same model, weights, batches and optimizer as a config's run, trained by a loop without any framework.
+    """A training loop without a framework, with the same model, weights, batches and optimizer as a run.
 
     Args:
-        config: Of the run.
-        device: Where to train.
+        config: Config of the run.
+        device: Device to train on.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -351,11 +351,11 @@ class PlainLoop:
         built = build(checked, lambda _: None)
         loader = built.loaders["train"]
         values = loader.preprocessing.encode(list(loader.split.column(*loader.fields)))
-        # What a plain loop would have in memory: pairs of an input tensor and a class.
+        # Encode once, as a plain loop would: pairs of an input tensor and a class index.
         inputs = [v if isinstance(v, Tensor) else torch.from_numpy(v).long() for v in values]
         self.examples = list(zip(inputs, loader.split.targets.tolist(), strict=True))
         self.padded = len({tensor.shape for tensor in inputs}) > 1
-        self.plan = loader.plan
+        self.batch_indices = loader.batch_indices
         self.device = device
         self.precision = checked.train.precision
         self.model: Model = built.experiment.model.to(device)
@@ -368,7 +368,7 @@ class PlainLoop:
         self.forward: Any = torch.compile(self.model) if config["train"].get("compile") else self.model
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches that the engine makes in this epoch, from a plain DataLoader."""
+        """Return the batches of the engine in this epoch, loaded by a plain DataLoader."""
         loader: DataLoader[Any] = DataLoader(
             self.examples,  # type: ignore[arg-type]  # a list is a map-style dataset
             batch_sampler=[batch.tolist() for batch in self.batch_indices(epoch)],
@@ -378,7 +378,7 @@ class PlainLoop:
         return iter(loader)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Train on one batch; return its mean loss, without waiting for the device."""
+        """Train on one batch; return the sum of its losses, without synchronizing with the device."""
         inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -388,9 +388,10 @@ class PlainLoop:
         return loss.detach() * len(targets)
 
     def epoch(self, epoch: int, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
-        """Train one epoch; return its seconds by a clock and its mean loss."""
+        """Train one epoch; return its duration in seconds by ``clock`` and its mean loss."""
         self.model.train()
         started = clock()
+        # One synchronization per epoch, at item(): steps on a GPU are queued without waiting.
         losses = [self.step(inputs, targets) for inputs, targets in self.batches(epoch)]
         loss = torch.stack(losses).sum().item() / len(self.examples)
         return clock() - started, loss

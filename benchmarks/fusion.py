@@ -1,8 +1,8 @@
-"""Does fusion help where it must? Pictures of shapes beside short texts that name one: do the two agree?
+"""Accuracy of fusion on a task that requires both inputs: does the text name the shape in the image?
 
-The picture alone says nothing of that, and neither does the text: of each shape and of each text as many agree as do
-not. A ResNet-18 learns the shapes first, once and from other pictures; frozen, it is the picture backbone of every run.
-For every seed pictures, texts and labels are drawn into a CSV file, which ``multimodal_csv`` reads.
+Neither input is sufficient: for each shape and each text, the labels are balanced. A ResNet-18 is first pretrained once
+to classify the shapes, on other images; frozen, it is the image backbone of every run. For each seed, images, texts and
+labels are drawn and written to a CSV file, which ``multimodal_csv`` reads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEXTS = (
     "one {} , slightly turned",
     "the {} of the collection",
 )
-PICTURE = {
+IMAGE = {
     "name": "resnet18",
     "weights": None,
     "image_size": SIZE,
@@ -39,14 +39,14 @@ TEXT = {"name": "textcnn", "variant": "rand", "dimensions": 16, "kernel_sizes": 
 
 
 def draw(folder: Path, count: int, seed: int) -> Path:
-    """Write pictures and a table of them: image, text, label, part (train or test)."""
+    """Write images and a table with the columns image, text, label and part (train or test); return its path."""
     random = np.random.default_rng(seed)
-    pictures = ShapePictures(count, SIZE, (seed,))
+    images = ShapePictures(count, SIZE, (seed,))
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(("image", "text", "label", "part"))
-        for index, (picture, shape) in enumerate(zip(pictures, pictures.targets(), strict=True)):
-            picture.save(folder / f"{index}.png")
+        for index, (image, shape) in enumerate(zip(images, images.targets(), strict=True)):
+            image.save(folder / f"{index}.png")
             agree = bool(random.integers(2))
             named = shape if agree else (shape + random.integers(1, len(SHAPES))) % len(SHAPES)
             text = str(random.choice(TEXTS)).format(SHAPES[named])
@@ -56,7 +56,7 @@ def draw(folder: Path, count: int, seed: int) -> Path:
 
 
 def shapes(output: Path) -> transfer.Run:
-    """Let a picture backbone learn the shapes."""
+    """Pretrain the image backbone to classify the shapes."""
     train = {
         "batch_size": 32,
         "optimizer": {"name": "adamw", "lr": 2e-3},
@@ -64,11 +64,11 @@ def shapes(output: Path) -> transfer.Run:
         "phases": [{"epochs": 6}],
     }
     data = {"name": "shapes", "image_size": SIZE}
-    return transfer.run({"seed": 0, "data": data, "backbone": PICTURE, "train": train}, output=output)
+    return transfer.run({"seed": 0, "data": data, "backbone": IMAGE, "train": train}, output=output)
 
 
 def accuracy(backbone: dict[str, Any], frozen: Any, table: Path, seed: int, output: Path) -> float:
-    """Train on the table with the backbone and return the test accuracy."""
+    """Train a backbone on the table and return the test accuracy."""
     config = {
         "seed": seed,
         "data": {"name": "multimodal_csv", "train": str(table), "split": "part"},
@@ -84,22 +84,22 @@ def accuracy(backbone: dict[str, Any], frozen: Any, table: Path, seed: int, outp
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=1600, help="examples; a quarter of them is the test split")
+    parser.add_argument("--count", type=int, default=1600, help="number of examples; a quarter is the test split")
     arguments = parser.parse_args()
     print(machine())
-    found: dict[str, list[float]] = {}
+    accuracies: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         runs = Path(temporary, "runs")
-        learned = shapes(runs)
-        print(f"test accuracy on the shapes: {learned.summary['test']['accuracy']:.3f}", flush=True)
-        picture = PICTURE | {"weights": str(learned.folder)}
-        fusion = {"name": "fusion", "parts": {"image": picture, "text": TEXT}}
+        pretrained = shapes(runs)
+        print(f"test accuracy on the shapes: {pretrained.summary['test']['accuracy']:.3f}", flush=True)
+        image = IMAGE | {"weights": str(pretrained.folder)}
+        fusion = {"name": "fusion", "parts": {"image": image, "text": TEXT}}
         backbones: dict[str, tuple[dict[str, Any], Any]] = {
-            "picture alone": (picture, "backbone"),
-            "text alone": (TEXT, "none"),
+            "image only": (image, "backbone"),
+            "text only": (TEXT, "none"),
             "fusion, concatenated": (fusion, ["image"]),
             "fusion, gated": (fusion | {"join": "gate", "size": 64}, ["image"]),
         }
@@ -108,8 +108,8 @@ def main() -> None:
             folder.mkdir()
             table = draw(folder, arguments.count, seed + 1)
             for name, (backbone, frozen) in backbones.items():
-                found.setdefault(name, []).append(accuracy(backbone, frozen, table, seed, runs))
-                print(f"seed {seed}, {name}: {found[name][-1]:.3f}", flush=True)
+                accuracies.setdefault(name, []).append(accuracy(backbone, frozen, table, seed, runs))
+                print(f"seed {seed}, {name}: {accuracies[name][-1]:.3f}", flush=True)
     rows = [
         {
             "backbone": name,
@@ -117,7 +117,7 @@ def main() -> None:
             "standard deviation": f"{statistics.stdev(values):.3f}" if len(values) > 1 else "",
             "seeds": " ".join(f"{value:.3f}" for value in values),
         }
-        for name, values in found.items()
+        for name, values in accuracies.items()
     ]
     print_table(rows)
 

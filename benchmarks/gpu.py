@@ -1,12 +1,12 @@
-"""The engine beside a plain loop on a CUDA GPU: ResNet-18, ResNet-50 and TextCNN on synthetic inputs.
+"""The engine compared with a plain loop on a CUDA GPU: ResNet-18, ResNet-50 and TextCNN on synthetic inputs.
 
-For each model, fine-tuned and frozen, in fp32, bf16 and compiled: examples per second of both loops, the most memory,
-the share of this machine's measured matrix-product rate, and the share of its time that the engine waits for its
-loader. Runs of both loops alternate, and only one of them holds memory at a time. Each one's first epoch warms up and
-is not counted. In fp32 torch lets convolutions use TF32, so their share is of the TF32 rate. "cached": the engine
-trains the head on stored features, against a plain loop that runs the frozen backbone in every epoch.
+For each model, fine-tuned and frozen, in fp32, bf16 and compiled, the script prints: examples per second of both loops,
+peak memory, throughput as a fraction of this machine's measured matrix-product rate, and the fraction of time that the
+engine waits for its loader. Runs of both loops alternate, and only one of them holds memory at a time. The first epoch
+of each warms up and is not counted. In fp32 torch allows TF32 in convolutions, so fractions refer to the TF32 rate.
+"cached": the engine trains the head on cached features; the plain loop runs the frozen backbone in every epoch.
 
-Losses: the engine on the GPU, with TF32 off, against the plain loop on the CPU.
+Losses of the engine on the GPU, with TF32 disabled, are compared with those of the plain loop on the CPU.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from unittest.mock import patch
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything.
+    """Sizes of inputs and epochs.
 
     Args:
-        image_size, batch, text_batch, length, steps: Of the inputs; steps in an epoch.
-        epochs: With the one to warm up.
+        image_size: Height and width of the images in pixels.
+        batch: Images per batch.
+        text_batch: Texts per batch.
+        length: Maximum number of words per text.
+        steps: Steps per epoch.
+        epochs: Epochs per run, including the warm-up epoch.
         matrix: Rows and columns of the matrices whose product is timed.
-        compiled: The models to compile: it takes a minute each.
+        compiled: Models to compile; compilation takes about a minute each.
     """
 
     image_size: int = 224
@@ -48,17 +52,17 @@ class Sizes:
 
 TINY = Sizes(image_size=32, batch=4, text_batch=4, length=24, steps=2, epochs=2, matrix=256, compiled=("TextCNN",))
 LOSS_TOLERANCE = 5e-3
-"""Relative, after a few steps in fp32 without TF32: sums in another order, amplified by batch norm of small batches."""
+"""Relative tolerance after a few fp32 steps without TF32. Another order of summation is amplified by batch norm."""
 
 
 @dataclass
 class Rate:
-    """What one loop reached.
+    """Throughput of one loop.
 
     Args:
-        examples_per_second: One value per counted epoch.
-        memory_bytes: The most that was allocated on the device.
-        waiting: The share of its time that the loop spent asking its loader for batches.
+        examples_per_second: Examples per second of each counted epoch.
+        memory_bytes: Peak memory allocated on the device, in bytes.
+        waiting: Fraction of the time that the loop waited for its loader; None if not measured.
     """
 
     examples_per_second: list[float] = field(default_factory=list)
@@ -67,27 +71,29 @@ class Rate:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small inputs, to see that everything runs")
-    parser.add_argument("--repeat", type=int, default=2, help="runs of each loop; they alternate")
-    parser.add_argument("--seconds", type=float, default=420.0, help="begin no further case after so many")
+    parser.add_argument("--tiny", action="store_true", help="small inputs, to test the script")
+    parser.add_argument("--repeat", type=int, default=2, help="alternating runs of each loop")
+    parser.add_argument("--seconds", type=float, default=420.0, help="start no case after this many seconds")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the engine takes a GPU that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # before the import of torch: train.device is auto, which prefers a visible GPU
+        )
     import torch
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("there is no CUDA GPU here; to exercise this script without one: --device cpu --tiny")
+        print("no CUDA GPU is available; to test this script without one: --device cpu --tiny")
         return
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRANSFER_CACHE"] = cache  # the features of synthetic inputs are nobody's to keep
+        os.environ["TRANSFER_CACHE"] = cache  # features of synthetic inputs are not worth keeping
         sys.exit(0 if benchmark(torch.device(arguments.device), arguments) else 1)
 
 
 def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
-    """Run every case; return whether the losses agree."""
+    """Run all cases and print the table; return whether the losses agree."""
     from common import machine, print_table, spread
 
     started = time.monotonic()
@@ -99,7 +105,7 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
     rows = []
     for name, precision, compiled, frozen, cached in cases(sizes):
         if time.monotonic() - started > arguments.seconds:
-            print(f"left out after {arguments.seconds:g} s: {name} {precision} and what follows")
+            print(f"skipped after {arguments.seconds:g} s: {name} {precision} and the remaining cases")
             break
         config = make_config(name, sizes, precision=precision, compiled=compiled, frozen=frozen, cached=cached)
         engine, plain = Rate(), Rate()
@@ -108,7 +114,7 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
             run_plain(config, device, plain)
         rates = [statistics.median(rate.examples_per_second) for rate in (engine, plain)]
         flops = count_flops(config, device)
-        share = flops * rates[0] / peak["tf32" if precision == "fp32" and device.type == "cuda" else precision]
+        fraction = flops * rates[0] / peak["tf32" if precision == "fp32" and device.type == "cuda" else precision]
         rows.append(
             {
                 "model": name,
@@ -120,22 +126,22 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
                 "memory, MiB": "; ".join(
                     f"{r.memory_bytes / 2**20:,.0f}" if r.memory_bytes else "-" for r in (engine, plain)
                 ),
-                "of matrix rate": "-" if cached else f"{share:.1%}",
+                "fraction of matrix rate": "-" if cached else f"{fraction:.1%}",
                 "waiting for data": f"{engine.waiting or 0:.1%}",
             }
         )
     print(
-        f"batches of {sizes.batch} pictures of {sizes.image_size}, of {sizes.text_batch} texts of up to {sizes.length} "
-        f"words; {arguments.repeat} runs of {sizes.epochs - 1} counted epochs, {sizes.steps} steps each; "
-        "median (least to greatest); memory: engine; plain"
+        f"batches of {sizes.batch} images of {sizes.image_size}, or of {sizes.text_batch} texts of up to "
+        f"{sizes.length} words; {arguments.repeat} runs of {sizes.epochs - 1} counted epochs with {sizes.steps} steps; "
+        "median (minimum to maximum); memory: engine; plain"
     )
     print_table(rows)
-    print(f"{time.monotonic() - started:.0f} s in all")
+    print(f"{time.monotonic() - started:.0f} s in total")
     return agree
 
 
 def cases(sizes: Sizes) -> Iterator[tuple[str, str, bool, bool, bool]]:
-    """Yield model, precision, compiled, frozen, cached: what matters most first."""
+    """Yield (model, precision, compiled, frozen, cached), the most important cases first."""
     models = ("ResNet-18", "ResNet-50", "TextCNN")
     for precision in ("bf16", "fp32"):
         for name in models:
@@ -170,7 +176,7 @@ def make_config(name: str, sizes: Sizes, *, precision: str, compiled: bool, froz
 
 
 def run_engine(config: Any, device: Any, rate: Rate) -> None:
-    """Train with the engine; note what it reached after its first epoch."""
+    """Train with the engine; record the throughput of all epochs but the first."""
     import transfer
     from transfer.training.events import EpochEnded, Event
 
@@ -183,10 +189,10 @@ def run_engine(config: Any, device: Any, rate: Rate) -> None:
         if event.record["epoch"] == 1:
             seconds["waited"] = 0.0
             return
-        reached = event.record["examples_per_second"]
-        rate.examples_per_second.append(reached)
-        seconds["trained"] += config["data"]["examples"] / reached
-        rate.memory_bytes = max(rate.memory_bytes, most_memory(device))
+        throughput = event.record["examples_per_second"]
+        rate.examples_per_second.append(throughput)
+        seconds["trained"] += config["data"]["examples"] / throughput
+        rate.memory_bytes = max(rate.memory_bytes, peak_memory(device))
 
     with tempfile.TemporaryDirectory() as folder, loaders_timed(seconds):
         transfer.run(config, output=folder, observe=observe)
@@ -195,7 +201,7 @@ def run_engine(config: Any, device: Any, rate: Rate) -> None:
 
 @contextmanager
 def loaders_timed(seconds: dict[str, float]) -> Iterator[None]:
-    """Add up the time in which the training loop waits for its next batch."""
+    """Add the seconds that the training loop waits for its next batch to ``seconds["waited"]``."""
     from transfer.data.loader import Loader
     from transfer.feature_cache.loader import CachedLoader
 
@@ -222,7 +228,7 @@ def loaders_timed(seconds: dict[str, float]) -> Iterator[None]:
 
 
 def run_plain(config: Any, device: Any, rate: Rate) -> None:
-    """Train with the plain loop; note what it reached after its first epoch."""
+    """Train with the plain loop; record the throughput of all epochs but the first."""
     from common import PlainLoop
 
     reset_memory(device)
@@ -231,11 +237,11 @@ def run_plain(config: Any, device: Any, rate: Rate) -> None:
         seconds, _ = loop.epoch(epoch)
         if epoch:
             rate.examples_per_second.append(len(loop.examples) / seconds)
-    rate.memory_bytes = max(rate.memory_bytes, most_memory(device))
+    rate.memory_bytes = max(rate.memory_bytes, peak_memory(device))
 
 
 def reset_memory(device: Any) -> None:
-    """Drop what the run before left, so that the peak is that of the next."""
+    """Free the memory of the previous run and reset the peak."""
     import torch
 
     gc.collect()
@@ -244,15 +250,15 @@ def reset_memory(device: Any) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def most_memory(device: Any) -> int:
-    """Return the most memory allocated on the device so far; 0 on the CPU, where it is not told apart."""
+def peak_memory(device: Any) -> int:
+    """Return the peak memory allocated on the device in bytes; 0 on the CPU, where torch does not record it."""
     import torch
 
     return int(torch.cuda.max_memory_allocated()) if device.type == "cuda" else 0
 
 
 def count_flops(config: Any, device: Any) -> float:
-    """Return the floating-point operations per example of a training step, as torch counts them."""
+    """Return the floating-point operations of a training step per example, counted by torch."""
     from common import PlainLoop
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -264,18 +270,18 @@ def count_flops(config: Any, device: Any) -> float:
 
 
 def matrix_rate(device: Any, precision: str, size: int, rounds: int = 5, products: int = 20) -> float:
-    """Return the operations per second of large matrix products: the median of some rounds."""
+    """Return the operations per second of large matrix products: the median of the rounds after the first."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     rates = []
     for _ in range(rounds + 1):
         synchronize(device)
         started = time.perf_counter()
         for _ in range(products):
-            one @ other
+            left @ right
         synchronize(device)
         rates.append(products * 2 * size**3 / (time.perf_counter() - started))
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -283,7 +289,7 @@ def matrix_rate(device: Any, precision: str, size: int, rounds: int = 5, product
 
 
 def synchronize(device: Any) -> None:
-    """Wait for the device."""
+    """Wait until the device has finished all queued operations."""
     import torch
 
     if device.type == "cuda":
@@ -291,7 +297,7 @@ def synchronize(device: Any) -> None:
 
 
 def compare_losses(device: Any, sizes: Sizes) -> bool:
-    """Train three steps with the engine on the device and with the plain loop on the CPU; say how far they differ."""
+    """Train three steps with the engine on the device and with the plain loop on the CPU; print the difference."""
     import torch
     from common import PlainLoop, text_config, vision_config
 

@@ -1,9 +1,9 @@
-"""Ants and bees, ResNet-18 frozen up to layer3: layer4 and the head trained with and without the feature cache.
+"""Ants and bees, ResNet-18 frozen up to layer3: layer4 and the head are trained with and without the feature cache.
 
-Three ways in turn: with the cache; without it, where decoded pictures stay in memory all the same; and the tutorial's
-loop (tutorial_loop.py), which decodes them in every epoch. An epoch's seconds are training and validation, without the
-checkpoint; all three train on as many pictures (195) and validate on as many (49) of the training folder, though not on
-the same ones. The first run with the cache computes it before its first epoch; that is in the whole command alone.
+Three variants alternate: with the cache; without it, with decoded images kept in memory; and the tutorial's loop
+(tutorial_loop.py), which decodes them in every epoch. The seconds of an epoch include training and validation, but not
+the checkpoint. All three train on 195 images and validate on 49 of the training folder, though not on the same ones.
+The first run with the cache computes it before its first epoch; only the time of the complete command includes this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from common import (
     ROOT,
     WEIGHTS,
-    Others,
+    OtherProcesses,
     Process,
     data_file,
     machine,
@@ -32,46 +32,46 @@ from common import (
 )
 
 TARGET = 3.0
-WAYS = {"plain": "plain loop", "off": "computed every epoch", "auto": "cached"}
+VARIANTS = {"plain": "plain loop", "off": "computed every epoch", "auto": "cached"}
 
 
-def split_pictures(folder: Path) -> Path:
-    """Unpack ants and bees, with every fifth picture for training, 49 in all, in the place of those to validate."""
+def split_images(folder: Path) -> Path:
+    """Unpack ants and bees. Every fifth training image, 49 in total, replaces the validation images."""
     with zipfile.ZipFile(data_file("hymenoptera_data.zip")) as archive:
         archive.extractall(folder)
     data = folder / "hymenoptera_data"
     for kind in ("ants", "bees"):
-        for picture in (data / "val" / kind).iterdir():
-            picture.unlink()
-    pictures = sorted((data / "train").glob("*/*.jpg"))
-    for picture in pictures[::5]:
-        picture.rename(data / "val" / picture.parent.name / picture.name)
+        for image in (data / "val" / kind).iterdir():
+            image.unlink()
+    images = sorted((data / "train").glob("*/*.jpg"))
+    for image in images[::5]:
+        image.rename(data / "val" / image.parent.name / image.name)
     return data
 
 
 def plain_loop(data: Path, weights: Path, epochs: int) -> tuple[Process, list[float]]:
-    """Run the tutorial's loop; return the seconds of its epochs too."""
+    """Run the tutorial's loop; return its measurements and the seconds of each epoch."""
     command = [sys.executable, str(ROOT / "benchmarks" / "tutorial_loop.py"), str(data), str(weights), "--layer4"]
     process = run_process([*command, "--epochs", str(epochs)])
     return process, [float(line.split()[-1]) for line in process.lines if line.startswith("epoch ")]
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--repeat", type=int, default=2, help="runs of each side")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine")
+    parser.add_argument("--repeat", type=int, default=2, help="runs of each variant")
+    parser.add_argument("--wait", type=float, default=0.0, help="maximum seconds to wait for a quiet machine")
     arguments = parser.parse_args()
     weights = data_file(WEIGHTS)
     wait_until_quiet(arguments.wait)
     print(machine())
-    epochs: dict[str, list[float]] = {way: [] for way in WAYS}
-    whole: dict[str, list[float]] = {way: [] for way in WAYS}
+    epochs: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    commands: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     losses: dict[str, list[dict[str, Any]]] = {}
-    others = Others()
+    others = OtherProcesses()
     with tempfile.TemporaryDirectory() as temporary:
-        data, cache = split_pictures(Path(temporary)), Path(temporary, "cache")
+        data, cache = split_images(Path(temporary)), Path(temporary, "cache")
         for _ in range(arguments.repeat):
             for mode in ("auto", "off"):
                 overrides = [
@@ -85,27 +85,27 @@ def main() -> None:
                 lines = (Path(process.lines[-1]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
                 losses[mode] = [json.loads(line) for line in lines]
                 epochs[mode] += [record["seconds"] for record in losses[mode]]
-                whole[mode].append(process.seconds)
+                commands[mode].append(process.seconds)
             process, seconds = plain_loop(data, weights, arguments.epochs)
             epochs["plain"] += seconds
-            whole["plain"].append(process.seconds)
+            commands["plain"].append(process.seconds)
         size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
-    share = others.share()
-    print(f"n = {arguments.repeat} runs of {arguments.epochs} epochs each, alternating; median (least to greatest)")
+    other_fraction = others.cpu_fraction()
+    print(f"n = {arguments.repeat} runs of {arguments.epochs} epochs each, alternating; median (minimum to maximum)")
     rows = []
-    for way, title in WAYS.items():
-        faster = [seconds / ours for seconds, ours in zip(epochs[way], epochs["auto"], strict=True)]
+    for variant, title in VARIANTS.items():
+        speedups = [seconds / cached for seconds, cached in zip(epochs[variant], epochs["auto"], strict=True)]
         rows.append(
             {
                 "activations of layer3": title,
-                "seconds per epoch": spread(epochs[way], ".2f"),
-                "whole command, seconds": ", ".join(f"{seconds:.1f}" for seconds in whole[way]),
-                "cached is so many times faster": spread(faster, ".2f") if way != "auto" else "",
-                "": verdict(faster, TARGET, share) if way == "plain" else "",
+                "seconds per epoch": spread(epochs[variant], ".2f"),
+                "complete command, seconds": ", ".join(f"{seconds:.1f}" for seconds in commands[variant]),
+                "speedup of cached": spread(speedups, ".2f") if variant != "auto" else "",
+                "": verdict(speedups, TARGET, other_fraction) if variant == "plain" else "",
             }
         )
     print_table(rows)
-    print(f"cache on disk: {size / 2**20:.1f} MiB; others used {share:.0%} of the machine")
+    print(f"cache on disk: {size / 2**20:.1f} MiB; other processes used {other_fraction:.0%} of the machine")
     print("losses, training / validation:")
     for cached, computed in zip(losses["auto"], losses["off"], strict=True):
         pairs = [f"{record['train']['loss']:.6f} / {record['validation']['loss']:.6f}" for record in (cached, computed)]

@@ -1,14 +1,14 @@
-"""TextCNN and BiLSTM on IMDb beside the plain loop of Dive into Deep Learning, on the CPU.
+"""TextCNN and BiLSTM on IMDb, compared with the plain loop of Dive into Deep Learning, on the CPU.
 
 https://d2l.ai/chapter_natural-language-processing-applications/, sections 16.2 and 16.3: batches of 64 reviews in
 random order, each padded to 500 words; `nn.Conv1d` and `nn.LSTM`; Adam. The other side is the engine on the same words
-(split at blanks, cut at 500, the same vocabulary and vectors) with its loader, metrics and checks. Both train and
-evaluate in turn within one process: an epoch of some batches of the one, then as many of the other. The first round is
-not counted; an evaluation is of 2,500 reviews. With --clock cpu, for one thread on a busy machine, seconds are the
-processor's. With --precision bf16 the engine computes in bfloat16, as `train.precision` says; the book stays as it is.
+(split at whitespace, truncated at 500, the same vocabulary and vectors) with its loader, metrics and checks. Both train
+and evaluate alternately within one process, with the same number of batches per round. The first round is not counted;
+an evaluation covers 2,500 reviews. With --clock cpu, for one thread on a busy machine, seconds are processor seconds.
+With --precision bf16 the engine computes in bfloat16, as with `train.precision`; the book stays in float32.
 
-"useful" is what the definition of the model computes for the real words, as a share of this machine's own rate for a
-product of large square matrices: a loop that computes padding has less of it, one that computes nothing twice has more.
+"Useful" counts only the operations that the definition of the model requires for the real words, as a fraction of this
+machine's rate for a product of large square matrices. Computing padding lowers it; avoiding repeated work raises it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _embedding(vectors: Tensor, *, freeze: bool = True) -> nn.Embedding:
 
 
 class BookTextCNN(nn.Module):
-    """The book's, with the maximum over time that its text describes."""
+    """The book's TextCNN, with the max-over-time pooling that its text describes."""
 
     def __init__(self, vectors: Tensor, kernel_sizes: tuple[int, ...] = (3, 4, 5), channels: int = 100) -> None:
         super().__init__()
@@ -64,14 +64,14 @@ class BookTextCNN(nn.Module):
         self.convs = nn.ModuleList(nn.Conv1d(2 * vectors.shape[1], channels, size) for size in kernel_sizes)
 
     def forward(self, inputs: Tensor) -> Any:
-        """Return (B, 2) of (B, 500)."""
+        """Return class scores (B, 2) for word indices (B, 500)."""
         embeddings = torch.cat((self.embedding(inputs), self.constant_embedding(inputs)), dim=2).permute(0, 2, 1)
         encoding = torch.cat([self.relu(self.pool(conv(embeddings))).squeeze(-1) for conv in self.convs], dim=1)
         return self.decoder(self.dropout(encoding))
 
 
 class BookBiRNN(nn.Module):
-    """The book's, over frozen vectors."""
+    """The book's BiLSTM, with frozen vectors."""
 
     def __init__(self, vectors: Tensor, hidden: int = 100, layers: int = 2) -> None:
         super().__init__()
@@ -80,19 +80,21 @@ class BookBiRNN(nn.Module):
         self.decoder = nn.Linear(4 * hidden, 2)
 
     def forward(self, inputs: Tensor) -> Any:
-        """Return (B, 2) of (B, 500)."""
+        """Return class scores (B, 2) for word indices (B, 500)."""
         outputs, _ = self.encoder(self.embedding(inputs.T))
         return self.decoder(torch.cat((outputs[0], outputs[-1]), dim=1))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One model on both sides.
+    """A model that both sides train.
 
     Args:
-        backbone, head, optimizer: Blocks of the engine's config.
-        book: Makes the book's model from the vectors.
-        operations: Floating-point operations per word in a forward pass, by the definition.
+        backbone: Block ``backbone`` of the engine's config.
+        head: Block ``head`` of the engine's config.
+        optimizer: Block ``train.optimizer`` of the engine's config.
+        book: Function that builds the book's model from the word vectors.
+        operations: Floating-point operations per word of a forward pass, by the definition of the model.
     """
 
     backbone: Config
@@ -105,6 +107,7 @@ class Workload:
 TEXTCNN = {"name": "textcnn", "variant": "multichannel", "kernel_sizes": [3, 4, 5], "filters": 100}
 BILSTM = {"name": "bilstm", "variant": "static", "layers": 2, "hidden_size": 100, "readout": "first_last"}
 DROPOUT = {"name": "linear", "dropout": 0.5}
+# Operations per word: twice (multiply, add) the weights that are applied to each word.
 CONVOLUTIONS = 2 * 200 * 100 * (3 + 4 + 5)
 RECURRENCES = 2 * 2 * 400 * ((100 + 100) + (200 + 100))
 WORKLOADS = {
@@ -115,7 +118,7 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Round:
-    """Reviews per second of both sides in one round, and the loss of the last training epoch of each."""
+    """Reviews per second (engine, book) of one round, and the training losses of its epoch."""
 
     train: tuple[float, float]
     evaluation: tuple[float, float]
@@ -128,10 +131,10 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 def measure(
     work: Workload, vectors: Path, rounds: int, batches: int, clock: Callable[[], float], precision: Precision
 ) -> tuple[list[Round], float, float]:
-    """Return the rounds, and the mean number of words of a training and of a validation review."""
+    """Return the counted rounds, and the mean number of words per training review and per validation review."""
     config = {
         "seed": 0,
-        # Of a small split the longest batch and the shortest hold reviews of very different lengths.
+        # In a small split, the batches of the longest and of the shortest reviews mix very different lengths.
         "data": {"name": "imdb", "validation": EVALUATED / REVIEWS},
         "backbone": {
             **work.backbone,
@@ -153,20 +156,20 @@ def measure(
     built = build(load_config(config), lambda _: None)
     book = Book(built, work, batches, clock)
     validation = Source(built.loaders["validation"], 0, {})
-    found: list[Round] = []
-    at: dict[type[Event], float] = {}
+    measured: list[Round] = []
+    event_times: dict[type[Event], float] = {}
 
     def observe(event: Event) -> None:
-        at[type(event)] = clock()
+        event_times[type(event)] = clock()
         if not isinstance(event, EpochEnded):
             return
-        train_rate = batches * BATCH / (at[EvaluationStarted] - at[EpochStarted])
+        train_rate = batches * BATCH / (event_times[EvaluationStarted] - event_times[EpochStarted])
         record = event.record
         started = clock()
         evaluate(built.experiment.model, built.experiment.task, validation, precision, lambda _: None, "validation")
         evaluation_rate = len(validation.loader.split) / (clock() - started)
         loss, book_train_rate = book.train()
-        found.append(
+        measured.append(
             Round((train_rate, book_train_rate), (evaluation_rate, book.evaluate()), (record["train"]["loss"], loss))
         )
 
@@ -174,7 +177,7 @@ def measure(
         experiment = replace(built.experiment, test=None, max_batches=batches)
         fit(experiment, RunDirectory.create(Path(folder), "speed"), observe, signals)
     words = {split: np.mean([len(text) for text in _encoded(built, split)]) for split in ("train", "validation")}
-    return found[1:], float(words["train"]), float(words["validation"])
+    return measured[1:], float(words["train"]), float(words["validation"])
 
 
 def _encoded(built: BuiltExperiment, split: str) -> Sequence[Any]:
@@ -188,10 +191,10 @@ class Book:
     """The book's loop on the words and vectors of a built experiment.
 
     Args:
-        built: The other side.
-        work: Which model.
-        batches: Of a training epoch.
-        clock: Gives seconds.
+        built: The experiment of the engine, whose words and vectors are used.
+        work: The model to train.
+        batches: Number of batches per training epoch.
+        clock: Function that returns seconds.
     """
 
     def __init__(self, built: BuiltExperiment, work: Workload, batches: int, clock: Callable[[], float]) -> None:
@@ -213,7 +216,7 @@ class Book:
         return TensorDataset(features, torch.from_numpy(loader.split.targets))
 
     def train(self) -> tuple[float, float]:
-        """Train on some batches; return the mean loss and the reviews per second."""
+        """Train for one epoch of ``batches`` batches; return the mean loss and the reviews per second."""
         self.model.train()
         total, examples, started = 0.0, 0, self.clock()
         for number, (inputs, targets) in enumerate(DataLoader(self.data["train"], BATCH, shuffle=True)):
@@ -229,34 +232,34 @@ class Book:
     def evaluate(self) -> float:
         """Evaluate the validation split; return the reviews per second."""
         self.model.eval()
-        right, started = 0, self.clock()
+        correct, started = 0, self.clock()
         with torch.no_grad():
             for inputs, targets in DataLoader(self.data["validation"], BATCH):
-                right += int((self.model(inputs).argmax(1) == targets).sum())
+                correct += int((self.model(inputs).argmax(1) == targets).sum())
         return len(self.data["validation"]) / (self.clock() - started)
 
 
 def product_rate(clock: Callable[[], float], size: int = 2048, repeats: int = 5) -> float:
-    """Return the floating-point operations per second of a product of large square matrices, the best of a few."""
-    one, other = torch.randn(size, size), torch.randn(size, size)
+    """Return the floating-point operations per second of a large matrix product, the best of ``repeats``."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
     seconds = []
     for _ in range(repeats + 1):
         started = clock()
-        torch.mm(one, other)
+        torch.mm(left, right)
         seconds.append(clock() - started)
     return float(2 * size**3 / min(seconds[1:]))
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds of each model, beside one to warm up")
-    parser.add_argument("--batches", type=int, default=10, help="of 64 reviews, to train on in a round")
-    parser.add_argument("--only", choices=WORKLOADS, help="one model alone")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds per model, after one warm-up round")
+    parser.add_argument("--batches", type=int, default=10, help="training batches of 64 reviews per round")
+    parser.add_argument("--only", choices=WORKLOADS, help="measure only this model")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds, with --threads 1")
-    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of the engine")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="precision of the engine")
+    parser.add_argument("--wait", type=float, default=0.0, help="maximum seconds to wait for a quiet machine")
     arguments = parser.parse_args()
     if arguments.clock == "cpu" and arguments.threads != 1:
         parser.error("processor seconds add up over threads: --clock cpu is for --threads 1")
@@ -274,23 +277,23 @@ def main() -> None:
         rounds, train_words, evaluation_words = measure(
             work, vectors, arguments.rounds, arguments.batches, clock, arguments.precision
         )
-        for what, pairs, operations in (
+        for mode, pairs, operations in (
             ("train", [r.train for r in rounds], 3 * work.operations * train_words),
             ("evaluate", [r.evaluation for r in rounds], work.operations * evaluation_words),
         ):
             engine, book = (statistics.median(side) for side in zip(*pairs, strict=True))
             rows.append(
                 {
-                    "": f"{name}, {what}",
+                    "": f"{name}, {mode}",
                     "engine, reviews/s": f"{engine:.0f}",
                     "book, reviews/s": f"{book:.0f}",
-                    "ratio of the rounds": spread([ours / theirs for ours, theirs in pairs], ".2f"),
+                    "times faster": spread([rates[0] / rates[1] for rates in pairs], ".2f"),
                     "useful, engine": f"{engine * operations / rate:.0%}",
                     "useful, book": f"{book * operations / rate:.0%}",
                 }
             )
-        print(f"{name}: last losses {rounds[-1].loss[0]:.3f} and {rounds[-1].loss[1]:.3f}", flush=True)
-    print(f"n = {arguments.rounds} rounds of {arguments.batches} batches, median (least to greatest)")
+        print(f"{name}: final losses {rounds[-1].loss[0]:.3f} and {rounds[-1].loss[1]:.3f}", flush=True)
+    print(f"n = {arguments.rounds} rounds of {arguments.batches} batches, median (minimum to maximum)")
     print_table(rows)
 
 

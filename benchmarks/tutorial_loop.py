@@ -1,8 +1,8 @@
-"""Feature extraction as PyTorch's transfer-learning tutorial writes it, on its own: it knows nothing of `transfer`.
+"""Feature extraction as in PyTorch's transfer-learning tutorial; a standalone script that does not use `transfer`.
 
-https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html, "ConvNet as fixed feature extractor". Different
-from there: weights from a file, batches of 32 (not 4) with a learning rate of 0.01 (not 0.001), and pictures cropped at
-the centre (not at random), so that both sides of the comparison see the same pictures.
+https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html, "ConvNet as fixed feature extractor". Changes:
+weights from a file, batches of 32 (not 4) with a learning rate of 0.01 (not 0.001), and center crops (not random
+crops), so that both sides of the comparison see the same images.
 """
 
 import argparse
@@ -20,21 +20,21 @@ from torchvision import datasets, models, transforms
 def main() -> None:
     """Train and print the best accuracy on the val folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", help="the folder hymenoptera_data")
-    parser.add_argument("weights", help="a safetensors file of a ResNet-18")
+    parser.add_argument("data", help="path of the folder hymenoptera_data")
+    parser.add_argument("weights", help="path of a safetensors file with the weights of a ResNet-18")
     parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--flip", action="store_true", help="flip training pictures at random")
-    parser.add_argument("--layer4", action="store_true", help="train layer4 too")
+    parser.add_argument("--flip", action="store_true", help="flip training images at random")
+    parser.add_argument("--layer4", action="store_true", help="also train layer4")
     parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(0)
 
-    normalise = [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    normalize = [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
     crop = [transforms.Resize(256), transforms.CenterCrop(224)]
     flip = [transforms.RandomHorizontalFlip()] if arguments.flip else []
     data_transforms = {
-        "train": transforms.Compose([*crop, *flip, *normalise]),
-        "val": transforms.Compose([*crop, *normalise]),
+        "train": transforms.Compose([*crop, *flip, *normalize]),
+        "val": transforms.Compose([*crop, *normalize]),
     }
     image_datasets = {
         x: datasets.ImageFolder(os.path.join(arguments.data, x), data_transforms[x]) for x in ["train", "val"]

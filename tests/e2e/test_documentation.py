@@ -181,7 +181,7 @@ def own_files(folder: Path) -> None:
 PLACEHOLDERS = {
     "RUN": "runs/text",
     "RUN...": "runs/text",
-    "PICTURES": "runs/vision",
+    "VISION_RUN": "runs/vision",
     "CONFIG": "configs/quickstart_text.yaml",
     "INPUT...": "'worth every minute'",
     "runs/A": "runs/text",
@@ -328,7 +328,7 @@ class Reader:
                     name = re.search(r"models/([^/]+)/", request)
                     if name is None or name[1] in served:
                         here = request.replace("localhost:8000", f"127.0.0.1:{port}")
-                        asked = [*shlex.split(here), "--ignore_events", "--fail-with-body"]
+                        asked = [*shlex.split(here), "--silent", "--fail-with-body"]
                         self.answers[request] = subprocess.run(asked, capture_output=True, text=True, check=False)
             finally:
                 if served:

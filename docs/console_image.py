@@ -1,4 +1,4 @@
-"""Draw docs/console.svg: a run of the quickstart as the console shows it. Run: python docs/console_picture.py."""
+"""Draw docs/console.svg: the console output of a quickstart run. Run: python docs/console_image.py."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import io
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import transfer
 from transfer.cli.progress import RunConsole
+from transfer.system.terminal import Console
 
 ROOT = Path(__file__).parents[1]
 SENTENCES = ("a warm, funny film that I would gladly watch again", "two hours of my life that I will never get back")
 
 console = Console(record=True, width=150, file=io.StringIO(), force_terminal=True, color_system="truecolor")
 observe = RunConsole(console)
-observe.live = False  # a picture has no moving bars
+observe.live = False  # an image cannot show moving progress bars
 console.print(Text("$ transfer run configs/quickstart_text.yaml", style="bold"))
 with tempfile.TemporaryDirectory() as folder:
     run = transfer.run(ROOT / "configs/quickstart_text.yaml", output=Path(folder) / "runs", observe=observe)
@@ -29,5 +29,6 @@ with tempfile.TemporaryDirectory() as folder:
     for answer in transfer.predict(run.folder, SENTENCES):
         table.add_row(answer["input"], answer["label"], f"{answer['probability']:.4f}")
     console.print(table)
+# Remove the temporary folder from the paths that the run printed.
 text = console.export_svg(title="transfer").replace(folder, "")
 (ROOT / "docs/console.svg").write_text(text, encoding="utf-8")
