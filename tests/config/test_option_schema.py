@@ -15,8 +15,8 @@ from torch.optim import lr_scheduler
 
 from transfer import PluginError
 from transfer.config.option_schema import describe_options, options_model, validate
-from transfer.config.run_config import NamedBlock
 from transfer.config.torch_classes import SCHEDULERS, options_set_by_framework
+from transfer.config.train_settings import NamedBlock
 from transfer.config.yaml_document import make_document
 from transfer.errors import Problem
 
@@ -38,7 +38,7 @@ class Part:
 
     def __init__(
         self,
-        options_set_by_framework: int = 0,
+        from_framework: int = 0,
         *,
         size: int,
         share: Share = 0.5,

@@ -34,7 +34,7 @@ def write(path: Path, text: str) -> Path:
 def test_a_config_names_its_parts(config: dict[str, Any]) -> None:
     checked = load_config(config)
     assert (checked.data.cls, checked.backbone.cls) == (Points, Dense)
-    assert checked.head.plugin.qualified_name == "transfer:linear"
+    assert checked.head.plugin.qualified_name == "transferkit:linear"
     assert checked.backbone.options == {"width": 8, "dropout": 0.1}
     assert checked.data_options.validation == 0.1
     assert checked.optimizer.cls is torch.optim.SGD

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transfer import DataError, Preprocessing, Split
 from transfer.data import loader as loading
+from transfer.data import memory_cache
 from transfer.data.batch import Batch, TimedIterator, move
 from transfer.data.encoding import encode
 from transfer.data.loader import Loader
@@ -365,11 +366,11 @@ def test_a_split_that_does_not_fit_is_not_kept() -> None:
 
 
 def test_by_default_half_of_the_available_memory_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_bytes", lambda: 2 * 40 * 16)
+    monkeypatch.setattr(memory_cache, "available_bytes", lambda: 2 * 40 * 16)
     fits = kept_loader(None)
     sums(fits, 0)
     assert len(fits.examples.kept.values) == 40
-    monkeypatch.setattr(loading, "available_bytes", lambda: 2 * 40 * 16 - 2)
+    monkeypatch.setattr(memory_cache, "available_bytes", lambda: 2 * 40 * 16 - 2)
     too_large = kept_loader(None)
     sums(too_large, 0)
     assert not too_large.examples.kept.values

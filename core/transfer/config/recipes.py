@@ -1,4 +1,4 @@
-"""NamedBlock recipes, worked out for a model's stages."""
+"""Named recipes, worked out for a model's stages."""
 
 from __future__ import annotations
 
