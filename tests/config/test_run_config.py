@@ -44,9 +44,9 @@ def test_a_config_names_its_parts(config: dict[str, Any]) -> None:
 
 def test_defaults_are_filled_in(tiny: None) -> None:
     checked = load_config({"data": {"name": "points"}, "backbone": {"name": "dense", "width": 4}})
-    plain = checked.plain
-    assert plain["seed"] == 0
-    assert plain["data"] == {
+    resolved = checked.resolved
+    assert resolved["seed"] == 0
+    assert resolved["data"] == {
         "name": "points",
         "count": 160,
         "distance": 1.0,
@@ -54,17 +54,17 @@ def test_defaults_are_filled_in(tiny: None) -> None:
         "validation": 0.1,
         "limit": None,
     }
-    assert plain["backbone"] == {"name": "dense", "width": 4, "dropout": 0.1}
-    assert plain["head"] == {"name": "linear", "dropout": 0.0}
-    assert plain["task"]["name"] == "classification"
-    assert plain["train"]["batch_size"] == 32
-    assert plain["train"]["optimizer"] == {"name": "adam", "lr": 0.001}
+    assert resolved["backbone"] == {"name": "dense", "width": 4, "dropout": 0.1}
+    assert resolved["head"] == {"name": "linear", "dropout": 0.0}
+    assert resolved["task"]["name"] == "classification"
+    assert resolved["train"]["batch_size"] == 32
+    assert resolved["train"]["optimizer"] == {"name": "adam", "lr": 0.001}
     assert [(phase.epochs, phase.freeze, phase.lr) for phase in checked.phases(STAGES)] == [(5, "none", 0.001)]
 
 
 def test_the_default_learning_rate_is_filled_in(config: dict[str, Any]) -> None:
     checked = load_config(config, ["train.optimizer={name: sgd}"])
-    assert checked.plain["train"]["optimizer"] == {"name": "sgd", "lr": 0.001}
+    assert checked.resolved["train"]["optimizer"] == {"name": "sgd", "lr": 0.001}
     assert checked.phases(STAGES)[0].lr == 0.001
 
 
@@ -79,10 +79,10 @@ def test_a_resolved_config_resolves_to_itself(config: dict[str, Any], tmp_path: 
         "task.class_weights={near: 1, far: 2.5}",
         "data.limit=7",
     ]
-    plain = load_config(config, overrides).plain
-    path = write(tmp_path / "again.yaml", yaml.safe_dump(plain, sort_keys=False))
-    assert load_config(path).plain == plain
-    assert load_config(plain).plain == plain
+    resolved = load_config(config, overrides).resolved
+    path = write(tmp_path / "again.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    assert load_config(path).resolved == resolved
+    assert load_config(resolved).resolved == resolved
 
 
 def test_problems_in_several_sections_are_reported_at_once(tiny: None, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_quick_try_is_one_epoch_over_few_examples(config: dict[str, Any]) -> N
     quick = load_config(config, ["train.phases=[{epochs: 5}, {epochs: 9}]"]).quick()
     assert [phase.epochs for phase in quick.phases(STAGES)] == [1, 1]
     assert quick.data_options.limit == 64
-    assert quick.plain["data"]["limit"] == 64
+    assert quick.resolved["data"]["limit"] == 64
     assert load_config(config, ["data.limit=3"]).quick().data_options.limit == 3
 
 

@@ -180,9 +180,9 @@ def test_evaluation_goes_from_long_to_short() -> None:
 def test_an_epoch_can_begin_and_end_in_the_middle() -> None:
     made = loader(Noisy())
     whole = batches(made, 2)
-    assert same(list(made.epoch(2, first=3)), whole[3:])
-    assert same(list(made.epoch(2, first=1, most=2)), whole[1:3])
-    assert list(made.epoch(2, first=len(whole))) == []
+    assert same(list(made.epoch(2, start=3)), whole[3:])
+    assert same(list(made.epoch(2, start=1, limit=2)), whole[1:3])
+    assert list(made.epoch(2, start=len(whole))) == []
 
 
 BROKEN = Split({"x": [[1.0], [2.0], [-3.0], [4.0]]}, np.zeros(4, dtype=np.int64), ["a", "b", "c.txt", "d"])
@@ -361,7 +361,7 @@ def test_values_that_fit_are_encoded_once_and_batches_stay_the_same() -> None:
 def test_a_split_that_does_not_fit_is_not_kept() -> None:
     loader = kept_loader(40 * 16 - 1)
     sums(loader, 0), sums(loader, 1)
-    assert not loader.examples.kept.values
+    assert not loader.examples.memory_cache.values
     assert sum(loader.preprocessing.encoded) == 80 + loading.MEASURED_EXAMPLES
 
 
@@ -369,36 +369,36 @@ def test_by_default_half_of_the_available_memory_is_the_limit(monkeypatch: pytes
     monkeypatch.setattr(memory_cache, "available_bytes", lambda: 2 * 40 * 16)
     fits = kept_loader(None)
     sums(fits, 0)
-    assert len(fits.examples.kept.values) == 40
+    assert len(fits.examples.memory_cache.values) == 40
     monkeypatch.setattr(memory_cache, "available_bytes", lambda: 2 * 40 * 16 - 2)
     too_large = kept_loader(None)
     sums(too_large, 0)
-    assert not too_large.examples.kept.values
+    assert not too_large.examples.memory_cache.values
 
 
 def test_values_larger_than_those_measured_do_not_pass_the_limit() -> None:
     loader = kept_loader(40 * 16)
     loader.examples.measure()
-    loader.examples.kept._room_bytes = 100
+    loader.examples.memory_cache._free_bytes = 100
     sums(loader, 0)
-    assert len(loader.examples.kept.values) == loading.MEASURED_EXAMPLES + 100 // 16
+    assert len(loader.examples.memory_cache.values) == loading.MEASURED_EXAMPLES + 100 // 16
     assert all(torch.equal(a, b) for a, b in zip(sums(loader, 1), sums(kept_loader(0), 1), strict=True))
 
 
 def test_a_split_that_is_used_once_is_not_kept() -> None:
     loader = kept_loader(None, repeated=False)
     sums(loader, 0)
-    assert not loader.examples.kept.values
+    assert not loader.examples.memory_cache.values
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_loader_processes_begin_when_all_is_in_memory() -> None:
     loader, plain = kept_loader(None, workers=2), kept_loader(0)
     for epoch in (0, 1):
-        assert loader.examples.fills == (epoch == 0) or not loader.examples.kept.measured
+        assert loader.examples.is_filling_cache == (epoch == 0) or not loader.examples.memory_cache.is_measured
         assert all(torch.equal(a, b) for a, b in zip(sums(loader, epoch), sums(plain, epoch), strict=True))
     assert sum(loader.preprocessing.encoded) == 40
-    assert not pickle.loads(pickle.dumps(loader.examples)).kept.values
+    assert not pickle.loads(pickle.dumps(loader.examples)).memory_cache.values
 
 
 def test_waiting_is_timed() -> None:

@@ -210,7 +210,7 @@ def test_a_range_test_and_a_quick_try_find_one_too(config: dict[str, Any], tmp_p
 
 
 def test_the_config_takes_auto_alone(config: dict[str, Any]) -> None:
-    assert load_config(config, [AUTO]).plain["train"]["batch_size"] == "auto"
+    assert load_config(config, [AUTO]).resolved["train"]["batch_size"] == "auto"
     for wrong in ("automatic", "0", "1.5"):
         with pytest.raises(ConfigError, match="it should be a whole number, 1 or more, or auto"):
             load_config(config, [f"train.batch_size={wrong}"])

@@ -94,11 +94,11 @@ class _Check:
         assert optimizer_options
         if train.recipe is not None and train.recipe.name in WITHOUT_PRETRAINED:
             backbone = backbone.without_pretrained()
-        plain: dict[str, Any] = {"seed": top.seed, "data": dataset.plain}
-        plain |= {"backbone": backbone.plain, "head": head.plain, "task": task.plain}
-        plain |= {"train": train.model_dump(mode="json")}
-        plain["train"]["optimizer"] = {"lr": LEARNING_RATE} | plain["train"]["optimizer"]
-        plain["trackers"] = [tracker.plain for tracker in trackers]
+        resolved: dict[str, Any] = {"seed": top.seed, "data": dataset.resolved}
+        resolved |= {"backbone": backbone.resolved, "head": head.resolved, "task": task.resolved}
+        resolved |= {"train": train.model_dump(mode="json")}
+        resolved["train"]["optimizer"] = {"lr": LEARNING_RATE} | resolved["train"]["optimizer"]
+        resolved["trackers"] = [tracker.resolved for tracker in trackers]
         return RunConfig(
             top.seed,
             dataset,
@@ -112,7 +112,7 @@ class _Check:
             schedulers,
             tuple(trackers),
             self.document,
-            plain,
+            resolved,
         )
 
     def block(self, model: type[_M], value: Any, key: Key, what: str) -> _M | None:

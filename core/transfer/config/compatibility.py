@@ -36,7 +36,7 @@ class Table:
     cells: Mapping[str, Mapping[str, str]]
 
 
-def matrix() -> tuple[list[Table], list[Problem]]:
+def compatibility_tables() -> tuple[list[Table], list[Problem]]:
     """Return what fits together of all that is installed, and what had to be left out and why."""
     problems: list[Problem] = []
     datasets = _declared("dataset", lambda cls: _variants(cls, lambda dataset: dataset.spec), problems)

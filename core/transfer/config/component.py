@@ -21,7 +21,7 @@ class Component:
         plugin: Where it comes from.
         cls: Its class.
         options: Checked options, defaults filled in.
-        plain: The whole block as JSON, name included.
+        resolved: The whole block as JSON, name included.
         where: File and line of its block.
     """
 
@@ -29,7 +29,7 @@ class Component:
     plugin: entry_points.Plugin
     cls: type[Any]
     options: Mapping[str, Any]
-    plain: Mapping[str, Any]
+    resolved: Mapping[str, Any]
     where: str
 
     def make(self, *options_set_by_framework: Any) -> Any:
@@ -41,7 +41,7 @@ class Component:
         """Return this backbone as it begins from random weights."""
         with error_location(self.where):
             changed = self.cls.without_pretrained(self.options)
-        return replace(self, options={**self.options, **changed}, plain={**self.plain, **changed})
+        return replace(self, options={**self.options, **changed}, resolved={**self.resolved, **changed})
 
 
 @contextmanager

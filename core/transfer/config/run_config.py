@@ -82,7 +82,7 @@ class RunConfig:
         schedulers: That of each phase that the config lists, or one for all.
         trackers: What is told of the run.
         document: Where each value was written.
-        plain: The whole config as plain data, defaults filled in: what ``config.yaml`` of a run holds.
+        resolved: The whole config as plain data, defaults filled in: what ``config.yaml`` of a run holds.
     """
 
     seed: int
@@ -97,7 +97,7 @@ class RunConfig:
     schedulers: tuple[TorchClass | None, ...]
     trackers: tuple[Component, ...]
     document: Document
-    plain: dict[str, Any]
+    resolved: dict[str, Any]
     quick_try: bool = False
 
     @property
@@ -144,12 +144,14 @@ class RunConfig:
 
     def with_seed(self, seed: int) -> RunConfig:
         """Return the same config with another seed; the splits stay as they are."""
-        return replace(self, seed=seed, plain=self.plain | {"seed": seed})
+        return replace(self, seed=seed, resolved=self.resolved | {"seed": seed})
 
     def with_batch_size(self, size: int) -> RunConfig:
         """Return the same config with the batch size that ``auto`` found."""
         train = self.train.model_copy(update={"batch_size": size})
-        return replace(self, train=train, plain=self.plain | {"train": {**self.plain["train"], "batch_size": size}})
+        return replace(
+            self, train=train, resolved=self.resolved | {"train": {**self.resolved["train"], "batch_size": size}}
+        )
 
     def quick(self) -> RunConfig:
         """Return the config of a quick try: one epoch per phase over a few examples of each class, not tracked."""
@@ -158,7 +160,7 @@ class RunConfig:
             self,
             data_options=self.data_options.model_copy(update={"limit": limit}),
             trackers=(),
-            plain=self.plain | {"data": {**self.plain["data"], "limit": limit}, "trackers": []},
+            resolved=self.resolved | {"data": {**self.resolved["data"], "limit": limit}, "trackers": []},
             quick_try=True,
         )
 
