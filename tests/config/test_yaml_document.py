@@ -217,7 +217,7 @@ def test_a_missing_folder_is_no_crash(tmp_path: Path) -> None:
         read_document(tmp_path / "nowhere" / "quack.yaml")
 
 
-@pytest.mark.parametrize("content", [b"a: \xff\xfe", b"a: \x00", b"a: \x07b"])
+@pytest.mark.parametrize("content", [b"a: \xff\xfe", b"a: \x00", b"a: \x07b"], ids=["not UTF-8", "NUL", "BEL"])
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file.yaml"
     path.write_bytes(content)
