@@ -244,6 +244,18 @@ def test_a_wrong_learning_rate_gets_one_readable_message(config: dict[str, Any],
     assert "it should be a positive number, or a positive number for each of" in problem.message
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "mps"])
+def test_device_takes_names_of_devices(config: dict[str, Any], device: str) -> None:
+    assert load_config(config, [f"train.device={device}"]).train.device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:", "CPU", "0", "null"])
+def test_unknown_device_lists_the_choices(config: dict[str, Any], device: str) -> None:
+    (problem,) = problems_of(config, f"train.device={device}")
+    assert problem.message.startswith("train.device is ")
+    assert "auto, cpu, cuda, cuda:N (the GPU with index N) or mps" in problem.message
+
+
 def test_phases_inherit_what_they_do_not_set(config: dict[str, Any]) -> None:
     checked = load_config(
         config,

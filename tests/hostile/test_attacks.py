@@ -24,7 +24,7 @@ from transfer import DataError, RunError, Tables, UserError, WeightsError
 from transfer.cli import app as cli
 from transfer.cli.tables import error_panel
 from transfer.config.check import load_config
-from transfer.data import tables
+from transfer.data import records
 from transfer.deployment.export import export
 from transfer.errors import ConfigError
 from transfer.feature_cache.store import FeatureCache
@@ -315,7 +315,7 @@ def csv_table(path: Path) -> Tables:
 
 
 def test_a_packed_table_that_is_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 1 << 20)
+    monkeypatch.setattr(records, "MAX_TABLE_BYTES", 1 << 20)
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"text,label\n" + b" " * (1 << 20)))
     with pytest.raises(DataError, match="would unpack to"):
         csv_table(tmp_path / "t.csv.gz").read("text")

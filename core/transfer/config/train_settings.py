@@ -208,7 +208,10 @@ class TrainConfig(Block):
     workers: Annotated[int, Field(ge=0)] = 0
     accumulate: Count = 1
     clip_norm: Positive | None = None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
+    device: Annotated[
+        Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")],
+        one_of("auto, cpu, cuda, cuda:N (the GPU with index N) or mps"),
+    ] = "auto"
     precision: Precision = "fp32"
     compile: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
