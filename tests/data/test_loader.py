@@ -6,8 +6,8 @@ import itertools
 import pickle
 import random
 import time
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -221,6 +221,68 @@ def test_iterating_leaves_the_global_generators_alone() -> None:
     before = torch.get_rng_state().tolist()
     batches(made)
     assert torch.get_rng_state().tolist() == before
+
+
+class Pair(NamedTuple):
+    """An encoded value of two tensors."""
+
+    first: Tensor
+    second: Tensor
+
+
+CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda tensor: tensor,
+    "array": lambda tensor: tensor.numpy(),
+    "list": lambda tensor: [tensor, tensor.clone()],
+    "tuple of an array": lambda tensor: (tensor.numpy(),),
+    "named tuple": lambda tensor: Pair(tensor, tensor.clone()),
+    "dict": lambda tensor: {"x": tensor},
+}
+
+
+class InPlace(Preprocessing):
+    """Numbers in a container, which augmentation doubles in place."""
+
+    container: str
+    once: bool
+
+    @property
+    def encode_once(self) -> bool:  # type: ignore[override]
+        return self.once
+
+    @property
+    def keep_bytes(self) -> int | None:
+        return None
+
+    def encode(self, values: Sequence[Any]) -> list[Any]:
+        return [CONTAINERS[self.container](torch.tensor(value)) for value in values]
+
+    def augment(self, encoded: Any) -> Any:
+        for item in encoded.values() if isinstance(encoded, dict) else [encoded]:
+            for tensor in item if isinstance(item, list | tuple) else [item]:
+                tensor *= 2
+        return encoded
+
+    def collate(self, encoded: Sequence[Any]) -> Tensor:
+        first = [next(iter(e.values())) if isinstance(e, dict) else e for e in encoded]
+        return torch.stack([torch.as_tensor(e[0] if isinstance(e, list | tuple) else e) for e in first])
+
+    def read(self, source: str) -> Any:
+        return [float(source)]
+
+
+@pytest.mark.parametrize(
+    ("container", "once"),
+    # The memory cache takes only tensors and arrays.
+    [*((container, True) for container in CONTAINERS), ("tensor", False), ("array", False)],
+)
+def test_augmentation_in_place_leaves_stored_values_unchanged(container: str, once: bool) -> None:
+    preprocessing = InPlace()
+    preprocessing.container, preprocessing.once = container, once
+    made = loader(preprocessing, Split({"x": [[1.0, 1.0]] * 10}, [0] * 10))
+    for epoch in range(3):
+        for batch in made.epoch(epoch):
+            assert batch.inputs.eq(2).all()
 
 
 def test_no_bucket_leaves_a_batch_of_one() -> None:

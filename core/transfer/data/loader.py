@@ -191,6 +191,21 @@ def _identity_collate(batch: Batch) -> Batch:
     return batch
 
 
+def _copied(value: Any) -> Any:
+    """Return a copy of an encoded value: of its tensors and arrays, and of the containers that hold them."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its items one by one
+        return type(value)(*map(_copied, value))
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copied, value))
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value
+
+
 class _BatchDataset(Dataset[Any]):
     """Makes batches of (epoch, index) pairs; loader processes get a copy."""
 
@@ -245,9 +260,10 @@ class _BatchDataset(Dataset[Any]):
                 for place, (epoch, index) in enumerate(pairs):
                     seed_all(self.seed, epoch, index)
                     value = encoded[place]
-                    # What augments in place must not change what is kept.
-                    own = value.clone() if index in self.memory_cache.values and isinstance(value, Tensor) else value
-                    encoded[place] = self.preprocessing.augment(own)
+                    if self.encoded is not None or index in self.memory_cache.values:
+                        # An augmentation that works in place must not change the stored value.
+                        value = _copied(value)
+                    encoded[place] = self.preprocessing.augment(value)
         return Batch(self.preprocessing.collate(encoded), torch.as_tensor(self.split.targets[indices]), indices)
 
     def _encoded(self, indices: list[int]) -> list[Any]:
