@@ -43,9 +43,9 @@ def test_datasets_and_tasks_agree_by_target(built_in: dict[str, Table]) -> None:
 
 
 def test_a_plugin_whose_declaration_depends_on_an_option_says_so() -> None:
-    found = {str(problem.where): problem.message for problem in compatibility_tables()[1]}
-    assert found["backbone 'torchvision'"] == "what it declares depends on its option 'model'"
-    assert found["backbone 'fusion'"] == "what it declares depends on its option 'parts'"
+    messages = {str(problem.where): problem.message for problem in compatibility_tables()[1]}
+    assert messages["backbone 'torchvision'"] == "the declaration depends on option 'model'"
+    assert messages["backbone 'fusion'"] == "the declaration depends on option 'parts'"
 
 
 @pytest.mark.usefixtures("tiny")
@@ -75,9 +75,9 @@ def test_what_cannot_be_built_is_named_and_hides_nothing() -> None:
     register("backbone", "crashing")(Crashing)
     tables, problems = compatibility_tables()
     messages = [str(problem.message) for problem in problems]
-    assert "what it declares depends on its option 'size'" in messages
-    # Of fusion: no name of a file will do for its backbones.
-    assert "what it declares depends on its option 'parts'" in messages
+    assert "the declaration depends on option 'size'" in messages
+    # The backbones of fusion cannot be filled in with a placeholder.
+    assert "the declaration depends on option 'parts'" in messages
     assert "backbone 'crashing' cannot be built: RuntimeError: no such device" in messages
     assert cells(tables, "imdb", "textcnn") == ["yes"]
 

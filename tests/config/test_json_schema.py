@@ -139,7 +139,7 @@ def test_a_plugin_without_a_schema_is_left_out_and_named() -> None:
     whole, problems = config_schema()
     assert sorted(problem.message.partition(":")[0] for problem in problems) == [
         "option 'size' of Untyped has no type",
-        "the options of head 'odd' make no JSON Schema",
+        "the options of head 'odd' have no JSON Schema",
     ]
     assert jsonschema.Draft202012Validator(whole).is_valid(config())
 
