@@ -1,4 +1,4 @@
-"""What a user is told when something is wrong: what was asked, where, what exists, and the fix."""
+"""Errors with the problem, its location, the available alternatives, and the fix."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _E = TypeVar("_E", bound="TransferError")
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem in the user's input, a plugin or a run.
 
     Args:
-        message: What was asked and why it cannot be.
-        where: File and line, command-line override, or path of the input at fault.
-        available: What exists instead (names of plugins, keys, stages, files).
-        fix: What to do about it, in one sentence.
+        message: The wrong value or action, and the reason.
+        where: Location of the problem: file and line, command-line override, or path of the input.
+        available: Valid alternatives (names of plugins, keys, stages, files).
+        fix: Instruction that solves the problem, in one sentence.
     """
 
     message: str
@@ -37,11 +37,11 @@ class Problem:
 
 
 class TransferError(Exception):
-    """Base of every error that this framework raises on purpose; the run failed (exit status 1)."""
+    """Base class of all errors that this framework raises; the run failed (exit status 1)."""
 
     exit_status = 1
     shown_elsewhere = False
-    """Another process of the same run shows what is wrong; this one ends with the same status and says nothing."""
+    """Whether another rank of the same run shows this error; this process then exits with the same status silently."""
 
     def __init__(
         self, message: str, *, where: str | None = None, available: Iterable[str] = (), fix: str | None = None
@@ -51,33 +51,33 @@ class TransferError(Exception):
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> Self:
-        """Return one error that holds every problem found."""
+        """Return one error that contains several problems."""
         return _rebuild(cls, tuple(problems))
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
 
-    # Errors cross process boundaries (loader workers), and Exception's own pickling drops keyword arguments.
+    # Loader workers and ranks send errors between processes, and Exception's own pickling drops keyword arguments.
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.problems))
 
 
 class UserError(TransferError):
-    """The user's input is wrong (exit status 2): shown as a panel, never as a traceback."""
+    """The user's input is wrong (exit status 2). It is shown as a panel, never as a traceback."""
 
     exit_status = 2
 
 
 class ConfigError(UserError):
-    """One or more problems in a config, all found before anything was loaded."""
+    """A config has one or more problems, all found before data or weights were loaded."""
 
 
 class PluginError(UserError):
-    """A plugin is unknown, ambiguous, cannot be imported or does not keep its contract."""
+    """A plugin is unknown, ambiguous, cannot be imported or violates its contract."""
 
 
 class DataError(UserError):
-    """Data is missing, empty, unreadable or not what the dataset says it is."""
+    """Data is missing, empty, unreadable or malformed."""
 
 
 class WeightsError(UserError):
@@ -85,23 +85,23 @@ class WeightsError(UserError):
 
 
 class RunError(UserError):
-    """A run directory is missing, incomplete or not made by this framework."""
+    """A run directory is missing, incomplete or was not written by this framework."""
 
 
 class ExportError(UserError):
-    """A model cannot be exported as asked, or what was exported does not give the model's own results."""
+    """A model cannot be exported as requested, or the export does not reproduce the model's outputs."""
 
 
 class TrainingError(TransferError):
-    """Training cannot go on: a loss that is not finite, memory that ran out."""
+    """Training cannot continue: the loss is not finite, or memory ran out."""
 
 
-class MemoryRanOut(TrainingError):  # noqa: N818  # it says what happened
-    """Memory ran out on a batch."""
+class MemoryRanOut(TrainingError):  # noqa: N818  # the name states the event
+    """A batch did not fit into memory."""
 
 
-class StoppedByObserver(TransferError):  # noqa: N818  # nothing went wrong
-    """An observer ends a run after an epoch: what it reached stays, and it can be resumed."""
+class StoppedByObserver(TransferError):  # noqa: N818  # stopping is not a failure
+    """An observer stopped the run after an epoch; its checkpoints stay, and it can be resumed."""
 
 
 def _rebuild(cls: type[_E], problems: tuple[Problem, ...]) -> _E:
@@ -113,15 +113,15 @@ def _rebuild(cls: type[_E], problems: tuple[Problem, ...]) -> _E:
 
 @contextmanager
 def damaged(what: str, where: str, fix: str) -> Iterator[None]:
-    """Refuse content that somebody may have edited or damaged, whatever it is that working with it raises.
+    """Convert any error inside the block to a RunError: the content may have been edited or damaged.
 
     Args:
-        what: What cannot be done with it.
-        where: The file or folder.
-        fix: What to do about it.
+        what: Failed operation, for the message (``the checkpoint cannot be read``).
+        where: Path of the file or folder.
+        fix: Instruction that solves the problem.
 
     Raises:
-        RunError: Anything but this framework's own errors was raised, which is kept as the cause.
+        RunError: The block raised an error that is not a TransferError; that error is the cause.
     """
     try:
         yield
@@ -132,22 +132,33 @@ def damaged(what: str, where: str, fix: str) -> Iterator[None]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the one of ``names`` that ``name`` was most likely meant to be, or None."""
+    """Return the name that is most similar to a misspelled one, or None if none is similar."""
     matches = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
-def unknown_name(what: str, name: str, names: Iterable[str], *, where: str | None = None, fix: str = "") -> Problem:
-    """Return the problem of a name that does not exist: it lists the names that do and suggests the nearest.
+def unknown_name(
+    what: str,
+    name: str,
+    names: Iterable[str],
+    *,
+    owner: str | None = None,
+    where: str | None = None,
+    fix: str | None = None,
+) -> Problem:
+    """Return the problem of an unknown name, with all valid names and the most similar one.
 
     Args:
-        what: What the name should name, in the singular (``stage``, ``backbone``).
-        name: The unknown name.
-        names: The names that exist.
-        where: The config line or file that contains the name.
-        fix: The fix if no name is near.
+        what: Kind of thing that is named, in the singular (``stage``, ``backbone``, ``option``).
+        name: Unknown name.
+        names: Valid names.
+        owner: Thing that the names belong to (``backbone 'textcnn'``); None omits it from the message.
+        where: Location of the unknown name: config line or file.
+        fix: Instruction to show if no valid name is similar.
     """
     names = sorted(names)
     close = nearest(name, names)
-    suggestion = f"did you mean {close!r}?" if close else fix or None
-    return Problem(f"unknown {what} {name!r}", where, tuple(names), suggestion)
+    of_owner = f" of {owner}" if owner else ""
+    return Problem(
+        f"unknown {what} {name!r}{of_owner}", where, tuple(names), f"did you mean {close!r}?" if close else fix or None
+    )

@@ -8,12 +8,12 @@ import pytest
 from conftest import Dense, Points
 
 from transfer import DataSpec, FeatureSpec, Head, register
-from transfer.config.compatibility import Table, matrix
+from transfer.config.compatibility import Table, compatibility_tables
 
 
 @pytest.fixture(scope="module")
 def built_in() -> dict[str, Table]:
-    tables, _ = matrix()
+    tables, _ = compatibility_tables()
     return {table.title.split()[-1]: table for table in tables}
 
 
@@ -43,14 +43,14 @@ def test_datasets_and_tasks_agree_by_target(built_in: dict[str, Table]) -> None:
 
 
 def test_a_plugin_whose_declaration_depends_on_an_option_says_so() -> None:
-    found = {str(problem.where): problem.message for problem in matrix()[1]}
-    assert found["backbone 'torchvision'"] == "what it declares depends on its option 'model'"
-    assert found["backbone 'fusion'"] == "what it declares depends on its option 'parts'"
+    messages = {str(problem.where): problem.message for problem in compatibility_tables()[1]}
+    assert messages["backbone 'torchvision'"] == "the declaration depends on option 'model'"
+    assert messages["backbone 'fusion'"] == "the declaration depends on option 'parts'"
 
 
 @pytest.mark.usefixtures("tiny")
 def test_what_is_registered_here_is_in_it() -> None:
-    tables, _ = matrix()
+    tables, _ = compatibility_tables()
     assert cells(tables, "points", "dense") == ["yes"]
     assert cells(tables, "points", "regression") == ["target: number"]
     assert cells(tables, "steps", "mean_of_steps") == ["yes"]
@@ -73,11 +73,11 @@ def test_what_cannot_be_built_is_named_and_hides_nothing() -> None:
 
     register("dataset", "needy")(Needy)
     register("backbone", "crashing")(Crashing)
-    tables, problems = matrix()
+    tables, problems = compatibility_tables()
     messages = [str(problem.message) for problem in problems]
-    assert "what it declares depends on its option 'size'" in messages
-    # Of fusion: no name of a file will do for its backbones.
-    assert "what it declares depends on its option 'parts'" in messages
+    assert "the declaration depends on option 'size'" in messages
+    # The backbones of fusion cannot be filled in with a placeholder.
+    assert "the declaration depends on option 'parts'" in messages
     assert "backbone 'crashing' cannot be built: RuntimeError: no such device" in messages
     assert cells(tables, "imdb", "textcnn") == ["yes"]
 
@@ -102,7 +102,7 @@ def test_a_variant_that_is_refused_is_no_problem() -> None:
 
     register("dataset", "choosy")(Choosy)
     register("head", "anything")(Anything)
-    tables, problems = matrix()
+    tables, problems = compatibility_tables()
     assert not any("choosy" in str(problem) for problem in problems)
     assert cells(tables, "choosy", "regression") == ["mode: c"]
     assert cells(tables, "textcnn", "anything") == cells(tables, "bilstm", "anything") == ["yes"]

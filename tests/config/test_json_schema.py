@@ -83,7 +83,7 @@ def test_a_shipped_config_that_is_broken_is_not(validator: Any, path: Path) -> N
     "right",
     [
         config(seed="${SEED:-3}"),
-        config(backbone={"name": "transfer:textcnn", "kernel_sizes": [3, 4]}),
+        config(backbone={"name": "transferkit:textcnn", "kernel_sizes": [3, 4]}),
         config(head={"name": "mlp", "hidden": [8]}, task={"name": "classification", "class_weights": {"a": 1.0}}),
         config(train={"optimizer": {"name": "adamw", "lr": {"head": 1.0e-3, "backbone": 1.0e-4}}}),
         config(train={"scheduler": {"name": "plateau", "patience": 2}, "recipe": {"name": "lp_ft", "epochs": 4}}),
@@ -139,7 +139,7 @@ def test_a_plugin_without_a_schema_is_left_out_and_named() -> None:
     whole, problems = config_schema()
     assert sorted(problem.message.partition(":")[0] for problem in problems) == [
         "option 'size' of Untyped has no type",
-        "the options of head 'odd' make no JSON Schema",
+        "the options of head 'odd' have no JSON Schema",
     ]
     assert jsonschema.Draft202012Validator(whole).is_valid(config())
 

@@ -15,8 +15,8 @@ from torch.optim import lr_scheduler
 
 from transfer import PluginError
 from transfer.config.option_schema import describe_options, options_model, validate
-from transfer.config.run_config import NamedBlock
 from transfer.config.torch_classes import SCHEDULERS, options_set_by_framework
+from transfer.config.train_settings import NamedBlock
 from transfer.config.yaml_document import make_document
 from transfer.errors import Problem
 
@@ -38,7 +38,7 @@ class Part:
 
     def __init__(
         self,
-        options_set_by_framework: int = 0,
+        from_framework: int = 0,
         *,
         size: int,
         share: Share = 0.5,
@@ -100,22 +100,26 @@ def test_values_come_out_as_the_annotation_says() -> None:
 def test_no_value_is_silently_converted(option: str, value: Any) -> None:
     (problem,) = problems_of(Part, {"name": "x", "size": 1, option: value})
     assert problem.message.startswith(f"part.{option}")
-    assert "it should be" in problem.message
+    assert "is invalid: expected " in problem.message
 
 
 @pytest.mark.parametrize(
     ("option", "value", "complaint"),
     [
-        ("share", 1, "part.share is 1: it should be less than 1"),
-        ("mode", "c", "part.mode is \"c\": it should be 'a' or 'b'"),
-        ("sizes", [1, 0], "part.sizes.1 is 0: it should be greater than or equal to 1"),
-        ("sizes", 5, "part.sizes is 5: it should be a list"),
-        ("label", 5, "part.label is 5: it should be text; quote it"),
-        ("on", "off", 'part.on is "off": it should be true or false'),
-        ("pair", [1], "part.pair is [1]: it should have more items"),
-        ("pair", [1, 2, 3], "part.pair is [1, 2, 3]: the greatest number of items is 2"),
-        ("weights", "all", 'part.weights is "all": it should be "balanced" or mapping of text to number > 0 or null'),
-        ("weights", {"a": -1}, "part.weights.a is -1: it should be greater than 0"),
+        ("share", 1, "part.share is invalid: expected a number < 1, got 1"),
+        ("mode", "c", "part.mode is invalid: expected 'a' or 'b', got \"c\""),
+        ("sizes", [1, 0], "part.sizes.1 is invalid: expected a number >= 1, got 0"),
+        ("sizes", 5, "part.sizes is invalid: expected a list, got 5"),
+        ("label", 5, "part.label is invalid: expected text, got 5"),
+        ("on", "off", 'part.on is invalid: expected true or false, got "off"'),
+        ("pair", [1], "part.pair is invalid: expected more items, got [1]"),
+        ("pair", [1, 2, 3], "part.pair is invalid: expected at most 2 items, got [1, 2, 3]"),
+        (
+            "weights",
+            "all",
+            'part.weights is invalid: expected "balanced" or mapping of text to number > 0 or null, got "all"',
+        ),
+        ("weights", {"a": -1}, "part.weights.a is invalid: expected a number > 0, got -1"),
     ],
 )
 def test_complaints_are_in_the_words_of_yaml(option: str, value: Any, complaint: str) -> None:
@@ -124,14 +128,14 @@ def test_complaints_are_in_the_words_of_yaml(option: str, value: Any, complaint:
 
 def test_an_unknown_key_names_the_nearest() -> None:
     (problem,) = problems_of(Part, {"name": "x", "size": 1, "shere": 0.1})
-    assert problem.message == "part 'x' has no option 'shere'"
+    assert problem.message == "unknown option 'shere' of part 'x'"
     assert problem.fix == "did you mean 'share'?"
     assert set(problem.available) == {"name", "size", "share", "mode", "sizes", "pair", "label", "weights", "on"}
 
 
 def test_a_missing_value_says_what_to_add() -> None:
     (problem,) = problems_of(Part, {"name": "x"})
-    assert (problem.message, problem.fix) == ("part 'x' needs 'size'", "add size: ...")
+    assert (problem.message, problem.fix) == ("required option 'size' of part 'x' is missing", "add size: ...")
 
 
 def test_all_problems_of_a_block_are_found_at_once() -> None:
@@ -198,7 +202,7 @@ def test_an_option_called_like_a_key_of_the_framework_is_refused() -> None:
     class Greedy:
         def __init__(self, *, name: str = "") -> None: ...
 
-    with pytest.raises(PluginError, match="an option called 'name'") as caught:
+    with pytest.raises(PluginError, match="option 'name' of Greedy has a reserved name") as caught:
         options_model(Greedy, NamedBlock)
     assert "rename it" in caught.value.problems[0].fix
 
@@ -228,7 +232,7 @@ def test_an_option_that_pydantic_cannot_name_is_refused() -> None:
         def __init__(self, *, model_fields: int = 1) -> None: ...
 
     for component in (Hidden, Model):
-        with pytest.raises(PluginError, match="has an option called") as caught:
+        with pytest.raises(PluginError, match="has a reserved name") as caught:
             options_model(component, NamedBlock)
         assert "rename it" in caught.value.problems[0].fix
 

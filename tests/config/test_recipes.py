@@ -1,4 +1,4 @@
-"""NamedBlock recipes: the phases they stand for."""
+"""Named recipes: the phases they stand for."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import itertools
 import pickle
 import random
 import time
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transfer import DataError, Preprocessing, Split
 from transfer.data import loader as loading
+from transfer.data import memory_cache
 from transfer.data.batch import Batch, TimedIterator, move
 from transfer.data.encoding import encode
 from transfer.data.loader import Loader
@@ -179,9 +180,9 @@ def test_evaluation_goes_from_long_to_short() -> None:
 def test_an_epoch_can_begin_and_end_in_the_middle() -> None:
     made = loader(Noisy())
     whole = batches(made, 2)
-    assert same(list(made.epoch(2, first=3)), whole[3:])
-    assert same(list(made.epoch(2, first=1, most=2)), whole[1:3])
-    assert list(made.epoch(2, first=len(whole))) == []
+    assert same(list(made.epoch(2, start=3)), whole[3:])
+    assert same(list(made.epoch(2, start=1, limit=2)), whole[1:3])
+    assert list(made.epoch(2, start=len(whole))) == []
 
 
 BROKEN = Split({"x": [[1.0], [2.0], [-3.0], [4.0]]}, np.zeros(4, dtype=np.int64), ["a", "b", "c.txt", "d"])
@@ -220,6 +221,68 @@ def test_iterating_leaves_the_global_generators_alone() -> None:
     before = torch.get_rng_state().tolist()
     batches(made)
     assert torch.get_rng_state().tolist() == before
+
+
+class Pair(NamedTuple):
+    """An encoded value of two tensors."""
+
+    first: Tensor
+    second: Tensor
+
+
+CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda tensor: tensor,
+    "array": lambda tensor: tensor.numpy(),
+    "list": lambda tensor: [tensor, tensor.clone()],
+    "tuple of an array": lambda tensor: (tensor.numpy(),),
+    "named tuple": lambda tensor: Pair(tensor, tensor.clone()),
+    "dict": lambda tensor: {"x": tensor},
+}
+
+
+class InPlace(Preprocessing):
+    """Numbers in a container, which augmentation doubles in place."""
+
+    container: str
+    once: bool
+
+    @property
+    def encode_once(self) -> bool:  # type: ignore[override]
+        return self.once
+
+    @property
+    def keep_bytes(self) -> int | None:
+        return None
+
+    def encode(self, values: Sequence[Any]) -> list[Any]:
+        return [CONTAINERS[self.container](torch.tensor(value)) for value in values]
+
+    def augment(self, encoded: Any) -> Any:
+        for item in encoded.values() if isinstance(encoded, dict) else [encoded]:
+            for tensor in item if isinstance(item, list | tuple) else [item]:
+                tensor *= 2
+        return encoded
+
+    def collate(self, encoded: Sequence[Any]) -> Tensor:
+        first = [next(iter(e.values())) if isinstance(e, dict) else e for e in encoded]
+        return torch.stack([torch.as_tensor(e[0] if isinstance(e, list | tuple) else e) for e in first])
+
+    def read(self, source: str) -> Any:
+        return [float(source)]
+
+
+@pytest.mark.parametrize(
+    ("container", "once"),
+    # The memory cache takes only tensors and arrays.
+    [*((container, True) for container in CONTAINERS), ("tensor", False), ("array", False)],
+)
+def test_augmentation_in_place_leaves_stored_values_unchanged(container: str, once: bool) -> None:
+    preprocessing = InPlace()
+    preprocessing.container, preprocessing.once = container, once
+    made = loader(preprocessing, Split({"x": [[1.0, 1.0]] * 10}, [0] * 10))
+    for epoch in range(3):
+        for batch in made.epoch(epoch):
+            assert batch.inputs.eq(2).all()
 
 
 def test_no_bucket_leaves_a_batch_of_one() -> None:
@@ -360,44 +423,44 @@ def test_values_that_fit_are_encoded_once_and_batches_stay_the_same() -> None:
 def test_a_split_that_does_not_fit_is_not_kept() -> None:
     loader = kept_loader(40 * 16 - 1)
     sums(loader, 0), sums(loader, 1)
-    assert not loader.examples.kept.values
+    assert not loader.examples.memory_cache.values
     assert sum(loader.preprocessing.encoded) == 80 + loading.MEASURED_EXAMPLES
 
 
 def test_by_default_half_of_the_available_memory_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_bytes", lambda: 2 * 40 * 16)
+    monkeypatch.setattr(memory_cache, "available_bytes", lambda: 2 * 40 * 16)
     fits = kept_loader(None)
     sums(fits, 0)
-    assert len(fits.examples.kept.values) == 40
-    monkeypatch.setattr(loading, "available_bytes", lambda: 2 * 40 * 16 - 2)
+    assert len(fits.examples.memory_cache.values) == 40
+    monkeypatch.setattr(memory_cache, "available_bytes", lambda: 2 * 40 * 16 - 2)
     too_large = kept_loader(None)
     sums(too_large, 0)
-    assert not too_large.examples.kept.values
+    assert not too_large.examples.memory_cache.values
 
 
 def test_values_larger_than_those_measured_do_not_pass_the_limit() -> None:
     loader = kept_loader(40 * 16)
     loader.examples.measure()
-    loader.examples.kept._room_bytes = 100
+    loader.examples.memory_cache._free_bytes = 100
     sums(loader, 0)
-    assert len(loader.examples.kept.values) == loading.MEASURED_EXAMPLES + 100 // 16
+    assert len(loader.examples.memory_cache.values) == loading.MEASURED_EXAMPLES + 100 // 16
     assert all(torch.equal(a, b) for a, b in zip(sums(loader, 1), sums(kept_loader(0), 1), strict=True))
 
 
 def test_a_split_that_is_used_once_is_not_kept() -> None:
     loader = kept_loader(None, repeated=False)
     sums(loader, 0)
-    assert not loader.examples.kept.values
+    assert not loader.examples.memory_cache.values
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_loader_processes_begin_when_all_is_in_memory() -> None:
     loader, plain = kept_loader(None, workers=2), kept_loader(0)
     for epoch in (0, 1):
-        assert loader.examples.fills == (epoch == 0) or not loader.examples.kept.measured
+        assert loader.examples.is_filling_cache == (epoch == 0) or not loader.examples.memory_cache.is_measured
         assert all(torch.equal(a, b) for a, b in zip(sums(loader, epoch), sums(plain, epoch), strict=True))
     assert sum(loader.preprocessing.encoded) == 40
-    assert not pickle.loads(pickle.dumps(loader.examples)).kept.values
+    assert not pickle.loads(pickle.dumps(loader.examples)).memory_cache.values
 
 
 def test_waiting_is_timed() -> None:

@@ -105,7 +105,7 @@ def test_the_limit_is_per_class_and_takes_the_first() -> None:
 
 
 def test_the_limit_of_numbers_is_over_the_split() -> None:
-    targets = np.zeros((9, 1), dtype=np.float32)
+    targets = np.zeros((9, 3), dtype=np.float32)
     found = complete(data("number", train=split(targets), validation=split(targets)), validation=0.5, limit=4)
     assert ids(found["test"]) == [0, 1, 2, 3]
     assert len(found["train"]) == 4

@@ -168,8 +168,8 @@ def test_from_scratch_texts_have_tuned_random_vectors() -> None:
         "train": {"recipe": {"name": "scratch", "epochs": 1}},
     }
     checked = load_config(text)
-    block = checked.plain["backbone"]
+    block = checked.resolved["backbone"]
     assert (block["variant"], block["vectors"]) == ("rand", None)
     assert block["dimensions"] == checked.backbone.options["dimensions"] > 0
-    again = load_config(checked.plain)
-    assert again.plain == checked.plain
+    again = load_config(checked.resolved)
+    assert again.resolved == checked.resolved

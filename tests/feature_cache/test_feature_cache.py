@@ -395,7 +395,7 @@ def test_the_cached_loader_keeps_order_targets_and_indices() -> None:
     prefix, loader = small(training=True, seed=0)
     cached = CachedLoader(loader, [entry_of(FeatureCache(PLENTY), prefix, loader)])
     assert len(cached) == len(loader)
-    for one, other in zip(cached.epoch(3, first=2, most=3), loader.epoch(3, first=2, most=3), strict=True):
+    for one, other in zip(cached.epoch(3, start=2, limit=3), loader.epoch(3, start=2, limit=3), strict=True):
         assert np.array_equal(one.indices, other.indices)
         assert torch.equal(one.targets, other.targets)
         torch.testing.assert_close(one.inputs, direct(prefix, loader, one.indices))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Dense, PointPreprocessing, Steps
+from conftest import Dense, PointPreprocessing, Points, Steps
 from torch import nn
 
-from transfer import Backbone, FeatureSpec, Preprocessing, Split
+import transfer
+from transfer import Backbone, ConfigError, Data, DataSpec, FeatureSpec, Preprocessing, Split, register
 
 
 class Counting(Sequence[int]):
@@ -31,9 +33,128 @@ class Counting(Sequence[int]):
 
 def test_columns_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="differ in length"):
-        Split({"x": [1, 2, 3]}, np.zeros(2))
+        Split({"x": [1, 2, 3]}, [0, 1])
     with pytest.raises(ValueError, match="differ in length"):
-        Split({"x": [1, 2]}, np.zeros(2), ["a"])
+        Split({"x": [1, 2]}, [0, 1], ["a"])
+
+
+class Labelled:
+    """A shuffled pandas Series in short: ``series[i]`` is the value with the label ``i``."""
+
+    def __init__(self, values: Sequence[Any], labels: Sequence[int]) -> None:
+        self.by_label = dict(zip(labels, values, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.by_label)
+
+    def __getitem__(self, label: int) -> Any:
+        return self.by_label[label]
+
+    def to_numpy(self) -> np.ndarray[Any, Any]:
+        return np.array(list(self.by_label.values()))
+
+
+class Listable(Labelled):
+    """The same without a conversion to an array."""
+
+    to_numpy = None  # type: ignore[assignment]
+
+    def tolist(self) -> list[Any]:
+        return list(self.by_label.values())
+
+
+@pytest.mark.parametrize("series", [Labelled, Listable])
+def test_columns_with_labels_are_read_by_position(series: type[Labelled]) -> None:
+    labels = [2, 0, 1]
+    split = Split(
+        {"x": series(["c", "a", "b"], labels)},
+        series([20, 0, 10], labels),
+        series(["third", "first", "second"], labels),
+        series([7, 8, 9], labels),
+    )
+    assert list(split.fields["x"]) == ["c", "a", "b"]
+    assert [split.name(i) for i in range(3)] == ["third", "first", "second"]
+    assert (split.targets.tolist(), split.groups.tolist()) == ([20, 0, 10], [7, 8, 9])
+    part = split.select(np.array([2, 0]))
+    assert (list(part.fields["x"]), part.targets.tolist(), part.name(0)) == (["b", "c"], [10, 20], "second")
+
+
+@pytest.mark.parametrize("column", [{0: "a", 1: "b"}, {"a", "b"}, iter(["a", "b"])])
+def test_columns_without_positions_are_refused(column: Any) -> None:
+    with pytest.raises(ValueError, match="field 'x' is of the wrong type: expected a sequence"):
+        Split({"x": column}, [0, 1])
+
+
+def test_lazy_columns_are_kept_as_they_are() -> None:
+    column, tensor, array = Counting(), torch.zeros(10, 2), np.zeros((10, 2))
+    split = Split({"x": column, "y": tensor, "z": array}, np.arange(10))
+    assert column.reads == 0
+    assert (split.fields["x"], split.fields["y"], split.fields["z"]) == (column, tensor, array)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ([1, 0], np.array([1, 0], dtype=np.int64)),
+        (np.array([1, 0], dtype=np.uint8), np.array([1, 0], dtype=np.int64)),
+        (torch.tensor([1, 0], dtype=torch.int32), np.array([1, 0], dtype=np.int64)),
+        ([True, False], np.array([1, 0], dtype=np.int64)),
+        ([[1, 0], [1, 1]], np.array([[1, 0], [1, 1]], dtype=np.float32)),
+        (np.array([[0.5], [2.5]]), np.array([[0.5], [2.5]], dtype=np.float32)),
+    ],
+    ids=["list", "uint8", "tensor", "booleans", "labels", "float64"],
+)
+def test_targets_become_int64_or_float32(targets: Any, expected: np.ndarray[Any, Any]) -> None:
+    split = Split({"x": ["a", "b"]}, targets)
+    assert split.targets.dtype == expected.dtype
+    assert split.targets.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["dog", "cat"], "expected integers"),
+        ([0.5, 1.5], r"type float64 and shape \(2,\)"),
+        (np.zeros((2, 1, 1)), "expected integers"),
+        ([0, -1], "the target of b.jpg is wrong: expected a class index of 0 or more, got -1"),
+        ([[0.0], [float("nan")]], "the target of b.jpg is wrong: expected finite"),
+        ([[0.0], [1e300]], "the target of b.jpg is wrong: expected finite float32 numbers"),
+    ],
+    ids=["names", "one-dimensional floats", "three dimensions", "negative", "not a number", "too large"],
+)
+def test_wrong_targets_are_refused(targets: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Split({"x": ["a", "b"]}, targets, ["a.jpg", "b.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "message"),
+    [
+        ("class", [0, 2], "the train split: the target of example 1 is wrong: expected a class index below 2"),
+        ("class", [[0.0, 1.0], [1.0, 0.0]], r"expected int64 \(N,\), got float32 \(2, 2\)"),
+        ("labels", [0, 1], r"expected float32 \(N, 2\), got int64 \(2,\)"),
+        ("labels", [[0.0, 1.0], [0.5, 0.0]], "the target of example 1 is wrong: expected zeros and ones"),
+        ("number", [[0.0], [1.0]], r"expected float32 \(N, 2\)"),
+    ],
+)
+def test_targets_that_do_not_fit_the_spec_are_refused(kind: Any, targets: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Data(DataSpec(("x",), kind, ("a", "b")), {"train": Split({"x": ["a", "b"]}, targets)})
+
+
+@pytest.mark.usefixtures("tiny")
+def test_run_refuses_wrong_targets_at_the_line_of_the_dataset(config: dict[str, Any], tmp_path: Path) -> None:
+    @register("dataset", "beyond")
+    class Beyond(Points):
+        """A dataset with a class index that has no name."""
+
+        def load(self) -> Data:
+            train = super().load().splits["train"]
+            return Data(self.spec, {"train": Split(train.fields, train.targets + 1)})
+
+    with pytest.raises(ConfigError, match="expected a class index below 2") as caught:
+        transfer.run(config, ["data.name=beyond"], output=tmp_path)
+    assert caught.value.problems[0].where == "config"
 
 
 def test_a_selection_reads_nothing() -> None:
@@ -48,7 +169,7 @@ def test_a_selection_reads_nothing() -> None:
 
 
 def test_an_example_without_a_name_is_called_by_its_index() -> None:
-    assert Split({"x": [1, 2]}, np.zeros(2)).name(1) == "example 1"
+    assert Split({"x": [1, 2]}, [0, 1]).name(1) == "example 1"
 
 
 def test_a_selection_can_be_sent_to_a_loader_process() -> None:

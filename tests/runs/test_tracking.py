@@ -193,12 +193,15 @@ def test_mistakes_are_found_at_once(config: dict[str, Any], told: list[Any]) -> 
     with pytest.raises(ConfigError) as caught:
         load_config(config)
     wrong, unknown, option, twice = caught.value.problems
-    assert wrong.message == "trackers.4 is 5: it should be the name of a tracker, or its name and options"
+    assert (
+        wrong.message
+        == "trackers.4 is invalid: expected the name of a tracker, or a mapping of its name and options, got 5"
+    )
     assert unknown.message == "there is no tracker called 'tensorbord'"
     assert unknown.fix == "did you mean 'tensorboard'?"
     assert {"mlflow", "recorder", "tensorboard", "wandb"} <= set(unknown.available)
-    assert (option.message, option.fix) == ("tracker 'recorder' has no option 'fail'", "did you mean 'fails'?")
-    assert twice.message == "tracker 'recorder' is named twice"
+    assert (option.message, option.fix) == ("unknown option 'fail' of tracker 'recorder'", "did you mean 'fails'?")
+    assert twice.message == "tracker 'recorder' is listed twice"
 
 
 def test_a_missing_extra_is_named_with_its_remedy(

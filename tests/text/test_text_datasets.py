@@ -243,6 +243,7 @@ def test_a_reader_that_is_left_half_way_lowers_no_limit(tmp_path: Path) -> None:
         ("a.csv", b"text,label\n'one, two',x\nthree,y\n".replace(b"'", b'"'), {"encoding": "cp1252"}),
         ("a.jsonl", '{"text": "one, two", "label": "x"}\n\n{"text": "three", "label": "y", "more": [1]}\n', {}),
     ],
+    ids=["tsv", "semicolons", "byte order mark", "utf-16", "gzip", "capital suffix", "cp1252", "json lines"],
 )
 def test_every_format_gives_the_same_rows(
     tmp_path: Path, name: str, content: str | bytes, options: dict[str, Any]

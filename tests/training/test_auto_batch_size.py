@@ -210,9 +210,9 @@ def test_a_range_test_and_a_quick_try_find_one_too(config: dict[str, Any], tmp_p
 
 
 def test_the_config_takes_auto_alone(config: dict[str, Any]) -> None:
-    assert load_config(config, [AUTO]).plain["train"]["batch_size"] == "auto"
+    assert load_config(config, [AUTO]).resolved["train"]["batch_size"] == "auto"
     for wrong in ("automatic", "0", "1.5"):
-        with pytest.raises(ConfigError, match="it should be a whole number, 1 or more, or auto"):
+        with pytest.raises(ConfigError, match="expected an integer of 1 or more, or auto"):
             load_config(config, [f"train.batch_size={wrong}"])
     with pytest.raises(ConfigError, match="batch_size or max_tokens, not both"):
         load_config(config, [AUTO, "train.max_tokens=100"])
@@ -222,7 +222,7 @@ def test_check_says_when_it_is_found(config: dict[str, Any]) -> None:
     checked, parts = transfer.check(config, [AUTO])
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(*render(checked, parts))
-    assert "the batch size that fits into memory when the run begins" in console.export_text()
+    assert "the largest batch size that fits into memory at the start" in console.export_text()
 
 
 def test_the_schema_allows_it(tiny: None) -> None:

@@ -147,14 +147,14 @@ def test_a_quick_try_takes_a_few_batches_by_tokens(config: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.batch_size=8", "train.max_tokens=100"], "it should set batch_size or max_tokens, not both"),
-        (["train.batch_size=null"], "it should set batch_size or max_tokens"),
+        (["train.batch_size=8", "train.max_tokens=100"], "train is invalid: set batch_size or max_tokens, not both"),
+        (["train.batch_size=null"], "train is invalid: set batch_size or max_tokens"),
         (["train.batch_size=null", "train.max_tokens=100"], "one example, which max_tokens may make"),
         (
             ["train.batch_size=null", "train.max_tokens=100", "train.phases=[{epochs: 1, freeze: backbone}]"],
             "what dense takes has no length beforehand",
         ),
-        (["train.bucket=0"], "train.bucket is 0: it should be true, false, or a number of batches"),
+        (["train.bucket=0"], "train.bucket is invalid: expected true, false, or a number of batches"),
     ],
 )
 def test_what_batches_by_tokens_cannot_be_is_refused(

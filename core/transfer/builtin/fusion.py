@@ -112,7 +112,8 @@ class Fusion(Backbone):
         blocks = _blocks(options["parts"])
         return {
             "parts": {
-                name: {**block.plain, **block.cls.without_pretrained(block.options)} for name, block in blocks.items()
+                name: {**block.resolved, **block.cls.without_pretrained(block.options)}
+                for name, block in blocks.items()
             }
         }
 

@@ -40,7 +40,9 @@ def render(config: RunConfig, parts: CheckedParts) -> Iterator[RenderableType]:
 
 def _written(config: RunConfig) -> str:
     """Name the backbone, and its options as far as the config gives them in a word."""
-    options = {key: value for key, value in config.backbone.plain.items() if config.document.is_set(("backbone", key))}
+    options = {
+        key: value for key, value in config.backbone.resolved.items() if config.document.is_set(("backbone", key))
+    }
     words = [
         f"{key} {value}" for key, value in options.items() if key != "name" and isinstance(value, str | int | None)
     ]

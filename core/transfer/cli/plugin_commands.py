@@ -127,7 +127,7 @@ def compatibility(as_json: AsJSON = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from transfer.config.compatibility import matrix as declared
+    from transfer.config.compatibility import compatibility_tables as declared
     from transfer.system.terminal import Console
 
     tables, problems = declared()

@@ -1,8 +1,8 @@
-"""Checking a config: every problem at once, each with its location."""
+"""Checking of a config: all problems at once, each with its location."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,55 +22,72 @@ from transfer.config.train_settings import (
     TrainConfig,
 )
 from transfer.config.yaml_document import Document, Key, make_document, read_document
-from transfer.errors import ConfigError, PluginError, Problem, nearest
+from transfer.errors import ConfigError, PluginError, Problem, unknown_name
 from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
 
+_Model = TypeVar("_Model", bound=BaseModel)
+_NamedModel = TypeVar("_NamedModel", bound=NamedBlock)
+
 
 def load_component(kind: Kind, block: Mapping[str, Any], source: str) -> Component:
-    """Check the block of one component on its own (in a model folder).
+    """Check the block of one component outside a config, such as in the description of a saved model.
+
+    Args:
+        kind: Kind of plugin (``backbone``).
+        block: Name and options of the component.
+        source: Path of the file that contains the block, for errors.
 
     Raises:
         PluginError: The plugin is not installed, or cannot be imported.
-        ConfigError: With every problem found.
+        ConfigError: The block has problems; the error contains all of them.
     """
     section = "data" if kind == "dataset" else kind
     if not isinstance(block, Mapping):
-        raise ConfigError(f"{section} is {block!r}: it should be a mapping", where=source)
+        raise ConfigError(f"{section} is invalid: expected a mapping, got {block!r}", where=source)
     if isinstance(name := block.get("name"), str):
-        entry_points.load(
-            kind, name
-        )  # a plugin that is missing is no mistake in the block: the caller knows its package
-    check = _Check(make_document({section: block}, source=source))
-    component, _ = check.component(kind, check.document.data[section], NamedBlock)
+        # A missing plugin is not a mistake in the block, and the caller knows which package contains the plugin:
+        # raise it here as a PluginError, before the checks below turn it into a problem of the block.
+        entry_points.load(kind, name)
+    validator = _ConfigValidator(make_document({section: block}, source=source))
+    component, _ = validator.component(kind, validator.document.data[section], NamedBlock)
     if component is None:
-        raise ConfigError.of(check.problems)
+        raise ConfigError.of(validator.problems)
     return component
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and check a config; of the plugins it imports those that the config names, and it reads no data.
+    """Read and check a config. Only the plugins that it names are imported, and no data is read.
 
     Args:
-        source: The path of a YAML file, or the config as plain data.
-        overrides: ``path.to.key=value`` each, as on the command line.
+        source: Path of a YAML file, or the config as nested dicts.
+        overrides: Assignments ``path.to.key=value``, as on the command line.
 
     Raises:
-        ConfigError: With every problem found.
+        ConfigError: The config has problems; the error contains all of them.
     """
     if isinstance(source, Mapping):
-        return _Check(make_document(source, overrides)).config()
-    return _Check(read_document(source, overrides)).config()
+        return _ConfigValidator(make_document(source, overrides)).config()
+    return _ConfigValidator(read_document(source, overrides)).config()
 
 
-class _Check:
-    """Checks a document part by part and collects the problems."""
+class _ConfigValidator:
+    """Checks a document block by block and collects the problems.
+
+    Args:
+        document: Config with the location of every value.
+    """
 
     def __init__(self, document: Document) -> None:
         self.document = document
         self.problems: list[Problem] = []
 
     def config(self) -> RunConfig:
+        """Check the complete config.
+
+        Raises:
+            ConfigError: The config has problems.
+        """
         top = self.block(RunConfigSchema, self.document.data, (), "the config")
         # A mistake at the top level must not hide those inside the sections that are there.
         raw = (
@@ -84,21 +101,22 @@ class _Check:
         train = self.block(TrainConfig, raw["train"], ("train",), "train") if isinstance(raw["train"], dict) else None
         optimizer, optimizer_options, schedulers = self.training(train) if train else (None, None, ())
         if train is None and isinstance(raw["train"], dict) and isinstance(raw["train"].get("optimizer"), dict):
-            self.optimizer(raw["train"]["optimizer"])  # for its problems
+            self.optimizer(raw["train"]["optimizer"])  # only to collect its problems too
         if self.problems:
-            # Phases share the run's scheduler: what is wrong with it is said once.
+            # Phases share the run's scheduler, and each of them has reported its problems: keep one of each.
             raise ConfigError.of(list(dict.fromkeys(self.problems)))
-        # Every part that is missing has put a problem on the list.
+        # Every block that is None has added a problem, so none is None here.
         assert top and dataset and data_options and backbone and head and task and train  # noqa: PT018
         assert optimizer
         assert optimizer_options
         if train.recipe is not None and train.recipe.name in WITHOUT_PRETRAINED:
             backbone = backbone.without_pretrained()
-        plain: dict[str, Any] = {"seed": top.seed, "data": dataset.plain}
-        plain |= {"backbone": backbone.plain, "head": head.plain, "task": task.plain}
-        plain |= {"train": train.model_dump(mode="json")}
-        plain["train"]["optimizer"] = {"lr": LEARNING_RATE} | plain["train"]["optimizer"]
-        plain["trackers"] = [tracker.plain for tracker in trackers]
+        resolved: dict[str, Any] = {"seed": top.seed, "data": dataset.resolved}
+        resolved |= {"backbone": backbone.resolved, "head": head.resolved, "task": task.resolved}
+        resolved |= {"train": train.model_dump(mode="json")}
+        # torch's defaults for the other options are not written out: they belong to the installed version of torch.
+        resolved["train"]["optimizer"] = {"lr": LEARNING_RATE} | resolved["train"]["optimizer"]
+        resolved["trackers"] = [tracker.resolved for tracker in trackers]
         return RunConfig(
             top.seed,
             dataset,
@@ -112,47 +130,58 @@ class _Check:
             schedulers,
             tuple(trackers),
             self.document,
-            plain,
+            resolved,
         )
 
-    def block(self, model: type[_M], value: Any, key: Key, what: str) -> _M | None:
+    def block(self, model: type[_Model], value: Any, key: Key, what: str) -> _Model | None:
+        """Return a block as an instance of its model, or None after adding its problems."""
         checked, problems = validate(model, value, self.document, key, what)
         self.problems += problems
         return checked
 
     def trackers(self, raw: Any) -> list[Component]:
-        found: dict[str, Component] = {}
+        """Check the list of trackers, in which a name without options may be written as a string."""
+        components: dict[str, Component] = {}
         for index, block in enumerate(raw if isinstance(raw, list | tuple) else ()):
             block = {"name": block} if isinstance(block, str) else block
             component, _ = self.component("tracker", block, NamedBlock, ("trackers", index))
             if component is None:
                 continue
             name = component.plugin.name
-            if name in found:
-                self.problems.append(Problem(f"tracker {name!r} is named twice", component.where, fix="name it once"))
-            found[name] = component
-        return list(found.values())
+            if name in components:
+                problem = Problem(f"tracker {name!r} is listed twice", component.where, fix="list it once")
+                self.problems.append(problem)
+            components[name] = component
+        return list(components.values())
 
     def component(
-        self, kind: Kind, raw: Any, base: type[_N], key: Key | None = None
-    ) -> tuple[Component | None, _N | None]:
-        """Check the block of a component, which stands at ``key``: by default at the section of its kind."""
+        self, kind: Kind, raw: Any, base: type[_NamedModel], key: Key | None = None
+    ) -> tuple[Component | None, _NamedModel | None]:
+        """Check the block of a component.
+
+        Args:
+            kind: Kind of plugin.
+            raw: Block as plain data.
+            base: Model of the framework's own options in the block.
+            key: Path of the block in the document; None: the section of the kind.
+
+        Returns:
+            The component and its checked block, or None twice after adding the problems.
+        """
         key = key or ("data" if kind == "dataset" else kind,)
         section = ".".join(map(str, key))
         if not isinstance(raw, dict):
-            return None, None  # already reported
+            return None, None  # the check of the top level has reported it
         name = raw.get("name")
         if not isinstance(name, str):
-            names = sorted({p.name for p in entry_points.plugins(kind)})
-            where = self.document.location(key)
-            self.problems.append(Problem(f"{section} needs a name", where, tuple(names), f"add name: ... to {section}"))
+            self._require_name(section, key, {plugin.name for plugin in entry_points.plugins(kind)})
             return None, None
         try:
             plugin, cls = entry_points.find(kind, name), entry_points.load(kind, name)
             model = options_model(cls, base)
         except PluginError as error:
             where = self.document.location((*key, "name"))
-            # An import error knows the entry point at fault; the config's line still says who asked for it.
+            # An import error names the entry point; the config line that requested the plugin is added in front.
             self.problems += (replace(p, where=f"{where} -> {p.where}" if p.where else where) for p in error.problems)
             return None, None
         block = self.block(model, raw, key, f"{kind} {name!r}")
@@ -165,6 +194,7 @@ class _Check:
     def training(
         self, train: TrainConfig
     ) -> tuple[TorchClass | None, OptimizerOptions | None, tuple[TorchClass | None, ...]]:
+        """Check the optimizer, and the scheduler of each phase (one scheduler if no phases are listed)."""
         optimizer, options = self.optimizer(train.optimizer)
         schedulers = []
         for index, phase in enumerate(train.phases or [None]):
@@ -172,44 +202,52 @@ class _Check:
             key: Key = ("train", "scheduler")
             if phase is not None and phase.scheduler is not None:
                 raw, key = phase.scheduler, ("train", "phases", index, "scheduler")
-            part = None
+            scheduler = None
             if raw is not None:
-                part, _ = self.torch_part(raw, key, "scheduler", SCHEDULERS, NamedBlock, options_set_by_framework)
-            schedulers.append(part)
+                scheduler, _ = self.torch_class(raw, key, "scheduler", SCHEDULERS, NamedBlock, options_set_by_framework)
+            schedulers.append(scheduler)
         return optimizer, options, tuple(schedulers)
 
     def optimizer(self, raw: dict[str, Any]) -> tuple[TorchClass | None, OptimizerOptions | None]:
+        """Check the optimizer's block."""
         key: Key = ("train", "optimizer")
-        return self.torch_part(raw, key, "optimizer", OPTIMIZERS, OptimizerOptions, lambda _: RESERVED_OPTIONS)
+        return self.torch_class(raw, key, "optimizer", OPTIMIZERS, OptimizerOptions, lambda _: RESERVED_OPTIONS)
 
-    def torch_part(
+    def torch_class(
         self,
         raw: dict[str, Any],
         key: Key,
         what: str,
-        known: Mapping[str, type[Any]],
-        base: type[_N],
-        no_options: Callable[[type[Any]], set[str]],
-    ) -> tuple[TorchClass | None, _N | None]:
+        classes: Mapping[str, type[Any]],
+        base: type[_NamedModel],
+        reserved: Callable[[type[Any]], set[str]],
+    ) -> tuple[TorchClass | None, _NamedModel | None]:
+        """Check the block of one of torch's classes.
+
+        Args:
+            raw: Block as plain data.
+            key: Path of the block in the document.
+            what: Kind of class for messages (``optimizer``).
+            classes: torch's classes by name.
+            base: Model of the framework's own options in the block.
+            reserved: Function from a class to the parameters that a config may not set.
+        """
         name = raw.get("name")
         if not isinstance(name, str):
-            fix = f"add name: ... to {what}"
-            self.problems.append(
-                Problem(f"{what} needs a name", self.document.location(key), tuple(sorted(known)), fix)
-            )
+            self._require_name(what, key, classes)
             return None, None
-        if name not in known:
-            close = nearest(name, known)
-            fix = f"did you mean {close!r}?" if close else f"choose one of torch's {what}s"
+        if name not in classes:
             where = self.document.location((*key, "name"))
-            self.problems.append(Problem(f"there is no {what} called {name!r}", where, tuple(sorted(known)), fix))
+            fix = f"choose one of torch's {what}s"
+            self.problems.append(unknown_name(what, name, classes, where=where, fix=fix))
             return None, None
-        block = self.block(options_model(known[name], base, skip=no_options(known[name])), raw, key, f"{what} {name!r}")
+        cls = classes[name]
+        block = self.block(options_model(cls, base, skip=reserved(cls)), raw, key, f"{what} {name!r}")
         if block is None:
             return None, None
         given = {k: getattr(block, k) for k in sorted(block.model_fields_set) if k not in base.model_fields}
-        return TorchClass(name, known[name], given), block
+        return TorchClass(name, cls, given), block
 
-
-_M = TypeVar("_M", bound=BaseModel)
-_N = TypeVar("_N", bound=NamedBlock)
+    def _require_name(self, what: str, key: Key, names: Iterable[str]) -> None:
+        where, fix = self.document.location(key), f"add name: ... to {what}"
+        self.problems.append(Problem(f"{what} has no name", where, tuple(sorted(names)), fix))

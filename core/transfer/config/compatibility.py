@@ -1,4 +1,4 @@
-"""Which datasets, backbones, heads and tasks fit together, by what they declare: no data, no weights, no memory."""
+"""Compatibility of datasets, backbones, heads and tasks by their declarations, without data, weights or memory."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
 
 Variants = Mapping[str, Any]
-"""What a plugin declares with its defaults (``""``), and with another value of one option (``readout: sequence``)."""
+"""Declaration of a plugin by variant: its defaults (``""``), or another value of one option (``readout: sequence``)."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Which of two kinds fit together.
+    """Compatibility of the plugins of two kinds.
 
     Args:
-        title: What fits what.
-        rows, columns: Names of plugins.
-        cells: By row and column: ``yes``, the option that makes them fit, or nothing.
+        title: Title of the table.
+        rows: Names of the plugins of the first kind.
+        columns: Names of the plugins of the second kind.
+        cells: Compatibility by row and column: ``yes``, the option that makes the two compatible, or an empty string.
     """
 
     title: str
@@ -36,8 +37,8 @@ class Table:
     cells: Mapping[str, Mapping[str, str]]
 
 
-def matrix() -> tuple[list[Table], list[Problem]]:
-    """Return what fits together of all that is installed, and what had to be left out and why."""
+def compatibility_tables() -> tuple[list[Table], list[Problem]]:
+    """Return the tables of all installed plugins, and the problems of plugins that are left out."""
     problems: list[Problem] = []
     datasets = _declared("dataset", lambda cls: _variants(cls, lambda dataset: dataset.spec), problems)
     backbones = _declared(
@@ -69,43 +70,44 @@ def matrix() -> tuple[list[Table], list[Problem]]:
 
 
 def _declared(kind: Kind, declare: Callable[[type[Any]], Variants], problems: list[Problem]) -> dict[str, Variants]:
-    """Ask every plugin of a kind what it declares."""
-    found = {}
+    """Return the declarations of all plugins of a kind by name."""
+    declarations = {}
     installed = entry_points.plugins(kind)
     names = [plugin.name for plugin in installed]
     for plugin in installed:
         name = plugin.name if names.count(plugin.name) == 1 else plugin.qualified_name
         try:
-            found[name] = declare(entry_points.load(kind, plugin.qualified_name))
+            declarations[name] = declare(entry_points.load(kind, plugin.qualified_name))
         except UserError as error:
             problems += (replace(problem, where=problem.where or f"{kind} {name!r}") for problem in error.problems)
-        except Exception as error:  # whatever a plugin's constructor raises must not hide the others
+        except Exception as error:  # a plugin's constructor may raise anything, which must not hide the other plugins
             problems.append(Problem(f"{kind} {name!r} cannot be built: {type(error).__name__}: {error}"))
-    return found
+    return declarations
 
 
-def _variants(cls: type[Any], declared: Callable[[Any], Any]) -> Variants:
-    """Build a plugin in every variant, under the meta device, and ask each what it declares."""
-    found = {}
+def _variants(cls: type[Any], declare: Callable[[Any], Any]) -> Variants:
+    """Build each variant of a plugin on the meta device, and return their declarations."""
+    variants = {}
     with torch.device("meta"):
         for label, options in _options(cls):
             try:
-                found[label] = declared(cls(**options))
-            except Exception as error:  # whatever a constructor raises on what was filled in
+                variants[label] = declare(cls(**options))
+            except Exception as error:  # a constructor may raise anything for a placeholder
                 if not label and options:
-                    raise _depends(options) from error
+                    raise _depends_on_options(options) from error
+                # A variant that is refused is left out: its value may need other options as well.
                 if not (label and isinstance(error, UserError | ValueError | TypeError)):
-                    raise  # another value may want other options beside it
-    return found
+                    raise
+    return variants
 
 
 def _options(cls: type[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a plugin's defaults, and its options with each other value of those that are a choice of a few.
+    """Yield the options of each variant: the defaults, and every other value of each option that is a choice.
 
-    What is required is filled in: a constructor reads nothing, so that any name of a file will do.
+    Required options get a placeholder. A constructor reads nothing, so that any file name is accepted.
     """
     fields = options_model(cls, Block).model_fields
-    required = {name: _filler(name, field.annotation) for name, field in fields.items() if field.is_required()}
+    required = {name: _placeholder(name, field.annotation) for name, field in fields.items() if field.is_required()}
     yield "", required
     for name, field in fields.items():
         for value in _choices(field.annotation):
@@ -113,22 +115,23 @@ def _options(cls: type[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{name}: {value if isinstance(value, str) else json.dumps(value)}", {**required, name: value}
 
 
-def _filler(name: str, annotation: Any) -> Any:
+def _placeholder(name: str, annotation: Any) -> Any:
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     if str in (typing.get_args(annotation) if is_union else (annotation,)):
         return name
     choices = list(_choices(annotation))
     if not choices:
-        raise _depends([name])
+        raise _depends_on_options([name])
     return choices[0]
 
 
-def _depends(options: Iterable[str]) -> PluginError:
+def _depends_on_options(options: Iterable[str]) -> PluginError:
     names = " and ".join(map(repr, options))
-    return PluginError(f"what it declares depends on its option {names}", fix="transfer check CONFIG tells what fits")
+    return PluginError(f"the declaration depends on option {names}", fix="check a config: transfer check CONFIG")
 
 
 def _choices(annotation: Any) -> Iterator[Any]:
+    """Yield the values of all literals in an annotation."""
     if typing.get_origin(annotation) is Literal:
         yield from typing.get_args(annotation)
     else:
@@ -144,9 +147,9 @@ def _table(
 
 
 def _cell(row: Variants, column: Variants, fits: Callable[[Any, Any], bool]) -> str:
-    """Return ``yes``, the first option that makes both fit, or nothing."""
-    for row_label, one in row.items():
-        for column_label, other in column.items():
-            if fits(one, other):
+    """Return ``yes``, the first options that make the two compatible, or an empty string."""
+    for row_label, row_declaration in row.items():
+        for column_label, column_declaration in column.items():
+            if fits(row_declaration, column_declaration):
                 return ", ".join(filter(None, (row_label, column_label))) or "yes"
     return ""

@@ -14,39 +14,39 @@ from transfer.registry.entry_points import Kind
 
 @dataclass(frozen=True)
 class Component:
-    """A plugin that a config names, and the options it gives.
+    """A plugin that a config names, with its options.
 
     Args:
-        kind: Its kind.
-        plugin: Where it comes from.
-        cls: Its class.
-        options: Checked options, defaults filled in.
-        plain: The whole block as JSON, name included.
-        where: File and line of its block.
+        kind: Kind of plugin (``backbone``).
+        plugin: Name, distribution and version of the plugin.
+        cls: Class of the plugin.
+        options: Checked options, with defaults filled in.
+        resolved: Complete block as JSON values: the name, and the options with defaults filled in.
+        where: Location of the block: file and line, or command-line override.
     """
 
     kind: Kind
     plugin: entry_points.Plugin
     cls: type[Any]
     options: Mapping[str, Any]
-    plain: Mapping[str, Any]
+    resolved: Mapping[str, Any]
     where: str
 
     def make(self, *options_set_by_framework: Any) -> Any:
-        """Build it from what the framework hands over and its options; its mistakes name the line of its block."""
+        """Build the component from the framework's arguments and the options; its errors name the block's location."""
         with error_location(self.where):
             return self.cls(*options_set_by_framework, **self.options)
 
     def without_pretrained(self) -> Component:
-        """Return this backbone as it begins from random weights."""
+        """Return this backbone with the options that start it from random weights."""
         with error_location(self.where):
             changed = self.cls.without_pretrained(self.options)
-        return replace(self, options={**self.options, **changed}, plain={**self.plain, **changed})
+        return replace(self, options={**self.options, **changed}, resolved={**self.resolved, **changed})
 
 
 @contextmanager
 def error_location(where: str) -> Iterator[None]:
-    """Give an error raised inside a place, where it does not know better; a plain ValueError becomes a ConfigError."""
+    """Add a location to errors raised in the block that have none; a ValueError or TypeError becomes a ConfigError."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The JSON Schema of a whole config, for editors: every installed plugin's options, alternatives by ``name``."""
+"""JSON Schema of a config for editors: the options of all installed plugins, selected by ``name``."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NUMBERS = frozenset({"integer", "number", "boolean"})
 
 Schema = dict[str, Any]
 _Member = tuple[list[str], type[BaseModel], str]
-"""What a config may call one of several blocks, its model, and what it is."""
+"""Names of a plugin in a config, the model of its block, and its description."""
 
 
 def config_schema() -> tuple[Schema, list[Problem]]:
-    """Return the schema of a config with all that is installed, and what had to be left out and why."""
+    """Return the JSON Schema of a config with all installed plugins, and the problems of plugins that are left out."""
     problems: list[Problem] = []
     alternatives: dict[str, list[_Member]] = {
         section: _plugins(kind, base, problems) for section, (kind, base) in _SECTIONS.items()
@@ -51,18 +51,20 @@ def config_schema() -> tuple[Schema, list[Problem]]:
         )
         for cls in dict.fromkeys(SCHEDULERS.values())
     ]
+    # One call for all models, so that nested blocks (Phase, Recipe) are defined once and shared.
     models: list[type[BaseModel]] = [RunConfigSchema, TrainConfig]
     models += [model for members in alternatives.values() for _, model, _ in members]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Default value .* is not JSON serializable", UserWarning)
-        found, shared = models_json_schema([(model, "validation") for model in models])
+        references, shared = models_json_schema([(model, "validation") for model in models])
     definitions: Schema = shared["$defs"]
     for name, members in alternatives.items():
-        refs = [(names, found[model, "validation"], description) for names, model, description in members]
-        definitions[name] = _choice(definitions, refs)
-    top = _definition(definitions, found[RunConfigSchema, "validation"])
-    train = _definition(definitions, found[TrainConfig, "validation"])
+        choices = [(names, references[model, "validation"], description) for names, model, description in members]
+        definitions[name] = _choice(definitions, choices)
+    top = _definition(definitions, references[RunConfigSchema, "validation"])
+    train = _definition(definitions, references[TrainConfig, "validation"])
     phase = definitions[Phase.__name__]
+    # The models declare these blocks as mappings of anything, because their options depend on the name in them.
     for block, keys in ((top, _SECTIONS), (train, ("optimizer", "scheduler")), (phase, ("scheduler",))):
         for key in keys:
             block["properties"][key] = _refer(block["properties"][key], key)
@@ -77,12 +79,12 @@ def config_schema() -> tuple[Schema, list[Problem]]:
 
 
 def _plugins(kind: Kind, base: type[NamedBlock], problems: list[Problem]) -> list[_Member]:
-    """Return what a config may choose from of a kind; a plugin that cannot be loaded is left out."""
+    """Return the plugins of a kind that a config can name; plugins that cannot be loaded are left out."""
     installed = entry_points.plugins(kind)
     claims = Counter(plugin.name for plugin in installed)
-    found: list[_Member] = []
+    members: list[_Member] = []
     for plugin in installed:
-        if plugin.extras and plugin.unavailable:  # an extra is a choice, and not to have made it is no problem
+        if plugin.extras and plugin.unavailable:  # extras are optional: a missing one is not a problem
             continue
         names = [plugin.qualified_name] if claims[plugin.name] > 1 else [plugin.name, plugin.qualified_name]
         try:
@@ -92,46 +94,49 @@ def _plugins(kind: Kind, base: type[NamedBlock], problems: list[Problem]) -> lis
         except PluginError as error:
             problems += error.problems
         except PydanticInvalidForJsonSchema as error:
-            problems.append(Problem(f"the options of {kind} {plugin.name!r} make no JSON Schema: {error}"))
+            problems.append(Problem(f"the options of {kind} {plugin.name!r} have no JSON Schema: {error}"))
         else:
-            found.append((names, model, summary(cls)))
-    return found
+            members.append((names, model, summary(cls)))
+    return members
 
 
 def _definition(definitions: Schema, reference: Schema) -> Schema:
-    """Take the schema that a reference means out of the definitions, where it is referred to by no other."""
+    """Return the definition that a reference points to, and remove it unless another schema refers to it."""
     name = reference["$ref"].removeprefix("#/$defs/")
     return definitions[name] if name == TrainConfig.__name__ else definitions.pop(name)  # type: ignore[no-any-return]
 
 
 def _choice(definitions: Schema, members: list[tuple[list[str], Schema, str]]) -> Schema:
-    """Return a block that is one of several, told apart by its name: a mistake is one of the block that is meant."""
-    known: list[str] = []
+    """Return the schema of a block that is one of several, selected by its name.
+
+    ``if``/``then`` by name, instead of ``oneOf``, makes editors report mistakes only for the block that is named.
+    """
+    all_names: list[str] = []
     cases: list[Schema] = []
     for names, reference, description in members:
         block = definitions[reference["$ref"].removeprefix("#/$defs/")]
         block["properties"]["name"] = {"enum": names}
-        known += names
+        all_names += names
         cases.append({"if": {"properties": {"name": {"enum": names}}, "required": ["name"]}, "then": reference})
         block["title"] = names[0]
         if description:
             block["description"] = description
-    return {"type": "object", "required": ["name"], "properties": {"name": {"enum": known}}, "allOf": cases}
+    return {"type": "object", "required": ["name"], "properties": {"name": {"enum": all_names}}, "allOf": cases}
 
 
-def _refer(was: Schema, definition: str) -> Schema:
-    """Refer to a definition where a block was a mapping of anything; it stays optional and described."""
+def _refer(option: Schema, definition: str) -> Schema:
+    """Return the schema of an option as a reference to a definition, with its description, default and null kept."""
     reference: Schema = {"$ref": f"#/$defs/{definition}"}
-    optional = any(member.get("type") == "null" for member in was.get("anyOf", ()))
-    kept = {key: was[key] for key in ("description", "default") if key in was}
-    return kept | ({"anyOf": [reference, {"type": "null"}]} if optional else reference)
+    optional = any(member.get("type") == "null" for member in option.get("anyOf", ()))
+    annotations = {key: option[key] for key in ("description", "default") if key in option}
+    return annotations | ({"anyOf": [reference, {"type": "null"}]} if optional else reference)
 
 
 def _allow_variables(block: Schema) -> None:
-    """Allow ``${NAME}`` and ``${NAME:-default}`` where a number or a truth value belongs."""
+    """Allow ``${NAME}`` and ``${NAME:-default}`` as the value of options that are numbers or booleans."""
     for name, option in block.get("properties", {}).items():
         members = option.get("anyOf", [option])
-        # A word (auto) beside a number leaves no more place for a variable than the number alone.
+        # Constants (auto) are ignored: only options that accept any text accept a variable already.
         kinds = {None if {"const", "enum"} & member.keys() else member.get("type") for member in members}
         if kinds & _NUMBERS and kinds <= _NUMBERS | {"null", None}:
             annotations = {key: option[key] for key in ("title", "description", "default") if key in option}

@@ -1,4 +1,4 @@
-"""A component's constructor signature as the schema of its config block."""
+"""Schema of a config block from the constructor signature of the component that it names."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ from pydantic_core import CoreSchema, PydanticUndefined
 from torch import Tensor
 
 from transfer.config.yaml_document import Document, Key
-from transfer.errors import PluginError, Problem, nearest
+from transfer.errors import PluginError, Problem, unknown_name
+
+MAX_VALUE_CHARACTERS = 60
+"""Length to which a wrong value is shortened in an error."""
 
 
 class Block(BaseModel):
-    """A part of a config: unknown keys are errors, and no value is silently converted to another type."""
+    """Base of all blocks of a config. Unknown keys are errors, and no value is silently converted to another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Describe the block and its options in a JSON Schema by the class docstrings."""
+        """Return the JSON Schema of the block, with descriptions from the class docstrings."""
         schema = handler.resolve_ref_schema(handler(core_schema))
         if "description" in schema:
             schema["description"] = summary(cls)
@@ -49,7 +52,14 @@ class Block(BaseModel):
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a component, for a person."""
+    """One option of a component, as text for tables and documentation.
+
+    Args:
+        name: Name of the option.
+        type: Type in words (``number >= 0``).
+        default: Default as JSON, or ``required``.
+        description: Entry of the option under ``Args:`` in the class docstring.
+    """
 
     name: str
     type: str
@@ -61,22 +71,27 @@ _Model = typing.TypeVar("_Model", bound=BaseModel)
 
 
 def options_model(component: type, base: type[_Model], *, skip: Iterable[str] = ()) -> type[_Model]:
-    """Return the model of the config block that names a component: the fields of ``base`` and its own options.
+    """Return the model of a config block: the fields of ``base`` and the component's own options.
 
-    For a class of ours its options are the keyword-only parameters of its constructor. For torch's optimizers and
-    schedulers, which know no such custom, ``skip`` names what the framework hands over and all the rest is an option.
+    The options of a plugin are the keyword-only parameters of its constructor. torch's optimizers and schedulers do not
+    follow that convention: all their parameters are options, except those in ``skip``.
+
+    Args:
+        component: Class of the component.
+        base: Model of the framework's own options in the block.
+        skip: Parameters of one of torch's classes that are not options. Empty for plugins.
 
     Raises:
-        PluginError: An option has no type annotation, one that cannot be resolved, or the name of a field of ``base``.
+        PluginError: An option has no type annotation, a type that cannot be resolved, or a reserved name.
     """
     skip = frozenset(skip)
     name = component.__name__
     where = f"{component.__module__}.{name}"
-    # Torch's schedulers name some of these without importing them.
-    ours = None if not skip else vars(collections.abc)
+    # torch's schedulers use Callable and Iterable in annotations without importing them at run time.
+    extra_names = vars(collections.abc) if skip else None
     try:
-        hints = typing.get_type_hints(component.__init__, localns=ours, include_extras=True)  # type: ignore[misc]
-    except Exception as error:  # whatever a plugin's annotations raise when they are evaluated
+        hints = typing.get_type_hints(component.__init__, localns=extra_names, include_extras=True)  # type: ignore[misc]
+    except Exception as error:  # evaluating a plugin's annotations may raise anything
         raise PluginError(
             f"the option types of {name} cannot be resolved: {error}",
             where=where,
@@ -90,79 +105,83 @@ def options_model(component: type, base: type[_Model], *, skip: Iterable[str] = 
         if parameter.name in skip or not (keyword or (skip and positional)):
             continue
         if parameter.name in base.model_fields:
-            fix = f"rename it: {', '.join(base.model_fields)} belong to the framework"
-            raise PluginError(f"{name} has an option called {parameter.name!r}", where=where, fix=fix)
+            fix = f"rename it: the framework reserves {', '.join(base.model_fields)}"
+            raise PluginError(f"option {parameter.name!r} of {name} has a reserved name", where=where, fix=fix)
         if parameter.name.startswith("_") or (parameter.name.startswith("model_") and hasattr(Block, parameter.name)):
-            fix = "rename it: pydantic, which checks it, has another use for that name"
-            raise PluginError(f"{name} has an option called {parameter.name!r}", where=where, fix=fix)
+            fix = "rename it: pydantic, which checks the options, reserves that name"
+            raise PluginError(f"option {parameter.name!r} of {name} has a reserved name", where=where, fix=fix)
         if parameter.name not in hints and not skip:
-            fix = "annotate it: the signature is the schema of the config block"
+            fix = "add a type annotation: the signature is the schema of the config block"
             raise PluginError(f"option {parameter.name!r} of {name} has no type", where=where, fix=fix)
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         hint = hints.get(parameter.name, Any)
         field = Field(default, description=described.get(parameter.name))
-        fields[parameter.name] = (_for_a_config(hint) if skip else hint, field)
+        fields[parameter.name] = (_config_type(hint) if skip else hint, field)
     try:
         with warnings.catch_warnings():
-            # An option may be called what pydantic calls one of a model's methods (copy, json): it is read as data.
+            # An option may have the name of a method of pydantic's models (copy, json): it is only read as data.
             warnings.filterwarnings("ignore", "Field name .* shadows an attribute", UserWarning)
             return create_model(f"{name} options", __base__=base, **fields)
     except (PydanticUserError, TypeError) as error:
-        fix = "give options types that JSON can hold"
-        raise PluginError(f"the options of {name} make no schema: {error}", where=where, fix=fix) from error
+        fix = "use option types that JSON can represent"
+        raise PluginError(f"the options of {name} have no schema: {error}", where=where, fix=fix) from error
 
 
-def _for_a_config(hint: Any) -> Any:
-    """Reduce torch's types to what a config can write: no Tensor in ``float | Tensor``, a list for an Iterable."""
+def _config_type(hint: Any) -> Any:
+    """Return the part of one of torch's types that a config can contain.
+
+    Tensor is removed from a union such as ``float | Tensor``, and an Iterable becomes a tuple.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        kept = tuple(_for_a_config(a) for a in arguments if a is not Tensor)
-        return Union[kept]  # noqa: UP007  # built from values; the | operator has no such form
+        members = tuple(_config_type(a) for a in arguments if a is not Tensor)
+        return Union[members]  # noqa: UP007  # the | operator cannot be applied to a tuple of types
     if origin is tuple:
-        return tuple[tuple(_for_a_config(a) for a in arguments)]  # type: ignore[misc]
-    if origin is collections.abc.Iterable:  # pydantic would hand over a generator, good for one phase only
-        return tuple[_for_a_config(arguments[0]), ...]  # type: ignore[misc]
+        return tuple[tuple(_config_type(a) for a in arguments)]  # type: ignore[misc]
+    if origin is collections.abc.Iterable:  # pydantic would return a generator, which the second phase finds empty
+        return tuple[_config_type(arguments[0]), ...]  # type: ignore[misc]
     return hint
 
 
 def validate(
     model: type[_Model], value: Any, document: Document, key: Key, what: str
 ) -> tuple[_Model | None, list[Problem]]:
-    """Check one block of a document.
+    """Check one block of a document against a model.
 
     Args:
-        model: What the block should be.
-        value: The block's plain data.
-        document: Where the block stands, for file and line.
-        key: The block's path in the document.
-        what: What the block belongs to, for messages (``backbone 'textcnn'``).
+        model: Model of the block.
+        value: Block as plain data.
+        document: Document that contains the block, for file and line.
+        key: Path of the block in the document.
+        what: Owner of the block for messages (``backbone 'textcnn'``).
 
     Returns:
-        The model's instance, or None and every problem found.
+        The model's instance, or None with all problems.
     """
     try:
-        # JSON mode is strict about types and still reads a list as a tuple, which is what a YAML file needs.
+        # JSON mode is strict about types but accepts a list for a tuple: YAML has no tuples.
         return model.model_validate_json(json.dumps(value), strict=True), []
     except ValidationError as error:
         errors = [(one, _locate(value, one["loc"])) for one in error.errors(include_url=False)]
-        found: dict[tuple[Key, str], Problem] = {}
+        problems: dict[tuple[Key, str], Problem] = {}
         for one, at in errors:
-            # What is wrong inside a value is enough: pydantic also says that too few of its items are right, and what
-            # every other member of a union would have wanted.
+            # pydantic adds errors for the value that contains a wrong one: too few valid items, and one error for
+            # each member of a union. The error at the inner value is the specific one, so these are dropped.
             vague = one["type"] == "too_short" or _is_of_union(one, at)
             if not (vague and any(len(other) > len(at) and other[: len(at)] == at for _, other in errors)):
+                # An unknown key and a wrong value can have the same location; both are reported.
                 extra = one["type"] if one["type"] == "extra_forbidden" else ""
-                found.setdefault((at, extra), _problem(model, one, at, document, key, what))
-        return None, list(found.values())
+                problems.setdefault((at, extra), _problem(model, one, at, document, key, what))
+        return None, list(problems.values())
 
 
 def _is_of_union(one: Any, at: Key) -> bool:
-    """Say whether this is what one member of a union wants: its place then ends in that member's name."""
+    """Return whether an error is about one member of a union: pydantic's location then ends with the member's name."""
     return len(one["loc"]) > len(at) and one["type"] not in ("missing", "extra_forbidden")
 
 
 def _locate(value: Any, location: tuple[int | str, ...]) -> Key:
-    """Return the part of pydantic's location that exists in the data: the rest names members of unions."""
+    """Return pydantic's location without the names of union members, which are not keys of the data."""
     key: list[int | str] = []
     for part in location:
         if isinstance(value, Mapping) and part in value:
@@ -180,72 +199,91 @@ def _problem(model: type[BaseModel], one: Any, at: Key, document: Document, key:
     name = str(one["loc"][-1]) if one["loc"] else ""
     path = ".".join(map(str, key + at))
     if one["type"] == "extra_forbidden":
-        keys = sorted(_keys(model, at[:-1]))
-        close = nearest(name, keys)
         owner = what if len(at) == 1 else ".".join(map(str, key + at[:-1]))
-        fix = f"did you mean {close!r}?" if close else "remove it"
-        return Problem(f"{owner} has no option {name!r}", where, tuple(keys), fix)
+        return unknown_name("option", name, _keys(model, at[:-1]), owner=owner, where=where, fix="remove it")
     if one["type"] == "missing" and not name.isdigit():
-        return Problem(f"{what} needs {'.'.join([*map(str, at), name])!r}", where, fix=f"add {name}: ...")
-    complaint = _complaint(one)
+        required = ".".join([*map(str, at), name])
+        return Problem(f"required option {required!r} of {what} is missing", where, fix=f"add {name}: ...")
+    expected = _expected(one)
     if _is_of_union(one, at) and len(at) == 1:
         field = model.model_fields[str(at[0])]
-        complaint = f"it should be {_type_name(field.annotation, field.metadata)}"
-    return Problem(f"{path or what} is {_show(one['input'])}: {complaint}", where)
+        expected = f"expected {_type_name(field.annotation, field.metadata)}"
+    # The value of the complete block would say little: its problem is a combination of options.
+    got = f", got {_json(one['input'])}" if at or one["type"] != "value_error" else ""
+    quote = one["type"] == "string_type" and isinstance(one["input"], int | float)
+    return Problem(f"{path or what} is invalid: {expected}{got}", where, fix="quote the value" if quote else None)
 
 
-def _complaint(one: Any) -> str:
-    """Say what is wrong with a value in the words of YAML, where pydantic uses those of Python and JSON."""
+def _expected(one: Any) -> str:
+    """Return the expected value of one of pydantic's errors, in terms of YAML instead of Python and JSON."""
+    context = one.get("ctx", {})
     match one["type"]:
         case "tuple_type" | "list_type" | "set_type" | "frozen_set_type":
-            return "it should be a list"
+            return "expected a list"
         case "dict_type" | "model_type" | "model_attributes_type":
-            return "it should be a mapping"
+            return "expected a mapping"
         case "string_type":
-            return "it should be text; quote it" if isinstance(one["input"], int | float) else "it should be text"
+            return "expected text"
         case "bool_type":
-            return "it should be true or false"
+            return "expected true or false"
+        case "int_type" | "int_from_float":
+            return "expected an integer"
+        case "float_type":
+            return "expected a number"
+        case "greater_than":
+            return f"expected a number > {context['gt']:g}"
+        case "greater_than_equal":
+            return f"expected a number >= {context['ge']:g}"
+        case "less_than":
+            return f"expected a number < {context['lt']:g}"
+        case "less_than_equal":
+            return f"expected a number <= {context['le']:g}"
         case "too_short":
-            return f"the least number of items is {one['ctx']['min_length']}"
+            return f"expected at least {_items(context['min_length'])}"
         case "too_long":
-            return f"the greatest number of items is {one['ctx']['max_length']}"
+            return f"expected at most {_items(context['max_length'])}"
         case "missing":
-            return "it should have more items"
-    return re.sub(r"^Input should", "it should", re.sub(r"^Value error, ", "", one["msg"]))
+            return "expected more items"
+    return re.sub(r"^Input should be", "expected", re.sub(r"^Value error, ", "", one["msg"]))
 
 
-def _show(value: Any) -> str:
+def _items(count: int) -> str:
+    return f"{count} item" if count == 1 else f"{count} items"
+
+
+def _json(value: Any) -> str:
+    """Return a value as JSON, which is also YAML, shortened if it is long."""
     text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 3] + "..."
 
 
 def _keys(model: type[BaseModel], at: Key) -> Iterable[str]:
-    """Return the keys that the block at ``at`` inside ``model`` takes, as far as models are nested plainly."""
+    """Return the keys of the block at ``at`` inside ``model``; empty if ``at`` is not a block with its own model."""
     for part in at:
         if isinstance(part, int):
             continue
         field = model.model_fields.get(part)
-        inner = (
-            [a for a in _flatten(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)] if field else []
-        )
-        if not inner:
+        annotations = _flatten(field.annotation) if field else []
+        models = [a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not models:
             return ()
-        model = inner[0]
+        model = models[0]
     return model.model_fields
 
 
 def _flatten(annotation: Any) -> list[Any]:
+    """Return an annotation and all annotations nested in it."""
     arguments = typing.get_args(annotation)
     return [annotation, *(b for a in arguments for b in _flatten(a))]
 
 
 def describe_options(component: type) -> list[Option]:
-    """List a component's options with type, default and description, from its signature and class docstrings."""
+    """Return the options of a component, from its constructor signature and class docstrings."""
     return describe_fields(options_model(component, Block))
 
 
 def describe_fields(model: type[BaseModel]) -> list[Option]:
-    """List the keys of a block with type, default and description."""
+    """Return the keys of a block as options."""
     described = descriptions(model)
     return [
         Option(
@@ -263,7 +301,7 @@ _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def _type_name(annotation: Any, limits: Iterable[Any] = ()) -> str:
-    """Name a type for a person: ``number >= 0 and < 1``, ``"a" | "b"``, ``list of int``, ``text or null``."""
+    """Return a type in words: ``number >= 0 and < 1``, ``"a" | "b"``, ``list of int``, ``text or null``."""
     bounds = [f"{sign} {getattr(m, name):g}" for m in limits for name, sign in _BOUNDS.items() if hasattr(m, name)]
     return " ".join([_bare_type_name(annotation), " and ".join(bounds)]).rstrip()
 
@@ -293,16 +331,16 @@ def _default(field: FieldInfo) -> str:
 
 
 def summary(component: type) -> str:
-    """Return what a class docstring says before its ``Args:``, in one line; empty where it says nothing of its own."""
+    """Return the text of a class docstring before ``Args:`` in one line; empty if the class has no docstring."""
     return " ".join(inspect.cleandoc(component.__doc__ or "").partition("Args:")[0].split())
 
 
 def descriptions(component: type) -> dict[str, str]:
-    """Return the description of each option, from the docstrings of a class and of those it derives from."""
-    found: dict[str, str] = {}
-    for cls in reversed(component.__mro__):  # a constructor is often inherited, and its options' descriptions with it
-        found |= _argument_descriptions(inspect.cleandoc(cls.__doc__ or ""))
-    return found
+    """Return the description of each option, from the docstrings of a class and its base classes."""
+    described: dict[str, str] = {}
+    for cls in reversed(component.__mro__):  # an inherited constructor is described in the class that defines it
+        described |= _argument_descriptions(inspect.cleandoc(cls.__doc__ or ""))
+    return described
 
 
 def _argument_descriptions(docstring: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""NamedBlock recipes, worked out for a model's stages."""
+"""Named recipes, expanded to the phases for a model's stages."""
 
 from __future__ import annotations
 
@@ -8,51 +8,55 @@ from transfer.config.train_settings import Freeze, LearningRate, Phase, Recipe, 
 from transfer.errors import ConfigError
 
 WITHOUT_PRETRAINED = frozenset({"scratch", "random_features"})
-"""Begin from random weights."""
-BACKBONE_SHARE = 0.1
-"""The backbone learns at this share of the head's rate: what was pretrained should move less than what is new."""
+"""Recipes that start from random weights."""
+BACKBONE_LR_FACTOR = 0.1
+"""Learning rate of the backbone relative to the head's: pretrained weights should change less than new ones."""
 STAGE_DECAY = 1 / 2.6
-"""From stage to stage downward (Howard and Ruder 2018, section 3.2)."""
+"""Factor of the learning rate from a stage to the one before it (Howard and Ruder 2018, section 3.2)."""
 
 
 def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Phase, ...]:
     """Return the phases of a recipe.
 
     Args:
-        recipe: Its name and the epochs over all phases.
-        lr: The optimizer's learning rate; given by group, it is kept as it is in every phase.
-        stages: The backbone's stages that have parameters, from input to output.
+        recipe: Name of the recipe and its total number of epochs.
+        lr: Learning rate of the optimizer. Learning rates by group are used unchanged in every phase.
+        stages: Names of the backbone's stages that have parameters, from input to output.
 
     Raises:
-        ConfigError: There are fewer epochs than phases.
+        ConfigError: The recipe has fewer epochs than phases.
     """
-    head = {"head": lr, "backbone": lr * BACKBONE_SHARE} if not isinstance(lr, Mapping) else lr
+    by_group = {"head": lr, "backbone": lr * BACKBONE_LR_FACTOR} if not isinstance(lr, Mapping) else lr
     if recipe.name in ("feature_extraction", "random_features"):
         return (Phase(epochs=recipe.epochs, freeze="backbone", lr=lr),)
     if recipe.name == "fine_tune":
-        return (Phase(epochs=recipe.epochs, lr=head),)
+        return (Phase(epochs=recipe.epochs, lr=by_group),)
     if recipe.name == "scratch":
         return (Phase(epochs=recipe.epochs, lr=lr),)
     if recipe.name == "lp_ft":
-        probe, tune = _share(recipe, 2)
-        # After the probe the head is good: it too is tuned slowly.
-        slow = {"head": lr * BACKBONE_SHARE, "backbone": lr * BACKBONE_SHARE} if not isinstance(lr, Mapping) else lr
+        probe, tune = _split_epochs(recipe, 2)
+        # The head is already trained by the linear probe, so it gets the low learning rate as well.
+        slow = (
+            {"head": lr * BACKBONE_LR_FACTOR, "backbone": lr * BACKBONE_LR_FACTOR}
+            if not isinstance(lr, Mapping)
+            else lr
+        )
         return (Phase(epochs=probe, freeze="backbone", lr=lr), Phase(epochs=tune, lr=slow))
-    decayed = head if isinstance(lr, Mapping) else {**head, "layer_decay": STAGE_DECAY}
-    # First the head alone, then a stage more in each phase; in the last, nothing is frozen.
+    decayed = by_group if isinstance(lr, Mapping) else {**by_group, "layer_decay": STAGE_DECAY}
+    # Gradual unfreezing: the head first, then one more stage per phase from the output on, finally everything.
     frozen = [Until(until=stage) for stage in reversed(stages)]
-    epochs = _share(recipe, len(stages) + 1)
+    epochs = _split_epochs(recipe, len(stages) + 1)
     policies: list[Freeze] = [*frozen, "none"]
     rates: list[LearningRate] = [lr, *[decayed] * len(stages)]
     return tuple(Phase(epochs=e, freeze=f, lr=r) for e, f, r in zip(epochs, policies, rates, strict=True))
 
 
-def _share(recipe: Recipe, count: int) -> list[int]:
-    """Share the epochs out evenly; what is left over goes to the last phases."""
+def _split_epochs(recipe: Recipe, count: int) -> list[int]:
+    """Return the epochs of each of ``count`` phases: equal numbers, with the remainder in the last phases."""
     if recipe.epochs < count:
         raise ConfigError(
             f"recipe {recipe.name!r} has {count} phases on this model and {recipe.epochs} epochs",
-            fix=f"give it at least {count} epochs",
+            fix=f"set at least {count} epochs",
         )
-    each, over = divmod(recipe.epochs, count)
-    return [each + (index >= count - over) for index in range(count)]
+    each, remainder = divmod(recipe.epochs, count)
+    return [each + (index >= count - remainder) for index in range(count)]

@@ -1,4 +1,4 @@
-"""From YAML to a RunConfig: every problem found at once, each with file, line and the nearest valid key."""
+"""The checked config of a run, and its phases for a model."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ from transfer.config.train_settings import (
 from transfer.config.yaml_document import Document, Key
 
 Config = str | Path | Mapping[str, Any]
+"""Path of a YAML file, or the config as nested dicts."""
 
 DEFAULT_EPOCHS = 5
-"""Where a config lists no phases."""
+"""Number of epochs of a config that sets neither phases nor a recipe."""
 QUICK_EXAMPLES = 64
-"""Examples per class of each split in a quick try."""
+"""Maximum number of examples per class of each split in a quick run."""
 
 
 class RunConfigSchema(Block):
-    """What one run does.
+    """Config of one run.
 
     Args:
-        seed: Of everything that is random.
-        data: A dataset by its name, and its options.
-        backbone: A backbone by its name, and its options.
-        head: A head by its name, and its options.
-        task: A task by its name, and its options.
-        train: How the model is trained.
-        trackers: Programs that are told of the run: each a name, or a name with options.
+        seed: Seed of all random number generators of the run; the splits do not depend on it.
+        data: Name and options of the dataset.
+        backbone: Name and options of the backbone.
+        head: Name and options of the head.
+        task: Name and options of the task.
+        train: Options of training.
+        trackers: Experiment trackers that record the run: names, or blocks of a name and options.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -53,12 +54,24 @@ class RunConfigSchema(Block):
     head: dict[str, Any] = Field(default_factory=lambda: {"name": "linear"})
     task: dict[str, Any] = Field(default_factory=lambda: {"name": "classification"})
     train: dict[str, Any] = Field(default_factory=dict)
-    trackers: tuple[Annotated[str | dict[str, Any], one_of("the name of a tracker, or its name and options")], ...] = ()
+    trackers: tuple[
+        Annotated[str | dict[str, Any], one_of("the name of a tracker, or a mapping of its name and options")], ...
+    ] = ()
 
 
 @dataclass(frozen=True)
 class ResolvedPhase:
-    """A phase with everything that it inherits from the run filled in; ``key`` is where it stands in the config."""
+    """A phase with the settings that it inherits from the run filled in.
+
+    Args:
+        epochs: Number of passes over the training split.
+        freeze: Freeze policy of the phase.
+        lr: Learning rate, or learning rates by group.
+        scheduler: Scheduler of the phase; None keeps the learning rates.
+        patience: Number of epochs without improvement after which the phase ends; None disables early stopping.
+        batch_norm: Whether the statistics of frozen batch-norm layers are frozen or updated.
+        key: Path of the phase, or of its recipe, in the config.
+    """
 
     epochs: int
     freeze: Freeze
@@ -74,15 +87,20 @@ class RunConfig:
     """A checked config.
 
     Args:
-        seed: Of everything that is random.
-        data, backbone, head, task: The components.
-        data_options: Core's own options of the data block.
-        train: How the model is trained.
-        optimizer, optimizer_options: Torch's part of the optimizer's block, and core's.
-        schedulers: That of each phase that the config lists, or one for all.
-        trackers: What is told of the run.
-        document: Where each value was written.
-        plain: The whole config as plain data, defaults filled in: what ``config.yaml`` of a run holds.
+        seed: Seed of all random number generators of the run.
+        data: Dataset component.
+        backbone: Backbone component.
+        head: Head component.
+        task: Task component.
+        data_options: The framework's own options of the data block.
+        train: Options of training.
+        optimizer: torch's optimizer class with its options.
+        optimizer_options: The framework's own options of the optimizer's block.
+        schedulers: Scheduler of each listed phase, or one scheduler for all phases.
+        trackers: Tracker components.
+        document: Document with the location of every value.
+        resolved: Complete config as nested dicts with defaults filled in, the content of ``config.yaml`` in a run.
+        quick_try: Whether this is the config of a quick run (:meth:`quick`).
     """
 
     seed: int
@@ -97,71 +115,74 @@ class RunConfig:
     schedulers: tuple[TorchClass | None, ...]
     trackers: tuple[Component, ...]
     document: Document
-    plain: dict[str, Any]
+    resolved: dict[str, Any]
     quick_try: bool = False
 
     @property
     def name(self) -> str:
-        """What a run of this config is called."""
+        """The name of a run of this config: the stem of its file, or ``run``."""
         source = Path(self.document.source)
         return source.stem if source.suffix in (".yaml", ".yml") else "run"
 
     @property
     def weight_decay(self) -> float:
-        """The optimizer's weight decay, torch's default filled in."""
+        """The optimizer's weight decay: the configured value, or torch's default."""
         default = inspect.signature(self.optimizer.cls).parameters.get("weight_decay")
         return float(self.optimizer.options.get("weight_decay", default.default if default else 0.0))
 
     @property
     def pretrained(self) -> bool:
-        """Pretrained weights are read: always but for the recipes that ask what they are worth."""
+        """Whether pretrained weights are read: True, except for recipes that start from random weights."""
         return self.train.recipe is None or self.train.recipe.name not in WITHOUT_PRETRAINED
 
     def phases(self, stages: Sequence[str]) -> tuple[ResolvedPhase, ...]:
-        """Return the phases for a model.
+        """Return the phases for a model, with a recipe expanded.
 
         Args:
-            stages: The backbone's stages that have parameters, for recipes.
+            stages: Names of the backbone's stages that have parameters, from input to output.
 
         Raises:
-            ConfigError: A recipe does not fit.
+            ConfigError: The recipe has fewer epochs than phases.
         """
         recipe, lr = self.train.recipe, self.optimizer_options.lr
         listed = self.train.phases or (Phase(epochs=DEFAULT_EPOCHS),)
         if recipe is not None:
             if self.quick_try:
+                # Enough epochs for the recipe with the most phases, one per stage and one more; each is cut to 1 below.
                 recipe = recipe.model_copy(update={"epochs": len(stages) + 2})
             with self.at("train", "recipe"):
                 listed = expand(recipe, lr, stages)
-        found = []
+        phases = []
         for index, phase in enumerate(listed):
             key: Key = ("train", "phases", index) if self.train.phases else ("train", "recipe")
             scheduler = self.schedulers[index if len(self.schedulers) > 1 else 0]
             epochs = 1 if self.quick_try else phase.epochs
             rate = lr if phase.lr is None else phase.lr
-            found.append(ResolvedPhase(epochs, phase.freeze, rate, scheduler, phase.patience, phase.batch_norm, key))
-        return tuple(found)
+            phases.append(ResolvedPhase(epochs, phase.freeze, rate, scheduler, phase.patience, phase.batch_norm, key))
+        return tuple(phases)
 
     def with_seed(self, seed: int) -> RunConfig:
-        """Return the same config with another seed; the splits stay as they are."""
-        return replace(self, seed=seed, plain=self.plain | {"seed": seed})
+        """Return the same config with another seed; the splits stay the same."""
+        return replace(self, seed=seed, resolved=self.resolved | {"seed": seed})
 
     def with_batch_size(self, size: int) -> RunConfig:
         """Return the same config with the batch size that ``auto`` found."""
         train = self.train.model_copy(update={"batch_size": size})
-        return replace(self, train=train, plain=self.plain | {"train": {**self.plain["train"], "batch_size": size}})
+        return replace(
+            self, train=train, resolved=self.resolved | {"train": {**self.resolved["train"], "batch_size": size}}
+        )
 
     def quick(self) -> RunConfig:
-        """Return the config of a quick try: one epoch per phase over a few examples of each class, not tracked."""
+        """Return the config of a quick run: one epoch per phase on a few examples of each class, without trackers."""
         limit = min(self.data_options.limit or QUICK_EXAMPLES, QUICK_EXAMPLES)
         return replace(
             self,
             data_options=self.data_options.model_copy(update={"limit": limit}),
             trackers=(),
-            plain=self.plain | {"data": {**self.plain["data"], "limit": limit}, "trackers": []},
+            resolved=self.resolved | {"data": {**self.resolved["data"], "limit": limit}, "trackers": []},
             quick_try=True,
         )
 
     def at(self, *key: str | int) -> AbstractContextManager[None]:
-        """Give an error raised inside the file and line of the value at ``key``, where it does not know better."""
+        """Add the location of the value at ``key`` to errors raised in the block that have none."""
         return error_location(self.document.location(key))

@@ -1,4 +1,4 @@
-"""Torch's optimizers and schedulers by name, with the options that a config may set."""
+"""torch's optimizers and schedulers by name, with the options that a config may set."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from torch.optim import Optimizer, lr_scheduler
 
 
-def _classes(module: Any, base: type, leave_out: set[str]) -> dict[str, type[Any]]:
-    public = {name: cls for name, cls in vars(module).items() if not name.startswith("_") and name not in leave_out}
+def _classes(module: Any, base: type, excluded: set[str]) -> dict[str, type[Any]]:
+    """Return the public subclasses of a class in a module, by lower-case name."""
+    public = {name: cls for name, cls in vars(module).items() if not name.startswith("_") and name not in excluded}
     return {
         name.lower(): c for name, c in public.items() if isinstance(c, type) and issubclass(c, base) and c is not base
     }
 
 
-# LBFGS evaluates the model several times a step, SparseAdam takes sparse gradients alone, Muon matrices alone.
+# LBFGS evaluates the model several times per step, SparseAdam accepts only sparse gradients, Muon only matrices.
 OPTIMIZERS = _classes(torch.optim, Optimizer, {"LBFGS", "SparseAdam", "Muon"})
-# These take functions or other schedulers, which a config cannot write.
+# The excluded schedulers take functions or other schedulers, which a config cannot contain.
 _SCHEDULERS = _classes(
     lr_scheduler,
     lr_scheduler.LRScheduler,
@@ -34,28 +35,28 @@ SCHEDULERS = _SCHEDULERS | {
     "exponential": lr_scheduler.ExponentialLR,
 }
 RESERVED_OPTIONS = {"params", "lr", "differentiable", "capturable"}
-"""Of optimizers: what the framework hands over, and what needs another loop than this one."""
+"""Optimizer options that a config may not set: the framework passes them, or its loop does not support them."""
 
 
 def options_set_by_framework(scheduler: type[Any]) -> set[str]:
-    """Return the parameters of a scheduler that the framework knows, so that a config need not repeat them."""
-    known = {
+    """Return the parameters of a scheduler that the framework derives from the run, so that a config omits them."""
+    derived = {
         lr_scheduler.CosineAnnealingLR: {"T_max"},
         lr_scheduler.OneCycleLR: {"max_lr", "total_steps", "epochs", "steps_per_epoch"},
         lr_scheduler.CyclicLR: {"max_lr", "scale_fn", "scale_mode"},
         lr_scheduler.ReduceLROnPlateau: {"mode"},
     }
-    return {"optimizer", "last_epoch", "verbose"} | known.get(scheduler, set())
+    return {"optimizer", "last_epoch", "verbose"} | derived.get(scheduler, set())
 
 
 @dataclass(frozen=True)
 class TorchClass:
-    """One of torch's optimizers or schedulers that a config names.
+    """One of torch's optimizers or schedulers, with the options of a config.
 
     Args:
-        name: Its lower-case name.
-        cls: Its class.
-        options: Checked options as the config gives them (torch's own defaults fill in the rest), without lr.
+        name: Name of the class in lower case, or its alias.
+        cls: torch's class.
+        options: Checked options that the config sets, without lr. torch's defaults apply to the others.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a config may say beside naming components: the options of core itself, each with its type and default."""
+"""Options of the framework itself in a config, each with its type, default and description."""
 
 from __future__ import annotations
 
@@ -12,34 +12,47 @@ from transfer.config.option_schema import Block
 Precision = Literal["fp32", "bf16", "fp16"]
 
 LEARNING_RATE = 1e-3
+"""Learning rate of a config that sets none."""
 BATCH_SIZE = 32
-"""Where a config gives none."""
+"""Batch size of a config that sets none."""
 
 
 def one_of(text: str) -> WrapValidator:
-    """Say what a union takes in one sentence, where pydantic would list the complaint of every member."""
+    """Return a validator that replaces pydantic's errors for all members of a union by one sentence.
+
+    Args:
+        text: Valid values in words (``auto, or an integer of 1 or more``).
+    """
 
     def check(value: Any, handler: Any) -> Any:
         try:
             return handler(value)
         except ValueError as error:
-            raise PydanticCustomError("one_of", "it should be {text}", {"text": text}) from error
+            raise PydanticCustomError("one_of", "expected {text}", {"text": text}) from error
 
     return WrapValidator(check)
 
 
-# Inside a Python validator a list is a list, which strict mode does not take for a tuple as it does in JSON.
+# Inside a Python validator, strict mode does not convert a list to a tuple as it does for JSON.
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
 
 class Until(Block):
-    """Freeze a stage and all before it."""
+    """Freeze policy: a stage and all stages before it.
+
+    Args:
+        until: Last frozen stage, counted from the input.
+    """
 
     until: str
 
 
 class Parameters(Block):
-    """Freeze every parameter whose name a pattern matches (``re.search``)."""
+    """Freeze policy: the parameters whose names match one of several patterns.
+
+    Args:
+        parameters: Regular expressions. A parameter is frozen if ``re.search`` finds one of them in its name.
+    """
 
     parameters: Annotated[Names, Field(min_length=1)]
 
@@ -51,7 +64,7 @@ Freeze = Annotated[
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LearningRate = Annotated[
     Positive | Annotated[dict[str, Positive], Field(min_length=1)],
-    one_of("a positive number, or a positive number for each of head, backbone, any stage, and layer_decay"),
+    one_of("a positive number, or positive numbers by group: head, backbone, a stage, or layer_decay"),
 ]
 Count = Annotated[int, Field(ge=1)]
 BatchNorm = Literal["frozen", "train"]
@@ -59,17 +72,21 @@ RecipeName = Literal["feature_extraction", "fine_tune", "lp_ft", "gradual", "scr
 
 
 class NamedBlock(Block):
-    """A block that names a plugin or one of torch's classes; the options of what it names stand beside the name."""
+    """A block that names a plugin or one of torch's classes, and contains its options.
+
+    Args:
+        name: Name of the plugin or class.
+    """
 
     name: str
 
 
 class DataOptions(NamedBlock):
-    """What every dataset's block takes beside the dataset's own options.
+    """Options of every dataset, in addition to its own.
 
     Args:
-        validation: The share of ``train`` that is cut off to pick the best epoch, where the data has no split for it.
-        limit: Take only the first so many examples per class of each split.
+        validation: Fraction of the training split that is used for validation if the dataset has no split for it.
+        limit: Maximum number of examples per class in each split; null uses all examples.
     """
 
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -77,11 +94,11 @@ class DataOptions(NamedBlock):
 
 
 class OptimizerOptions(NamedBlock):
-    """What every optimizer's block takes beside torch's own options.
+    """Options of every optimizer, in addition to torch's own.
 
     Args:
-        lr: The learning rate: of all parameters, or by group.
-        no_weight_decay: Kinds of parameters that are left out of weight decay: those of normalisation layers, biases.
+        lr: Learning rate: one number, or numbers by group (head, backbone, a stage, layer_decay).
+        no_weight_decay: Kinds of parameters without weight decay: norm (normalization layers), bias.
     """
 
     lr: LearningRate = LEARNING_RATE
@@ -89,16 +106,17 @@ class OptimizerOptions(NamedBlock):
 
 
 class Phase(Block):
-    """One stretch of training with one freeze policy.
+    """A part of training with one freeze policy.
 
     Args:
-        epochs: Passes over the training split.
-        freeze: What does not change in this phase: none, backbone, {until: STAGE} (it and all before it), a list of
-            stages, or {parameters: [REGEX, ...]}.
-        lr: Learning rates of this phase, instead of the optimizer's.
-        scheduler: Scheduler of this phase, instead of the run's.
-        patience: End the phase after so many epochs without a better validation metric.
-        batch_norm: Whether the statistics of frozen batch-norm layers stay, or follow the training data after all.
+        epochs: Number of passes over the training split.
+        freeze: Frozen part of the model in this phase: none, backbone, {until: STAGE} (the stage and all before it), a
+            list of stages, or {parameters: [REGEX, ...]}.
+        lr: Learning rate of this phase; null uses the optimizer's.
+        scheduler: Scheduler of this phase; null uses the run's.
+        patience: Number of epochs without a better validation metric after which the phase ends; null disables early
+            stopping.
+        batch_norm: Statistics of frozen batch-norm layers: frozen, or train (they follow the training data).
     """
 
     epochs: Count
@@ -110,14 +128,15 @@ class Phase(Block):
 
 
 class Recipe(Block):
-    """A named sequence of phases, worked out for the model's stages.
+    """A named sequence of phases, adapted to the stages of the model.
 
     Args:
-        name: feature_extraction: train the head alone. fine_tune: train everything, the backbone at a tenth of the
-            head's rate. lp_ft: the head alone for the first half, then everything at a tenth of the rate (Kumar et al.
-            2022). gradual: unfreeze from the top, a stage per phase, lower stages slower (Howard and Ruder 2018).
-            scratch: train everything from random weights. random_features: train the head alone, over random weights.
-        epochs: Over all phases.
+        name: Name of the recipe. feature_extraction: train only the head. fine_tune: train everything, the backbone at
+            a tenth of the head's learning rate. lp_ft: train only the head for the first half, then everything at a
+            tenth of the learning rate (Kumar et al. 2022). gradual: unfreeze one more stage per phase, from the output
+            on, with lower learning rates for lower stages (Howard and Ruder 2018). scratch: train everything from
+            random weights. random_features: train only the head, on a backbone with random weights.
+        epochs: Number of epochs of all phases together.
     """
 
     name: RecipeName
@@ -125,31 +144,31 @@ class Recipe(Block):
 
 
 class MixupCutmix(Block):
-    """Batch augmentation: train on blends of two examples, losses blended alike.
+    """Batch augmentation that trains on mixtures of two examples and their losses.
 
     Args:
-        mixup: Parameter of the Beta distribution of the blend's share (Zhang et al. 2018).
-        cutmix: The same for pasting a rectangle of one picture into the other (Yun et al. 2019); with both, a batch
-            draws one of the two.
+        mixup: Parameter of the Beta distribution of the mixing weight in mixup (Zhang et al. 2018); null disables it.
+        cutmix: Parameter of the Beta distribution of the mixing weight in CutMix, which pastes a rectangle of one image
+            into another (Yun et al. 2019); null disables it. If both are set, each batch uses one of the two at random.
     """
 
     mixup: Positive | None = None
     cutmix: Positive | None = None
 
     @model_validator(mode="after")
-    def _something(self) -> MixupCutmix:
+    def _one_is_set(self) -> MixupCutmix:
         if self.mixup is None and self.cutmix is None:
-            raise ValueError("it should set mixup, cutmix or both")
+            raise ValueError("set mixup, cutmix or both")
         return self
 
 
 class Checkpoint(Block):
-    """When the run's state is saved beside once per epoch, and how often that is kept.
+    """Times of checkpoints within an epoch, and the number of checkpoints to keep.
 
     Args:
-        every_steps: Also after every so many steps of the optimizer within an epoch.
-        every_minutes: Also so many minutes after the last time; null: not by the clock.
-        keep: The newest so many checkpoints stay; with 1 there is none to fall back on where that one is damaged.
+        every_steps: Number of optimizer steps within an epoch after which a checkpoint is written; null disables it.
+        every_minutes: Minutes since the last checkpoint after which the next is written; null disables it.
+        keep: Number of latest checkpoints to keep. With 1 there is no earlier one to use if it is damaged.
     """
 
     every_steps: Count | None = None
@@ -158,44 +177,44 @@ class Checkpoint(Block):
 
 
 class TrainConfig(Block):
-    """How the model is trained.
+    """Training of the model.
 
     Args:
-        batch_size: Examples per step; auto: the largest power of two that fits into memory, found when the run begins
-            and written into the run's config.
-        max_tokens: Instead of batch_size: as many examples per step as are no longer than this together when all are
-            padded to the longest of them (texts); one that is longer alone is a step of its own.
-        evaluation_batch_size: Examples per step where nothing is trained; by default twice the batch size, or as
-            max_tokens says.
-        optimizer: One of torch's optimizers by its lower-case name, with its options; lr may differ by group.
-        scheduler: One of torch's schedulers by its lower-case name, with its options.
-        warmup_epochs: Raise the learning rates linearly from zero over the first so many epochs (or part of one) of
-            each phase; the scheduler begins after them.
-        phases: Run in order; by default one of 5 epochs with nothing frozen.
-        recipe: A named sequence of phases, instead of phases.
-        augment: Augment training examples at random as the backbone says; false: see them as they are.
-        bucket: Put examples of like length into one batch (texts); the order stays random by seed. The number of
-            batches that are drawn at random and then sorted by length together; true: 50; false: plain shuffling.
-        workers: Loader processes; 0 loads in the training process.
-        accumulate: Batches whose gradients make one step of the optimizer.
-        clip_norm: The gradient is scaled down to this norm where it is longer.
+        batch_size: Examples per training step, or auto: the largest power of two that fits into memory. The size that
+            auto finds at the start is written to the run's config.
+        max_tokens: Alternative to batch_size for text: fill each batch up to this many tokens, padding included. A
+            longer text forms a batch of its own.
+        evaluation_batch_size: Examples per step in evaluation; null uses twice the batch size, or max_tokens.
+        optimizer: Name of one of torch's optimizers in lower case, with its options. The option lr may differ by group.
+        scheduler: Name of one of torch's schedulers in lower case, with its options; null keeps the learning rates.
+        warmup_epochs: Epochs (fractions are allowed) at the start of each phase in which the learning rates rise
+            linearly from zero. The scheduler starts after them.
+        phases: Phases of training, in order; null trains everything for 5 epochs, unless recipe is set.
+        recipe: Named sequence of phases, as an alternative to phases.
+        augment: Whether training examples are augmented at random, as the backbone's preprocessing defines it.
+        bucket: Whether examples of similar length share a batch, which saves padding in texts. A number sets how many
+            random batches are sorted by length together; true means 50, false means plain shuffling.
+        workers: Number of loader processes; 0 loads in the training process.
+        accumulate: Number of batches whose gradients are accumulated for one step of the optimizer.
+        clip_norm: Maximum norm of the gradient; a larger gradient is scaled down to it. null disables clipping.
         device: Device to train on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
-        precision: What forward and backward compute in; weights stay fp32.
-        compile: Compile the model (torch.compile): slow to start, then faster on many models.
-        ema: Decay per step of an exponential moving average of the weights, which is what is scored and kept.
-        mix: Batch augmentation by mixup and cutmix.
-        cache: Keep the features of stages that are frozen from the input on: auto, off, or verify (recompute a sample).
-        views: With random augmentation, so many augmented views of each training example are cached and drawn from;
-            without it (null) the training split is not cached.
-        cache_limit_gib: Size of the feature cache on disk; what was used longest ago goes first.
-        checkpoint: When the run's state is saved beside once per epoch (every_steps, every_minutes), and how many stay
-            (keep).
-        score_test: Score the test split at the end. Without it the validation figures stand alone, as in the trials of
-            a sweep; `transfer evaluate` scores it later.
-        report: Write report.html at the end; `transfer report` writes it later.
+        precision: Floating-point type of the forward and backward pass; weights are kept in fp32.
+        compile: Whether the model is compiled with torch.compile, which starts slowly and speeds up many models.
+        ema: Decay per step of an exponential moving average of the weights, which is then evaluated and saved instead
+            of the weights; null disables it.
+        mix: Batch augmentation by mixup and CutMix; null disables it.
+        cache: Cache for the features of the frozen prefix: auto, off, or verify (recompute a sample and compare).
+        views: Number of augmented views of each training example in the feature cache. null does not cache the
+            training split if it is augmented at random.
+        cache_limit_gib: Maximum size of the feature cache on disk in GiB; the least recently used entries are removed.
+        checkpoint: Times of checkpoints within an epoch (every_steps, every_minutes), and the number to keep (keep).
+            A checkpoint is also written at the end of an epoch.
+        score_test: Whether the test split is evaluated at the end. `transfer evaluate` can do it later; the trials of a
+            sweep report only validation metrics.
+        report: Whether report.html is written at the end. `transfer report` can write it later.
     """
 
-    batch_size: Annotated[Count | Literal["auto"] | None, one_of("a whole number, 1 or more, or auto")] = BATCH_SIZE
+    batch_size: Annotated[Count | Literal["auto"] | None, one_of("an integer of 1 or more, or auto")] = BATCH_SIZE
     max_tokens: Count | None = None
     evaluation_batch_size: Count | None = None
     optimizer: dict[str, Any] = Field(default_factory=lambda: {"name": "adam", "lr": LEARNING_RATE})
@@ -204,11 +223,14 @@ class TrainConfig(Block):
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = None
     recipe: Recipe | None = None
     augment: bool = True
-    bucket: Annotated[bool | Count, one_of("true, false, or a number of batches, 1 or more")] = True
+    bucket: Annotated[bool | Count, one_of("true, false, or a number of batches of 1 or more")] = True
     workers: Annotated[int, Field(ge=0)] = 0
     accumulate: Count = 1
     clip_norm: Positive | None = None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
+    device: Annotated[
+        Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")],
+        one_of("auto, cpu, cuda, cuda:N (the GPU with index N) or mps"),
+    ] = "auto"
     precision: Precision = "fp32"
     compile: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -222,22 +244,23 @@ class TrainConfig(Block):
 
     @property
     def step(self) -> str:
-        """What one step consumes, for a person."""
+        """The size of one training step in words."""
         if self.batch_size == "auto":
-            return "the batch size that fits into memory when the run begins"
-        return f"batch size {self.batch_size}" if self.batch_size else f"at most {self.max_tokens:,} tokens a batch"
+            return "the largest batch size that fits into memory at the start"
+        return f"batch size {self.batch_size}" if self.batch_size else f"at most {self.max_tokens:,} tokens per batch"
 
     @model_validator(mode="after")
     def _batch_size_or_max_tokens(self) -> TrainConfig:
         chosen = "batch_size" in self.model_fields_set and self.batch_size is not None
         if chosen and self.max_tokens is not None:
-            raise ValueError("it should set batch_size or max_tokens, not both")
+            raise ValueError("set batch_size or max_tokens, not both")
         if self.batch_size is None and self.max_tokens is None:
-            raise ValueError("it should set batch_size or max_tokens")
+            raise ValueError("set batch_size or max_tokens")
+        # batch_size has a default, so it is set even if the config contains only max_tokens.
         return self if self.max_tokens is None else self.model_copy(update={"batch_size": None})
 
     @model_validator(mode="after")
     def _phases_or_recipe(self) -> TrainConfig:
         if self.phases is not None and self.recipe is not None:
-            raise ValueError("it should set phases or recipe, not both; null takes one away: train.phases=null")
+            raise ValueError("set phases or recipe, not both; train.phases=null removes the phases")
         return self

@@ -1,8 +1,7 @@
-"""A YAML file as plain data that remembers the file and line of every value."""
+"""YAML as nested dicts and lists, with the file and line of every value, variables and overrides."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,16 +11,18 @@ from typing import Any
 
 import yaml
 
-from transfer.errors import ConfigError, Problem
+from transfer.errors import ConfigError, Problem, nearest
 
 Key = tuple[str | int, ...]
+"""Path of a value in a document: keys of mappings and indices of lists."""
 
 MAX_VALUES = 100_000
+"""Maximum number of values in a document: nested aliases can make a small file expand to billions."""
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe types, with the scalars of YAML 1.2: ``1e-3`` is a number, ``off`` and ``no`` are strings."""
+    """Safe loader with the scalars of YAML 1.2: ``1e-3`` is a number, ``off`` and ``no`` are strings."""
 
 
 _SCALARS = {
@@ -38,86 +39,99 @@ _PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in (*_SCALARS, "str
 
 @dataclass
 class Document:
-    """Plain data and where each value came from.
+    """Plain data with the location of each value.
 
     Args:
         data: Nested dicts, lists and scalars.
-        source: What the data was read from, for messages about the whole.
-        places: File and line (or command-line override) by path.
+        source: Path of the file that was read, or another name of the data, for errors about the complete document.
+        locations: Location of each value by its path: file and line, or command-line override.
     """
 
     data: dict[str, Any]
     source: str
-    places: dict[Key, str] = field(default_factory=dict)
+    locations: dict[Key, str] = field(default_factory=dict)
 
     def location(self, key: Key) -> str:
-        """Return where the value at ``key`` was written, or the nearest thing around it that was."""
-        while key and key not in self.places:
+        """Return the location of the value at ``key``, or of the innermost block around it that has a location."""
+        while key and key not in self.locations:
             key = key[:-1]
-        return self.places.get(key, self.source)
+        return self.locations.get(key, self.source)
 
     def is_set(self, key: Key) -> bool:
-        """Tell whether there is a value at ``key``."""
-        at: Any = self.data
+        """Return whether there is a value other than null at ``key``."""
+        node: Any = self.data
         for part in key:
-            if isinstance(at, dict) and part in at:
-                at = at[str(part)]
-            elif isinstance(at, list) and isinstance(part, int) and part < len(at):
-                at = at[part]
+            if isinstance(node, dict) and part in node:
+                node = node[str(part)]
+            elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+                node = node[part]
             else:
                 return False
-        return at is not None
+        return node is not None
 
     def override(self, assignment: str) -> None:
-        """Set one value from ``path.to.key=value``; the value is parsed as YAML, a number in the path indexes a list.
+        """Set one value from an assignment.
+
+        Args:
+            assignment: ``path.to.key=value``. The value is parsed as YAML, and a number in the path indexes a list.
 
         Raises:
-            ConfigError: It is no assignment, or the path runs through a value that holds nothing.
+            ConfigError: The assignment is malformed, or its path leads through a value that is no mapping or list.
         """
         where = f"override {assignment!r}"
         path, equals, text = assignment.partition("=")
         parts = path.split(".")
         if not equals or not all(parts):
-            raise ConfigError("an override is written key=value", where=where, fix="for example train.batch_size=128")
-        value, places = _parse(text, where, lines=False)
-        at: Any = self.data
+            raise ConfigError(
+                "the override is malformed: expected key=value", where=where, fix="for example train.batch_size=128"
+            )
+        value, locations = _parse(text, where, lines=False)
+        node: Any = self.data
         key: Key = ()
         for depth, part in enumerate(parts):
             last = depth == len(parts) - 1
             step: str | int
-            if isinstance(at, list):
-                if not part.isdigit() or int(part) >= len(at):
+            if isinstance(node, list):
+                if not part.isdigit() or int(part) >= len(node):
                     raise ConfigError(
-                        f"{'.'.join(map(str, key))} is a list of {len(at)} items, and {part!r} is none of them",
+                        f"index {part!r} of {'.'.join(map(str, key))} is invalid: the list has {len(node)} items",
                         where=where,
-                        available=[str(i) for i in range(len(at))],
+                        available=[str(i) for i in range(len(node))],
                     )
                 step = int(part)
-            elif isinstance(at, dict):
+            elif isinstance(node, dict):
                 step = part
-                if not last and at.get(step) is None:
-                    at[step] = {}
-                    self.places[(*key, step)] = where
+                if not last and node.get(step) is None:
+                    node[step] = {}
+                    self.locations[(*key, step)] = where
             else:
-                raise ConfigError(f"{'.'.join(map(str, key))} is {at!r}, which holds no {part!r}", where=where)
+                raise ConfigError(
+                    f"{'.'.join(map(str, key))} has no {part!r}: expected a mapping, got {node!r}", where=where
+                )
             key = (*key, step)
             if last:
-                at[step] = value
+                node[step] = value
             else:
-                at = at[step]
-        for old in [k for k in self.places if k[: len(key)] == key]:
-            del self.places[old]
-        self.places.update({key + k: v for k, v in places.items()})
+                node = node[step]
+        # The old value's locations, and those of everything in it, no longer apply.
+        for old in [k for k in self.locations if k[: len(key)] == key]:
+            del self.locations[old]
+        self.locations.update({key + k: v for k, v in locations.items()})
 
 
 def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
-    """Read a YAML file, fill in environment variables and apply command-line overrides.
+    """Read a YAML file, substitute environment variables and apply command-line overrides.
 
-    ``${NAME}`` is replaced by the environment's value and ``${NAME:-default}`` by the default where there is none; a
-    value that is not quoted is then read as YAML reads it (``${EPOCHS:-5}`` is a number).
+    ``${NAME}`` is replaced by the value of the environment variable, and ``${NAME:-default}`` by the default if the
+    variable is unset or empty. An unquoted value is then parsed as YAML (``${EPOCHS:-5}`` is a number).
+
+    Args:
+        path: Path of the YAML file.
+        overrides: Assignments ``path.to.key=value``.
 
     Raises:
-        ConfigError: The file is missing or not YAML, a variable is not set, a key stands twice, an override is wrong.
+        ConfigError: The file is missing or not YAML, a variable is not set, a key is duplicated, or an override is
+            wrong.
     """
     path = Path(path)
     try:
@@ -125,46 +139,53 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     except FileNotFoundError as error:
         folder = path.parent if path.parent.is_dir() else Path()
         siblings = sorted(p.name for p in folder.glob("*.y*ml"))
-        close = difflib.get_close_matches(path.name, siblings, n=1)
+        close = nearest(path.name, siblings)
         raise ConfigError(
-            f"there is no config file {path}",
+            f"config file {path} does not exist",
             available=siblings,
-            fix=f"did you mean {folder / close[0]}?" if close else "give the path of a YAML file",
+            fix=f"did you mean {folder / close}?" if close else "give the path of a YAML file",
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config: {error}", where=str(path), fix="give a UTF-8 YAML file") from error
-    data, places = _parse(text, str(path), lines=True)
+        raise ConfigError(
+            f"the config cannot be read: {error}", where=str(path), fix="give a UTF-8 YAML file"
+        ) from error
+    data, locations = _parse(text, str(path), lines=True)
     if not isinstance(data, dict):
         raise ConfigError(
-            "a config is a mapping of data, backbone, head, task and train",
+            "the config is malformed: expected a mapping of data, backbone, head, task and train",
             where=str(path),
             fix="see configs/quickstart_text.yaml",
         )
-    document = Document(data, str(path), places)
+    document = Document(data, str(path), locations)
     _apply(document, overrides)
     return document
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """Read a YAML file that this framework wrote, and somebody may have edited; no variables are filled in.
+    """Read a YAML file that this framework wrote (it may have been edited), without substituting variables.
 
     Raises:
-        ConfigError: It is missing, not YAML, or no mapping.
+        ConfigError: The file is missing, not YAML, or contains no mapping.
     """
     try:
         data, _ = _parse(path.read_text(encoding="utf-8"), str(path), lines=True, variables=False)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config cannot be read: {error}", where=str(path)) from error
     if not isinstance(data, dict):
-        raise ConfigError("the config is not a mapping", where=str(path))
+        raise ConfigError("the config is malformed: expected a mapping", where=str(path))
     return data
 
 
 def make_document(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Document:
-    """Take a config that is already plain data (in a script or notebook).
+    """Return a document of a config that is plain data already, as in a script or notebook.
+
+    Args:
+        data: Config as nested dicts; it is copied.
+        overrides: Assignments ``path.to.key=value``.
+        source: Name of the data in errors.
 
     Raises:
-        ConfigError: A value is none that YAML could hold, or an override is wrong.
+        ConfigError: A value cannot be represented in YAML, or an override is wrong.
     """
     problems: list[Problem] = []
     document = Document(_copy(data, source, (), problems), source)
@@ -176,8 +197,8 @@ def make_document(data: Mapping[str, Any], overrides: Sequence[str] = (), source
 
 def _copy(value: Any, source: str, key: Key, problems: list[Problem]) -> Any:
     if isinstance(value, Mapping):
-        if odd := [name for name in value if not isinstance(name, str)]:
-            problems.append(Problem(f"a key is a word, not {odd[0]!r}", _place(source, key)))
+        if wrong := [name for name in value if not isinstance(name, str)]:
+            problems.append(Problem(f"a key is invalid: expected text, got {wrong[0]!r}", _location(source, key)))
         return {name: _copy(item, source, (*key, name), problems) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_copy(item, source, (*key, index), problems) for index, item in enumerate(value)]
@@ -185,24 +206,24 @@ def _copy(value: Any, source: str, key: Key, problems: list[Problem]) -> Any:
         return os.fspath(value)
     if value is not None and not isinstance(value, bool | int | float | str):
         problems.append(
-            Problem(f"a value of type {type(value).__name__} cannot stand in a config", _place(source, key))
+            Problem(f"a value of type {type(value).__name__} is not allowed in a config", _location(source, key))
         )
     return value
 
 
-def _place(source: str, key: Key) -> str:
+def _location(source: str, key: Key) -> str:
     return f"{source}: {'.'.join(map(str, key))}" if key else source
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that is not a plain word: YAML 1.1 and 1.2 then read the same."""
+    """Dumper that quotes every string that is not a plain word, so that YAML 1.1 and 1.2 read it alike."""
 
 
-_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+_KEYWORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", text) and text.lower() not in _WORDS
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", text) and text.lower() not in _KEYWORDS
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 
@@ -210,7 +231,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def dump(data: Mapping[str, Any]) -> str:
-    """Return plain data as YAML that :func:`read_document` reads back as it was."""
+    """Return plain data as YAML that :func:`read_document` reads back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -236,59 +257,76 @@ def _parse(text: str, source: str, *, lines: bool, variables: bool = True) -> tu
         where = f"{source}:{mark.line + 1}" if mark is not None and lines else source
         what = "too deeply nested" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
         raise ConfigError(
-            f"this is not YAML: {what}", where=where, fix="check indentation, quotes and brackets"
+            f"the text is not YAML: {what}", where=where, fix="check indentation, quotes and brackets"
         ) from error
     if reader.problems:
         raise ConfigError.of(reader.problems)
-    return data, reader.places
+    return data, reader.locations
 
 
 class _Reader:
-    """Turns YAML's nodes into plain data, noting places and problems on the way."""
+    """Converts YAML nodes to plain data, and collects their locations and problems.
+
+    Args:
+        loader: Loader that resolves the types of scalars.
+        source: Path of the file, or name of the text, for locations.
+        lines: Whether locations contain the line.
+        variables: Whether environment variables are substituted.
+    """
 
     def __init__(self, loader: _Loader, source: str, lines: bool, variables: bool) -> None:
         self.loader = loader
         self.source = source
         self.lines = lines
         self.variables = variables
-        self.places: dict[Key, str] = {}
+        self.locations: dict[Key, str] = {}
         self.problems: list[Problem] = []
 
-    def value(self, node: yaml.Node, key: Key, place: str | None = None) -> Any:
-        place = place or self.place(node)
-        self.places[key] = place
-        if len(self.places) > MAX_VALUES:  # aliases of aliases make a small file a huge one
+    def value(self, node: yaml.Node, key: Key, location: str | None = None) -> Any:
+        """Return a node as plain data.
+
+        Args:
+            node: Node to convert.
+            key: Path of the node in the document.
+            location: Location to record, if it is not that of the node: the key's line for values in a mapping.
+        """
+        location = location or self.location(node)
+        self.locations[key] = location
+        if len(self.locations) > MAX_VALUES:
             raise yaml.YAMLError(f"more than {MAX_VALUES} values")
         if node.tag not in _PLAIN_TAGS:
-            self.problems.append(Problem(f"the tag {node.tag!r} is not allowed", place, fix="write plain YAML"))
+            self.problems.append(Problem(f"the tag {node.tag!r} is not allowed", location, fix="write plain YAML"))
             return None
         if isinstance(node, yaml.MappingNode):
             data: dict[str, Any] = {}
             for name, item in node.value:
-                at = self.place(name)
+                where = self.location(name)
                 if not isinstance(name, yaml.ScalarNode):
-                    self.problems.append(Problem("a key is a word", at))
+                    self.problems.append(Problem("a key is invalid: expected text, got a list or mapping", where))
                 elif name.value in data:
-                    self.problems.append(Problem(f"the key {name.value!r} stands twice", at, fix="keep one of them"))
+                    self.problems.append(Problem(f"the key {name.value!r} is duplicated", where, fix="remove one"))
                 else:
-                    data[name.value] = self.value(item, (*key, name.value), at)
+                    data[name.value] = self.value(item, (*key, name.value), where)
             return data
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*key, index)) for index, item in enumerate(node.value)]
         assert isinstance(node, yaml.ScalarNode), "YAML has no fourth kind of node"
-        return self.scalar(node, place)
+        return self.scalar(node, location)
 
-    def scalar(self, node: yaml.ScalarNode, place: str) -> Any:
+    def scalar(self, node: yaml.ScalarNode, location: str) -> Any:
+        """Return a scalar as a Python value, with environment variables substituted."""
         text = node.value
         if self.variables:
-            text = _VARIABLE.sub(lambda match: self.variable(match, place), text)
-        plain = node.style is None  # neither quoted nor a block of text
+            text = _VARIABLE.sub(lambda match: self.variable(match, location), text)
+        is_plain = node.style is None  # neither quoted nor a block of text
         tag = node.tag
-        if text != node.value and plain:
+        if text != node.value and is_plain:  # the substituted text may be of another type
             tag = self.loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
         kind = tag.rpartition(":")[2]
         if kind in _SCALARS and not re.fullmatch(_SCALARS[kind], text):
-            self.problems.append(Problem(f"{text!r} is no {kind}", place, fix=f"leave out the tag !!{kind}"))
+            self.problems.append(
+                Problem(f"a value is invalid: expected {kind}, got {text!r}", location, fix=f"remove the tag !!{kind}")
+            )
             return None
         if kind == "null":
             return None
@@ -300,19 +338,21 @@ class _Reader:
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         return text
 
-    def variable(self, match: re.Match[str], place: str) -> str:
+    def variable(self, match: re.Match[str], location: str) -> str:
+        """Return the value of an environment variable, or its default."""
         name, default = match.groups()
-        value = os.environ.get(name) or default  # as in a shell, ":-" also stands in for an empty variable
+        value = os.environ.get(name) or default  # as in a shell, ":-" also replaces an empty variable
         if value is None:
             self.problems.append(
                 Problem(
                     f"the environment variable {name} is not set",
-                    place,
+                    location,
                     fix=f"export {name}=..., or write ${{{name}:-default}}",
                 )
             )
             return ""
         return value
 
-    def place(self, node: yaml.Node) -> str:
+    def location(self, node: yaml.Node) -> str:
+        """Return the file and line of a node."""
         return f"{self.source}:{node.start_mark.line + 1}" if self.lines else self.source

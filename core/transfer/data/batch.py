@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Share = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+Shard = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 """Which examples of a batch this process computes, where several share each batch."""
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from transfer.data.batch import Batch, Share
+from transfer.data.batch import Batch, Shard
 from transfer.data.encoding import encode
 from transfer.data.memory_cache import MemoryCache
 from transfer.data.randomness import preserve_rng_state, seed_all
@@ -74,7 +74,7 @@ class Loader:
         self.seed = seed
         self.training = training
         self.examples = _BatchDataset(
-            split, fields, preprocessing, seed=seed, augments=training and augment, keeps=repeated
+            split, fields, preprocessing, seed=seed, augments=training and augment, caches_in_memory=repeated
         )
         self.lengths: npt.NDArray[np.int64] | None = None
         if self.examples.encoded is not None and (bucket or max_tokens):
@@ -127,29 +127,29 @@ class Loader:
         other.batch_size, other.max_tokens, other.training = batch_size, None, False
         other.examples = copy.copy(self.examples)
         other.examples.augments = augment
-        other.examples.keeps = augment  # one of several views
+        other.examples.caches_in_memory = augment  # one of several views
         return other
 
     def epoch(
-        self, epoch: int = 0, *, first: int = 0, most: int | None = None, share: Share | None = None
+        self, epoch: int = 0, *, start: int = 0, limit: int | None = None, shard: Shard | None = None
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch.
 
         Args:
             epoch: Which one, counted from 0 over the whole run.
-            first: Batches to leave out at the beginning (a run that goes on).
-            most: Yield no more than this many.
-            share: Load of each batch this process's share alone.
+            start: Batches to leave out at the beginning (a run that goes on).
+            limit: Yield no more than this many.
+            shard: Load of each batch this process's share alone.
         """
-        whole = self.batch_indices(epoch)[first:][:most]
-        batches = whole if share is None else [share(batch) for batch in whole]
+        whole = self.batch_indices(epoch)[start:][:limit]
+        batches = whole if shard is None else [shard(batch) for batch in whole]
         self.examples.measure()
         loader: DataLoader[Any] = DataLoader(
             self.examples,
             # One batch's pairs at a time: a million examples are not a million tuples.
             batch_sampler=([(epoch, int(i)) for i in batch] for batch in batches),
-            collate_fn=_as_it_is,  # type: ignore[arg-type]  # __getitems__ has made the batch already
-            num_workers=0 if self.examples.fills else min(self.workers, len(batches)),
+            collate_fn=_identity_collate,  # type: ignore[arg-type]  # __getitems__ has made the batch already
+            num_workers=0 if self.examples.is_filling_cache else min(self.workers, len(batches)),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # it draws from this one, not from the model's
             worker_init_fn=_ignore_signals,
@@ -157,7 +157,7 @@ class Loader:
         for number, batch in enumerate(loader):
             if isinstance(batch, DataError):
                 raise batch
-            yield batch if share is None else replace(batch, global_indices=whole[number])
+            yield batch if shard is None else replace(batch, global_indices=whole[number])
 
     @property
     def _most_tokens(self) -> int:
@@ -187,8 +187,23 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity_collate(batch: Batch) -> Batch:
     return batch
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of an encoded value: of its tensors and arrays, and of the containers that hold them."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its items one by one
+        return type(value)(*map(_copied, value))
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copied, value))
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value
 
 
 class _BatchDataset(Dataset[Any]):
@@ -202,7 +217,7 @@ class _BatchDataset(Dataset[Any]):
         *,
         seed: int,
         augments: bool,
-        keeps: bool,
+        caches_in_memory: bool,
     ) -> None:
         self.split = split
         self.column: Sequence[Any] = split.column(*fields)
@@ -212,20 +227,20 @@ class _BatchDataset(Dataset[Any]):
         self.encoded: Sequence[Any] | None = None
         if preprocessing.encode_once:
             self.encoded = encode(preprocessing, self.column, range(len(split)), split.name)
-        self.keeps = keeps and self.encoded is None
-        self.kept = MemoryCache(len(split), preprocessing.keep_bytes)
+        self.caches_in_memory = caches_in_memory and self.encoded is None
+        self.memory_cache = MemoryCache(len(split), preprocessing.keep_bytes)
 
     @property
-    def fills(self) -> bool:
+    def is_filling_cache(self) -> bool:
         """Encoded values are being collected in memory."""
-        return self.keeps and self.kept.wants_more
+        return self.caches_in_memory and self.memory_cache.is_filling
 
     def measure(self) -> None:
         """Find out, once, whether the encoded values of the split fit into memory."""
-        if self.keeps and not self.kept.measured:
+        if self.caches_in_memory and not self.memory_cache.is_measured:
             indices = np.unique(np.linspace(0, len(self.split) - 1, MEASURED_EXAMPLES, dtype=np.int64)).tolist()
             values = encode(self.preprocessing, self.column, indices, self.split.name)
-            self.kept.measure(dict(zip(indices, values, strict=True)))
+            self.memory_cache.measure(dict(zip(indices, values, strict=True)))
 
     def __getitem__(self, pair: tuple[int, int]) -> Batch:
         return self.batch([pair])
@@ -245,18 +260,19 @@ class _BatchDataset(Dataset[Any]):
                 for place, (epoch, index) in enumerate(pairs):
                     seed_all(self.seed, epoch, index)
                     value = encoded[place]
-                    # What augments in place must not change what is kept.
-                    own = value.clone() if index in self.kept.values and isinstance(value, Tensor) else value
-                    encoded[place] = self.preprocessing.augment(own)
+                    if self.encoded is not None or index in self.memory_cache.values:
+                        # An augmentation that works in place must not change the stored value.
+                        value = _copied(value)
+                    encoded[place] = self.preprocessing.augment(value)
         return Batch(self.preprocessing.collate(encoded), torch.as_tensor(self.split.targets[indices]), indices)
 
     def _encoded(self, indices: list[int]) -> list[Any]:
         if self.encoded is not None:
             return [self.encoded[i] for i in indices]
-        missing = [i for i in indices if i not in self.kept.values]
+        missing = [i for i in indices if i not in self.memory_cache.values]
         fresh = dict(zip(missing, encode(self.preprocessing, self.column, missing, self.split.name), strict=True))
-        found = [fresh[i] if i in fresh else self.kept.values[i] for i in indices]
-        if self.fills:
+        found = [fresh[i] if i in fresh else self.memory_cache.values[i] for i in indices]
+        if self.is_filling_cache:
             for index, value in fresh.items():
-                self.kept.put(index, value)
+                self.memory_cache.put(index, value)
         return found

@@ -23,37 +23,37 @@ class MemoryCache:
 
     def __init__(self, count: int, limit_bytes: int | None) -> None:
         self.values: dict[int, Any] = {}
-        self.measured = limit_bytes == 0
-        self._count = count
+        self.is_measured = limit_bytes == 0
+        self._num_examples = count
         self._limit_bytes = limit_bytes
-        self._room_bytes = 0
+        self._free_bytes = 0
 
     @property
-    def wants_more(self) -> bool:
+    def is_filling(self) -> bool:
         """Whether values of this split are still being collected."""
-        return self._room_bytes > 0 and len(self.values) < self._count
+        return self._free_bytes > 0 and len(self.values) < self._num_examples
 
     def measure(self, some: Mapping[int, Any]) -> None:
         """Decide by the size of some values, by their index, whether all are kept."""
-        self.measured = True
+        self.is_measured = True
         limit = (
             available_bytes() // 2 // rank_from_environment().local_world_size
             if self._limit_bytes is None
             else self._limit_bytes
         )
-        if sum(map(_bytes, some.values())) / len(some) * self._count <= limit:
-            self._room_bytes = limit
+        if sum(map(_bytes, some.values())) / len(some) * self._num_examples <= limit:
+            self._free_bytes = limit
             for index, value in some.items():
                 self.put(index, value)
 
     def put(self, index: int, value: Any) -> None:
         """Keep a value, unless those that are there have filled the memory after all."""
         size = _bytes(value)
-        if size <= self._room_bytes:
+        if size <= self._free_bytes:
             self.values[index] = value
-            self._room_bytes -= size
+            self._free_bytes -= size
         else:
-            self._room_bytes = 0
+            self._free_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(MemoryCache(0, 0))  # a process that is not forked gets none

@@ -120,7 +120,7 @@ def _measure(
     built: BuiltExperiment,
     observe: Observer,
 ) -> Run:
-    manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "config": config.plain}
+    manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "config": config.resolved}
 
     def write(what: Mapping[str, Any]) -> None:
         write_json(folder.path / VALUE, {**manifest, **what})
@@ -151,7 +151,7 @@ def _arms(config: RunConfig, parts: CheckedParts) -> dict[str, RunConfig]:
     scheduler = config.train.scheduler or (phases[-1].scheduler if phases else None)
 
     def recipe(name: str, **changes: Any) -> RunConfig:
-        plain = copy.deepcopy(config.plain)
+        plain = copy.deepcopy(config.resolved)
         plain["train"] |= {"phases": None, "recipe": {"name": name, "epochs": epochs}, "scheduler": scheduler}
         plain["train"]["optimizer"]["lr"] = rate
         plain["train"]["views"] = None

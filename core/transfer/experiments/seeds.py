@@ -116,7 +116,7 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], path: Path, *, quick: b
     folder = RunDirectory(path)
     with folder.locked(), saying_how_it_ended(folder, observe, folder.write_summary):
         manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "quick": quick}
-        write_json(path / MANIFEST, {**manifest, "config": config.plain})
+        write_json(path / MANIFEST, {**manifest, "config": config.resolved})
         for number, seed in enumerate(seeds, 1):
             observe(Note(f"seed {seed}, run {number} of {len(seeds)}"))
             _train_one(config.with_seed(seed), path / f"seed-{seed}", quick=quick, observe=observe)

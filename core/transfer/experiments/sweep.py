@@ -103,7 +103,7 @@ def sweep(
 def _claim(folder: Path, config: str | Path, space: Space, overrides: Sequence[str]) -> None:
     """Make the sweep's folder, or see that what is there is the same sweep."""
     checked, _ = check(config, overrides)
-    plain = {"config": checked.plain, "space": space.document.data}
+    plain = {"config": checked.resolved, "space": space.document.data}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "sweep.yaml"

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from transfer.data.batch import Batch, Share
+from transfer.data.batch import Batch, Shard
 from transfer.data.loader import Loader
 from transfer.feature_cache.prefix import FrozenPrefix
 from transfer.feature_cache.store import Entry, FeatureCache, pad
@@ -45,16 +45,16 @@ class CachedLoader:
         return self.loader.count(epoch)
 
     def epoch(
-        self, epoch: int = 0, *, first: int = 0, most: int | None = None, share: Share | None = None
+        self, epoch: int = 0, *, start: int = 0, limit: int | None = None, shard: Shard | None = None
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch, as :meth:`transfer.data.loader.Loader.epoch`."""
         views = np.zeros(len(self.split), dtype=np.int64)
         if len(self.views) > 1:
             views = np.random.default_rng((self.loader.seed, epoch, 1)).integers(len(self.views), size=len(self.split))
-        for whole in self.loader.batch_indices(epoch)[first:][:most]:
-            indices = whole if share is None else share(whole)
+        for whole in self.loader.batch_indices(epoch)[start:][:limit]:
+            indices = whole if shard is None else shard(whole)
             targets = torch.as_tensor(self.split.targets[indices])
-            yield Batch(self._take(indices, views[indices]), targets, indices, None if share is None else whole)
+            yield Batch(self._take(indices, views[indices]), targets, indices, None if shard is None else whole)
 
     def _take(self, indices: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> Any:
         if len(self.views) == 1:

@@ -85,7 +85,7 @@ class FrozenPrefix:
         training = self.model.training
         self.model.eval()
         try:
-            for on_cpu in loader.in_fixed_order(BATCH_SIZE, augment=view is not None).epoch(view or 0, most=most):
+            for on_cpu in loader.in_fixed_order(BATCH_SIZE, augment=view is not None).epoch(view or 0, limit=most):
                 features = on_cpu.to(device).inputs
                 with autocast(self.precision, device):
                     for stage in stages:

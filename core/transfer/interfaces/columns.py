@@ -3,18 +3,52 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
+
+
+def as_positional(column: Any, what: str) -> Sequence[Any]:
+    """Return a column whose item ``i`` is its value at position ``i``.
+
+    ``series[i]`` of a pandas Series looks up the label ``i``, which after shuffling or filtering is another row. Types
+    whose index is known to be a position are returned unchanged, without reading a value.
+
+    Args:
+        column: A sequence, an array, or an object with ``to_numpy()`` or ``tolist()``.
+        what: Name of the column for the error (``field 'text'``).
+
+    Raises:
+        ValueError: The column cannot be read by position (a dict, a set, a generator).
+    """
+    if isinstance(column, Sequence | np.ndarray | Tensor):
+        return column  # type: ignore[return-value]  # arrays and tensors are read like sequences
+    if callable(convert := getattr(column, "to_numpy", None)):  # pandas, polars, pyarrow, xarray
+        return convert()  # type: ignore[no-any-return]
+    # Array libraries (h5py, jax) index by position, and converting may read a file that does not fit into memory.
+    if not hasattr(column, "__array__") and callable(convert := getattr(column, "tolist", None)):
+        return convert()  # type: ignore[no-any-return]
+    readable = hasattr(column, "__getitem__") and hasattr(column, "__len__")
+    if not readable or isinstance(column, Mapping | AbstractSet):
+        raise ValueError(f"{what} is of the wrong type: expected a sequence, got {type(column).__name__}")
+    return column  # type: ignore[no-any-return]
 
 
 class Selection(Sequence[Any]):
-    """Some items of a sequence, without reading any."""
+    """Some items of a sequence, selected without reading them.
+
+    Args:
+        column: Sequence to select from.
+        indices: Positions of the selected items, in order.
+    """
 
     def __init__(self, column: Sequence[Any], indices: npt.NDArray[np.int64]) -> None:
-        if isinstance(column, Selection):  # a selection of a selection is one selection
+        # Nested selections are flattened: an item is one lookup away, however often a split was cut.
+        if isinstance(column, Selection):
             indices = column._indices[indices]
             column = column._column
         self._column: Sequence[Any] = column
@@ -30,10 +64,10 @@ class Selection(Sequence[Any]):
 
 
 class Columns(Sequence[Any]):
-    """Several columns as one of tuples, without reading any.
+    """Several columns as one sequence of tuples, zipped without reading them.
 
     Args:
-        columns: Of the same length each.
+        columns: Columns of equal length.
     """
 
     def __init__(self, columns: Sequence[Sequence[Any]]) -> None:
@@ -47,20 +81,21 @@ class Columns(Sequence[Any]):
         return list(zip(*values, strict=True)) if isinstance(index, slice) else values
 
     def fingerprint(self) -> str:
-        """Return what identifies the values of all columns."""
+        """Return a digest of the values of all columns."""
         return " ".join(map(fingerprint, self.columns))
 
 
 def fingerprint(column: Sequence[Any]) -> str:
-    """Return a digest of the values of a column."""
+    """Return a digest of the values of a column, or the column's own ``fingerprint()`` if it has one."""
     digest = hashlib.sha256()
     if isinstance(column, Selection):
         digest.update(fingerprint(column._column).encode() + np.ascontiguousarray(column._indices).tobytes())
-    elif callable(known := getattr(column, "fingerprint", None)):
-        return str(known())
+    elif callable(own_fingerprint := getattr(column, "fingerprint", None)):
+        return str(own_fingerprint())
     else:
         for value in column:
             content = _content(value)
+            # The length separates the values: otherwise ("ab", "c") and ("a", "bc") would have one digest.
             digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
 
@@ -72,7 +107,7 @@ def _content(value: Any) -> bytes:
         array = np.asarray(value)
     except ValueError:  # lists of different lengths
         return repr(value).encode()
-    # The bytes of an array of objects are addresses, which the next process has others of.
-    return (
-        repr(value).encode() if array.dtype.hasobject else repr((array.dtype, array.shape)).encode() + array.tobytes()
-    )
+    if array.dtype.hasobject:
+        # The bytes of an object array are memory addresses, which differ between processes.
+        return repr(value).encode()
+    return repr((array.dtype, array.shape)).encode() + array.tobytes()

@@ -1,8 +1,8 @@
-"""The contracts between the parts: Dataset -> Backbone (+ its Preprocessing) -> Head, the Task that judges, Trackers.
+"""The contract of a dataset: raw examples by split, with their targets.
 
-**Options.** A component's constructor signature is the schema of its config block. What stands *before* the ``*`` is
-handed over by the framework; what stands *after* it (keyword-only) is an option that a config may set. Each option
-has a type, a default unless it is required, and a line under ``Args:`` in the class docstring.
+**Options.** A component's constructor signature is the schema of its config block. The framework passes the parameters
+before the ``*``; the keyword-only parameters after it are the options that a config may set. Each option has a type, a
+default unless it is required, and an entry under ``Args:`` in the class docstring.
 """
 
 from __future__ import annotations
@@ -14,26 +14,24 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from transfer.interfaces.columns import Columns, Selection, fingerprint
+from transfer.interfaces.columns import Columns, Selection, as_positional, fingerprint
 
 TargetKind = Literal["class", "labels", "number"]
 SPLITS = ("train", "validation", "test")
 
 
-# --------------------------------------------------------------------------------------------------------------- data
-
-
 @dataclass(frozen=True)
 class DataSpec:
-    """What a dataset holds, as far as it is known.
+    """The fields and the target of a dataset, as far as they are known.
 
     Args:
-        fields: Names of the inputs of one example, each with its modality's usual name (``image``, ``text``).
-        target: What is to be predicted: one ``class`` per example (int64, ()), a set of ``labels`` (float32 of zeros
-            and ones, (C,)), or a ``number`` (float32, (C,)).
-        classes: Names of the classes, labels or numbers in the order of the model's outputs; empty as long as the
-            data has not been read and the options do not fix them.
+        fields: Names of the inputs of one example, usually the names of their modalities (``image``, ``text``).
+        target: Kind of the target: one ``class`` per example (int64, shape ()), a set of ``labels`` (float32 zeros and
+            ones, shape (C,)), or a ``number`` (float32, shape (C,)).
+        classes: Names of the classes, labels or numbers, in the order of the model's outputs. Empty until the data has
+            been read, unless the options determine them.
     """
 
     fields: tuple[str, ...]
@@ -43,14 +41,21 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Split:
-    """Raw examples of one split, as columns.
+    """Raw examples of one split, stored as columns.
+
+    Columns are read by position. A column that is indexed by label (a pandas Series) is converted to an array of its
+    values in their order, so that a shuffled table keeps its examples and targets together.
 
     Args:
-        fields: For each field a sequence of raw values (a PIL image, a string). A sequence may read its values only
-            when they are asked for; it must then be picklable.
-        targets: int64 (N,) of class indices, or float32 (N, C) of labels or numbers.
-        names: What each example is called in messages (its path); empty: its index.
-        groups: int64 (N,), the group of each example where some must stay together (pictures of one patient).
+        fields: Sequence of raw values (a PIL image, a string) by field name. A sequence may read values lazily; it must
+            then be picklable.
+        targets: Targets of the N examples: int64 (N,) class indices, or float32 (N, C) labels or numbers. Other integer
+            and float types, and lists, are converted.
+        names: Name of each example in messages, such as its path. Empty: examples are named by their index.
+        groups: Group of each example, int64 (N,), if some examples must stay together (images of one patient).
+
+    Raises:
+        ValueError: The columns differ in length, or the targets are not class indices, labels or numbers.
     """
 
     fields: Mapping[str, Sequence[Any]]
@@ -59,74 +64,143 @@ class Split:
     groups: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse columns of different lengths."""
+        """Convert columns to sequences that are read by position, and check lengths and targets."""
+        columns = {name: as_positional(column, f"field {name!r}") for name, column in self.fields.items()}
+        object.__setattr__(self, "fields", columns)  # the dataclass is frozen
+        object.__setattr__(self, "names", () if self.names is None else as_positional(self.names, "names"))
+        object.__setattr__(self, "targets", _as_array(self.targets, "targets"))
+        if self.groups is not None:
+            object.__setattr__(self, "groups", _as_array(self.groups, "groups"))
         lengths = {name: len(column) for name, column in self.fields.items()} | {"targets": len(self.targets)}
-        if self.names:
+        if len(self.names):
             lengths["names"] = len(self.names)
         if self.groups is not None:
             lengths["groups"] = len(self.groups)
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the columns of a split differ in length: {lengths}")
+        object.__setattr__(self, "targets", self._checked_targets())
+
+    def _checked_targets(self) -> npt.NDArray[Any]:
+        """Return the targets as int64 (N,) or float32 (N, C)."""
+        targets = self.targets
+        if targets.ndim == 1 and targets.dtype.kind in "bui":
+            self._require(targets >= 0, "a class index of 0 or more")
+            return targets.astype(np.int64, copy=False)
+        if targets.ndim == 2 and targets.dtype.kind in "buif":
+            with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite and is refused below
+                numbers = targets.astype(np.float32, copy=False)
+            self._require(np.isfinite(numbers).all(axis=1), "finite float32 numbers")
+            return numbers
+        raise ValueError(
+            f"the targets have type {targets.dtype} and shape {targets.shape}: "
+            "expected integers (N,) for classes, or numbers (N, C) for labels and numbers"
+        )
+
+    def _require(self, valid: Any, expected: str) -> None:
+        """Refuse the first target that is not valid, naming its example."""
+        if not valid.all():
+            index = int(np.argmin(valid))  # the first False
+            raise ValueError(
+                f"the target of {self.name(index)} is wrong: expected {expected}, got {self.targets[index]}"
+            )
+
+    def require_targets_of(self, spec: DataSpec) -> None:
+        """Check the targets against the kind of target and the classes of a dataset.
+
+        Raises:
+            ValueError: The type or shape does not fit, a class index is out of range, or a label is not 0 or 1.
+        """
+        targets, count = self.targets, len(spec.classes)
+        if spec.target == "class":
+            fits, expected = targets.ndim == 1, "int64 (N,)"
+        else:
+            fits = targets.ndim == 2 and (not count or targets.shape[1] == count)
+            expected = f"float32 (N, {count or 'C'})"
+        if not fits:
+            raise ValueError(
+                f"targets of kind {spec.target!r} are wrong: expected {expected}, got {targets.dtype} {targets.shape}"
+            )
+        if spec.target == "class" and count:
+            self._require(targets < count, f"a class index below {count}, the number of classes")
+        if spec.target == "labels":
+            self._require(((targets == 0) | (targets == 1)).all(axis=1), "zeros and ones")
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def name(self, index: int) -> str:
-        """Return what example ``index`` is called in messages."""
-        return self.names[index] if self.names else f"example {index}"
+        """Return the name of the example at ``index`` in messages."""
+        return self.names[index] if len(self.names) else f"example {index}"
 
     def column(self, *fields: str) -> Sequence[Any]:
-        """Return the raw values of a field, or of several as a tuple for each example (:class:`Columns`)."""
+        """Return the raw values of one field, or tuples of the values of several fields (:class:`Columns`)."""
         columns = [self.fields[field] for field in fields]
         return columns[0] if len(columns) == 1 else Columns(columns)
 
     def fingerprint(self, *fields: str) -> str:
-        """Return what identifies the raw values of some fields, in their order.
+        """Return a digest of the raw values of some fields, in the order of the fields.
 
-        A column may know a cheap answer (names, sizes and times of files) and give it by a method ``fingerprint() ->
-        str``; of any other column every value is read.
+        A column may define a method ``fingerprint() -> str`` that is cheaper than reading all values (names, sizes and
+        modification times of files). For any other column, every value is read.
         """
         return fingerprint(self.column(*fields))
 
     def select(self, indices: npt.NDArray[np.int64]) -> Split:
-        """Return the split of these examples, in this order; nothing is read or copied but the targets."""
+        """Return the split of the examples at ``indices``, in this order; only targets and groups are copied."""
         return Split(
             {name: Selection(column, indices) for name, column in self.fields.items()},
             self.targets[indices],
-            Selection(self.names, indices) if self.names else (),
+            Selection(self.names, indices) if len(self.names) else (),
             None if self.groups is None else self.groups[indices],
         )
 
 
 @dataclass(frozen=True)
 class Data:
-    """A dataset that has been read.
+    """A dataset after reading.
 
     Args:
-        spec: With the classes filled in (for ``class`` and ``labels``).
-        splits: ``train`` and, where the dataset has them, ``validation`` and ``test``. The engine's side cuts what is
-            missing from ``train`` (see :mod:`transfer.data.splits`).
+        spec: Fields, kind of target and classes; for ``class`` and ``labels`` the classes are filled in.
+        splits: ``train`` and, if the dataset has them, ``validation`` and ``test``. Missing splits are cut from
+            ``train`` later (:mod:`transfer.data.splits`).
+
+    Raises:
+        ValueError: The targets of a split do not fit the spec.
     """
 
     spec: DataSpec
     splits: Mapping[str, Split]
 
+    def __post_init__(self) -> None:
+        """Check the targets of every split."""
+        for name, split in self.splits.items():
+            try:
+                split.require_targets_of(self.spec)
+            except ValueError as error:
+                raise ValueError(f"the {name} split: {error}") from None
+
+
+def _as_array(column: Any, what: str) -> npt.NDArray[Any]:
+    column = as_positional(column, what)
+    return np.asarray(column.detach().cpu() if isinstance(column, Tensor) else column)
+
 
 class Dataset(ABC):
     """Raw examples of a task.
 
-    The constructor takes options alone and reads nothing, so that a config can be checked without data.
+    The constructor takes only options and reads nothing, so that a config can be checked without the data.
     """
 
     @property
     @abstractmethod
     def spec(self) -> DataSpec:
-        """What the options alone say of the data; nothing is read."""
+        """Fields, target and classes as far as the options determine them; nothing is read."""
 
     @abstractmethod
     def load(self) -> Data:
         """Find (or download) and read the data.
 
         Raises:
-            transfer.DataError: It is missing, empty or not what it should be; the message says which file to put where.
+            transfer.DataError: The data is missing, empty or malformed. The message names the file to provide and its
+                location.
         """

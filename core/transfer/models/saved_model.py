@@ -56,7 +56,7 @@ def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backb
         folder / DESCRIPTION,
         {
             "format": FORMAT,
-            **{kind: dict(component.plain) for kind, component in components.items()},
+            **{kind: dict(component.resolved) for kind, component in components.items()},
             "data": asdict(data),
             "features": asdict(backbone.features),
             "preprocessing": dict(backbone.preprocessing.describe()),

@@ -450,7 +450,7 @@ def _data(material: Material) -> str:
         marks = list(next(iter(lengths.values())))
         rows = [[escape(split), *(f"{of[mark]:,}" for mark in marks)] for split, of in lengths.items()]
         parts.append(f"<h3>Lengths</h3>{table(['split', *marks], rows)}")
-    options = {name: value for name, value in material.config.data.plain.items() if value is not None}
+    options = {name: value for name, value in material.config.data.resolved.items() if value is not None}
     parts.append(f"<h3>As configured</h3>{facts(options)}")
     for heading, key in (("Learned from the training split", "learned"), ("Pretrained weights", "pretrained")):
         if summary.get(key):
@@ -473,7 +473,7 @@ def _environment(material: Material) -> str:
         found.pop(name, None)
     parts = [facts({**found, "versions": versions})]
     parts += [f"<p>Resumed {escape(said(entry))}</p>" for entry in resumed]
-    config = escape(dump(material.config.plain))
+    config = escape(dump(material.config.resolved))
     parts.append(f"<details><summary>The whole config</summary><pre>{config}</pre></details>")
     return "".join(parts)
 

@@ -69,7 +69,7 @@ def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str 
     backbone_class: type[Backbone] = checked.backbone.cls
     with error_location(checked.backbone.where):
         backbone = backbone_class.from_data(split.column(*fields), **checked.backbone.options)
-    batch = next(make_loader(checked, split, backbone, training=True).epoch(most=1))
+    batch = next(make_loader(checked, split, backbone, training=True).epoch(limit=1))
     captions = [describe(data.spec, target) for target in batch.targets]
     inputs = batch.inputs
     if checked.train.mix is not None:

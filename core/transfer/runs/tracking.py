@@ -61,7 +61,7 @@ class Tracking:
 
     def _start(self, name: str, tracker: Tracker) -> None:
         known = self._told.get(name, {})
-        config = dict(flat({key: value for key, value in self._config.plain.items() if key != "trackers"}))
+        config = dict(flat({key: value for key, value in self._config.resolved.items() if key != "trackers"}))
         folder = self._directory.path
         identity = tracker.start(TrackedRun(folder, run_name(self._directory), config, known.get("run")))
         self._told[name] = {"run": identity, "epochs": known.get("epochs", 0)}

@@ -89,7 +89,7 @@ def run_in(
         if processes.is_main:
             # The config comes last: a folder without it is no run.
             directory.write_environment(run_environment(config, processes), quick=quick)
-            directory.write_config(config.plain)
+            directory.write_config(config.resolved)
         return _train(config, built, directory, observe, processes, quick=quick, resume=False)
 
 

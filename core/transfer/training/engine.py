@@ -292,7 +292,7 @@ def _train_epoch(training: _Training, train: StageInputs, optimizer: Any) -> Non
     started = told = time.perf_counter()
     left = len(sizes) - sums.batches
     share = training.processes.shard if training.processes.is_distributed else None
-    batches = TimedIterator(train.loader.epoch(progress.epochs, first=sums.batches, most=left, share=share))
+    batches = TimedIterator(train.loader.epoch(progress.epochs, start=sums.batches, limit=left, shard=share))
 
     for batch in batches:  # waiting for it may be interrupted: nothing is half done then
         with signals.deferred():

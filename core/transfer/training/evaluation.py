@@ -51,7 +51,7 @@ def evaluate(
     observe(EvaluationStarted(split, min(len(source.loader), max_batches or sys.maxsize)))
     model.eval()
     with torch.inference_mode():
-        for step, on_cpu in enumerate(source.loader.epoch(most=max_batches, share=share), 1):
+        for step, on_cpu in enumerate(source.loader.epoch(limit=max_batches, shard=share), 1):
             batch = on_cpu.to(device)
             with explain_out_of_memory(len(batch.indices)), autocast(precision, device):
                 outputs = model(batch.inputs, source.first_stage)
