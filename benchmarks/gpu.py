@@ -135,7 +135,8 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
         f"{sizes.length} words; {arguments.repeat} runs of {sizes.epochs - 1} counted epochs with {sizes.steps} steps; "
         "median (minimum to maximum); memory: engine; plain"
     )
-    print_table(rows)
+    if rows:
+        print_table(rows)
     print(f"{time.monotonic() - started:.0f} s in total")
     return agree
 
