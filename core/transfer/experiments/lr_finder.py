@@ -120,7 +120,7 @@ def find_learning_rate(
 def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> tuple[list[float], list[float]]:
     """Make a step of the optimizer at each rate until the loss leaves all bounds; return rates and losses."""
     model, phase, settings = experiment.model, experiment.phases[0], experiment.settings
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = experiment.device
     model.to(device)
     freezing.apply(model, phase.frozen)
     stages = freezing.prefix_length(model, phase.frozen)

@@ -43,11 +43,11 @@ def find_batch_size(experiment: Experiment, observe: Observer) -> int:
     Raises:
         TrainingError: Not even two examples fit.
     """
-    count, on_gpu = len(experiment.train.split), torch.cuda.is_available()
+    count, device = len(experiment.train.split), experiment.device
+    on_gpu = device.type == "cuda"
     most = min(MAX_ON_GPU if on_gpu else MAX_ON_CPU, max(LEAST, count // MIN_STEPS))
-    devices = [torch.cuda.current_device()] if on_gpu else []
-    with preserve_rng_state(), torch.random.fork_rng(devices):
-        costs, why, room = _try_all(experiment, most, on_gpu)
+    with preserve_rng_state(), torch.random.fork_rng([device.index] if on_gpu else []):
+        costs, why, room = _try_all(experiment, most)
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
@@ -60,14 +60,15 @@ def find_batch_size(experiment: Experiment, observe: Observer) -> int:
     return found
 
 
-def _try_all(experiment: Experiment, most: int, on_gpu: bool) -> tuple[dict[int, int], str, int]:
+def _try_all(experiment: Experiment, most: int) -> tuple[dict[int, int], str, int]:
     """Try sizes until one does not fit; return what each that fits took, why the search ended, and the room."""
+    device, on_gpu = experiment.device, experiment.device.type == "cuda"
     settings = experiment.settings.model_copy(update={"compile": False})  # each size would be compiled anew
     experiment = replace(experiment, model=copy.deepcopy(experiment.model), settings=settings)
     step = rehearse(experiment, most_demanding(experiment.phases, experiment))
     if on_gpu:
         torch.cuda.empty_cache()
-        room = int(SHARE_OF_GPU * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()))
+        room = int(SHARE_OF_GPU * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)))
     else:
         room = int(SHARE_OF_CPU * available_bytes())
     costs: dict[int, int] = {}
@@ -79,13 +80,13 @@ def _try_all(experiment: Experiment, most: int, on_gpu: bool) -> tuple[dict[int,
         evaluated = experiment.train.largest_batch(2 * size) if settings.evaluation_batch_size is None else largest
         try:
             if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.reset_peak_memory_stats(device)
             with PeakResident() as peak:
                 for _ in range(1 if costs else 2):  # what the optimizer keeps is there from the second step on
                     step(largest, evaluated)
         except MemoryRanOut:
             return costs, f"{size} ran out of memory", room
-        cost = torch.cuda.max_memory_reserved() if on_gpu else peak.bytes - before
+        cost = torch.cuda.max_memory_reserved(device) if on_gpu else peak.bytes - before
         if cost > room:
             return costs, f"{size} takes {_gib(cost)}", room
         costs[size] = cost

@@ -60,12 +60,12 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         UserError: As :func:`preflight`, or the data or the weights are not right.
         TrainingError: No batch size fits into memory.
     """
-    fields = preflight(config).backbone.fields
+    checked = preflight(config)
     data, splits = read_data(config)
     backbone_class: type[Backbone] = config.backbone.cls
     torch.manual_seed(config.seed)
     with error_location(config.backbone.where):
-        values = splits["train"].column(*fields)
+        values = splits["train"].column(*checked.backbone.fields)
         backbone = backbone_class.from_data(values, **config.backbone.options)
         pretrained = dict(backbone.load_pretrained()) if config.pretrained else {}
     learned = dict(backbone.learned())
@@ -79,7 +79,7 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         name: make_loader(config, split, backbone, training=name == "train", repeated=name != "test")
         for name, split in splits.items()
     }
-    experiment = make_experiment(config, model, task, backbone, loaders, quick=quick)
+    experiment = make_experiment(config, model, task, backbone, loaders, device=checked.device, quick=quick)
     if config.train.batch_size == "auto":
         config = config.with_batch_size(find_batch_size(experiment, observe))
         experiment = replace(experiment, settings=config.train)
@@ -95,7 +95,14 @@ def with_found_batch_size(config: RunConfig, observe: Observer) -> RunConfig:
 
 
 def make_experiment(
-    config: RunConfig, model: Model, task: Task, backbone: Backbone, loaders: Mapping[str, Loader], *, quick: bool
+    config: RunConfig,
+    model: Model,
+    task: Task,
+    backbone: Backbone,
+    loaders: Mapping[str, Loader],
+    *,
+    device: torch.device,
+    quick: bool,
 ) -> Experiment:
     """Put together what the engine needs."""
     return Experiment(
@@ -107,6 +114,7 @@ def make_experiment(
         resolve_phases(config, model),
         config.optimizer,
         config.train,
+        device,
         config.seed,
         backbone.assets(),
         _origin(backbone, loaders),

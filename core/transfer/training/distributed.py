@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from transfer.errors import TrainingError, TransferError
-from transfer.system.ranks import Rank, rank_from_environment, refuse_sharding
+from transfer.system.ranks import Rank, cpu_is_requested, rank_from_environment, refuse_sharding
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 """In which all processes must have come."""
@@ -234,7 +234,7 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 def _meet(own: Rank) -> ProcessGroup:
-    on_gpus = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+    on_gpus = torch.cuda.is_available() and not cpu_is_requested()
     if on_gpus:
         torch.cuda.set_device(own.local_rank)
     try:

@@ -14,8 +14,6 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -24,13 +22,14 @@ from transfer.data.loader import Loader
 from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
 from transfer.interfaces import PrimaryMetric
+from transfer.models.forward import explain_out_of_memory
 from transfer.models.model import BATCH_NORM, Model
 from transfer.models.precision import autocast
 from transfer.storage import checkpoint
 from transfer.storage.run_directory import Predictions, RunDirectory
+from transfer.system.memory import peak_memory_bytes
 from transfer.system.signals import Interrupted, Signals
 from transfer.training import freezing
-from transfer.training.device_memory import explain_out_of_memory, peak_memory_bytes
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, ProcessLostError
 from transfer.training.evaluation import device_metrics, evaluate
 from transfer.training.events import (
@@ -58,7 +57,7 @@ class _Training:
     """What the steps of the loop share.
 
     Args:
-        experiment, run, observe, signals, processes, accelerator: As handed to :func:`fit`, or made by it.
+        experiment, run, observe, signals, processes, device: As handed to :func:`fit`, or made by it.
         forward: The model, compiled where that is wanted.
         state: All that training changes.
         scored: The model that is validated: the moving average where there is one.
@@ -70,7 +69,7 @@ class _Training:
     observe: Observer
     signals: Signals
     processes: ProcessGroup
-    accelerator: Accelerator
+    device: torch.device
     forward: Callable[..., Tensor]
     state: TrainingState
     scored: Model
@@ -162,25 +161,13 @@ def _prepare(
 ) -> _Training:
     """Put the model on its device and what training changes beside it."""
     settings, model = experiment.settings, experiment.model
-    # Accelerate keeps its state for the whole process, and refuses a second run of another precision otherwise.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision="no" if settings.precision == "fp32" else settings.precision,
-        # It takes several processes for single ones otherwise, where there is no GPU.
-        cpu=True if processes.is_distributed and not torch.cuda.is_available() else None,
-    )
-    if accelerator.num_processes != processes.rank.world_size:
-        raise TrainingError(
-            f"{accelerator.num_processes} processes were started, and this works in {processes.rank.world_size}",
-            fix="start it without a launcher, or with torchrun",
-        )
-    model.to(accelerator.device)
+    device = experiment.device
+    model.to(device)
     average = None
     if settings.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))  # type: ignore[no-untyped-call]
-    # Gradients of several processes are added up below, once per step of the optimizer, whatever a phase freezes.
-    prepared = accelerator.prepare_model(model, evaluation_mode=processes.is_distributed)
-    metrics = device_metrics(experiment.task, accelerator.device)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+    metrics = device_metrics(experiment.task, device)
     unchanged = experiment.unchanged_stages()
     base = {name: tensor for name, tensor in model.state_dict().items() if model.stage_of(name) in unchanged}
     origin = {**experiment.origin, "base weights": checkpoint.digest(base)}
@@ -192,9 +179,9 @@ def _prepare(
         observe,
         signals,
         processes,
-        accelerator,
-        torch.compile(prepared) if settings.compile else prepared,
-        TrainingState(model, unchanged, origin, average, accelerator.scaler, metrics),
+        device,
+        torch.compile(model) if settings.compile else model,
+        TrainingState(model, unchanged, origin, average, scaler, metrics),
         model if average is None else cast("Model", average.module),
     )
 
@@ -251,14 +238,12 @@ def _train_phase(training: _Training, number: int) -> None:
         if begins:
             progress.phase, progress.phase_epochs, progress.phase_best = number, 0, None
         state.begin_phase(optimizer, schedule)
-    scaler = training.accelerator.scaler
-    prepared_optimizer = optimizer if scaler is None else training.accelerator.prepare_optimizer(optimizer)
     total_epochs = sum(phase.epochs for phase in experiment.phases)
 
     while progress.phase_epochs < phase.epochs and not _gives_up(progress, phase.patience):
         batches = counts[progress.phase_epochs]
         observe(EpochStarted(progress.epochs + 1, total_epochs, number, len(experiment.phases), batches))
-        _train_epoch(training, train, prepared_optimizer)
+        _train_epoch(training, train, optimizer)
         validation_started = time.perf_counter()
         scores = evaluate(
             training.scored,
@@ -319,21 +304,21 @@ def _optimizer_step(
     training: _Training, first_stage: int, optimizer: Any, batches: Iterable[Batch], sizes: Sequence[int]
 ) -> None:
     """Make one step of the optimizer from the gradients of one or more batches, and count them."""
-    experiment, accelerator, state = training.experiment, training.accelerator, training.state
+    experiment, device, state = training.experiment, training.device, training.state
     processes, model = training.processes, experiment.model
     settings, task, sums = experiment.settings, experiment.task, state.progress.epoch
     # The batches between two steps of the optimizer weigh as one batch of all their examples.
     together = sum(sizes[sums.batches : sums.batches + settings.accumulate])
     for on_cpu in batches:
-        batch = on_cpu.to(accelerator.device)
+        batch = on_cpu.to(device)
         # Dropout is a function of the seed and the batch, whatever has drawn random numbers in between.
-        _seed_step(accelerator.device, experiment.seed, state.progress.batches + sums.batches + 1, processes.rank.index)
+        _seed_step(device, experiment.seed, state.progress.batches + sums.batches + 1, processes.rank.index)
         with explain_out_of_memory(len(batch.indices)):
             inputs, mixed = batch.inputs, None
             if settings.mix is not None:
                 mixed = mix_batch(inputs, settings.mix)
                 inputs = mixed.inputs
-            with autocast(settings.precision, accelerator.device):
+            with autocast(settings.precision, device):
                 outputs = training.forward(inputs, first_stage)
             outputs = outputs.float()
             losses = task.loss(outputs, batch.targets)
@@ -342,11 +327,7 @@ def _optimizer_step(
             if batch.global_indices is not None:
                 losses = losses[: processes.shard_size(len(batch.global_indices))]
             loss = losses.sum() / together
-            # Without loss scaling accelerate's backward and step only add checks, at half a millisecond each.
-            if accelerator.scaler is None:
-                loss.backward()  # type: ignore[no-untyped-call]
-            else:
-                accelerator.backward(loss)
+            state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         losses, predictions = losses.detach(), task.predictions(outputs.detach())
         targets, indices = batch.targets, batch.indices
         if batch.global_indices is not None:
@@ -365,11 +346,10 @@ def _optimizer_step(
         statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
         processes.all_reduce([parameter for parameter in model.parameters() if parameter.requires_grad], statistics)
     if settings.clip_norm is not None:
-        if accelerator.scaler is not None:
-            # Of this optimizer alone: accelerate's own clipping unscales those of earlier phases with it.
-            accelerator.unscale_gradients(optimizer)
+        state.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-    optimizer.step()
+    state.scaler.step(optimizer)
+    state.scaler.update()
     optimizer.zero_grad()
     assert state.schedule is not None
     state.schedule.after_step()
@@ -384,12 +364,10 @@ def rehearse(experiment: Experiment, phase: PhasePlan) -> Callable[[Batch, Batch
     The experiment's model is trained, and nothing is written. The function raises MemoryRanOut.
     """
     training = _prepare(experiment, RunDirectory(Path()), lambda _: None, Signals(), SINGLE_PROCESS)
-    model, device = experiment.model, training.accelerator.device
+    model, device = experiment.model, training.device
     freezing.apply(model, phase.frozen)
     optimizer = build_optimizer(model, phase.groups, experiment.optimizer, previous=None)
     training.state.begin_phase(optimizer, Schedule(None, optimizer, epochs=1, steps_per_epoch=1, higher_is_better=True))
-    scaler = training.accelerator.scaler
-    prepared_optimizer = optimizer if scaler is None else training.accelerator.prepare_optimizer(optimizer)
 
     def step(trained: Batch, evaluated: Batch) -> None:
         model.train()
@@ -397,7 +375,7 @@ def rehearse(experiment: Experiment, phase: PhasePlan) -> Callable[[Batch, Batch
         for metric in training.state.metrics.values():
             metric.reset()
         with explain_out_of_memory(len(trained.indices)):
-            _optimizer_step(training, 0, prepared_optimizer, [trained], [len(trained.indices)])
+            _optimizer_step(training, 0, optimizer, [trained], [len(trained.indices)])
         model.eval()
         with (
             explain_out_of_memory(len(evaluated.indices)),
@@ -529,9 +507,9 @@ def _finish(training: _Training) -> dict[str, Any]:
         "examples_per_second": round(progress.trained_examples / progress.trained_seconds, 2),
         "waiting_for_data": round(progress.waiting_seconds / progress.trained_seconds, 4),
         "seconds": round(training.seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(training.device),
         "cache": caches,
-        "device": str(training.accelerator.device),
+        "device": str(training.device),
     }
 
 
@@ -550,7 +528,10 @@ def _seed_step(device: torch.device, seed: int, step: int, rank: int) -> None:
     value = int(np.random.SeedSequence(parts).generate_state(1)[0])
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
-        torch.cuda.manual_seed(value)
+        # torch.cuda.manual_seed seeds the current device, which need not be this one.
+        torch.cuda.default_generators[device.index].manual_seed(value)
+    elif device.type == "mps":
+        torch.mps.manual_seed(value)
 
 
 def _settle(training: _Training) -> None:

@@ -13,10 +13,9 @@ from transfer.config.train_settings import Precision
 from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
 from transfer.interfaces import Task
+from transfer.models.forward import forward_batches
 from transfer.models.model import Model
-from transfer.models.precision import autocast
 from transfer.system.signals import Signals
-from transfer.training.device_memory import explain_out_of_memory
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup
 from transfer.training.events import (
     EvaluationStarted,
@@ -49,12 +48,12 @@ def evaluate(
     share = processes.shard if processes.is_distributed else None
     examples, loss_sum = 0, torch.zeros((), dtype=torch.float64, device=device)
     observe(EvaluationStarted(split, min(len(source.loader), max_batches or sys.maxsize)))
-    model.eval()
-    with torch.inference_mode():
-        for step, on_cpu in enumerate(source.loader.epoch(most=max_batches, share=share), 1):
-            batch = on_cpu.to(device)
-            with explain_out_of_memory(len(batch.indices)), autocast(precision, device):
-                outputs = model(batch.inputs, source.first_stage)
+    loader_batches = source.loader.epoch(most=max_batches, share=share)
+    outputs_of = forward_batches(
+        model, loader_batches, device=device, precision=precision, first_stage=source.first_stage
+    )
+    for step, (batch, outputs) in enumerate(outputs_of, 1):
+        with torch.inference_mode():
             outputs = outputs.float()
             losses, predictions = task.loss(outputs, batch.targets), task.predictions(outputs)
             targets, indices = batch.targets, batch.indices
@@ -72,10 +71,10 @@ def evaluate(
             if kept is not None:
                 found = (predictions.cpu(), targets.cpu(), losses.cpu(), confidences.cpu())
                 kept.append((torch.from_numpy(indices), *found))
-            examples += len(indices)
-            observe(EvaluationStep(step))
-            if signals is not None:
-                signals.raise_if_any_rank_interrupted()
+        examples += len(indices)
+        observe(EvaluationStep(step))
+        if signals is not None:
+            signals.raise_if_any_rank_interrupted()
     scores = {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
     broken = [name for name, value in scores.items() if not math.isfinite(value)]
     if broken:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from transfer.config.torch_classes import TorchClass
 from transfer.config.train_settings import TrainConfig
 from transfer.data.loader import Loader
@@ -51,6 +53,7 @@ class Experiment:
         phases: In order.
         optimizer: Which, with its options.
         settings: How to train.
+        device: Device to train on.
         seed: Of everything random during training.
         assets: What the backbone learned from the training split, for the keys of the feature cache.
         origin: Digests of the data and of the assets, which a run that goes on must find again.
@@ -65,6 +68,7 @@ class Experiment:
     phases: tuple[PhasePlan, ...]
     optimizer: TorchClass
     settings: TrainConfig
+    device: torch.device
     seed: int
     assets: Mapping[str, str]
     origin: Mapping[str, str]

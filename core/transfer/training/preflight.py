@@ -16,6 +16,8 @@ from transfer.feature_cache.loader import reason_not_cached
 from transfer.interfaces import Backbone, Dataset, DataSpec, FeatureSpec, Task
 from transfer.models.assemble import assemble
 from transfer.models.model import BATCH_NORM, Model
+from transfer.system.devices import resolve_device
+from transfer.system.ranks import cpu_is_requested, rank_from_environment
 from transfer.training import freezing
 from transfer.training.experiment import PhasePlan
 from transfer.training.mixup import check_mixable
@@ -37,6 +39,7 @@ class CheckedParts:
         backbone, task: As the config names them.
         model: The stages of backbone and head.
         phases: Worked out for this model.
+        device: Device to train on.
         shapes: What each stage returns for a batch of two examples, where the backbone knows a typical one.
     """
 
@@ -45,6 +48,7 @@ class CheckedParts:
     task: Task
     model: Model
     phases: tuple[PhasePlan, ...]
+    device: torch.device
     shapes: Mapping[str, str]
 
 
@@ -64,8 +68,9 @@ def preflight(config: RunConfig) -> CheckedParts:
         task, model = assemble(backbone, config.head, config.task, spec)
     shapes = _run_on_meta(config, backbone, task, model)
     phases = resolve_phases(config, model)
-    _refuse_dead_settings(config, backbone, model, phases)
-    return CheckedParts(dataset, backbone, task, model, phases, shapes)
+    device = _resolve_training_device(config)
+    _refuse_dead_settings(config, backbone, model, phases, device)
+    return CheckedParts(dataset, backbone, task, model, phases, device, shapes)
 
 
 def _check_compatibility(config: RunConfig, data: DataSpec, backbone: Backbone) -> None:
@@ -167,10 +172,25 @@ def resolve_phases(config: RunConfig, model: Model) -> tuple[PhasePlan, ...]:
     return tuple(plans)
 
 
-def _refuse_dead_settings(config: RunConfig, backbone: Backbone, model: Model, phases: tuple[PhasePlan, ...]) -> None:
+def _resolve_training_device(config: RunConfig) -> torch.device:
+    """Return the device that ``train.device`` names on this machine."""
+    name, location = config.train.device, config.document.location(("train", "device"))
+    if ":" in name and rank_from_environment().world_size > 1:
+        raise ConfigError(
+            f"train.device is {name}: expected auto or cuda in distributed training",
+            where=location,
+            fix="set train.device: cuda, so that each process uses the GPU of its local rank",
+        )
+    # `accelerate launch --cpu` does not hide the GPUs from its processes.
+    return resolve_device("cpu" if name == "auto" and cpu_is_requested() else name, where=location)
+
+
+def _refuse_dead_settings(
+    config: RunConfig, backbone: Backbone, model: Model, phases: tuple[PhasePlan, ...], device: torch.device
+) -> None:
     """Refuse settings that would change nothing, and those that need another machine."""
     train = config.train
-    if train.precision == "fp16" and not torch.cuda.is_available():
+    if train.precision == "fp16" and device.type != "cuda":
         raise ConfigError(
             "train.precision: fp16 needs a GPU, which scales its gradients",
             where=config.document.location(("train", "precision")),

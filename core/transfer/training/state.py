@@ -105,7 +105,7 @@ class TrainingState:
     unchanged: frozenset[str]
     origin: Mapping[str, str]
     average: AveragedModel | None
-    scaler: Any
+    scaler: torch.amp.GradScaler
     metrics: dict[str, Metric]
     progress: Progress = field(default_factory=Progress)
     optimizer: Optimizer | None = None
@@ -145,7 +145,7 @@ class TrainingState:
             "groups": optimizer_state.group_options(self.optimizer),
             "schedule": self.schedule.state_dict(),
             "metric_updates": counts,
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict() or None,  # empty unless the precision is fp16
         }
         checkpoint.save(folder, parts, state, keep=keep)
 
@@ -186,7 +186,7 @@ class TrainingState:
             averaged = dict(tensors["average"])
             self.average.n_averaged.copy_(averaged.pop("n_averaged"))
             load_weights(self.average.module, averaged, self.weights(self.average.module), folder)
-        if self.scaler is not None:
+        if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress.of(state["progress"])
         for path, metric in nested(self.metrics):
