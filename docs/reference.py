@@ -19,7 +19,7 @@ from transfer.config.train_settings import (
     MixupCutmix,
     NamedBlock,
     OptimizerOptions,
-    Phase,
+    PhaseSettings,
     Recipe,
     TrainConfig,
 )
@@ -34,7 +34,7 @@ of any installed plugin. What an option is *for* stands in the pages of [the ind
 """
 BLOCKS = {
     "train": TrainConfig,
-    "train.phases": Phase,
+    "train.phases": PhaseSettings,
     "train.recipe": Recipe,
     "train.mix": MixupCutmix,
     "train.checkpoint": Checkpoint,

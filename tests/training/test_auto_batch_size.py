@@ -85,7 +85,7 @@ def test_twice_as_many_must_fit_where_nothing_is_trained(
     memory_for(10_000, evaluated=20)
     assert find_batch_size(experiment, ignore_events) == 8
     own = build(load_config(config, [TRAINED, "train.evaluation_batch_size=4"]), ignore_events).experiment
-    assert find_batch_size(own, ignore_events) > 8
+    assert find_batch_size(own, ignore_events, evaluation_batch_size=4) > 8
 
 
 def test_an_epoch_has_some_steps(config: dict[str, Any], experiment: Experiment) -> None:

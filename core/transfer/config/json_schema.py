@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 from transfer.config.option_schema import options_model, summary
 from transfer.config.run_config import RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, options_set_by_framework
-from transfer.config.train_settings import DataOptions, NamedBlock, OptimizerOptions, Phase, TrainConfig
+from transfer.config.train_settings import DataOptions, NamedBlock, OptimizerOptions, PhaseSettings, TrainConfig
 from transfer.errors import PluginError, Problem
 from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
@@ -62,7 +62,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
         definitions[name] = _choice(definitions, refs)
     top = _definition(definitions, found[RunConfigSchema, "validation"])
     train = _definition(definitions, found[TrainConfig, "validation"])
-    phase = definitions[Phase.__name__]
+    phase = definitions[PhaseSettings.__name__]
     for block, keys in ((top, _SECTIONS), (train, ("optimizer", "scheduler")), (phase, ("scheduler",))):
         for key in keys:
             block["properties"][key] = _refer(block["properties"][key], key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from transfer.config.train_settings import Freeze, LearningRate, Phase, Recipe, Until
+from transfer.config.train_settings import Freeze, LearningRate, PhaseSettings, Recipe, Until
 from transfer.errors import ConfigError
 
 WITHOUT_PRETRAINED = frozenset({"scratch", "random_features"})
@@ -15,7 +15,7 @@ STAGE_DECAY = 1 / 2.6
 """From stage to stage downward (Howard and Ruder 2018, section 3.2)."""
 
 
-def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Phase, ...]:
+def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[PhaseSettings, ...]:
     """Return the phases of a recipe.
 
     Args:
@@ -28,23 +28,23 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
     """
     head = {"head": lr, "backbone": lr * BACKBONE_SHARE} if not isinstance(lr, Mapping) else lr
     if recipe.name in ("feature_extraction", "random_features"):
-        return (Phase(epochs=recipe.epochs, freeze="backbone", lr=lr),)
+        return (PhaseSettings(epochs=recipe.epochs, freeze="backbone", lr=lr),)
     if recipe.name == "fine_tune":
-        return (Phase(epochs=recipe.epochs, lr=head),)
+        return (PhaseSettings(epochs=recipe.epochs, lr=head),)
     if recipe.name == "scratch":
-        return (Phase(epochs=recipe.epochs, lr=lr),)
+        return (PhaseSettings(epochs=recipe.epochs, lr=lr),)
     if recipe.name == "lp_ft":
         probe, tune = _share(recipe, 2)
         # After the probe the head is good: it too is tuned slowly.
         slow = {"head": lr * BACKBONE_SHARE, "backbone": lr * BACKBONE_SHARE} if not isinstance(lr, Mapping) else lr
-        return (Phase(epochs=probe, freeze="backbone", lr=lr), Phase(epochs=tune, lr=slow))
+        return (PhaseSettings(epochs=probe, freeze="backbone", lr=lr), PhaseSettings(epochs=tune, lr=slow))
     decayed = head if isinstance(lr, Mapping) else {**head, "layer_decay": STAGE_DECAY}
     # First the head alone, then a stage more in each phase; in the last, nothing is frozen.
     frozen = [Until(until=stage) for stage in reversed(stages)]
     epochs = _share(recipe, len(stages) + 1)
     policies: list[Freeze] = [*frozen, "none"]
     rates: list[LearningRate] = [lr, *[decayed] * len(stages)]
-    return tuple(Phase(epochs=e, freeze=f, lr=r) for e, f, r in zip(epochs, policies, rates, strict=True))
+    return tuple(PhaseSettings(epochs=e, freeze=f, lr=r) for e, f, r in zip(epochs, policies, rates, strict=True))
 
 
 def _share(recipe: Recipe, count: int) -> list[int]:

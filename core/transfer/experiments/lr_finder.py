@@ -119,12 +119,12 @@ def find_learning_rate(
 
 def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> tuple[list[float], list[float]]:
     """Make a step of the optimizer at each rate until the loss leaves all bounds; return rates and losses."""
-    model, phase, settings = experiment.model, experiment.phases[0], experiment.settings
-    device = experiment.device
+    model, phase, options = experiment.model, experiment.phases[0], experiment.options
+    device = experiment.options.device
     model.to(device)
     freezing.apply(model, phase.frozen)
     stages = freezing.prefix_length(model, phase.frozen)
-    source = experiment.features(experiment.train, stages, training=True)
+    source = experiment.batches_for(experiment.train, stages, training=True)
     if stages:
         observe(Note(f"training examples {source}"))
     optimizer = build_optimizer(model, phase.groups, experiment.optimizer, previous=None)
@@ -136,7 +136,7 @@ def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> 
     for rate in rates:
         for group, share in zip(optimizer.param_groups, shares, strict=True):
             group["lr"] = rate * share
-        loss = _step(experiment, optimizer, source, list(itertools.islice(batches, settings.accumulate)), device)
+        loss = _step(experiment, optimizer, source, list(itertools.islice(batches, options.accumulate)), device)
         if not math.isfinite(loss):
             break
         done, losses = [*done, rate], [*losses, loss]
@@ -160,16 +160,16 @@ def _step(
     experiment: Experiment, optimizer: Any, source: StageInputs, batches: Sequence[Batch], device: torch.device
 ) -> float:
     """Make one step of the optimizer; return the mean loss of its examples."""
-    settings, task = experiment.settings, experiment.task
+    options, task = experiment.options, experiment.task
     together, loss_sum = sum(len(batch.indices) for batch in batches), 0.0
     for on_cpu in batches:
         batch = on_cpu.to(device)
         inputs, mixed = batch.inputs, None
-        if settings.mix is not None:
-            mixed = mix_batch(inputs, settings.mix)
+        if options.mix is not None:
+            mixed = mix_batch(inputs, options.mix)
             inputs = mixed.inputs
         # Gradients of fp16 would need scaling: bf16 has its speed and the range of fp32.
-        with autocast("bf16" if settings.precision == "fp16" else settings.precision, device):
+        with autocast("bf16" if options.precision == "fp16" else options.precision, device):
             outputs: Tensor = experiment.model(inputs, source.first_stage)
         losses = task.loss(outputs.float(), batch.targets)
         if mixed is not None:
@@ -177,8 +177,8 @@ def _step(
         loss = losses.sum() / together
         loss.backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.item()
-    if settings.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), settings.clip_norm)
+    if options.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), options.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
     return loss_sum

@@ -14,6 +14,7 @@ from transfer.storage.run_directory import RunDirectory
 from transfer.training.build import make_experiment, make_loader, read_data
 from transfer.training.evaluation import evaluate as score
 from transfer.training.events import Observer, ignore_events
+from transfer.training.preflight import resolve_phases
 
 
 def evaluate(run: str | Path, split: str = "test", *, observe: Observer = ignore_events) -> dict[str, float]:
@@ -40,8 +41,15 @@ def evaluate(run: str | Path, split: str = "test", *, observe: Observer = ignore
     loaders = dict.fromkeys(SPLITS, loader)
     quick = bool(directory.summary().get("quick"))
     experiment = make_experiment(
-        config, loaded.model, loaded.task, loaded.backbone, loaders, device=device, quick=quick
+        config,
+        loaded.model,
+        loaded.task,
+        loaded.backbone,
+        loaders,
+        phases=resolve_phases(config, loaded.model),
+        device=device,
+        quick=quick,
     )
-    source = experiment.features(loader, experiment.always_frozen())
+    source = experiment.batches_for(loader, experiment.frozen_prefix_length())
     precision = config.train.precision
     return score(loaded.model, loaded.task, source, precision, observe, split, experiment.max_batches)

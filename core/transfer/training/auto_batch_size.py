@@ -15,7 +15,7 @@ from transfer.system.memory import PeakResident, available_bytes
 from transfer.training import freezing
 from transfer.training.engine import rehearse
 from transfer.training.events import Note, Observer
-from transfer.training.experiment import Experiment, PhasePlan
+from transfer.training.experiment import Experiment, Phase
 
 LEAST = 2
 """The first size that is tried: batch norm cannot train on one example."""
@@ -29,7 +29,7 @@ SHARE_OF_CPU = 0.5
 """Of what is available; decoded examples that are kept from one epoch to the next may take as much."""
 
 
-def find_batch_size(experiment: Experiment, observe: Observer) -> int:
+def find_batch_size(experiment: Experiment, observe: Observer, evaluation_batch_size: int | None = None) -> int:
     """Return the largest power of two whose training step fits into memory, with some room.
 
     Steps are made as training makes them, in the phase with the fewest frozen stages, on a copy of the model, with the
@@ -39,15 +39,16 @@ def find_batch_size(experiment: Experiment, observe: Observer) -> int:
     Args:
         experiment: Is left as it is, the random state too.
         observe: Is told what was tried and found.
+        evaluation_batch_size: Batch size of evaluation. None tries twice the training batch size.
 
     Raises:
         TrainingError: Not even two examples fit.
     """
-    count, device = len(experiment.train.split), experiment.device
+    count, device = len(experiment.train.split), experiment.options.device
     on_gpu = device.type == "cuda"
     most = min(MAX_ON_GPU if on_gpu else MAX_ON_CPU, max(LEAST, count // MIN_STEPS))
     with preserve_rng_state(), torch.random.fork_rng([device.index] if on_gpu else []):
-        costs, why, room = _try_all(experiment, most)
+        costs, why, room = _try_all(experiment, most, evaluation_batch_size)
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
@@ -60,11 +61,11 @@ def find_batch_size(experiment: Experiment, observe: Observer) -> int:
     return found
 
 
-def _try_all(experiment: Experiment, most: int) -> tuple[dict[int, int], str, int]:
+def _try_all(experiment: Experiment, most: int, evaluation_batch_size: int | None) -> tuple[dict[int, int], str, int]:
     """Try sizes until one does not fit; return what each that fits took, why the search ended, and the room."""
-    device, on_gpu = experiment.device, experiment.device.type == "cuda"
-    settings = experiment.settings.model_copy(update={"compile": False})  # each size would be compiled anew
-    experiment = replace(experiment, model=copy.deepcopy(experiment.model), settings=settings)
+    device, on_gpu = experiment.options.device, experiment.options.device.type == "cuda"
+    options = replace(experiment.options, compile=False)  # each size would be compiled anew
+    experiment = replace(experiment, model=copy.deepcopy(experiment.model), options=options)
     step = rehearse(experiment, most_demanding(experiment.phases, experiment))
     if on_gpu:
         torch.cuda.empty_cache()
@@ -77,7 +78,7 @@ def _try_all(experiment: Experiment, most: int) -> tuple[dict[int, int], str, in
         if not on_gpu and (expected := _expected(costs)) > room:
             return costs, f"{size} would take about {_gib(expected)}", room
         largest = experiment.train.largest_batch(size)
-        evaluated = experiment.train.largest_batch(2 * size) if settings.evaluation_batch_size is None else largest
+        evaluated = experiment.train.largest_batch(2 * size) if evaluation_batch_size is None else largest
         try:
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
@@ -93,11 +94,11 @@ def _try_all(experiment: Experiment, most: int) -> tuple[dict[int, int], str, in
     return costs, f"no more than {most} is tried here", room
 
 
-def most_demanding(phases: tuple[PhasePlan, ...], experiment: Experiment) -> PhasePlan:
+def most_demanding(phases: tuple[Phase, ...], experiment: Experiment) -> Phase:
     """Return the phase that keeps most for its backward pass: fewest frozen stages, then most that is trained."""
     sizes = {name: parameter.numel() for name, parameter in experiment.model.named_parameters()}
 
-    def demand(phase: PhasePlan) -> tuple[int, int]:
+    def demand(phase: Phase) -> tuple[int, int]:
         trained = sum(sizes[name] for group in phase.groups for name in group.parameters)
         return -freezing.prefix_length(experiment.model, phase.frozen), trained
 

@@ -39,7 +39,7 @@ from transfer.training.events import (
     Observer,
     StepEnded,
 )
-from transfer.training.experiment import Experiment, PhasePlan
+from transfer.training.experiment import Experiment, Phase
 from transfer.training.freezing import Frozen
 from transfer.training.mixup import mix_batch
 from transfer.training.optimizer import build_optimizer
@@ -87,7 +87,7 @@ class _Training:
     def features(self, loader: Loader, stages: int, *, training: bool = False) -> StageInputs:
         """Return a split's batches; of several processes the first of each machine fills the feature cache."""
         with self.signals.immediate(), self.processes.local_main_first():
-            return self.experiment.features(loader, stages, training=training)
+            return self.experiment.batches_for(loader, stages, training=training)
 
 
 def fit(
@@ -160,13 +160,13 @@ def _prepare(
     experiment: Experiment, run: RunDirectory, observe: Observer, signals: Signals, processes: ProcessGroup
 ) -> _Training:
     """Put the model on its device and what training changes beside it."""
-    settings, model = experiment.settings, experiment.model
-    device = experiment.device
+    options, model = experiment.options, experiment.model
+    device = experiment.options.device
     model.to(device)
     average = None
-    if settings.ema is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))  # type: ignore[no-untyped-call]
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+    if options.ema is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))  # type: ignore[no-untyped-call]
+    scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
     metrics = device_metrics(experiment.task, device)
     unchanged = experiment.unchanged_stages()
     base = {name: tensor for name, tensor in model.state_dict().items() if model.stage_of(name) in unchanged}
@@ -180,7 +180,7 @@ def _prepare(
         signals,
         processes,
         device,
-        torch.compile(model) if settings.compile else model,
+        torch.compile(model) if options.compile else model,
         TrainingState(model, unchanged, origin, average, scaler, metrics),
         model if average is None else cast("Model", average.module),
     )
@@ -210,7 +210,7 @@ def _restore(training: _Training) -> None:
 
 def _train_phase(training: _Training, number: int) -> None:
     experiment, state, observe = training.experiment, training.state, training.observe
-    settings, model, progress = experiment.settings, experiment.model, state.progress
+    options, model, progress = experiment.options, experiment.model, state.progress
     phase, primary = experiment.phases[number - 1], experiment.task.primary_metric
     freezing.apply(model, phase.frozen)
     if state.average is not None:
@@ -230,8 +230,8 @@ def _train_phase(training: _Training, number: int) -> None:
         phase.scheduler,
         optimizer,
         epochs=phase.epochs,
-        steps_per_epoch=[math.ceil(batches / settings.accumulate) for batches in counts],
-        warmup_epochs=0.0 if experiment.max_batches else settings.warmup_epochs,
+        steps_per_epoch=[math.ceil(batches / options.accumulate) for batches in counts],
+        warmup_epochs=options.warmup_epochs,
         higher_is_better=primary.higher_is_better,
     )
     with training.signals.deferred():  # a checkpoint names the phase whose optimizer it holds
@@ -249,7 +249,7 @@ def _train_phase(training: _Training, number: int) -> None:
             training.scored,
             experiment.task,
             validation,
-            settings.precision,
+            options.precision,
             observe,
             "validation",
             experiment.max_batches,
@@ -266,7 +266,7 @@ def _train_epoch(training: _Training, train: StageInputs, optimizer: Any) -> Non
     """Train what is left of the epoch that is going on."""
     experiment, progress, signals = training.experiment, training.state.progress, training.signals
     metrics, primary = training.state.metrics, experiment.task.primary_metric.name
-    settings, sums = experiment.settings, progress.epoch
+    options, sums = experiment.options, progress.epoch
     sizes = [len(batch) for batch in experiment.train.batch_indices(progress.epochs)[: experiment.max_batches]]
     if not sums.batches:
         sums.rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
@@ -282,7 +282,7 @@ def _train_epoch(training: _Training, train: StageInputs, optimizer: Any) -> Non
     for batch in batches:  # waiting for it may be interrupted: nothing is half done then
         with signals.deferred():
             _optimizer_step(
-                training, train.first_stage, optimizer, chain([batch], islice(batches, settings.accumulate - 1)), sizes
+                training, train.first_stage, optimizer, chain([batch], islice(batches, options.accumulate - 1)), sizes
             )
             now = time.perf_counter()
             sums.seconds = seconds_before + now - started
@@ -306,19 +306,19 @@ def _optimizer_step(
     """Make one step of the optimizer from the gradients of one or more batches, and count them."""
     experiment, device, state = training.experiment, training.device, training.state
     processes, model = training.processes, experiment.model
-    settings, task, sums = experiment.settings, experiment.task, state.progress.epoch
+    options, task, sums = experiment.options, experiment.task, state.progress.epoch
     # The batches between two steps of the optimizer weigh as one batch of all their examples.
-    together = sum(sizes[sums.batches : sums.batches + settings.accumulate])
+    together = sum(sizes[sums.batches : sums.batches + options.accumulate])
     for on_cpu in batches:
         batch = on_cpu.to(device)
         # Dropout is a function of the seed and the batch, whatever has drawn random numbers in between.
         _seed_step(device, experiment.seed, state.progress.batches + sums.batches + 1, processes.rank.index)
         with explain_out_of_memory(len(batch.indices)):
             inputs, mixed = batch.inputs, None
-            if settings.mix is not None:
-                mixed = mix_batch(inputs, settings.mix)
+            if options.mix is not None:
+                mixed = mix_batch(inputs, options.mix)
                 inputs = mixed.inputs
-            with autocast(settings.precision, device):
+            with autocast(options.precision, device):
                 outputs = training.forward(inputs, first_stage)
             outputs = outputs.float()
             losses = task.loss(outputs, batch.targets)
@@ -345,9 +345,9 @@ def _optimizer_step(
         norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.training]
         statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
         processes.all_reduce([parameter for parameter in model.parameters() if parameter.requires_grad], statistics)
-    if settings.clip_norm is not None:
+    if options.clip_norm is not None:
         state.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
     state.scaler.step(optimizer)
     state.scaler.update()
     optimizer.zero_grad()
@@ -358,7 +358,7 @@ def _optimizer_step(
     training.unsaved = True
 
 
-def rehearse(experiment: Experiment, phase: PhasePlan) -> Callable[[Batch, Batch], None]:
+def rehearse(experiment: Experiment, phase: Phase) -> Callable[[Batch, Batch], None]:
     """Return a function that makes a training step of a phase as :func:`fit` does, and evaluates another batch.
 
     The experiment's model is trained, and nothing is written. The function raises MemoryRanOut.
@@ -380,7 +380,7 @@ def rehearse(experiment: Experiment, phase: PhasePlan) -> Callable[[Batch, Batch
         with (
             explain_out_of_memory(len(evaluated.indices)),
             torch.inference_mode(),
-            autocast(experiment.settings.precision, device),
+            autocast(experiment.options.precision, device),
         ):
             model(evaluated.to(device).inputs, 0)
 
@@ -420,7 +420,7 @@ def _end_epoch(training: _Training, scores: dict[str, float], validation_seconds
         if training.processes.is_main:
             # Before `last`, which names it: killed in between, the epoch is trained again and ends the same.
             state.save_best(run.checkpoints / "best")
-    if experiment.settings.checkpoint.every_steps or time.monotonic() - training.saved >= MIN_CHECKPOINT_SECONDS:
+    if experiment.options.checkpoint.every_steps or time.monotonic() - training.saved >= MIN_CHECKPOINT_SECONDS:
         _save(training)
     if training.processes.is_main:
         run.append_metrics(record)
@@ -432,16 +432,16 @@ def _save(training: _Training) -> None:
     _settle(training)
     training.state.progress.seconds = training.seconds
     if training.processes.is_main:
-        training.state.save(training.run.checkpoints / "last", training.experiment.settings.checkpoint.keep)
+        training.state.save(training.run.checkpoints / "last", training.experiment.options.checkpoint.keep)
     training.saved, training.unsaved = time.monotonic(), False
 
 
 def _save_is_due(training: _Training, batches: int) -> bool:
-    settings = training.experiment.settings
-    every = settings.checkpoint.every_steps
-    if every is not None and batches // settings.accumulate % every == 0:
+    options = training.experiment.options
+    every = options.checkpoint.every_steps
+    if every is not None and batches // options.accumulate % every == 0:
         return True
-    minutes = settings.checkpoint.every_minutes
+    minutes = options.checkpoint.every_minutes
     return minutes is not None and time.monotonic() - training.saved >= 60 * minutes
 
 
@@ -475,10 +475,10 @@ def _finish(training: _Training) -> dict[str, Any]:
     model.load_state_dict(tensors["model"], strict=False)  # without the stages that never changed
     caches, test = progress.caches, None
     if experiment.test is not None:
-        loader = training.features(experiment.test, experiment.always_frozen())
+        loader = training.features(experiment.test, experiment.frozen_prefix_length())
         caches = [*caches, {"split": "test", **loader.report}]
         kept: list[tuple[Tensor, ...]] = []
-        precision, most = experiment.settings.precision, experiment.max_batches
+        precision, most = experiment.options.precision, experiment.max_batches
         test = evaluate(
             model,
             task,
