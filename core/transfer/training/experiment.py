@@ -149,6 +149,12 @@ class Experiment:
         mixed = training and options.mix is not None
         return select_stage_inputs(cache, prefix, loader, views=options.views, mixed=mixed)
 
+    def parameter_counts(self) -> dict[str, int]:
+        """Return the number of parameters: ``total``, and ``trainable`` in some phase."""
+        trained = {name for phase in self.phases for group in phase.groups for name in group.parameters}
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        return {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in trained)}
+
     def frozen_prefix_length(self) -> int:
         """Return the number of stages, from the input on, that are frozen in all phases: the test split's prefix."""
         return min(freezing.prefix_length(self.model, phase.frozen) for phase in self.phases)
