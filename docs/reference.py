@@ -19,7 +19,7 @@ from transfer.config.train_settings import (
     MixupCutmix,
     NamedBlock,
     OptimizerOptions,
-    Phase,
+    PhaseSettings,
     Recipe,
     TrainConfig,
 )
@@ -34,7 +34,7 @@ same for any installed plugin. The guides in [the index](index.md) explain when 
 """
 BLOCKS = {
     "train": TrainConfig,
-    "train.phases": Phase,
+    "train.phases": PhaseSettings,
     "train.recipe": Recipe,
     "train.mix": MixupCutmix,
     "train.checkpoint": Checkpoint,

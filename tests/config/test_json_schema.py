@@ -121,7 +121,7 @@ def test_all_of_torchs_parts_are_there(schema: Any) -> None:
 
 
 def test_core_s_own_options_are_described(schema: Any) -> None:
-    for name in ("TrainConfig", "Phase", "Recipe", "MixupCutmix"):
+    for name in ("TrainConfig", "PhaseSettings", "Recipe", "MixupCutmix"):
         block = schema["$defs"][name]
         assert "Args" not in block["description"]
         assert all(option.get("description") for option in block["properties"].values()), name

@@ -11,7 +11,7 @@ from conftest import Dense
 import transfer
 from transfer import ConfigError, register
 from transfer.config.recipes import expand
-from transfer.config.train_settings import LearningRate, Phase, Recipe, Until
+from transfer.config.train_settings import LearningRate, PhaseSettings, Recipe, Until
 
 STAGES = ("stem", "body", "top")
 
@@ -19,7 +19,7 @@ STAGES = ("stem", "body", "top")
 def phases(name: Any, epochs: int, lr: LearningRate = 0.1) -> list[tuple[int, Any, Any]]:
     """Return epochs, what is frozen (until which stage) and the learning rate of each phase."""
     found = expand(Recipe(name=name, epochs=epochs), lr, STAGES)
-    assert all(isinstance(phase, Phase) for phase in found)
+    assert all(isinstance(phase, PhaseSettings) for phase in found)
     return [(p.epochs, p.freeze.until if isinstance(p.freeze, Until) else p.freeze, p.lr) for p in found]
 
 

@@ -267,9 +267,11 @@ def test_phases_inherit_what_they_do_not_set(config: dict[str, Any]) -> None:
     )
     first, second = checked.phases(STAGES)
     assert (first.lr, second.lr) == (0.05, {"head": 0.1})
-    assert first.scheduler is not None
-    assert second.scheduler is not None
-    assert (first.scheduler.cls, second.scheduler.cls) == (lr_scheduler.StepLR, lr_scheduler.ReduceLROnPlateau)
+    schedulers = [checked.phase_scheduler(index) for index in range(2)]
+    assert [scheduler and scheduler.cls for scheduler in schedulers] == [
+        lr_scheduler.StepLR,
+        lr_scheduler.ReduceLROnPlateau,
+    ]
 
 
 def test_a_run_is_called_after_its_file(config_file: Path, config: dict[str, Any]) -> None:

@@ -360,7 +360,7 @@ def test_a_run_without_a_checkpoint_begins_again(
     folder = the_run(tmp_path)
     said = Texts()
     transfer.resume(folder, observe=said)
-    assert any("begins again" in line for line in said.lines)
+    assert any("starts from the beginning" in line for line in said.lines)
     assert outcome(folder) == expected
 
 

@@ -159,17 +159,17 @@ def test_a_signal_while_the_cache_is_filled_for_the_next_phase(
 ) -> None:
     """The epochs before were too short for a checkpoint each: what is saved is the end of their phase."""
     expected = outcome(transfer.run(config, [PHASES], output=tmp_path / "whole").folder)
-    features, asked = Experiment.features, 0
+    batches_for, asked = Experiment.batches_for, 0
 
     def interrupted_at_the_third(*arguments: Any, **options: Any) -> Any:
         nonlocal asked
         asked += 1
         if asked == 3:
             raise Interrupted(signal.SIGTERM)
-        return features(*arguments, **options)
+        return batches_for(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Experiment, "features", interrupted_at_the_third)
+        patch.setattr(Experiment, "batches_for", interrupted_at_the_third)
         with pytest.raises(Interrupted):
             transfer.run(config, [PHASES], output=tmp_path / "stopped")
     (folder,) = (tmp_path / "stopped").iterdir()

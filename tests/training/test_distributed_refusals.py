@@ -19,22 +19,22 @@ from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, process_
 def test_shares_are_the_batch_cut_into_pieces_of_like_size(count: int, examples: int) -> None:
     batch = np.arange(100, 100 + examples)
     everybody = [ProcessGroup(Rank(rank, count)) for rank in range(count)]
-    sizes = [one.counted(examples) for one in everybody]
-    assert [*np.concatenate([one.share(batch)[:size] for one, size in zip(everybody, sizes, strict=True)])] == [*batch]
+    sizes = [one.shard_size(examples) for one in everybody]
+    assert [*np.concatenate([one.shard(batch)[:size] for one, size in zip(everybody, sizes, strict=True)])] == [*batch]
     taken = [size for size in sizes if size]
     assert max(taken) - min(taken) <= 1
     # Batch norm cannot train on one example, neither as a share nor as what a process computes for nothing.
-    assert all(len(one.share(batch)) >= min(2, examples) for one in everybody)
+    assert all(len(one.shard(batch)) >= min(2, examples) for one in everybody)
 
 
 def test_one_process_has_the_whole_batch_and_asks_nobody() -> None:
     batch = np.arange(7)
-    assert SINGLE_PROCESS.share(batch) is not None
-    assert len(SINGLE_PROCESS.share(batch)) == SINGLE_PROCESS.counted(7) == 7
-    assert SINGLE_PROCESS.from_first(lambda: "made") == "made"
-    SINGLE_PROCESS.wait()
-    SINGLE_PROCESS.agree({"data": "this"})
-    with SINGLE_PROCESS.first_here():
+    assert SINGLE_PROCESS.shard(batch) is not None
+    assert len(SINGLE_PROCESS.shard(batch)) == SINGLE_PROCESS.shard_size(7) == 7
+    assert SINGLE_PROCESS.broadcast_object(lambda: "made") == "made"
+    SINGLE_PROCESS.barrier()
+    SINGLE_PROCESS.require_equal({"data": "this"})
+    with SINGLE_PROCESS.local_main_first():
         pass
 
 

@@ -309,7 +309,7 @@ def test_blended_losses_are_what_is_trained_on(
         return MixedBatch(inputs[partners], partners, 0.0)
 
     plain = transfer.run(config, [*SMOOTH], output=tmp_path)
-    monkeypatch.setattr(engine_module, "blend", swap)
+    monkeypatch.setattr(engine_module, "mix_batch", swap)
     swapped = transfer.run(config, [*SMOOTH, "train.mix={mixup: 1.0}"], output=tmp_path)
     for name, tensor in weights(plain).items():
         torch.testing.assert_close(weights(swapped)[name], tensor, rtol=1e-4, atol=1e-6)

@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 from transfer.config.option_schema import options_model, summary
 from transfer.config.run_config import RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, options_set_by_framework
-from transfer.config.train_settings import DataOptions, NamedBlock, OptimizerOptions, Phase, TrainConfig
+from transfer.config.train_settings import DataOptions, NamedBlock, OptimizerOptions, PhaseSettings, TrainConfig
 from transfer.errors import PluginError, Problem
 from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
@@ -51,7 +51,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
         )
         for cls in dict.fromkeys(SCHEDULERS.values())
     ]
-    # One call for all models, so that nested blocks (Phase, Recipe) are defined once and shared.
+    # One call for all models, so that nested blocks (PhaseSettings, Recipe) are defined once and shared.
     models: list[type[BaseModel]] = [RunConfigSchema, TrainConfig]
     models += [model for members in alternatives.values() for _, model, _ in members]
     with warnings.catch_warnings():
@@ -63,7 +63,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
         definitions[name] = _choice(definitions, choices)
     top = _definition(definitions, references[RunConfigSchema, "validation"])
     train = _definition(definitions, references[TrainConfig, "validation"])
-    phase = definitions[Phase.__name__]
+    phase = definitions[PhaseSettings.__name__]
     # The models declare these blocks as mappings of anything, because their options depend on the name in them.
     for block, keys in ((top, _SECTIONS), (train, ("optimizer", "scheduler")), (phase, ("scheduler",))):
         for key in keys:

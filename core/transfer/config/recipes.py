@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from transfer.config.train_settings import Freeze, LearningRate, Phase, Recipe, Until
+from transfer.config.train_settings import Freeze, LearningRate, PhaseSettings, Recipe, Until
 from transfer.errors import ConfigError
 
 WITHOUT_PRETRAINED = frozenset({"scratch", "random_features"})
@@ -15,7 +15,7 @@ STAGE_DECAY = 1 / 2.6
 """Factor of the learning rate from a stage to the one before it (Howard and Ruder 2018, section 3.2)."""
 
 
-def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Phase, ...]:
+def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[PhaseSettings, ...]:
     """Return the phases of a recipe.
 
     Args:
@@ -28,11 +28,11 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
     """
     by_group = {"head": lr, "backbone": lr * BACKBONE_LR_FACTOR} if not isinstance(lr, Mapping) else lr
     if recipe.name in ("feature_extraction", "random_features"):
-        return (Phase(epochs=recipe.epochs, freeze="backbone", lr=lr),)
+        return (PhaseSettings(epochs=recipe.epochs, freeze="backbone", lr=lr),)
     if recipe.name == "fine_tune":
-        return (Phase(epochs=recipe.epochs, lr=by_group),)
+        return (PhaseSettings(epochs=recipe.epochs, lr=by_group),)
     if recipe.name == "scratch":
-        return (Phase(epochs=recipe.epochs, lr=lr),)
+        return (PhaseSettings(epochs=recipe.epochs, lr=lr),)
     if recipe.name == "lp_ft":
         probe, tune = _split_epochs(recipe, 2)
         # The head is already trained by the linear probe, so it gets the low learning rate as well.
@@ -41,14 +41,14 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
             if not isinstance(lr, Mapping)
             else lr
         )
-        return (Phase(epochs=probe, freeze="backbone", lr=lr), Phase(epochs=tune, lr=slow))
+        return (PhaseSettings(epochs=probe, freeze="backbone", lr=lr), PhaseSettings(epochs=tune, lr=slow))
     decayed = by_group if isinstance(lr, Mapping) else {**by_group, "layer_decay": STAGE_DECAY}
     # Gradual unfreezing: the head first, then one more stage per phase from the output on, finally everything.
     frozen = [Until(until=stage) for stage in reversed(stages)]
     epochs = _split_epochs(recipe, len(stages) + 1)
     policies: list[Freeze] = [*frozen, "none"]
     rates: list[LearningRate] = [lr, *[decayed] * len(stages)]
-    return tuple(Phase(epochs=e, freeze=f, lr=r) for e, f, r in zip(epochs, policies, rates, strict=True))
+    return tuple(PhaseSettings(epochs=e, freeze=f, lr=r) for e, f, r in zip(epochs, policies, rates, strict=True))
 
 
 def _split_epochs(recipe: Recipe, count: int) -> list[int]:

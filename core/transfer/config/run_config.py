@@ -16,11 +16,9 @@ from transfer.config.option_schema import Block
 from transfer.config.recipes import WITHOUT_PRETRAINED, expand
 from transfer.config.torch_classes import TorchClass
 from transfer.config.train_settings import (
-    BatchNorm,
     DataOptions,
-    Freeze,
     OptimizerOptions,
-    Phase,
+    PhaseSettings,
     TrainConfig,
     one_of,
 )
@@ -57,29 +55,6 @@ class RunConfigSchema(Block):
     trackers: tuple[
         Annotated[str | dict[str, Any], one_of("the name of a tracker, or a mapping of its name and options")], ...
     ] = ()
-
-
-@dataclass(frozen=True)
-class ResolvedPhase:
-    """A phase with the settings that it inherits from the run filled in.
-
-    Args:
-        epochs: Number of passes over the training split.
-        freeze: Freeze policy of the phase.
-        lr: Learning rate, or learning rates by group.
-        scheduler: Scheduler of the phase; None keeps the learning rates.
-        patience: Number of epochs without improvement after which the phase ends; None disables early stopping.
-        batch_norm: Whether the statistics of frozen batch-norm layers are frozen or updated.
-        key: Path of the phase, or of its recipe, in the config.
-    """
-
-    epochs: int
-    freeze: Freeze
-    lr: float | Mapping[str, float]
-    scheduler: TorchClass | None
-    patience: int | None
-    batch_norm: BatchNorm
-    key: Key
 
 
 @dataclass(frozen=True)
@@ -135,31 +110,40 @@ class RunConfig:
         """Whether pretrained weights are read: True, except for recipes that start from random weights."""
         return self.train.recipe is None or self.train.recipe.name not in WITHOUT_PRETRAINED
 
-    def phases(self, stages: Sequence[str]) -> tuple[ResolvedPhase, ...]:
-        """Return the phases for a model, with a recipe expanded.
+    def phases(self, stages: Sequence[str]) -> tuple[PhaseSettings, ...]:
+        """Return the phases of a model, with the epochs and learning rates that they inherit filled in.
 
         Args:
-            stages: Names of the backbone's stages that have parameters, from input to output.
+            stages: Names of the backbone's stages that have parameters, for recipes.
 
         Raises:
-            ConfigError: The recipe has fewer epochs than phases.
+            ConfigError: The recipe does not fit the model.
         """
         recipe, lr = self.train.recipe, self.optimizer_options.lr
-        listed = self.train.phases or (Phase(epochs=DEFAULT_EPOCHS),)
+        listed = self.train.phases or (PhaseSettings(epochs=DEFAULT_EPOCHS),)
         if recipe is not None:
             if self.quick_try:
                 # Enough epochs for the recipe with the most phases, one per stage and one more; each is cut to 1 below.
                 recipe = recipe.model_copy(update={"epochs": len(stages) + 2})
             with self.at("train", "recipe"):
                 listed = expand(recipe, lr, stages)
-        phases = []
-        for index, phase in enumerate(listed):
-            key: Key = ("train", "phases", index) if self.train.phases else ("train", "recipe")
-            scheduler = self.schedulers[index if len(self.schedulers) > 1 else 0]
-            epochs = 1 if self.quick_try else phase.epochs
-            rate = lr if phase.lr is None else phase.lr
-            phases.append(ResolvedPhase(epochs, phase.freeze, rate, scheduler, phase.patience, phase.batch_norm, key))
-        return tuple(phases)
+        return tuple(
+            phase.model_copy(
+                update={
+                    "epochs": 1 if self.quick_try else phase.epochs,
+                    "lr": lr if phase.lr is None else phase.lr,
+                }
+            )
+            for phase in listed
+        )
+
+    def phase_key(self, index: int) -> Key:
+        """Return the key of the config block that defines a phase, counted from 0."""
+        return ("train", "phases", index) if self.train.phases else ("train", "recipe")
+
+    def phase_scheduler(self, index: int) -> TorchClass | None:
+        """Return the scheduler of a phase, counted from 0: its own, otherwise the run's."""
+        return self.schedulers[index if len(self.schedulers) > 1 else 0]
 
     def with_seed(self, seed: int) -> RunConfig:
         """Return the same config with another seed; the splits stay the same."""

@@ -105,7 +105,7 @@ class OptimizerOptions(NamedBlock):
     no_weight_decay: tuple[Literal["norm", "bias"], ...] = ()
 
 
-class Phase(Block):
+class PhaseSettings(Block):
     """A part of training with one freeze policy.
 
     Args:
@@ -220,7 +220,7 @@ class TrainConfig(Block):
     optimizer: dict[str, Any] = Field(default_factory=lambda: {"name": "adam", "lr": LEARNING_RATE})
     scheduler: dict[str, Any] | None = None
     warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = None
+    phases: Annotated[tuple[PhaseSettings, ...], Field(min_length=1)] | None = None
     recipe: Recipe | None = None
     augment: bool = True
     bucket: Annotated[bool | Count, one_of("true, false, or a number of batches of 1 or more")] = True

@@ -6,28 +6,25 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from transfer.config.check import load_config
 from transfer.config.run_config import RunConfig
 from transfer.data.batch import Batch
 from transfer.errors import RunError, TrainingError
 from transfer.feature_cache.loader import StageInputs
-from transfer.models.precision import autocast
 from transfer.system.atomic_files import write_atomically
 from transfer.system.ranks import refuse_several
 from transfer.training import freezing
 from transfer.training.build import build
+from transfer.training.engine import Trainer
 from transfer.training.events import Note, Observer
 from transfer.training.experiment import Experiment
-from transfer.training.mixup import mix_batch
-from transfer.training.optimizer import ParameterGroup, build_optimizer
+from transfer.training.optimizer import ParameterGroup
 
 LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
 SMOOTHING = 0.95
@@ -119,24 +116,27 @@ def find_learning_rate(
 
 def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> tuple[list[float], list[float]]:
     """Make a step of the optimizer at each rate until the loss leaves all bounds; return rates and losses."""
-    model, phase, settings = experiment.model, experiment.phases[0], experiment.settings
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    freezing.apply(model, phase.frozen)
-    stages = freezing.prefix_length(model, phase.frozen)
-    source = experiment.features(experiment.train, stages, training=True)
+    # The test takes a few steps with the current weights: no compilation, no moving average.
+    experiment = replace(experiment, options=replace(experiment.options, compile=False, ema=None))
+    phase, accumulate = experiment.phases[0], experiment.options.accumulate
+    trainer = Trainer(experiment)
+    stages = freezing.prefix_length(experiment.model, phase.frozen)
+    source = experiment.batches_for(experiment.train, stages, training=True)
     if stages:
         observe(Note(f"training examples {source}"))
-    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, previous=None)
+    trainer.prepare_phase(phase)
+    optimizer = trainer.state.optimizer
+    assert optimizer is not None
     fastest = max(group["lr"] for group in optimizer.param_groups)
-    shares = [group["lr"] / fastest for group in optimizer.param_groups]
-    model.train()
-    torch.manual_seed(experiment.seed)
+    fractions = [group["lr"] / fastest for group in optimizer.param_groups]
     batches, done, losses = _batches(source), list[float](), list[float]()
     for rate in rates:
-        for group, share in zip(optimizer.param_groups, shares, strict=True):
-            group["lr"] = rate * share
-        loss = _step(experiment, optimizer, source, list(itertools.islice(batches, settings.accumulate)), device)
+        for group, fraction in zip(optimizer.param_groups, fractions, strict=True):
+            group["lr"] = rate * fraction
+        step_batches = list(itertools.islice(batches, accumulate))
+        examples = sum(len(batch.indices) for batch in step_batches)
+        step_losses = trainer.train_step(step_batches, examples=examples, first_stage=source.first_stage)
+        loss = sum(batch_loss.item() for batch_loss in step_losses) / examples
         if not math.isfinite(loss):
             break
         done, losses = [*done, rate], [*losses, loss]
@@ -154,34 +154,6 @@ def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> 
 def _batches(source: StageInputs) -> Iterator[Batch]:
     for epoch in itertools.count():
         yield from source.loader.epoch(epoch)
-
-
-def _step(
-    experiment: Experiment, optimizer: Any, source: StageInputs, batches: Sequence[Batch], device: torch.device
-) -> float:
-    """Make one step of the optimizer; return the mean loss of its examples."""
-    settings, task = experiment.settings, experiment.task
-    together, loss_sum = sum(len(batch.indices) for batch in batches), 0.0
-    for on_cpu in batches:
-        batch = on_cpu.to(device)
-        inputs, mixed = batch.inputs, None
-        if settings.mix is not None:
-            mixed = mix_batch(inputs, settings.mix)
-            inputs = mixed.inputs
-        # Gradients of fp16 would need scaling: bf16 has its speed and the range of fp32.
-        with autocast("bf16" if settings.precision == "fp16" else settings.precision, device):
-            outputs: Tensor = experiment.model(inputs, source.first_stage)
-        losses = task.loss(outputs.float(), batch.targets)
-        if mixed is not None:
-            losses = mixed.loss(losses, task.loss(outputs.float(), batch.targets[mixed.permutation]))
-        loss = losses.sum() / together
-        loss.backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.item()
-    if settings.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), settings.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss_sum
 
 
 def _smooth(losses: Sequence[float], weight: float) -> list[float]:

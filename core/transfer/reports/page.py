@@ -28,7 +28,7 @@ from transfer.reports.metrics import (
 )
 from transfer.reports.top_losses import Example, threshold
 from transfer.storage.run_directory import Predictions
-from transfer.training.experiment import PhasePlan
+from transfer.training.experiment import Phase
 from transfer.training.preflight import treatment
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ class Material:
 
     folder: Path
     config: RunConfig
-    phases: tuple[PhasePlan, ...]
+    phases: tuple[Phase, ...]
     trained: LoadedModel
     summary: Mapping[str, Any]
     environment: Mapping[str, Any]
@@ -412,7 +412,7 @@ def _plan(material: Material) -> str:
     return table(["stage", "parameters", *phases], rows) + facts(what)
 
 
-def _epochs_of(phase: PhasePlan) -> str:
+def _epochs_of(phase: Phase) -> str:
     patience = f", patience {phase.patience}" if phase.patience else ""
     return f"{phase.epochs} epoch{'s' * (phase.epochs > 1)}{patience}"
 

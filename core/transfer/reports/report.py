@@ -20,7 +20,7 @@ from transfer.storage.run_directory import Predictions, RunDirectory
 from transfer.system.atomic_files import write_atomically
 from transfer.system.downloads import no_downloads
 from transfer.training.build import read_data
-from transfer.training.preflight import preflight
+from transfer.training.preflight import resolve_phases
 
 REPORT = "report.html"
 PLOTS = "plots"
@@ -55,7 +55,9 @@ def report(run: str | Path) -> Path:
     trained = read_model(directory.model)
     with directory.locked():
         test, missing_reason = _test_split(config, summary)
-        return write_report(CompletedRun(directory, config, preflight(config).phases, trained, test, missing_reason))
+        return write_report(
+            CompletedRun(directory, config, resolve_phases(config, trained.model), trained, test, missing_reason)
+        )
 
 
 def write_report_of(run: CompletedRun) -> None:

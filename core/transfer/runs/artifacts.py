@@ -14,7 +14,7 @@ from transfer.models.saved_model import LoadedModel
 from transfer.registry.entry_points import core_first, import_target, plugins
 from transfer.storage.run_directory import RunDirectory
 from transfer.training.events import Note, Observer
-from transfer.training.experiment import PhasePlan
+from transfer.training.experiment import Phase
 
 KIND = "artifact"
 """Entries are functions that take a :class:`CompletedRun` and write files into its run directory."""
@@ -35,7 +35,7 @@ class CompletedRun:
 
     directory: RunDirectory
     config: RunConfig
-    phases: tuple[PhasePlan, ...]
+    phases: tuple[Phase, ...]
     trained: LoadedModel
     test: Split | None
     missing_reason: str = "the data has no test split"

@@ -14,6 +14,7 @@ from transfer.storage.run_directory import RunDirectory
 from transfer.training.build import make_experiment, make_loader, read_data
 from transfer.training.evaluation import evaluate as score
 from transfer.training.events import Observer, ignore_events
+from transfer.training.preflight import resolve_phases
 
 
 def evaluate(run: str | Path, split: str = "test", *, observe: Observer = ignore_events) -> dict[str, float]:
@@ -33,12 +34,22 @@ def evaluate(run: str | Path, split: str = "test", *, observe: Observer = ignore
     _, splits = read_data(config)
     if split not in splits:
         raise RunError(f"the data has no split {split!r}", where=str(directory.path), available=list(splits))
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.model.to(device)
     loader = make_loader(config, splits[split], loaded.backbone)
     # One split is scored, so only that one is encoded and stands where the engine would have all three.
     loaders = dict.fromkeys(SPLITS, loader)
     quick = bool(directory.summary().get("quick"))
-    experiment = make_experiment(config, loaded.model, loaded.task, loaded.backbone, loaders, quick=quick)
-    source = experiment.features(loader, experiment.always_frozen())
+    experiment = make_experiment(
+        config,
+        loaded.model,
+        loaded.task,
+        loaded.backbone,
+        loaders,
+        phases=resolve_phases(config, loaded.model),
+        device=device,
+        quick=quick,
+    )
+    source = experiment.batches_for(loader, experiment.frozen_prefix_length())
     precision = config.train.precision
     return score(loaded.model, loaded.task, source, precision, observe, split, experiment.max_batches)

@@ -14,10 +14,11 @@ from transfer.data.splits import digest
 from transfer.errors import ConfigError, StoppedByObserver
 from transfer.models.saved_model import LoadedModel, write_model
 from transfer.runs.artifacts import CompletedRun, write_artifacts
-from transfer.runs.facts import device_name, length_quantiles, run_environment, run_facts
+from transfer.runs.facts import length_quantiles, run_environment, run_facts
 from transfer.runs.tracking import Tracking
 from transfer.storage.environment import environment_diff
 from transfer.storage.run_directory import RunDirectory
+from transfer.system.devices import device_name
 from transfer.system.ranks import lacks_a_launcher
 from transfer.system.signals import Signals
 from transfer.training.build import BuiltExperiment, build
@@ -170,7 +171,9 @@ def _train(
     """Train in a run directory, from the beginning or from its checkpoint, to its summary."""
     epochs = sum(phase.epochs for phase in built.experiment.phases)
     primary_metric = built.experiment.task.primary_metric.name
-    device = device_name() + (f", {processes.rank.world_size} processes" if processes.is_distributed else "")
+    device = device_name(built.experiment.options.device)
+    if processes.is_distributed:
+        device += f", {processes.rank.world_size} processes"
     tracking = Tracking(config, directory, observe)
     if processes.is_main:
         observe = tracking

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import threading
 from pathlib import Path
 from typing import Self
+
+import torch
 
 MEMORY_POLL_SECONDS = 0.002
 _UNLIMITED_BYTES = 1 << 60
@@ -82,3 +86,11 @@ class PeakResident:
     def _watch(self) -> None:
         while not self._ended.wait(MEMORY_POLL_SECONDS):
             self.bytes = max(self.bytes, self.now())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory use so far, in bytes: of the device on CUDA, otherwise of the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux reports KiB, macOS bytes

@@ -75,9 +75,14 @@ def refuse_sharding() -> None:
             )
 
 
+def cpu_is_requested() -> bool:
+    """Return whether ``accelerate launch --cpu`` started this process."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
 def lacks_a_launcher() -> bool:
     """Tell whether ``accelerate launch --cpu --num_processes N`` ran: without mpirun it starts one process, not N."""
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    asked = cpu_is_requested() and "MASTER_ADDR" in os.environ
     return asked and not any(name in os.environ for name in _COUNT)
 
 

@@ -1,4 +1,4 @@
-"""``train.batch_size: auto``: the largest batch whose training step fits into memory, found before training begins."""
+"""``train.batch_size: auto``: the largest batch size whose training step fits into memory."""
 
 from __future__ import annotations
 
@@ -13,114 +13,129 @@ from transfer.data.randomness import preserve_rng_state
 from transfer.errors import MemoryRanOut, TrainingError
 from transfer.system.memory import PeakResident, available_bytes
 from transfer.training import freezing
-from transfer.training.engine import rehearse
+from transfer.training.engine import Trainer
 from transfer.training.events import Note, Observer
-from transfer.training.experiment import Experiment, PhasePlan
+from transfer.training.experiment import Experiment, Phase
 
-LEAST = 2
-"""The first size that is tried: batch norm cannot train on one example."""
-MAX_ON_GPU, MAX_ON_CPU = 1024, 128
-"""On a CPU larger batches are hardly faster (docs/log.md), and a step of pictures takes many seconds."""
-MIN_STEPS = 8
-"""Of an epoch: in fewer, however large, little is learned."""
-SHARE_OF_GPU = 0.9
-"""Of its free memory; fragments and what other batches need beyond the largest one take the rest."""
-SHARE_OF_CPU = 0.5
-"""Of what is available; decoded examples that are kept from one epoch to the next may take as much."""
+MIN_BATCH_SIZE = 2
+"""First batch size that is tried: batch norm cannot train on one example."""
+MAX_BATCH_SIZE_GPU, MAX_BATCH_SIZE_CPU = 1024, 128
+"""On a CPU larger batches are hardly faster (docs/log.md), and a step on images takes many seconds."""
+MIN_STEPS_PER_EPOCH = 8
+"""Fewer optimizer steps per epoch train badly, however large the batches are."""
+MAX_FRACTION_GPU = 0.9
+"""Usable fraction of the free GPU memory; the rest is for fragmentation."""
+MAX_FRACTION_CPU = 0.5
+"""Usable fraction of the available memory; decoded examples that are kept between epochs may need the rest."""
 
 
-def find_batch_size(experiment: Experiment, observe: Observer) -> int:
-    """Return the largest power of two whose training step fits into memory, with some room.
+def find_batch_size(experiment: Experiment, observe: Observer, evaluation_batch_size: int | None = None) -> int:
+    """Return the largest power of two whose training step fits into memory.
 
-    Steps are made as training makes them, in the phase with the fewest frozen stages, on a copy of the model, with the
-    examples that cost most; and twice as many are evaluated, as the validation split is by default. On the CPU, where a
-    process that takes too much is killed, a size is tried only if the two before it say that it fits.
+    Each size is tried with a real training step in the phase with the fewest frozen stages, on a copy of the model,
+    with the largest examples. An evaluation step follows, by default with twice as many examples, as in validation.
+    On the CPU the operating system kills a process that exceeds memory without warning. A size is therefore tried only
+    if extrapolation from the two sizes before predicts that it fits.
 
     Args:
-        experiment: Is left as it is, the random state too.
-        observe: Is told what was tried and found.
+        experiment: Experiment to find the batch size for. It is not changed, and neither is the random state.
+        observe: Function that is called with a note of the sizes that were tried.
+        evaluation_batch_size: Number of examples per evaluation step, if the config sets it. None tries twice the
+            training batch size.
 
     Raises:
-        TrainingError: Not even two examples fit.
+        TrainingError: Two examples do not fit into memory.
     """
-    count, on_gpu = len(experiment.train.split), torch.cuda.is_available()
-    most = min(MAX_ON_GPU if on_gpu else MAX_ON_CPU, max(LEAST, count // MIN_STEPS))
-    devices = [torch.cuda.current_device()] if on_gpu else []
-    with preserve_rng_state(), torch.random.fork_rng(devices):
-        costs, why, room = _try_all(experiment, most, on_gpu)
+    examples, device = len(experiment.train.split), experiment.options.device
+    on_gpu = device.type == "cuda"
+    max_size = min(
+        MAX_BATCH_SIZE_GPU if on_gpu else MAX_BATCH_SIZE_CPU, max(MIN_BATCH_SIZE, examples // MIN_STEPS_PER_EPOCH)
+    )
+    with preserve_rng_state(), torch.random.fork_rng([device.index] if on_gpu else []):
+        costs, reason, limit = _try_sizes(experiment, max_size, evaluation_batch_size)
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
     if not costs:
         raise TrainingError(
-            f"train.batch_size: auto found none: {why}", fix="freeze more stages, or use a smaller model or input"
+            f"train.batch_size: auto found none: {reason}", fix="freeze more stages, or use a smaller model or input"
         )
-    found = max(costs)
-    observe(Note(f"batch size {found}, found by auto: {why}", {"may take": _gib(room)} | _shown(costs)))
-    return found
+    batch_size = max(costs)
+    details = {"memory limit": _gib(limit)} | {f"step of {size}": _gib(cost) for size, cost in costs.items()}
+    observe(Note(f"batch size {batch_size}, found by auto: {reason}", details))
+    return batch_size
 
 
-def _try_all(experiment: Experiment, most: int, on_gpu: bool) -> tuple[dict[int, int], str, int]:
-    """Try sizes until one does not fit; return what each that fits took, why the search ended, and the room."""
-    settings = experiment.settings.model_copy(update={"compile": False})  # each size would be compiled anew
-    experiment = replace(experiment, model=copy.deepcopy(experiment.model), settings=settings)
-    step = rehearse(experiment, most_demanding(experiment.phases, experiment))
+def _try_sizes(
+    experiment: Experiment, max_size: int, evaluation_batch_size: int | None
+) -> tuple[dict[int, int], str, int]:
+    """Try batch sizes until one does not fit into memory.
+
+    Returns:
+        The memory in bytes that each size takes, the reason why the search ended, and the memory limit in bytes.
+    """
+    device, on_gpu = experiment.options.device, experiment.options.device.type == "cuda"
+    options = replace(experiment.options, compile=False)  # torch.compile would compile every size anew
+    experiment = replace(experiment, model=copy.deepcopy(experiment.model), options=options)
+    trainer = Trainer(experiment)
+    trainer.prepare_phase(most_demanding_phase(experiment))
     if on_gpu:
         torch.cuda.empty_cache()
-        room = int(SHARE_OF_GPU * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()))
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        limit = int(MAX_FRACTION_GPU * (free_bytes + torch.cuda.memory_reserved(device)))
     else:
-        room = int(SHARE_OF_CPU * available_bytes())
+        limit = int(MAX_FRACTION_CPU * available_bytes())
     costs: dict[int, int] = {}
-    before = PeakResident.now()
-    for size in _powers(most):
-        if not on_gpu and (expected := _expected(costs)) > room:
-            return costs, f"{size} would take about {_gib(expected)}", room
-        largest = experiment.train.largest_batch(size)
-        evaluated = experiment.train.largest_batch(2 * size) if settings.evaluation_batch_size is None else largest
+    resident_before = PeakResident.now()
+    for size in _powers_of_two(max_size):
+        if not on_gpu and (predicted := _predict_next(costs)) > limit:
+            return costs, f"{size} would take about {_gib(predicted)}", limit
+        trained = experiment.train.largest_batch(size)
+        evaluated = experiment.train.largest_batch(2 * size) if evaluation_batch_size is None else trained
         try:
             if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.reset_peak_memory_stats(device)
             with PeakResident() as peak:
-                for _ in range(1 if costs else 2):  # what the optimizer keeps is there from the second step on
-                    step(largest, evaluated)
+                # The first size takes two steps: the optimizer allocates its state at the end of the first.
+                for _ in range(1 if costs else 2):
+                    trainer.dry_run_step(trained, evaluated)
         except MemoryRanOut:
-            return costs, f"{size} ran out of memory", room
-        cost = torch.cuda.max_memory_reserved() if on_gpu else peak.bytes - before
-        if cost > room:
-            return costs, f"{size} takes {_gib(cost)}", room
+            return costs, f"{size} ran out of memory", limit
+        cost = torch.cuda.max_memory_reserved(device) if on_gpu else peak.bytes - resident_before
+        if cost > limit:
+            return costs, f"{size} takes {_gib(cost)}", limit
         costs[size] = cost
-    return costs, f"no more than {most} is tried here", room
+    return costs, f"no more than {max_size} is tried here", limit
 
 
-def most_demanding(phases: tuple[PhasePlan, ...], experiment: Experiment) -> PhasePlan:
-    """Return the phase that keeps most for its backward pass: fewest frozen stages, then most that is trained."""
+def most_demanding_phase(experiment: Experiment) -> Phase:
+    """Return the phase that needs the most memory: the fewest frozen stages, then the most trained parameters.
+
+    The backward pass keeps the activations of all stages after the frozen prefix.
+    """
     sizes = {name: parameter.numel() for name, parameter in experiment.model.named_parameters()}
 
-    def demand(phase: PhasePlan) -> tuple[int, int]:
+    def demand(phase: Phase) -> tuple[int, int]:
         trained = sum(sizes[name] for group in phase.groups for name in group.parameters)
         return -freezing.prefix_length(experiment.model, phase.frozen), trained
 
-    return max(phases, key=demand)
+    return max(experiment.phases, key=demand)
 
 
-def _powers(most: int) -> Iterator[int]:
-    size = LEAST
-    while size <= most:
+def _powers_of_two(max_size: int) -> Iterator[int]:
+    size = MIN_BATCH_SIZE
+    while size <= max_size:
         yield size
         size *= 2
 
 
-def _expected(costs: dict[int, int]) -> int:
-    """Return what the next size will take: memory grows in proportion to the examples that are added."""
+def _predict_next(costs: dict[int, int]) -> int:
+    """Return the memory that the next size will take: it grows linearly with the number of examples."""
     if len(costs) < 2:
         return 0
     *_, before, last = costs.values()
-    return last + 2 * max(0, last - before)
+    return last + 2 * max(0, last - before)  # the next size adds twice as many examples as the last one did
 
 
 def _gib(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.2f} GiB"
-
-
-def _shown(costs: dict[int, int]) -> dict[str, str]:
-    return {f"a step of {size}": _gib(cost) for size, cost in costs.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transfer.models.assemble import assemble
 from transfer.models.model import Model
 from transfer.training.auto_batch_size import find_batch_size
 from transfer.training.events import Note, Observer
-from transfer.training.experiment import SMOKE_TEST_BATCHES, Experiment
+from transfer.training.experiment import SMOKE_TEST_BATCHES, EngineOptions, Experiment, Phase
 from transfer.training.preflight import preflight, resolve_phases
 
 
@@ -60,12 +60,12 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         UserError: As :func:`preflight`, or the data or the weights are not right.
         TrainingError: No batch size fits into memory.
     """
-    fields = preflight(config).backbone.fields
+    checked = preflight(config)
     data, splits = read_data(config)
     backbone_class: type[Backbone] = config.backbone.cls
     torch.manual_seed(config.seed)
     with error_location(config.backbone.where):
-        values = splits["train"].column(*fields)
+        values = splits["train"].column(*checked.backbone.fields)
         backbone = backbone_class.from_data(values, **config.backbone.options)
         pretrained = dict(backbone.load_pretrained()) if config.pretrained else {}
     learned = dict(backbone.learned())
@@ -79,10 +79,15 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         name: make_loader(config, split, backbone, training=name == "train", repeated=name != "test")
         for name, split in splits.items()
     }
-    experiment = make_experiment(config, model, task, backbone, loaders, quick=quick)
+    phases = checked.phases
+    if [name for name, _ in model.named_parameters()] != [name for name, _ in checked.model.named_parameters()]:
+        # A head may have parameters per class, and some datasets report their classes only when they are read.
+        phases = resolve_phases(config, model)
+    experiment = make_experiment(
+        config, model, task, backbone, loaders, phases=phases, device=checked.device, quick=quick
+    )
     if config.train.batch_size == "auto":
-        config = config.with_batch_size(find_batch_size(experiment, observe))
-        experiment = replace(experiment, settings=config.train)
+        config = config.with_batch_size(find_batch_size(experiment, observe, config.train.evaluation_batch_size))
         for name, loader in loaders.items():
             loader.batch_size = _examples_per_step(config.train, training=name == "train")
     counts = {name: dict(count_classes(split, data.spec.classes)) for name, split in splits.items()}
@@ -95,7 +100,15 @@ def with_found_batch_size(config: RunConfig, observe: Observer) -> RunConfig:
 
 
 def make_experiment(
-    config: RunConfig, model: Model, task: Task, backbone: Backbone, loaders: Mapping[str, Loader], *, quick: bool
+    config: RunConfig,
+    model: Model,
+    task: Task,
+    backbone: Backbone,
+    loaders: Mapping[str, Loader],
+    *,
+    phases: tuple[Phase, ...],
+    device: torch.device,
+    quick: bool,
 ) -> Experiment:
     """Put together what the engine needs."""
     return Experiment(
@@ -104,9 +117,9 @@ def make_experiment(
         loaders["train"],
         loaders["validation"],
         loaders.get("test") if config.train.score_test else None,
-        resolve_phases(config, model),
+        phases,
         config.optimizer,
-        config.train,
+        EngineOptions.from_config(config.train, device, quick=quick),
         config.seed,
         backbone.assets(),
         _origin(backbone, loaders),

@@ -1,7 +1,7 @@
-"""Several processes that train one model together: each computes a share of every batch, and all know the whole.
+"""Data-parallel training: every rank computes a shard of each batch.
 
-Between two steps of the optimizer every process holds the same weights, optimizer state, metrics and counts, so that
-any one of them can write a checkpoint, and any number of processes can go on from it.
+Between two optimizer steps all ranks have the same weights, optimizer state, metrics and counts. Any rank can therefore
+write a checkpoint, and a run can resume from it with another number of processes.
 """
 
 from __future__ import annotations
@@ -23,137 +23,158 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from transfer.errors import TrainingError, TransferError
-from transfer.system.ranks import Rank, rank_from_environment, refuse_sharding
+from transfer.models.model import BATCH_NORM
+from transfer.system.ranks import Rank, cpu_is_requested, rank_from_environment, refuse_sharding
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
-"""In which all processes must have come."""
+"""Time within which all processes must join."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""In which a process that is alive answers in the middle of training; rank 0 may be writing a checkpoint."""
+"""Time within which every live process joins a collective during training. Rank 0 may be writing a checkpoint."""
 BARRIER_TIMEOUT = timedelta(days=2)
-"""What one process may do for all the others (fill the feature cache, load the data) takes no longer than this."""
+"""Time that one process may work while the others wait: filling the feature cache, loading data."""
 POLL_SECONDS = 0.02
 MIN_SHARD_EXAMPLES = 2
 """Batch norm cannot train on one example."""
 
 _T = TypeVar("_T")
-_meetings = count()
-
-
-class ProcessLostError(TrainingError):
-    """Another process of the run has ended, was killed or cannot be reached any more."""
+_rendezvous_count = count()
 
 
 class ProcessGroup:
-    """The processes of a run, this one among them; without arguments this one is alone.
+    """The processes that train a run together, this one included.
 
     Args:
-        own: This one's place.
-        waiting: The group that waits long for one of them.
-        store: Where they leave word for each other.
+        rank: Rank of this process. None for a single process.
+        barrier_group: Process group with the timeout of :meth:`barrier`.
+        store: Key-value store that the processes share.
     """
 
-    def __init__(self, rank: Rank | None = None, waiting: Any = None, store: Any = None) -> None:
+    def __init__(self, rank: Rank | None = None, barrier_group: Any = None, store: Any = None) -> None:
         self.rank = rank or Rank()
-        self._waiting = waiting
+        self._barrier_group = barrier_group
         self._store = store
 
     @property
     def is_distributed(self) -> bool:
-        """There are others."""
+        """Whether there are several processes."""
         return self.rank.world_size > 1
 
     @property
     def is_main(self) -> bool:
-        """This one alone writes the run directory and tells what happens."""
+        """Whether this is rank 0, which writes the run directory and reports events."""
         return self.rank.index == 0
 
-    def shard_bounds(self, count: int) -> list[tuple[int, int]]:
-        """Return where each process's share of a batch begins and ends: in a row, of like size, of two or more each.
+    def shard_bounds(self, batch_size: int) -> list[tuple[int, int]]:
+        """Return start and end of each rank's shard of a batch.
 
-        Of a batch too small for all the last processes get nothing.
+        Shards are contiguous, differ by at most one example and have two or more. If the batch is too small for that,
+        the last ranks have empty shards.
         """
-        takers = min(self.rank.world_size, max(1, count // MIN_SHARD_EXAMPLES))
-        ends = [0, *((number + 1) * count // takers for number in range(takers))]
-        return [*pairwise(ends), *[(count, count)] * (self.rank.world_size - takers)]
+        shards = min(self.rank.world_size, max(1, batch_size // MIN_SHARD_EXAMPLES))
+        ends = [0, *((number + 1) * batch_size // shards for number in range(shards))]
+        return [*pairwise(ends), *[(batch_size, batch_size)] * (self.rank.world_size - shards)]
 
     def shard(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return which examples of a batch this process computes.
+        """Return the examples of a batch that this rank computes.
 
-        A process that gets nothing computes the first few all the same, so that all do the same things; they are left
-        out wherever something is counted.
+        A rank with an empty shard computes the first examples anyway, because every rank must take part in the
+        collectives of a step. Sums and gathers leave them out (:meth:`shard_size`).
         """
         start, end = self.shard_bounds(len(indices))[self.rank.index]
         return indices[start:end] if end > start else indices[:MIN_SHARD_EXAMPLES]
 
-    def shard_size(self, count: int) -> int:
-        """Return how many of the examples that this process computes of a batch are its share."""
-        start, end = self.shard_bounds(count)[self.rank.index]
+    def shard_size(self, batch_size: int) -> int:
+        """Return the number of examples in this rank's shard of a batch, 0 if it is empty."""
+        start, end = self.shard_bounds(batch_size)[self.rank.index]
         return end - start
 
-    def gather(self, count: int, *shares: Tensor) -> list[Tensor]:
-        """Return tensors over a whole batch, on every process, from its share of each.
+    def all_gather(self, batch_size: int, *shards: Tensor) -> list[Tensor]:
+        """Gather tensors over a batch from the shards of all ranks, on every rank.
 
         Args:
-            count: Examples of the batch.
-            shares: (B, ...) each; rows beyond :meth:`shard_size` are left out.
+            batch_size: Number of examples in the batch.
+            shards: Tensors (B, ...) over this rank's shard. Rows beyond :meth:`shard_size` are left out.
+
+        Returns:
+            A tensor (batch_size, ...) for each of ``shards``.
         """
-        bounds = self.shard_bounds(count)
-        own = self.shard_size(count)
-        rows = [share[:own].detach() for share in shares]
+        # One collective for all tensors, because latency dominates. Every row becomes a row of bytes: tensors of any
+        # dtype, flattened to (B, bytes), are concatenated to (B, total bytes) and padded to the longest shard, since
+        # all_gather needs equal shapes.
+        bounds = self.shard_bounds(batch_size)
+        size = self.shard_size(batch_size)
+        rows = [shard[:size].detach() for shard in shards]
         rows = [(row if row.dim() > 1 else row[:, None]).flatten(1).contiguous() for row in rows]
         packed = torch.cat([row.view(torch.uint8) for row in rows], dim=1)
         sent = packed.new_zeros(max(end - start for start, end in bounds), packed.shape[1])
-        sent[:own] = packed
+        sent[:size] = packed
         received = [torch.empty_like(sent) for _ in bounds]
-        with _answered():
+        with _raise_if_process_lost():
             dist.all_gather(received, sent)
-        whole = torch.cat([part[: end - start] for part, (start, end) in zip(received, bounds, strict=True)])
+        gathered = torch.cat([part[: end - start] for part, (start, end) in zip(received, bounds, strict=True)])
         widths = [row.shape[1] * row.element_size() for row in rows]
         return [
-            # A copy of its own, because a number of several bytes must stand where such a number may.
-            columns.clone(memory_format=torch.contiguous_format).view(share.dtype).reshape(count, *share.shape[1:])
-            for columns, share in zip(torch.split(whole, widths, dim=1), shares, strict=True)
+            # The clone aligns the bytes in memory: a view of another dtype needs an aligned start.
+            columns.clone(memory_format=torch.contiguous_format).view(shard.dtype).reshape(batch_size, *shard.shape[1:])
+            for columns, shard in zip(torch.split(gathered, widths, dim=1), shards, strict=True)
         ]
 
-    def all_reduce(self, parameters: Sequence[nn.Parameter], statistics: Sequence[Tensor]) -> None:
-        """Put the sum over all processes in the place of each gradient, and the mean in that of each statistic.
+    def all_reduce_gradients(self, model: nn.Module) -> None:
+        """Replace each gradient by its sum over all ranks, and running statistics of batch norm by their mean.
 
-        A parameter that has a gradient on no process gets none.
+        The losses are divided by the examples of all ranks, so the sum is the gradient of the global batch. The update
+        of running statistics is linear: the mean of the updated statistics equals an update with the mean of the
+        ranks' batch statistics.
         """
-        found = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-        with _answered():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+        norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.training]
+        statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+        self.all_reduce([parameter for parameter in model.parameters() if parameter.requires_grad], statistics)
+
+    def all_reduce(self, parameters: Sequence[nn.Parameter], statistics: Sequence[Tensor]) -> None:
+        """Replace each gradient by its sum over all ranks, and each statistic by its mean.
+
+        A parameter without a gradient on any rank keeps none, so that the optimizer skips it.
+        """
+        # int32, because not every backend reduces bool.
+        has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+        with _raise_if_process_lost():
+            dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
         with torch.no_grad():
-            for parameter, anywhere in zip(parameters, found.tolist(), strict=True):
-                if anywhere and parameter.grad is None:
+            for parameter, on_any_rank in zip(parameters, has_gradient.tolist(), strict=True):
+                if on_any_rank and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             tensors = [*gradients, *statistics]
+            # Sorted: every rank must issue its collectives in the same order.
             for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-                _sum([tensor for tensor in tensors if tensor.dtype == dtype])
+                _all_reduce_sum([tensor for tensor in tensors if tensor.dtype == dtype])
             for statistic in statistics:
                 statistic.div_(self.rank.world_size)
 
     def all_reduce_max(self, number: int) -> int:
-        """Return the largest of the numbers that the processes have."""
-        whole = torch.tensor([number])
-        with _answered():
-            dist.all_reduce(whole, dist.ReduceOp.MAX)
-        return int(whole.item())
+        """Return the maximum of a number over all ranks."""
+        maximum = torch.tensor([number])
+        with _raise_if_process_lost():
+            dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        return int(maximum.item())
 
     def broadcast_object(self, make: Callable[[], _T]) -> _T:
-        """Return on every process what the first one makes."""
+        """Return the object that rank 0 makes, on every rank.
+
+        Args:
+            make: Function that makes the object; it is called on rank 0 only.
+        """
         if not self.is_distributed:
             return make()
-        box = [make() if self.is_main else None]
-        self.barrier()
-        with _answered():
-            dist.broadcast_object_list(box, src=0, group=self._waiting)
-        return cast("_T", box[0])
+        objects = [make() if self.is_main else None]
+        self.barrier()  # making the object may take longer than the timeout of a collective
+        with _raise_if_process_lost():
+            dist.broadcast_object_list(objects, src=0, group=self._barrier_group)
+        return cast("_T", objects[0])
 
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
-        """Let the first process of each machine go ahead with what is inside, and the others find what it has left."""
+        """Run the block on local rank 0 first; the other ranks of the machine then find its files."""
         if self.is_distributed and self.rank.local_rank:
             self.barrier()
         yield
@@ -161,44 +182,44 @@ class ProcessGroup:
             self.barrier()
 
     def barrier(self) -> None:
-        """Wait for all others, however long one of them works; a signal is heard meanwhile."""
+        """Wait for all ranks, up to ``BARRIER_TIMEOUT``. Signals are handled while waiting."""
         if not self.is_distributed:
             return
-        with _answered():
-            work: Any = dist.barrier(self._waiting, async_op=True)
-            while not work.is_completed():
+        with _raise_if_process_lost():
+            work: Any = dist.barrier(self._barrier_group, async_op=True)
+            while not work.is_completed():  # a blocking wait would delay Python's signal handlers until its end
                 time.sleep(POLL_SECONDS)
             work.wait()
 
     def require_equal(self, facts: Mapping[str, str]) -> None:
-        """Refuse to go on where the processes were not given the same.
+        """Check that all ranks have the same inputs.
 
         Args:
-            facts: What must be equal, by what it is called.
+            facts: Digests of the inputs by name.
 
         Raises:
-            TrainingError: Names what differs, and on which process.
+            TrainingError: A rank has other inputs; the error names them and the rank.
         """
         if not self.is_distributed:
             return
-        everybody: list[Any] = [None] * self.rank.world_size
-        with _answered():
-            dist.all_gather_object(everybody, dict(facts), group=self._waiting)
-        for rank, theirs in enumerate(everybody):
-            different = [name for name, value in everybody[0].items() if theirs.get(name) != value]
+        facts_by_rank: list[Any] = [None] * self.rank.world_size
+        with _raise_if_process_lost():
+            dist.all_gather_object(facts_by_rank, dict(facts), group=self._barrier_group)
+        for rank, facts_of_rank in enumerate(facts_by_rank):
+            different = [name for name, value in facts_by_rank[0].items() if facts_of_rank.get(name) != value]
             if different:
                 raise TrainingError(
                     f"process {rank} was given other {' and other '.join(different)} than process 0",
                     fix="put the same data and weights on every machine",
                 )
 
-    def first_to_tell(self) -> bool:
-        """Tell whether no other process has said yet why the run ends."""
+    def claim_error_report(self) -> bool:
+        """Return whether this process reports the error that ends the run: True on the first process that asks."""
         if self._store is None:
             return True
         try:
-            return int(self._store.add("told", 1)) == 1
-        except RuntimeError:  # the process that kept the store is gone
+            return int(self._store.add("error_reports", 1)) == 1
+        except RuntimeError:  # the process that hosts the store has ended
             return True
 
 
@@ -207,65 +228,70 @@ SINGLE_PROCESS = ProcessGroup()
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Meet the processes that a launcher has started with this one, and part at the end.
+    """Join the process group that the launcher started, and destroy it on exit.
 
-    Of an error that ends several of them one shows the message (:attr:`transfer.errors.TransferError.shown_elsewhere`).
+    If an error ends several processes, only one of them reports it
+    (:attr:`transfer.errors.TransferError.shown_elsewhere`).
 
     Raises:
-        UserError: The launcher is to cut the model into pieces.
-        TrainingError: Not all came in time.
-        ProcessLostError: One ended on the way.
+        UserError: The launcher requests sharding of the model.
+        TrainingError: Not all processes joined in time.
+        ProcessLostError: A process ended during the run.
     """
-    own = rank_from_environment()
-    if own.world_size == 1:
+    rank = rank_from_environment()
+    if rank.world_size == 1:
         yield SINGLE_PROCESS
         return
-    processes = _meet(own)
+    processes = _join(rank)
     try:
         refuse_sharding()
         yield processes
     except BaseException as error:
-        first = processes.first_to_tell()
+        reports = processes.claim_error_report()
         if isinstance(error, TransferError):
-            error.shown_elsewhere = not first
+            error.shown_elsewhere = not reports
         raise
-    # After an error the group stays: to part from processes that are gone may take for ever.
+    # Not after an error: destroying the group can block forever if a process is gone.
     dist.destroy_process_group()
 
 
-def _meet(own: Rank) -> ProcessGroup:
-    on_gpus = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
-    if on_gpus:
-        torch.cuda.set_device(own.local_rank)
+class ProcessLostError(TrainingError):
+    """Another process of the run has ended, was killed or cannot be reached any more."""
+
+
+def _join(rank: Rank) -> ProcessGroup:
+    use_gpus = torch.cuda.is_available() and not cpu_is_requested()
+    if use_gpus:
+        torch.cuda.set_device(rank.local_rank)
     try:
-        store, rank, size = next(rendezvous("env://", own.index, own.world_size, timeout=RENDEZVOUS_TIMEOUT))
+        store, index, world_size = next(rendezvous("env://", rank.index, rank.world_size, timeout=RENDEZVOUS_TIMEOUT))
         store.set_timeout(RENDEZVOUS_TIMEOUT)
-        # A launcher may keep the store from one meeting to the next, with what stands in it.
-        store = dist.PrefixStore(f"transfer/{next(_meetings)}", store)  # type: ignore[attr-defined]
+        # A launcher may keep the store for several runs of one process: each run has its own keys.
+        store = dist.PrefixStore(f"transfer/{next(_rendezvous_count)}", store)  # type: ignore[attr-defined]
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+            "cpu:gloo,cuda:nccl" if use_gpus else "gloo",
             store=store,
-            rank=rank,
-            world_size=size,
+            rank=index,
+            world_size=world_size,
             timeout=COLLECTIVE_TIMEOUT,
         )
-        waiting = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
-        # One that finds a mistake at once and ends would otherwise be missed by those that are still connecting.
-        dist.barrier(waiting)  # type: ignore[arg-type]  # this process is of the group
+        barrier_group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
+        # A process that fails immediately would otherwise be gone before the others have connected to it.
+        dist.barrier(barrier_group)  # type: ignore[arg-type]  # this process is a member of the group
     except RuntimeError as error:
         raise TrainingError(
-            f"the {own.world_size} processes did not find each other at "
+            f"the {rank.world_size} processes did not find each other at "
             f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')} "
             f"within {RENDEZVOUS_TIMEOUT.seconds // 60} minutes: "
             f"{_first_line(error)}",
-            fix="start as many as were announced, and let every machine reach that address",
+            fix="start as many processes as were announced, and make that address reachable from every machine",
         ) from error
-    return ProcessGroup(own, waiting, store)
+    return ProcessGroup(rank, barrier_group, store)
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
-    """Say in words that another process does not answer; nothing else goes wrong in what is inside."""
+def _raise_if_process_lost() -> Iterator[None]:
+    """Turn the error of a collective into a :class:`ProcessLostError`; nothing else can fail in the block."""
     try:
         yield
     except RuntimeError as error:  # gloo raises a plain one, and torch's own are derived from it
@@ -277,14 +303,14 @@ def _answered() -> Iterator[None]:
 
 
 def _first_line(error: RuntimeError) -> str:
-    """Return what happened without where in torch's sources, and without the advice that gloo adds."""
+    """Return the first sentence of an error without torch's source location and gloo's advice."""
     return re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0].partition(". ")[0].strip()
 
 
-def _sum(tensors: Sequence[Tensor]) -> None:
-    """Put the sum over all processes in the place of each tensor; all at once, because each message costs time."""
+def _all_reduce_sum(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all ranks, in one collective, because each has its latency."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    with _answered():
+    with _raise_if_process_lost():
         dist.all_reduce(flat)
-    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))

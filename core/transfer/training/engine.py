@@ -1,21 +1,15 @@
-"""The one training loop, read downward: phases, epochs, steps; then the test split, once."""
+"""The training engine: phases, epochs and steps, then the test split once."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, final
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -23,72 +17,30 @@ from transfer.data.batch import Batch, TimedIterator
 from transfer.data.loader import Loader
 from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
-from transfer.interfaces import PrimaryMetric
-from transfer.models.model import BATCH_NORM, Model
+from transfer.models.forward import explain_out_of_memory, forward_batches
+from transfer.models.model import Model
 from transfer.models.precision import autocast
-from transfer.storage import checkpoint
-from transfer.storage.run_directory import Predictions, RunDirectory
+from transfer.storage.checkpoint import digest
+from transfer.storage.run_directory import RunDirectory
+from transfer.system.memory import peak_memory_bytes
 from transfer.system.signals import Interrupted, Signals
 from transfer.training import freezing
-from transfer.training.device_memory import explain_out_of_memory, peak_memory_bytes
+from transfer.training.batch_loss import BatchLoss
+from transfer.training.checkpoints import Checkpoints
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, ProcessLostError
-from transfer.training.evaluation import device_metrics, evaluate
-from transfer.training.events import (
-    EpochEnded,
-    EpochStarted,
-    Note,
-    Observer,
-    StepEnded,
-)
-from transfer.training.experiment import Experiment, PhasePlan
-from transfer.training.freezing import Frozen
+from transfer.training.evaluation import PredictionCollector, device_metrics, evaluate
+from transfer.training.events import EpochEnded, EpochStarted, Note, Observer, StepEnded, ignore_events
+from transfer.training.experiment import Experiment, Phase
 from transfer.training.mixup import mix_batch
-from transfer.training.optimizer import build_optimizer
+from transfer.training.optimizer import build_optimizer, learning_rates
 from transfer.training.scheduler import Schedule
-from transfer.training.state import EpochSums, Progress, TrainingState
+from transfer.training.seeding import seed_generators
+from transfer.training.state import EpochSums, TrainingState
 
 PROGRESS_INTERVAL_SECONDS = 0.2
-"""Observers hear of steps this often: computing a metric for them waits for the device."""
+"""Minimum time between two progress events: computing the metric for one waits for the device."""
 MIN_CHECKPOINT_SECONDS = 2.0
-"""So much training is done again sooner than it is worth a checkpoint: shorter epochs do not each end with one."""
-
-
-@dataclass
-class _Training:
-    """What the steps of the loop share.
-
-    Args:
-        experiment, run, observe, signals, processes, accelerator: As handed to :func:`fit`, or made by it.
-        forward: The model, compiled where that is wanted.
-        state: All that training changes.
-        scored: The model that is validated: the moving average where there is one.
-        seconds_before: Of the run, in the processes before this one.
-    """
-
-    experiment: Experiment
-    run: RunDirectory
-    observe: Observer
-    signals: Signals
-    processes: ProcessGroup
-    accelerator: Accelerator
-    forward: Callable[..., Tensor]
-    state: TrainingState
-    scored: Model
-    seconds_before: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-    saved: float = field(default_factory=time.monotonic)
-    unsaved: bool = False
-    pending: tuple[Tensor, npt.NDArray[np.int64]] | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Of the run so far."""
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def features(self, loader: Loader, stages: int, *, training: bool = False) -> StageInputs:
-        """Return a split's batches; of several processes the first of each machine fills the feature cache."""
-        with self.signals.immediate(), self.processes.local_main_first():
-            return self.experiment.features(loader, stages, training=training)
+"""No checkpoint is written after an epoch if the last one is younger: training again is cheaper than writing it."""
 
 
 def fit(
@@ -100,480 +52,398 @@ def fit(
     resume: bool = False,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Train, keep the best epoch by the validation split, score the test split once with it.
+    """Train an experiment, keep the best epoch by the validation split, and score the test split once with it.
 
-    The model ends with the weights of the best epoch. Every epoch writes a line of metrics and, unless one was written
-    just before, the checkpoint ``last``.
+    The model ends with the weights of the best epoch. Every epoch appends a line of metrics and writes the checkpoint
+    ``last``, unless a checkpoint was written just before.
 
     Args:
-        experiment: What to train.
-        run: Where the run is written.
-        observe: Is told what happens.
-        signals: Are heard between two steps of the optimizer; the state is saved then.
-        resume: Go on from the checkpoint ``last``.
-        processes: That train together; each calls this function, and the first one alone writes the run.
+        experiment: Experiment to train.
+        run: Run directory.
+        observe: Function that is called with every event.
+        signals: Signal handlers. A signal is handled between two optimizer steps, after the state has been saved.
+        resume: Whether to continue from the checkpoint ``last``.
+        processes: Processes that train together. Each calls this function; only rank 0 writes the run directory.
 
     Returns:
         The summary: ``best_epoch``, ``validation``, ``test``, ``parameters``, ``cache``, throughput, time and memory.
 
     Raises:
-        TrainingError: The loss is not finite, memory ran out, a checkpoint cannot be written, or another process is
-            gone.
+        TrainingError: The loss is not finite, memory ran out, a checkpoint cannot be written, or a process was lost.
         RunError: The checkpoint is damaged, or does not fit the experiment.
-        Interrupted: A signal came.
+        Interrupted: SIGINT or SIGTERM was received.
     """
     try:
-        training = _prepare(experiment, run, observe, signals, processes)
-        if resume:
-            _restore(training)
-        return _train(training)
+        return Trainer(experiment, run, observe, signals, processes).fit(resume=resume)
     except ProcessLostError as error:
         message = error.problems[0].message
-        raise ProcessLostError(
-            message, fix=f"go on, in as many processes or in one, with: {run.resume_command}"
-        ) from error
+        fix = f"resume, with the same number of processes or with one: {run.resume_command}"
+        raise ProcessLostError(message, fix=fix) from error
 
 
-def _train(training: _Training) -> dict[str, Any]:
-    """Run what is left of the phases, and score the test split."""
-    experiment, run = training.experiment, training.run
-    try:
-        for number in range(training.state.progress.phase, len(experiment.phases) + 1):
-            _train_phase(training, number)
-        if training.unsaved:
-            with training.signals.deferred():
-                _save(training)
-    except Interrupted as interruption:
-        if training.unsaved and not interruption.at_once:
-            _save(training)
-        raise
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            f"a loader process was killed, perhaps because memory ran out: {error}",
-            fix=f"set fewer train.workers in another run, or go on as it was with: {run.resume_command}",
-        ) from error
-    return _finish(training)
+@final
+class Trainer:
+    """The training loop of an experiment.
 
+    The methods are in the order in which they run: setup, :meth:`fit`, :meth:`train_phase`, :meth:`train_epoch`,
+    :meth:`train_step`, :meth:`end_epoch`, checkpoints, summary. The LR finder and the batch-size search call
+    :meth:`prepare_phase` and then :meth:`train_step` or :meth:`dry_run_step`; these write nothing.
 
-def _prepare(
-    experiment: Experiment, run: RunDirectory, observe: Observer, signals: Signals, processes: ProcessGroup
-) -> _Training:
-    """Put the model on its device and what training changes beside it."""
-    settings, model = experiment.settings, experiment.model
-    # Accelerate keeps its state for the whole process, and refuses a second run of another precision otherwise.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision="no" if settings.precision == "fp32" else settings.precision,
-        # It takes several processes for single ones otherwise, where there is no GPU.
-        cpu=True if processes.is_distributed and not torch.cuda.is_available() else None,
-    )
-    if accelerator.num_processes != processes.rank.world_size:
-        raise TrainingError(
-            f"{accelerator.num_processes} processes were started, and this works in {processes.rank.world_size}",
-            fix="start it without a launcher, or with torchrun",
-        )
-    model.to(accelerator.device)
-    average = None
-    if settings.ema is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))  # type: ignore[no-untyped-call]
-    # Gradients of several processes are added up below, once per step of the optimizer, whatever a phase freezes.
-    prepared = accelerator.prepare_model(model, evaluation_mode=processes.is_distributed)
-    metrics = device_metrics(experiment.task, accelerator.device)
-    unchanged = experiment.unchanged_stages()
-    base = {name: tensor for name, tensor in model.state_dict().items() if model.stage_of(name) in unchanged}
-    origin = {**experiment.origin, "base weights": checkpoint.digest(base)}
-    if processes.is_distributed:
-        processes.require_equal({**origin, "initial weights": checkpoint.digest(model.state_dict())})
-    return _Training(
-        experiment,
-        run,
-        observe,
-        signals,
-        processes,
-        accelerator,
-        torch.compile(prepared) if settings.compile else prepared,
-        TrainingState(model, unchanged, origin, average, accelerator.scaler, metrics),
-        model if average is None else cast("Model", average.module),
-    )
-
-
-def _restore(training: _Training) -> None:
-    """Go back to the newest checkpoint that is whole; where none was written yet, to the beginning."""
-    run, state, observe = training.run, training.state, training.observe
-    folder, processes = run.checkpoints / "last", training.processes
-    # Only the first process need see the run directory.
-    found = processes.broadcast_object(lambda: checkpoint.load(folder) if checkpoint.exists(folder) else None)
-    if found is not None:
-        recovered = state.restore(*found, folder)
-        if recovered is not None:
-            observe(Note(f"the checkpoint before is used, because the newest is damaged: {recovered}"))
-        progress = state.progress
-        observe(Note(f"goes on after epoch {progress.epochs}, and batch {progress.epoch.batches} of the next"))
-    else:
-        observe(Note("no checkpoint was written yet: begins again"))
-    training.seconds_before = state.progress.seconds
-    if not processes.is_main:
-        return
-    repaired = run.restore_metrics(state.progress.records)
-    if repaired is not None:
-        observe(Note(repaired))
-
-
-def _train_phase(training: _Training, number: int) -> None:
-    experiment, state, observe = training.experiment, training.state, training.observe
-    settings, model, progress = experiment.settings, experiment.model, state.progress
-    phase, primary = experiment.phases[number - 1], experiment.task.primary_metric
-    freezing.apply(model, phase.frozen)
-    if state.average is not None:
-        _hold_still(state.average, model, phase.frozen)
-    stages = freezing.prefix_length(model, phase.frozen)
-    train = training.features(experiment.train, stages, training=True)
-    validation = training.features(experiment.validation, stages)
-    _report_caches(training, number, train, validation)
-    if stages:
-        observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
-
-    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, previous=state.optimizer)
-    begins = number > progress.phase
-    most, first = experiment.max_batches or sys.maxsize, progress.epochs - (0 if begins else progress.phase_epochs)
-    counts = [min(train.loader.count(first + ahead), most) for ahead in range(phase.epochs)]
-    schedule = Schedule(
-        phase.scheduler,
-        optimizer,
-        epochs=phase.epochs,
-        steps_per_epoch=[math.ceil(batches / settings.accumulate) for batches in counts],
-        warmup_epochs=0.0 if experiment.max_batches else settings.warmup_epochs,
-        higher_is_better=primary.higher_is_better,
-    )
-    with training.signals.deferred():  # a checkpoint names the phase whose optimizer it holds
-        if begins:
-            progress.phase, progress.phase_epochs, progress.phase_best = number, 0, None
-        state.begin_phase(optimizer, schedule)
-    scaler = training.accelerator.scaler
-    prepared_optimizer = optimizer if scaler is None else training.accelerator.prepare_optimizer(optimizer)
-    total_epochs = sum(phase.epochs for phase in experiment.phases)
-
-    while progress.phase_epochs < phase.epochs and not _gives_up(progress, phase.patience):
-        batches = counts[progress.phase_epochs]
-        observe(EpochStarted(progress.epochs + 1, total_epochs, number, len(experiment.phases), batches))
-        _train_epoch(training, train, prepared_optimizer)
-        validation_started = time.perf_counter()
-        scores = evaluate(
-            training.scored,
-            experiment.task,
-            validation,
-            settings.precision,
-            observe,
-            "validation",
-            experiment.max_batches,
-            processes=training.processes,
-            signals=training.signals,
-        )
-        with training.signals.deferred():
-            _end_epoch(training, scores, time.perf_counter() - validation_started)
-    if progress.phase_epochs < phase.epochs:
-        observe(Note(f"phase {number} ends after epoch {progress.epochs}: no better for {phase.patience} epochs"))
-
-
-def _train_epoch(training: _Training, train: StageInputs, optimizer: Any) -> None:
-    """Train what is left of the epoch that is going on."""
-    experiment, progress, signals = training.experiment, training.state.progress, training.signals
-    metrics, primary = training.state.metrics, experiment.task.primary_metric.name
-    settings, sums = experiment.settings, progress.epoch
-    sizes = [len(batch) for batch in experiment.train.batch_indices(progress.epochs)[: experiment.max_batches]]
-    if not sums.batches:
-        sums.rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        for metric in metrics.values():
-            metric.reset()
-    experiment.model.train()
-    seconds_before, waiting_before, examples_before = sums.seconds, sums.waiting_seconds, sums.examples
-    started = told = time.perf_counter()
-    left = len(sizes) - sums.batches
-    share = training.processes.shard if training.processes.is_distributed else None
-    batches = TimedIterator(train.loader.epoch(progress.epochs, start=sums.batches, limit=left, shard=share))
-
-    for batch in batches:  # waiting for it may be interrupted: nothing is half done then
-        with signals.deferred():
-            _optimizer_step(
-                training, train.first_stage, optimizer, chain([batch], islice(batches, settings.accumulate - 1)), sizes
-            )
-            now = time.perf_counter()
-            sums.seconds = seconds_before + now - started
-            sums.waiting_seconds = waiting_before + batches.seconds
-            if _save_is_due(training, sums.batches) and sums.batches < len(sizes):
-                _save(training)
-        known = sums.examples - (len(training.pending[1]) if training.pending else 0)
-        if known and now - told >= PROGRESS_INTERVAL_SECONDS:
-            told = now
-            value = (primary, float(metrics[primary].compute()))
-            speed = (sums.examples - examples_before) / (now - started)
-            training.observe(StepEnded(sums.batches, sums.loss_sum / known, value, speed))
-        signals.raise_if_any_rank_interrupted()
-    _settle(training)
-    sums.seconds = seconds_before + time.perf_counter() - started
-
-
-def _optimizer_step(
-    training: _Training, first_stage: int, optimizer: Any, batches: Iterable[Batch], sizes: Sequence[int]
-) -> None:
-    """Make one step of the optimizer from the gradients of one or more batches, and count them."""
-    experiment, accelerator, state = training.experiment, training.accelerator, training.state
-    processes, model = training.processes, experiment.model
-    settings, task, sums = experiment.settings, experiment.task, state.progress.epoch
-    # The batches between two steps of the optimizer weigh as one batch of all their examples.
-    together = sum(sizes[sums.batches : sums.batches + settings.accumulate])
-    for on_cpu in batches:
-        batch = on_cpu.to(accelerator.device)
-        # Dropout is a function of the seed and the batch, whatever has drawn random numbers in between.
-        _seed_step(accelerator.device, experiment.seed, state.progress.batches + sums.batches + 1, processes.rank.index)
-        with explain_out_of_memory(len(batch.indices)):
-            inputs, mixed = batch.inputs, None
-            if settings.mix is not None:
-                mixed = mix_batch(inputs, settings.mix)
-                inputs = mixed.inputs
-            with autocast(settings.precision, accelerator.device):
-                outputs = training.forward(inputs, first_stage)
-            outputs = outputs.float()
-            losses = task.loss(outputs, batch.targets)
-            if mixed is not None:
-                losses = mixed.loss(losses, task.loss(outputs, batch.targets[mixed.permutation]))
-            if batch.global_indices is not None:
-                losses = losses[: processes.shard_size(len(batch.global_indices))]
-            loss = losses.sum() / together
-            # Without loss scaling accelerate's backward and step only add checks, at half a millisecond each.
-            if accelerator.scaler is None:
-                loss.backward()  # type: ignore[no-untyped-call]
-            else:
-                accelerator.backward(loss)
-        losses, predictions = losses.detach(), task.predictions(outputs.detach())
-        targets, indices = batch.targets, batch.indices
-        if batch.global_indices is not None:
-            indices = batch.global_indices
-            losses, predictions, targets = processes.gather(len(indices), losses, predictions, targets)
-        for metric in state.metrics.values():
-            metric.update(predictions, targets)
-        # .item() waits for the device, so it reads the loss of the batch before, which has long been computed.
-        _settle(training)
-        training.pending = (losses.sum(), indices)
-        sums.batches, sums.examples = sums.batches + 1, sums.examples + len(indices)
-
-    if processes.is_distributed:
-        # Running statistics move by a linear rule: the mean of the processes' is that of their batches' statistics.
-        norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.training]
-        statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
-        processes.all_reduce([parameter for parameter in model.parameters() if parameter.requires_grad], statistics)
-    if settings.clip_norm is not None:
-        if accelerator.scaler is not None:
-            # Of this optimizer alone: accelerate's own clipping unscales those of earlier phases with it.
-            accelerator.unscale_gradients(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    assert state.schedule is not None
-    state.schedule.after_step()
-    if state.average is not None:
-        state.average.update_parameters(model)
-    training.unsaved = True
-
-
-def rehearse(experiment: Experiment, phase: PhasePlan) -> Callable[[Batch, Batch], None]:
-    """Return a function that makes a training step of a phase as :func:`fit` does, and evaluates another batch.
-
-    The experiment's model is trained, and nothing is written. The function raises MemoryRanOut.
+    Args:
+        experiment: Experiment to train. Its model is moved to the device and trained in place.
+        run: Run directory, needed by :meth:`fit` only.
+        observe: Function that is called with every event.
+        signals: Signal handlers. None defers no signal.
+        processes: Processes that train together.
     """
-    training = _prepare(experiment, RunDirectory(Path()), lambda _: None, Signals(), SINGLE_PROCESS)
-    model, device = experiment.model, training.accelerator.device
-    freezing.apply(model, phase.frozen)
-    optimizer = build_optimizer(model, phase.groups, experiment.optimizer, previous=None)
-    training.state.begin_phase(optimizer, Schedule(None, optimizer, epochs=1, steps_per_epoch=1, higher_is_better=True))
-    scaler = training.accelerator.scaler
-    prepared_optimizer = optimizer if scaler is None else training.accelerator.prepare_optimizer(optimizer)
 
-    def step(trained: Batch, evaluated: Batch) -> None:
-        model.train()
-        training.pending, training.state.progress.epoch = None, EpochSums()
-        for metric in training.state.metrics.values():
+    # ------------------------------------------------------------------------------------------------------- setup
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run: RunDirectory | None = None,
+        observe: Observer = ignore_events,
+        signals: Signals | None = None,
+        processes: ProcessGroup = SINGLE_PROCESS,
+    ) -> None:
+        self.experiment, self.model, self.options = experiment, experiment.model, experiment.options
+        self.device = self.options.device
+        self.observe, self.processes = observe, processes
+        self.signals = signals or Signals()
+        self.model.to(self.device)
+        average = None
+        if self.options.ema is not None:
+            ema = get_ema_multi_avg_fn(self.options.ema)  # type: ignore[no-untyped-call]
+            average = AveragedModel(self.model, multi_avg_fn=ema)
+        # The model that is validated and kept: the moving average if there is one.
+        self.scored_model = self.model if average is None else cast("Model", average.module)
+        self.forward: Callable[..., Tensor] = torch.compile(self.model) if self.options.compile else self.model
+        # Only fp16 gradients underflow; a disabled scaler passes losses and steps through.
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.precision == "fp16")
+        metrics = device_metrics(experiment.task, self.device)
+        unchanged, weights = experiment.unchanged_stages(), self.model.state_dict()
+        base = {name: tensor for name, tensor in weights.items() if self.model.stage_of(name) in unchanged}
+        origin = {**experiment.origin, "base weights": digest(base)}
+        if processes.is_distributed:
+            processes.require_equal({**origin, "initial weights": digest(weights)})
+        self.state = TrainingState(self.model, unchanged, origin, average, scaler, metrics)
+        self.checkpoints = Checkpoints(run, self.state, self.options, processes, observe)
+        self._pending: list[BatchLoss] = []
+        self._has_unsaved_steps = False
+
+    def prepare_phase(self, phase: Phase) -> None:
+        """Freeze, and build the optimizer of a phase with constant learning rates: for steps outside of a run."""
+        self._freeze(phase)
+        optimizer = build_optimizer(self.model, phase.groups, self.experiment.optimizer, previous=None)
+        constant = Schedule(None, optimizer, epochs=1, steps_per_epoch=1, higher_is_better=True)
+        self.state.start_phase(optimizer, constant)
+        self.model.train()
+
+    # --------------------------------------------------------------------------------------------------------- fit
+
+    def fit(self, *, resume: bool = False) -> dict[str, Any]:
+        """Train the remaining phases, score the test split and return the summary (:func:`fit`)."""
+        if resume:
+            self.checkpoints.restore_last()
+        try:
+            for number in range(self.state.progress.phase, len(self.experiment.phases) + 1):
+                self.train_phase(number)
+            if self._has_unsaved_steps:
+                with self.signals.deferred():
+                    self._save_checkpoint()
+        except Interrupted as interruption:
+            if self._has_unsaved_steps and not interruption.at_once:
+                self._save_checkpoint()
+            raise
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"a loader process was killed, perhaps because memory ran out: {error}",
+                fix=f"set fewer train.workers in a new run, or resume this one: {self.checkpoints.run.resume_command}",
+            ) from error
+        return self._finish()
+
+    def train_phase(self, number: int) -> None:
+        """Train the remaining epochs of a phase, counted from 1."""
+        experiment, progress = self.experiment, self.state.progress
+        phase = experiment.phases[number - 1]
+
+        # ---- freeze, and compute the frozen prefix once
+        self._freeze(phase)
+        prefix = freezing.prefix_length(self.model, phase.frozen)
+        train = self._batches_for(experiment.train, prefix, training=True)
+        validation = self._batches_for(experiment.validation, prefix)
+        if progress.record_caches(number, {"train": train.report, "validation": validation.report}):
+            text = "the feature cache contains other splits than before the interruption"
+            self.observe(Note(f"{text}: results may differ in the last bits"))
+        if prefix:
+            self.observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
+
+        # ---- optimizer and schedule
+        is_new = number > progress.phase  # not resumed within the phase
+        first_epoch = progress.epochs - (0 if is_new else progress.phase_epochs)
+        limit = experiment.max_batches or sys.maxsize
+        batches_per_epoch = [min(experiment.train.count(first_epoch + i), limit) for i in range(phase.epochs)]
+        optimizer = build_optimizer(self.model, phase.groups, experiment.optimizer, previous=self.state.optimizer)
+        schedule = Schedule(
+            phase.scheduler,
+            optimizer,
+            epochs=phase.epochs,
+            steps_per_epoch=[math.ceil(batches / self.options.accumulate) for batches in batches_per_epoch],
+            warmup_epochs=self.options.warmup_epochs,
+            higher_is_better=experiment.task.primary_metric.higher_is_better,
+        )
+        with self.signals.deferred():  # a checkpoint contains the phase and its optimizer: both change together
+            if is_new:
+                progress.phase, progress.phase_epochs, progress.phase_best = number, 0, None
+            self.state.start_phase(optimizer, schedule)
+
+        # ---- epochs
+        total_epochs = sum(phase.epochs for phase in experiment.phases)
+        while progress.phase_epochs < phase.epochs and not self._should_stop_early(phase.patience):
+            batches = batches_per_epoch[progress.phase_epochs]
+            self.observe(EpochStarted(progress.epochs + 1, total_epochs, number, len(experiment.phases), batches))
+            self.train_epoch(train)
+            validation_started = time.perf_counter()
+            scores = self._evaluate(self.scored_model, validation, "validation")
+            with self.signals.deferred():
+                self.end_epoch(scores, time.perf_counter() - validation_started)
+        if progress.phase_epochs < phase.epochs:
+            reason = f"no better for {phase.patience} epochs"
+            self.observe(Note(f"phase {number} ends after epoch {progress.epochs}: {reason}"))
+
+    def train_epoch(self, train: StageInputs) -> None:
+        """Train the remaining batches of the current epoch."""
+        experiment, progress, accumulate = self.experiment, self.state.progress, self.options.accumulate
+        metrics, primary, sums = self.state.metrics, experiment.task.primary_metric.name, progress.epoch
+        sizes = [len(batch) for batch in experiment.train.batch_indices(progress.epochs)[: experiment.max_batches]]
+        if not sums.batches:  # not resumed within the epoch
+            sums.rates = learning_rates(self.state.optimizer)
+            for metric in metrics.values():
+                metric.reset()
+        self.model.train()
+        seconds_before, waiting_before, examples_before = sums.seconds, sums.waiting_seconds, sums.examples
+        started = last_progress = time.perf_counter()
+        shard = self.processes.shard if self.processes.is_distributed else None
+        remaining = len(sizes) - sums.batches
+        batches = TimedIterator(train.loader.epoch(progress.epochs, start=sums.batches, limit=remaining, shard=shard))
+
+        for batch in batches:  # a signal may interrupt the wait for it: no step is in progress
+            with self.signals.deferred():
+                # ---- one optimizer step
+                losses = self.train_step(
+                    chain([batch], islice(batches, accumulate - 1)),
+                    examples=sum(sizes[sums.batches : sums.batches + accumulate]),
+                    first_stage=train.first_stage,
+                )
+                # The losses of the previous step are read while the device still computes this one.
+                self._record_pending_loss()
+                self._pending = losses
+                now = time.perf_counter()
+                sums.seconds = seconds_before + now - started
+                sums.waiting_seconds = waiting_before + batches.seconds
+                # ---- once in a while: a checkpoint within the epoch
+                if self.checkpoints.is_due(sums.batches) and sums.batches < len(sizes):
+                    self._save_checkpoint()
+            # ---- once in a while: progress for the observers
+            recorded = sums.examples - sum(len(loss.indices) for loss in self._pending)
+            if recorded and now - last_progress >= PROGRESS_INTERVAL_SECONDS:
+                last_progress = now
+                value = (primary, float(metrics[primary].compute()))
+                speed = (sums.examples - examples_before) / (now - started)
+                self.observe(StepEnded(sums.batches, sums.loss_sum / recorded, value, speed))
+            # ---- all ranks stop after the same step if one of them received a signal
+            self.signals.raise_if_any_rank_interrupted()
+        self._record_pending_loss()
+        sums.seconds = seconds_before + time.perf_counter() - started
+
+    def train_step(self, batches: Iterable[Batch], *, examples: int, first_stage: int = 0) -> list[BatchLoss]:
+        """Make one optimizer step from the gradients of one or more batches.
+
+        Args:
+            batches: Batches of the step, on the CPU. Their gradients are accumulated.
+            examples: Total number of examples in these batches, over all processes.
+            first_stage: Index of the stage that takes the inputs of the batches.
+
+        Returns:
+            The loss of each batch, not yet read from the device.
+
+        Raises:
+            MemoryRanOut: Memory ran out; the error states the batch size.
+        """
+        state, processes, sums = self.state, self.processes, self.state.progress.epoch
+        assert state.optimizer is not None
+        assert state.schedule is not None
+        rates, step_losses = learning_rates(state.optimizer), list[BatchLoss]()
+
+        # ---- forward and backward
+        for cpu_batch in batches:
+            batch = cpu_batch.to(self.device)
+            # Dropout depends on the seed and the batch number only: a resumed run draws the same numbers.
+            number = state.progress.batches + sums.batches + 1
+            seed_generators(self.device, self.experiment.seed, number, processes.rank.index)
+            with explain_out_of_memory(len(batch.indices)):
+                losses, outputs = self._losses(batch, first_stage)
+                # Divided by the examples of all batches, accumulated gradients equal those of one large batch.
+                loss = losses.sum() / examples
+                state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+            # ---- metrics, over the examples of all ranks
+            losses, predictions = losses.detach(), self.experiment.task.predictions(outputs.detach())
+            targets, indices = batch.targets, batch.indices
+            if batch.global_indices is not None:
+                indices = batch.global_indices
+                losses, predictions, targets = processes.all_gather(len(indices), losses, predictions, targets)
+            for metric in state.metrics.values():
+                metric.update(predictions, targets)
+            sums.batches, sums.examples = sums.batches + 1, sums.examples + len(indices)
+            step_losses.append(BatchLoss.copy_from(losses.sum(), indices, sums.batches, rates))
+
+        # ---- update
+        if processes.is_distributed:
+            processes.all_reduce_gradients(self.model)
+        if self.options.clip_norm is not None:
+            state.scaler.unscale_(state.optimizer)  # the norm is that of the true gradients
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+        state.schedule.after_step()
+        if state.average is not None:
+            state.average.update_parameters(self.model)
+        self._has_unsaved_steps = True
+        return step_losses
+
+    def dry_run_step(self, trained: Batch, evaluated: Batch) -> None:
+        """Make a training step and an evaluation step as :meth:`fit` makes them, for the batch-size search."""
+        self.model.train()
+        self.state.progress.epoch = EpochSums()
+        for metric in self.state.metrics.values():
             metric.reset()
+        # The optimizer allocates its state in the step, outside of what train_step explains.
         with explain_out_of_memory(len(trained.indices)):
-            _optimizer_step(training, 0, prepared_optimizer, [trained], [len(trained.indices)])
-        model.eval()
-        with (
-            explain_out_of_memory(len(evaluated.indices)),
-            torch.inference_mode(),
-            autocast(experiment.settings.precision, device),
-        ):
-            model(evaluated.to(device).inputs, 0)
+            self.train_step([trained], examples=len(trained.indices))
+        for _ in forward_batches(self.model, [evaluated], device=self.device, precision=self.options.precision):
+            pass
 
-    return step
+    def end_epoch(self, scores: dict[str, float], validation_seconds: float) -> None:
+        """Record a validated epoch, and write its checkpoints and its line of metrics."""
+        state, primary = self.state, self.experiment.task.primary_metric
+        assert state.schedule is not None
+        state.schedule.after_epoch(scores[primary.name])
+        train_metrics = {name: float(metric.compute()) for name, metric in state.metrics.items()}
+        record, improved = state.progress.end_epoch(train_metrics, scores, validation_seconds, primary)
+        # `best` first, because `last` refers to it: if the process is killed in between, the epoch is trained again
+        # with the same result.
+        if improved:
+            self.checkpoints.save_best()
+        if self.options.checkpoint.every_steps or self.checkpoints.age >= MIN_CHECKPOINT_SECONDS:
+            self._save_checkpoint()
+        if self.processes.is_main:
+            self.checkpoints.run.append_metrics(record)
+        self.observe(EpochEnded(record, improved))
 
+    def _should_stop_early(self, patience: int | None) -> bool:
+        best = self.state.progress.phase_best
+        return patience is not None and best is not None and self.state.progress.epochs - best["epoch"] >= patience
 
-def _end_epoch(training: _Training, scores: dict[str, float], validation_seconds: float) -> None:
-    """Count a validated epoch, write its checkpoints and its line of metrics."""
-    experiment, run, state = training.experiment, training.run, training.state
-    progress, sums, primary = state.progress, state.progress.epoch, experiment.task.primary_metric
-    assert state.schedule is not None
-    state.schedule.after_epoch(scores[primary.name])
-    trained = {name: float(metric.compute()) for name, metric in state.metrics.items()}
-    record = {
-        "phase": progress.phase,
-        "epoch": progress.epochs + 1,
-        "train": {"loss": sums.loss_sum / sums.examples, **trained},
-        "validation": scores,
-        "lr": sums.rates,
-        "seconds": round(sums.seconds + validation_seconds, 3),
-        "examples_per_second": round(sums.examples / sums.seconds, 2),
-        "waiting_for_data": round(sums.waiting_seconds / sums.seconds, 4),
-    }
-    progress.records.append(record)
-    progress.phase_epochs += 1
-    progress.batches += sums.batches
-    progress.trained_examples += sums.examples
-    progress.trained_seconds += sums.seconds
-    progress.waiting_seconds += sums.waiting_seconds
-    progress.epoch = EpochSums()
-    reached = {"epoch": progress.epochs, "validation": scores}
-    improved = progress.best is None or _better(primary, scores, progress.best["validation"])
-    if progress.phase_best is None or _better(primary, scores, progress.phase_best["validation"]):
-        progress.phase_best = reached
-    if improved:
-        progress.best = reached
-        if training.processes.is_main:
-            # Before `last`, which names it: killed in between, the epoch is trained again and ends the same.
-            state.save_best(run.checkpoints / "best")
-    if experiment.settings.checkpoint.every_steps or time.monotonic() - training.saved >= MIN_CHECKPOINT_SECONDS:
-        _save(training)
-    if training.processes.is_main:
-        run.append_metrics(record)
-    training.observe(EpochEnded(record, improved))
+    def _save_checkpoint(self) -> None:
+        """Write the checkpoint ``last``."""
+        self._record_pending_loss()
+        self.checkpoints.save_last()
+        self._has_unsaved_steps = False
 
+    # ----------------------------------------------------------------------------------------- parts of these methods
 
-def _save(training: _Training) -> None:
-    """Write the checkpoint ``last``."""
-    _settle(training)
-    training.state.progress.seconds = training.seconds
-    if training.processes.is_main:
-        training.state.save(training.run.checkpoints / "last", training.experiment.settings.checkpoint.keep)
-    training.saved, training.unsaved = time.monotonic(), False
+    def _freeze(self, phase: Phase) -> None:
+        freezing.apply(self.model, phase.frozen)
+        if self.state.average is not None:
+            _copy_frozen_to_ema(self.state.average, self.model, phase.frozen.parameters)
 
+    def _batches_for(self, loader: Loader, stages: int, *, training: bool = False) -> StageInputs:
+        """Return the batches of a split. Local rank 0 fills the feature cache, then the other ranks read it."""
+        with self.signals.immediate(), self.processes.local_main_first():
+            return self.experiment.batches_for(loader, stages, training=training)
 
-def _save_is_due(training: _Training, batches: int) -> bool:
-    settings = training.experiment.settings
-    every = settings.checkpoint.every_steps
-    if every is not None and batches // settings.accumulate % every == 0:
-        return True
-    minutes = settings.checkpoint.every_minutes
-    return minutes is not None and time.monotonic() - training.saved >= 60 * minutes
+    def _losses(self, batch: Batch, first_stage: int) -> tuple[Tensor, Tensor]:
+        """Return the losses (B,) and the outputs (B, out_features) of a batch, float32."""
+        task, inputs, mixed = self.experiment.task, batch.inputs, None
+        if self.options.mix is not None:
+            mixed = mix_batch(inputs, self.options.mix)
+            inputs = mixed.inputs
+        with autocast(self.options.precision, self.device):
+            outputs = self.forward(inputs, first_stage)
+        outputs = outputs.float()
+        losses = task.loss(outputs, batch.targets)
+        if mixed is not None:
+            losses = mixed.loss(losses, task.loss(outputs, batch.targets[mixed.permutation]))
+        if batch.global_indices is not None:
+            # A rank without a shard computes a few examples of another one, which must not count.
+            losses = losses[: self.processes.shard_size(len(batch.global_indices))]
+        return losses, outputs
 
+    def _record_pending_loss(self) -> None:
+        """Add the losses of the previous step to the sum of the epoch.
 
-def _gives_up(progress: Progress, patience: int | None) -> bool:
-    best = progress.phase_best
-    return patience is not None and best is not None and progress.epochs - int(best["epoch"]) >= patience
+        Raises:
+            TrainingError: A loss is not finite.
+        """
+        pending, self._pending = self._pending, []
+        progress = self.state.progress
+        for loss in pending:
+            progress.epoch.loss_sum += loss.finite_item(progress.epochs + 1)
 
-
-def _report_caches(training: _Training, number: int, train: StageInputs, validation: StageInputs) -> None:
-    """Note what of a phase is cached; a run that goes on should find what it found before."""
-    progress = training.state.progress
-    found = [
-        {"phase": number, "split": "train", **train.report},
-        {"phase": number, "split": "validation", **validation.report},
-    ]
-    before = [report for report in progress.caches if report["phase"] == number]
-    if before and [report["cached"] for report in before] != [report["cached"] for report in found]:
-        text = "the feature cache holds other splits than before the interruption: results may differ in the last bits"
-        training.observe(Note(text))
-    progress.caches = [report for report in progress.caches if report["phase"] < number] + found
-
-
-def _finish(training: _Training) -> dict[str, Any]:
-    """Score the test split with the best epoch's weights, and sum up."""
-    experiment, progress, processes = training.experiment, training.state.progress, training.processes
-    model, task = experiment.model, experiment.task
-    tensors, best = processes.broadcast_object(lambda: checkpoint.load(training.run.checkpoints / "best"))
-    if progress.best is None or best["epoch"] != progress.best["epoch"]:
-        text = f"the weights of the best epoch are damaged: those of epoch {best['epoch']} are taken"
-        training.observe(Note(f"{text}: {best.get('recovered')}"))
-    model.load_state_dict(tensors["model"], strict=False)  # without the stages that never changed
-    caches, test = progress.caches, None
-    if experiment.test is not None:
-        loader = training.features(experiment.test, experiment.always_frozen())
-        caches = [*caches, {"split": "test", **loader.report}]
-        kept: list[tuple[Tensor, ...]] = []
-        precision, most = experiment.settings.precision, experiment.max_batches
-        test = evaluate(
+    def _evaluate(
+        self, model: Model, source: StageInputs, split: str, collector: PredictionCollector | None = None
+    ) -> dict[str, float]:
+        return evaluate(
             model,
-            task,
-            loader,
-            precision,
-            training.observe,
-            "test",
-            most,
-            kept if processes.is_main else None,
-            processes=processes,
-            signals=training.signals,
+            self.experiment.task,
+            source,
+            self.options.precision,
+            self.observe,
+            split,
+            self.experiment.max_batches,
+            collector=collector,
+            processes=self.processes,
+            signals=self.signals,
         )
-        if most is None and processes.is_main:
-            indices, *found = (torch.cat(parts) for parts in zip(*kept, strict=True))
-            order = indices.argsort()
-            training.run.write_predictions(Predictions(*(tensor[order] for tensor in found)))
-    ever_trained = {name for phase in experiment.phases for group in phase.groups for name in group.parameters}
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return {
-        "best_epoch": best["epoch"],
-        "epochs": progress.epochs,
-        "validation": best["validation"],
-        "test": test,
-        "primary_metric": task.primary_metric.name,
-        "parameters": {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in ever_trained)},
-        "examples_per_second": round(progress.trained_examples / progress.trained_seconds, 2),
-        "waiting_for_data": round(progress.waiting_seconds / progress.trained_seconds, 4),
-        "seconds": round(training.seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "cache": caches,
-        "device": str(training.accelerator.device),
-    }
+
+    # ------------------------------------------------------------------------------------------------------ summary
+
+    def _finish(self) -> dict[str, Any]:
+        """Load the weights of the best epoch, score the test split with them and return the summary."""
+        experiment, progress = self.experiment, self.state.progress
+        best = self.checkpoints.load_best()
+        self.model.eval()  # also without a test split: the report and the saved model use it
+        caches, test = progress.caches, None
+        if experiment.test is not None:
+            source = self._batches_for(experiment.test, experiment.frozen_prefix_length())
+            caches = [*caches, {"split": "test", **source.report}]
+            collector = PredictionCollector() if self.processes.is_main and experiment.max_batches is None else None
+            test = self._evaluate(self.model, source, "test", collector)
+            if collector is not None:
+                self.checkpoints.run.write_predictions(collector.in_split_order())
+        return {
+            "best_epoch": best["epoch"],
+            "epochs": progress.epochs,
+            "validation": best["validation"],
+            "test": test,
+            "primary_metric": experiment.task.primary_metric.name,
+            "parameters": experiment.parameter_counts(),
+            "examples_per_second": round(progress.trained_examples / progress.trained_seconds, 2),
+            "waiting_for_data": round(progress.waiting_seconds / progress.trained_seconds, 4),
+            "seconds": round(self.checkpoints.seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "cache": caches,
+            "device": str(self.device),
+        }
 
 
-def _hold_still(average: AveragedModel, model: Model, frozen: Frozen) -> None:
-    """Give the average the frozen weights as they are: what is trained from now on is trained on top of these."""
-    averaged: dict[str, Tensor] = dict(average.module.named_parameters())
+def _copy_frozen_to_ema(average: AveragedModel, model: Model, frozen: frozenset[str]) -> None:
+    """Copy the frozen parameters into the EMA model: its head is evaluated on the backbone it is trained with."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in frozen.parameters:
-                averaged[name].copy_(parameter)
-
-
-def _seed_step(device: torch.device, seed: int, step: int, rank: int) -> None:
-    """Seed the generators that a model draws from; torch.manual_seed would look for every kind of device."""
-    parts = (seed, step, rank) if rank else (seed, step)
-    value = int(np.random.SeedSequence(parts).generate_state(1)[0])
-    torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(value)
-
-
-def _settle(training: _Training) -> None:
-    """Add the loss of the batch before to the sum, and stop where it is not finite."""
-    if training.pending is None:
-        return
-    (total, indices), training.pending = training.pending, None
-    value, progress = total.item(), training.state.progress
-    if not math.isfinite(value):
-        assert training.state.optimizer is not None
-        rates = {group["name"]: group["lr"] for group in training.state.optimizer.param_groups}
-        raise TrainingError(
-            f"the loss of epoch {progress.epochs + 1}, step {progress.epoch.batches} is {value}: "
-            f"learning rates {rates}, "
-            f"examples {indices[:16].tolist()}{'...' if len(indices) > 16 else ''} of the training split",
-            fix="lower the learning rate, or look at these examples"
-            + ("; the checkpoint `best` holds the best epoch so far" if progress.epochs else ""),
-        )
-    progress.epoch.loss_sum += value
-
-
-def _better(primary: PrimaryMetric, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
-    """Compare by the primary metric; where that is equal, as it often is on a small split, by the loss."""
-    if new[primary.name] != old[primary.name]:
-        return (new[primary.name] > old[primary.name]) == primary.higher_is_better
-    return new["loss"] < old["loss"]
+        for name in frozen:
+            average.module.get_parameter(name).copy_(model.get_parameter(name))

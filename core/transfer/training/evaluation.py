@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -13,17 +15,31 @@ from transfer.config.train_settings import Precision
 from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
 from transfer.interfaces import Task
+from transfer.models.forward import forward_batches
 from transfer.models.model import Model
-from transfer.models.precision import autocast
+from transfer.storage.run_directory import Predictions
 from transfer.system.signals import Signals
-from transfer.training.device_memory import explain_out_of_memory
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup
-from transfer.training.events import (
-    EvaluationStarted,
-    EvaluationStep,
-    Observer,
-)
-from transfer.training.state import nested
+from transfer.training.events import EvaluationStarted, EvaluationStep, Observer
+from transfer.training.state import named_metrics
+
+
+class PredictionCollector:
+    """Predictions, targets, losses and confidences of a split, collected batch by batch on the CPU."""
+
+    def __init__(self) -> None:
+        self._indices: list[npt.NDArray[np.int64]] = []
+        self._batches: list[tuple[Tensor, ...]] = []
+
+    def append(self, indices: npt.NDArray[np.int64], *tensors: Tensor) -> None:
+        """Append a batch: the indices of its examples, and (B, ...) for each field of :class:`Predictions`."""
+        self._indices.append(indices)
+        self._batches.append(tuple(tensor.cpu() for tensor in tensors))
+
+    def in_split_order(self) -> Predictions:
+        """Return all batches in the order of the split; buckets by length permute the examples."""
+        order = torch.from_numpy(np.concatenate(self._indices)).argsort()
+        return Predictions(*(torch.cat(tensors)[order] for tensors in zip(*self._batches, strict=True)))
 
 
 def evaluate(
@@ -34,62 +50,78 @@ def evaluate(
     observe: Observer,
     split: str,
     max_batches: int | None = None,
-    kept: list[tuple[Tensor, ...]] | None = None,
     *,
+    collector: PredictionCollector | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
     signals: Signals | None = None,
 ) -> dict[str, float]:
-    """Return the mean loss and the metrics of a split, in eval mode and without gradients.
+    """Return the mean loss and the metrics of a split, computed in eval mode and without gradients.
 
-    The indices of each batch and the fields of :class:`transfer.storage.run_directory.Predictions` are appended to
-    ``kept``, on the CPU. Several processes compute a share of every batch each, and return the same.
+    In distributed training every rank computes a shard of each batch, and all ranks return the same values.
+
+    Args:
+        model: Model on its device.
+        task: Task: loss and metrics.
+        source: Batches of the split.
+        precision: Precision of the forward pass.
+        observe: Function that is called with the events of the evaluation.
+        split: Name of the split, for events and errors.
+        max_batches: Maximum number of batches. None evaluates all.
+        collector: Collector to which the predictions are appended. None discards them.
+        processes: Processes that evaluate together.
+        signals: Signal handlers of the run. None does not check for signals between batches.
+
+    Raises:
+        TrainingError: The loss or a metric is not finite, or memory ran out.
     """
     device = next(model.parameters()).device
     metrics = device_metrics(task, device)
-    share = processes.shard if processes.is_distributed else None
-    examples, loss_sum = 0, torch.zeros((), dtype=torch.float64, device=device)
+    shard = processes.shard if processes.is_distributed else None
+    # The sum of millions of float32 losses would lose digits; MPS has no float64.
+    loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    examples = 0
     observe(EvaluationStarted(split, min(len(source.loader), max_batches or sys.maxsize)))
-    model.eval()
-    with torch.inference_mode():
-        for step, on_cpu in enumerate(source.loader.epoch(limit=max_batches, shard=share), 1):
-            batch = on_cpu.to(device)
-            with explain_out_of_memory(len(batch.indices)), autocast(precision, device):
-                outputs = model(batch.inputs, source.first_stage)
+    batches = source.loader.epoch(limit=max_batches, shard=shard)
+    forward = forward_batches(model, batches, device=device, precision=precision, first_stage=source.first_stage)
+    for step, (batch, outputs) in enumerate(forward, 1):
+        with torch.inference_mode():
             outputs = outputs.float()
             losses, predictions = task.loss(outputs, batch.targets), task.predictions(outputs)
             targets, indices = batch.targets, batch.indices
-            confidences = (
-                task.scores(outputs).amax(1) if kept is not None or batch.global_indices is not None else losses
-            )
+            # Only rank 0 collects, but a collective needs the same tensors on every rank.
+            needs_confidences = collector is not None or batch.global_indices is not None
+            confidences = task.scores(outputs).amax(1) if needs_confidences else losses
             if batch.global_indices is not None:
                 indices = batch.global_indices
-                losses, predictions, targets, confidences = processes.gather(
+                losses, predictions, targets, confidences = processes.all_gather(
                     len(indices), losses, predictions, targets, confidences
                 )
             loss_sum += losses.sum()
             for metric in metrics.values():
                 metric.update(predictions, targets)
-            if kept is not None:
-                found = (predictions.cpu(), targets.cpu(), losses.cpu(), confidences.cpu())
-                kept.append((torch.from_numpy(indices), *found))
-            examples += len(indices)
-            observe(EvaluationStep(step))
-            if signals is not None:
-                signals.raise_if_any_rank_interrupted()
+            if collector is not None:
+                collector.append(indices, predictions, targets, losses, confidences)
+        examples += len(indices)
+        observe(EvaluationStep(step))
+        if signals is not None:
+            signals.raise_if_any_rank_interrupted()
     scores = {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
-    broken = [name for name, value in scores.items() if not math.isfinite(value)]
-    if broken:
+    not_finite = [name for name, value in scores.items() if not math.isfinite(value)]
+    if not_finite:
         raise TrainingError(
-            f"{' and '.join(broken)} of the {split} split is not finite",
-            fix="look for values that are not finite in the data, or lower the learning rate",
+            f"{' and '.join(not_finite)} of the {split} split is not finite",
+            fix="check the data for values that are not finite, or lower the learning rate",
         )
     return scores
 
 
 def device_metrics(task: Task, device: torch.device) -> dict[str, Metric]:
-    """Return a task's metrics, which see every example in every process and so have nothing to ask of the others."""
+    """Return the metrics of a task on a device, without torchmetrics' own synchronization between processes.
+
+    Every rank updates its metrics with the gathered batch, so that a synchronization would count examples twice.
+    """
     metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
-    for _, metric in nested(metrics):
+    for _, metric in named_metrics(metrics):
         metric.distributed_available_fn = _never
     return metrics
 

@@ -1,12 +1,15 @@
-"""The inputs of the engine: model, task, loaders and phases."""
+"""The inputs of the engine: model, task, loaders, phases and options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from transfer.config.torch_classes import TorchClass
-from transfer.config.train_settings import TrainConfig
+from transfer.config.train_settings import Checkpoint, MixupCutmix, Precision, TrainConfig
 from transfer.data.loader import Loader
 from transfer.feature_cache.loader import StageInputs, select_stage_inputs
 from transfer.feature_cache.prefix import FrozenPrefix
@@ -18,19 +21,20 @@ from transfer.training.freezing import Frozen
 from transfer.training.optimizer import ParameterGroup
 
 SMOKE_TEST_BATCHES = 3
-"""Batches of each part in a quick try."""
+"""Number of batches of each split in a quick run."""
 
 
 @dataclass(frozen=True)
-class PhasePlan:
-    """One phase, worked out for one model.
+class Phase:
+    """A phase of training, resolved for a model.
 
     Args:
-        epochs: Passes over the training split, at most.
-        frozen: What does not change.
-        groups: What is trained, and how fast.
-        scheduler: How the learning rates move, if they do.
-        patience: End after so many epochs without a better validation metric.
+        epochs: Maximum number of passes over the training split.
+        frozen: Freeze policy, resolved for the model.
+        groups: Parameter groups that are trained, with their learning rates.
+        scheduler: Learning-rate scheduler. None keeps the learning rates constant.
+        patience: Number of epochs without a better validation metric after which the phase ends. None disables early
+            stopping.
     """
 
     epochs: int
@@ -41,20 +45,77 @@ class PhasePlan:
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """The options that the engine reads.
+
+    Args:
+        device: Device to train on.
+        precision: Precision of the forward and the backward pass.
+        compile: Whether the model is compiled (``torch.compile``).
+        accumulate: Number of batches per optimizer step.
+        clip_norm: Maximum norm of the gradient. None disables clipping.
+        warmup_epochs: Length of the linear warm-up of each phase, in epochs.
+        ema: Decay per step of the moving average of the weights. None disables the average.
+        mix: Options of mixup and CutMix. None disables both.
+        checkpoint: Options for when checkpoints are written and how many are kept.
+        cache: Mode of the feature cache.
+        views: Number of augmented views per training example in the cache. None does not cache augmented examples.
+        cache_limit_gib: Maximum size of the feature cache on disk, in GiB.
+    """
+
+    device: torch.device
+    precision: Precision
+    compile: bool
+    accumulate: int
+    clip_norm: float | None
+    warmup_epochs: float
+    ema: float | None
+    mix: MixupCutmix | None
+    checkpoint: Checkpoint
+    cache: Literal["auto", "off", "verify"]
+    views: int | None
+    cache_limit_gib: float
+
+    @classmethod
+    def from_config(cls, train: TrainConfig, device: torch.device, *, quick: bool) -> EngineOptions:
+        """Return the engine's part of the ``train`` block.
+
+        Args:
+            train: The ``train`` block.
+            device: Device that ``train.device`` is resolved to.
+            quick: Whether only a few batches of each split are used. Disables the warm-up.
+        """
+        return cls(
+            device,
+            train.precision,
+            train.compile,
+            train.accumulate,
+            train.clip_norm,
+            0.0 if quick else train.warmup_epochs,  # a few batches can be fewer than the warm-up needs
+            train.ema,
+            train.mix,
+            train.checkpoint,
+            train.cache,
+            train.views,
+            train.cache_limit_gib,
+        )
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything that the engine needs.
 
     Args:
-        model: With its pretrained weights.
-        task: Loss and metrics.
-        train, validation, test: The splits' batches; without a test split the validation figures stand alone.
-        phases: In order.
-        optimizer: Which, with its options.
-        settings: How to train.
-        seed: Of everything random during training.
-        assets: What the backbone learned from the training split, for the keys of the feature cache.
-        origin: Digests of the data and of the assets, which a run that goes on must find again.
-        max_batches: No more than so many batches of each part (a quick try).
+        model: Model with its pretrained weights.
+        task: Task: loss and metrics.
+        train, validation, test: Loaders of the splits. Without a test split only validation metrics are computed.
+        phases: Phases in order.
+        optimizer: Optimizer class with its options.
+        options: Options of the engine.
+        seed: Seed of everything random during training.
+        assets: Assets that the backbone learned from the training split, for the keys of the feature cache.
+        origin: Digests of the data and of the assets. A resumed run must have the same.
+        max_batches: Maximum number of batches of each split, for quick runs. None uses all.
     """
 
     model: Model
@@ -62,33 +123,43 @@ class Experiment:
     train: Loader
     validation: Loader
     test: Loader | None
-    phases: tuple[PhasePlan, ...]
+    phases: tuple[Phase, ...]
     optimizer: TorchClass
-    settings: TrainConfig
+    options: EngineOptions
     seed: int
     assets: Mapping[str, str]
     origin: Mapping[str, str]
     max_batches: int | None = None
 
-    def features(self, loader: Loader, stages: int, *, training: bool = False) -> StageInputs:
-        """Return a split's batches, from the feature cache where the first ``stages`` stages are frozen."""
-        if self.max_batches is not None:
-            return StageInputs(
-                loader, 0, {"cached": False, "why": "a quick try takes a few batches, not every example"}
-            )
-        prefix = FrozenPrefix(self.model, stages, self.assets, self.settings.precision)
-        cache = None
-        if self.settings.cache != "off":
-            limit_bytes = int(self.settings.cache_limit_gib * 2**30)
-            cache = FeatureCache(limit_bytes, verify=self.settings.cache == "verify")
-        mixed = training and self.settings.mix is not None
-        return select_stage_inputs(cache, prefix, loader, views=self.settings.views, mixed=mixed)
+    def batches_for(self, loader: Loader, stages: int, *, training: bool = False) -> StageInputs:
+        """Return the batches of a split, from the feature cache if possible.
 
-    def always_frozen(self) -> int:
-        """Return how many stages, from the input on, stay frozen through all phases: the test split's prefix."""
+        Args:
+            loader: Loader of the split.
+            stages: Number of stages, from the input on, that are frozen.
+            training: Whether the batches are trained on: mixup and CutMix prevent caching of these.
+        """
+        options = self.options
+        if self.max_batches is not None:
+            return StageInputs(loader, 0, {"cached": False, "why": "a quick run uses a few batches, not every example"})
+        prefix = FrozenPrefix(self.model, stages, self.assets, options.precision)
+        cache = None
+        if options.cache != "off":
+            cache = FeatureCache(int(options.cache_limit_gib * 2**30), verify=options.cache == "verify")
+        mixed = training and options.mix is not None
+        return select_stage_inputs(cache, prefix, loader, views=options.views, mixed=mixed)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Return the number of parameters: ``total``, and ``trainable`` in some phase."""
+        trained = {name for phase in self.phases for group in phase.groups for name in group.parameters}
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        return {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in trained)}
+
+    def frozen_prefix_length(self) -> int:
+        """Return the number of stages, from the input on, that are frozen in all phases: the test split's prefix."""
         return min(freezing.prefix_length(self.model, phase.frozen) for phase in self.phases)
 
     def unchanged_stages(self) -> frozenset[str]:
-        """Return the stages of which no phase changes anything, buffers included."""
-        still = [p.frozen.stages if p.frozen.batch_norm == "frozen" else frozenset() for p in self.phases]
-        return frozenset.intersection(*still)
+        """Return the stages that no phase changes, including their buffers."""
+        frozen = [p.frozen.stages if p.frozen.batch_norm == "frozen" else frozenset() for p in self.phases]
+        return frozenset.intersection(*frozen)

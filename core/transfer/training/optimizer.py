@@ -154,3 +154,8 @@ def _fused_on_the_cpu(model: Model, part: TorchClass) -> bool:
     # Torch itself looks at the first parameter alone, and at no gradient, which an embedding may make sparse.
     dense = not any(getattr(module, "sparse", False) for module in model.modules())
     return dense and all(p.device.type == "cpu" and p.is_floating_point() for p in model.parameters())
+
+
+def learning_rates(optimizer: Optimizer | None) -> dict[str, float]:
+    """Return the current learning rate of each parameter group by stage."""
+    return {} if optimizer is None else {group["name"]: group["lr"] for group in optimizer.param_groups}

@@ -16,8 +16,10 @@ from transfer.feature_cache.loader import reason_not_cached
 from transfer.interfaces import Backbone, Dataset, DataSpec, FeatureSpec, Task
 from transfer.models.assemble import assemble
 from transfer.models.model import BATCH_NORM, Model
+from transfer.system.devices import resolve_device
+from transfer.system.ranks import cpu_is_requested, rank_from_environment
 from transfer.training import freezing
-from transfer.training.experiment import PhasePlan
+from transfer.training.experiment import Phase
 from transfer.training.mixup import check_mixable
 from transfer.training.optimizer import build_optimizer, parameter_groups
 from transfer.training.scheduler import Schedule
@@ -37,6 +39,7 @@ class CheckedParts:
         backbone, task: As the config names them.
         model: The stages of backbone and head.
         phases: Worked out for this model.
+        device: Device to train on.
         shapes: What each stage returns for a batch of two examples, where the backbone knows a typical one.
     """
 
@@ -44,7 +47,8 @@ class CheckedParts:
     backbone: Backbone
     task: Task
     model: Model
-    phases: tuple[PhasePlan, ...]
+    phases: tuple[Phase, ...]
+    device: torch.device
     shapes: Mapping[str, str]
 
 
@@ -64,8 +68,9 @@ def preflight(config: RunConfig) -> CheckedParts:
         task, model = assemble(backbone, config.head, config.task, spec)
     shapes = _run_on_meta(config, backbone, task, model)
     phases = resolve_phases(config, model)
-    _refuse_dead_settings(config, backbone, model, phases)
-    return CheckedParts(dataset, backbone, task, model, phases, shapes)
+    device = _resolve_training_device(config)
+    _refuse_dead_settings(config, backbone, model, phases, device)
+    return CheckedParts(dataset, backbone, task, model, phases, device, shapes)
 
 
 def _check_compatibility(config: RunConfig, data: DataSpec, backbone: Backbone) -> None:
@@ -146,31 +151,48 @@ def _shape(value: object) -> str:
     return " and ".join(map(_shape, value)) if isinstance(value, tuple) else type(value).__name__
 
 
-def resolve_phases(config: RunConfig, model: Model) -> tuple[PhasePlan, ...]:
+def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
     """Return the phases of a config, resolved for a model."""
-    plans, problems = [], []
+    phases, problems = [], []
     stages = [name for name, stage in list(model.stages.items())[:-1] if any(True for _ in stage.parameters())]
-    for phase in config.phases(stages):
+    for index, settings in enumerate(config.phases(stages)):
+        key = config.phase_key(index)
         try:
-            with config.at(*phase.key, "freeze"):
-                frozen = freezing.resolve(model, phase.freeze, phase.batch_norm)
-            own = (*phase.key, "lr")
-            with config.at(*own if config.document.is_set(own) else ("train", "optimizer", "lr")):
-                groups = parameter_groups(model, frozen, phase.lr, config.optimizer_options.no_weight_decay)
-            plan = PhasePlan(phase.epochs, frozen, groups, phase.scheduler, phase.patience)
-            _check_optimizer_and_schedule(config, model, plan, phase.key)
-            plans.append(plan)
+            with config.at(*key, "freeze"):
+                frozen = freezing.resolve(model, settings.freeze, settings.batch_norm)
+            lr_key = (*key, "lr")
+            with config.at(*lr_key if config.document.is_set(lr_key) else ("train", "optimizer", "lr")):
+                assert settings.lr is not None
+                groups = parameter_groups(model, frozen, settings.lr, config.optimizer_options.no_weight_decay)
+            phase = Phase(settings.epochs, frozen, groups, config.phase_scheduler(index), settings.patience)
+            _check_optimizer_and_schedule(config, model, phase, key)
+            phases.append(phase)
         except UserError as error:
             problems += [p for p in error.problems if p not in problems]
     if problems:
         raise ConfigError.of(problems)
-    return tuple(plans)
+    return tuple(phases)
 
 
-def _refuse_dead_settings(config: RunConfig, backbone: Backbone, model: Model, phases: tuple[PhasePlan, ...]) -> None:
+def _resolve_training_device(config: RunConfig) -> torch.device:
+    """Return the device that ``train.device`` names on this machine."""
+    name, location = config.train.device, config.document.location(("train", "device"))
+    if ":" in name and rank_from_environment().world_size > 1:
+        raise ConfigError(
+            f"train.device is {name}: expected auto or cuda in distributed training",
+            where=location,
+            fix="set train.device: cuda, so that each process uses the GPU of its local rank",
+        )
+    # `accelerate launch --cpu` does not hide the GPUs from its processes.
+    return resolve_device("cpu" if name == "auto" and cpu_is_requested() else name, where=location)
+
+
+def _refuse_dead_settings(
+    config: RunConfig, backbone: Backbone, model: Model, phases: tuple[Phase, ...], device: torch.device
+) -> None:
     """Refuse settings that would change nothing, and those that need another machine."""
     train = config.train
-    if train.precision == "fp16" and not torch.cuda.is_available():
+    if train.precision == "fp16" and device.type != "cuda":
         raise ConfigError(
             "train.precision: fp16 needs a GPU, which scales its gradients",
             where=config.document.location(("train", "precision")),
@@ -212,22 +234,22 @@ def _refuse_dead_settings(config: RunConfig, backbone: Backbone, model: Model, p
         )
 
 
-def _check_optimizer_and_schedule(config: RunConfig, model: Model, plan: PhasePlan, key: Key) -> None:
+def _check_optimizer_and_schedule(config: RunConfig, model: Model, phase: Phase, key: Key) -> None:
     """Find what torch would only refuse once the phase began."""
     with config.at("train", "optimizer"):
-        optimizer = build_optimizer(model, plan.groups, config.optimizer, previous=None)
+        optimizer = build_optimizer(model, phase.groups, config.optimizer, previous=None)
     own = (*key, "scheduler")
     # A scheduler of the phase's own, else the run's; a warm-up that is too long is named there too.
     with config.at(*own if config.document.is_set(own) else ("train", "scheduler")):
         Schedule(
-            plan.scheduler,
+            phase.scheduler,
             optimizer,
-            epochs=plan.epochs,
+            epochs=phase.epochs,
             steps_per_epoch=LARGE_EPOCH_STEPS,
             warmup_epochs=0.0 if config.quick_try else config.train.warmup_epochs,
             higher_is_better=True,
         )
-    trained = {name for group in plan.groups for name in group.parameters}
+    trained = {name for group in phase.groups for name in group.parameters}
     norms = [
         prefix
         for prefix, module in model.named_modules()
@@ -244,7 +266,7 @@ def _check_optimizer_and_schedule(config: RunConfig, model: Model, plan: PhasePl
         )
 
 
-def treatment(config: RunConfig, model: Model, phase: PhasePlan, stage: str) -> tuple[str, bool]:
+def treatment(config: RunConfig, model: Model, phase: Phase, stage: str) -> tuple[str, bool]:
     """Return what a phase does with a stage, in words, and whether it trains it."""
     groups = [group for group in phase.groups if group.stage == stage]
     parameters = len(list(model.stages[stage].parameters()))

@@ -1,4 +1,4 @@
-"""Where a run stands: all that training changes, put into a checkpoint and taken out again, to the last bit."""
+"""The state of a run: everything that training changes, saved in checkpoints and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
 
 from transfer.errors import RunError, TrainingError, damaged
+from transfer.interfaces import PrimaryMetric
 from transfer.models.model import Model
 from transfer.storage import checkpoint
 from transfer.training import optimizer_state
 from transfer.training.scheduler import Schedule
 
-_BEGIN_AGAIN = "bring back what was there before, or begin again with: transfer run"
+_FIX_MISMATCH = "restore the original files, or start a new run with: transfer run"
 
 
 @dataclass
 class EpochSums:
-    """The epoch that is going on.
+    """Counts and sums over the current epoch.
 
     Args:
-        batches: Done so far.
-        examples: In these batches.
-        loss_sum: Over these examples.
-        seconds: That they took.
-        waiting_seconds: Of these, spent waiting for data.
-        rates: Learning rates when the epoch began, by stage.
+        batches: Number of trained batches.
+        examples: Number of examples in these batches.
+        loss_sum: Sum of the losses of these examples.
+        seconds: Training time in seconds.
+        waiting_seconds: Part of the training time that was spent waiting for data, in seconds.
+        rates: Learning rates at the start of the epoch, by stage.
     """
 
     batches: int = 0
@@ -45,18 +46,21 @@ class EpochSums:
 
 @dataclass
 class Progress:
-    """What the loop counts; JSON alone.
+    """Counts and results of a run, plain JSON.
 
     Args:
-        phase: The phase that is going on, from 1.
-        phase_epochs: Its epochs that have ended.
-        batches: Of all epochs that have ended.
-        trained_examples, trained_seconds, waiting_seconds: Of all epochs that have ended, without validation.
-        seconds: Of the run, in all its processes.
-        records: The lines of ``metrics.jsonl``.
-        best, phase_best: The best epoch of the run and of the phase: its number and its validation figures.
-        caches: What was cached and why not.
-        epoch: The epoch that is going on.
+        phase: Number of the current phase, from 1.
+        phase_epochs: Number of completed epochs of the current phase.
+        batches: Number of trained batches of all completed epochs.
+        trained_examples: Number of trained examples of all completed epochs.
+        trained_seconds: Training time of all completed epochs, without validation, in seconds.
+        waiting_seconds: Time spent waiting for data in all completed epochs, in seconds.
+        seconds: Duration of the run over all its processes, in seconds.
+        records: Lines of ``metrics.jsonl``.
+        best: Number and validation metrics of the best epoch of the run.
+        phase_best: Number and validation metrics of the best epoch of the current phase.
+        caches: Report of the feature cache for each split of each phase.
+        epoch: Counts and sums over the current epoch.
     """
 
     phase: int = 1
@@ -74,131 +78,211 @@ class Progress:
 
     @property
     def epochs(self) -> int:
-        """Epochs that have ended."""
+        """Number of completed epochs."""
         return len(self.records)
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Progress:
-        """Take what ``asdict`` gave."""
+    def from_plain(cls, plain: Mapping[str, Any]) -> Progress:
+        """Return the progress that ``dataclasses.asdict`` turned into plain data."""
         return cls(**{**plain, "epoch": EpochSums(**plain["epoch"])})
+
+    def end_epoch(
+        self,
+        train_metrics: Mapping[str, float],
+        validation: dict[str, float],
+        validation_seconds: float,
+        primary: PrimaryMetric,
+    ) -> tuple[dict[str, Any], bool]:
+        """Add the current epoch to the totals and to the records.
+
+        Args:
+            train_metrics: Metrics over the trained examples of the epoch.
+            validation: Loss and metrics of the validation split.
+            validation_seconds: Duration of the validation in seconds.
+            primary: Metric that selects the best epoch.
+
+        Returns:
+            The line of ``metrics.jsonl``, and whether the epoch is the best one so far.
+        """
+        sums, self.epoch = self.epoch, EpochSums()
+        record = {
+            "phase": self.phase,
+            "epoch": self.epochs + 1,
+            "train": {"loss": sums.loss_sum / sums.examples, **train_metrics},
+            "validation": validation,
+            "lr": sums.rates,
+            "seconds": round(sums.seconds + validation_seconds, 3),
+            "examples_per_second": round(sums.examples / sums.seconds, 2),
+            "waiting_for_data": round(sums.waiting_seconds / sums.seconds, 4),
+        }
+        self.records.append(record)
+        self.phase_epochs += 1
+        self.batches += sums.batches
+        self.trained_examples += sums.examples
+        self.trained_seconds += sums.seconds
+        self.waiting_seconds += sums.waiting_seconds
+        reached = {"epoch": self.epochs, "validation": validation}
+        improved = self.best is None or _is_better(primary, validation, self.best["validation"])
+        if improved:
+            self.best = reached
+        if self.phase_best is None or _is_better(primary, validation, self.phase_best["validation"]):
+            self.phase_best = reached
+        return record, improved
+
+    def record_caches(self, phase: int, reports: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Record the cache reports of a phase; return whether the phase was interrupted with other splits cached.
+
+        Args:
+            phase: Number of the phase, from 1.
+            reports: Report of the feature cache for each split.
+        """
+        before = [report["cached"] for report in self.caches if report["phase"] == phase]
+        self.caches = [report for report in self.caches if report["phase"] < phase]
+        self.caches += [{"phase": phase, "split": split, **report} for split, report in reports.items()]
+        return bool(before) and before != [report["cached"] for report in reports.values()]
+
+
+def _is_better(primary: PrimaryMetric, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
+    """Compare by the primary metric; break ties, which are common on small splits, by the loss."""
+    if new[primary.name] != old[primary.name]:
+        return (new[primary.name] > old[primary.name]) == primary.higher_is_better
+    return new["loss"] < old["loss"]
 
 
 @dataclass
 class TrainingState:
-    """The parts of a run that training changes.
+    """Everything that training changes.
 
-    Between two steps of the optimizer this is all: gradients are zero then, and what is random is a function of the
-    seed and of the counts in ``progress``.
+    Between two optimizer steps the state is complete: gradients are zero, and random numbers are a function of the seed
+    and the counts in ``progress``.
 
     Args:
-        model: The weights.
-        unchanged: Stages that no phase changes: checkpoints leave them out.
-        origin: Digests of what the run was built from; a checkpoint goes on with the same alone.
-        average: The moving average of the weights, if there is one.
-        scaler: Of the gradients, under fp16.
-        metrics: Over the epoch that is going on.
-        progress: The counts.
-        optimizer, schedule: Of the phase that is going on.
+        model: Model that is trained.
+        unchanged: Names of the stages that no phase changes. Checkpoints leave them out.
+        origin: Digests of the inputs of the run. A checkpoint is restored only into a run with the same digests.
+        average: Exponential moving average of the model. None if ``train.ema`` is not set.
+        scaler: Gradient scaler, enabled in fp16 only.
+        metrics: Metrics over the trained examples of the current epoch.
+        progress: Counts and results.
+        optimizer: Optimizer of the current phase. None before the first phase.
+        schedule: Learning-rate schedule of the current phase. None before the first phase.
     """
 
     model: Model
     unchanged: frozenset[str]
     origin: Mapping[str, str]
     average: AveragedModel | None
-    scaler: Any
+    scaler: torch.amp.GradScaler
     metrics: dict[str, Metric]
     progress: Progress = field(default_factory=Progress)
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
-    _found: tuple[dict[str, dict[str, Tensor]], dict[str, Any], Path] | None = None
+    # A restored checkpoint whose optimizer and schedule wait for the start of their phase.
+    _restored: tuple[dict[str, dict[str, Tensor]], dict[str, Any], Path] | None = None
 
-    def begin_phase(self, optimizer: Optimizer, schedule: Schedule) -> None:
-        """Take the optimizer and the schedule of a phase, as they are or as they stood in the checkpoint."""
-        if self._found is not None:
-            (tensors, state, folder), self._found = self._found, None
-            with damaged("the checkpoint does not fit the run", str(folder), _BEGIN_AGAIN):
+    def start_phase(self, optimizer: Optimizer, schedule: Schedule) -> None:
+        """Set the optimizer and the schedule of a phase; load their state if a checkpoint was restored."""
+        if self._restored is not None:
+            (tensors, state, folder), self._restored = self._restored, None
+            with damaged("the checkpoint does not fit the run", str(folder), _FIX_MISMATCH):
                 groups = state["groups"]
                 optimizer_state.load_optimizer(self.model, optimizer, tensors["optimizer"], state["optimizer"], groups)
                 schedule.load_state_dict(state["schedule"])
         self.optimizer, self.schedule = optimizer, schedule
 
     def save(self, folder: Path, keep: int) -> None:
-        """Write a checkpoint from which the run can go on.
+        """Write a checkpoint from which the run can resume.
+
+        Args:
+            folder: Folder of the checkpoint.
+            keep: Number of checkpoints that are kept, this one included.
 
         Raises:
             TrainingError: The weights are not finite, or the checkpoint cannot be written.
         """
         assert self.optimizer is not None
         assert self.schedule is not None
-        weights = self.weights(self.model)
-        self._refuse_what_is_not_finite(weights)
-        tensors, rest = optimizer_state.optimizer_tensors(self.model, self.optimizer)
-        counts, states = _metric_states(self.metrics)
-        parts: dict[str, Mapping[str, Tensor]] = {"model": weights, "optimizer": tensors, "metrics": states}
+        weights = self.changed_weights(self.model)
+        self._require_finite(weights)
+        optimizer_tensors, optimizer_values = optimizer_state.optimizer_tensors(self.model, self.optimizer)
+        updates, metric_tensors = _metric_states(self.metrics)
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            "model": weights,
+            "optimizer": optimizer_tensors,
+            "metrics": metric_tensors,
+        }
         if self.average is not None:
-            parts["average"] = self.weights(self.average.module) | {"n_averaged": self.average.n_averaged}
+            average = self.changed_weights(self.average.module)
+            tensors["average"] = average | {"n_averaged": self.average.n_averaged}
         state = {
             "epoch": self.progress.epochs,
             "origin": self.origin,
             "progress": asdict(self.progress),
-            "optimizer": rest,
+            "optimizer": optimizer_values,
             "groups": optimizer_state.group_options(self.optimizer),
             "schedule": self.schedule.state_dict(),
-            "metric_updates": counts,
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "metric_updates": updates,
+            "scaler": self.scaler.state_dict() or None,  # a disabled scaler has an empty state
         }
-        checkpoint.save(folder, parts, state, keep=keep)
+        checkpoint.save(folder, tensors, state, keep=keep)
 
     def save_best(self, folder: Path) -> None:
-        """Write the weights that were scored, with the figures that they reached."""
+        """Write the validated weights with their validation metrics."""
         scored = self.model if self.average is None else self.average.module
         state = {"origin": self.origin, **(self.progress.best or {})}
-        checkpoint.save(folder, {"model": self.weights(scored)}, state)
+        checkpoint.save(folder, {"model": self.changed_weights(scored)}, state)
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], folder: Path) -> str | None:
-        """Go back to a checkpoint; return why it was not the newest, if so.
+        """Restore a checkpoint; return why it is not the newest one, or None if it is.
 
-        Optimizer and schedule are put back when their phase begins.
+        The optimizer and the schedule are restored at the start of their phase.
 
         Args:
-            tensors: What :func:`transfer.storage.checkpoint.load` has read.
-            state: The same.
-            folder: From where.
+            tensors: Tensors that :func:`transfer.storage.checkpoint.load` returned.
+            state: Plain data that :func:`transfer.storage.checkpoint.load` returned.
+            folder: Folder of the checkpoint, for errors.
 
         Raises:
-            RunError: It was written by a run of other data or other base weights.
+            RunError: The checkpoint belongs to a run with other data or other base weights.
         """
-        with damaged("the checkpoint does not fit the run", str(folder), _BEGIN_AGAIN):
-            self._take(tensors, state, folder)
+        with damaged("the checkpoint does not fit the run", str(folder), _FIX_MISMATCH):
+            self._restore(tensors, state, folder)
         recovered: str | None = state.get("recovered")
         return recovered
 
-    def _take(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], folder: Path) -> None:
+    def _restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], folder: Path) -> None:
         different = [name for name, value in self.origin.items() if state["origin"].get(name) != value]
         if different:
             raise RunError(
                 f"the run began with other {' and other '.join(different)}, so its checkpoint does not fit",
                 where=str(folder),
-                fix=_BEGIN_AGAIN,
+                fix=_FIX_MISMATCH,
             )
-        load_weights(self.model, tensors["model"], self.weights(self.model), folder)
+        load_weights(self.model, tensors["model"], self.changed_weights(self.model), folder)
         if self.average is not None:
             averaged = dict(tensors["average"])
             self.average.n_averaged.copy_(averaged.pop("n_averaged"))
-            load_weights(self.average.module, averaged, self.weights(self.average.module), folder)
-        if self.scaler is not None:
+            load_weights(self.average.module, averaged, self.changed_weights(self.average.module), folder)
+        if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress.of(state["progress"])
-        for path, metric in nested(self.metrics):
+        self.progress = Progress.from_plain(state["progress"])
+        for path, metric in named_metrics(self.metrics):
             _restore_metric(metric, path, tensors["metrics"], state["metric_updates"][path])
-        self._found = tensors, state, folder
+        self._restored = tensors, state, folder
 
-    def weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
-        """Return the weights and buffers, of the model or of its average, in the stages that some phase changes."""
-        changed = {name for name in module.state_dict() if self.model.stage_of(name) not in self.unchanged}
-        return {name: tensor for name, tensor in module.state_dict().items() if name in changed}
+    def changed_weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
+        """Return the weights and buffers of the stages that some phase changes.
 
-    def _refuse_what_is_not_finite(self, weights: Mapping[str, Tensor]) -> None:
+        Args:
+            module: The model or its moving average.
+        """
+        return {
+            name: tensor
+            for name, tensor in module.state_dict().items()
+            if self.model.stage_of(name) not in self.unchanged
+        }
+
+    def _require_finite(self, weights: Mapping[str, Tensor]) -> None:
         broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise TrainingError(
@@ -213,17 +297,23 @@ def load_weights(
 ) -> None:
     """Copy weights into a module.
 
+    Args:
+        module: The model or its moving average.
+        tensors: Weights of the checkpoint.
+        expected: Weights of the module that the checkpoint must contain.
+        folder: Folder of the checkpoint, for errors.
+
     Raises:
-        RunError: They are those of another model.
+        RunError: The checkpoint contains the weights of another model.
     """
     same = tensors.keys() == expected.keys() and all(tensors[n].shape == t.shape for n, t in expected.items())
     if not same:
         raise RunError("the checkpoint is of another model than the run's config describes", where=str(folder))
-    module.load_state_dict(tensors, strict=False)  # without the stages that never change
+    module.load_state_dict(tensors, strict=False)  # checkpoints leave out the stages that no phase changes
 
 
-def nested(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, Metric]]:
-    """Yield metrics and the metrics inside them by path."""
+def named_metrics(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, Metric]]:
+    """Yield metrics, and the metrics that they contain, with their paths."""
     for name, metric in metrics.items():
         for path, module in metric.named_modules():
             if isinstance(module, Metric):
@@ -231,27 +321,27 @@ def nested(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, Metric]]:
 
 
 def _metric_states(metrics: Mapping[str, Metric]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return how often metrics were updated, with the lengths of states that are lists, and the states' tensors."""
-    counts: dict[str, Any] = {}
+    """Return the state of metrics: update counts with the lengths of list states, and tensors."""
+    updates: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    for path, metric in nested(metrics):
+    for path, metric in named_metrics(metrics):
         lengths = {}
         for name, value in metric.metric_state.items():
             if isinstance(value, list):
                 lengths[name] = len(value)
-                tensors |= {f"{path}/{name}/{place}": item for place, item in enumerate(value)}
+                tensors |= {f"{path}/{name}/{index}": item for index, item in enumerate(value)}
             else:
                 tensors[f"{path}/{name}"] = value
-        counts[path] = {"updates": metric.update_count, "lengths": lengths}
-    return counts, tensors
+        updates[path] = {"updates": metric.update_count, "lengths": lengths}
+    return updates, tensors
 
 
-def _restore_metric(metric: Metric, path: str, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
+def _restore_metric(metric: Metric, path: str, tensors: Mapping[str, Tensor], updates: Mapping[str, Any]) -> None:
     metric.reset()
     for name in metric.metric_state:
-        if name in counts["lengths"]:
-            items = [tensors[f"{path}/{name}/{place}"] for place in range(counts["lengths"][name])]
+        if name in updates["lengths"]:
+            items = [tensors[f"{path}/{name}/{index}"] for index in range(updates["lengths"][name])]
             getattr(metric, name).extend(item.clone().to(metric.device) for item in items)
         else:
             setattr(metric, name, tensors[f"{path}/{name}"].clone().to(metric.device))
-    metric._update_count = counts["updates"]
+    metric._update_count = updates["updates"]

@@ -1,0 +1,74 @@
+"""The loss of a training batch, read without making the device wait."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from transfer.errors import TrainingError
+
+MAX_REPORTED_INDICES = 16
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of a training batch, on its way from the device to the CPU.
+
+    Args:
+        total: Sum of the losses of the batch, a scalar on the CPU.
+        copied: CUDA event that is recorded after the copy to ``total``. None if the copy is synchronous.
+        indices: int64 (B,), indices of the examples in the training split.
+        step: Number of the batch in its epoch, from 1.
+        rates: Learning rates with which the optimizer uses the batch, by stage.
+    """
+
+    total: Tensor
+    copied: torch.cuda.Event | None
+    indices: npt.NDArray[np.int64]
+    step: int
+    rates: Mapping[str, float]
+
+    @classmethod
+    def copy_from(
+        cls, total: Tensor, indices: npt.NDArray[np.int64], step: int, rates: Mapping[str, float]
+    ) -> BatchLoss:
+        """Start the copy of a loss to the CPU."""
+        if total.device.type != "cuda":
+            return cls(total.cpu(), None, indices, step, rates)
+        # Reading the scalar with .item() would wait for everything that is queued on the stream, including later
+        # steps. This copy goes to pinned memory, and the event marks its end.
+        copy, copied = total.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(total.device))
+        return cls(copy, copied, indices, step, rates)
+
+    def finite_item(self, epoch: int) -> float:
+        """Return the sum of the losses; on CUDA, wait for the end of the copy.
+
+        Args:
+            epoch: Number of the epoch, from 1, for the error.
+
+        Raises:
+            TrainingError: The loss is not finite.
+        """
+        value = self.item()
+        if not math.isfinite(value):
+            more = "..." if len(self.indices) > MAX_REPORTED_INDICES else ""
+            raise TrainingError(
+                f"the loss of epoch {epoch}, step {self.step} is {value}: learning rates {dict(self.rates)}, "
+                f"examples {self.indices[:MAX_REPORTED_INDICES].tolist()}{more} of the training split",
+                fix="lower the learning rate, or check these examples"
+                + ("; the checkpoint `best` contains the best epoch so far" if epoch > 1 else ""),
+            )
+        return value
+
+    def item(self) -> float:
+        """Return the sum of the losses; on CUDA, wait for the end of the copy."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.total.item()
