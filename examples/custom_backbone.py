@@ -1,4 +1,4 @@
-"""A backbone of one's own in a script: a network over characters. Run: python custom_backbone.py."""
+"""A custom backbone in a script: a convolutional network over bytes. Run: python custom_backbone.py."""
 
 from __future__ import annotations
 
@@ -16,54 +16,57 @@ BYTES = 256
 
 
 class BytesOf(transfer.Preprocessing):
-    """Texts to the numbers of their bytes: nothing to learn, nothing to store."""
+    """Encode texts as byte values. There is no vocabulary to learn or to save."""
 
-    encode_once = True  # encoded values are small: keep them, and put texts of like length into one batch
+    encode_once = True  # encoded texts are small: keep them in memory, and batch texts of similar length together
 
     def encode(self, values: Sequence[str]) -> list[Tensor]:
-        """Return int64 (T,) for each text."""
+        """Return an int64 tensor (T,) of byte values for each text."""
         if not all(values):
             raise ValueError("the text is empty")
         return [torch.tensor(list(text.lower().encode()[:512])) for text in values]
 
     def collate(self, encoded: Sequence[Tensor]) -> Tensor:
-        """Return int64 (B, T), padded with one more than the largest byte."""
+        """Return int64 (B, T), padded with BYTES, one more than the largest byte value."""
         return nn.utils.rnn.pad_sequence(list(encoded), batch_first=True, padding_value=BYTES)
 
     def length(self, encoded: Tensor) -> int:
-        """Return the number of bytes."""
+        """Return the number of bytes of an encoded text."""
         return len(encoded)
 
     def read(self, source: str) -> str:
-        """Return the content of a file, or the text itself."""
+        """Return the content of the file, or the text itself if there is no such file."""
         return Path(source).read_text(encoding="utf-8") if len(source) < 256 and Path(source).is_file() else source
 
     def example(self) -> str:
-        """Return a text to check shapes with."""
+        """Return a text for checking shapes."""
         return "a text"
 
 
 class Grams(nn.Module):
-    """Sums of each five neighbouring bytes' vectors, rectified, and their maximum over the text."""
+    """Convolution over five adjacent byte vectors, ReLU, and the maximum over the text."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.convolution = nn.Conv1d(width, width, 5, padding=4, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Return (B, D) of (B, T, D); padding, whose vectors are zeros, never beats a rectified value."""
+        """Map (B, T, D) to (B, D).
+
+        Padding has zero vectors and the convolution has no bias, so padding never exceeds a ReLU output.
+        """
         return self.convolution(vectors.transpose(1, 2)).relu().amax(2)
 
 
 @transfer.register("backbone", "byte_grams")
 class ByteGrams(transfer.Backbone):
-    """Max-pooled convolutions over bytes, two stages: embedding and grams.
+    """Max-pooled convolution over bytes, with two stages: embedding and grams.
 
     Args:
-        width: Width of a byte's vector and of the features.
+        width: Size of the byte vectors and of the features.
     """
 
-    field = "text"  # what it consumes: any dataset with that field fits
+    field = "text"  # the input: any dataset with this field fits
 
     def __init__(self, *, width: Annotated[int, Field(ge=1)] = 128) -> None:
         super().__init__({"embedding": nn.Embedding(BYTES + 1, width, padding_idx=BYTES), "grams": Grams(width)})
@@ -71,16 +74,16 @@ class ByteGrams(transfer.Backbone):
 
     @property
     def features(self) -> transfer.FeatureSpec:
-        """A vector per text."""
+        """One vector per text."""
         return transfer.FeatureSpec("vector", self.width)
 
     @property
     def preprocessing(self) -> transfer.Preprocessing:
-        """Bytes."""
+        """Encoding of texts as bytes."""
         return BytesOf()
 
-    # A backbone with weights of its own reads them in load_pretrained(); one that must see the training
-    # texts first (a vocabulary) does so in from_data(), and keeps what it learned by assets() and from_assets().
+    # A backbone with pretrained weights reads them in load_pretrained(). A backbone that needs the training texts
+    # first, for a vocabulary, implements from_data(), and saves and restores the result by assets() and from_assets().
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A dataset of one's own in a script: questions and statements. Run: python custom_dataset.py."""
+"""A custom dataset in a script: questions and statements. Run: python custom_dataset.py."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ CLASSES = ("question", "statement")
 
 @transfer.register("dataset", "sentences")
 class Sentences(transfer.Dataset):
-    """Short questions and statements; the same words in another order.
+    """Short questions and statements that differ only in the order of words.
 
     Args:
-        test: Share of the sentences that becomes the test split.
+        test: Fraction of the sentences in the test split.
     """
 
     def __init__(self, *, test: Annotated[float, Field(gt=0, lt=1)] = 0.25) -> None:
-        self.test = test  # a constructor reads nothing: a config is checked where the data is not
+        self.test = test  # the constructor reads no data, so that a config can be checked without it
 
     @property
     def spec(self) -> transfer.DataSpec:
-        """One field, two classes; classes that only the data tells are left out here."""
+        """One field and two classes. A dataset that reads its classes from the data leaves them out here."""
         return transfer.DataSpec(("text",), "class", CLASSES)
 
     def load(self) -> transfer.Data:
-        """Read everything; a column may also be a sequence that reads a value when it is asked for."""
+        """Return the splits. A column can also be a sequence that reads each value on access."""
         pairs = list(itertools.product(SUBJECTS, PREDICATES))
         texts = [f"is {subject} {predicate}" for subject, predicate in pairs]
         texts += [f"{subject} is {predicate}" for subject, predicate in pairs]
-        targets = np.repeat(np.arange(2), len(pairs))  # int64; floats for the kinds "labels" and "number"
+        targets = np.repeat(np.arange(2), len(pairs))  # int64 for the kind "class"; float for "labels" and "number"
         order = np.random.default_rng(0).permutation(len(texts))
-        whole = transfer.Split({"text": texts}, targets)
+        sentences = transfer.Split({"text": texts}, targets)
         test, train = np.split(order, [round(self.test * len(texts))])
-        # Without a validation split one is cut from train.
-        return transfer.Data(self.spec, {"train": whole.select(train), "test": whole.select(test)})
+        # The framework splits off a validation split from train if there is none.
+        return transfer.Data(self.spec, {"train": sentences.select(train), "test": sentences.select(test)})
 
 
 if __name__ == "__main__":

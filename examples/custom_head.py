@@ -1,4 +1,4 @@
-"""A head of one's own in a script: maxout instead of a linear layer. Run: python custom_head.py."""
+"""A custom head in a script: maxout instead of a linear layer. Run: python custom_head.py."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import transfer
 
 @transfer.register("head", "maxout")
 class Maxout(transfer.Head):
-    """The largest of several linear functions per output (Goodfellow et al. 2013), (B, D) -> (B, out_features).
+    """Maxout (Goodfellow et al. 2013): the maximum of several linear functions per output, (B, D) -> (B, out_features).
 
     Args:
-        pieces: Linear functions per output.
-        dropout: Share of the features that is dropped in training.
+        pieces: Number of linear functions per output.
+        dropout: Dropout probability of the features.
     """
 
-    layouts = frozenset({"vector"})  # a head for sequences takes a pair (B, T, D) and a mask (B, T)
+    layouts = frozenset({"vector"})  # a head for sequences receives a pair: features (B, T, D) and mask (B, T)
 
     def __init__(
         self,
         features: transfer.FeatureSpec,  # from the backbone
         out_features: int,  # from the task
-        *,  # options of the config's block stand behind the star
+        *,  # the options of the config's head block follow
         pieces: Annotated[int, Field(ge=2)] = 3,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
     ) -> None:

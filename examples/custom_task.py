@@ -1,4 +1,4 @@
-"""A task of one's own in a script: the multi-class hinge loss instead of cross-entropy. Run: python custom_task.py."""
+"""A custom task in a script: the multi-class hinge loss instead of cross-entropy. Run: python custom_task.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Hinge(transfer.Task):
     """Multi-class hinge loss (Crammer and Singer 2001).
 
     Args:
-        margin: By how much the right class must win.
+        margin: Required difference between the score of the true class and every other score.
     """
 
     targets = frozenset({"class"})

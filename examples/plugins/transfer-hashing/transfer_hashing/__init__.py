@@ -1,4 +1,4 @@
-"""A text backbone without a vocabulary, and a head that compares directions: what a plugin package looks like."""
+"""A feature-hashing text backbone and a cosine head: a minimal plugin package."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from transfer_text.interfaces import TokenPreprocessing
 
 
 class HashingPreprocessing(TokenPreprocessing):
-    """Words and pairs of words to bucket numbers, by CRC-32: nothing to learn, nothing to store."""
+    """Encode words and word bigrams as bucket indices by CRC-32. There is no vocabulary to learn or to save.
+
+    Args:
+        buckets: Number of hash buckets.
+    """
 
     def __init__(self, buckets: int) -> None:
         self.buckets = buckets
 
     def tokenize(self, text: str) -> list[str]:
-        """Return the words and marks of one text."""
+        """Return the words and punctuation marks of one text, in lower case."""
         return re.findall(r"\w+|[^\w\s]", text.lower())
 
     def encode(self, values: Sequence[str]) -> list[Tensor]:
-        """Return for each text an int64 tensor (number of words and pairs,)."""
+        """Return for each text an int64 tensor (number of words and bigrams,)."""
         encoded = []
         for text in values:
             words = self.tokenize(text)
@@ -39,7 +43,7 @@ class HashingPreprocessing(TokenPreprocessing):
         return encoded
 
     def collate(self, encoded: Sequence[Tensor]) -> Tensor:
-        """Return int64 (B, T): bucket numbers, padded with one past the last."""
+        """Return bucket indices, int64 (B, T), padded with ``buckets``, the padding index of the embedding."""
         return nn.utils.rnn.pad_sequence(list(encoded), batch_first=True, padding_value=self.buckets)
 
 
@@ -47,26 +51,26 @@ class Hashing(Backbone):
     """Mean of hashed word and bigram embeddings (Joulin et al. 2017, Bag of Tricks for Efficient Text Classification).
 
     Args:
-        buckets: Rows of the embedding table; more means fewer collisions.
-        size: Width of the features.
+        buckets: Number of rows of the embedding table; more rows cause fewer collisions.
+        size: Size of the features.
     """
 
     field = "text"
 
     def __init__(self, *, buckets: Annotated[int, Field(ge=1)] = 2**16, size: Annotated[int, Field(ge=1)] = 50) -> None:
         bag = nn.EmbeddingBag(buckets + 1, size, mode="mean", padding_idx=buckets)
-        nn.init.uniform_(bag.weight, -1 / size, 1 / size)  # as fastText does
+        nn.init.uniform_(bag.weight, -1 / size, 1 / size)  # the initialization of fastText
         super().__init__({"bag": bag})
         self.buckets, self.size = buckets, size
 
     @property
     def features(self) -> FeatureSpec:
-        """A vector per text."""
+        """One vector per text."""
         return FeatureSpec("vector", self.size)
 
     @property
     def preprocessing(self) -> HashingPreprocessing:
-        """Hashing."""
+        """Hashing with the same number of buckets."""
         return HashingPreprocessing(self.buckets)
 
 
@@ -74,7 +78,7 @@ class Cosine(Head):
     """Scaled cosine similarity to a learned direction per class (Gidaris and Komodakis 2018).
 
     Args:
-        scale: Initial factor before the softmax; it is learned.
+        scale: Initial value of the learned factor before the softmax.
     """
 
     def __init__(
@@ -85,5 +89,5 @@ class Cosine(Head):
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, features: Tensor) -> Any:
-        """Return (B, out_features) of (B, D)."""
+        """Map features (B, D) to outputs (B, out_features)."""
         return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.directions, dim=1))

@@ -1,4 +1,4 @@
-"""Every contract of every plugin of this package, and what rows alone need."""
+"""Every contract of every plugin of this package, and tests of rows."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ CONTRACTS = contracts("transfer-tabular", OPTIONS, values={"tabular_mlp": ROWS},
 
 
 @pytest.fixture(autouse=True)
-def _beside_the_table(monkeypatch):
+def _in_the_folder_of_the_table(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
@@ -32,18 +32,18 @@ def test_contract(contract):
     contract.check()
 
 
-def test_missing_and_unknown_cells_go_through():
+def test_encode_missing_and_unknown_cells():
     backbone = TabularMLP.from_data(ROWS, width=4).eval()
     encoded = backbone.preprocessing.encode([{"a": "", "b": "never", "c": 1}, {"a": 3, "b": "", "c": ""}])
     numbers, categories = backbone.preprocessing.collate(encoded)
     assert categories.tolist() == [[0], [0]]
-    assert numbers[:, 1::2].tolist() == [[1, 0], [0, 1]]  # what is missing
+    assert numbers[:, 1::2].tolist() == [[1, 0], [0, 1]]  # missing-value indicators
     assert backbone((numbers, categories)).isfinite().all()
-    with pytest.raises(ValueError, match="column 'a' holds 'old', which is no number"):
+    with pytest.raises(ValueError, match="column 'a' is not a number: got 'old'"):
         backbone.preprocessing.encode([{"a": "old", "b": "x", "c": "1"}])
 
 
-def test_a_row_is_all_that_has_no_other_meaning(tmp_path):
+def test_row_contains_columns_without_another_role(tmp_path):
     path = tmp_path / "table.tsv"
     lines = ["a\tlabel\tfold\twho\tb", "1\tx\ttrain\tanna\t", "2\ty\ttrain\tbo\tu", "3\tx\ttest\tcy\tv"]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -55,7 +55,7 @@ def test_a_row_is_all_that_has_no_other_meaning(tmp_path):
         TabularCSV(train=str(path), label=("a", "label"), target="number").load()
 
 
-def test_a_wrong_table_is_named_by_line(tmp_path):
+def test_wrong_table_reports_line(tmp_path):
     path = tmp_path / "table.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("a", "label"), (1, 2), (1, "much")])
@@ -64,8 +64,8 @@ def test_a_wrong_table_is_named_by_line(tmp_path):
     assert caught.value.problems[0].where == f"{path}:3"
 
 
-def test_the_quantiles_hold_what_they_say(tmp_path):
+def test_quantiles_cover_the_expected_fraction(tmp_path):
     run = transfer.run(ROOT / "wages.yaml", output=tmp_path)
     assert 0.65 < run.summary["test"]["coverage"] < 0.92
-    (said,) = transfer.predict(run.folder, [json.dumps({"age": 50, "years": 30, "trade": "nurse"})])
-    assert 22 < said["wage"]["0.1"] < said["wage"]["0.5"] < said["wage"]["0.9"] < 45
+    (prediction,) = transfer.predict(run.folder, [json.dumps({"age": 50, "years": 30, "trade": "nurse"})])
+    assert 22 < prediction["wage"]["0.1"] < prediction["wage"]["0.5"] < prediction["wage"]["0.9"] < 45

@@ -1,1 +1,1 @@
-"""Rows of tables, an MLP over them, and quantile regression, as plugins for transfer."""
+"""Tabular data, an MLP backbone and quantile regression, as plugins for transfer."""

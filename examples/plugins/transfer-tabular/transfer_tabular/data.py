@@ -1,4 +1,4 @@
-"""Rows of a table of your own."""
+"""A dataset of table rows."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from transfer import Data, Dataset, DataSpec, Tables, TableTarget
 
 
 class TabularCSV(Dataset):
-    """Rows of a table with a header: CSV, TSV, or JSON Lines; every column that has no other meaning is a feature.
+    """Rows of a table with a header: CSV, TSV, or JSON Lines. Every column without another role is a feature.
 
     Args:
-        train: The table to train on, by its path (or its name in the data folder).
-        val: The table that picks the best epoch; null: it is cut from ``train``.
-        test: The table to test on, with the same columns.
-        label: Column of what is to be predicted; for ``labels`` and ``number``, one column each.
-        target: ``class``: a name in each row. ``labels``: columns of 0 and 1. ``label_list``: all names in one column.
-            ``number``: columns of numbers.
-        delimiter: What separates the columns; null: a tab in a .tsv file, a comma elsewhere.
-        split: Column that says of each row of ``train`` which split it is of: train, val or test.
-        group: Column of what must not be torn apart (a customer, a patient): no group is in two splits.
-        test_fraction: The part of ``train`` that becomes the test split where there is none.
+        train: Path of the training table, or its name in the data folder.
+        val: Path of the validation table; null: the validation split is split off from ``train``.
+        test: Path of the test table, with the same columns; null: no separate test table.
+        label: Column of the target. With target ``labels`` or ``number``, one column or several.
+        target: Kind of target. ``class``: one class name per row. ``labels``: a 0/1 column per label. ``label_list``: all
+            label names in one column. ``number``: columns of numbers.
+        delimiter: Column separator; null: a tab for .tsv files, otherwise a comma.
+        split: Column with the split of each row of ``train``: train, val or test. Null: no such column.
+        group: Column of groups (a customer, a patient) that must not occur in two splits. Null: no groups.
+        test_fraction: Fraction of ``train`` that becomes the test split if there is none.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class TabularCSV(Dataset):
 
     @property
     def spec(self) -> DataSpec:
-        """One field, ``row``; classes are in the data."""
+        """One field, ``row``. The classes are read from the data."""
         return self._tables.spec("row")
 
     def load(self) -> Data:
-        """Read the tables: a row is a dict of texts by column.
+        """Read the tables. Each row is a dict from column to text.
 
         Raises:
-            DataError: A table is missing or not what it should be; the message names file and line.
+            DataError: A table is missing or invalid; the message names file and line.
         """
         return self._tables.read("row")

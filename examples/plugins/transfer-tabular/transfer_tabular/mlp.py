@@ -1,4 +1,4 @@
-"""A backbone over rows of a table."""
+"""An MLP backbone over rows of a table."""
 
 from __future__ import annotations
 
@@ -17,31 +17,36 @@ Row = Mapping[str, Any]
 
 
 class Columns(NamedTuple):
-    """What the training split says of columns: mean and deviation of numbers, or each category's place, from 1 on."""
+    """Statistics of the training split by column.
+
+    Args:
+        numbers: Mean and standard deviation of each numeric column.
+        categories: Embedding index of each category, by column. Indices start at 1; 0 is missing or unknown.
+    """
 
     numbers: Mapping[str, Sequence[float]]
     categories: Mapping[str, Mapping[str, int]]
 
 
 def learn(rows: Sequence[Row]) -> Columns:
-    """Tell columns of numbers from those of categories; what is empty is missing."""
+    """Return the statistics of the columns. A column is numeric if all non-empty cells are finite numbers."""
     numbers: dict[str, Sequence[float]] = {}
     categories: dict[str, dict[str, int]] = {}
-    places = 0
+    used = 0  # all categories share one embedding table, so their indices continue from column to column
     for column in rows[0]:
         cells = [cell for row in rows if (cell := _cell(row, column))[0]]
-        found = np.array([number for _, number in cells])
-        if len(found) and np.isfinite(found).all():
-            numbers[column] = [float(found.mean()), float(found.std()) or 1.0]
+        values = np.array([number for _, number in cells])
+        if len(values) and np.isfinite(values).all():
+            numbers[column] = [float(values.mean()), float(values.std()) or 1.0]  # a constant column is not scaled
         else:
             names = sorted({text for text, _ in cells})
-            categories[column] = {name: place for place, name in enumerate(names, places + 1)}
-            places += len(names)
+            categories[column] = {name: index for index, name in enumerate(names, used + 1)}
+            used += len(names)
     return Columns(numbers, categories)
 
 
 def _cell(row: Row, column: str) -> tuple[str, float]:
-    """Return what stands in a cell, and the number that it is: "not a number" where it is none."""
+    """Return the text of a cell and its numeric value, NaN if it is not a number."""
     if column not in row:
         raise ValueError(f"the row has no column {column!r}")
     text = str(row[column]).strip()
@@ -52,7 +57,7 @@ def _cell(row: Row, column: str) -> tuple[str, float]:
 
 
 class RowPreprocessing(Preprocessing):
-    """Numbers, standardised, each with whether it is missing; and places of categories, 0 where unknown or missing."""
+    """Standardize numbers, with a missing-value indicator each, and map categories to embedding indices."""
 
     encode_once = True
 
@@ -60,45 +65,53 @@ class RowPreprocessing(Preprocessing):
         self.columns = columns
 
     def encode(self, values: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
-        """Return for each row float32 (2 N,) of its numbers and int64 (C,) of its categories."""
+        """Return for each row its numbers, float32 (2 N,), and its categories, int64 (C,).
+
+        Each number is followed by 1 if it is missing and 0 otherwise. Missing and unknown categories are 0.
+        """
         return [(self._numbers(row), self._categories(row)) for row in values]
 
     def _numbers(self, row: Row) -> Tensor:
-        found: list[float] = []
+        numbers: list[float] = []
         for column, (mean, deviation) in self.columns.numbers.items():
             text, number = _cell(row, column)
             if text and not math.isfinite(number):
-                raise ValueError(f"column {column!r} holds {text!r}, which is no number")
-            found += [(number - mean) / deviation, 0.0] if text else [0.0, 1.0]
-        return torch.tensor(found)
+                raise ValueError(f"column {column!r} is not a number: got {text!r}")
+            numbers += [(number - mean) / deviation, 0.0] if text else [0.0, 1.0]
+        return torch.tensor(numbers)
 
     def _categories(self, row: Row) -> Tensor:
-        places = [known.get(_cell(row, column)[0], 0) for column, known in self.columns.categories.items()]
-        return torch.tensor(places, dtype=torch.int64)
+        indices = [names.get(_cell(row, column)[0], 0) for column, names in self.columns.categories.items()]
+        return torch.tensor(indices, dtype=torch.int64)
 
     def read(self, source: str) -> Row:
-        """Read a row as a JSON object."""
+        """Return the row that a JSON object describes."""
         try:
             return dict(json.loads(source))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{source!r} is no JSON object", fix='write {"column": value, ...}') from error
+            raise DataError(f"{source!r} is not a JSON object", fix='write {"column": value, ...}') from error
 
     def read_bytes(self, content: bytes) -> Row:
-        """Read the same from what a server was sent."""
+        """Return the row in the body of a request to the server."""
         return self.read(content.decode())
 
     def example(self) -> Row:
-        """Return a row of means and of categories that are missing."""
+        """Return a row with the mean of each number and missing categories."""
         means = {column: mean for column, (mean, _) in self.columns.numbers.items()}
         return means | dict.fromkeys(self.columns.categories, "")
 
     def describe(self) -> Mapping[str, Any]:
-        """Return the columns."""
+        """Return the statistics of the columns."""
         return self.columns._asdict()
 
 
 class SideBySide(nn.Module):
-    """Numbers (B, 2 N), and categories (B, C) embedded, side by side."""
+    """Concatenate the numbers and the embedded categories of a row.
+
+    Args:
+        columns: Statistics of the columns.
+        embedding: Size of the embedding of a category.
+    """
 
     def __init__(self, columns: Columns, embedding: int) -> None:
         super().__init__()
@@ -106,28 +119,28 @@ class SideBySide(nn.Module):
         self.size = 2 * len(columns.numbers) + embedding * len(columns.categories)
 
     def forward(self, row: tuple[Tensor, Tensor]) -> Tensor:
-        """Return (B, size)."""
-        numbers, places = row
-        return torch.cat([numbers, self.table(places).flatten(1)], dim=1)
+        """Map numbers (B, 2 N) and categories (B, C) to (B, size)."""
+        numbers, categories = row
+        return torch.cat([numbers, self.table(categories).flatten(1)], dim=1)
 
 
 class TabularMLP(Backbone):
-    """Layers of a linear map, batch norm, ReLU and dropout over a row's numbers and embedded categories.
+    """MLP with batch norm, ReLU and dropout over the numbers and embedded categories of a row.
 
-    What is a number and what a category, means, deviations and categories are learned from the training split.
+    Column types, means, standard deviations and categories are learned from the training split.
 
     Args:
-        width: Size of each layer, and of the features.
-        layers: How many.
-        embedding: Size of a category's embedding.
-        dropout: Of each layer.
+        width: Size of each layer and of the features.
+        layers: Number of layers.
+        embedding: Size of the embedding of a category.
+        dropout: Dropout probability after each layer.
     """
 
     field = "row"
 
     def __init__(
         self,
-        columns: Columns | None = None,  # None until data is seen
+        columns: Columns | None = None,  # None before the training data is read, for example in `transfer check`
         *,
         width: Annotated[int, Field(ge=1)] = 64,
         layers: Annotated[int, Field(ge=1)] = 2,
@@ -150,19 +163,19 @@ class TabularMLP(Backbone):
 
     @property
     def preprocessing(self) -> RowPreprocessing:
-        """As the training split's columns are."""
+        """Preprocessing with the statistics of the training split."""
         return RowPreprocessing(self._columns)
 
     @classmethod
     def from_data(cls, values: Sequence[Any], **options: Any) -> Self:
-        """Learn the columns."""
+        """Build the backbone with the column statistics of the training split."""
         return cls(learn(values), **options)
 
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
-        """Take the columns as they were learned."""
+        """Restore the backbone with its saved column statistics."""
         return cls(Columns(**json.loads(assets["columns.json"])), **options)
 
     def assets(self) -> Mapping[str, str]:
-        """Return the columns."""
+        """Return the statistics of the columns as JSON."""
         return {"columns.json": json.dumps(self._columns._asdict())}

@@ -1,4 +1,4 @@
-"""Every contract on a convolutional network, a vision transformer and one that is no chain; weights from a file."""
+"""Every contract for a convolutional network, a vision transformer and a network without a chain; weights from files."""
 
 import json
 from pathlib import Path
@@ -40,13 +40,13 @@ def test_contract(contract):
         ("eva02_tiny_patch14_224", ["network"]),
     ],
 )
-def test_stages_are_timms_groups(model, stages):
+def test_stages_are_timm_layer_groups(model, stages):
     with torch.device("meta"):
         assert list(Timm(model=model, weights=None).stage_names) == stages
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
-def test_weights_from_a_file_give_what_timm_gives(model, tmp_path):
+def test_weights_from_file_match_timm(model, tmp_path):
     torch.manual_seed(1)
     network = timm.create_model(model, num_classes=7).eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
@@ -59,28 +59,30 @@ def test_weights_from_a_file_give_what_timm_gives(model, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "resnet50.a1_in1k", "vit_small_patch16_224.augreg_in21k"])
-def test_pictures_are_prepared_as_timm_evaluates_the_model(model):
+def test_preprocessing_matches_timm_evaluation(model):
     y, x = np.mgrid[:300, :420]
-    pixels = 127 + 60 * np.sin(np.stack([x / 17, y / 23, (x + y) / 31], axis=-1))  # what a photograph has: no noise
-    picture = Image.fromarray(pixels.astype(np.uint8))
+    pixels = 127 + 60 * np.sin(
+        np.stack([x / 17, y / 23, (x + y) / 31], axis=-1)
+    )  # smooth as a photograph, without noise
+    image = Image.fromarray(pixels.astype(np.uint8))
     with torch.device("meta"):
         preprocessing = Timm(model=model, weights=None).preprocessing
     config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
-    expected = timm.data.create_transform(**config, is_training=False)(picture)
-    made = preprocessing.collate(preprocessing.encode([picture]))[0]
+    expected = timm.data.create_transform(**config, is_training=False)(image)
+    encoded = preprocessing.collate(preprocessing.encode([image]))[0]
     std = torch.tensor(config["std"]).view(3, 1, 1)
-    assert ((made - expected) * std).abs().max() * 255 <= 3  # Pillow and torch round otherwise
+    assert ((encoded - expected) * std).abs().max() * 255 <= 3  # Pillow and torch round differently
 
 
-def test_a_saved_model_keeps_its_preprocessing():
+def test_saved_model_keeps_preprocessing():
     backbone = Timm(model="test_resnet", weights=None, image_size=48)
     settings = backbone.preprocessing.describe() | {"mean": [0.1, 0.2, 0.3]}
     del settings["augmentation"]
-    again = Timm.from_assets({"preprocessing.json": json.dumps(settings)}, model="test_resnet", image_size=48)
-    assert again.preprocessing.describe()["mean"] == [0.1, 0.2, 0.3]
+    restored = Timm.from_assets({"preprocessing.json": json.dumps(settings)}, model="test_resnet", image_size=48)
+    assert restored.preprocessing.describe()["mean"] == [0.1, 0.2, 0.3]
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_missing_model_and_weights_are_reported(tmp_path):
     with pytest.raises(transfer.ConfigError, match="timm has no model called 'resnet19'"):
         Timm(model="resnet19")
     with pytest.raises(transfer.WeightsError, match="there are no weights"):

@@ -1,4 +1,4 @@
-"""Any model of timm as a backbone, as a plugin for transfer."""
+"""A backbone from any model of timm, as a plugin for transfer."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePrepro
 
 
 class Timm(Backbone):
-    """Any model of timm (https://huggingface.co/docs/timm), by its name there.
+    """Any model of timm (https://huggingface.co/docs/timm), by its timm name.
 
-    Stages are timm's own layer groups, ``stem``, ``stage1``, ``stage2`` ..., and ``pool``; a model that is no chain of
-    them has one stage, ``network``.
+    Stages are timm's layer groups, ``stem``, ``stage1``, ``stage2`` ..., and ``pool``. A model whose groups do not form
+    a chain has one stage, ``network``.
 
     Args:
-        model: Timm's name, with a tag of its weights or without: ``resnet50.a1_in1k``.
-        weights: ``pretrained``: those that the name says, from the Hugging Face Hub. Or a file in timm's layout, with
-            a classifier or without. Or null: random initialisation.
-        image_size: Height and width of what the model sees, in pixels; null: as timm's configuration of the model says.
-        augmentation: For training: ``usual`` (a random resized crop and a horizontal flip), ``strong`` (with
-            TrivialAugment and random erasing), ``none``, or a list of torchvision.transforms.v2 classes with options.
-        cache_images: Keep decoded and resized pictures in memory from one epoch to the next: ``auto`` (where those of
-            a split fit into half of the memory that is available), ``off``, or into so many GiB.
+        model: Name of the model in timm, with or without the tag of its weights, for example ``resnet50.a1_in1k``.
+        weights: ``pretrained``: the weights of that name, from the Hugging Face Hub. Otherwise a file in timm's layout,
+            with or without a classifier, or null for random initialization.
+        image_size: Height and width of the model input in pixels; null: the value in timm's configuration of the model.
+        augmentation: Augmentation of training images: ``default`` (a random resized crop and a horizontal flip),
+            ``strong`` (also TrivialAugment and random erasing), ``none``, or a list of torchvision.transforms.v2
+            classes with options.
+        cache_images: Memory for decoded and resized images, kept between epochs: ``auto`` (if the images of a split fit
+            into half of the available memory), ``off``, or a limit in GiB.
     """
 
     field = "image"
@@ -68,67 +69,73 @@ class Timm(Backbone):
 
     @property
     def features(self) -> FeatureSpec:
-        """A vector per picture: what timm's classifier would get."""
+        """One vector per image, the input of timm's classifier."""
         return FeatureSpec("vector", self._features)
 
     @property
     def preprocessing(self) -> ImagePreprocessing:
-        """As timm evaluates the model."""
+        """Preprocessing with the settings of timm's evaluation."""
         return ImagePreprocessing(**self._settings, **self._loading)
 
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
-        """Build it with the preprocessing that it was trained with: a name may mean other weights in another timm."""
+        """Build the backbone with its saved preprocessing.
+
+        In another version of timm, the same name may refer to other weights with other preprocessing.
+        """
         return cls(json.loads(assets["preprocessing.json"]), **options)
 
     def assets(self) -> Mapping[str, str]:
-        """Return the settings of the preprocessing."""
+        """Return the settings of the preprocessing as JSON."""
         return {"preprocessing.json": json.dumps(self._settings)}
 
     def load_pretrained(self) -> Mapping[str, Any]:
-        """Let timm read the weights: it downloads them, renames tensors and leaves the classifier out."""
+        """Load the weights with timm, which downloads them, renames tensors and drops the classifier."""
         if self._weights is None:
             return {}
         file = None if self._weights == "pretrained" else self._weights
         if file is not None and not Path(file).is_file():
-            raise WeightsError(f"there are no weights {file!r}", fix="give a file in timm's layout, or pretrained")
+            raise WeightsError(f"there are no weights {file!r}", fix="use a file in timm's layout, or pretrained")
         try:
             network = self._create(pretrained=True, pretrained_cfg_overlay={"file": file} if file else None)
-        except Exception as error:  # whatever the Hub and the file formats raise
-            fix = "give a file in timm's layout, or weights: null"
+        except Exception as error:  # the Hub and the file formats raise exceptions of many types
+            fix = "use a file in timm's layout, or weights: null"
             raise WeightsError(f"timm cannot read weights of {self._name}: {error}", where=file, fix=fix) from error
         self.stages.load_state_dict(nn.ModuleDict(split(network, self._chain)).state_dict())
         return {"weights": self._weights, "timm": timm.__version__}
 
 
 def preprocessing_of(network: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Return how timm's configuration of a model says that pictures become its input."""
+    """Return the settings of ImagePreprocessing for a model, from timm's configuration of it."""
     config = resolve_data_config(pretrained_cfg=network.pretrained_cfg)
     _, height, width = config["input_size"]
     if image_size is None and height != width:
-        raise ConfigError(
-            f"the model sees pictures of {height} x {width} pixels", fix="set image_size: they are square"
-        )
+        raise ConfigError(f"the model input is not square: got {height} x {width} pixels", fix="set image_size")
     size = image_size or height
     names = ("interpolation", "mean", "std")
     return {"image_size": size, "resize": int(size / config["crop_pct"]), **{name: config[name] for name in names}}
 
 
 _STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
-"""What a vision transformer does before its blocks, adding positions in between."""
+"""Layers of a vision transformer before its blocks; it adds position embeddings between them."""
 Chain = Mapping[str, Sequence[str]]
-"""Of each stage the paths of its layers, in order."""
+"""Paths of the layers of each stage, in order."""
 
 
-def chain(network: nn.Module, pictures: Tensor) -> Chain | None:
-    """Return the stages before the pooling, or None where the layers do not hand on one tensor from each to the next."""
+def chain(network: nn.Module, images: Tensor) -> Chain | None:
+    """Return the stages before the pooling, or None if the layers do not form a chain.
+
+    In a chain, each layer receives exactly the tensor that the previous one returned.
+    """
     groups = group_parameters(network, network.group_matcher(coarse=True), reverse=True)
     groups = {name: number for name, number in groups.items() if isinstance(number, int | float)}
     embeds = isinstance(network, VisionTransformer)
     layers = {path: network.get_submodule(path) for path in _layers(network, groups) if not embeds or path not in _STEM}
-    first = {"norm_pre": network.norm_pre} if embeds else {}  # which gets patches with their positions added
+    # A vision transformer adds position embeddings outside of any layer. `norm_pre` is the first layer that receives
+    # the result, so the chain is checked from there on.
+    first = {"norm_pre": network.norm_pre} if embeds else {}
     run = network.eval().forward_features
-    links = find_chain(first | layers, lambda: run(pictures), None if embeds else pictures)
+    links = find_chain(first | layers, lambda: run(images), None if embeds else images)
     if links is None:
         return None
     stages: dict[str, list[str]] = {"stem": list(_STEM) if embeds else []}
@@ -143,7 +150,7 @@ def chain(network: nn.Module, pictures: Tensor) -> Chain | None:
 
 
 def _layers(network: nn.Module, groups: Mapping[str, float]) -> list[str]:
-    """Return the paths of a network's children, and of a container's where those are of several groups."""
+    """Return the paths of a network's children. A container with several groups is replaced by its children."""
     paths: list[str] = []
     for name, child in network.named_children():
         numbers = {number for parameter, number in groups.items() if parameter.startswith(f"{name}.")}
@@ -153,9 +160,9 @@ def _layers(network: nn.Module, groups: Mapping[str, float]) -> list[str]:
 
 
 def split(network: nn.Module, stages: Chain | None) -> dict[str, nn.Module]:
-    """Take a network apart; without a chain it stays whole."""
+    """Return the stages of a network; a single one if it has no chain."""
     if stages is None:
-        return {"network": _Part(network, [name for name, _ in network.named_children()], _whole)}
+        return {"network": _Part(network, [name for name, _ in network.named_children()], _forward_network)}
     embeds = isinstance(network, VisionTransformer)
     parts = {name: nn.Sequential(*map(network.get_submodule, paths)) for name, paths in stages.items()}
     used = {path.split(".")[0] for paths in stages.values() for path in paths}
@@ -164,12 +171,12 @@ def split(network: nn.Module, stages: Chain | None) -> dict[str, nn.Module]:
     return {**parts, **stem, "pool": _Part(network, left, _pool, tensors=not embeds)}
 
 
-def _whole(network: Any, pictures: Tensor) -> Any:
-    return _pool(network, network.forward_features(pictures))
+def _forward_network(network: Any, images: Tensor) -> Any:
+    return _pool(network, network.forward_features(images))
 
 
-def _embed(network: Any, pictures: Tensor) -> Any:
-    return network.norm_pre(network.patch_drop(network._pos_embed(network.patch_embed(pictures))))
+def _embed(network: Any, images: Tensor) -> Any:
+    return network.norm_pre(network.patch_drop(network._pos_embed(network.patch_embed(images))))
 
 
 def _pool(network: Any, features: Tensor) -> Any:
@@ -177,7 +184,14 @@ def _pool(network: Any, features: Tensor) -> Any:
 
 
 class _Part(nn.Module):
-    """What a function does with a network that has some of its children alone, and its own tensors or none."""
+    """A function of a network, as a stage that owns only some of the network's children.
+
+    Args:
+        network: The network; it is copied without its other children.
+        children: Names of the children that belong to the stage.
+        function: The forward function, called with the reduced network and the input of the stage.
+        tensors: Whether the stage also owns the parameters and buffers of the network itself.
+    """
 
     def __init__(self, network: nn.Module, children: Collection[str], function: Any, *, tensors: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every contract on checkpoints that are small and random, written and read as real ones are."""
+"""Every contract on small random checkpoints, saved and loaded like pretrained ones."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_contract(contract):
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_it_computes_what_the_model_computes(folder):
+def test_states_match_transformers_model(folder):
     backbone = Transformers(model=folder, readout="sequence")
     assert backbone.load_pretrained() == {"weights": folder}
     tokens, mask = backbone.preprocessing.collate(backbone.preprocessing.encode(TEXTS))
@@ -64,12 +64,12 @@ def test_it_computes_what_the_model_computes(folder):
     torch.testing.assert_close(states[mask], expected.last_hidden_state[mask])
 
 
-def test_stages_are_its_layers():
+def test_stages_are_model_layers():
     assert Transformers(model="bert").stage_names == ("embeddings", "layer.0", "layer.1", "readout")
     assert Transformers(model="albert").stage_names == ("encoder", "readout")
 
 
-def test_a_run_predicts_where_the_checkpoint_is_gone(tmp_path, monkeypatch):
+def test_run_predicts_without_checkpoint(tmp_path, monkeypatch):
     config = {
         "data": {"name": "mini_reviews"},
         "backbone": {"name": "transformers", "model": "bert", "readout": "mean", "max_length": 12},
@@ -79,14 +79,14 @@ def test_a_run_predicts_where_the_checkpoint_is_gone(tmp_path, monkeypatch):
     assert parts.phases[0].frozen.stages == {"embeddings", "layer.0", "layer.1"}
     run = transfer.run(config, output=tmp_path, quick=True)
     monkeypatch.chdir(tmp_path)
-    (said,) = transfer.predict(run.folder, ["a warm , funny film"], explain=True)
-    assert said["label"] in ("positive", "negative")
-    assert [piece["piece"] for piece in said["explanation"]["pieces"]] == ["a ", "warm ", ", ", "funny ", "film"]
+    (prediction,) = transfer.predict(run.folder, ["a warm , funny film"], explain=True)
+    assert prediction["label"] in ("positive", "negative")
+    assert [piece["piece"] for piece in prediction["explanation"]["pieces"]] == ["a ", "warm ", ", ", "funny ", "film"]
     with pytest.raises(transfer.DataError, match="there is no such text file"):
         list(transfer.predict(run.folder, ["reviews/absent.txt"]))
 
 
-def test_what_is_not_there_is_named(monkeypatch, tmp_path):
+def test_missing_model_and_pooler_are_reported(monkeypatch, tmp_path):
     with pytest.raises(transfer.WeightsError, match="there is no model './absent'"):
         Transformers(model="./absent")
     with pytest.raises(transfer.WeightsError, match="has no pooler"):

@@ -1,4 +1,4 @@
-"""Any encoder of Hugging Face's transformers as a text backbone, as a plugin for transfer."""
+"""Text backbones from the encoders of Hugging Face transformers, as a plugin for transfer."""
 
 from __future__ import annotations
 
@@ -18,24 +18,29 @@ Readout = Literal["first", "mean", "pooler", "sequence"]
 
 
 class PiecePreprocessing(TokenPreprocessing):
-    """Texts to token numbers, by the model's own tokenizer, with its special tokens, cut to ``max_length``."""
+    """Encode texts as token ids with the tokenizer of the model, including special tokens.
+
+    Args:
+        tokenizer: The tokenizer as JSON, with truncation enabled.
+        padding: Id of the padding token.
+    """
 
     def __init__(self, tokenizer: str, padding: int) -> None:
         self.tokenizer, self.padding = Tokenizer.from_str(tokenizer), padding
 
     def tokenize(self, text: str) -> list[str]:
-        """Return the pieces of one text, without the special tokens."""
+        """Return the tokens of one text, without special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False).tokens
 
     def encode(self, values: Sequence[str]) -> list[Tensor]:
-        """Return an int64 tensor (number of tokens,) for each text."""
-        found = [encoding.ids for encoding in self.tokenizer.encode_batch(list(values))]
-        if not all(found):
+        """Return an int64 tensor (number of tokens,) of token ids for each text."""
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(values))]
+        if not all(ids):
             raise ValueError("the text has no token")
-        return [torch.tensor(tokens) for tokens in found]
+        return [torch.tensor(tokens) for tokens in ids]
 
     def collate(self, encoded: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the tokens, int64 (B, T), and the mask, bool (B, T)."""
+        """Return the token ids, int64 (B, T), and the mask, bool (B, T), False at padding."""
         lengths = torch.tensor([len(tokens) for tokens in encoded])
         tokens = nn.utils.rnn.pad_sequence(list(encoded), batch_first=True, padding_value=self.padding)
         return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
@@ -44,15 +49,15 @@ class PiecePreprocessing(TokenPreprocessing):
 class Transformers(Backbone):
     """Any encoder of Hugging Face's transformers (https://huggingface.co/docs/transformers), with its tokenizer.
 
-    Stages are ``embeddings``, ``layer.0``, ``layer.1`` ... and ``readout``; where the layers are no chain, ``encoder``
-    and ``readout``.
+    Stages are ``embeddings``, ``layer.0``, ``layer.1`` ... and ``readout``. A model whose layers do not form a chain has
+    the stages ``encoder`` and ``readout``.
 
     Args:
-        model: A name on the Hugging Face Hub, or a folder that ``save_pretrained`` wrote.
-        readout: ``first``: the features of the first token. ``mean``: of all tokens. ``pooler``: what the model makes of
-            the first token for whole texts (BERT). ``sequence``: of each token, for a head that takes a sequence.
-        max_length: Tokens that are kept of a text; null: as many as the model takes.
-        pretrained: Read the weights; otherwise only the architecture and the tokenizer.
+        model: Name of a model on the Hugging Face Hub, or a folder written by ``save_pretrained``.
+        readout: ``first``: the state of the first token. ``mean``: the mean over all tokens. ``pooler``: the output of
+            the model's pooler (BERT). ``sequence``: the states of all tokens, for a head that accepts a sequence.
+        max_length: Maximum number of tokens of a text, longer texts are truncated; null: the maximum of the model.
+        pretrained: Whether to load the weights. Otherwise only the architecture and the tokenizer are used.
     """
 
     field = "text"
@@ -91,25 +96,25 @@ class Transformers(Backbone):
 
     @property
     def features(self) -> FeatureSpec:
-        """A vector per text, or per token."""
+        """One vector per text, or one per token with ``readout: sequence``."""
         return FeatureSpec("sequence" if self._readout == "sequence" else "vector", self._config.hidden_size)
 
     @property
     def preprocessing(self) -> PiecePreprocessing:
-        """The model's tokenizer."""
+        """Encoding with the tokenizer of the model."""
         return self._preprocessing
 
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
-        """Build from the configuration and the tokenizer in the model folder."""
+        """Build the backbone from the configuration and the tokenizer in a model folder."""
         return cls(assets, **options)
 
     def assets(self) -> Mapping[str, str]:
-        """Return the configuration and the tokenizer."""
+        """Return the configuration and the tokenizer as JSON."""
         return dict(self._saved)
 
     def load_pretrained(self) -> Mapping[str, Any]:
-        """Read the weights; they must be all that the stages have."""
+        """Load the weights. Weights that do not cover all stages are an error."""
         if not self._pretrained:
             return {}
         try:
@@ -119,6 +124,7 @@ class Transformers(Backbone):
         missing = [name for name in report["missing_keys"] if self._readout == "pooler" or "pooler" not in name]
         if missing:
             raise WeightsError(f"the weights of {self._model} lack {', '.join(sorted(missing)[:5])}", fix=_FIX)
+        # Submodule names must not contain dots; the state dict of the stages has the same keys.
         split = nn.Module()
         for name, stage in self._split(network).items():
             split.add_module(name.replace(".", "/"), stage)
@@ -126,11 +132,11 @@ class Transformers(Backbone):
         return {"weights": self._model}
 
 
-_FIX = "give a name on the Hugging Face Hub, or a folder that save_pretrained wrote"
+_FIX = "use a name on the Hugging Face Hub, or a folder written by save_pretrained"
 
 
 def _read(model: str, max_length: int | None) -> dict[str, str]:
-    """Return a model's configuration and its tokenizer, set to cut texts, as JSON."""
+    """Return the configuration and the tokenizer of a model as JSON, with truncation enabled."""
     try:
         config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -148,14 +154,17 @@ def _layers(network: nn.Module) -> nn.ModuleList | None:
 
 
 def is_chain(network: nn.Module) -> bool:
-    """Tell whether each layer gets the tensor that the one before it returned and, but for a mask, nothing else."""
+    """Return whether the layers form a chain.
+
+    In a chain, each layer receives the tensor that the previous one returned and, apart from a mask, nothing else.
+    """
     layers, embeddings = _layers(network), getattr(network, "embeddings", None)
     if layers is None or embeddings is None:
         return False
     tokens = torch.ones(1, 4, dtype=torch.long)
     links = {"embeddings": embeddings, **{str(number): layer for number, layer in enumerate(layers)}}
-    found = find_chain(links, lambda: network.eval()(input_ids=tokens).last_hidden_state)
-    return found is not None and len(found) == len(links)
+    names = find_chain(links, lambda: network.eval()(input_ids=tokens).last_hidden_state)
+    return names is not None and len(names) == len(links)
 
 
 class _Encoder(nn.Module):
@@ -165,8 +174,9 @@ class _Encoder(nn.Module):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         tokens, mask = batch
-        given = None if mask.is_meta else mask.long()  # the library asks whether all of it is ones
-        return self.network(input_ids=tokens, attention_mask=given).last_hidden_state, mask
+        # transformers tests whether the mask is all ones, which is impossible on the meta device.
+        attention_mask = None if mask.is_meta else mask.long()
+        return self.network(input_ids=tokens, attention_mask=attention_mask).last_hidden_state, mask
 
 
 class _Embeddings(nn.Module):
@@ -186,9 +196,10 @@ class _Layer(nn.Module):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         states, mask = batch
-        hidden = torch.zeros(mask.shape, dtype=states.dtype, device=states.device)
-        hidden = hidden.masked_fill(~mask, torch.finfo(states.dtype).min)[:, None, None, :]
-        output = self.layer(states, attention_mask=hidden)
+        # Additive attention mask (B, 1, 1, T): 0 for tokens, the most negative value for padding.
+        bias = torch.zeros(mask.shape, dtype=states.dtype, device=states.device)
+        bias = bias.masked_fill(~mask, torch.finfo(states.dtype).min)[:, None, None, :]
+        output = self.layer(states, attention_mask=bias)
         return output[0] if isinstance(output, tuple) else output, mask
 
 
