@@ -77,16 +77,18 @@ def test_preview_batch_is_limited_to_64_examples(rendering: dict[str, Any]) -> N
 
 
 def test_preview_batch_refuses_a_field_that_cannot_be_rendered(config: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="backbone Dense has no picture of point") as caught:
+    with pytest.raises(UserError, match="backbone Dense cannot render point") as caught:
         transfer.preview_batch(config)
-    assert caught.value.problems[0].fix == "define show() in PointPreprocessing"
+    assert caught.value.problems[0].fix == "define render_batch() in PointPreprocessing"
 
 
 def test_text_preview_is_written_only_to_a_given_path(rendering: dict[str, Any], tmp_path: Path) -> None:
     assert transfer.preview_batch(rendering).path is None
     seen = transfer.preview_batch(rendering, output=tmp_path / "deep" / "batch.txt")
     assert (tmp_path / "deep" / "batch.txt").read_text(encoding="utf-8") == seen.content
-    with pytest.raises(UserError, match="what there is to see is a text"):
+    with pytest.raises(
+        UserError, match=r"the path does not fit the preview: expected a name for a text, got 'batch\.png'"
+    ):
         transfer.preview_batch(rendering, output=tmp_path / "batch.png")
 
 
@@ -95,23 +97,23 @@ def test_preview_predictions_groups_correct_wrong_and_uncertain(rendering: dict[
     preview = transfer.preview_predictions(run.folder)
     assert preview.path == run.folder / "plots" / "predictions.txt"
     seen = content(preview)
-    right, wrong, least = seen["groups"].items()
+    correct, wrong, least = seen["groups"].items()
     count = round(run.summary["test"]["accuracy"] * 40)
-    assert right[0] == f"right: {count} of 40, the most sure first"
-    assert wrong[0] == f"wrong: {40 - count} of 40, the most sure first"
+    assert correct[0] == f"correct: {count} of 40, the most confident first"
+    assert wrong[0] == f"wrong: {40 - count} of 40, the most confident first"
 
-    def said(places: list[int]) -> list[list[str]]:
-        return [[line.split(": ")[1] for line in seen["captions"][place].split("\n")] for place in places]
+    def parsed(indices: list[int]) -> list[list[str]]:
+        return [[line.split(": ")[1] for line in seen["captions"][index].split("\n")] for index in indices]
 
-    assert all(true == label for true, label, _ in said(right[1]))
-    assert all(true != label for true, label, _ in said(wrong[1]))
-    sure = [float(probability) for _, _, probability in said(least[1])]
-    assert sure == sorted(sure)
-    assert sure[0] == min(float(p) for _, _, p in said(range(len(seen["captions"]))))  # type: ignore[arg-type]
-    # What is seen is what was predicted: the same points, not augmented.
+    assert all(true == label for true, label, _ in parsed(correct[1]))
+    assert all(true != label for true, label, _ in parsed(wrong[1]))
+    confidences = [float(probability) for _, _, probability in parsed(least[1])]
+    assert confidences == sorted(confidences)
+    assert confidences[0] == min(float(p) for _, _, p in parsed(range(len(seen["captions"]))))  # type: ignore[arg-type]
+    # The rendered points are those that were predicted: not augmented.
     assert np.allclose(seen["inputs"], seen["values"])
     answers = list(transfer.predict(run.folder, [",".join(map(str, value)) for value in seen["values"]]))
-    assert [answer["label"] for answer in answers] == [label for _, label, _ in said(range(len(answers)))]  # type: ignore[arg-type]
+    assert [answer["label"] for answer in answers] == [label for _, label, _ in parsed(range(len(answers)))]  # type: ignore[arg-type]
 
 
 def test_preview_predictions_groups_numbers_by_loss(rendering: dict[str, Any], tmp_path: Path) -> None:
@@ -141,7 +143,9 @@ def test_describe_formats_targets(data: DataSpec, target: Any, words: str) -> No
     assert describe(data, target) == words
 
 
-def test_preview_predictions_without_probabilities_has_no_uncertain_group(rendering: dict[str, Any], tmp_path: Path) -> None:
+def test_preview_predictions_without_probabilities_has_no_uncertain_group(
+    rendering: dict[str, Any], tmp_path: Path
+) -> None:
     class Plain(Classification):
         """Returns only the class."""
 
@@ -151,5 +155,5 @@ def test_preview_predictions_without_probabilities_has_no_uncertain_group(render
     registry.register("task", "plain")(Plain)
     run = transfer.run(rendering | {"task": {"name": "plain"}}, output=tmp_path)
     seen = content(transfer.preview_predictions(run.folder))
-    assert [heading.split(":")[0] for heading in seen["groups"]] == ["right", "wrong"]
+    assert [heading.split(":")[0] for heading in seen["groups"]] == ["correct", "wrong"]
     assert all(len(caption.split("\n")) == 2 for caption in seen["captions"])
