@@ -82,4 +82,4 @@ def test_export_suggests_the_nearest_format(call: Any, run: Path) -> None:
     status, out, err = call("export", run, "--format", "onx")
     assert (status, out) == (2, "")
     assert "did you mean 'onnx'?" in err
-    assert "safetensors, torch_export, onnx, torchvision" in err
+    assert "onnx, safetensors, torch_export, torchvision" in err

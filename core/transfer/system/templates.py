@@ -21,8 +21,8 @@ def escape(text: object) -> Markup:
 def environment(package: str) -> Environment:
     """Return the environment of a package's ``templates`` folder.
 
-    Templates of HTML (``.html.j2``) escape every value; those of Markdown (``.md.j2``) do not, and use the filter
-    ``cell`` for values in tables. A name that the template gets no value for is an error.
+    Templates of HTML (``.html.j2``) escape every value; those of Markdown (``.md.j2``) do not, and use the filters
+    ``cell`` for values in tables and ``code`` for names. A name that the template gets no value for is an error.
 
     Args:
         package: Import name of the package that contains the folder ``templates``.
@@ -38,6 +38,7 @@ def environment(package: str) -> Environment:
     )
     made.filters["value"] = format_value
     made.filters["cell"] = _markdown_cell
+    made.filters["code"] = _markdown_code
     return made
 
 
@@ -49,3 +50,9 @@ def _finalize(value: Any) -> Any:
 def _markdown_cell(value: object) -> str:
     """Return a text that cannot end a cell or a row of a Markdown table."""
     return " ".join(format_value(value).replace("|", "\\|").split())
+
+
+def _markdown_code(value: object) -> str:
+    """Return a text as inline code of Markdown, in which nothing is markup."""
+    text = " ".join(str(value).split())
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
