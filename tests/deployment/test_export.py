@@ -1,10 +1,15 @@
-"""Exports: each format gives the run's own outputs elsewhere, and nothing is written that does not."""
+"""Exports: every format reproduces the outputs of the run, and contains no data and no local paths."""
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ import transfer
 from transfer import ExportError, RunError
 from transfer.builtin.heads import MLP
 from transfer.deployment import export as exporting
-from transfer.deployment import verify_export as reload
+from transfer.deployment import verify_export
 from transfer.deployment.formats import find_format
 from transfer.models.model import Model
 from transfer.models.saved_model import LoadedModel, read_model
@@ -29,7 +34,7 @@ from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import write_json
 
 TEXTS = ["a warm, funny film", "two hours of my life that I will never get back"]
-recorded = pytest.mark.skipif(not hasattr(torch.export.Dim, "AUTO"), reason="torch finds sizes out from 2.6 on")
+recorded = pytest.mark.skipif(not hasattr(torch.export.Dim, "AUTO"), reason="dynamic sizes need torch 2.6")
 
 
 def made_of(data: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,8 +59,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(runs: Path) -> Path:
-    return transfer.run(made_of(SHAPES, RESNET), output=runs / "pictures").folder
+def images(runs: Path) -> Path:
+    return transfer.run(made_of(SHAPES, RESNET), output=runs / "images").folder
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +70,21 @@ def texts(runs: Path) -> Path:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answer in this process, for tests that are about something else."""
+    """Skip the fresh process, for tests that are about something else."""
 
-    def answer(chosen: Any, path: Path, batches: Any) -> Any:
+    def run_here(chosen: Any, path: Path, batches: Any) -> Any:
         with torch.no_grad():
             return [chosen.loaded.model(batch) for batch in batches], frozenset()
 
-    monkeypatch.setattr(exporting, "_in_fresh_process", answer)
+    monkeypatch.setattr(exporting, "_in_fresh_process", run_here)
 
 
 @pytest.fixture
 def loaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load what was exported as the fresh process does, but in this one, which has imported torch already."""
+    """Load the export as the fresh process does, but in this process, which has imported torch already."""
 
     def run(command: Sequence[str], **options: Any) -> Any:
-        reload.main(Path(command[-1]))
+        verify_export.main(Path(command[-1]))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(exporting.subprocess, "run", run)
@@ -96,8 +101,8 @@ def front_matter(card: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(front))
 
 
-def test_torchvision_loads_the_state_dict_strictly_and_gives_the_same_logits(pictures: Path, tmp_path: Path) -> None:
-    exported = transfer.export(pictures, "torchvision", tmp_path / "out")
+def test_torchvision_export_loads_strictly_with_equal_logits(images: Path, tmp_path: Path) -> None:
+    exported = transfer.export(images, "torchvision", tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(exported.files)
     assert exported.deviation is not None
     assert exported.deviation < 1e-5
@@ -107,26 +112,25 @@ def test_torchvision_loads_the_state_dict_strictly_and_gives_the_same_logits(pic
 
     theirs = torchvision.models.resnet18(num_classes=3)
     theirs.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
-    loaded = read_model(pictures / "model")
+    loaded = read_model(images / "model")
     with torch.no_grad():
         assert torch.equal(theirs.eval()(inputs(loaded, 2)), loaded.model(inputs(loaded, 2)))
 
 
-def test_a_name_that_ends_in_pth_is_a_lone_state_dict(pictures: Path, tmp_path: Path, here: None) -> None:
-    exported = transfer.export(pictures, "torchvision", tmp_path / "ants.pth")
+def test_export_to_pth_is_a_single_state_dict(images: Path, tmp_path: Path, here: None) -> None:
+    exported = transfer.export(images, "torchvision", tmp_path / "ants.pth")
     assert list(tmp_path.iterdir()) == [tmp_path / "ants.pth"]
     assert list(exported.files) == ["ants.pth"]
     weights = torch.load(tmp_path / "ants.pth", weights_only=True)
     assert weights.keys() == torchvision.models.resnet18(num_classes=3).state_dict().keys()
 
 
-def test_a_name_that_promises_another_format_is_refused(texts: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"format 'safetensors' is no \.pt2 file") as caught:
+def test_export_refuses_the_suffix_of_another_format(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"format 'safetensors' does not write \.pt2 files: expected a folder"):
         transfer.export(texts, "safetensors", tmp_path / "model.pt2")
-    assert caught.value.problems[0].fix == "give a folder"
 
 
-def test_safetensors_predict_as_the_run_does(texts: Path, tmp_path: Path, loaded_here: None) -> None:
+def test_safetensors_export_predicts_as_the_run(texts: Path, tmp_path: Path, loaded_here: None) -> None:
     exported = transfer.export(texts, "safetensors", tmp_path / "out")
     assert exported.deviation == 0
     assert list(transfer.predict(tmp_path / "out", TEXTS)) == list(transfer.predict(texts, TEXTS))
@@ -134,7 +138,7 @@ def test_safetensors_predict_as_the_run_does(texts: Path, tmp_path: Path, loaded
 
 @recorded
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, reading its own archive
-def test_a_recorded_program_takes_any_batch_and_any_length(texts: Path, tmp_path: Path, loaded_here: None) -> None:
+def test_torch_export_supports_any_batch_size_and_length(texts: Path, tmp_path: Path, loaded_here: None) -> None:
     transfer.export(texts, "torch_export", tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2").module()
     loaded = read_model(texts / "model")
@@ -145,7 +149,7 @@ def test_a_recorded_program_takes_any_batch_and_any_length(texts: Path, tmp_path
 
 
 @recorded
-def test_onnx_takes_any_batch_and_any_length(texts: Path, tmp_path: Path) -> None:
+def test_onnx_export_supports_any_batch_size_and_length(texts: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     exported = transfer.export(texts, "onnx", tmp_path / "out")
@@ -161,29 +165,30 @@ def test_onnx_takes_any_batch_and_any_length(texts: Path, tmp_path: Path) -> Non
 
 
 @recorded
-def test_a_program_of_one_length_alone_is_refused(runs: Path, tmp_path: Path) -> None:
+def test_torch_export_refuses_a_fixed_length(runs: Path, tmp_path: Path) -> None:
     backbone = {"name": "bilstm", "dimensions": 4, "hidden_size": 3, "layers": 1}
     run = transfer.run(made_of(REVIEWS, backbone), output=runs / "bilstm").folder
-    with pytest.raises(ExportError, match="inputs of one length alone") as caught:
+    with pytest.raises(ExportError, match="would support only inputs of length") as caught:
         transfer.export(run, "torch_export", tmp_path / "out")
     assert "onnx" in str(caught.value.problems[0].fix)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_backbone_cannot_be_is_said_with_what_it_can(texts: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="TextCNN cannot be exported as 'torchvision'") as caught:
+def test_export_of_an_unknown_format_lists_the_formats(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="unknown export format 'torchvision'") as caught:
         transfer.export(texts, "torchvision", tmp_path / "out")
-    assert caught.value.problems[0].available == ("safetensors", "torch_export", "onnx")
+    assert caught.value.problems[0].where == "backbone TextCNN"
+    assert caught.value.problems[0].available == ("onnx", "safetensors", "torch_export")
 
 
-def test_a_head_of_several_layers_has_no_place_in_torchvisions_network(pictures: Path) -> None:
-    loaded = read_model(pictures / "model")
+def test_torchvision_export_refuses_a_head_of_several_layers(images: Path) -> None:
+    loaded = read_model(images / "model")
     model = Model(loaded.backbone, MLP(loaded.backbone.features, 3))
-    with pytest.raises(ExportError, match="head MLP is more than one linear layer"):
+    with pytest.raises(ExportError, match="head MLP does not fit torchvision"):
         find_format("torchvision", replace(loaded, model=model))
 
 
-def test_other_outputs_are_refused_and_nothing_is_left(
+def test_export_refuses_deviating_outputs_and_writes_nothing(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(chosen: Any, path: Path, batches: Any) -> Any:
@@ -191,20 +196,22 @@ def test_other_outputs_are_refused_and_nothing_is_left(
             return [chosen.loaded.model(batch) + 0.01 for batch in batches], frozenset()
 
     monkeypatch.setattr(exporting, "_in_fresh_process", answer)
-    with pytest.raises(ExportError, match=r"differ by up to 0\.01"):
+    with pytest.raises(ExportError, match=r"differ from those of the run by up to 0\.01"):
         transfer.export(texts, "safetensors", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_fresh_process_cannot_load_is_said(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_reports_the_error_of_the_fresh_process(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "broken.py").write_text("raise RuntimeError('no such operator')", encoding="utf-8")
-    monkeypatch.setattr(reload, "__file__", str(tmp_path / "broken.py"))
-    with pytest.raises(ExportError, match="cannot use what was exported: RuntimeError: no such operator"):
+    monkeypatch.setattr(verify_export, "__file__", str(tmp_path / "broken.py"))
+    with pytest.raises(ExportError, match="a fresh process cannot use the export: RuntimeError: no such operator"):
         transfer.export(texts, "safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_writes_nothing(texts: Path, tmp_path: Path) -> None:
+def test_export_dry_run_writes_nothing(texts: Path, tmp_path: Path) -> None:
     before = sorted(texts.rglob("*"))
     exported = transfer.export(texts, "safetensors", tmp_path / "deep" / "out", dry_run=True)
     assert list(exported.files) == [
@@ -219,35 +226,35 @@ def test_a_dry_run_writes_nothing(texts: Path, tmp_path: Path) -> None:
     assert sorted(texts.rglob("*")) == before
 
 
-def test_what_exists_is_replaced_by_force_alone(texts: Path, tmp_path: Path, here: None) -> None:
+def test_export_replaces_an_earlier_export_only_by_force(texts: Path, tmp_path: Path, here: None) -> None:
     out = tmp_path / "out"
     transfer.export(texts, "safetensors", out)
     (out / "README.md").write_text("filled in by the author", encoding="utf-8")
     for dry_run in (False, True):
-        with pytest.raises(ExportError, match="it exists already"):
+        with pytest.raises(ExportError, match="the path exists already"):
             transfer.export(texts, "safetensors", out, dry_run=dry_run)
     assert (out / "README.md").read_text(encoding="utf-8") == "filled in by the author"
     transfer.export(texts, "safetensors", out, force=True)
     assert (out / "README.md").read_text(encoding="utf-8").startswith("---\n")
 
 
-def test_force_does_not_replace_what_no_export_wrote(texts: Path, tmp_path: Path) -> None:
+def test_export_force_keeps_a_folder_that_is_no_export(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ExportError, match="no export wrote this folder"):
+    with pytest.raises(ExportError, match="the folder is not an earlier export"):
         transfer.export(texts, "safetensors", tmp_path, force=True)
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_force_does_not_make_a_folder_of_a_file(texts: Path, tmp_path: Path) -> None:
+def test_export_force_does_not_replace_a_file_by_a_folder(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine", encoding="utf-8")
     (tmp_path / "model.onnx").mkdir()
     for format, name in (("safetensors", "notes"), ("onnx", "model.onnx")):
-        with pytest.raises(ExportError, match=r"it is a (file|folder), and this export is a"):
+        with pytest.raises(ExportError, match=r"the path is a (file|folder), and this export is a"):
             transfer.export(texts, format, tmp_path / name, force=True)
     assert (tmp_path / "notes").read_text(encoding="utf-8") == "mine"
 
 
-def test_without_the_data_the_backbones_own_example_is_compared(texts: Path, tmp_path: Path, here: None) -> None:
+def test_export_without_data_compares_the_backbones_example(texts: Path, tmp_path: Path, here: None) -> None:
     run = tmp_path / "run"
     shutil.copytree(texts, run)
     plain = RunDirectory(run).config()
@@ -255,35 +262,35 @@ def test_without_the_data_the_backbones_own_example_is_compared(texts: Path, tmp
     RunDirectory(run).write_config(plain)
     exported = transfer.export(run, "safetensors")
     assert exported.path == run / "export" / "safetensors"
-    assert exported.examples.startswith("the backbone's own example, for the data is not here")
+    assert exported.examples.startswith("the backbone's own example (the data is not available: ")
 
 
-def test_plugins_of_this_process_alone_cannot_be_found_in_another(config: dict[str, Any], tmp_path: Path) -> None:
+def test_safetensors_export_refuses_plugins_of_this_process(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, output=tmp_path).folder
-    with pytest.raises(ExportError, match="backbone were registered in the process that trained"):
+    with pytest.raises(ExportError, match="backbone were registered only in the process that trained"):
         transfer.export(run, "safetensors", tmp_path / "out")
 
 
-def test_the_cards_front_matter_holds_the_runs_figures_and_leaves_the_licence(
-    pictures: Path, tmp_path: Path, here: None
+def test_model_card_front_matter_contains_metrics_and_an_empty_license(
+    images: Path, tmp_path: Path, here: None
 ) -> None:
-    transfer.export(pictures, "torchvision", tmp_path / "out")
+    transfer.export(images, "torchvision", tmp_path / "out")
     front = front_matter(tmp_path / "out" / "README.md")
     assert front["license"] is None
     assert front["library_name"] == "torchvision"
     assert front["pipeline_tag"] == "image-classification"
     (result,) = front["model-index"][0]["results"]
-    summary = RunDirectory(pictures).summary()
+    summary = RunDirectory(images).summary()
     assert {m["type"]: m["value"] for m in result["metrics"]} == {
         k: v for k, v in summary["test"].items() if k != "loss"
     }
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "model = resnet18(num_classes=3)" in card
     assert "| test | 6 | 2 | 2 | 2 |" in card
-    assert "one seed alone" in card
+    assert "| one seed |" in card
 
 
-def test_the_card_gives_the_spread_over_runs_of_other_seeds(texts: Path, tmp_path: Path, here: None) -> None:
+def test_model_card_states_the_spread_over_seeds(texts: Path, tmp_path: Path, here: None) -> None:
     for seed, accuracy in enumerate((0.6, 0.7, 0.8)):
         run = tmp_path / f"run-{seed}"
         shutil.copytree(texts, run)
@@ -291,14 +298,14 @@ def test_the_card_gives_the_spread_over_runs_of_other_seeds(texts: Path, tmp_pat
         summary = RunDirectory(run).summary()
         write_json(run / "summary.json", {**summary, "test": {**summary["test"], "accuracy": accuracy}})
     summary = RunDirectory(run).summary()
-    write_json(run / "summary.json", {**summary, "status": "interrupted"})  # the last one is not counted
+    write_json(run / "summary.json", {**summary, "status": "interrupted"})  # an incomplete run does not count
     transfer.export(tmp_path / "run-0", "safetensors", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| accuracy | 0.6000 | 0.1000 | 0.6500 ± 0.0707 |" in card
-    assert "over the seeds 0, 1:" in card
+    assert "The seeds are 0, 1:" in card
 
 
-def test_no_run_is_an_error_that_says_so(tmp_path: Path) -> None:
+def test_export_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no run directory"):
         transfer.export(tmp_path, "safetensors")
 
@@ -343,9 +350,106 @@ class Pairs(transfer.Backbone):
 
 
 @recorded
-def test_inputs_may_be_a_tuple_of_tensors(config: dict[str, Any], tmp_path: Path, loaded_here: None) -> None:
+def test_torch_export_supports_a_tuple_of_inputs(config: dict[str, Any], tmp_path: Path, loaded_here: None) -> None:
     registry.register("backbone", "pairs")(Pairs)
     run = transfer.run(config | {"backbone": {"name": "pairs"}}, output=tmp_path / "runs").folder
     exported = transfer.export(run, "torch_export", tmp_path / "model.pt2")
     assert exported.deviation is not None
     assert exported.deviation < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- private information
+
+REVIEWS_OF_A_FILE = [
+    {"text": f"the {word} film number {number} was shown only here", "label": label}
+    for number in range(8)
+    for word, label in (("bright", "good"), ("dull", "bad"))
+]
+
+
+@pytest.fixture(scope="module")
+def private(runs: Path) -> Path:
+    """Return a run on a file whose path and content must not be published."""
+    file = runs / "private-reviews.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in REVIEWS_OF_A_FILE), encoding="utf-8")
+    data = {"name": "text_csv", "train": str(file), "text": "text", "label": "label", "test_fraction": 0.25}
+    return transfer.run(made_of(data, TEXTCNN), output=runs / "private").folder
+
+
+def members(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield a file and, if it is a ZIP archive, all files within."""
+    yield name, content
+    if content.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            for member in archive.namelist():
+                yield from members(f"{name}!{member}", archive.read(member))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {name: content for file in files for name, content in members(file.name, file.read_bytes())}
+
+
+def example_bytes(run: Path) -> list[bytes]:
+    """Return the raw and the encoded examples of a run as bytes."""
+    loaded = read_model(run / "model")
+    _, splits = exporting.read_data(exporting.load_config(RunDirectory(run).config()))
+    preprocessing = loaded.backbone.preprocessing
+    values = [value for split in splits.values() for value in split.column(*loaded.backbone.fields)]
+    raw = [value.encode() for value in values if isinstance(value, str)]
+    return raw + [preprocessing.collate([one]).numpy().tobytes() for one in preprocessing.encode(values)]
+
+
+EXPORTS = [
+    ("private", "safetensors", "out", set()),
+    pytest.param("private", "torch_export", "out", set(), marks=recorded),
+    pytest.param("private", "onnx", "out", set(), marks=recorded),
+    pytest.param("images", "torch_export", "model.pt2", set(), marks=recorded),
+    ("images", "torchvision", "out", set()),
+    # A state dict for torch.load, which the user asked for by the suffix.
+    ("images", "torchvision", "model.pth", {"model.pth!model/data.pkl"}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+@pytest.mark.parametrize(("name", "format", "output", "pickles"), EXPORTS)
+def test_export_contains_no_examples_and_no_local_paths(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    loaded_here: None,
+    name: str,
+    format: str,
+    output: str,
+    pickles: set[str],
+) -> None:
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    run: Path = request.getfixturevalue(name)
+    transfer.export(run, format, tmp_path / output)
+    files = contents(tmp_path / output)
+    examples = example_bytes(run)
+    assert len(examples) >= 20
+    local = [
+        sys.prefix,
+        str(Path(transfer.__file__).parents[1]),
+        str(run.parent.parent),
+        str(Path.cwd()),
+        str(tmp_path),
+    ]
+    for file, content in files.items():
+        assert not [example for example in examples if example in content], file
+        assert not [path for path in local if path.encode() in content], file
+    # Older versions of torch write the weights of a .pt2 file as a pickle; with the current one nothing else is.
+    if not (format == "torch_export" and not hasattr(torch.export, "pt2_archive")):
+        assert {file for file, content in files.items() if content.startswith(b"\x80\x02")} == pickles
+
+
+def test_export_permissions_follow_the_umask(texts: Path, tmp_path: Path, here: None) -> None:
+    before = os.umask(0o027)
+    try:
+        transfer.export(texts, "safetensors", tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o640}

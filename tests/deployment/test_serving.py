@@ -41,7 +41,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from conftest import Dense
 from transfer import register
-from transfer.cli import main
+from transfer.cli.app import main
 register("backbone", "dense")(Dense)
 main()
 """

@@ -26,7 +26,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the report of a run over texts and with class names that would be markup."""
+    """Return the report of a run with texts and class names that contain markup."""
     folder = tmp_path_factory.mktemp("page")
     words = {MARKUP: ["dull", "poor", "weary"], "good & <b>bold": ["bright", "fine", "superb"]}
     rows = [
@@ -47,7 +47,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return transfer.run(config, output=folder / "runs").folder / "report.html"
 
 
-def test_it_opens_without_an_error_or_a_request(browser: Browser, page: Path) -> None:
+def test_page_loads_without_errors_or_requests(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri())
     assert browser.errors() == []
     assert browser.run("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
@@ -55,27 +55,27 @@ def test_it_opens_without_an_error_or_a_request(browser: Browser, page: Path) ->
     assert browser.run("return document.title").startswith("textcnn on text_csv: run-")
 
 
-def test_nothing_from_outside_is_markup(browser: Browser, page: Path) -> None:
+def test_page_escapes_texts_and_class_names(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri())
     assert browser.run("return document.querySelectorAll('section img, section b, script').length") == 0
-    # The bold row of sums is the page's own.
+    # The bold row of sums is markup of the page.
     assert MARKUP in browser.run("return document.querySelector('#data').innerText")
-    assert MARKUP in browser.run("return document.querySelector('#highest-loss article .text').innerText")
+    assert MARKUP in browser.run("return document.querySelector('#top-losses article .text').innerText")
 
 
-def test_every_section_is_there_and_no_wider_than_the_page(browser: Browser, page: Path) -> None:
+def test_page_shows_every_section_within_its_width(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri())
     headings = browser.run("return [...document.querySelectorAll('h2')].map(h => h.innerText)")
-    assert headings == ["Training", "Test", "Calibration", "Highest loss", "Plan", "Data", "Environment"]
+    assert headings == ["Training", "Test", "Calibration", "Top losses", "Setup", "Data", "Environment"]
     assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
-    # Every chart has a size, and draws something.
+    # No chart is empty.
     sizes = browser.run("return [...document.querySelectorAll('svg')].map(s => s.getBBox().width)")
     assert len(sizes) == 7
     assert min(sizes) > 50
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_as_light_or_dark_as_the_browser(browser: Browser, page: Path, scheme: str) -> None:
+def test_page_follows_the_color_scheme_of_the_browser(browser: Browser, page: Path, scheme: str) -> None:
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.call(f"{browser.session}/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": media})
     browser.open(page.as_uri())
@@ -85,14 +85,14 @@ def test_it_is_as_light_or_dark_as_the_browser(browser: Browser, page: Path, sch
     assert (brightness["ground"] > brightness["line"]) == (scheme == "light")
 
 
-def test_it_prints_on_a_few_pages(browser: Browser, page: Path) -> None:
+def test_page_prints_on_a_few_sheets(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri())
     printed = base64.b64decode(browser.call(f"{browser.session}/print", {}))
     assert printed.startswith(b"%PDF")
     assert 2 <= printed.count(b"/Type /Page\n") <= 8
 
 
-def test_a_plot_is_a_picture_of_its_own(browser: Browser, page: Path) -> None:
+def test_plot_is_a_standalone_svg(browser: Browser, page: Path) -> None:
     browser.open((page.parent / "plots" / "confusion.svg").as_uri())
     assert browser.errors() == []
     assert browser.run("return document.documentElement.tagName") == "svg"

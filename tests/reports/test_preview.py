@@ -1,4 +1,4 @@
-"""Looking: which examples are shown, with which captions, and where that is written."""
+"""Previews: the examples shown, their captions, and the files written."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from transfer import DataSpec, RunError, UserError
 from transfer.builtin.tasks import Classification
 from transfer.data.targets import describe
 from transfer.registry import entry_points as registry
+from transfer.reports.preview import Preview
 
 
-class Shown(PointPreprocessing):
-    """Shows a batch as JSON."""
+class JSONPreprocessing(PointPreprocessing):
+    """Renders a batch as JSON."""
 
     def augment(self, encoded: torch.Tensor) -> torch.Tensor:
         return encoded + 100
@@ -28,103 +29,105 @@ class Shown(PointPreprocessing):
     def render_batch(
         self, inputs: Any, values: Sequence[Any], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
     ) -> str:
-        plain = {name: list(places) for name, places in groups.items()}
+        plain = {name: list(indices) for name, indices in groups.items()}
         return json.dumps({"inputs": inputs.tolist(), "values": list(values), "captions": captions, "groups": plain})
 
 
-class Showing(Dense):
-    """The tiny backbone, with something to see."""
+class Rendering(Dense):
+    """The tiny backbone with a preprocessing that renders batches."""
 
     @property
-    def preprocessing(self) -> Shown:
-        return Shown()
+    def preprocessing(self) -> JSONPreprocessing:
+        return JSONPreprocessing()
 
 
 @pytest.fixture
-def showing(config: dict[str, Any]) -> dict[str, Any]:
-    registry.register("backbone", "showing")(Showing)
-    return config | {"backbone": {"name": "showing"}}
+def rendering(config: dict[str, Any]) -> dict[str, Any]:
+    registry.register("backbone", "rendering")(Rendering)
+    return config | {"backbone": {"name": "rendering"}}
 
 
-def content(look: transfer.reports.preview.Preview) -> dict[str, Any]:
-    assert isinstance(look.content, str)
-    return dict(json.loads(look.content))
+def content(preview: Preview) -> dict[str, Any]:
+    assert isinstance(preview.content, str)
+    return dict(json.loads(preview.content))
 
 
-def test_the_first_training_batch_is_shown_augmented_with_its_labels(showing: dict[str, Any]) -> None:
-    seen = content(transfer.look(showing))
+def test_preview_batch_is_augmented_and_labeled(rendering: dict[str, Any]) -> None:
+    seen = content(transfer.preview_batch(rendering))
     assert len(seen["captions"]) == 16
     assert set(seen["captions"]) == {"near", "far"}
     assert list(seen["groups"].values()) == [list(range(16))]
     np.testing.assert_allclose(seen["inputs"], np.array(seen["values"]) + 100, rtol=1e-5)
-    assert seen == content(transfer.look(showing))
-    assert seen != content(transfer.look(showing, ["seed=4"]))
+    assert seen == content(transfer.preview_batch(rendering))
+    assert seen != content(transfer.preview_batch(rendering, ["seed=4"]))
 
 
-def test_a_mixed_batch_says_what_was_mixed(showing: dict[str, Any]) -> None:
-    showing["train"]["mix"] = {"mixup": 0.5}
-    seen = content(transfer.look(showing))
-    shares = [float(line.split()[0]) for line in seen["captions"][0].split("\n")]
-    assert sum(shares) == pytest.approx(1, abs=0.011)
-    assert seen["inputs"] != content(transfer.look(showing, ["train.mix=null"]))["inputs"]
+def test_preview_batch_captions_state_mixup_weights(rendering: dict[str, Any]) -> None:
+    rendering["train"]["mix"] = {"mixup": 0.5}
+    seen = content(transfer.preview_batch(rendering))
+    weights = [float(line.split()[0]) for line in seen["captions"][0].split("\n")]
+    assert sum(weights) == pytest.approx(1, abs=0.011)
+    assert seen["inputs"] != content(transfer.preview_batch(rendering, ["train.mix=null"]))["inputs"]
 
 
-def test_a_large_batch_is_shown_in_part_and_says_so(showing: dict[str, Any]) -> None:
-    seen = content(transfer.look(showing, ["train.batch_size=100"]))
+def test_preview_batch_is_limited_to_64_examples(rendering: dict[str, Any]) -> None:
+    seen = content(transfer.preview_batch(rendering, ["train.batch_size=100"]))
     assert len(seen["captions"]) == len(seen["inputs"]) == 64
     assert list(seen["groups"]) == ["run: the first training batch, 100 examples (the first 64)"]
 
 
-def test_a_field_without_a_picture_says_so(config: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="backbone Dense has no picture of point") as caught:
-        transfer.look(config)
-    assert caught.value.problems[0].fix == "define show() in PointPreprocessing"
+def test_preview_batch_refuses_a_field_that_cannot_be_rendered(config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="backbone Dense cannot render point") as caught:
+        transfer.preview_batch(config)
+    assert caught.value.problems[0].fix == "define render_batch() in PointPreprocessing"
 
 
-def test_a_text_is_written_only_where_it_is_asked_for(showing: dict[str, Any], tmp_path: Path) -> None:
-    assert transfer.look(showing).path is None
-    seen = transfer.look(showing, output=tmp_path / "deep" / "batch.txt")
+def test_text_preview_is_written_only_to_a_given_path(rendering: dict[str, Any], tmp_path: Path) -> None:
+    assert transfer.preview_batch(rendering).path is None
+    seen = transfer.preview_batch(rendering, output=tmp_path / "deep" / "batch.txt")
     assert (tmp_path / "deep" / "batch.txt").read_text(encoding="utf-8") == seen.content
-    with pytest.raises(UserError, match="what there is to see is a text"):
-        transfer.look(showing, output=tmp_path / "batch.png")
+    with pytest.raises(
+        UserError, match=r"the path does not fit the preview: expected a name for a text, got 'batch\.png'"
+    ):
+        transfer.preview_batch(rendering, output=tmp_path / "batch.png")
 
 
-def test_predictions_are_shown_right_wrong_and_least_sure(showing: dict[str, Any], tmp_path: Path) -> None:
-    run = transfer.run(showing, output=tmp_path)
-    look = transfer.preview_predictions(run.folder)
-    assert look.path == run.folder / "plots" / "predictions.txt"
-    seen = content(look)
-    right, wrong, least = seen["groups"].items()
+def test_preview_predictions_groups_correct_wrong_and_uncertain(rendering: dict[str, Any], tmp_path: Path) -> None:
+    run = transfer.run(rendering, output=tmp_path)
+    preview = transfer.preview_predictions(run.folder)
+    assert preview.path == run.folder / "plots" / "predictions.txt"
+    seen = content(preview)
+    correct, wrong, least = seen["groups"].items()
     count = round(run.summary["test"]["accuracy"] * 40)
-    assert right[0] == f"right: {count} of 40, the most sure first"
-    assert wrong[0] == f"wrong: {40 - count} of 40, the most sure first"
+    assert correct[0] == f"correct: {count} of 40, the most confident first"
+    assert wrong[0] == f"wrong: {40 - count} of 40, the most confident first"
 
-    def said(places: list[int]) -> list[list[str]]:
-        return [[line.split(": ")[1] for line in seen["captions"][place].split("\n")] for place in places]
+    def parsed(indices: list[int]) -> list[list[str]]:
+        return [[line.split(": ")[1] for line in seen["captions"][index].split("\n")] for index in indices]
 
-    assert all(true == label for true, label, _ in said(right[1]))
-    assert all(true != label for true, label, _ in said(wrong[1]))
-    sure = [float(probability) for _, _, probability in said(least[1])]
-    assert sure == sorted(sure)
-    assert sure[0] == min(float(p) for _, _, p in said(range(len(seen["captions"]))))  # type: ignore[arg-type]
-    # What is seen is what was predicted: the same points, not augmented.
+    assert all(true == label for true, label, _ in parsed(correct[1]))
+    assert all(true != label for true, label, _ in parsed(wrong[1]))
+    confidences = [float(probability) for _, _, probability in parsed(least[1])]
+    assert confidences == sorted(confidences)
+    assert confidences[0] == min(float(p) for _, _, p in parsed(range(len(seen["captions"]))))  # type: ignore[arg-type]
+    # The rendered points are those that were predicted: not augmented.
     assert np.allclose(seen["inputs"], seen["values"])
     answers = list(transfer.predict(run.folder, [",".join(map(str, value)) for value in seen["values"]]))
-    assert [answer["label"] for answer in answers] == [label for _, label, _ in said(range(len(answers)))]  # type: ignore[arg-type]
+    assert [answer["label"] for answer in answers] == [label for _, label, _ in parsed(range(len(answers)))]  # type: ignore[arg-type]
 
 
-def test_numbers_are_shown_by_their_loss(showing: dict[str, Any], tmp_path: Path) -> None:
-    showing |= {"data": {"name": "points", "target": "number"}, "task": {"name": "regression"}}
-    seen = content(transfer.preview_predictions(transfer.run(showing, output=tmp_path).folder))
+def test_preview_predictions_groups_numbers_by_loss(rendering: dict[str, Any], tmp_path: Path) -> None:
+    rendering |= {"data": {"name": "points", "target": "number"}, "task": {"name": "regression"}}
+    seen = content(transfer.preview_predictions(transfer.run(rendering, output=tmp_path).folder))
     assert list(seen["groups"]) == ["smallest loss", "largest loss"]
     assert seen["captions"][0].startswith("true: first ")
     errors = [abs(float(t.split()[-1]) - float(s.split()[-1])) for t, s in (c.split("\n") for c in seen["captions"])]
     assert max(errors[:8]) < min(errors[8:])
 
 
-def test_a_split_that_is_not_there_is_named(showing: dict[str, Any], tmp_path: Path) -> None:
+def test_preview_predictions_refuses_an_unknown_split(rendering: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the data has no split 'dev'"):
-        transfer.preview_predictions(transfer.run(showing, output=tmp_path).folder, "dev")
+        transfer.preview_predictions(transfer.run(rendering, output=tmp_path).folder, "dev")
 
 
 @pytest.mark.parametrize(
@@ -136,19 +139,21 @@ def test_a_split_that_is_not_there_is_named(showing: dict[str, Any], tmp_path: P
         (DataSpec(("text",), "number", ("width", "height")), [1.5, 2.0], "width 1.5, height 2"),
     ],
 )
-def test_targets_are_said_in_words(data: DataSpec, target: Any, words: str) -> None:
+def test_describe_formats_targets(data: DataSpec, target: Any, words: str) -> None:
     assert describe(data, target) == words
 
 
-def test_a_task_without_probabilities_shows_right_and_wrong(showing: dict[str, Any], tmp_path: Path) -> None:
+def test_preview_predictions_without_probabilities_has_no_uncertain_group(
+    rendering: dict[str, Any], tmp_path: Path
+) -> None:
     class Plain(Classification):
-        """Names the class alone."""
+        """Returns only the class."""
 
         def interpret(self, outputs: torch.Tensor) -> list[dict[str, Any]]:
             return [{"label": row["label"]} for row in super().interpret(outputs)]
 
     registry.register("task", "plain")(Plain)
-    run = transfer.run(showing | {"task": {"name": "plain"}}, output=tmp_path)
+    run = transfer.run(rendering | {"task": {"name": "plain"}}, output=tmp_path)
     seen = content(transfer.preview_predictions(run.folder))
-    assert [heading.split(":")[0] for heading in seen["groups"]] == ["right", "wrong"]
+    assert [heading.split(":")[0] for heading in seen["groups"]] == ["correct", "wrong"]
     assert all(len(caption.split("\n")) == 2 for caption in seen["captions"])

@@ -1,4 +1,4 @@
-"""The report of a run: its figures against torchmetrics, what is in it for each task, and what keeps it away."""
+"""The report of a run: its metrics against torchmetrics, its content for each task, and the runs it refuses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ import transfer
 from transfer import Data, DataSpec, Occlusion, RunError, Split
 from transfer.registry import entry_points as registry
 from transfer.reports import charts
-from transfer.reports.metrics import Bin, calibrate, confusion, most_confused, of_classes, of_labels, residuals
+from transfer.reports.metrics import (
+    Bin,
+    calibration,
+    confusion_matrix,
+    metrics_per_class,
+    metrics_per_label,
+    most_confused,
+    residuals,
+)
 from transfer.training.events import Note
 
 DRAWN = torch.Generator().manual_seed(0)
@@ -37,60 +45,69 @@ def drawn(*size: int) -> torch.Tensor:
     return torch.rand(*size, generator=DRAWN)
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------------------------------------ metrics
 
 
-def test_figures_of_classes_are_those_of_torchmetrics() -> None:
+def test_metrics_per_class_equal_torchmetrics() -> None:
     predictions, targets = (drawn(200) * 5).long(), (drawn(200) * 5).long()
-    matrix = confusion(predictions, targets, 5)
+    matrix = confusion_matrix(predictions, targets, 5)
     assert torch.equal(matrix, multiclass_confusion_matrix(predictions, targets, 5))
-    found = of_classes(matrix)
+    metrics = metrics_per_class(predictions, targets, 5)
     oracles = {"precision": MulticlassPrecision(5, average=None), "recall": MulticlassRecall(5, average=None)}
     for name, oracle in oracles.items():
-        assert [getattr(one, name) for one in found] == pytest.approx(oracle(predictions, targets).tolist())
-    assert [one.f1 for one in found] == pytest.approx(multiclass_f1_score(predictions, targets, 5, None).tolist())
-    assert [one.support for one in found] == torch.bincount(targets, minlength=5).tolist()
+        assert [getattr(one, name) for one in metrics] == pytest.approx(oracle(predictions, targets).tolist())
+    assert [one.f1 for one in metrics] == pytest.approx(multiclass_f1_score(predictions, targets, 5, None).tolist())
+    assert [one.support for one in metrics] == torch.bincount(targets, minlength=5).tolist()
 
 
-def test_a_class_that_is_nowhere_has_no_figures_and_one_that_is_never_said_no_precision() -> None:
-    nowhere, never_said = of_classes(confusion(torch.tensor([2, 2]), torch.tensor([1, 2]), 3))[:2]
-    assert (nowhere.precision, nowhere.recall, nowhere.f1, nowhere.support) == (None, None, None, 0)
-    assert (never_said.precision, never_said.recall, never_said.f1, never_said.support) == (None, 0.0, 0.0, 1)
+def test_metrics_per_class_are_none_without_examples_or_predictions() -> None:
+    absent, never_predicted = metrics_per_class(torch.tensor([2, 2]), torch.tensor([1, 2]), 3)[:2]
+    assert (absent.precision, absent.recall, absent.f1, absent.support) == (None, None, None, 0)
+    assert (never_predicted.precision, never_predicted.recall) == (None, 0.0)
+    assert (never_predicted.f1, never_predicted.support) == (0.0, 1)
 
 
-def test_the_most_frequent_mistakes_come_first_and_right_ones_are_none() -> None:
+def test_metrics_per_class_of_a_single_class() -> None:
+    (only,) = metrics_per_class(torch.tensor([0, 0]), torch.tensor([0, 0]), 1)
+    assert (only.precision, only.recall, only.f1, only.support, only.predicted) == (1.0, 1.0, 1.0, 2, 2)
+
+
+def test_most_confused_sorts_mistakes_by_count() -> None:
     assert most_confused(torch.tensor([[9, 1, 0], [3, 9, 0], [0, 2, 9]]), 2) == [(1, 0, 3), (2, 1, 2)]
     assert most_confused(torch.diag(torch.tensor([4, 5])), 3) == []
 
 
-def test_figures_of_labels_are_those_of_torchmetrics() -> None:
+def test_metrics_per_label_equal_torchmetrics() -> None:
     probabilities, targets = drawn(50, 3), (drawn(50, 3) > 0.6).long()
-    found = of_labels(probabilities >= 0.4, targets > 0)
+    metrics = metrics_per_label(probabilities >= 0.4, targets > 0)
     oracle = MultilabelF1Score(3, threshold=0.4, average=None)
-    assert [one.f1 for one in found] == pytest.approx(oracle(probabilities, targets).tolist())
+    assert [one.f1 for one in metrics] == pytest.approx(oracle(probabilities, targets).tolist())
 
 
-def test_the_calibration_error_is_that_of_torchmetrics() -> None:
-    probabilities, right = drawn(500), drawn(500) < 0.7
-    found = calibrate(probabilities, right)
-    assert found.error == pytest.approx(float(binary_calibration_error(probabilities, right.long(), 15)), abs=1e-6)
-    assert sum(one.count for one in found.bins) == 500
-    assert found.right == pytest.approx(right.float().mean().item())
-    certain = calibrate(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, True, True]))
+def test_calibration_error_equals_torchmetrics() -> None:
+    probabilities, correct = drawn(500), drawn(500) < 0.7
+    calibrated = calibration(probabilities, correct)
+    oracle = float(binary_calibration_error(probabilities, correct.long(), 15))
+    assert calibrated.error == pytest.approx(oracle, abs=1e-6)
+    assert sum(one.count for one in calibrated.bins) == 500
+    assert calibrated.accuracy == pytest.approx(correct.float().mean().item())
+    certain = calibration(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, True, True]))
     assert certain.error == 0
     assert [one.count for one in certain.bins] == [1, 2]
     assert 0 < Bin(0.9, 1.0, 10, 0.95, 1.0).standard_error < 0.2
 
 
-def test_residuals_are_those_of_torchmetrics() -> None:
+def test_residuals_equal_torchmetrics() -> None:
     targets = drawn(40, 2)
     predictions = targets + drawn(40, 2) / 5
-    for place, found in enumerate(residuals(predictions, targets)):
-        said, true = predictions[:, place], targets[:, place]
-        assert found.explained == pytest.approx(float(r2_score(said, true)), abs=1e-5)
-        assert found.mean_absolute == pytest.approx(float((said - true).abs().mean()))
-        assert found.bias == pytest.approx(float((said - true).mean()))
-    assert residuals(torch.zeros(2, 1), torch.ones(2, 1))[0].explained is None
+    for index, errors in enumerate(residuals(predictions, targets)):
+        predicted, true = predictions[:, index], targets[:, index]
+        assert errors.r2 == pytest.approx(float(r2_score(predicted, true)), abs=1e-5)
+        assert errors.mean_absolute_error == pytest.approx(float((predicted - true).abs().mean()))
+        assert errors.root_mean_squared_error == pytest.approx(float((predicted - true).square().mean().sqrt()))
+        assert errors.bias == pytest.approx(float((predicted - true).mean()))
+    assert residuals(torch.zeros(2, 1), torch.ones(2, 1))[0].r2 is None
+    assert residuals(torch.zeros(1, 1), torch.ones(1, 1))[0].r2 is None
 
 
 # ------------------------------------------------------------------------------------------------------------- charts
@@ -103,16 +120,16 @@ ODD = {
     "many lines": charts.lines("a", {f"layer {i}": [(1.0, i), (2.0, -i)] for i in range(30)}),
     "one number": charts.scatter("<a>", [(2.0, 2.0)], "x", "y"),
     "many numbers": charts.scatter("a", [(i * 1.0, -i * 1e6) for i in range(9000)], "x", "y"),
-    "empty classes": charts.matrix("a", [[0, 0], [0, 0]], ["<b>", "\x1b" * 40]),
-    "many classes": charts.matrix("a", [[1] * 40] * 40, [f"class {i}" for i in range(40)]),
-    "no time": charts.shares("a", {"x": 0.0, "y": 1.0}, "s"),
-    "one bin": charts.reliability("a", calibrate(torch.ones(1), torch.ones(1) > 0)),
+    "empty classes": charts.confusion_matrix("a", [[0, 0], [0, 0]], ["<b>", "\x1b" * 40]),
+    "many classes": charts.confusion_matrix("a", [[1] * 40] * 40, [f"class {i}" for i in range(40)]),
+    "no time": charts.stacked_bar("a", {"x": 0.0, "y": 1.0}, "s"),
+    "one bin": charts.reliability("a", calibration(torch.ones(1), torch.ones(1) > 0)),
 }
 
 
 @pytest.mark.parametrize("svg", ODD.values(), ids=ODD.keys())
-def test_a_chart_is_xml_and_stays_inside_its_frame(svg: str) -> None:
-    root = ET.fromstring(charts.alone(svg))
+def test_chart_is_xml_and_stays_inside_its_frame(svg: str) -> None:
+    root = ET.fromstring(charts.standalone(svg))
     width, height = map(float, root.attrib["viewBox"].split()[2:])
     numbers = [float(n) for e in root.iter() for n in re.findall(r"-?\d+\.?\d*", e.attrib.get("points", ""))]
     for element in root.iter():
@@ -126,27 +143,27 @@ def test_a_chart_is_xml_and_stays_inside_its_frame(svg: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-class TakenApart(PointPreprocessing):
-    """Explains a point by its numbers."""
+class OccludedPoints(PointPreprocessing):
+    """Points whose pieces are their numbers."""
 
     def occlusions(self, value: Any) -> list[Occlusion]:
         return [Occlusion(f"{number:.1f} ", [*value[:i], 0.0, *value[i + 1 :]]) for i, number in enumerate(value)]
 
 
 class Explaining(Dense):
-    """The tiny backbone, which explains itself."""
+    """The tiny backbone with pieces that can be left out."""
 
     @property
-    def preprocessing(self) -> TakenApart:
-        return TakenApart()
+    def preprocessing(self) -> OccludedPoints:
+        return OccludedPoints()
 
 
-class Labelled(Points):
-    """Points, each with two labels that its first two numbers say."""
+class LabeledPoints(Points):
+    """Points with two labels: whether the first and the second number are positive."""
 
     @property
     def spec(self) -> DataSpec:
-        return DataSpec(("point",), "labels", ("<first>", "second"))
+        return DataSpec(("point",), "labels", ("<first>\x1b[2J", "second"))
 
     def load(self) -> Data:
         generator = np.random.default_rng(0)
@@ -162,7 +179,7 @@ def page(run: transfer.Run) -> str:
 
 
 def words(html: str) -> str:
-    """Return what a page says, in one line."""
+    """Return the text of a page in one line."""
     return " ".join(re.sub(r"<[^>]*>", " ", html.split("<body>")[1]).split())
 
 
@@ -172,24 +189,24 @@ def run(config: dict[str, Any], tmp_path: Path) -> transfer.Run:
     return transfer.run(config | {"backbone": {"name": "explaining"}}, output=tmp_path)
 
 
-def test_a_run_ends_with_its_report(run: transfer.Run) -> None:
-    said = words(page(run))
-    assert f"test accuracy {run.summary['test']['accuracy']:.4f}" in said
-    assert "40 examples" in said
+def test_run_writes_its_report(run: transfer.Run) -> None:
+    text = words(page(run))
+    assert f"test accuracy {run.summary['test']['accuracy']:.4f}" in text
+    assert "40 examples" in text
     names = {path.name for path in (run.folder / "plots").iterdir()}
     drawn = ("loss", "accuracy", "f1_macro", "learning_rate", "time", "confusion", "calibration")
     assert names == {f"{name}.svg" for name in drawn}
     for name in names:
         ET.parse(run.folder / "plots" / name)
     assert page(run).count("<article>") == 12
-    # Losses fall from one example to the next, and the pieces that moved a score are named.
-    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", said.split("examples with the highest loss")[1])]
+    # The highest loss comes first, and the pieces with the largest changes are named.
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", text.split("examples with the highest loss")[1])]
     assert losses == sorted(losses, reverse=True)
-    assert said.count("moved by") == 12
+    assert text.count("largest changes: ") == 12
     assert not list(run.folder.glob(".*"))
 
 
-def test_the_command_writes_the_same_page_again(run: transfer.Run) -> None:
+def test_report_writes_the_same_page_again(run: transfer.Run) -> None:
     before = page(run)
     (run.folder / "report.html").unlink()
     shutil.rmtree(run.folder / "plots")
@@ -197,82 +214,82 @@ def test_the_command_writes_the_same_page_again(run: transfer.Run) -> None:
     assert page(run) == before
 
 
-def test_without_the_data_the_page_lacks_the_examples_and_says_why(
-    run: transfer.Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_without_data_states_the_reason(run: transfer.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Points, "load", lambda self: (_ for _ in ()).throw(transfer.DataError("no <points> here")))
     transfer.report(run.folder)
-    assert "Not shown: the data is not here: no &lt;points&gt; here." in page(run)
+    assert "Not shown: the data is not available: no &lt;points&gt; here." in page(run)
     assert "<article>" not in page(run)
     assert (run.folder / "plots" / "confusion.svg").is_file()
 
 
-def test_other_data_is_not_taken_for_the_run_s(run: transfer.Run) -> None:
+def test_report_refuses_changed_data(run: transfer.Run) -> None:
     file = run.folder / "config.yaml"
     file.write_text(file.read_text(encoding="utf-8").replace("count: 160", "count: 80"), encoding="utf-8")
     transfer.report(run.folder)
-    assert "the data is not what it was when the run was scored" in page(run)
+    assert "the data has changed since the run was scored" in page(run)
 
 
-def test_numbers_get_residuals_and_no_calibration(config: dict[str, Any], tmp_path: Path) -> None:
+def test_report_of_numbers_contains_residuals_and_no_calibration(config: dict[str, Any], tmp_path: Path) -> None:
     config |= {"data": {"name": "points", "target": "number"}, "task": {"name": "regression"}}
-    said = words(page(run := transfer.run(config, output=tmp_path)))
-    assert "mean absolute error" in said
-    assert "Calibration" not in said
+    text = words(page(run := transfer.run(config, output=tmp_path)))
+    assert "mean absolute error" in text
+    assert "Calibration" not in text
     assert (run.folder / "plots" / "residuals-1.svg").is_file()
-    assert re.search(r"true first -?\d", said)
+    assert re.search(r"true first -?\d", text)
 
 
-def test_labels_get_a_table_and_the_calibration_of_all_of_them(config: dict[str, Any], tmp_path: Path) -> None:
-    registry.register("dataset", "labelled")(Labelled)
-    config |= {"data": {"name": "labelled"}, "task": {"name": "multilabel", "threshold": 0.3}}
+def test_report_of_labels_contains_their_metrics_and_calibration(config: dict[str, Any], tmp_path: Path) -> None:
+    registry.register("dataset", "labeled")(LabeledPoints)
+    config |= {"data": {"name": "labeled"}, "task": {"name": "multilabel", "threshold": 0.3}}
     run = transfer.run(config, output=tmp_path)
-    assert "from a probability of 0.3" in words(page(run))
-    assert "&lt;first&gt;" in page(run)
+    assert "if its probability is at least 0.3" in words(page(run))
+    # Neither markup nor a terminal command in a name has an effect.
+    assert "&lt;first&gt;\\x1b[2J" in page(run)
     assert "<first>" not in page(run)
-    assert "probabilities of labels" in words(page(run))
+    assert "\x1b" not in page(run)
+    assert "label probabilities" in words(page(run))
     assert not (run.folder / "plots" / "confusion.svg").exists()
 
 
-def test_phases_and_a_missing_test_score(config: dict[str, Any], tmp_path: Path) -> None:
+def test_report_of_phases_without_test_metrics(config: dict[str, Any], tmp_path: Path) -> None:
     phases = "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, lr: {head: 0.1, backbone: 0.001}}]"
     run = transfer.run(config, [phases, "train.score_test=false"], output=tmp_path)
-    said = words(page(run))
-    assert "the test split was not scored" in said
-    assert "phase 1: 1 epoch phase 2: 2 epochs first 56 frozen lr 0.001" in said
+    text = words(page(run))
+    assert "the test split was not scored" in text
+    assert "phase 1: 1 epoch phase 2: 2 epochs first 56 frozen lr 0.001" in text
     assert "phase 2" in (run.folder / "plots" / "loss.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("overrides", "quick"), [(["train.report=false"], False), ([], True)])
-def test_it_can_be_switched_off_and_a_quick_try_has_none(
+def test_report_is_not_written_if_disabled_or_quick(
     config: dict[str, Any], tmp_path: Path, overrides: Sequence[str], quick: bool
 ) -> None:
     run = transfer.run(config, overrides, output=tmp_path, quick=quick)
     assert not (run.folder / "report.html").exists()
     transfer.report(run.folder)
-    assert ("its figures say nothing" in page(run)) == quick
+    assert ("its metrics are meaningless" in page(run)) == quick
 
 
-def test_a_report_that_fails_is_told_and_the_run_is_complete(
+def test_failing_report_is_noted_and_the_run_is_complete(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
-        raise ZeroDivisionError("the report's fault")
+        raise ZeroDivisionError("broken report")
 
     monkeypatch.setattr("transfer.reports.report.render", broken)
-    told: list[object] = []
-    run = transfer.run(config, output=tmp_path, observe=told.append)
+    events: list[object] = []
+    run = transfer.run(config, output=tmp_path, observe=events.append)
     assert run.summary["status"] == "complete"
-    notes = [event.text for event in told if isinstance(event, Note)]
+    notes = [event.text for event in events if isinstance(event, Note)]
     assert any("the report was not written" in text and "transfer report" in text for text in notes)
-    with pytest.raises(RunError, match="the report cannot be made of this run: ZeroDivisionError"):
+    with pytest.raises(RunError, match="the report cannot be created from this run: ZeroDivisionError"):
         transfer.report(run.folder)
 
 
-def test_a_run_that_has_not_ended_has_none(config: dict[str, Any], tmp_path: Path) -> None:
+def test_report_refuses_an_incomplete_run(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, output=tmp_path)
     (run.folder / "summary.json").write_text(json.dumps({"status": "stopped", "error": "StoppedByObserver: enough"}))
-    with pytest.raises(RunError, match="has not ended: StoppedByObserver: enough") as caught:
+    with pytest.raises(RunError, match="the run is not complete: StoppedByObserver: enough") as caught:
         transfer.report(run.folder)
     assert "transfer resume" in str(caught.value.problems[0].fix)
 
@@ -300,7 +317,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE.keys())
-def test_what_is_damaged_is_refused_in_words(config: dict[str, Any], tmp_path: Path, change: Change) -> None:
+def test_report_refuses_damaged_files(config: dict[str, Any], tmp_path: Path, change: Change) -> None:
     folder = transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path).folder
     change(folder)
     with pytest.raises(RunError) as caught:
@@ -308,12 +325,12 @@ def test_what_is_damaged_is_refused_in_words(config: dict[str, Any], tmp_path: P
     assert str(folder) in str(caught.value)
 
 
-def test_predictions_of_an_earlier_version_lack_the_examples(config: dict[str, Any], tmp_path: Path) -> None:
+def test_report_of_predictions_without_losses(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, output=tmp_path)
     directory = transfer.storage.run_directory.RunDirectory(run.folder)
     scored = directory.predictions()
     assert scored is not None
     directory.write_predictions(dataclasses.replace(scored, losses=None, confidences=None))
     transfer.report(run.folder)
-    assert "did not keep the losses" in page(run)
+    assert "did not store the losses" in page(run)
     assert "Calibration" not in words(page(run))

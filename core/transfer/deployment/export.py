@@ -1,4 +1,4 @@
-"""Taking a trained model elsewhere: written beside its place, reloaded in a fresh process, then moved into place."""
+"""Export of a trained model: written to a temporary folder, verified in a fresh process, then moved into place."""
 
 from __future__ import annotations
 
@@ -36,23 +36,24 @@ from transfer.system.downloads import no_downloads
 from transfer.training.build import read_data
 
 COMPARED_EXAMPLES = 32
-LARGEST_DEVIATION = 1e-4
-"""Times the largest output, or 1: what another program's order of additions may change, and a wrong layer may not."""
+MAX_RELATIVE_DEVIATION = 1e-4
+"""Largest deviation of an output, relative to the largest output (at least 1). Another order of floating-point
+additions stays below it, and a wrong layer does not."""
 CARD = "README.md"
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was exported, or would be.
+    """A written export, or the files that a dry run would write.
 
     Args:
-        path: The folder or file.
-        format: Its name.
-        files: The names of the files in the folder, or of the lone file.
-        examples: What the exported model was compared on.
-        deviation: The largest absolute difference of an output from the run's own; None for a dry run.
-        outputs: How many outputs were compared.
-        modules: What the fresh process had imported.
+        path: Path of the exported folder or file.
+        format: Name of the format.
+        files: Names of the files in the folder, or of the single file.
+        examples: Description of the examples that the outputs were compared on.
+        deviation: Largest absolute difference of an output from that of the run; None for a dry run.
+        outputs: Number of outputs that were compared.
+        modules: Names of the modules that the fresh process had imported.
     """
 
     path: Path
@@ -66,32 +67,38 @@ class Export:
 
 @dataclass(frozen=True)
 class Examples:
-    """What an exported model is compared on.
+    """The examples that the outputs of an export are compared on.
 
     Args:
-        batches: Inputs of the model: all examples together, and the shortest alone.
-        what: Where they come from.
+        batches: Two batches of model inputs: all examples, and only the shortest.
+        description: Description of the examples for the model card.
+        reason: Reason why they are not examples of the run's data; empty if they are.
     """
 
     batches: Sequence[Any]
-    what: str
+    description: str
+    reason: str = ""
 
 
 def export(
     run: str | Path, format: str, output: str | Path | None = None, *, force: bool = False, dry_run: bool = False
 ) -> Export:
-    """Write a run's model in another format, once a fresh process has given the run's own outputs with it.
+    """Write a run's model in another format, after a fresh process has reproduced the run's outputs with it.
+
+    Models are exported on the CPU, so that the exported program does not depend on a device.
 
     Args:
-        run: A run directory; nothing else is needed.
-        format: ``safetensors``, ``torch_export``, ``onnx``, or one that the backbone knows (``torchvision``).
-        output: A folder; or a file, where its name ends as the format's files do. By default ``RUN/export/FORMAT``.
-        force: Replace what an earlier export wrote there.
-        dry_run: Only say what would be written.
+        run: Run directory.
+        format: Name of the format: ``safetensors``, ``torch_export``, ``onnx``, or one that the backbone adds
+            (``torchvision``).
+        output: Path of a folder, or of a file if its suffix is one of the format's. The default is
+            ``RUN/export/FORMAT``.
+        force: Whether to replace an earlier export at the path.
+        dry_run: Whether to return the files that would be written without writing them.
 
     Raises:
-        UserError: The run is not right, the model does not fit the format, or there is something in the way.
-        ExportError: What was exported does not give the run's outputs; nothing is left of it.
+        UserError: The run is invalid, the model does not fit the format, or the path exists.
+        ExportError: The export does not reproduce the outputs of the run; nothing is written.
     """
     directory = RunDirectory.open(run)
     if output is None:
@@ -101,101 +108,109 @@ def export(
     described = read_json(directory.model / DESCRIPTION, "there is no model here")
     _refuse_unfindable(chosen, described)
     path = directory.path / "export" / format if output is None else Path(output).expanduser()
-    alone = _is_file(chosen, format, path)
-    _refuse_existing(path, force, alone=alone)
-    files = [path.name] if alone else [chosen.file, DESCRIPTION, *described["assets"], CARD]
+    single_file = _is_file(chosen, format, path)
+    _refuse_existing(path, force, single_file=single_file)
+    files = [path.name] if single_file else [chosen.file, DESCRIPTION, *described["assets"], CARD]
     if dry_run:
         return Export(path, format, files)
     examples = _examples(directory, loaded)
-    with _beside(path) as temporary:
+    with _temporary_folder(path) as temporary:
         weights = temporary / files[0]
         chosen.write(weights, examples.batches[0])
-        for name in [] if alone else files[1:-1]:
+        for name in [] if single_file else files[1:-1]:
             shutil.copyfile(directory.model / name, temporary / name)
         deviation, outputs, modules = _compare(chosen, weights, loaded, examples)
-        exported = Export(path, format, files, examples.what, deviation, outputs, modules)
-        if not alone:
-            parity = f"{deviation:.2g} over {outputs:,} outputs for {examples.what}"
-            with damaged("the model card cannot be written", str(directory.path), "bring back the run's own files"):
+        if not single_file:
+            parity = f"{deviation:.2g} over {outputs:,} outputs for {examples.description}"
+            fix = "restore the original files of the run"
+            with damaged("the model card cannot be written", str(directory.path), fix):
                 card = render(directory, described, format, chosen.library, chosen.usage(chosen.file), parity)
             write_atomically(temporary / CARD, card)
-        _move(weights if alone else temporary, path)
-    return exported
+        _move(weights if single_file else temporary, path)
+    compared_on = f"{examples.description} ({examples.reason})" if examples.reason else examples.description
+    return Export(path, format, files, compared_on, deviation, outputs, modules)
 
 
 def _refuse_unfindable(chosen: Format, described: dict[str, Any]) -> None:
     here = [kind for kind, plugin in described["plugins"].items() if plugin["distribution"] == IN_PROCESS]
     if isinstance(chosen, Safetensors) and here:
         raise ExportError(
-            f"{' and '.join(here)} were registered in the process that trained, and no other finds them",
-            fix="put them into a package with entry points, or export a program: torch_export, onnx",
+            f"{' and '.join(here)} were registered only in the process that trained: no other process finds them",
+            fix="move them to a package with entry points, or export a program: torch_export, onnx",
         )
 
 
 def _is_file(chosen: Format, format: str, path: Path) -> bool:
-    """Say whether the path means a lone file; its name must not promise another format."""
+    """Return whether the path names a single file of the format, by its suffix."""
     if path.suffix in chosen.suffixes:
         return True
-    others = {suffix for other in (*FORMATS.values(), Foreign) for suffix in other.suffixes}
-    if path.suffix in others:
-        takes = f"a folder, or a file that ends in {' or '.join(chosen.suffixes)}" if chosen.suffixes else "a folder"
-        raise ExportError(f"format {format!r} is no {path.suffix} file", where=str(path), fix=f"give {takes}")
+    other_suffixes = {suffix for other in (*FORMATS.values(), Foreign) for suffix in other.suffixes}
+    if path.suffix in other_suffixes:
+        expected = f"a folder, or a file that ends in {' or '.join(chosen.suffixes)}" if chosen.suffixes else "a folder"
+        raise ExportError(
+            f"format {format!r} does not write {path.suffix} files: expected {expected}",
+            where=str(path),
+            fix="choose another --output",
+        )
     return False
 
 
-def _refuse_existing(path: Path, force: bool, *, alone: bool) -> None:
+def _refuse_existing(path: Path, force: bool, *, single_file: bool) -> None:
     if not os.path.lexists(path):
         return
     if not force:
-        raise ExportError("it exists already", where=str(path), fix="choose another --output, or --force to replace it")
-    if path.is_dir() == alone:
-        what = "a folder, and this export is a file" if alone else "a file, and this export is a folder"
-        raise ExportError(f"it is {what}", where=str(path), fix="choose another --output")
+        raise ExportError(
+            "the path exists already", where=str(path), fix="choose another --output, or --force to replace it"
+        )
+    if path.is_dir() == single_file:
+        kinds = "a folder, and this export is a file" if single_file else "a file, and this export is a folder"
+        raise ExportError(f"the path is {kinds}", where=str(path), fix="choose another --output")
     if path.is_dir() and any(path.iterdir()):
-        found = {file.name for file in path.iterdir()}
-        if not {CARD, DESCRIPTION} <= found or any(file.is_dir() for file in path.iterdir()):
-            raise ExportError("no export wrote this folder, so it is not replaced", where=str(path), fix="remove it")
+        names = {file.name for file in path.iterdir()}
+        if not {CARD, DESCRIPTION} <= names or any(file.is_dir() for file in path.iterdir()):
+            raise ExportError(
+                "the folder is not an earlier export, so it is not replaced", where=str(path), fix="remove it"
+            )
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Give an empty folder beside a path, and leave nothing of it."""
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """Create a folder on the file system of a path, and remove it when the block ends."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        private = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        # The export is moved out of the private folder, whose mode is 0700; a folder within has the umask's mode.
+        folder = private / "export"
+        folder.mkdir()
     except OSError as error:
         raise ExportError(
-            f"cannot be written: {error.strerror}", where=str(path), fix="choose another --output"
+            f"the export cannot be written: {error.strerror}", where=str(path), fix="choose another --output"
         ) from error
     try:
-        yield temporary
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
 def _move(source: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    mode = 0o777 if source.is_dir() else 0o666
-    umask = os.umask(0)
-    os.umask(umask)
-    source.chmod(mode & ~umask)  # a temporary folder is for its owner alone
     source.replace(path)
 
 
 def _examples(directory: RunDirectory, loaded: LoadedModel) -> Examples:
-    """Take examples of the run's own data where that can be read, else the one that the backbone brings."""
+    """Return examples of the run's data, or the backbone's own example if the data cannot be read."""
     preprocessing = loaded.backbone.preprocessing
     try:
         with no_downloads():
             _, splits = read_data(load_config(directory.config()))
     except UserError as error:
-        example = preprocessing.example()
+        example, reason = preprocessing.example(), error.problems[0].message
         if example is None:
-            fix = "make the run's data available here (TRANSFER_DATA)"
-            raise ExportError(f"there is nothing to compare on: {error.problems[0].message}", fix=fix) from error
-        what = f"the backbone's own example, for the data is not here ({error.problems[0].message})"
-        return Examples(_batches(preprocessing, preprocessing.encode([example])), what)
+            fix = "make the data of the run available (TRANSFER_DATA)"
+            raise ExportError(f"there are no examples to compare outputs on: {reason}", fix=fix) from error
+        batches = _batches(preprocessing, preprocessing.encode([example]))
+        return Examples(batches, "the backbone's own example", f"the data is not available: {reason}")
     name = "test" if "test" in splits else "validation"
     split = splits[name]
     chosen = np.unique(np.linspace(0, len(split) - 1, COMPARED_EXAMPLES).round().astype(int)).tolist()
@@ -204,58 +219,62 @@ def _examples(directory: RunDirectory, loaded: LoadedModel) -> Examples:
 
 
 def _batches(preprocessing: Preprocessing, encoded: Sequence[Any]) -> list[Any]:
-    """Collate all together, and the shortest alone: another batch size, and another length where there are lengths."""
-    together = list(encoded) * (2 if len(encoded) == 1 else 1)  # a size of one is no example of a size
+    """Return a batch of all examples and one of only the shortest: they differ in batch size and in length."""
+    # torch.export treats a size of one as a constant, so the batch to record with has at least two examples.
+    together = list(encoded) * (2 if len(encoded) == 1 else 1)
     return [preprocessing.collate(together), preprocessing.collate([min(encoded, key=preprocessing.length)])]
 
 
 def _compare(chosen: Format, path: Path, loaded: LoadedModel, examples: Examples) -> tuple[float, int, frozenset[str]]:
-    """Return the largest deviation in a fresh process, the number of outputs, and what that process had imported.
+    """Return the largest deviation in a fresh process, the number of outputs, and the modules the process imported.
 
     Raises:
-        ExportError: It cannot load or run what was exported, or gives other outputs.
+        ExportError: The process cannot load or run the export, or its outputs deviate.
     """
     with torch.no_grad():
         expected = [loaded.model(batch) for batch in examples.batches]
-    got, modules = _in_fresh_process(chosen, path, examples.batches)
+    actual, modules = _in_fresh_process(chosen, path, examples.batches)
     largest, scale = 0.0, 1.0
-    for own, other in zip(expected, got, strict=True):
-        if own.shape != other.shape:
-            raise ExportError(f"the exported model returns {tuple(other.shape)}, the run's {tuple(own.shape)}")
-        difference = float((own - other).abs().max())
+    for ours, theirs in zip(expected, actual, strict=True):
+        if ours.shape != theirs.shape:
+            raise ExportError(
+                f"the outputs of the export have the wrong shape: expected {tuple(ours.shape)}, "
+                f"got {tuple(theirs.shape)}"
+            )
+        difference = float((ours - theirs).abs().max())
         largest = max(largest, difference if math.isfinite(difference) else math.inf)
-        scale = max(scale, float(own.abs().max()))
-    if largest > LARGEST_DEVIATION * scale:
+        scale = max(scale, float(ours.abs().max()))
+    if largest > MAX_RELATIVE_DEVIATION * scale:
         raise ExportError(
-            f"the exported model gives other outputs than the run: they differ by up to {largest:.3g} "
-            f"(of up to {scale:.3g}), over {examples.what}",
+            f"the outputs of the export differ from those of the run by up to {largest:.3g} "
+            f"(the largest output is {scale:.3g}), for {examples.description}",
             fix="choose another format, and report this model",
         )
     return largest, sum(outputs.numel() for outputs in expected), modules
 
 
 def _in_fresh_process(chosen: Format, path: Path, batches: Sequence[Any]) -> tuple[list[Tensor], frozenset[str]]:
-    """Load the export and answer for each batch, in a process that begins with nothing of this one."""
+    """Load the export in a new process and return its outputs for each batch, with the modules it imported."""
     is_tuple = isinstance(batches[0], tuple)
     job = {"path": str(path.resolve()), "inputs": input_names(batches[0]), "tuple": is_tuple, "batches": len(batches)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tensors = {
-            f"{number}.{place}": tensor.contiguous()
+            f"{number}.{index}": tensor.contiguous()
             for number, batch in enumerate(batches)
-            for place, tensor in enumerate(batch if is_tuple else (batch,))
+            for index, tensor in enumerate(batch if is_tuple else (batch,))
         }
         save_file(tensors, folder / "inputs.safetensors")
         (folder / "job.json").write_text(json.dumps({**job, **chosen.job()}), encoding="utf-8")
-        # -P: the folder of reload.py holds modules whose names are not meant to be found.
+        # -P keeps the folder of the script off sys.path: its modules would shadow packages of the same name.
         command = [sys.executable, "-P", verify_export.__file__, str(folder)]
         # The program is this interpreter, and the two paths are our own.
         ended = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         if ended.returncode:
             lines = [line for line in ended.stderr.splitlines() if line.strip()]
             raise ExportError(
-                f"a fresh process cannot use what was exported: {lines[-1] if lines else ended.returncode}",
-                fix="choose another format; safetensors takes any model",
+                f"a fresh process cannot use the export: {lines[-1] if lines else ended.returncode}",
+                fix="choose another format; safetensors supports any model",
             )
         outputs = load_file(folder / "outputs.safetensors")
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))

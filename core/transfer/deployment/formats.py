@@ -1,4 +1,4 @@
-"""The formats that a trained model can be exported to: what each can hold, how it is written, how it is loaded."""
+"""The formats that a trained model can be exported to: the models each can contain, its writer, and its loader."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from transfer.errors import ExportError, nearest
+from transfer.errors import ExportError, unknown_name
 from transfer.interfaces import ForeignModel, Preprocessing
 from transfer.models.saved_model import LoadedModel
 
-ONE_FILE_BYTES = 2**31 - 2**20
-"""An ONNX file holds less than 2 GiB; larger weights go into a file beside it."""
+MAX_ONNX_BYTES = 2**31 - 2**20
+"""Size limit of one ONNX file (2 GiB, less some for the graph); larger weights are written to a file next to it."""
+STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""Metadata key of an ONNX node that contains source lines and paths of the exporting machine."""
 
 
 class Format(ABC):
-    """One format, for one model.
+    """One export format, for one model.
 
     Args:
         loaded: The trained model.
 
     Raises:
-        ExportError: The format cannot hold this model, or needs something that is not installed.
+        ExportError: The format cannot contain this model, or needs a package that is not installed.
     """
 
     file: ClassVar[str]
-    """The name of the weights or program in an exported folder."""
+    """Name of the weights or program in an exported folder."""
     suffixes: ClassVar[tuple[str, ...]] = ()
-    """Of a lone file; none where a folder is needed."""
+    """Suffixes of a single exported file; empty if the format needs a folder."""
     library: str
-    """What loads it, by the name that Hugging Face's hub has for it."""
+    """Library that loads the export, by the name that Hugging Face's hub has for it."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -47,24 +49,24 @@ class Format(ABC):
         """Write the weights or the program.
 
         Args:
-            path: The file.
-            inputs: A batch to record the program with.
+            path: Path of the file.
+            inputs: A batch of example inputs to record the program with; the file must not contain them.
 
         Raises:
-            ExportError: The format cannot hold this model after all.
+            ExportError: The format cannot contain this model.
         """
 
     @abstractmethod
     def job(self) -> Mapping[str, Any]:
-        """Return what :mod:`transfer.deployment.verify_export` must know to load it; JSON alone."""
+        """Return the JSON values that :mod:`transfer.deployment.verify_export` needs to load the export."""
 
     @abstractmethod
     def usage(self, file: str) -> str:
-        """Return the Python code that loads it, for the model card."""
+        """Return the Python code that loads the export, for the model card."""
 
 
 class Safetensors(Format):
-    """The model folder of this package: weights under the stages' names, and what describes the model beside them."""
+    """The model folder of this package: weights by the names of the stages, and a description of the model."""
 
     file = "weights.safetensors"
     library = "transfer"
@@ -74,11 +76,11 @@ class Safetensors(Format):
         _save(self.loaded.model.state_dict(), path)
 
     def job(self) -> Mapping[str, Any]:
-        """Nothing but which loader."""
+        """Return the name of the loader."""
         return {"loader": "own"}
 
     def usage(self, file: str) -> str:
-        """Predict with this package."""
+        """Return code that predicts with this package."""
         return 'import transfer\n\nfor answer in transfer.predict("THIS FOLDER", ["AN INPUT"]):\n    print(answer)'
 
 
@@ -87,7 +89,7 @@ class Foreign(Format):
 
     Args:
         loaded: The trained model.
-        network: The network that its backbone names.
+        network: The network, as the backbone describes it.
     """
 
     file = "model.safetensors"
@@ -101,14 +103,14 @@ class Foreign(Format):
         self.output = head.as_linear()  # type: ignore[operator]
         if self.output is None:
             raise ExportError(
-                f"head {type(head).__name__} is more than one linear layer, and {network.factory.replace(':', '.')} "
-                "ends in one",
+                f"head {type(head).__name__} does not fit {network.factory.replace(':', '.')}: expected one linear "
+                "layer, got more",
                 available=tuple(FORMATS),
-                fix="choose a format that takes any head, or train with head: {name: linear}",
+                fix="choose a format that supports any head, or train with head: {name: linear}",
             )
 
     def write(self, path: Path, inputs: Any) -> None:
-        """Write the state dict, as a pickle only where the name of the file asks for one."""
+        """Write the state dict: as safetensors, or as a pickle if the name of the file ends in .pth or .pt."""
         backbone, head = self.loaded.backbone, f"{self.network.output}."
         weights = {self.network.names[name]: value for name, value in backbone.state_dict().items()}
         weights |= {f"{head}{name}": value for name, value in self.output.state_dict().items()}
@@ -118,11 +120,11 @@ class Foreign(Format):
             torch.save({name: value.cpu() for name, value in weights.items()}, path)
 
     def job(self) -> Mapping[str, Any]:
-        """Name the function that builds the network."""
+        """Return the name of the loader, and the function that builds the network."""
         return {"loader": "foreign", "factory": self.network.factory, "options": dict(self.network.options)}
 
     def usage(self, file: str) -> str:
-        """Build the network and load the state dict."""
+        """Return code that builds the network and loads the state dict."""
         module, _, function = self.network.factory.partition(":")
         options = ", ".join(f"{name}={value!r}" for name, value in self.network.options.items())
         load = f'load_file("{file}")' if file.endswith(".safetensors") else f'torch.load("{file}", weights_only=True)'
@@ -139,7 +141,7 @@ class Foreign(Format):
 
 
 class TorchExport(Format):
-    """A program that ``torch.export`` recorded, which runs without this package; any batch size."""
+    """A program recorded by ``torch.export``, which runs without this package, on batches of any size."""
 
     file = "model.pt2"
     suffixes = (".pt2",)
@@ -149,53 +151,54 @@ class TorchExport(Format):
         super().__init__(loaded)
         if not hasattr(torch.export.Dim, "AUTO"):
             raise ExportError(
-                f"torch {torch.__version__} cannot record a program whose sizes are found out while recording",
-                fix="update torch to 2.6 or later",
+                f"torch {torch.__version__} cannot record a program with dynamic sizes: expected torch 2.6 or later",
+                fix="update torch",
             )
 
     def write(self, path: Path, inputs: Any) -> None:
-        """Record the model on a batch, and write the program."""
+        """Record the model on a batch, and write the program without the batch."""
         model = self.loaded.model
         with _recording("torch.export"), torch.no_grad():
             program = torch.export.export(model, (inputs,), dynamic_shapes=(self._sizes(inputs),), strict=False)
         self._refuse_fixed_length(program)
+        _strip(program)
         torch.export.save(program, path)
 
     def _sizes(self, inputs: Any) -> Any:
-        """Say which sizes may vary: that of the batch, and any size where examples have lengths."""
+        """Return the dynamic dimensions of the inputs: the batch, and every dimension if examples have lengths."""
         if isinstance(inputs, tuple):
             return tuple(self._sizes(tensor) for tensor in inputs)
         count = inputs.dim() if _has_lengths(self.loaded.backbone.preprocessing) else 1
         return dict.fromkeys(range(count), torch.export.Dim.AUTO)
 
     def _refuse_fixed_length(self, program: Any) -> None:
-        # torch fixes a size without a word where the model's own code depends on it.
+        # With Dim.AUTO, torch silently fixes a size if the code of the model depends on it.
         names = set(program.graph_signature.user_inputs)
         shapes = [
             node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in names
         ]
         if any(_is_fixed(shape[0]) for shape in shapes):
-            raise ExportError("the program would take one batch size alone: a stage depends on it", fix=_OTHERS)
+            raise ExportError("the program would support only one batch size: a stage depends on it", fix=_OTHERS)
         if _has_lengths(self.loaded.backbone.preprocessing) and all(
             _is_fixed(size) for shape in shapes for size in shape[1:]
         ):
             raise ExportError(
-                f"the program would take inputs of one length alone, {', '.join(map(str, shapes[0][1:]))}: "
+                f"the program would support only inputs of length {', '.join(map(str, shapes[0][1:]))}: "
                 "torch.export fixes the number of steps of a recurrent layer",
                 fix=_OTHERS,
             )
 
     def job(self) -> Mapping[str, Any]:
-        """Nothing but which loader."""
+        """Return the name of the loader."""
         return {"loader": "torch_export"}
 
     def usage(self, file: str) -> str:
-        """Load the program."""
+        """Return code that loads the program."""
         return f'import torch\n\nmodel = torch.export.load("{file}").module()'
 
 
 class Onnx(TorchExport):
-    """An ONNX graph; any batch size, and any length where examples have lengths."""
+    """An ONNX graph for batches of any size, and for any length if examples have lengths."""
 
     file = "model.onnx"
     suffixes = (".onnx",)
@@ -215,24 +218,26 @@ class Onnx(TorchExport):
         model = self.loaded.model
         size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
         with _recording("torch.onnx"):
-            torch.onnx.export(
+            program: Any = torch.onnx.export(
                 model,
                 (inputs,),
-                str(path),
                 input_names=input_names(inputs),
                 output_names=["outputs"],
                 dynamic_shapes=(self._sizes(inputs),),
                 dynamo=True,
-                external_data=size > ONE_FILE_BYTES,
                 verbose=False,
             )
+            for graph in (program.model.graph, *program.model.functions.values()):
+                for node in graph.all_nodes():
+                    node.metadata_props.pop(STACK_TRACE, None)
+            program.save(str(path), external_data=size > MAX_ONNX_BYTES)
 
     def job(self) -> Mapping[str, Any]:
-        """Nothing but which loader."""
+        """Return the name of the loader."""
         return {"loader": "onnx"}
 
     def usage(self, file: str) -> str:
-        """Load the graph into onnxruntime."""
+        """Return code that loads the graph into onnxruntime."""
         return f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{file}")'
 
 
@@ -241,33 +246,45 @@ FORMATS: Mapping[str, type[Safetensors] | type[TorchExport]] = {
     "torch_export": TorchExport,
     "onnx": Onnx,
 }
-"""The formats that any model may take; a backbone may name more of its own."""
-_OTHERS = "choose another format: onnx keeps recurrent layers whole, safetensors takes any model"
+"""The formats for any model; a backbone may add formats of other libraries."""
+_OTHERS = "choose another format: onnx supports recurrent layers, safetensors supports any model"
 
 
 def find_format(name: str, loaded: LoadedModel) -> Format:
-    """Return a format by its name, for a model.
+    """Return a format for a model.
+
+    Args:
+        name: Name of the format.
+        loaded: The trained model.
 
     Raises:
-        ExportError: There is none of that name for this backbone, or it cannot hold this model.
+        ExportError: The format does not exist for this backbone, or cannot contain this model.
     """
     if name in FORMATS:
         return FORMATS[name](loaded)
     networks = loaded.backbone.foreign_models(loaded.task.out_features)
     if name in networks:
         return Foreign(loaded, networks[name])
-    known = (*FORMATS, *networks)
-    close = nearest(name, known)
-    raise ExportError(
-        f"backbone {type(loaded.backbone).__name__} cannot be exported as {name!r}",
-        available=known,
-        fix=f"did you mean {close!r}?" if close else None,
-    )
+    backbone = f"backbone {type(loaded.backbone).__name__}"
+    raise ExportError.of([unknown_name("export format", name, [*FORMATS, *networks], where=backbone)])
 
 
 def input_names(inputs: Any) -> list[str]:
-    """Return what an exported graph calls its inputs."""
-    return [f"input_{place}" for place in range(len(inputs))] if isinstance(inputs, tuple) else ["inputs"]
+    """Return the names of the inputs of an exported graph."""
+    return [f"input_{index}" for index in range(len(inputs))] if isinstance(inputs, tuple) else ["inputs"]
+
+
+def _strip(program: Any) -> None:
+    """Remove the example inputs and the source locations from a recorded program.
+
+    Both are written by default: the examples as a pickle, and the stack trace of every node with the absolute paths of
+    the exporting machine. Neither is needed to run the program.
+    """
+    program.example_inputs = None
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):  # branches and loops are graphs of their own
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
 
 
 def _has_lengths(preprocessing: Preprocessing) -> bool:
@@ -275,24 +292,29 @@ def _has_lengths(preprocessing: Preprocessing) -> bool:
 
 
 def _is_fixed(size: object) -> bool:
-    # A size that was found to be a constant may still be a symbol, which then reads as a number.
+    # A size that turned out to be constant may still be a symbol, whose text is then a number.
     return str(size).isdecimal()
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file whose permissions follow the umask."""
+    path.touch()
+    mode = path.stat().st_mode
+    # safetensors replaces the file by one that only its owner can read.
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    path.chmod(mode)
 
 
 @contextmanager
-def _recording(what: str) -> Iterator[None]:
-    """Keep the recorder's own warnings from the user, and say which of the two could not record."""
+def _recording(recorder: str) -> Iterator[None]:
+    """Hide the warnings of a recorder, and turn its errors into an ExportError that names it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except ExportError:
         raise
-    # What a model does that cannot be recorded raises anything: errors of dynamo, of symbolic shapes, of onnxscript.
+    # Code that cannot be recorded raises anything: errors of dynamo, of symbolic shapes, of onnxscript.
     except Exception as error:
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise ExportError(f"{what} cannot record this model: {reason}", fix=_OTHERS) from error
+        raise ExportError(f"{recorder} cannot record this model: {reason}", fix=_OTHERS) from error

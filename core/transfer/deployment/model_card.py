@@ -1,228 +1,172 @@
-"""The model card of an export: Markdown with Hugging Face's front matter, filled from the run directory alone."""
+"""The model card of an export: Markdown with Hugging Face's front matter, computed from the files of a run.
+
+The functions compute the values; ``templates/model_card.md.j2`` contains the text.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transfer.config.yaml_document import dump
 from transfer.errors import UserError
 from transfer.storage.run_directory import RunDirectory
+from transfer.system.templates import environment
 
 MAX_COLUMNS = 12
-"""A table of examples by class is no wider than so many classes."""
+"""Number of classes up to which the table of examples has a column for each class."""
 FEW_EXAMPLES = 1000
-"""A test split of fewer examples is worth a warning."""
-FOR_THE_AUTHOR = "*for the author to fill in*"
-LICENCES = "https://huggingface.co/docs/hub/repositories-licenses"
+"""Number of scored examples below which the card warns that small differences mean nothing."""
+
+
+@dataclass(frozen=True)
+class _Score:
+    """A metric of the model.
+
+    Args:
+        name: Name of the metric.
+        value: Value of this model.
+        standard_error: Standard error of an accuracy over the examples; None for other metrics.
+        spread: Mean and standard deviation over seeds; None if there is one seed.
+    """
+
+    name: str
+    value: float
+    standard_error: float | None
+    spread: tuple[float, float] | None
 
 
 def render(run: RunDirectory, model: Mapping[str, Any], format: str, library: str, usage: str, parity: str) -> str:
-    """Return the card.
+    """Return the model card.
 
     Args:
         run: The run that trained the model.
-        model: Its ``model.json``.
-        format: The format of the export.
-        library: What loads it, by the hub's name.
-        usage: Python code that loads it.
-        parity: The largest deviation from the run's own outputs, and what it was measured on.
+        model: Content of the model's ``model.json``.
+        format: Name of the export format.
+        library: Library that loads the format, by the name that Hugging Face's hub has for it.
+        usage: Python code that loads the export.
+        parity: Largest deviation from the run's outputs, and the examples it was measured on.
     """
-    config, summary, environment = run.config(), run.summary(), run.environment()
-    parts = [
-        _front_matter(config, summary, model, format, library),
-        _what(config, model, summary),
-        f"## How to load it\n\n```python\n{usage}\n```\n\n{_inputs(model)}\n\n"
-        f"Format `{format}`. In a fresh process the largest deviation from the run's own outputs was {parity}.",
-        _data(config, summary),
-        f"## Plan\n\nThe run's config, with defaults filled in:\n\n```yaml\n{dump(_without_null(config)).strip()}\n```",
-        _figures(run, config, summary, model),
-        _limits(config, summary, model),
-        _licences(),
-        _made_with(environment),
-    ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    config, summary, environment_ = run.config(), run.summary(), run.environment()
+    split, metrics = _scored(summary)
+    others = dict(_other_seeds(run, config, summary))
+    count = _sizes(summary)[split]
+    by_class: Mapping[str, Mapping[str, int]] = summary["data"]
+    classes = list(dict.fromkeys(name for counts in by_class.values() for name in counts))
+    pretrained = summary.get("pretrained") or {}
+    weights = next((str(pretrained[key]) for key in ("weights", "vectors") if pretrained.get(key)), None)
+    template = environment("transfer.deployment").get_template("model_card.md.j2")
+    return template.render(
+        front_matter=dump(_front_matter(config, summary, model, format, library)).strip(),
+        names={kind: config[kind]["name"] for kind in ("backbone", "head", "task", "data")},
+        pretrained=Path(weights).name if weights else None,
+        model=model,
+        parameters=summary["parameters"],
+        format=format,
+        usage=usage,
+        parity=parity,
+        data_options=[f"{name}: {value}" for name, value in _publishable(config["data"]).items() if name != "name"],
+        sizes=_sizes(summary),
+        classes=classes if len(classes) <= MAX_COLUMNS else [],
+        by_class=by_class,
+        config=dump(_publishable(config)).strip(),
+        split=split,
+        count=count,
+        scores=_scores(metrics, others, count, model),
+        seeds=sorted({config["seed"], *others}),
+        quick=bool(summary.get("quick")),
+        limit=config["data"].get("limit"),
+        few_examples=count < FEW_EXAMPLES,
+        environment=environment_,
+    )
 
 
 def _front_matter(
     config: Mapping[str, Any], summary: Mapping[str, Any], model: Mapping[str, Any], format: str, library: str
-) -> str:
+) -> dict[str, Any]:
     backbone, task, data = (config[kind]["name"] for kind in ("backbone", "task", "data"))
+    tag, (split, metrics) = _pipeline_tag(model), _scored(summary)
     result = {
-        "task": {"type": _pipeline(model) or task},
-        "dataset": {"name": data, "type": data, "split": _scored(summary)[0]},
-        "metrics": [{"type": name, "value": value} for name, value in _scored(summary)[1].items()],
+        "task": {"type": tag or task},
+        "dataset": {"name": data, "type": data, "split": split},
+        "metrics": [{"type": name, "value": value} for name, value in metrics.items()],
     }
-    known = {
+    return {
         "library_name": library,
-        **({"pipeline_tag": tag} if (tag := _pipeline(model)) else {}),
+        **({"pipeline_tag": tag} if tag else {}),
         "tags": ["transfer-learning", backbone, format],
         "datasets": [data],
         "metrics": [summary["primary_metric"]],
         "model-index": [{"name": f"{backbone} on {data}", "results": [result]}],
     }
-    licence = f"license:  # for the author: an identifier from {LICENCES}\n"
-    return f"---\n{licence}license_name:  # for the author, where license is other\nlicense_link:\n{dump(known)}---"
 
 
-def _pipeline(model: Mapping[str, Any]) -> str | None:
-    """Return the hub's name of the task, which is the modality and what is done; None where there is none."""
+def _pipeline_tag(model: Mapping[str, Any]) -> str | None:
+    """Return the hub's name of the task, such as ``text-classification``; None if the hub has none."""
     fields, target = model["data"]["fields"], model["data"]["target"]
     return f"{fields[0]}-classification" if len(fields) == 1 and target in ("class", "labels") else None
 
 
 def _scored(summary: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """Return the split that the card reports, and its metrics without the loss."""
     split = "test" if summary.get("test") else "validation"
     return split, {name: value for name, value in summary[split].items() if name != "loss"}
 
 
-def _what(config: Mapping[str, Any], model: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    backbone, head, task, data = (config[kind]["name"] for kind in ("backbone", "head", "task", "data"))
-    classes = model["data"]["classes"]
-    pretrained = summary.get("pretrained") or {}
-    begun = next((str(pretrained[key]) for key in ("weights", "vectors") if pretrained.get(key)), None)
-    parameters = summary["parameters"]
-    lines = [
-        f"# {backbone} on {data}",
-        "",
-        f"`{backbone}` with head `{head}` for {task}, trained on `{data}`"
-        + (f" from the pretrained `{Path(begun).name}`." if begun else " from random weights."),
-        "",
-        f"* Input: {' and '.join(model['data']['fields'])}. Outputs, in this order: "
-        + ", ".join(f"`{name}`" for name in classes),
-        f"* Parameters: {parameters['total']:,}, of which {parameters['trainable']:,} were trained",
-        f"* Intended use: {FOR_THE_AUTHOR}",
-    ]
-    return "\n".join(lines)
-
-
-def _inputs(model: Mapping[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | `{value}` |" for name, value in model["preprocessing"].items())
-    files = ", ".join(f"`{name}`" for name in model["assets"])
-    assets = f" What was learned from the training split is in {files}." if files else ""
-    return (
-        "The model takes what its preprocessing makes of an example, the batch first, and gives a row of "
-        f"{len(model['data']['classes'])} outputs for each; `model.json` holds all settings.{assets}\n\n"
-        f"| preprocessing | |\n|---|---|\n{rows}"
-    )
-
-
-def _data(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    by_class: Mapping[str, Mapping[str, int]] = summary["data"]
-    names = list(dict.fromkeys(name for counts in by_class.values() for name in counts))
-    names = names if len(names) <= MAX_COLUMNS else []
-    rows = [
-        f"| {' | '.join([split, f'{size:,}', *(f'{by_class[split].get(name, 0):,}' for name in names)])} |"
-        for split, size in _sizes(summary).items()
-    ]
-    table = "\n".join([f"| {' | '.join(['split', 'examples', *names])} |", "|---|" + "---|" * (len(names) + 1), *rows])
-    return f"## Data\n\n`{config['data']['name']}`, with {_options(config['data'])}.\n\n{table}"
-
-
 def _sizes(summary: Mapping[str, Any]) -> Mapping[str, int]:
-    """Return the number of examples in each split."""
+    """Return the number of examples of each split."""
     by_class: Mapping[str, Mapping[str, int]] = summary["data"]
     return summary.get("examples") or {split: sum(counts.values()) for split, counts in by_class.items()}
 
 
-def _options(block: Mapping[str, Any]) -> str:
-    options = [f"`{name}: {value}`" for name, value in block.items() if name != "name" and value is not None]
-    return ", ".join(options) or "default options"
-
-
-def _figures(run: RunDirectory, config: Mapping[str, Any], summary: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    split, own = _scored(summary)
-    seeds = {config["seed"]: own} | dict(_other_seeds(run, config, summary))
-    count = _sizes(summary)[split]
-    rows = []
-    for name, value in own.items():
-        values = [found[name] for _, found in sorted(seeds.items()) if name in found]
-        spread = (
-            f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else "one seed alone"
-        )
-        rows.append(f"| {name} | {value:.4f} | {_standard_error(name, value, count, model)} | {spread} |")
-    seen = ", ".join(map(str, sorted(seeds)))
-    about = (
-        f"Mean and standard deviation are over the seeds {seen}: the runs beside this one with the same config."
-        if len(seeds) > 1
-        else f"This is one run (seed {seen}): how far another seed lies from it was not measured. Run the config with "
-        "other seeds into the same folder and export again, and the spread is here."
-    )
-    chosen = "The best epoch was picked on the validation split, and the test split was scored once, at the end."
-    if split == "validation":
-        chosen = "There is no test split: the figures are those of the validation split, which also picked the epoch."
-    return (
-        f"## Figures\n\nOf the {split} split ({count:,} examples). {chosen}\n\n"
-        f"| metric | this model | standard error of the sample | over seeds |\n|---|---|---|---|\n"
-        + "\n".join(rows)
-        + f"\n\n{about}"
-    )
-
-
-def _standard_error(name: str, value: float, count: int, model: Mapping[str, Any]) -> str:
-    """Return that of a share of examples; other metrics have none so simple."""
-    if name != "accuracy" or model["data"]["target"] != "class":
-        return ""
-    return f"{math.sqrt(value * (1 - value) / count):.4f}"
+def _scores(
+    metrics: Mapping[str, float], others: Mapping[int, Mapping[str, float]], count: int, model: Mapping[str, Any]
+) -> list[_Score]:
+    """Return the metrics of the model with their standard errors and their spread over seeds."""
+    scores = []
+    for name, value in metrics.items():
+        values = [value, *(other[name] for other in others.values() if name in other)]
+        spread = (statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else None
+        # An accuracy is a fraction of independent examples; other metrics have no such simple standard error.
+        is_accuracy = name == "accuracy" and model["data"]["target"] == "class"
+        standard_error = math.sqrt(value * (1 - value) / count) if is_accuracy else None
+        scores.append(_Score(name, value, standard_error, spread))
+    return scores
 
 
 def _other_seeds(
     run: RunDirectory, config: Mapping[str, Any], summary: Mapping[str, Any]
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield seed and metrics of the complete runs beside this one whose config differs in nothing but the seed."""
+    """Yield seed and metrics of the complete runs in the same folder whose config differs only in the seed."""
     here = run.path.resolve()
     for file in sorted(here.parent.glob("*/config.yaml")):
         if file.parent == here:
             continue
         other = RunDirectory(file.parent)
         try:
-            their_config, their_summary = other.config(), other.summary()
-        except UserError:  # interrupted, or damaged: no figure of this model's
+            other_config, other_summary = other.config(), other.summary()
+        except UserError:  # an interrupted or damaged run has no metrics
             continue
-        same = {**their_config, "seed": None} == {**config, "seed": None}
-        complete = their_summary.get("status") == "complete" and their_summary.get("quick") == summary.get("quick")
-        if same and complete and their_config["seed"] != config["seed"]:
-            yield their_config["seed"], _scored(their_summary)[1]
+        same = {**other_config, "seed": None} == {**config, "seed": None}
+        complete = other_summary.get("status") == "complete" and other_summary.get("quick") == summary.get("quick")
+        if same and complete and other_config["seed"] != config["seed"]:
+            yield other_config["seed"], _scored(other_summary)[1]
 
 
-def _limits(config: Mapping[str, Any], summary: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    split, _ = _scored(summary)
-    count = _sizes(summary)[split]
-    limits = [f"It was trained and scored on `{config['data']['name']}` alone; on other data nothing was measured."]
-    if model["data"]["target"] == "class":
-        limits.append(
-            f"It always answers with one of its {len(model['data']['classes'])} classes, whatever it is shown, "
-            "and its probabilities were not calibrated."
-        )
-    if summary.get("quick"):
-        limits.insert(
-            0, "**It comes from a quick try over a few batches: it is not trained, and its figures say nothing.**"
-        )
-    elif config["data"].get("limit"):
-        limits.append(f"It saw at most {config['data']['limit']:,} examples of each class.")
-    if count < FEW_EXAMPLES:
-        limits.append(f"{count:,} examples were scored: small differences between such figures mean nothing.")
-    limits.append(f"Known biases, and uses that are out of scope: {FOR_THE_AUTHOR}")
-    return "## Limits\n\n" + "\n".join(f"* {limit}" for limit in limits)
+def _publishable(value: Any) -> Any:
+    """Return a part of a config without unset options, and with absolute paths cut to their last part.
 
-
-def _licences() -> str:
-    rows = ["this model (`license` above)", "the training data", "the pretrained weights or vectors"]
-    return "## Licences\n\n| of | licence |\n|---|---|\n" + "\n".join(f"| {row} | {FOR_THE_AUTHOR} |" for row in rows)
-
-
-def _made_with(environment: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    how = (f"Python {environment['python']}", environment["device"], environment["started"])
-    return f"## Made with\n\n{versions}; {'; '.join(how)}."
-
-
-def _without_null(value: Any) -> Any:
+    A card is published: the folders of the machine that trained the model are of no use there.
+    """
     if isinstance(value, Mapping):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
+        return {key: _publishable(item) for key, item in value.items() if item is not None}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_without_null(item) for item in value]
+        return [_publishable(item) for item in value]
+    if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)):
+        return Path(value).name
     return value

@@ -1,7 +1,7 @@
-"""Load an exported model as its users will, and answer: run by path in a fresh process.
+"""Load an exported model as its users do, and compute its outputs: run by path in a fresh process.
 
-``python -P reload.py FOLDER``: the folder holds ``job.json`` and ``inputs.safetensors``, and gets
-``outputs.safetensors`` and ``modules.json``. This file imports this package for the one format that is its own.
+``python -P verify_export.py FOLDER`` reads ``job.json`` and ``inputs.safetensors`` in the folder, and writes
+``outputs.safetensors`` and ``modules.json``. Only the format of this package imports this package.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Answer = Callable[[Any], Tensor]
+Loaded = Callable[[Any], Tensor]
+"""A loaded export: it returns the outputs for a batch of inputs."""
 
 
-def own(job: Mapping[str, Any]) -> Answer:
+def own(job: Mapping[str, Any]) -> Loaded:
     """Load a model folder of this package."""
     from transfer.models.saved_model import read_model
 
     return read_model(Path(job["path"]).parent).model
 
 
-def foreign(job: Mapping[str, Any]) -> Answer:
+def foreign(job: Mapping[str, Any]) -> Loaded:
     """Build another library's network and load a state dict into it."""
     path = Path(job["path"])
     module, _, function = job["factory"].partition(":")
@@ -37,37 +38,38 @@ def foreign(job: Mapping[str, Any]) -> Answer:
     return model.eval()
 
 
-def torch_export(job: Mapping[str, Any]) -> Answer:
+def torch_export(job: Mapping[str, Any]) -> Loaded:
     """Load an exported program."""
-    answer: Answer = torch.export.load(job["path"]).module()
-    return answer
+    program: Loaded = torch.export.load(job["path"]).module()
+    return program
 
 
-def onnx(job: Mapping[str, Any]) -> Answer:
+def onnx(job: Mapping[str, Any]) -> Loaded:
     """Load an ONNX file into onnxruntime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(job["path"], providers=["CPUExecutionProvider"])
-    wanted = {node.name for node in session.get_inputs()}  # an input that changes nothing is left out of the graph
+    # The graph lacks inputs that do not affect the output.
+    names = {node.name for node in session.get_inputs()}
 
-    def answer(inputs: Any) -> Tensor:
+    def run(inputs: Any) -> Tensor:
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-        named = {name: tensor.numpy() for name, tensor in zip(job["inputs"], tensors, strict=True) if name in wanted}
+        named = {name: tensor.numpy() for name, tensor in zip(job["inputs"], tensors, strict=True) if name in names}
         return torch.from_numpy(session.run(None, named)[0])
 
-    return answer
+    return run
 
 
 def main(folder: Path) -> None:
-    """Load what the job names, and answer for each of its batches."""
+    """Load the export that the job names, and write its outputs for each batch."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    answer = {"own": own, "foreign": foreign, "torch_export": torch_export, "onnx": onnx}[job["loader"]](job)
+    loaded = {"own": own, "foreign": foreign, "torch_export": torch_export, "onnx": onnx}[job["loader"]](job)
     tensors = load_file(folder / "inputs.safetensors")
     outputs = {}
     with torch.no_grad():
         for batch in range(job["batches"]):
-            found = tuple(tensors[f"{batch}.{place}"] for place in range(len(job["inputs"])))
-            outputs[str(batch)] = answer(found if job["tuple"] else found[0]).contiguous()
+            inputs = tuple(tensors[f"{batch}.{index}"] for index in range(len(job["inputs"])))
+            outputs[str(batch)] = loaded(inputs if job["tuple"] else inputs[0]).contiguous()
     save_file(outputs, folder / "outputs.safetensors")
     (folder / "modules.json").write_text(json.dumps(sorted(sys.modules)), encoding="utf-8")
 

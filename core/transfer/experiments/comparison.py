@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,13 @@ from transfer.experiments.seeds import Runs, open_runs
 from transfer.interfaces import Task
 from transfer.models.saved_model import read_task
 from transfer.system.atomic_files import write_atomically
+from transfer.system.templates import environment
 
 RESAMPLED_TEST_SPLITS = 200
 """Enough for a standard error (Efron and Tibshirani 1993, section 6.4)."""
+
+DRAWING_WIDTH = 240
+"""Width in pixels of the drawing of a run's values and interval."""
 
 COLUMNS = (
     *("run", "runs", "metric", "split", "mean", "standard_deviation", "low", "high"),
@@ -81,18 +84,17 @@ class Comparison:
         return text.getvalue()
 
     def html(self) -> str:
-        """Return a page with the table and a drawing of the intervals; it needs nothing beside itself."""
+        """Return a self-contained page with the table and a drawing of the intervals."""
         best = "higher" if self.higher_is_better else "lower"
-        title = f"{self.metric} on the {self.split} split ({best} is better)"
         drawn = [value for row in self.rows for value in (*row.spread.values, *(row.spread.interval or ()))]
-        lines = []
-        for row in self.rows:
-            name, verdict, class_ = html.escape(row.name), row.verdict, row.verdict.replace(" ", "-")
-            cells = [name, str(row.spread), _drawing(row.spread, min(drawn), max(drawn))]
-            cells += [str(row.difference or ""), f'<span class="{class_}">{verdict}</span>']
-            lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return _PAGE.format(title=html.escape(title), rows="\n".join(lines), notes=notes)
+        low, high = min(drawn), max(drawn)
+
+        def x(value: float) -> float:
+            return round(6 + (DRAWING_WIDTH - 12) * (value - low) / (high - low or 1.0), 1)
+
+        page = environment("transfer.experiments").get_template("comparison.html.j2")
+        title = f"{self.metric} on the {self.split} split ({best} is better)"
+        return page.render(title=title, rows=self.rows, notes=self.notes, x=x, width=DRAWING_WIDTH)
 
     def write(self, *, csv: Path | None = None, html: Path | None = None) -> None:
         """Write the table to files.
@@ -240,35 +242,3 @@ def _notes(found: Sequence[Runs], resampled: Sequence[list[float] | None], split
     if not examples:
         notes.append("the noise of the examples scored is not in them")
     return notes
-
-
-def _drawing(spread: Spread, low: float, high: float) -> str:
-    """Draw the values as dots over the line of their interval."""
-    width = high - low or 1.0
-
-    def at(value: float) -> float:
-        return round(6 + 228 * (value - low) / width, 1)
-
-    dots = "".join(f'<circle cx="{at(value)}" cy="10" r="2.5"/>' for value in spread.values)
-    line = ""
-    if spread.interval is not None:
-        line = f'<line x1="{at(spread.interval[0])}" x2="{at(spread.interval[1])}" y1="10" y2="10"/>'
-    mean = f'<line class="mean" x1="{at(spread.mean)}" x2="{at(spread.mean)}" y1="3" y2="17"/>'
-    return f'<svg width="240" height="20">{line}{mean}{dots}</svg>'
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse }}
-th, td {{ text-align: left; padding: .35rem 1rem .35rem 0; border-bottom: 1px solid #ddd }}
-td {{ font-variant-numeric: tabular-nums }}
-svg line {{ stroke: #888; stroke-width: 1.5 }} svg .mean {{ stroke: #222 }} svg circle {{ fill: #3572b0; opacity: .7 }}
-.better {{ color: #1a7f37; font-weight: 600 }} .worse {{ color: #b42318; font-weight: 600 }}
-.within-noise, .reference, li {{ color: #666 }}
-</style></head><body><h1>{title}</h1>
-<table><thead><tr><th>run</th><th>mean ± standard deviation</th><th>runs and interval</th>
-<th>difference to the first</th><th></th></tr></thead><tbody>
-{rows}
-</tbody></table><ul>{notes}</ul></body></html>
-"""

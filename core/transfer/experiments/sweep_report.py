@@ -1,4 +1,4 @@
-"""The report of a sweep."""
+"""The report of a sweep: ``sweep.json`` and ``report.md``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transfer.errors import RunError, TrainingError
 from transfer.experiments.search_space import DECIDED, FOLDER, Space
 from transfer.runs.evaluate import evaluate
 from transfer.system.atomic_files import read_json, write_atomically, write_json
+from transfer.system.templates import environment
 from transfer.training.events import Note, Observer
 
 if TYPE_CHECKING:
@@ -95,33 +96,19 @@ def _importance(optuna: Any, study: Any) -> dict[str, float] | None:
 
 
 def _markdown(report: Mapping[str, Any]) -> str:
-    best, importance, metric = report["best"], report["importance"], report["metric"]
     states = [trial["state"] for trial in report["trials"]]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    lines = ["# Sweep", "", f"{len(states)} trials: {counts}. Compared by the validation split's {metric}.", ""]
-    lines += [
-        "## Best",
-        "",
-        f"Trial {best['trial'] + 1}, `{best['run']}`: validation {metric} {best['validation']:.4f}",
-    ]
-    if best["test"]:
-        lines += [
-            "",
-            "Test (scored once, for this trial alone): " + ", ".join(f"{k} {v:.4f}" for k, v in best["test"].items()),
-        ]
-    lines += ["", "```", *(f"{key}={json.dumps(value)}" for key, value in best["values"].items()), "```", ""]
-    lines += ["## Importance of each key", "", "Share in the differences between trials (PED-ANOVA).", ""]
-    if importance is None:
-        lines.append("The trials are too few, or too much alike, to tell.")
-    else:
-        lines += ["| key | share |", "|---|---|", *(f"| `{key}` | {share:.2f} |" for key, share in importance.items())]
-    keys = list(best["values"])
-    lines += ["", "## Trials", "", f"| trial | {' | '.join(keys)} | validation {metric} | epochs | |"]
-    lines.append("|" + "---|" * (len(keys) + 4))
-    order = sorted(report["trials"], key=lambda t: (t["validation"] is None, t["trial"]))
-    for trial in order:
-        values = " | ".join(short(trial["values"].get(key)) for key in keys)
-        score = "" if trial["validation"] is None else f"{trial['validation']:.4f}"
-        note = trial["state"] if trial["why"] is None else f"{trial['state']}: {trial['why']}"
-        lines.append(f"| {trial['trial'] + 1} | {values} | {score} | {trial['epochs']} | {note} |")
-    return "\n".join([*lines, ""])
+    return (
+        environment("transfer.experiments")
+        .get_template("sweep_report.md.j2")
+        .render(
+            metric=report["metric"],
+            best=report["best"],
+            assignments=[f"{key}={json.dumps(value)}" for key, value in report["best"]["values"].items()],
+            importance=report["importance"],
+            keys=list(report["best"]["values"]),
+            counts=", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
+            # Trials without a score, such as pruned ones, come last.
+            trials=sorted(report["trials"], key=lambda trial: (trial["validation"] is None, trial["trial"])),
+            short=short,
+        )
+    )

@@ -1,27 +1,37 @@
-"""What a test score is made of: confusion, figures of each class, calibration, residuals."""
+"""Metrics of the report's test section: confusion matrix, metrics per class, calibration, residuals."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+    multilabel_f1_score,
+    multilabel_precision,
+    multilabel_recall,
+)
+from torchmetrics.functional.regression import mean_absolute_error, mean_squared_error, r2_score
 
-BINS = 15
-"""Of a reliability diagram (Guo et al. 2017)."""
+CALIBRATION_BINS = 15
+"""Number of bins of the reliability diagram and of the expected calibration error (Guo et al. 2017)."""
 
 
 @dataclass(frozen=True)
-class ClassFigures:
-    """How one class, or one label, fares.
+class ClassMetrics:
+    """Metrics of one class or one label.
 
     Args:
-        precision: Of those predicted, the share that is right; None where none was predicted.
-        recall: Of those there are, the share that was found; None where there are none.
-        f1: Their harmonic mean; None where there is neither.
-        support: How many there are.
-        predicted: How many were predicted.
+        precision: Fraction of the predictions of this class that are correct; None if it was never predicted.
+        recall: Fraction of the examples of this class that were predicted as it; None if it has no examples.
+        f1: Harmonic mean of precision and recall; None if the class has neither predictions nor examples.
+        support: Number of examples of the class.
+        predicted: Number of predictions of the class.
     """
 
     precision: float | None
@@ -33,127 +43,166 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Bin:
-    """The predictions of like confidence.
+    """The predictions in one interval of confidence.
 
     Args:
-        low, high: The confidences that it holds, low left out.
-        count: How many predictions there are.
-        confidence: Their mean confidence.
-        right: The share that is right.
+        low, high: Bounds of the interval (low, high].
+        count: Number of predictions in the interval.
+        confidence: Mean confidence of the predictions.
+        accuracy: Fraction of the predictions that are correct.
     """
 
     low: float
     high: float
     count: int
     confidence: float
-    right: float
+    accuracy: float
 
     @property
     def standard_error(self) -> float:
-        """Of the share that is right, over examples; by Laplace's estimate, which is not zero where all are right."""
-        share = (self.right * self.count + 1) / (self.count + 2)
-        return float((share * (1 - share) / (self.count + 2)) ** 0.5)
+        """Standard error of the accuracy over examples, by Laplace's estimate: it is not zero if all are correct."""
+        accuracy = (self.accuracy * self.count + 1) / (self.count + 2)
+        return float((accuracy * (1 - accuracy) / (self.count + 2)) ** 0.5)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether predictions are right as often as their probabilities say.
+    """Calibration of probabilities.
 
     Args:
-        bins: Those that hold predictions.
-        error: The expected calibration error: the mean distance of confidence and share right, weighed by count.
-        confidence: Mean over all.
-        right: Share of all.
+        bins: The bins that contain predictions.
+        error: Expected calibration error: mean distance of confidence and accuracy, weighted by the bins' counts.
+        confidence: Mean confidence of all predictions.
+        accuracy: Fraction of all predictions that are correct.
     """
 
     bins: tuple[Bin, ...]
     error: float
     confidence: float
-    right: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """How one number is missed.
+    """Errors of one predicted number.
 
     Args:
-        mean_absolute, root_mean_square: Of the errors.
-        bias: Mean of predicted less true.
-        explained: Share of the variance that is explained, R²; None where the true values are all alike.
+        mean_absolute_error: Mean absolute error.
+        root_mean_squared_error: Root mean squared error.
+        bias: Mean of the predicted value minus the true value.
+        r2: Coefficient of determination R²; None if all true values are equal.
     """
 
-    mean_absolute: float
-    root_mean_square: float
+    mean_absolute_error: float
+    root_mean_squared_error: float
     bias: float
-    explained: float | None
+    r2: float | None
 
 
-def confusion(predictions: Tensor, targets: Tensor, count: int) -> Tensor:
-    """Return how often each class was taken for each, int64 (C, C): a row for every true class.
-
-    Args:
-        predictions: int64 (N,).
-        targets: int64 (N,).
-        count: C.
-    """
-    return torch.bincount(targets * count + predictions, minlength=count * count).reshape(count, count)
-
-
-def of_classes(matrix: Tensor) -> list[ClassFigures]:
-    """Return the figures of each class of a confusion matrix (C, C)."""
-    right, predicted, there = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
-    return [_figures(*counts) for counts in zip(right.tolist(), predicted.tolist(), there.tolist(), strict=True)]
-
-
-def of_labels(said: Tensor, there: Tensor) -> list[ClassFigures]:
-    """Return the figures of each label, given which were predicted and which are there, bool (N, C) both."""
-    counts = ((said & there).sum(0), said.sum(0), there.sum(0))
-    return [_figures(*label) for label in zip(*(count.tolist() for count in counts), strict=True)]
-
-
-def most_confused(matrix: Tensor, most: int) -> list[tuple[int, int, int]]:
-    """Return true class, predicted class and count of the most frequent mistakes."""
-    wrong = matrix - torch.diag(matrix.diagonal())
-    counts, places = wrong.flatten().sort(descending=True, stable=True)
-    pairs = zip(counts[:most].tolist(), places[:most].tolist(), strict=True)
-    return [(*divmod(place, len(matrix)), count) for count, place in pairs if count]
-
-
-def calibrate(confidences: Tensor, right: Tensor, bins: int = BINS) -> Calibration:
-    """Compare probabilities to what came true (Naeini et al. 2015), in bins of equal width.
+def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Return the confusion matrix, int64 (C, C): a row for every true class, a column for every predicted class.
 
     Args:
-        confidences: float (N,) in [0, 1].
-        right: bool (N,), what came true.
-        bins: How many there are.
+        predictions: Predicted classes, int64 (N,).
+        targets: True classes, int64 (N,).
+        num_classes: Number of classes C.
     """
-    confidences, hits = confidences.double(), right.double()
-    bounds = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    place = (torch.bucketize(confidences, bounds) - 1).clamp(0, bins - 1)
-    counts = torch.bincount(place, minlength=bins)
-    sums = [torch.bincount(place, weights=values, minlength=bins) for values in (confidences, hits)]
-    held = [
+    # The targets and predictions come from a task, which has validated them.
+    matrix: Tensor = multiclass_confusion_matrix(predictions, targets, num_classes, validate_args=False)
+    return matrix
+
+
+def metrics_per_class(predictions: Tensor, targets: Tensor, num_classes: int) -> list[ClassMetrics]:
+    """Return the metrics of each class.
+
+    Args:
+        predictions: Predicted classes, int64 (N,).
+        targets: True classes, int64 (N,).
+        num_classes: Number of classes C.
+    """
+    columns = [
+        metric(predictions, targets, num_classes, average="none", validate_args=False)
+        for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
+    ]
+    supports, predicted = (torch.bincount(classes, minlength=num_classes) for classes in (targets, predictions))
+    return _class_metrics(columns, supports, predicted)
+
+
+def metrics_per_label(predictions: Tensor, targets: Tensor) -> list[ClassMetrics]:
+    """Return the metrics of each label.
+
+    Args:
+        predictions: Whether each label was predicted, bool (N, C).
+        targets: Whether each label is true, bool (N, C).
+    """
+    columns = [
+        metric(predictions.int(), targets.int(), predictions.shape[1], average="none", validate_args=False)
+        for metric in (multilabel_precision, multilabel_recall, multilabel_f1_score)
+    ]
+    return _class_metrics(columns, targets.sum(0), predictions.sum(0))
+
+
+def _class_metrics(columns: Iterable[Tensor], supports: Tensor, predicted: Tensor) -> list[ClassMetrics]:
+    """Return the rows of the metrics' columns. torchmetrics gives 0 for a quotient by zero; it is None here."""
+    rows = zip(*(column.reshape(-1).tolist() for column in (*columns, supports, predicted)), strict=True)
+    return [
+        ClassMetrics(
+            precision if predictions else None,
+            recall if support else None,
+            f1 if predictions or support else None,
+            support,
+            predictions,
+        )
+        for precision, recall, f1, support, predictions in rows
+    ]
+
+
+def most_confused(matrix: Tensor, limit: int) -> list[tuple[int, int, int]]:
+    """Return true class, predicted class and count of the most frequent mistakes in a confusion matrix (C, C)."""
+    mistakes = matrix - torch.diag(matrix.diagonal())
+    counts, indices = mistakes.flatten().sort(descending=True, stable=True)
+    pairs = zip(counts[:limit].tolist(), indices[:limit].tolist(), strict=True)
+    return [(*divmod(index, len(matrix)), count) for count, index in pairs if count]
+
+
+def calibration(confidences: Tensor, correct: Tensor, num_bins: int = CALIBRATION_BINS) -> Calibration:
+    """Return the calibration of probabilities in bins of equal width (Naeini et al. 2015).
+
+    The error equals torchmetrics' ``binary_calibration_error``, which does not return the bins that are drawn here.
+
+    Args:
+        confidences: Probabilities of the predictions, float (N,) in [0, 1].
+        correct: Whether each prediction is correct, bool (N,).
+        num_bins: Number of bins.
+    """
+    confidences, hits = confidences.double(), correct.double()
+    bounds = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
+    index = (torch.bucketize(confidences, bounds) - 1).clamp(0, num_bins - 1)
+    counts = torch.bincount(index, minlength=num_bins)
+    sums = [torch.bincount(index, weights=values, minlength=num_bins) for values in (confidences, hits)]
+    bins = [
         Bin(float(bounds[i]), float(bounds[i + 1]), count, float(sums[0][i]) / count, float(sums[1][i]) / count)
         for i, count in enumerate(counts.tolist())
         if count
     ]
-    error = sum(one.count * abs(one.confidence - one.right) for one in held) / len(confidences)
-    return Calibration(tuple(held), error, float(confidences.mean()), float(hits.mean()))
+    error = sum(one.count * abs(one.confidence - one.accuracy) for one in bins) / len(confidences)
+    return Calibration(tuple(bins), error, float(confidences.mean()), float(hits.mean()))
 
 
 def residuals(predictions: Tensor, targets: Tensor) -> list[Residuals]:
-    """Return how each number is missed, of float (N, C) both."""
-    errors, targets = (predictions - targets).double(), targets.double()
-    squares, spread = errors.square().mean(0), targets.var(0, correction=0)
-    columns: Sequence[list[float]] = [errors.abs().mean(0).tolist(), squares.tolist(), errors.mean(0).tolist()]
+    """Return the errors of each predicted number.
+
+    Args:
+        predictions: Predicted values, float (N, C).
+        targets: True values, float (N, C).
+    """
+    columns = zip(predictions.double().unbind(1), targets.double().unbind(1), strict=True)
     return [
-        Residuals(absolute, square**0.5, bias, 1 - square / variance if variance else None)
-        for absolute, square, bias, variance in zip(*columns, spread.tolist(), strict=True)
+        Residuals(
+            float(mean_absolute_error(predicted, true)),
+            float(mean_squared_error(predicted, true, squared=False)),
+            float((predicted - true).mean()),
+            float(r2_score(predicted, true)) if true.min() < true.max() else None,
+        )
+        for predicted, true in columns
     ]
-
-
-def _figures(right: int, predicted: int, there: int) -> ClassFigures:
-    precision = right / predicted if predicted else None
-    recall = right / there if there else None
-    f1 = 2 * right / (predicted + there) if predicted + there else None
-    return ClassFigures(precision, recall, f1, there, predicted)

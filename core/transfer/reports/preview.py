@@ -1,4 +1,4 @@
-"""Looking at what the model sees: a training batch as it comes in, and predictions beside the truth."""
+"""Previews: a training batch as the model receives it, and predictions next to the true targets."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ from transfer.data.loader import Loader
 from transfer.data.targets import describe
 from transfer.errors import RunError, UserError
 from transfer.interfaces import Backbone, DataSpec, Split, Task
+from transfer.models.forward import forward_batches
 from transfer.models.model import Model
-from transfer.models.precision import autocast
 from transfer.models.saved_model import read_model
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import write_atomically
+from transfer.system.devices import resolve_device
+from transfer.system.formatting import format_value
 from transfer.training.build import make_loader, read_data
 from transfer.training.mixup import mix_batch
 from transfer.training.preflight import preflight
 
 MAX_EXAMPLES = 64
-"""Of a batch that are shown."""
-PREDICTIONS_EACH = 8
-"""Of the predictions that are right, wrong and least sure."""
+"""Number of examples shown of a batch."""
+PREDICTIONS_PER_GROUP = 8
+"""Number of predictions shown in each group: correct, wrong and least certain."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What there is to see.
+    """A rendered batch of examples.
 
     Args:
-        content: A PNG file, or text.
-        path: Where it was written; None where it was not.
+        content: Content of a PNG file, or text.
+        path: Path of the file with the content; None if it was not written.
     """
 
     content: bytes | str
@@ -49,18 +51,18 @@ class Preview:
 
 
 def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str | Path | None = None) -> Preview:
-    """Show the first training batch of a config as the model sees it: encoded, augmented, collated and mixed.
+    """Render the first training batch of a config as the model receives it: encoded, augmented, collated and mixed.
 
     Nothing is trained, and no weights are read.
 
     Args:
-        config: The path of a YAML file, or the config as plain data.
-        overrides: ``path.to.key=value`` each.
-        output: Where to write the picture (``.png``) or the text; by default a picture goes to ``NAME-batch.png``, and
-            a text nowhere.
+        config: Path of a YAML file, or the config as a mapping.
+        overrides: Changes of the config, each ``path.to.key=value``.
+        output: Path of the image (``.png``) or text file to write. By default, an image is written to
+            ``NAME-batch.png`` and a text is not written.
 
     Raises:
-        UserError: The config or the data are not right, or the backbone's field has no picture.
+        UserError: The config or the data is invalid, or the backbone cannot render its field.
     """
     checked = load_config(config, overrides)
     fields = preflight(checked).backbone.fields
@@ -73,31 +75,32 @@ def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str 
     captions = [describe(data.spec, target) for target in batch.targets]
     inputs = batch.inputs
     if checked.train.mix is not None:
-        inputs, captions = _mixed(inputs, captions, checked.train.mix, checked.seed)
+        inputs, captions = _mix(inputs, captions, checked.train.mix, checked.seed)
     shown = min(len(captions), MAX_EXAMPLES)
-    of = "" if shown == len(captions) else f" (the first {shown})"
-    heading = f"{checked.name}: the first training batch, {len(captions)} examples{of}"
+    limit = "" if shown == len(captions) else f" (the first {shown})"
+    heading = f"{checked.name}: the first training batch, {len(captions)} examples{limit}"
     column = split.column(*fields)
     values = [column[int(i)] for i in batch.indices[:shown]]
-    content = _show(backbone, _first(inputs, shown), values, captions[:shown], {heading: range(shown)})
+    content = _render(backbone, _first(inputs, shown), values, captions[:shown], {heading: range(shown)})
     path = Path(output).expanduser() if output is not None else None
     if path is None and isinstance(content, bytes):
         path = Path(f"{checked.name}-batch.png")
     return _write(content, path)
 
 
-def preview_predictions(run: str | Path, split: str = "test") -> Preview:
-    """Show predictions of a run's model: those that are right and wrong with most confidence, and the least sure.
+def preview_predictions(run: str | Path, split: str = "test", *, device: str = "auto") -> Preview:
+    """Render predictions of a run's model: the most confident correct and wrong ones, and the least certain ones.
 
-    Where the task names no single label, those with the smallest and the largest loss. The picture or text goes to
-    ``RUN/plots/``.
+    If the task does not predict one label per example, those with the smallest and the largest loss are rendered. The
+    image or text is written to ``RUN/plots/``.
 
     Args:
-        run: A run directory.
-        split: ``train``, ``validation`` or ``test``.
+        run: Run directory.
+        split: Name of the split: ``train``, ``validation`` or ``test``.
+        device: Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
 
     Raises:
-        UserError: The run or its data are not right, there is no such split, or the backbone's field has no picture.
+        UserError: The run or its data is invalid, the split does not exist, or the backbone cannot render its field.
     """
     directory = RunDirectory.open(run)
     directory.refuse_links()
@@ -107,37 +110,38 @@ def preview_predictions(run: str | Path, split: str = "test") -> Preview:
     if split not in splits:
         raise RunError(f"the data has no split {split!r}", where=str(directory.path), available=list(splits))
     examples = splits[split]
-    outputs = _outputs(loaded.model, make_loader(config, examples, loaded.backbone), config.train.precision)
-    meanings = loaded.task.interpret(outputs)
-    chosen = _chosen(loaded.task, loaded.data, examples, outputs, meanings)
-    places = [index for _, indices in chosen for index in indices]
-    groups, start = {}, 0
-    for heading, indices in chosen:
-        groups[heading] = range(start, start + len(indices))
-        start += len(indices)
-    captions = [_caption(loaded.data, examples.targets[i], meanings[i]) for i in places]
+    loader = make_loader(config, examples, loaded.backbone)
+    outputs = _outputs(loaded.model, loader, config.train.precision, resolve_device(device))
+    predictions = loaded.task.interpret(outputs)
+    groups = _groups(loaded.task, loaded.data, examples, outputs, predictions)
+    indices = [index for group in groups.values() for index in group]
+    # Positions of each group's examples in the batch that is rendered.
+    ends = np.cumsum([len(group) for group in groups.values()]).tolist()
+    positions = {name: range(end - len(groups[name]), end) for name, end in zip(groups, ends, strict=True)}
+    captions = [_caption(loaded.data, examples.targets[i], predictions[i]) for i in indices]
     preprocessing = loaded.backbone.preprocessing
     column = examples.column(*loaded.backbone.fields)
-    inputs = preprocessing.collate(encode(preprocessing, column, places, examples.name))
-    content = _show(loaded.backbone, inputs, [column[i] for i in places], captions, groups)
+    inputs = preprocessing.collate(encode(preprocessing, column, indices, examples.name))
+    content = _render(loaded.backbone, inputs, [column[i] for i in indices], captions, positions)
     suffix = "png" if isinstance(content, bytes) else "txt"
     return _write(content, directory.path / "plots" / f"predictions.{suffix}")
 
 
-def _mixed(inputs: Any, captions: Sequence[str], mix: MixupCutmix, seed: int) -> tuple[Any, list[str]]:
+def _mix(inputs: Any, captions: Sequence[str], mix: MixupCutmix, seed: int) -> tuple[Any, list[str]]:
+    """Mix a batch as training does, and state the weights of both targets in the captions."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, 1)).generate_state(1)[0]))
         mixed = mix_batch(inputs, mix)
-    share, rest = f"{mixed.lam:.2f}", f"{1 - mixed.lam:.2f}"
+    weight, rest = f"{mixed.lam:.2f}", f"{1 - mixed.lam:.2f}"
     partners = [captions[partner] for partner in mixed.permutation.tolist()]
-    return mixed.inputs, [f"{share} {own}\n{rest} {other}" for own, other in zip(captions, partners, strict=True)]
+    return mixed.inputs, [f"{weight} {one}\n{rest} {other}" for one, other in zip(captions, partners, strict=True)]
 
 
 def _first(inputs: Any, count: int) -> Any:
     return inputs[:count] if isinstance(inputs, Tensor) else tuple(_first(item, count) for item in inputs)
 
 
-def _show(
+def _render(
     backbone: Backbone,
     inputs: Any,
     values: Sequence[Any],
@@ -147,8 +151,8 @@ def _show(
     content = backbone.preprocessing.render_batch(inputs, values, captions, groups)
     if content is None:
         raise UserError(
-            f"backbone {type(backbone).__name__} has no picture of {' and '.join(backbone.fields)}",
-            fix=f"define show() in {type(backbone.preprocessing).__name__}",
+            f"backbone {type(backbone).__name__} cannot render {' and '.join(backbone.fields)}",
+            fix=f"define render_batch() in {type(backbone.preprocessing).__name__}",
         )
     return content
 
@@ -157,67 +161,72 @@ def _write(content: bytes | str, path: Path | None) -> Preview:
     if path is None:
         return Preview(content)
     if (path.suffix == ".png") != isinstance(content, bytes):
-        what, suffix = ("a picture", ".png") if isinstance(content, bytes) else ("a text", ".txt")
-        raise UserError(f"what there is to see is {what}", where=str(path), fix=f"give a path that ends in {suffix}")
+        kind, suffix = ("an image", ".png") if isinstance(content, bytes) else ("a text", ".txt")
+        raise UserError(
+            f"the path does not fit the preview: expected a name for {kind}, got {path.name!r}",
+            where=str(path),
+            fix=f"use a path that ends in {suffix}",
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=str(path), fix="choose another path") from error
+        raise UserError(
+            f"the preview cannot be written: {error.strerror}", where=str(path), fix="choose another path"
+        ) from error
     return Preview(content, path)
 
 
-def _outputs(model: Model, loader: Loader, precision: Precision) -> Tensor:
-    """Return the outputs for every example of a split, float32 (N, C), in the split's order."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
-    found, order = [], []
-    with torch.inference_mode():
-        for batch in loader.epoch():
-            with autocast(precision, device):
-                outputs = model(batch.to(device).inputs)
-            found.append(outputs.float().cpu())
-            order.append(batch.indices)
-    return torch.cat(found)[torch.from_numpy(np.argsort(np.concatenate(order)))]
+def _outputs(model: Model, loader: Loader, precision: Precision, device: torch.device) -> Tensor:
+    """Return the outputs for every example of a split, float32 (N, C) on the CPU, in the order of the split."""
+    model.to(device)
+    outputs, indices = [], []
+    for batch, values in forward_batches(model, loader.epoch(), device=device, precision=precision):
+        outputs.append(values.float())
+        indices.append(batch.indices)
+    # The loader sorts texts by length: put the outputs back into the order of the split.
+    return torch.cat(outputs).cpu()[torch.from_numpy(np.argsort(np.concatenate(indices)))]
 
 
-def _chosen(
-    task: Task, data: DataSpec, split: Split, outputs: Tensor, meanings: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, Sequence[int]]]:
-    """Return the examples to show under each heading, the most telling first."""
+def _groups(
+    task: Task, data: DataSpec, split: Split, outputs: Tensor, predictions: Sequence[Mapping[str, Any]]
+) -> dict[str, list[int]]:
+    """Return the indices of the examples to show, by the heading of their group."""
     losses = task.loss(outputs, torch.as_tensor(split.targets)).numpy()
-    low, high = (np.argsort(values, kind="stable") for values in (losses, -losses))
-    if not all("label" in meaning for meaning in meanings):
-        groups = [("smallest loss", low), ("largest loss", high)]
-    else:
-        least_sure = None
-        if all("probability" in meaning for meaning in meanings):
-            least_sure = np.argsort([meaning["probability"] for meaning in meanings], kind="stable")
-            low = high = least_sure[::-1]
-        right = np.array([meaning["label"] == describe(data, split.targets[i]) for i, meaning in enumerate(meanings)])
-        of = f"of {len(split):,}, the most sure first"
-        groups = [
-            (f"right: {right.sum():,} {of}", low[right[low]]),
-            (f"wrong: {(~right).sum():,} {of}", high[~right[high]]),
-        ]
-        if least_sure is not None:
-            groups.append(("least sure", least_sure))
-    return [(heading, indices[:PREDICTIONS_EACH].tolist()) for heading, indices in groups]
+    smallest, largest = (np.argsort(values, kind="stable") for values in (losses, -losses))
+    if not all("label" in prediction for prediction in predictions):
+        groups = {"smallest loss": smallest, "largest loss": largest}
+        return {heading: indices[:PREDICTIONS_PER_GROUP].tolist() for heading, indices in groups.items()}
+    # Without probabilities, a small loss of a correct prediction and a large one of a wrong stand for confidence.
+    for_correct, for_wrong, uncertain = smallest, largest, {}
+    if all("probability" in prediction for prediction in predictions):
+        least = np.argsort([prediction["probability"] for prediction in predictions], kind="stable")
+        for_correct = for_wrong = least[::-1]
+        uncertain = {"least certain": least}
+    labels = [describe(data, target) for target in split.targets]
+    correct = np.array([prediction["label"] == label for prediction, label in zip(predictions, labels, strict=True)])
+    order = f"of {len(split):,}, the most confident first"
+    groups = {
+        f"correct: {correct.sum():,} {order}": for_correct[correct[for_correct]],
+        f"wrong: {(~correct).sum():,} {order}": for_wrong[~correct[for_wrong]],
+        **uncertain,
+    }
+    return {heading: indices[:PREDICTIONS_PER_GROUP].tolist() for heading, indices in groups.items()}
 
 
-def _caption(data: DataSpec, target: Any, meaning: Mapping[str, Any]) -> str:
+def _caption(data: DataSpec, target: Any, prediction: Mapping[str, Any]) -> str:
     lines = [f"true: {describe(data, target)}"]
-    if "label" in meaning:
-        lines.append(f"said: {meaning['label']}")
+    if "label" in prediction:
+        lines.append(f"predicted: {prediction['label']}")
     else:
-        said = [_words(name, value) for name, value in meaning.items() if not isinstance(value, Mapping)]
-        lines.append(f"said: {', '.join(said)}")
-    if "probability" in meaning:
-        lines.append(f"probability: {meaning['probability']:.3f}")
+        values = [_named(name, value) for name, value in prediction.items() if not isinstance(value, Mapping)]
+        lines.append(f"predicted: {', '.join(values)}")
+    if "probability" in prediction:
+        lines.append(f"probability: {prediction['probability']:.3f}")
     return "\n".join(lines)
 
 
-def _words(name: str, value: Any) -> str:
-    if isinstance(value, list):
+def _named(name: str, value: Any) -> str:
+    if isinstance(value, list):  # the labels of an example, which need no name
         return " and ".join(map(str, value)) or "none"
-    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+    return f"{name} {format_value(value)}"

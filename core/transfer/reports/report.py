@@ -1,4 +1,4 @@
-"""Writing the report of a run, at its end or later."""
+"""The report of a run, written when the run ends or by ``transfer report``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transfer.data.splits import digest
 from transfer.errors import RunError, UserError, damaged
 from transfer.interfaces import Split
 from transfer.models.saved_model import read_model
-from transfer.reports.charts import alone
+from transfer.reports.charts import standalone
 from transfer.reports.page import Material, render
-from transfer.reports.top_losses import Example, hardest
+from transfer.reports.top_losses import Example, top_losses
 from transfer.runs.artifacts import CompletedRun
 from transfer.storage.run_directory import Predictions, RunDirectory
 from transfer.system.atomic_files import write_atomically
@@ -25,30 +25,30 @@ from transfer.training.preflight import resolve_phases
 REPORT = "report.html"
 PLOTS = "plots"
 MAX_EXPLANATION_SECONDS = 0.2
-"""CPU time for explanations in the report at the end of a run; ``transfer report`` has no limit."""
+"""CPU time for explanations in the report that a run ends with; ``transfer report`` has no limit."""
 
 
 def report(run: str | Path) -> Path:
     """Write the report of a run: ``RUN/report.html``, and its plots to ``RUN/plots/``.
 
-    The page needs nothing beside itself. Where the run's data is not at hand, it lacks the examples themselves.
+    The page is self-contained. If the data of the run is not available, the page lacks the top losses.
 
     Args:
-        run: The directory of a run that is complete.
+        run: Run directory of a complete run.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        UserError: The run has not ended, is damaged, or needs a plugin that is not installed.
+        UserError: The run is not complete, is damaged, or needs a plugin that is not installed.
     """
     directory = RunDirectory.open(run)
     summary = directory.summary()
     if summary.get("status") != "complete":
         raise RunError(
-            f"the run has not ended: {summary.get('error') or summary.get('status')}",
+            f"the run is not complete: {summary.get('error') or summary.get('status')}",
             where=str(directory.path),
-            fix=f"go on with: {directory.resume_command}",
+            fix=f"resume it with: {directory.resume_command}",
         )
     config = load_config(directory.config())
     config = config.quick() if summary.get("quick") else config
@@ -61,37 +61,37 @@ def report(run: str | Path) -> Path:
 
 
 def write_report_of(run: CompletedRun) -> None:
-    """Write the report at the end of a run, with a limit on the time spent on explanations."""
+    """Write the report that a run ends with; the time for explanations is limited."""
     write_report(run, MAX_EXPLANATION_SECONDS)
 
 
-def write_report(subject: CompletedRun, most_seconds: float | None = None) -> Path:
-    """Write the report of a run that this process holds the lock of.
+def write_report(run: CompletedRun, max_seconds: float | None = None) -> Path:
+    """Write the report of a run that is locked by this process.
 
     Args:
-        subject: The run.
-        most_seconds: Spend no more seconds of the processor on explaining examples; None: as many as it takes.
+        run: The run.
+        max_seconds: Limit on the CPU time for explanations of examples; None explains all.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        RunError: The run's files are damaged, or nothing can be written there.
+        RunError: The files of the run are damaged, or the report cannot be written.
     """
-    directory = subject.directory
-    scored = directory.predictions()
-    fix = "bring back the run's own files"
-    with damaged("the report cannot be made of this run", str(directory.path), fix):
-        examples, missing = _examples(subject, scored, most_seconds)
+    directory = run.directory
+    predictions = directory.predictions()
+    fix = "restore the original files of the run"
+    with damaged("the report cannot be created from this run", str(directory.path), fix):
+        examples, missing = _examples(run, predictions, max_seconds)
         material = Material(
             directory.path,
-            subject.config,
-            subject.phases,
-            subject.trained,
+            run.config,
+            run.phases,
+            run.trained,
             directory.summary(),
             directory.environment(),
             directory.metrics(),
-            scored,
+            predictions,
             examples,
             missing,
         )
@@ -100,8 +100,8 @@ def write_report(subject: CompletedRun, most_seconds: float | None = None) -> Pa
         folder = directory.path / PLOTS
         folder.mkdir(exist_ok=True)
         for name, plot in plots.items():
-            # Not flushed, as the page is: they can be drawn again.
-            (folder / f"{name}.svg").write_text(alone(plot), encoding="utf-8")
+            # Plots are not flushed to the disk: `transfer report` can draw them again.
+            (folder / f"{name}.svg").write_text(standalone(plot), encoding="utf-8")
         write_atomically(directory.path / REPORT, page)
     except OSError as error:
         raise RunError(f"the report cannot be written: {error.strerror}", where=str(directory.path)) from error
@@ -109,28 +109,28 @@ def write_report(subject: CompletedRun, most_seconds: float | None = None) -> Pa
 
 
 def _test_split(config: RunConfig, summary: Mapping[str, Any]) -> tuple[Split | None, str]:
-    """Return the test split of a run, or why it is not at hand."""
+    """Return the test split of a run, or None and the reason why it is not available."""
     try:
         with no_downloads():
             _, splits = read_data(config)
     except UserError as error:
-        return None, f"the data is not here: {error.problems[0].message}"
+        return None, f"the data is not available: {error.problems[0].message}"
     if "test" not in splits:
         return None, "the data has no test split"
-    known: Any = summary.get("digests")
-    if isinstance(known, Mapping) and known.get("test") != digest({"test": splits["test"]}):
-        return None, "the data is not what it was when the run was scored"
+    digests: Any = summary.get("digests")
+    if isinstance(digests, Mapping) and digests.get("test") != digest({"test": splits["test"]}):
+        return None, "the data has changed since the run was scored"
     return splits["test"], ""
 
 
 def _examples(
-    subject: CompletedRun, scored: Predictions | None, most_seconds: float | None
+    run: CompletedRun, predictions: Predictions | None, max_seconds: float | None
 ) -> tuple[Sequence[Example], str]:
-    """Return the examples with the highest loss, or none and why."""
-    if scored is None:
+    """Return the examples with the highest loss, or none and the reason."""
+    if predictions is None:
         return (), "the test split was not scored"
-    if scored.losses is None:
-        return (), "the run is of a version that did not keep the losses"
-    if subject.test is None:
-        return (), subject.missing_reason
-    return hardest(subject.trained, subject.test, scored, scored.losses, most_seconds), ""
+    if predictions.losses is None:
+        return (), "the run was trained by a version that did not store the losses"
+    if run.test is None:
+        return (), run.missing_reason
+    return top_losses(run.trained, run.test, predictions, predictions.losses, max_seconds), ""

@@ -1,4 +1,4 @@
-"""The test examples with the highest loss: what they are, what was said of them, and what moved the score."""
+"""The test examples with the highest loss: their content, their predictions, and the pieces that changed the score."""
 
 from __future__ import annotations
 
@@ -6,22 +6,96 @@ import base64
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from transfer.data.targets import describe
 from transfer.interfaces import Preprocessing, Split
 from transfer.models.saved_model import LoadedModel
-from transfer.reports.html import escape
 from transfer.runs.occlusion import explain_output, outputs_of
 from transfer.storage.run_directory import Predictions
 
 MAX_EXAMPLES = 12
 MAX_CHARACTERS = 1200
-"""Of a text that are shown."""
+"""Number of characters shown of a text."""
 MAX_PIECES_NAMED = 4
 JPEG = b"\xff\xd8\xff"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image that an example consists of.
+
+    Args:
+        uri: The image as a ``data:`` URI.
+    """
+
+    kind: ClassVar[str] = "image"
+    uri: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that an example consists of.
+
+    Args:
+        text: The text, cut to :data:`MAX_CHARACTERS`.
+    """
+
+    kind: ClassVar[str] = "text"
+    text: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an explained input.
+
+    Args:
+        text: The piece, with the whitespace after it.
+        change: Change of the score that is due to the piece: score with it minus score without it.
+        strength: ``strong``, ``fair`` or ``weak`` relative to the largest change; empty if the change is small.
+    """
+
+    text: str
+    change: float
+    strength: str = ""
+
+    @property
+    def side(self) -> str:
+        """Whether the piece raises the score (``for``) or lowers it (``against``)."""
+        return "for" if self.change > 0 else "against"
+
+    @property
+    def word(self) -> str:
+        """The piece without the whitespace after it, which is not highlighted."""
+        return self.text.rstrip()
+
+    @property
+    def whitespace(self) -> str:
+        """The whitespace after the piece."""
+        return self.text[len(self.word) :]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An input with the changes of the score that are due to its pieces.
+
+    Args:
+        output: Name of the explained output, such as the predicted class.
+        score: Score of the output for the complete input.
+        pieces: The pieces of the input in order, cut to :data:`MAX_CHARACTERS`.
+        strongest: The pieces with the largest changes, the largest first.
+    """
+
+    kind: ClassVar[str] = "explanation"
+    output: str
+    score: float
+    pieces: tuple[Piece, ...]
+    strongest: tuple[Piece, ...]
+
+
+Content = Image | Text | Explanation
 
 
 @dataclass(frozen=True)
@@ -29,57 +103,59 @@ class Example:
     """One of the examples with the highest loss.
 
     Args:
-        name: What it is called.
-        loss: Its loss.
-        true: Its target, in words.
-        said: What was predicted, in words.
-        content: The example itself, as HTML.
-        explained: Its text says what moved the score.
+        name: Name of the example, such as its file.
+        loss: Loss of the example.
+        true: Target of the example as text.
+        predicted: Prediction as text.
+        content: The example itself; one entry for each input of the model.
     """
 
     name: str
     loss: float
     true: str
-    said: str
-    content: str
-    explained: bool
+    predicted: str
+    content: tuple[Content, ...]
+
+    @property
+    def explained(self) -> bool:
+        """Whether the content shows the changes of the score."""
+        return any(isinstance(part, Explanation) for part in self.content)
 
 
-def hardest(
-    trained: LoadedModel, test: Split, scored: Predictions, losses: Tensor, most_seconds: float | None
+def top_losses(
+    trained: LoadedModel, test: Split, predictions: Predictions, losses: Tensor, max_seconds: float | None
 ) -> list[Example]:
     """Return the examples with the highest loss, the highest first.
 
     Args:
-        trained: Whose preprocessing shows them.
-        test: The raw examples.
-        scored: What the model made of them.
-        losses: Float (N,).
-        most_seconds: Explain no more of them than about so many seconds of the processor allow; None: all.
+        trained: The model; its preprocessing renders the examples.
+        test: The raw test examples.
+        predictions: Predictions of the model for the test examples.
+        losses: Loss of each test example, float (N,).
+        max_seconds: Limit on the CPU time for explanations; None explains all examples.
     """
-    places = losses.argsort(descending=True, stable=True)[:MAX_EXAMPLES].tolist()
+    indices = losses.argsort(descending=True, stable=True)[:MAX_EXAMPLES].tolist()
     column, preprocessing = test.column(*trained.backbone.fields), trained.backbone.preprocessing
-    values = [column[place] for place in places]
-    explained = _explain(trained, values, [test.name(place) for place in places], most_seconds)
+    values = [column[index] for index in indices]
+    explanations = _explain(trained, values, [test.name(index) for index in indices], max_seconds)
     return [
         Example(
-            test.name(place),
-            float(losses[place]),
-            describe(trained.data, test.targets[place]),
-            _said(trained, scored, place),
-            _content(preprocessing, value) if explanation is None else _explained(explanation),
-            explanation is not None,
+            test.name(index),
+            float(losses[index]),
+            describe(trained.data, test.targets[index]),
+            _predicted(trained, predictions, index),
+            _content(preprocessing, value) if explanation is None else (_explanation(explanation),),
         )
-        for place, value, explanation in zip(places, values, explained, strict=True)
+        for index, value, explanation in zip(indices, values, explanations, strict=True)
     ]
 
 
-def _said(trained: LoadedModel, scored: Predictions, place: int) -> str:
-    """Say what was predicted, and how surely where that is known."""
-    data, prediction = trained.data, scored.predictions[place]
+def _predicted(trained: LoadedModel, predictions: Predictions, index: int) -> str:
+    """Return a prediction as text, with its confidence if that was stored."""
+    data, prediction = trained.data, predictions.predictions[index]
     if data.target == "class" and not prediction.ndim and not prediction.is_floating_point():
-        sure = "" if scored.confidences is None else f" ({float(scored.confidences[place]):.3f})"
-        return f"{describe(data, prediction)}{sure}"
+        confidence = "" if predictions.confidences is None else f" ({float(predictions.confidences[index]):.3f})"
+        return f"{describe(data, prediction)}{confidence}"
     if data.target == "labels" and prediction.ndim:
         return describe(data, prediction >= threshold(trained))
     if data.target == "number" and prediction.ndim:
@@ -88,75 +164,65 @@ def _said(trained: LoadedModel, scored: Predictions, place: int) -> str:
 
 
 def threshold(trained: LoadedModel) -> float:
-    """Return the probability from which a label counts as predicted."""
+    """Return the lowest probability at which a label is predicted."""
     return float(getattr(trained.task, "threshold", 0.5))
 
 
 def _explain(
-    trained: LoadedModel, values: Sequence[Any], names: Sequence[str], most_seconds: float | None
+    trained: LoadedModel, values: Sequence[Any], names: Sequence[str], max_seconds: float | None
 ) -> list[Mapping[str, Any] | None]:
-    """Explain each value that there is time for, where the backbone can take it apart."""
+    """Explain the values for which there is time, if the preprocessing can divide them into pieces."""
     preprocessing = trained.backbone.preprocessing
     if not preprocessing.explains:
         return [None] * len(values)
-    trained.model.eval()
     started = time.process_time()
     outputs = outputs_of(trained, values, names.__getitem__)
-    each, spent = (time.process_time() - started) / len(values), 0.0
-    found: list[Mapping[str, Any] | None] = []
+    # An explanation costs one forward pass per piece. The time of the passes so far predicts whether the next fits.
+    seconds_per_value, spent = (time.process_time() - started) / len(values), 0.0
+    explanations: list[Mapping[str, Any] | None] = []
     for value, output in zip(values, outputs, strict=True):
-        if most_seconds is not None:
-            expected = each * sum(1 for _ in preprocessing.occlusions(value))
-            if spent + expected > most_seconds:
-                found.append(None)
+        if max_seconds is not None:
+            expected = seconds_per_value * sum(1 for _ in preprocessing.occlusions(value))
+            if spent + expected > max_seconds:
+                explanations.append(None)
                 continue
             spent += expected
-        found.append(explain_output(trained, value, output))
-    return found
+        explanations.append(explain_output(trained, value, output))
+    return explanations
 
 
-def _explained(explanation: Mapping[str, Any]) -> str:
-    """Show an input with its pieces coloured by sign and strength, then those that moved the score most."""
-    pieces = [(piece["piece"], piece["change"] or 0.0) for piece in explanation["pieces"]]
-    strongest = max((abs(change) for _, change in pieces), default=0.0) or 1.0
-    parts, characters = [], 0
-    for piece, change in pieces:
-        if isinstance(piece, str):
-            if characters > MAX_CHARACTERS:
-                parts.append(" …")
-                break
-            characters += len(piece)
-            parts.append(_piece(piece, change, strongest))
-    ranked = sorted(pieces, key=lambda one: -abs(one[1]))[:MAX_PIECES_NAMED]
-    named = [
-        f'<span class="{_side(change)}">{escape(str(piece).strip())} {change:+.3f}</span>'
-        for piece, change in ranked
-        if round(change, 3)
-    ]
-    moved = f"{escape(explanation['of'])} {explanation['score']:.3f}; moved by {' '.join(named) or 'no piece'}"
-    return f'<p class="text">{"".join(parts)}</p><p class="moved">{moved}</p>'
+def _explanation(explanation: Mapping[str, Any]) -> Explanation:
+    """Rate the pieces of an explanation by the size of their change."""
+    changes = [(piece["piece"], piece["change"] or 0.0) for piece in explanation["pieces"]]
+    largest = max((abs(change) for _, change in changes), default=0.0) or 1.0
+    pieces, characters = [], 0
+    for piece, change in changes:
+        if not isinstance(piece, str):
+            continue
+        if characters > MAX_CHARACTERS:
+            pieces.append(Piece(" …", 0.0))
+            break
+        characters += len(piece)
+        pieces.append(Piece(piece, change, _strength(abs(change) / largest)))
+    ranked = sorted(changes, key=lambda one: -abs(one[1]))[:MAX_PIECES_NAMED]
+    strongest = [Piece(str(piece).strip(), change) for piece, change in ranked if round(change, 3)]
+    return Explanation(explanation["of"], explanation["score"], tuple(pieces), tuple(strongest))
 
 
-def _piece(piece: str, change: float, strongest: float) -> str:
-    share = abs(change) / strongest
-    word = piece.rstrip()
-    if share < 1 / 10:
-        return escape(piece)
-    strength = "weak" if share < 1 / 3 else "fair" if share < 2 / 3 else "strong"
-    marked = f'<span class="{_side(change)} {strength}" title="{change:+.4f}">{escape(word)}</span>'
-    return marked + escape(piece[len(word) :])
+def _strength(fraction: float) -> str:
+    """Return the strength of a change that is a fraction of the largest one."""
+    if fraction < 1 / 10:
+        return ""
+    return "weak" if fraction < 1 / 3 else "fair" if fraction < 2 / 3 else "strong"
 
 
-def _side(change: float) -> str:
-    return "for" if change > 0 else "against"
-
-
-def _content(preprocessing: Preprocessing, value: Any) -> str:
-    """Show a raw value: a picture, a text, each part of several, or the beginning of what it is in Python."""
+def _content(preprocessing: Preprocessing, value: Any) -> tuple[Content, ...]:
+    """Return a raw value as an image, as a text, or as the start of its Python representation; a tuple part by part."""
     if preprocessing.parts and isinstance(value, tuple):
-        return "".join(_content(part, one) for part, one in zip(preprocessing.parts.values(), value, strict=True))
-    if (picture := preprocessing.thumbnail(value)) is not None:
-        kind = "jpeg" if picture.startswith(JPEG) else "png"
-        return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(picture).decode()}">'
-    words = value if isinstance(value, str) else repr(value)
-    return f'<p class="text">{escape(words[:MAX_CHARACTERS])}{" …" if len(words) > MAX_CHARACTERS else ""}</p>'
+        parts = zip(preprocessing.parts.values(), value, strict=True)
+        return tuple(content for part, one in parts for content in _content(part, one))
+    if (image := preprocessing.thumbnail(value)) is not None:
+        kind = "jpeg" if image.startswith(JPEG) else "png"
+        return (Image(f"data:image/{kind};base64,{base64.b64encode(image).decode()}"),)
+    text = value if isinstance(value, str) else repr(value)
+    return (Text(text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"),)

@@ -1,6 +1,6 @@
-"""What a model makes of raw values, and which pieces of a value moved its score.
+"""Outputs of a model for raw values, and the pieces of a value that changed its score.
 
-By taking out one piece at a time (occlusion, Zeiler and Fergus 2014; erasure, Li et al. 2016).
+The change is measured by leaving out one piece at a time (occlusion, Zeiler and Fergus 2014; erasure, Li et al. 2016).
 """
 
 from __future__ import annotations
@@ -9,66 +9,80 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from transfer.data.batch import move
+from transfer.data.batch import Batch
 from transfer.data.encoding import encode
 from transfer.errors import RunError
+from transfer.models.forward import forward_batches
 from transfer.models.saved_model import LoadedModel
 
-TOGETHER = 64
-"""Values without a piece that go through the model at once."""
+OCCLUSION_BATCH = 64
+"""Number of occluded values that go through the model together."""
 
 
 def outputs_of(loaded: LoadedModel, values: Sequence[Any], name: Callable[[int], str]) -> Tensor:
-    """Return the model's outputs for raw values, float32 (N, C), on the CPU.
+    """Return the outputs of a model for raw values, float32 (N, C), on the CPU.
 
     Args:
-        loaded: The model.
-        values: N raw values of its field, which go through it together.
-        name: What a value is called in messages.
+        loaded: The model with its preprocessing.
+        values: N raw values of the model's field; they form one batch.
+        name: Function that returns the name of a value, by index, for error messages.
 
     Raises:
         UserError: A value cannot be encoded, or the outputs are not finite.
     """
-    preprocessing = loaded.backbone.preprocessing
-    encoded = encode(preprocessing, values, range(len(values)), name)
-    device = next(loaded.model.parameters()).device
-    with torch.inference_mode():
-        outputs: Tensor = loaded.model(move(preprocessing.collate(encoded), device)).float().cpu()
+    encoded = encode(loaded.backbone.preprocessing, values, range(len(values)), name)
+    outputs = outputs_of_encoded(loaded, encoded)
     finite = outputs.flatten(1).isfinite().all(1).tolist()
     if not all(finite):
-        fix = "the weights may be damaged: copy the model again from where it was trained"
-        raise RunError("the model's outputs are not finite", where=name(finite.index(False)), fix=fix)
+        fix = "the weights may be damaged: copy the model again from the machine it was trained on"
+        raise RunError("the outputs of the model are not finite", where=name(finite.index(False)), fix=fix)
     return outputs
 
 
-def explain_output(loaded: LoadedModel, value: Any, output: Tensor) -> dict[str, Any]:
-    """Score a value without each of its pieces in turn, in batches.
+def outputs_of_encoded(loaded: LoadedModel, encoded: Sequence[Any]) -> Tensor:
+    """Return the outputs of a model for encoded values, float32 (N, C), on the CPU.
 
     Args:
-        loaded: The model; its preprocessing says how to take a value apart.
+        loaded: The model with its preprocessing.
+        encoded: N values as the preprocessing's ``encode`` returns them; they form one batch.
+    """
+    device = next(loaded.model.parameters()).device
+    count = len(encoded)
+    batch = Batch(loaded.backbone.preprocessing.collate(encoded), torch.empty(count), np.arange(count))
+    ((_, outputs),) = forward_batches(loaded.model, [batch], device=device)
+    on_cpu: Tensor = outputs.float().cpu()
+    return on_cpu
+
+
+def explain_output(loaded: LoadedModel, value: Any, output: Tensor) -> dict[str, Any]:
+    """Return the score of a value, and the change of the score that is due to each of its pieces.
+
+    Args:
+        loaded: The model; its preprocessing divides a value into pieces.
         value: A raw value.
-        output: The model's outputs for it, (C,).
+        output: Outputs of the model for the value, (C,).
 
     Returns:
-        ``of`` which output, its ``score``, and the ``pieces`` in order, each with its ``change``: the score less what
-        it is without that piece, or None where nothing would be left.
+        ``of``, the name of the explained output; its ``score``; and the ``pieces`` in order, each with its ``change``:
+        the score with the piece minus the score without it, or None if nothing is left without it.
     """
     scores = loaded.task.scores(output[None])[0]
     index = loaded.task.explained_output(scores)
-    whole = float(scores[index])
+    score = float(scores[index])
     pieces: list[dict[str, Any]] = []
     occlusions = iter(loaded.backbone.preprocessing.occlusions(value))
-    while some := list(itertools.islice(occlusions, TOGETHER)):
-        rests = [occlusion.rest for occlusion in some if occlusion.rest is not None]
-        without: Iterator[float] = iter(())
+    while batch := list(itertools.islice(occlusions, OCCLUSION_BATCH)):
+        rests = [occlusion.rest for occlusion in batch if occlusion.rest is not None]
+        scores_without: Iterator[float] = iter(())
         if rests:
             outputs = outputs_of(loaded, rests, lambda i: f"the input without its piece {i + 1}")
-            without = iter(loaded.task.scores(outputs)[:, index].tolist())
-        for occlusion in some:
-            change = None if occlusion.rest is None else whole - next(without)
+            scores_without = iter(loaded.task.scores(outputs)[:, index].tolist())
+        for occlusion in batch:
+            change = None if occlusion.rest is None else score - next(scores_without)
             pieces.append({"piece": occlusion.piece, "change": change})
     names = loaded.data.classes
-    return {"of": names[index] if index < len(names) else str(index), "score": whole, "pieces": pieces}
+    return {"of": names[index] if index < len(names) else str(index), "score": score, "pieces": pieces}

@@ -1,4 +1,4 @@
-"""Looking at a run and taking its model elsewhere, as a person does at the terminal."""
+"""The commands preview, evaluate --pictures and export."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     return run
 
 
-def test_look_writes_the_same_picture_every_time(call: Any, tmp_path: Path) -> None:
+def test_preview_writes_the_same_image_every_time(call: Any, tmp_path: Path) -> None:
     (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
-    status, out, err = call("look", "shapes.yaml")
+    status, out, err = call("preview", "shapes.yaml")
     assert (status, out.splitlines()[-1]) == (0, "shapes-batch.png"), err
     first = (tmp_path / "shapes-batch.png").read_bytes()
-    with Image.open(tmp_path / "shapes-batch.png") as picture:
-        assert picture.size == (6 + 8 * (128 + 6), 6 + 22 + 2 * (128 + 15 + 6))  # twelve cells of four times 32 pixels
-    call("look", "shapes.yaml", "--output", "again.png")
+    with Image.open(tmp_path / "shapes-batch.png") as image:
+        assert image.size == (6 + 8 * (128 + 6), 6 + 22 + 2 * (128 + 15 + 6))  # twelve cells of four times 32 pixels
+    call("preview", "shapes.yaml", "--output", "again.png")
     assert (tmp_path / "again.png").read_bytes() == first
-    call("look", "shapes.yaml", "seed=1", "--output", "other.png")
+    call("preview", "shapes.yaml", "seed=1", "--output", "other.png")
     assert (tmp_path / "other.png").read_bytes() != first
 
 
-def test_evaluate_draws_predictions(call: Any, run: Path) -> None:
+def test_evaluate_writes_prediction_images(call: Any, run: Path) -> None:
     status, out, err = call("evaluate", run, "--pictures", "--json")
     assert status == 0
     assert json.loads(out).keys() == {"test"}
     assert err.splitlines()[-1] == f"predictions: {run / 'plots' / 'predictions.png'}"
-    with Image.open(run / "plots" / "predictions.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(run / "plots" / "predictions.png") as image:
+        assert image.format == "PNG"
 
 
-def test_export_says_what_it_would_write(call: Any, run: Path, tmp_path: Path) -> None:
+def test_export_dry_run_lists_the_files(call: Any, run: Path, tmp_path: Path) -> None:
     status, out, _ = call("export", run, "--format", "torchvision", "--output", "model", "--dry-run")
     assert status == 0
     for part in ("would write", "model.safetensors, model.json", "README.md"):
@@ -78,8 +78,8 @@ def test_export_says_what_it_would_write(call: Any, run: Path, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_format_that_is_none_is_a_panel(call: Any, run: Path) -> None:
+def test_export_suggests_the_nearest_format(call: Any, run: Path) -> None:
     status, out, err = call("export", run, "--format", "onx")
     assert (status, out) == (2, "")
     assert "did you mean 'onnx'?" in err
-    assert "safetensors, torch_export, onnx, torchvision" in err
+    assert "onnx, safetensors, torch_export, torchvision" in err
