@@ -222,7 +222,7 @@ def unavailable(name: str) -> tuple[str, str | None]:
 
 
 def test_an_extra_that_is_not_installed_makes_what_needs_it_unavailable(install: Install) -> None:
-    requires = ["nowhere-to-be-found>=2; extra == 'night'", "transfer"]
+    requires = ["nowhere-to-be-found>=2; extra == 'night'", "transferkit"]
     entries = {"transfer.heads": ["owl = owl_plugin:Good [night]", "lark = owl_plugin:Good"]}
     install("birds", "1.0", entries, requires=requires, owl_plugin=GOOD)
     owl = registry.find("head", "owl")
