@@ -111,7 +111,7 @@ train:
         ("1", "seed is -1: it should be greater than or equal to 0"),
         ("2", 'data.count is "5": it should be a valid integer'),
         ("5", "backbone 'dense' has no option 'widht'"),
-        ("6", "there is no head called 'liner'"),
+        ("6", "unknown head 'liner'"),
         ("9", "task.label_smoothing is 1: it should be less than 1"),
         ("11", "train.batch_size is 0: it should be a whole number, 1 or more, or auto"),
         ("12", "optimizer 'sgd' has no option 'momentun'"),
@@ -159,7 +159,7 @@ def test_a_component_without_a_name_lists_the_names(config: dict[str, Any]) -> N
 
 def test_an_unknown_plugin_names_the_nearest(config_file: Path) -> None:
     (problem,) = problems_of(config_file, "backbone.name=denes")
-    assert problem.message == "there is no backbone called 'denes'"
+    assert problem.message == "unknown backbone 'denes'"
     assert problem.fix == "did you mean 'dense'?"
     assert problem.where == "override 'backbone.name=denes'"
 

@@ -14,7 +14,7 @@ import transfer
 from transfer import PluginError, RunError
 from transfer.cli import app as cli
 from transfer.registry import entry_points as registry
-from transfer.registry.listing import catalogue
+from transfer.registry.listing import catalog
 
 HEAD = '''
 from torch import nn
@@ -62,7 +62,7 @@ def refusal(kind: str, name: str) -> str:
 
 
 def listed(name: str) -> tuple[str, str | None] | None:
-    (entry,) = [entry for entry in catalogue() if entry.plugin.name == name]
+    (entry,) = [entry for entry in catalog() if entry.plugin.name == name]
     return entry.problem and (entry.problem.message, entry.problem.fix)
 
 
@@ -141,7 +141,7 @@ def test_one_that_disappears_after_a_run_was_saved(
     with pytest.raises(RunError) as caught:
         list(transfer.predict(run.folder, ["1,2,3,4"]))
     (problem,) = caught.value.problems
-    assert problem.message == "there is no head called 'fleeting'"
+    assert problem.message == "unknown head 'fleeting'"
     assert problem.fix == "pip install fleeting==1.5"
 
 
