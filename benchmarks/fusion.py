@@ -18,7 +18,7 @@ import numpy as np
 from common import machine, print_table
 
 import transfer
-from transfer_vision.data.shapes import SHAPES, ShapePictures
+from transfer_vision.data.shapes import SHAPES, ShapeImages
 
 SIZE = 32
 TEXTS = (
@@ -41,7 +41,7 @@ TEXT = {"name": "textcnn", "variant": "rand", "dimensions": 16, "kernel_sizes": 
 def draw(folder: Path, count: int, seed: int) -> Path:
     """Write images and a table with the columns image, text, label and part (train or test); return its path."""
     random = np.random.default_rng(seed)
-    images = ShapePictures(count, SIZE, (seed,))
+    images = ShapeImages(count, SIZE, (seed,))
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(("image", "text", "label", "part"))

@@ -59,12 +59,12 @@ DATASETS: Mapping[str, Mapping[str, Any]] = {
 }
 """Small ones, over the files that ``test_contracts.py`` makes."""
 
-CONTRACTS = contracts("transfer", OPTIONS | DATASETS)
+CONTRACTS = contracts("transferkit", OPTIONS | DATASETS)
 BACKBONES = list(dict.fromkeys(contract.case for contract in CONTRACTS if contract.case.kind == "backbone"))
 
 
 def name_of(case: Case) -> str:
-    return str(case.options.get("model", case.name.removeprefix("transfer:")))
+    return str(case.options.get("model", case.name.removeprefix("transferkit:")))
 
 
 def trained() -> list[Any]:

@@ -229,7 +229,7 @@ def test_a_path_is_never_opened(server: Running, tmp_path: Path) -> None:
     assert server.predict("points", {"point": str(tmp_path / "point.txt")})[0] == 422
     status, answer = server.predict("shapes", {"image": base64.b64encode(b"/etc/passwd").decode()})
     assert status == 422
-    assert "not a picture" in answer["detail"]
+    assert "not an image" in answer["detail"]
 
 
 def receive(connection: socket.socket) -> bytes:

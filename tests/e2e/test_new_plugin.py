@@ -97,13 +97,13 @@ def test_it_is_written_for_this_version(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "1st", "a b", "../up", "-", "transfer-", "café"])
 def test_a_name_that_makes_no_package_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="makes no name of a package") as caught:
+    with pytest.raises(UserError, match="is no valid package name") as caught:
         new_plugin(name, tmp_path, version="0.1.0")
-    assert caught.value.problems[0].fix == "use letters, digits and hyphens, and begin with a letter"
+    assert caught.value.problems[0].fix == "use letters, digits and hyphens, and start with a letter"
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     new_plugin("sonar", tmp_path, version="0.1.0")
-    with pytest.raises(UserError, match="transfer-sonar is there already"):
+    with pytest.raises(UserError, match="transfer-sonar exists"):
         new_plugin("transfer-sonar", tmp_path, version="0.1.0")

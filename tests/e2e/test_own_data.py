@@ -80,7 +80,7 @@ def test_an_unreadable_picture_is_named(pictures, tmp_path):
     broken.write_text("not a picture")
     with pytest.raises(transfer.DataError) as caught:
         transfer.run(config_of_pictures(pictures), output=tmp_path / "runs")
-    assert "train/dark/3.png  not a picture" in str(caught.value)
+    assert "train/dark/3.png  not an image" in str(caught.value)
     assert caught.value.problems[0].where == str(pictures)
 
 

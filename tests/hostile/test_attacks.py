@@ -353,6 +353,6 @@ def test_vectors_that_would_fill_the_memory_are_refused(
 
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a b", "x;touch evil", "$(touch evil)", ESCAPE, "", "é"])
 def test_a_plugin_s_name_is_no_path_and_no_code(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="makes no name"):
+    with pytest.raises(UserError, match="is no valid package name"):
         new_plugin(name, tmp_path / "here", version="0.1.0")
     assert not list(tmp_path.iterdir())

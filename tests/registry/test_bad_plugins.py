@@ -14,7 +14,7 @@ import transfer
 from transfer import PluginError, RunError
 from transfer.cli import app as cli
 from transfer.registry import entry_points as registry
-from transfer.registry.listing import catalogue
+from transfer.registry.listing import catalog
 
 HEAD = '''
 from torch import nn
@@ -62,7 +62,7 @@ def refusal(kind: str, name: str) -> str:
 
 
 def listed(name: str) -> tuple[str, str | None] | None:
-    (entry,) = [entry for entry in catalogue() if entry.plugin.name == name]
+    (entry,) = [entry for entry in catalog() if entry.plugin.name == name]
     return entry.problem and (entry.problem.message, entry.problem.fix)
 
 
@@ -87,13 +87,10 @@ def test_one_that_registers_a_wrong_type(install: Install) -> None:
     )
 
 
-def test_one_with_a_clashing_name(install: Install, call: Any) -> None:
+def test_builtin_head_wins_over_a_clashing_name(install: Install, call: Any) -> None:
     install("rival", "2.0", {"transfer.heads": ["linear = rival_plugin:Good"]}, rival_plugin=HEAD)
-    assert refusal("head", "linear") == (
-        f"head 'linear' is claimed by rival 2.0 and transfer {VERSION}\n"
-        "  available: rival:linear, transfer:linear\n"
-        "  fix: write 'rival:linear' to say which one"
-    )
+    assert registry.load("head", "linear").__module__ == "transfer.builtin.heads"
+    assert registry.load("head", "transferkit:linear").__module__ == "transfer.builtin.heads"
     assert registry.load("head", "rival:linear").__module__ == "rival_plugin"
     status, out, _ = call("plugins")
     assert status == 0
@@ -119,9 +116,18 @@ def test_one_for_another_interface_version(install: Install, call: Any) -> None:
 
 def test_one_for_this_interface_version_loads(install: Install) -> None:
     entries = {"transfer.heads": ["today = today_plugin:Good"]}
-    install("today", "4.0", entries, requires=[f"transfer>={VERSION},<99"], today_plugin=HEAD)
+    install("today", "4.0", entries, requires=[f"transferkit>={VERSION},<99"], today_plugin=HEAD)
     assert registry.load("head", "today").__name__ == "Good"
     assert listed("today") is None
+
+
+def test_plugin_that_requires_the_other_project_called_transfer_is_refused(install: Install) -> None:
+    entries = {"transfer.heads": ["older = older_plugin:Good"]}
+    install("older", "4.0", entries, requires=[f"transfer>={VERSION},<99"], older_plugin=HEAD)
+    message = f"it requires transfer>={VERSION},<99, and the distribution of this framework is called transferkit"
+    fix = "install a version of older that requires transferkit"
+    assert message in refusal("head", "older")
+    assert listed("older") == (message, fix)
 
 
 def test_one_that_disappears_after_a_run_was_saved(
@@ -135,7 +141,7 @@ def test_one_that_disappears_after_a_run_was_saved(
     with pytest.raises(RunError) as caught:
         list(transfer.predict(run.folder, ["1,2,3,4"]))
     (problem,) = caught.value.problems
-    assert problem.message == "there is no head called 'fleeting'"
+    assert problem.message == "unknown head 'fleeting'"
     assert problem.fix == "pip install fleeting==1.5"
 
 
@@ -148,7 +154,7 @@ def test_check_loads_each_and_names_what_is_broken(
     status, out, _ = call("plugins", "--check")
     assert status == 1
     assert "good    head half-sick:well: 7 contracts kept" in out
-    assert "good    head transfer:linear: 7 contracts kept" in out
+    assert "good    head transferkit:linear: 7 contracts kept" in out
     assert "broken  head half-sick:sick: 0 contracts kept" in out
     assert "head-sick breaks the contract 'it can be imported'" in out
     assert "RuntimeError: no device" in out

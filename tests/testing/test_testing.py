@@ -68,7 +68,7 @@ def test_a_failure_says_what_was_promised_what_was_found_and_where_it_is_written
         "where (B, D) is (4, 8)"
     )
     assert written.startswith("  written: transfer.interfaces.FeatureSpec (")
-    assert "interfaces.py:" in written
+    assert "interfaces/backbone.py:" in written
 
 
 class Outside(Dense):
@@ -343,28 +343,28 @@ def test_data_that_is_not_here_is_skipped(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_no_plugin_of_the_distribution_is_refused() -> None:
-    with pytest.raises(PluginError, match="transfer has no plugin called 'textcn'") as caught:
-        contracts("transfer", {"textcn": {}})
+    with pytest.raises(PluginError, match="transferkit has no plugin called 'textcn'") as caught:
+        contracts("transferkit", {"textcn": {}})
     assert caught.value.problems[0].fix == "did you mean 'textcnn'?"
 
 
 def test_a_distribution_without_plugins_is_refused() -> None:
     with pytest.raises(PluginError, match="no plugin of 'transfer-nothing' is installed") as caught:
         contracts("transfer-nothing")
-    assert "transfer" in caught.value.problems[0].available
+    assert "transferkit" in caught.value.problems[0].available
     assert "pip install --editable ." in str(caught.value.problems[0].fix)
 
 
 def test_a_config_that_is_wrong_breaks_its_contract(config_file: Path) -> None:
     config_file.write_text(config_file.read_text(encoding="utf-8").replace("dense", "dance"), encoding="utf-8")
-    checked = [c for c in contracts("transfer", configs=[config_file]) if str(c).startswith("config-")]
+    checked = [c for c in contracts("transferkit", configs=[config_file]) if str(c).startswith("config-")]
     assert [c.name for c in checked] == ["it passes the check", "it runs"]
-    with pytest.raises(ContractError, match="there is no backbone called 'dance'"):
+    with pytest.raises(ContractError, match="unknown backbone 'dance'"):
         checked[0].check()
 
 
 def test_a_config_that_is_right_keeps_its_contracts(config_file: Path) -> None:
-    for contract in contracts("transfer", configs=[config_file])[-2:]:
+    for contract in contracts("transferkit", configs=[config_file])[-2:]:
         contract.check()
 
 

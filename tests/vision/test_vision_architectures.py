@@ -53,7 +53,7 @@ FAMILIES = {
 
 
 def size(name: str) -> int:
-    """Return a size of picture that the model can see, small but of more than one patch."""
+    """Return a size of image that the model can see, small but of more than one patch."""
     return 2 * smallest_image(name) if name.startswith("vit") else max(32, smallest_image(name))
 
 
@@ -178,9 +178,9 @@ def test_a_network_without_tokens_says_so() -> None:
 @pytest.mark.parametrize(
     ("model", "image_size", "message"),
     [
-        ("vit_b_16", 40, "vit_b_16 cannot see pictures of 40 x 40"),
-        ("maxvit_t", 256, "maxvit_t cannot see pictures of 256 x 256"),
-        ("inception_v3", 64, "75 pixels at least"),
+        ("vit_b_16", 40, "vit_b_16 does not support images of 40 x 40"),
+        ("maxvit_t", 256, "maxvit_t does not support images of 256 x 256"),
+        ("inception_v3", 64, "expected 75 or more"),
     ],
 )
 def test_sizes_that_a_model_cannot_see_are_refused(model: str, image_size: int, message: str) -> None:
@@ -224,11 +224,11 @@ def test_wishes_go_before_what_comes_with_the_weights() -> None:
 # ------------------------------------------------------------------------------------------------------ input channels
 
 
-def test_grey_pictures_are_seen_as_if_they_were_coloured() -> None:
+def test_grey_images_are_seen_as_if_they_were_colored() -> None:
     weight = torch.randn(4, 3, 3, 3)
-    grey = torch.randn(2, 1, 8, 8)
-    coloured = torch.conv2d(grey.expand(-1, 3, -1, -1), weight)
-    torch.testing.assert_close(torch.conv2d(grey, adapt_input_weight(weight, 1)), coloured)
+    gray = torch.randn(2, 1, 8, 8)
+    colored = torch.conv2d(gray.expand(-1, 3, -1, -1), weight)
+    torch.testing.assert_close(torch.conv2d(gray, adapt_input_weight(weight, 1)), colored)
 
 
 @pytest.mark.parametrize("channels", [2, 4, 6, 7])
@@ -254,14 +254,14 @@ def test_every_family_takes_other_channels(name: str) -> None:
 def test_an_exported_graph_takes_batches_of_any_size(name: str) -> None:
     with torch.device("meta"):
         backbone = Torchvision(model=name, weights=None, image_size=size(name)).eval()
-        pictures = torch.empty(2, 3, size(name), size(name))
+        images = torch.empty(2, 3, size(name), size(name))
         batch = {0: torch.export.Dim("batch", min=1, max=64)}
-        program = torch.export.export(backbone, (pictures,), dynamic_shapes=(batch,))
+        program = torch.export.export(backbone, (images,), dynamic_shapes=(batch,))
     assert len(program.range_constraints) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_pictures_of_other_channels_go_through(channels: int) -> None:
+def test_images_of_other_channels_go_through(channels: int) -> None:
     backbone = Torchvision(model="shufflenet_v2_x0_5", weights=None, image_size=32, in_channels=channels).eval()
     preprocessing = backbone.preprocessing
     inputs = preprocessing.collate(preprocessing.encode([preprocessing.example()]))

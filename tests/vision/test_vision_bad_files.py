@@ -1,4 +1,4 @@
-"""What a folder of pictures may hold beside pictures, and archives that mean no good."""
+"""What a folder of images may hold beside images, and archives that mean no good."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transfer_vision.images import validation as scan
 from transfer_vision.preprocessing import ImagePreprocessing
 
 
-def picture(kind: str = "JPEG") -> bytes:
+def make_image(kind: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
     Image.fromarray(noise).save(buffer, kind)
@@ -39,11 +39,11 @@ def bomb() -> bytes:
 
 
 BAD = {
-    "cut.jpg": (picture()[:-400], "truncated"),
+    "cut.jpg": (make_image()[:-400], "truncated"),
     "zero.jpg": (b"", "the file is empty"),
-    "text.jpg": (b"dear diary", "not a picture that can be read: it begins with b'dear dia'"),
+    "text.jpg": (b"dear diary", "not an image that can be read: it starts with b'dear dia'"),
     "bomb.png": (bomb(), "decompression bomb"),
-    "damaged.png": (picture("PNG").replace(b"IDAT", b"IXAT", 1), "not a picture"),
+    "damaged.png": (make_image("PNG").replace(b"IDAT", b"IXAT", 1), "not an image"),
 }
 
 
@@ -52,7 +52,7 @@ def root(tmp_path: Path) -> Path:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for number in range(4):
-            (tmp_path / name / f"{number}.jpg").write_bytes(picture())
+            (tmp_path / name / f"{number}.jpg").write_bytes(make_image())
     return tmp_path
 
 
@@ -67,7 +67,7 @@ def test_a_bad_file_is_named_with_what_is_wrong(root: Path, name: str) -> None:
     with pytest.raises(DataError) as caught:
         load(root)
     problem = caught.value.problems[0]
-    assert f"1 of 9 pictures cannot be decoded:\n  a/{name}  " in problem.message
+    assert f"1 of 9 images cannot be decoded:\n  a/{name}  " in problem.message
     assert message in problem.message
     assert problem.where == str(root)
     assert "bad_files: skip" in (problem.fix or "")
@@ -79,7 +79,7 @@ def test_bad_files_are_left_out_with_a_table(root: Path, caplog: pytest.LogCaptu
     split = load(root, bad_files="skip")
     assert [Path(name).name for name in split.names] == [f"{i}.jpg" for i in range(4)] * 2
     assert split.targets.tolist() == [0] * 4 + [1] * 4
-    assert "5 of 13 pictures cannot be decoded:" in caplog.text
+    assert "5 of 13 images cannot be decoded:" in caplog.text
     for name, (_, message) in BAD.items():
         (line,) = [line for line in caplog.text.splitlines() if f"  b/{name} " in line]
         assert message in line
@@ -87,16 +87,16 @@ def test_bad_files_are_left_out_with_a_table(root: Path, caplog: pytest.LogCaptu
     assert len(encoded) == 8
 
 
-def test_a_gif_is_no_picture_but_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (root / "a" / "imageNotFound.gif").write_bytes(picture("GIF"))
+def test_a_gif_is_no_image_but_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "a" / "imageNotFound.gif").write_bytes(make_image("GIF"))
     assert len(load(root)) == 8
-    assert "skipped 1 files that are no pictures: 1 .gif" in caplog.text
+    assert "skipped 1 files that are no images: 1 .gif" in caplog.text
 
 
 def test_a_name_that_is_not_utf_8(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     odd = os.fsencode(root) + b"/a/caf\xe9.jpg"
     try:
-        Path(os.fsdecode(odd)).write_bytes(picture())
+        Path(os.fsdecode(odd)).write_bytes(make_image())
     except OSError:
         pytest.skip("this file system takes no such name")
     split = load(root)
@@ -105,12 +105,12 @@ def test_a_name_that_is_not_utf_8(root: Path, caplog: pytest.LogCaptureFixture) 
     assert split.fingerprint("image") == load(root).fingerprint("image")
     Path(os.fsdecode(odd)).write_bytes(b"")
     assert len(load(root, bad_files="skip")) == 8
-    assert "a/caf\\xe9.jpg  not a picture" in caplog.text
+    assert "a/caf\\xe9.jpg  not an image" in caplog.text
 
 
 def test_a_link_that_points_nowhere(root: Path) -> None:
     (root / "a" / "gone.jpg").symlink_to(root / "elsewhere.jpg")
-    with pytest.raises(DataError, match=r"a/gone\.jpg  a link that points nowhere, to .*elsewhere\.jpg"):
+    with pytest.raises(DataError, match=r"a/gone\.jpg  a link to a file that is missing, .*elsewhere\.jpg"):
         load(root)
     assert len(load(root, bad_files="skip")) == 8
 
@@ -126,23 +126,23 @@ def test_a_link_to_a_folder_above_is_not_followed(root: Path) -> None:
     assert len(load(root)) == 8
 
 
-def test_a_class_without_a_good_picture_is_refused(root: Path) -> None:
+def test_a_class_without_a_good_image_is_refused(root: Path) -> None:
     for path in (root / "b").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="class 'b' of the train split has no good picture"):
+    with pytest.raises(DataError, match="class 'b' of the train split has no good image"):
         load(root, bad_files="skip")
 
 
-def test_pictures_are_decoded_once_and_again_when_they_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_once_and_again_when_they_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    check = scan.check_picture
-    monkeypatch.setattr(scan, "check_picture", lambda content, name: (decoded.append(name), check(content, name)))
+    check = scan.check_image
+    monkeypatch.setattr(scan, "check_image", lambda content, name: (decoded.append(name), check(content, name)))
     assert len(load(root)) == len(load(root)) == len(decoded) == 8
     (root / "a" / "2.jpg").write_bytes(b"now a text")
     with pytest.raises(DataError, match=r"a/2\.jpg"):
         load(root)
     assert decoded[8:] == [f"{root}/a/2.jpg"]
-    (root / "a" / "2.jpg").write_bytes(picture())
+    (root / "a" / "2.jpg").write_bytes(make_image())
     assert len(load(root)) == 8
 
 
@@ -155,20 +155,20 @@ def test_a_damaged_record_and_a_folder_that_cannot_be_written(
     cache = tmp_path_factory.mktemp("records")
     monkeypatch.setenv("TRANSFER_CACHE", str(cache))
     load(root)
-    (record,) = (cache / "pictures").iterdir()
+    (record,) = (cache / "images").iterdir()
     record.write_text("{")
     assert len(load(root)) == 8
     blocked = tmp_path_factory.mktemp("blocked") / "file"
     blocked.write_text("")
     monkeypatch.setenv("TRANSFER_CACHE", str(blocked))
     assert len(load(root)) == 8
-    assert "is not kept" in caplog.text
+    assert "cannot be recorded" in caplog.text
 
 
 def test_threads_find_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, (content, _) in BAD.items():
         (root / "b" / name).write_bytes(content)
-    source, paths = scan.Source, [f"b/{name}" for name in BAD]
+    source, paths = scan.ImageSource, [f"b/{name}" for name in BAD]
     from transfer_vision.images.image_sources import FolderSource
 
     assert issubclass(FolderSource, source)
@@ -187,7 +187,7 @@ def test_threads_find_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def archive(path: Path, *members: tuple[str | zipfile.ZipInfo, bytes]) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, content in (("p/a/1.jpg", picture()), ("p/b/1.jpg", picture()), *members):
+        for name, content in (("p/a/1.jpg", make_image()), ("p/b/1.jpg", make_image()), *members):
             out.writestr(name, content)
     return path
 

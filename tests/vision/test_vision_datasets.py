@@ -13,18 +13,18 @@ from PIL import Image
 
 from transfer import ConfigError, Data, DataError
 from transfer_vision.data import datasets as datasets_module
-from transfer_vision.data.datasets import HotDog, Hymenoptera, ImageFolder, PublishedPictures, Shapes
+from transfer_vision.data.datasets import HotDog, Hymenoptera, ImageFolder, PublishedImages, Shapes
 
 
 def put(root: Path, *names: str) -> Path:
-    """Write a small picture, whose colour tells its path, under each name."""
+    """Write a small image, whose color tells its path, under each name."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp"):
             Image.new("RGB", (6, 4), (sum(name.encode()) % 256, 0, 0)).save(path)
         else:
-            path.write_text("no picture")
+            path.write_text("no image")
     return root
 
 
@@ -81,7 +81,7 @@ def test_folders_of_splits_may_have_any_names(tmp_path: Path) -> None:
     }
 
 
-def test_every_extension_of_a_picture_in_any_case_and_at_any_depth(tmp_path: Path) -> None:
+def test_every_extension_of_a_image_in_any_case_and_at_any_depth(tmp_path: Path) -> None:
     put(tmp_path, "a/1.JPG", "a/deep/er/2.jpeg", "a/3.webp", "b/4.bmp", "b/5.PNG")
     data = ImageFolder(root=str(tmp_path), test_fraction=0).load()
     assert classes_of(data, "train") == {"a": ["1.JPG", "3.webp", "2.jpeg"], "b": ["4.bmp", "5.PNG"]}
@@ -95,7 +95,7 @@ def test_other_files_are_skipped_and_counted_and_hidden_ones_ignored(
     data = ImageFolder(root=str(tmp_path), test_fraction=0).load()
     assert data.spec.classes == ("a", "b")
     assert len(data.splits["train"]) == 2
-    assert "skipped 4 files that are no pictures: 2 .gif, 1 .md, 1 .txt" in caplog.text
+    assert "skipped 4 files that are no images: 2 .gif, 1 .md, 1 .txt" in caplog.text
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -129,22 +129,22 @@ def test_a_stratified_part_becomes_the_test_split(tmp_path: Path) -> None:
 
 
 def test_root_is_found_below_the_data_folder(data_folder: Path) -> None:
-    put(data_folder / "my" / "pictures", "a/1.png", "b/1.png")
-    assert ImageFolder(root="my/pictures", test_fraction=0).load().splits["train"].name(0).startswith(str(data_folder))
+    put(data_folder / "my" / "images", "a/1.png", "b/1.png")
+    assert ImageFolder(root="my/images", test_fraction=0).load().splits["train"].name(0).startswith(str(data_folder))
 
 
 def test_a_zip_archive_is_read_like_the_folder(tmp_path: Path) -> None:
     root = put(
-        tmp_path / "pictures", "train/a/1.png", "train/b/2.png", "test/a/3.png", "test/b/4.png", "train/a/.DS_Store"
+        tmp_path / "images", "train/a/1.png", "train/b/2.png", "test/a/3.png", "test/b/4.png", "train/a/.DS_Store"
     )
-    packed = ImageFolder(root=str(zipped(root, tmp_path / "pictures.zip"))).load()
+    packed = ImageFolder(root=str(zipped(root, tmp_path / "images.zip"))).load()
     unpacked = ImageFolder(root=str(root)).load()
     assert packed.spec == unpacked.spec
     for split in ("train", "test"):
         assert classes_of(packed, split) == classes_of(unpacked, split)
         pairs = zip(packed.splits[split].fields["image"], unpacked.splits[split].fields["image"], strict=True)
         assert all(a.tobytes() == b.tobytes() for a, b in pairs)
-    assert packed.splits["train"].name(0) == f"{tmp_path}/pictures.zip/pictures/train/a/1.png"
+    assert packed.splits["train"].name(0) == f"{tmp_path}/images.zip/images/train/a/1.png"
 
 
 # ------------------------------------------------------------------------------------------------- ImageFolder: errors
@@ -156,9 +156,9 @@ def test_a_zip_archive_is_read_like_the_folder(tmp_path: Path) -> None:
         ([], {}, "is empty"),
         (["1.png", "2.png"], {}, "holds 2 files but no folder of a class"),
         (["a/1.png"], {}, "only one class, 'a'"),
-        (["a/1.png", "b/notes.txt", "b/2.heic"], {}, "class 'b' has no pictures, only 1 .heic, 1 .txt"),
-        (["a/1.png", "b/.hidden.png"], {}, "class 'b' has no pictures"),
-        (["a/1.png", "b/1.png", "b/2.png"], {}, "class 'a' has a single picture"),
+        (["a/1.png", "b/notes.txt", "b/2.heic"], {}, "class 'b' has no images, only 1 .heic, 1 .txt"),
+        (["a/1.png", "b/.hidden.png"], {}, "class 'b' has no images"),
+        (["a/1.png", "b/1.png", "b/2.png"], {}, "class 'a' has a single image"),
         (["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"], {}, "only in train: b; only in test: c"),
         (["train/a/1.png", "train/b/1.png", "test/a/1.png"], {}, "only in train: b"),
         (["Train/a/1.png", "Train/b/1.png", "Test/a/1.png", "Test/b/1.png"], {}, "no folder 'train'"),
@@ -183,7 +183,7 @@ def test_layouts_that_cannot_be_meant(tmp_path: Path, files: list[str], options:
 
 def test_an_empty_class_folder_is_an_error(tmp_path: Path) -> None:
     (put(tmp_path, "a/1.png", "b/1.png") / "c").mkdir()
-    with pytest.raises(DataError, match="class 'c' has no pictures"):
+    with pytest.raises(DataError, match="class 'c' has no images"):
         ImageFolder(root=str(tmp_path)).load()
 
 
@@ -199,7 +199,7 @@ def test_a_root_that_is_none(tmp_path: Path, name: str, message: str) -> None:
 
 def test_one_folder_for_two_splits_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="two splits cannot be one folder"):
-        ImageFolder(root="pictures", val="held_out", test="held_out")
+        ImageFolder(root="images", val="held_out", test="held_out")
 
 
 def test_the_constructor_reads_nothing(tmp_path: Path) -> None:
@@ -210,13 +210,13 @@ def test_the_constructor_reads_nothing(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- columns
 
 
-def test_pictures_are_opened_when_asked_for(tmp_path: Path) -> None:
+def test_images_are_opened_when_asked_for(tmp_path: Path) -> None:
     put(tmp_path, "a/1.png", "b/1.png", "b/2.png")
     column = ImageFolder(root=str(tmp_path), test_fraction=0).load().splits["train"].fields["image"]
-    (tmp_path / "b/1.png").write_text("no picture")
+    (tmp_path / "b/1.png").write_text("no image")
     (tmp_path / "b/2.png").unlink()
     assert column[0].size == (6, 4)
-    with pytest.raises(OSError, match="not a picture"):
+    with pytest.raises(OSError, match="not an image"):
         column[1]
     with pytest.raises(FileNotFoundError):
         column[-1]
@@ -230,7 +230,7 @@ def first_pixel(column: object, index: int) -> int:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_zip_column_works_in_forked_processes(tmp_path: Path) -> None:
     files = [f"{name}/{i}.png" for name in "ab" for i in range(20)]
-    archive = zipped(put(tmp_path / "pictures", *files), tmp_path / "pictures.zip")
+    archive = zipped(put(tmp_path / "images", *files), tmp_path / "images.zip")
     column = ImageFolder(root=str(archive), test_fraction=0).load().splits["train"].fields["image"]
     expected = [first_pixel(column, i) for i in range(40)]  # opens the archive in this process, before the fork
     assert len(set(expected)) > 10
@@ -240,7 +240,7 @@ def test_a_zip_column_works_in_forked_processes(tmp_path: Path) -> None:
 
 
 def test_a_damaged_member_of_an_archive_is_told(tmp_path: Path) -> None:
-    archive = zipped(put(tmp_path / "pictures", "a/1.png", "b/1.png"), tmp_path / "pictures.zip")
+    archive = zipped(put(tmp_path / "images", "a/1.png", "b/1.png"), tmp_path / "images.zip")
     content = archive.read_bytes()
     archive.write_bytes(content.replace(b"IDAT", b"XXXX", 1))
     with pytest.raises(DataError, match=r"a/1\.png +cannot be read from the archive: Bad CRC"):
@@ -250,7 +250,7 @@ def test_a_damaged_member_of_an_archive_is_told(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- published
 
 
-class Published(PublishedPictures):
+class Published(PublishedImages):
     folder = "birds"
     url = "https://example.org/birds.zip"
     splits = {"train": ("train", 3), "test": ("val", 2)}
@@ -268,7 +268,7 @@ BIRDS = (
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_published_pictures_are_read_packed_and_unpacked(
+def test_published_images_are_read_packed_and_unpacked(
     data_folder: Path, packed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = put(data_folder / "birds", *BIRDS)
@@ -284,7 +284,7 @@ def test_published_pictures_are_read_packed_and_unpacked(
     assert [path.name for path in data_folder.iterdir()] == ["birds.zip" if packed else "birds"]
 
 
-def test_published_pictures_are_downloaded_when_absent(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_images_are_downloaded_when_absent(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(url: str, name: str) -> Path:
         assert (url, name) == ("https://example.org/birds.zip", "birds.zip")
         return zipped(put(data_folder / "made" / "birds", *BIRDS), data_folder / name)
@@ -296,7 +296,7 @@ def test_published_pictures_are_downloaded_when_absent(data_folder: Path, monkey
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (BIRDS[1:], r"holds \{'train': 2, 'test': 2\} pictures"),
+        (BIRDS[1:], r"got \{'train': 2, 'test': 2\}"),
         (BIRDS[:3], "no folder 'val'"),
         ([name.replace("crow", "raven") for name in BIRDS], "of duck, raven"),
     ],
@@ -356,7 +356,7 @@ def test_a_column_of_shapes_is_a_sequence() -> None:
         column[12]
 
 
-def test_colours_do_not_tell_shapes_apart() -> None:
+def test_colors_do_not_tell_shapes_apart() -> None:
     split = Shapes(per_class=120, image_size=32).load().splits["train"]
     histograms = np.array(
         [np.array(image.histogram()).reshape(24, 32).sum(1) for image in split.fields["image"]], float

@@ -1,4 +1,4 @@
-"""Grids of pictures: what is drawn, where, and the same bytes every time."""
+"""Grids of images: what is drawn, where, and the same bytes every time."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_rows_of_eight_stand_under_their_headings_with_room_for_the_captions() -
     assert drawn[top + 2 * down + HEADING_PIXELS, GAP_PIXELS].tolist() == [0, 255, 0]  # the eleventh
 
 
-def test_small_pictures_are_enlarged_by_whole_steps() -> None:
+def test_small_images_are_enlarged_by_whole_steps() -> None:
     drawn = opened(draw_grid(squares(1, size=50), [""], {"": [0]}))
     assert drawn.shape[1] == GAP_PIXELS + 100 + GAP_PIXELS
 
 
-def test_a_caption_stays_within_its_picture() -> None:
+def test_a_caption_stays_within_its_image() -> None:
     drawn = opened(draw_grid(squares(2), ["a very long name of a class that goes on and on", ""], {"": [0, 1]}))
     caption = drawn[GAP_PIXELS + HEADING_PIXELS + 128 :]
     assert (caption[:, GAP_PIXELS : GAP_PIXELS + 128] < 128).any()
@@ -57,15 +57,15 @@ def test_a_group_may_be_empty() -> None:
     assert opened(draw_grid(squares(1), ["x"], {"none here": [], "one here": [0]})).ndim == 3
 
 
-def test_a_batch_is_shown_in_its_own_colours_and_the_same_every_time() -> None:
+def test_a_batch_is_shown_in_its_own_colors_and_the_same_every_time() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     preprocessing = ImagePreprocessing(image_size=128, resize=128)
-    picture = Image.fromarray(pixels)
-    inputs = preprocessing.collate(preprocessing.encode([picture]))
-    content = preprocessing.render_batch(inputs, [picture], ["noise"], {"": [0]})
+    image = Image.fromarray(pixels)
+    inputs = preprocessing.collate(preprocessing.encode([image]))
+    content = preprocessing.render_batch(inputs, [image], ["noise"], {"": [0]})
     top, left = GAP_PIXELS + HEADING_PIXELS, GAP_PIXELS
     assert np.array_equal(opened(content)[top : top + 128, left : left + 128], pixels)
-    assert content == preprocessing.render_batch(inputs, [picture], ["noise"], {"": [0]})
+    assert content == preprocessing.render_batch(inputs, [image], ["noise"], {"": [0]})
 
 
 @pytest.mark.parametrize(("channels", "drawn"), [(1, [200, 200, 200]), (2, [200, 200, 200]), (5, [200, 150, 100])])

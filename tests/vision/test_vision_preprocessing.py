@@ -12,13 +12,14 @@ from PIL import Image, ImageDraw
 from torchvision.models import ResNet50_Weights
 
 from transfer import ConfigError, DataError
-from transfer_vision.images import decoding as pictures
-from transfer_vision.images.decoding import open_picture
+from transfer.config.check import load_component
+from transfer_vision.images import decoding
+from transfer_vision.images.decoding import open_image
 from transfer_vision.preprocessing import ImagePreprocessing
 
 
-def picture(width: int = 90, height: int = 60, mode: str = "RGB") -> Image.Image:
-    """Return a smooth picture whose quarters differ, so that no two turns of it are alike."""
+def make_image(width: int = 90, height: int = 60, mode: str = "RGB") -> Image.Image:
+    """Return a smooth image whose quarters differ, so that no two turns of it are alike."""
     x, y = np.linspace(0, 255, width)[None, :], np.linspace(0, 255, height)[:, None]
     pixels = np.stack([x + 0 * y, y + 0 * x, (x + y) / 2], -1)
     return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
@@ -42,11 +43,47 @@ def one(preprocessing: ImagePreprocessing, image: Image.Image) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------- encode
 
 
+@pytest.mark.parametrize(
+    ("crop_mode", "size", "expected"),
+    [
+        ("squash", (90, 60), (40, 40)),
+        ("squash", (60, 90), (40, 40)),
+        ("border", (90, 60), (27, 40)),
+        ("border", (60, 90), (40, 27)),
+        ("border", (900, 3), (1, 40)),
+    ],
+)
+def test_crop_mode_decides_which_sides_are_resized(
+    crop_mode: Any, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    preprocessing = ImagePreprocessing(image_size=40, resize=40, augmentation="none", crop_mode=crop_mode)
+    image = make_image(*size)
+    assert one(preprocessing, image).shape == (3, *expected)
+    assert preprocessing.encode([np.asarray(image)])[0].shape == (3, *expected)
+    assert preprocessing.collate(preprocessing.encode([image])).shape == (1, 3, 40, 40)
+    assert preprocessing.describe()["crop_mode"] == crop_mode
+
+
+def test_border_has_the_mean_color() -> None:
+    preprocessing = ImagePreprocessing(image_size=40, resize=40, augmentation="none", crop_mode="border")
+    white = preprocessing.collate(preprocessing.encode([Image.new("RGB", (80, 40), "white")]))[0]
+    assert white[:, :10].abs().max() < 0.01  # the mean, rounded to 8 bits
+    assert white[:, 30:].abs().max() < 0.01
+    assert (white[:, 10:30] > 2).all()
+
+
+def test_squash_shows_the_corners_of_an_image() -> None:
+    image = Image.new("RGB", (200, 50))
+    image.paste("white", (0, 0, 20, 50))
+    squashed = ImagePreprocessing(image_size=32, resize=32, augmentation="none", crop_mode="squash")
+    assert one(squashed, image)[:, :, 0].float().mean() > 200
+
+
 @pytest.mark.parametrize(("size", "expected"), [((90, 60), (37, 55)), ((60, 90), (55, 37)), ((20, 20), (37, 37))])
 def test_encode_resizes_the_shorter_side(
     small: ImagePreprocessing, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    encoded = one(small, picture(*size))
+    encoded = one(small, make_image(*size))
     assert encoded.dtype == torch.uint8
     assert encoded.shape == (3, *expected)
 
@@ -55,30 +92,30 @@ def test_encode_resizes_the_shorter_side(
 def test_evaluation_input_is_what_torchvisions_own_preset_makes(size: tuple[int, int]) -> None:
     preset = ResNet50_Weights.IMAGENET1K_V2.transforms()
     ours = ImagePreprocessing(image_size=224, resize=232)
-    image = picture(*size)
+    image = make_image(*size)
     torch.testing.assert_close(ours.collate(ours.encode([image])), preset(image)[None], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16"])
 def test_every_mode_becomes_rgb(small: ImagePreprocessing, mode: str) -> None:
-    grey = picture().convert("L")
+    gray = make_image().convert("L")
     if mode.startswith("I"):
-        sixteen = np.asarray(grey).astype(np.int32) * 257
+        sixteen = np.asarray(gray).astype(np.int32) * 257
         image = Image.fromarray(sixteen.astype(np.uint16) if mode == "I;16" else sixteen)
         assert image.mode == mode
     elif mode in ("P", "PA"):
-        image = grey.convert("P").convert(mode)
+        image = gray.convert("P").convert(mode)
     else:
-        image = grey.convert("RGB").convert(mode)
+        image = gray.convert("RGB").convert(mode)
     encoded = one(small, image).float()
-    expected = one(small, grey).float()
+    expected = one(small, gray).float()
     assert encoded.shape == expected.shape
     assert (encoded - expected).abs().mean() < (40 if mode == "1" else 3)  # one bit per pixel is dithered
 
 
 def test_sixteen_bit_png_keeps_its_range(small: ImagePreprocessing) -> None:
     values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    encoded = one(small, open_picture(stored(Image.fromarray(values), "PNG"), "deep.png")).float()
+    encoded = one(small, open_image(stored(Image.fromarray(values), "PNG"), "deep.png")).float()
     assert encoded.min() < 6
     assert encoded.max() > 249
     assert abs(encoded.mean() - 127.5) < 2
@@ -91,23 +128,23 @@ def test_transparency_is_put_over_white(small: ImagePreprocessing) -> None:
     assert (one(small, half).float() - 127).abs().max() <= 1
 
 
-def test_transparent_colour_of_a_palette_is_put_over_white(small: ImagePreprocessing) -> None:
+def test_transparent_color_of_a_palette_is_put_over_white(small: ImagePreprocessing) -> None:
     image = Image.new("P", (64, 64), 0)
     image.putpalette([10, 20, 30, 200, 100, 50])
-    opened = open_picture(stored(image, "PNG", transparency=b"\x00\xff"), "palette.png")
+    opened = open_image(stored(image, "PNG", transparency=b"\x00\xff"), "palette.png")
     assert (one(small, opened) == 255).all()
 
 
 def test_cmyk_jpeg(small: ImagePreprocessing) -> None:
     red = Image.new("RGB", (64, 64), (250, 10, 10)).convert("CMYK")
-    encoded = one(small, open_picture(stored(red, "JPEG", quality=95), "press.jpg")).float().mean((1, 2))
+    encoded = one(small, open_image(stored(red, "JPEG", quality=95), "press.jpg")).float().mean((1, 2))
     torch.testing.assert_close(encoded, torch.tensor([250.0, 10.0, 10.0]), atol=6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(small: ImagePreprocessing, orientation: int, kind: str) -> None:
-    upright = picture()
+    upright = make_image()
     turns = [
         [],
         [Image.Transpose.FLIP_LEFT_RIGHT],
@@ -123,18 +160,18 @@ def test_exif_orientation_is_undone(small: ImagePreprocessing, orientation: int,
         turned = turned.transpose(turn)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    opened = open_picture(stored(turned, kind, exif=exif), "phone")
+    opened = open_image(stored(turned, kind, exif=exif), "phone")
     expected, got = one(small, upright).float(), one(small, opened).float()
     assert got.shape == expected.shape
     assert (got - expected).abs().mean() < 3
 
 
 def test_large_jpeg_decoded_at_a_smaller_scale_looks_the_same(small: ImagePreprocessing) -> None:
-    image = picture(1200, 800)
+    image = make_image(1200, 800)
     ImageDraw.Draw(image).ellipse((300, 200, 700, 600), fill=(240, 30, 30))
     content = stored(image, "JPEG", quality=90)
-    scaled = one(small, open_picture(content, "large.jpg")).float()
-    loaded = open_picture(content, "large.jpg")
+    scaled = one(small, open_image(content, "large.jpg")).float()
+    loaded = open_image(content, "large.jpg")
     loaded.load()  # what has been decoded cannot be decoded at another scale
     full = one(small, loaded).float()
     assert (scaled - full).abs().mean() < 1
@@ -142,7 +179,7 @@ def test_large_jpeg_decoded_at_a_smaller_scale_looks_the_same(small: ImagePrepro
 
 
 def test_encode_leaves_the_image_as_it_was(small: ImagePreprocessing) -> None:
-    image = open_picture(stored(picture(1200, 800), "JPEG"), "large.jpg")
+    image = open_image(stored(make_image(1200, 800), "JPEG"), "large.jpg")
     first = one(small, image)
     assert image.size == (1200, 800)
     assert torch.equal(one(small, image), first)
@@ -154,28 +191,28 @@ def test_truncated_files_are_refused(small: ImagePreprocessing, kind: str) -> No
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3)).astype(np.uint8))
     content = stored(noise, kind)
     with pytest.raises((ValueError, OSError)):
-        one(small, open_picture(content[: len(content) // 2], "cut"))
+        one(small, open_image(content[: len(content) // 2], "cut"))
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"this is a text, not a picture", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n" + b"x" * 40]
+    "content", [b"", b"this is a text, not an image", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n" + b"x" * 40]
 )
-def test_what_is_no_picture_is_refused_clearly(content: bytes) -> None:
+def test_what_is_no_image_is_refused_clearly(content: bytes) -> None:
     with pytest.raises((ValueError, OSError)) as caught:
-        open_picture(content, "notes.jpg")
+        open_image(content, "notes.jpg")
     assert "BytesIO" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP"])
 def test_damaged_files_raise_nothing_else(small: ImagePreprocessing, kind: str) -> None:
-    content = stored(picture(), kind, exif=Image.Exif()) if kind != "BMP" else stored(picture(), kind)
+    content = stored(make_image(), kind, exif=Image.Exif()) if kind != "BMP" else stored(make_image(), kind)
     random = np.random.default_rng(0)
     for _ in range(60):
         damaged = bytearray(content)
         for place in random.integers(0, min(len(damaged), 400), 5):
             damaged[place] = random.integers(0, 256)
         try:
-            encoded = one(small, open_picture(bytes(damaged), "damaged"))
+            encoded = one(small, open_image(bytes(damaged), "damaged"))
         except (ValueError, OSError):
             continue
         assert encoded.ndim == 3
@@ -185,7 +222,7 @@ def test_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     content = stored(Image.new("1", (3000, 3000)), "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000_000)
     with pytest.raises(ValueError, match="decompression bomb"):
-        open_picture(content, "bomb.png")
+        open_image(content, "bomb.png")
 
 
 def test_warnings_of_pillow_are_logged_with_the_name(
@@ -195,7 +232,7 @@ def test_warnings_of_pillow_are_logged_with_the_name(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3_000_000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert one(small, open_picture(content, "panorama.png")).shape == (3, 37, 37)
+        assert one(small, open_image(content, "panorama.png")).shape == (3, 37, 37)
     assert "panorama.png: " in caplog.text
     assert "3000000" in caplog.text
 
@@ -204,12 +241,12 @@ def test_threads_change_neither_pixels_nor_order_nor_the_names_in_the_log(
     small: ImagePreprocessing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15_000)
-    contents = [stored(picture(130 + i, 120), "PNG" if i % 3 else "JPEG") for i in range(24)]
+    contents = [stored(make_image(130 + i, 120), "PNG" if i % 3 else "JPEG") for i in range(24)]
     before = warnings.showwarning, list(warnings.filters)
     found = []
     for threads in (1, 4):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(small.encode([open_picture(c, f"{threads}/{i}.png") for i, c in enumerate(contents)]))
+        found.append(small.encode([open_image(c, f"{threads}/{i}.png") for i, c in enumerate(contents)]))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert {f"{t}/{i}.png" for t in (1, 4) for i in range(24)} <= {r.getMessage().split(":")[0] for r in caplog.records}
     assert (warnings.showwarning, list(warnings.filters)) == before
@@ -218,26 +255,31 @@ def test_threads_change_neither_pixels_nor_order_nor_the_names_in_the_log(
 @pytest.mark.parametrize("decoder", ["torchvision's", "Pillow's"])
 def test_a_jpeg_has_the_pixels_that_pillow_gives(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if decoder == "Pillow's":
-        monkeypatch.setattr(pictures, "decode_jpeg", None)
+        monkeypatch.setattr(decoding, "decode_jpeg", None)
     preprocessing = ImagePreprocessing(image_size=64, resize=64)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 90, 3)).astype(np.uint8))
     for options in ({}, {"subsampling": 0}, {"progressive": True}, {"quality": 20}):
         for image in (noise, noise.convert("L")):
             content = stored(image, "JPEG", **options)
             expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-            assert np.array_equal(one(preprocessing, open_picture(content, "a.jpg")).permute(1, 2, 0), expected)
+            assert np.array_equal(one(preprocessing, open_image(content, "a.jpg")).permute(1, 2, 0), expected)
 
 
 def test_batches_are_channels_last(small: ImagePreprocessing) -> None:
-    batch = small.collate(small.encode([picture(), picture()]))
+    batch = small.collate(small.encode([make_image(), make_image()]))
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_damaged_exif_is_logged_and_the_picture_kept(
-    small: ImagePreprocessing, caplog: pytest.LogCaptureFixture
-) -> None:
-    content = stored(picture(), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\x00\x00\x00\x08\x00\x09" + b"\xff" * 30)
-    assert one(small, open_picture(content, "odd.jpg")).shape == (3, 37, 55)
+def test_usual_is_an_alias_of_the_default_augmentation() -> None:
+    alias: Any = "usual"
+    assert ImagePreprocessing(augmentation=alias).describe() == ImagePreprocessing().describe()
+    component = load_component("backbone", {"name": "resnet18", "augmentation": "usual"}, "backbone")
+    assert component.options["augmentation"] == "default"
+
+
+def test_damaged_exif_is_logged_and_the_image_kept(small: ImagePreprocessing, caplog: pytest.LogCaptureFixture) -> None:
+    content = stored(make_image(), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\x00\x00\x00\x08\x00\x09" + b"\xff" * 30)
+    assert one(small, open_image(content, "odd.jpg")).shape == (3, 37, 55)
     assert "odd.jpg" in caplog.text
 
 
@@ -259,7 +301,7 @@ def test_values_that_cannot_be_encoded(small: ImagePreprocessing, value: object,
 
 def test_augmentation_is_a_function_of_the_seed() -> None:
     preprocessing = ImagePreprocessing(image_size=32)
-    encoded = one(preprocessing, picture())
+    encoded = one(preprocessing, make_image())
 
     def augmented(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -272,7 +314,7 @@ def test_augmentation_is_a_function_of_the_seed() -> None:
 
 
 def test_no_augmentation_changes_nothing(small: ImagePreprocessing) -> None:
-    encoded = one(small, picture())
+    encoded = one(small, make_image())
     assert small.augment(encoded) is encoded
 
 
@@ -291,14 +333,14 @@ def test_collate_crops_the_centre_and_pads_what_is_smaller(small: ImagePreproces
 def test_listed_augmentations_are_applied_in_order() -> None:
     steps = [{"name": "RandomVerticalFlip", "p": 1.0}, {"name": "CenterCrop", "size": 16}]
     preprocessing = ImagePreprocessing(image_size=16, resize=32, augmentation=steps)
-    encoded = one(preprocessing, picture(32, 32))
+    encoded = one(preprocessing, make_image(32, 32))
     assert torch.equal(preprocessing.augment(encoded), encoded.flip(1)[:, 8:24, 8:24])
 
 
 def test_options_that_are_enumerations_are_given_by_name() -> None:
     steps = [{"name": "AutoAugment", "policy": "cifar10", "interpolation": "bilinear"}]
     preprocessing = ImagePreprocessing(image_size=32, augmentation=steps)
-    assert preprocessing.augment(one(preprocessing, picture())).shape == (3, 37, 55)
+    assert preprocessing.augment(one(preprocessing, make_image())).shape == (3, 37, 55)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +352,7 @@ def test_options_that_are_enumerations_are_given_by_name() -> None:
         ([{"name": "ColorJitter", "brightness": "much"}], "does not take", None),
         ([{"name": "AutoAugment", "policy": "imagenot"}], "does not take", None),
         ([{"p": 0.5}], "needs a name", None),
-        ([{"name": "RandomCrop", "size": 500}], "fails on a picture of 37 x 37", None),
+        ([{"name": "RandomCrop", "size": 500}], "fails on an image of 37 x 37", None),
         ([{"name": "MixUp", "num_classes": 2}], "fails", None),
         ([{"name": "Grayscale"}], "3 channels", None),
     ],
@@ -340,16 +382,16 @@ def test_resize_below_image_size_is_refused() -> None:
 
 
 def test_read_opens_a_path(small: ImagePreprocessing, tmp_path) -> None:
-    path = tmp_path / "picture.png"
-    picture().save(path)
+    path = tmp_path / "image.png"
+    make_image().save(path)
     assert small.read(str(path)).size == (90, 60)
 
 
 def test_read_names_the_path_of_what_it_cannot_read(small: ImagePreprocessing, tmp_path) -> None:
     text = tmp_path / "notes.jpg"
-    text.write_text("no picture")
+    text.write_text("no image")
     for path, message in (
-        (text, "cannot be read: not a picture"),
+        (text, "cannot be read: not an image"),
         (tmp_path / "absent.png", "no such"),
         (tmp_path, "cannot be read"),
     ):
@@ -362,7 +404,7 @@ def test_a_copy_in_another_process_does_the_same() -> None:
     preprocessing = ImagePreprocessing(image_size=32, augmentation=[{"name": "RandomHorizontalFlip"}])
     copy = pickle.loads(pickle.dumps(preprocessing))
     assert copy.describe() == preprocessing.describe()
-    assert torch.equal(one(copy, picture()), one(preprocessing, picture()))
+    assert torch.equal(one(copy, make_image()), one(preprocessing, make_image()))
 
 
 def test_describe_says_what_the_model_sees() -> None:
@@ -372,7 +414,8 @@ def test_describe_says_what_the_model_sees() -> None:
         "interpolation": "bilinear",
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
-        "augmentation": "usual",
+        "augmentation": "default",
+        "crop_mode": "center",
     }
 
 
@@ -395,7 +438,7 @@ def test_describe_says_what_the_model_sees() -> None:
 def test_augmentations_of_torchvision_by_name(steps: Any) -> None:
     with torch.device("meta"):  # as every run builds it first, to see whether all fits together
         preprocessing = ImagePreprocessing(image_size=32, augmentation=steps)
-    encoded = one(preprocessing, picture())
+    encoded = one(preprocessing, make_image())
     drawn = []
     for seed in (*range(5), 0):
         torch.manual_seed(seed)
@@ -415,7 +458,7 @@ def test_a_choice_of_nothing_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------------ other channels
 
 
-def test_grey_pictures_keep_their_grey_in_one_channel() -> None:
+def test_grey_images_keep_their_grey_in_one_channel() -> None:
     levels = np.arange(256, dtype=np.uint8)
     one_channel = ImagePreprocessing(image_size=32, mean=(0.5,), std=(0.25,), resize=32)
     found = [int(one(one_channel, Image.new("L", (32, 32), int(level))).unique()) for level in levels]
@@ -424,19 +467,19 @@ def test_grey_pictures_keep_their_grey_in_one_channel() -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I"])
 def test_every_mode_becomes_grey_where_the_backbone_wants_grey(mode: str) -> None:
-    grey = ImagePreprocessing(image_size=32, mean=(0.5,), std=(0.25,), augmentation="strong")
-    image = picture().convert("L")
-    expected = one(grey, image).float()
+    gray = ImagePreprocessing(image_size=32, mean=(0.5,), std=(0.25,), augmentation="strong")
+    image = make_image().convert("L")
+    expected = one(gray, image).float()
     if mode == "I":
         image = Image.fromarray(np.asarray(image).astype(np.int32) * 257)
-    encoded = one(grey, image if mode in ("L", "I") else image.convert("RGB").convert(mode))
+    encoded = one(gray, image if mode in ("L", "I") else image.convert("RGB").convert(mode))
     assert encoded.shape == (1, 37, 55)
-    assert (encoded.float() - expected).abs().mean() < (5 if mode == "P" else 3)  # a palette has few colours
-    assert grey.collate([grey.augment(encoded)]).shape == (1, 1, 32, 32)
+    assert (encoded.float() - expected).abs().mean() < (5 if mode == "P" else 3)  # a palette has few colors
+    assert gray.collate([gray.augment(encoded)]).shape == (1, 1, 32, 32)
 
 
 def test_arrays_of_many_channels() -> None:
-    bands = ImagePreprocessing(image_size=32, mean=(0.5,) * 6, std=(0.25,) * 6, augmentation="usual")
+    bands = ImagePreprocessing(image_size=32, mean=(0.5,) * 6, std=(0.25,) * 6, augmentation="default")
     array = np.random.default_rng(0).integers(0, 256, (80, 60, 6), dtype=np.uint8)
     encoded = bands.encode([array])[0]
     assert encoded.shape == (6, 49, 37)
@@ -452,7 +495,7 @@ def test_arrays_of_many_channels() -> None:
     [
         (np.zeros((9, 9, 5), np.uint8), r"uint8 \(H, W, 6\), got uint8 \(9, 9, 5\)"),
         (np.zeros((9, 9, 6), np.float32), "got float32"),
-        (Image.new("RGB", (9, 9)), "come as arrays"),
+        (Image.new("RGB", (9, 9)), r"expected an array \(H, W, 6\) of uint8"),
     ],
 )
 def test_other_channels_than_those_of_the_backbone_are_refused(value: object, message: str) -> None:
@@ -470,8 +513,8 @@ def test_other_channels_than_those_of_the_backbone_are_refused(value: object, me
     ],
     ids=["photograph", "long", "transparent", "five channels"],
 )
-def test_a_picture_for_a_page_is_a_small_one(value: Any, channels: int, size: tuple[int, int]) -> None:
+def test_a_image_for_a_page_is_a_small_one(value: Any, channels: int, size: tuple[int, int]) -> None:
     stats = (0.5,) * channels
     preprocessing = ImagePreprocessing(image_size=42, resize=48, mean=stats, std=stats)
-    picture = Image.open(io.BytesIO(preprocessing.thumbnail(value)))
-    assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", size)
+    image = Image.open(io.BytesIO(preprocessing.thumbnail(value)))
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size)

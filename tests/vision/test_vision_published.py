@@ -120,7 +120,7 @@ def test_a_dataset_without_published_splits(root: Path) -> None:
     }
 
 
-def test_pictures_that_are_made_up_when_asked_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_made_up_when_asked_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = published._Entry("FakeData", {"train": {"size": 12, "image_size": (3, 20, 24), "num_classes": 3}})
     monkeypatch.setattr(
         torchvision.datasets, "FakeData", lambda root, **options: FAKE(random_offset=len(root) * 0, **options)

@@ -10,7 +10,7 @@ from transfer_vision.data.datasets import Hymenoptera
 from transfer_vision.models.resnet import ResNet18
 
 FOLDER = Path(os.environ.get("TRANSFER_DATA", ""))
-PICTURES = FOLDER / "hymenoptera_data.zip"
+IMAGES = FOLDER / "hymenoptera_data.zip"
 WEIGHTS = "weights/resnet18-tiny-imagenet.safetensors"
 
 pytestmark = [
@@ -19,8 +19,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.skipif(not PICTURES.is_file(), reason="hymenoptera_data.zip is not there")
-def test_hymenoptera_is_complete_and_every_picture_can_be_encoded() -> None:
+@pytest.mark.skipif(not IMAGES.is_file(), reason="hymenoptera_data.zip is not there")
+def test_hymenoptera_is_complete_and_every_image_can_be_encoded() -> None:
     data = Hymenoptera().load()
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 244, "test": 153}
     preprocessing = ResNet18(weights=None, image_size=64).preprocessing
@@ -38,9 +38,7 @@ def test_weights_of_another_classifier_width_are_read() -> None:
     assert not torch.equal(backbone.stages.layer4[1].conv2.weight, before)
 
 
-@pytest.mark.skipif(
-    not (PICTURES.is_file() and (FOLDER / WEIGHTS).is_file()), reason="pictures or weights are not there"
-)
+@pytest.mark.skipif(not (IMAGES.is_file() and (FOLDER / WEIGHTS).is_file()), reason="images or weights are not there")
 def test_pretrained_features_tell_ants_from_bees_better_than_random_ones() -> None:
     data = Hymenoptera().load()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Pictures that a table lists: labels of every kind, and the three ways to splits."""
+"""Images that a table lists: labels of every kind, and the three ways to splits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transfer_vision.data.tables import ImageCSV, MultimodalCSV
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number in range(24):
-        Image.new("RGB", (8, 6), (number * 10, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
+        Image.new("RGB", (8, 6), (number * 10, 0, 0)).save(tmp_path / "images" / f"{number}.png")
     return tmp_path
 
 
@@ -28,12 +28,12 @@ def table(folder: Path, header: str, rows: list[tuple[object, ...]], name: str =
 
 
 def paths(data: Data, split: str) -> list[str]:
-    names = [f"pictures/{number}.png" for number in range(24)]
-    red = [picture.getpixel((0, 0))[0] for picture in data.splits[split].fields["image"]]
+    names = [f"images/{number}.png" for number in range(24)]
+    red = [image.getpixel((0, 0))[0] for image in data.splits[split].fields["image"]]
     return [names[value // 10] for value in red]
 
 
-ROWS = [(f"pictures/{number}.png", "ab"[number % 2]) for number in range(24)]
+ROWS = [(f"images/{number}.png", "ab"[number % 2]) for number in range(24)]
 
 
 def test_paths_begin_in_the_folder_of_the_table(folder: Path) -> None:
@@ -45,10 +45,10 @@ def test_paths_begin_in_the_folder_of_the_table(folder: Path) -> None:
 
 
 def test_paths_begin_in_root_and_may_be_absolute(folder: Path) -> None:
-    rows = [(f"{number}.png", "ab"[number % 2]) for number in range(3)] + [(folder / "pictures" / "3.png", "a")]
+    rows = [(f"{number}.png", "ab"[number % 2]) for number in range(3)] + [(folder / "images" / "3.png", "a")]
     written = table(folder, "file,kind", rows)
-    data = ImageCSV(train=written, root=str(folder / "pictures"), path="file", label="kind").load()
-    assert paths(data, "train") == [f"pictures/{number}.png" for number in range(4)]
+    data = ImageCSV(train=written, root=str(folder / "images"), path="file", label="kind").load()
+    assert paths(data, "train") == [f"images/{number}.png" for number in range(4)]
 
 
 def test_several_label_columns_and_numbers(folder: Path) -> None:
@@ -64,9 +64,7 @@ def test_several_label_columns_and_numbers(folder: Path) -> None:
 
 def test_json_lines_with_lists_of_labels(folder: Path) -> None:
     path = folder / "table.jsonl"
-    path.write_text(
-        '{"path": "pictures/0.png", "tags": ["red", "big"]}\n{"path": "pictures/1.png", "tags": []}\n', "utf-8"
-    )
+    path.write_text('{"path": "images/0.png", "tags": ["red", "big"]}\n{"path": "images/1.png", "tags": []}\n', "utf-8")
     data = ImageCSV(train=str(path), label="tags", target="label_list").load()
     assert data.spec.classes == ("big", "red")
     assert data.splits["train"].targets.tolist() == [[1, 1], [0, 0]]
@@ -118,8 +116,8 @@ def test_options_that_contradict_each_other(options: dict[str, object], message:
 
 
 def test_what_is_wrong_with_a_table_is_named(folder: Path) -> None:
-    rows = [*ROWS, ("pictures/absent.png", "a")]
-    with pytest.raises(DataError, match=r"pictures/absent\.png  there is no such file"):
+    rows = [*ROWS, ("images/absent.png", "a")]
+    with pytest.raises(DataError, match=r"images/absent\.png  there is no such file"):
         ImageCSV(train=table(folder, "path,label", rows)).load()
     data = ImageCSV(train=table(folder, "path,label", rows), bad_files="skip").load()
     assert len(data.splits["train"]) == 24
@@ -131,16 +129,16 @@ def test_what_is_wrong_with_a_table_is_named(folder: Path) -> None:
         ImageCSV(train=table(folder, "path,label,part", rows), split="part").load()
 
 
-def test_a_split_without_a_good_picture_is_refused(folder: Path) -> None:
+def test_a_split_without_a_good_image_is_refused(folder: Path) -> None:
     (folder / "bad.png").write_bytes(b"")
     test = table(folder, "path,label", [("bad.png", "a")], "test.csv")
-    with pytest.raises(DataError, match="the test split has no good picture"):
+    with pytest.raises(DataError, match="the test split has no good image"):
         ImageCSV(train=table(folder, "path,label", ROWS), test=test, bad_files="skip").load()
 
 
-def test_a_text_stands_beside_each_picture(folder: Path) -> None:
+def test_a_text_stands_beside_each_image(folder: Path) -> None:
     rows = [(path, f"number {number}", label, number // 2) for number, (path, label) in enumerate(ROWS)]
-    rows[5] = ("pictures/absent.png", "nothing", "b", 2)
+    rows[5] = ("images/absent.png", "nothing", "b", 2)
     written = table(folder, "image,caption,label,camera", rows)
     dataset = MultimodalCSV(train=written, text="caption", group="camera", test_fraction=0.25, bad_files="skip")
     assert dataset.spec.fields == ("image", "text")
@@ -148,7 +146,7 @@ def test_a_text_stands_beside_each_picture(folder: Path) -> None:
     assert (data.spec.fields, data.spec.classes) == (("image", "text"), ("a", "b"))
     for name, split in data.splits.items():
         numbers = [int(text.removeprefix("number ")) for text in split.fields["text"]]
-        assert paths(data, name) == [f"pictures/{number}.png" for number in numbers]
+        assert paths(data, name) == [f"images/{number}.png" for number in numbers]
         assert split.targets.tolist() == [number % 2 for number in numbers]
     assert sum(map(len, data.splits.values())) == 23
 

@@ -32,6 +32,24 @@ def saved(tensors: dict[str, Tensor], path: Path) -> str:
     return str(path)
 
 
+def test_prefix_of_names_is_named_with_the_fix(tmp_path: Path) -> None:
+    theirs = torchvision.models.resnet18().state_dict()
+    wrapped = {f"module.{name}": tensor for name, tensor in theirs.items()}
+    backbone = ResNet18(weights=saved(wrapped, tmp_path / "wrapped.safetensors"), image_size=32)
+    with pytest.raises(WeightsError, match=r"missing: conv1\.weight.* and \d+ more; unknown: module\.bn1") as caught:
+        backbone.load_pretrained()
+    assert caught.value.problems[0].fix == "remove the prefix 'module.' from their names"
+
+
+def test_file_of_a_saved_model_is_refused_and_its_run_suggested(tmp_path: Path) -> None:
+    trained = ResNet18(**SMALL)
+    tensors = {name.removeprefix("stages."): tensor for name, tensor in trained.state_dict().items()}
+    tensors["head.output.weight"] = torch.zeros(2, 512)
+    with pytest.raises(WeightsError, match=r"unknown: .*stem\.") as caught:
+        ResNet18(weights=saved(tensors, tmp_path / "weights.safetensors"), image_size=32).load_pretrained()
+    assert "name its run instead" in str(caught.value.problems[0].fix)
+
+
 def test_names_of_old_densenet_files_are_read(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.densenet121().state_dict()
@@ -120,21 +138,21 @@ def test_what_began_from_a_run_predicts_where_that_run_is_gone(run: Path, tmp_pa
     second = transfer.run(config, output=tmp_path / "runs")
     assert second.summary["pretrained"]["weights"] == str(base)
     shutil.rmtree(base)
-    picture = tmp_path / "picture.png"
-    Torchvision(model="shufflenet_v2_x0_5", **SMALL).preprocessing.example().save(picture)
-    (answer,) = transfer.predict(second.folder, [str(picture)])
+    image = tmp_path / "image.png"
+    Torchvision(model="shufflenet_v2_x0_5", **SMALL).preprocessing.example().save(image)
+    (answer,) = transfer.predict(second.folder, [str(image)])
     assert answer["label"] in ("circle", "square", "triangle")
     kept = json.loads((second.folder / "model/preprocessing.json").read_text())
     assert (kept["image_size"], kept["mean"]) == (32, [0.1, 0.2, 0.3])
 
 
 def test_a_run_of_another_backbone_is_refused(run: Path) -> None:
-    with pytest.raises(WeightsError, match="this run's backbone is 'shufflenet_v2_x0_5', of which resnet18 can take"):
+    with pytest.raises(WeightsError, match="expected 'resnet18', got 'shufflenet_v2_x0_5'"):
         ResNet18(weights=str(run)).load_pretrained()
 
 
 def test_a_run_of_another_backbone_is_refused_before_anything_is_read(run: Path) -> None:
-    with torch.device("meta"), pytest.raises(WeightsError, match="of which resnet18 can take nothing"):
+    with torch.device("meta"), pytest.raises(WeightsError, match="wrong backbone in this run"):
         ResNet18(weights=str(run))
 
 
@@ -146,7 +164,7 @@ def test_weights_of_other_channels_say_how_many(tmp_path: Path, channels: int) -
     own = Torchvision(model="shufflenet_v2_x0_5", weights=file, image_size=32)
     with pytest.raises(WeightsError, match="of another shape") as caught:
         own.load_pretrained()
-    assert caught.value.problems[0].fix == f"set in_channels: {channels}, which they are for"
+    assert caught.value.problems[0].fix == f"set in_channels: {channels}, the number of channels in the file"
 
 
 @pytest.mark.parametrize("what", ["runs/absent", "folder"])

@@ -1,59 +1,63 @@
-"""Trackers over accelerate's: TensorBoard, MLflow, Weights and Biases. What they need is imported when a run begins."""
+"""Trackers for TensorBoard, MLflow, and Weights and Biases. Their libraries are imported when a run starts."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from transfer.interfaces import TrackedRun, Tracker
 
+logger = logging.getLogger(__name__)
+
 _RETRIES, _TIMEOUT_SECONDS = "2", "20"
-"""MLflow's own let a run wait for minutes, at every epoch, for a server that is away."""
+"""MLflow's own defaults let a run wait for minutes, at every epoch, if the server does not respond."""
 
 
 class TensorBoard(Tracker):
     """Event files for TensorBoard: ``tensorboard --logdir runs`` shows all runs.
 
     Args:
-        folder: Where runs get a folder of their own; by default the run directory, in which it is called tensorboard.
+        folder: Parent folder of one folder per run; null: the folder ``tensorboard`` in the run directory.
     """
 
     def __init__(self, *, folder: str | None = None) -> None:
         self.folder = folder
-        self._tracker: Any = None
+        self._writer: Any = None
 
     def start(self, run: TrackedRun) -> str | None:
-        """Write the hyperparameters; a run that goes on gets a further event file in the same folder."""
-        from accelerate.tracking import TensorBoardTracker
+        """Open an event file and write the hyperparameters; a resumed run gets another file in the same folder."""
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+        from torch.utils.tensorboard import SummaryWriter
 
-        name, folder = ("tensorboard", str(run.folder)) if self.folder is None else (run.name, self.folder)
-        self._tracker = TensorBoardTracker(name, folder)
-        self._tracker.start()
+        folder = str(run.folder / "tensorboard") if self.folder is None else os.path.join(self.folder, run.name)
+        self._writer = SummaryWriter(folder)
         if run.known is None:
-            # Accelerate's way makes another run, named by the clock; this one TensorBoard sets beside the figures.
+            # SummaryWriter.add_hparams creates a second run, named by the time. This summary belongs to the run itself.
             values = {key: "null" if value is None else value for key, value in run.config.items()}
-            self._tracker.writer.file_writer.add_summary(hparams_pb(values, trial_id=run.name))
-        return os.path.join(folder, name)
+            self._writer.file_writer.add_summary(hparams_pb(values, trial_id=run.name))
+        return folder
 
-    def record(self, figures: Mapping[str, float], epoch: int) -> None:
-        """Write a scalar for each figure."""
-        self._tracker.log(figures, step=epoch)
+    def record(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Write one scalar per metric."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, global_step=epoch)
+        self._writer.flush()
 
     def finish(self, status: str) -> None:
-        """Close the file."""
-        self._tracker.finish()
+        """Close the event file."""
+        self._writer.close()
 
 
 class MLflow(Tracker):
-    """Runs in an MLflow store, a server or a file, with the config as parameters.
+    """Runs in an MLflow store, which is a server or a file, with the config as parameters.
 
     Args:
-        tracking_uri: The store: sqlite:///mlflow.db, or a server's address; by default MLflow's own choice
-            ($MLFLOW_TRACKING_URI). Passwords belong into the environment: this is written into the run directory.
-        experiment: The experiment to which runs belong.
-        tags: Tags of the run.
+        tracking_uri: Address of the store: sqlite:///mlflow.db, or a server. Null: MLflow's default
+            ($MLFLOW_TRACKING_URI). Keep passwords in the environment: this option is written to the run directory.
+        experiment: Name of the experiment that contains the runs. $MLFLOW_EXPERIMENT_NAME has priority.
+        tags: Tags of the run, by name.
     """
 
     def __init__(
@@ -62,29 +66,44 @@ class MLflow(Tracker):
         self.tracking_uri = tracking_uri
         self.experiment = experiment
         self.tags = tags
-        self._tracker: Any = None
 
     def start(self, run: TrackedRun) -> str | None:
-        """Begin a run of MLflow's, or set the one that is known running again."""
+        """Start an MLflow run with the config as parameters, or resume the known one."""
         import mlflow
-        from accelerate.tracking import MLflowTracker
 
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _RETRIES)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _TIMEOUT_SECONDS)
         if self.tracking_uri is not None:
             mlflow.set_tracking_uri(self.tracking_uri)
-        # Nested, so that one that is active in a notebook has it as a child and does not refuse it.
-        self._tracker = MLflowTracker(
-            self.experiment, run_id=run.known, run_name=run.name, tags=self.tags, nested_run=True
+        # Not set_experiment(), which would change the experiment of a notebook that calls this.
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", self.experiment)
+        experiment = mlflow.get_experiment_by_name(name)
+        experiment_id = mlflow.create_experiment(name) if experiment is None else experiment.experiment_id
+        # Nested, so that a run that is active in a notebook becomes the parent and not an error.
+        active = mlflow.start_run(
+            run_id=run.known, experiment_id=experiment_id, run_name=run.name, nested=True, tags=self.tags
         )
-        self._tracker.start()
         if run.known is None:
-            self._tracker.store_init_configuration(dict(run.config))
-        return str(self._tracker.tracker.info.run_id)
+            self._log_parameters(run.config)
+        return str(active.info.run_id)
 
-    def record(self, figures: Mapping[str, float], epoch: int) -> None:
-        """Log the figures as metrics of the step ``epoch``."""
-        self._tracker.log(dict(figures), step=epoch)
+    def _log_parameters(self, config: Mapping[str, Any]) -> None:
+        """Log the config in batches of the size that MLflow accepts, without values that are too long for it."""
+        import mlflow
+        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+
+        too_long = [key for key, value in config.items() if len(str(value)) > MAX_PARAM_VAL_LENGTH]
+        if too_long:
+            logger.warning("MLflow accepts no values of this length: not logged are %s", ", ".join(too_long))
+        accepted = [(key, value) for key, value in config.items() if key not in too_long]
+        for start in range(0, len(accepted), MAX_PARAMS_TAGS_PER_BATCH):
+            mlflow.log_params(dict(accepted[start : start + MAX_PARAMS_TAGS_PER_BATCH]))
+
+    def record(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Log the metrics at the step ``epoch``."""
+        import mlflow
+
+        mlflow.log_metrics(dict(metrics), step=epoch)
 
     def finish(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
@@ -97,9 +116,9 @@ class WandB(Tracker):
     """Runs of Weights and Biases, with the config.
 
     Args:
-        project: The project to which runs belong.
-        entity: The user or team; by default that of the login.
-        mode: Whether figures are sent now or kept for wandb sync; by default as $WANDB_MODE says.
+        project: Name of the project that contains the runs.
+        entity: User or team that owns the project; null: that of the login.
+        mode: Whether metrics are sent during the run (online) or kept for wandb sync (offline); null: $WANDB_MODE.
         tags: Tags of the run.
     """
 
@@ -111,38 +130,27 @@ class WandB(Tracker):
         mode: Literal["online", "offline"] | None = None,
         tags: tuple[str, ...] = (),
     ) -> None:
-        self.project = project
-        self.options: dict[str, Any] = {"entity": entity, "mode": mode, "tags": list(tags)}
-        self._tracker: Any = None
+        self.options: dict[str, Any] = {"project": project, "entity": entity, "mode": mode, "tags": list(tags)}
+        self._run: Any = None
 
     def start(self, run: TrackedRun) -> str | None:
-        """Begin a run there, or go on with the one that is known; its files are in the run directory."""
+        """Start a run with its files in the run directory, or resume the known one."""
         import wandb
-        from accelerate import PartialState
-        from accelerate.tracking import WandBTracker
 
-        PartialState()  # this one of accelerate's asks for the process's rank without making sure that there is one
-        # It takes over what is printed otherwise, progress bars included.
+        # By default wandb captures the terminal's output, progress bars included.
         settings = wandb.Settings(console="off")
-        again = {} if run.known is None else {"id": run.known, "resume": "allow"}
-        self._tracker = WandBTracker(
-            self.project,
-            name=run.name,
-            dir=str(run.folder),
-            settings=settings,
-            reinit="finish_previous",
-            **self.options,
-            **again,
+        resumed = {} if run.known is None else {"id": run.known, "resume": "allow"}
+        self._run = wandb.init(
+            name=run.name, dir=str(run.folder), settings=settings, reinit="finish_previous", **self.options, **resumed
         )
-        self._tracker.start()
         if run.known is None:
-            self._tracker.store_init_configuration(dict(run.config))
-        return str(self._tracker.tracker.id)
+            self._run.config.update(dict(run.config), allow_val_change=True)
+        return str(self._run.id)
 
-    def record(self, figures: Mapping[str, float], epoch: int) -> None:
-        """Log the figures of the step ``epoch``."""
-        self._tracker.log(dict(figures), step=epoch)
+    def record(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Log the metrics at the step ``epoch``."""
+        self._run.log(dict(metrics), step=epoch)
 
     def finish(self, status: str) -> None:
-        """End the run, failed where it is not complete."""
-        self._tracker.tracker.finish(exit_code=0 if status in ("complete", "stopped") else 1)
+        """End the run; it failed unless it is complete or was stopped by an observer."""
+        self._run.finish(exit_code=0 if status in ("complete", "stopped") else 1)

@@ -23,9 +23,9 @@ def plugins(
     check: Annotated[bool, typer.Option("--check", help="Load each and check its quick contracts.")] = False,
 ) -> None:
     """List what is installed and what cannot be loaded, without importing any of it."""
-    from transfer.registry.listing import catalogue
+    from transfer.registry.listing import catalog
 
-    found = catalogue(own_commands(context))
+    found = catalog(own_commands(context))
     if check:
         _check_plugins([entry.plugin for entry in found])
         return

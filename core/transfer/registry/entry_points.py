@@ -1,14 +1,15 @@
-"""Plugins by name, found through entry points and imported only when asked for by name."""
+"""Plugins by name, found through entry points. Only the plugin that is used is imported."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from transfer.errors import PluginError, Problem, nearest
+from transfer.errors import PluginError, Problem, unknown_name
 from transfer.registry.requirements import CORE_DISTRIBUTION, unmet
 
 if TYPE_CHECKING:
@@ -16,25 +17,25 @@ if TYPE_CHECKING:
 
 Kind = str
 KINDS: tuple[Kind, ...] = ("dataset", "backbone", "head", "task")
-"""Core's own; plugins bring others (see :func:`kinds`)."""
+"""The kinds of core; plugins can add others (see :func:`kinds`)."""
 
 _T = TypeVar("_T", bound=type)
 
 OLD_DISTRIBUTION = "transfer"
-"""The name of this distribution in run folders of version 0.1; on the package index it is another project."""
+"""Name of this distribution in run folders of version 0.1. On the package index it is another project."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plugin as its distribution declares it; nothing of it has been imported.
+    """A plugin as its distribution declares it, before anything is imported.
 
     Args:
-        kind: What it plugs in as.
-        name: What a config calls it.
-        distribution: The installed package that brings it, or ``"(registered)"`` for ``@register``.
-        version: That package's version.
-        target: ``module:attribute``.
-        extras: The extras of its distribution without which it cannot be imported.
+        kind: Kind of the plugin (``backbone``).
+        name: Name of the plugin in a config.
+        distribution: Installed package that contains the plugin, or ``"(registered)"`` for ``@register``.
+        version: Version of the distribution.
+        target: Import path, ``module:attribute``.
+        extras: Extras of the distribution without which the plugin cannot be imported.
     """
 
     kind: Kind
@@ -46,12 +47,12 @@ class Plugin:
 
     @property
     def qualified_name(self) -> str:
-        """``distribution:name``, which a config uses when two distributions claim one name."""
+        """``distribution:name``, which selects one of several distributions that claim the same name."""
         return f"{self.distribution}:{self.name}"
 
     @property
     def requirement(self) -> str:
-        """What pip is to install to have exactly this plugin: ``distribution[extra]==version``; empty in-process."""
+        """Requirement to install exactly this plugin: ``distribution[extra]==version``; empty for ``@register``."""
         if self.distribution == IN_PROCESS:
             return ""
         extras = f"[{','.join(self.extras)}]" if self.extras else ""
@@ -60,7 +61,7 @@ class Plugin:
 
     @property
     def unavailable(self) -> Problem | None:
-        """Why it cannot be loaded here and what to do about it, from its distribution's requirements; None: it can."""
+        """Reason that the plugin cannot be loaded, from its distribution's requirements; None if it can be loaded."""
         return None if self.distribution == IN_PROCESS else unmet(self.distribution, self.extras)
 
 
@@ -69,23 +70,23 @@ _registered: dict[tuple[Kind, str], type] = {}
 
 
 def register(kind: Kind, name: str) -> Callable[[_T], _T]:
-    """Register a class under a name for this process: for notebooks, scripts and tests.
+    """Register a class under a name in this process: for notebooks, scripts and tests.
 
-    A package registers through an entry point instead, in the group ``transfer.datasets`` and so on for each kind.
+    A package uses an entry point instead, in the group ``transfer.datasets`` for datasets and so on.
 
     Raises:
         PluginError: The kind is unknown, the class is not of that kind, or the name is taken by another class.
     """
     if kind not in (known_kinds := kinds()):
-        raise PluginError(f"there is no kind of plugin called {kind!r}", available=known_kinds)
+        raise PluginError.of([unknown_name("kind of plugin", kind, known_kinds)])
 
     def decorate(cls: _T) -> _T:
         _check(cls, kind, name, IN_PROCESS)
-        known = _registered.get((kind, name))
-        # A notebook cell that is run again defines the same class anew; only a different class is a collision.
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        registered = _registered.get((kind, name))
+        # Running a notebook cell again defines the same class again; only another class is a collision.
+        if registered is not None and _full_name(registered) != _full_name(cls):
             raise PluginError(
-                f"{kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}",
+                f"{kind} {name!r} is already registered by {_full_name(registered)}",
                 fix="register it under another name",
             )
         _registered[kind, name] = cls
@@ -95,71 +96,65 @@ def register(kind: Kind, name: str) -> Callable[[_T], _T]:
 
 
 def kinds() -> tuple[Kind, ...]:
-    """Return every kind of plugin: core's own, then those that plugins bring.
+    """Return every kind of plugin: those of core, then those of plugins.
 
-    A plugin that offers a choice of its own (tokenizers) declares the kind by an entry point in ``transfer.kinds``,
-    which names the class that all plugins of the kind derive from.
+    A plugin with a choice of its own (tokenizers) declares the kind by an entry point in ``transfer.kinds``. Its target
+    is the base class of all plugins of that kind.
     """
     return (*KINDS, *sorted({entry_point.name for entry_point in _declared("kind")} - set(KINDS)))
 
 
 def plugins(kind: Kind | None = None) -> list[Plugin]:
-    """List every plugin (of one kind) by kind and name, without importing any."""
-    found = [
+    """Return every plugin, optionally of one kind, by kind and name, without importing any."""
+    listed = [
         Plugin(k, name, IN_PROCESS, "", f"{cls.__module__}:{cls.__qualname__}")
         for (k, name), cls in _registered.items()
         if kind in (None, k)
     ]
     order = kinds() if kind is None else (kind,)
     for k in order:
-        found += [_describe(k, entry_point) for entry_point in _declared(k)]
-    return sorted(found, key=lambda p: (order.index(p.kind), p.name, p.distribution))
+        listed += [_describe(k, entry_point) for entry_point in _declared(k)]
+    return sorted(listed, key=lambda p: (order.index(p.kind), p.name, p.distribution))
 
 
 def find(kind: Kind, name: str) -> Plugin:
-    """Return the one plugin that ``name`` or ``distribution:name`` means, without importing it.
+    """Return the plugin called ``name`` or ``distribution:name``, without importing it.
 
     Raises:
-        PluginError: No plugin has that name (the nearest ones are listed), or two distributions claim it.
+        PluginError: No plugin has that name, or two distributions claim it.
     """
     if name.startswith(f"{OLD_DISTRIBUTION}:"):
         name = f"{CORE_DISTRIBUTION}:{name.removeprefix(f'{OLD_DISTRIBUTION}:')}"
     candidates = [p for p in plugins(kind) if name in (p.name, p.qualified_name)]
     registered = [p for p in candidates if p.distribution == IN_PROCESS]
-    if registered:  # what this very process registers was meant to be used
+    if registered:  # what this process registers takes precedence
         return registered[0]
     if not candidates:
-        names = sorted({p.name for p in plugins(kind)})
-        close = nearest(name, names)
-        raise PluginError(
-            f"there is no {kind} called {name!r}",
-            available=names,
-            fix=f"did you mean {close!r}?" if close else f"install the package that brings {kind} {name!r}",
-        )
+        fix = f"install the package that contains {kind} {name!r}"
+        raise PluginError.of([unknown_name(kind, name, {p.name for p in plugins(kind)}, fix=fix)])
     candidates = core_first(candidates)
     if len(candidates) > 1:
         raise PluginError(
             f"{kind} {name!r} is claimed by {' and '.join(f'{p.distribution} {p.version}' for p in candidates)}",
             available=[p.qualified_name for p in candidates],
-            fix=f"write {candidates[0].qualified_name!r} to say which one",
+            fix=f"write {candidates[0].qualified_name!r} to choose one",
         )
     return candidates[0]
 
 
 def core_first(candidates: list[Plugin]) -> list[Plugin]:
-    """Return core's own plugin if it is among the candidates for one name, otherwise all candidates.
+    """Return core's plugin if it is among the candidates for one name, and otherwise all candidates.
 
-    A package that claims the name of a built-in plugin can thus not change what existing configs mean.
+    A package that claims the name of a built-in plugin thus cannot change the meaning of existing configs.
     """
     return [plugin for plugin in candidates if plugin.distribution == CORE_DISTRIBUTION] or candidates
 
 
 def load(kind: Kind, name: str) -> type[Any]:
-    """Import the one plugin that ``name`` means, and no other, and return its class.
+    """Import one plugin and return its class; no other plugin is imported.
 
     Raises:
-        PluginError: As :func:`find`; or what it requires is not installed; or the import fails (the cause is kept); or
-            the class is not of that kind.
+        PluginError: :func:`find` or :func:`import_target` fails, or the target is no class of that kind.
     """
     plugin = find(kind, name)
     if plugin.distribution == IN_PROCESS:
@@ -170,15 +165,15 @@ def load(kind: Kind, name: str) -> type[Any]:
 
 
 def origin(plugin: Plugin) -> str:
-    """Say where a plugin is declared, for messages."""
+    """Return the declaration of a plugin, for messages."""
     return f"entry point {plugin.name} = {plugin.target} of {plugin.distribution} {plugin.version}"
 
 
 def import_target(plugin: Plugin) -> Any:
-    """Import what a plugin's entry point names, whatever it is.
+    """Import the target of a plugin's entry point, whatever its type.
 
     Raises:
-        PluginError: What it requires is not installed, or the import fails (the cause is kept).
+        PluginError: A requirement is not installed, or the import fails (the cause is kept).
     """
     if (why := plugin.unavailable) is not None:
         raise PluginError(
@@ -186,7 +181,7 @@ def import_target(plugin: Plugin) -> Any:
         )
     try:
         return metadata.EntryPoint(plugin.name, plugin.target, _group(plugin.kind)).load()
-    # A plugin's module may raise anything at all while it is imported; whatever it is must name the plugin.
+    # A plugin's module may raise any exception on import. The message must name the plugin in all cases.
     except Exception as error:
         raise PluginError(
             f"{plugin.kind} {plugin.name!r} cannot be imported: {type(error).__name__}: {error}",
@@ -196,31 +191,41 @@ def import_target(plugin: Plugin) -> Any:
 
 
 def _base(kind: Kind) -> type[Any]:
-    """Return the class that plugins of a kind derive from."""
+    """Return the base class of all plugins of a kind."""
     if kind not in KINDS:
         return import_target(find("kind", kind))  # type: ignore[no-any-return]
-    from transfer import interfaces  # torch is imported by whoever loads a plugin, not by whoever lists them
+    from transfer import interfaces  # here, because listing plugins must not import torch
 
     bases = (interfaces.Dataset, interfaces.Backbone, interfaces.Head, interfaces.Task)
     return dict(zip(KINDS, bases, strict=True))[kind]
 
 
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _public_name(cls: type) -> str:
+    """Return the shortest import path of a class: ``transfer.Head`` for ``transfer.interfaces.head.Head``."""
+    parts = cls.__module__.split(".")
+    packages = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    public = (package for package in packages if getattr(sys.modules.get(package), cls.__name__, None) is cls)
+    return f"{next(public, cls.__module__)}.{cls.__name__}"
+
+
 def _check(cls: Any, kind: Kind, name: str, where: str) -> None:
     base = _base(kind)
-    base_name = f"{'transfer' if kind in KINDS else base.__module__}.{base.__name__}"
-    derived = isinstance(cls, type) and issubclass(cls, base)
-    if not derived:
+    if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(
-            f"{kind} {name!r} is {cls!r}, which is no subclass of {base_name}",
+            f"{kind} {name!r} is {cls!r}, which is no subclass of {_public_name(base)}",
             where=where,
-            fix=f"derive it from {base_name}",
+            fix=f"derive it from {_public_name(base)}",
         )
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise PluginError(
             f"{kind} {name!r} does not define {', '.join(missing)}",
             where=where,
-            fix=f"define what {base_name} asks for",
+            fix=f"define every abstract method of {_public_name(base)}",
         )
 
 
@@ -230,30 +235,30 @@ def _describe(kind: Kind, entry_point: EntryPoint) -> Plugin:
     return Plugin(kind, entry_point.name, name, version, target, tuple(entry_point.extras))
 
 
-@cache  # each look at a distribution's name reads all of its metadata
+@cache  # reading a distribution's name parses all of its metadata
 def _name_and_version(distribution: Distribution | None) -> tuple[str, str]:
     return (distribution.name, distribution.version) if distribution else ("(unknown)", "")
 
 
 def _group(kind: Kind) -> str:
-    """Return the group of a kind's entry points: its plural."""
+    """Return the entry point group of a kind, which is its plural."""
     return f"transfer.{kind.removesuffix('s')}s"
 
 
 def _declared(kind: Kind) -> list[EntryPoint]:
-    # A distribution found twice on sys.path (an editable install beside a build folder) declares the same entry twice.
-    found = _entry_points().get(_group(kind), ())
-    return list({(e.name, e.value, _name_and_version(e.dist)[0]): e for e in found}.values())
+    # A distribution that is twice on sys.path (an editable install and a build folder) declares the same entry twice.
+    entry_points = _entry_points().get(_group(kind), ())
+    return list({(e.name, e.value, _name_and_version(e.dist)[0]): e for e in entry_points}.values())
 
 
 @cache
 def _entry_points() -> dict[str, tuple[EntryPoint, ...]]:
-    """Return the entry points of all kinds by group, in one pass over the metadata of all that is installed."""
+    """Return the entry points of all kinds by group, in one pass over the metadata of all distributions."""
     everything = metadata.entry_points()
     groups = (group for group in everything.groups if group.startswith("transfer."))
     return {group: tuple(everything.select(group=group)) for group in groups}
 
 
-# What plugins that offer choices of their own need, by names that say what they are outside this module.
+# Public names of these functions, for plugins that have choices of their own.
 find_plugin = find
 load_plugin = load

@@ -1,4 +1,4 @@
-"""What plugins say of themselves, and what is wrong with them, read from their source files: nothing is imported."""
+"""Descriptions and problems of installed plugins, read from their source files without importing them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from transfer.registry.entry_points import IN_PROCESS, Plugin, plugins
 from transfer.registry.requirements import CORE_DISTRIBUTION
 
 _MAX_STEPS = 5
-"""From module to module that passes on what another one defines."""
+"""Maximum number of re-exports that are followed from module to module."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A plugin in the list of what is installed.
+    """A plugin in the list of installed plugins.
 
     Args:
-        plugin: As its distribution declares it.
-        description: What it is, in one line.
-        problem: Why it cannot be loaded, as far as that can be told without importing it.
+        plugin: The plugin as its distribution declares it.
+        description: One-line description.
+        problem: Reason that it cannot be loaded, as far as that is visible without importing it.
     """
 
     plugin: Plugin
@@ -34,15 +34,15 @@ class Entry:
     problem: Problem | None
 
 
-def catalogue(reserved: Collection[str] = ()) -> list[Entry]:
-    """List every plugin, and every subcommand that a package adds, without importing any.
+def catalog(reserved: Collection[str] = ()) -> list[Entry]:
+    """Return every installed plugin and every subcommand of a package, without importing any.
 
     Args:
-        reserved: Names of commands that no plugin can take.
+        reserved: Command names that plugins cannot use.
     """
     installed = [*plugins(), *plugins("command")]
     claims = Counter((plugin.kind, plugin.name) for plugin in installed if plugin.distribution != IN_PROCESS)
-    found = []
+    entries = []
     for plugin in installed:
         wrong = plugin.unavailable or problem(plugin)
         if wrong is None and claims[plugin.kind, plugin.name] > 1 and plugin.distribution != CORE_DISTRIBUTION:
@@ -50,12 +50,12 @@ def catalogue(reserved: Collection[str] = ()) -> list[Entry]:
             wrong = Problem("more than one distribution claims the name", fix=fix)
         if wrong is None and plugin.kind == "command" and plugin.name in reserved:
             wrong = Problem("transfer has a command of that name", fix=f"ask {plugin.distribution} to choose another")
-        found.append(Entry(plugin, description(plugin), wrong))
-    return found
+        entries.append(Entry(plugin, description(plugin), wrong))
+    return entries
 
 
 def description(plugin: Plugin) -> str:
-    """Return the first line of the docstring of a plugin's class or function; empty where its source does not tell."""
+    """Return the first line of the docstring of a plugin's class or function; empty if the source contains none."""
     if plugin.distribution == IN_PROCESS:
         return ""
     module, _, name = plugin.target.partition(":")
@@ -66,7 +66,7 @@ def description(plugin: Plugin) -> str:
 
 
 def problem(plugin: Plugin) -> Problem | None:
-    """Return why a plugin cannot be loaded, as far as that can be told without importing it."""
+    """Return the reason that a plugin cannot be loaded, as far as it is visible without importing it."""
     if plugin.distribution == IN_PROCESS:
         return None
     module, _, name = plugin.target.partition(":")
@@ -88,10 +88,10 @@ def problem(plugin: Plugin) -> Problem | None:
 
 
 def _find(module: str) -> ModuleSpec | None:
-    """Find a module without importing it, or any package around it."""
+    """Find a module without importing it or its parent packages."""
     top, *inner = module.split(".")
     try:
-        spec = importlib.util.find_spec(top)  # of a name without a dot this imports nothing
+        spec = importlib.util.find_spec(top)  # imports nothing for a name without a dot
         for name in inner:
             if spec is None or spec.submodule_search_locations is None:
                 return None
@@ -126,14 +126,14 @@ def _first_line(module: str, name: str, steps: int) -> str:
 
 
 def _absolute(node: ast.ImportFrom, spec: ModuleSpec) -> str:
-    """Return the full name of the module that an import names."""
+    """Return the absolute name of the module in an import statement."""
     written = "." * node.level + (node.module or "")
     package = spec.name if spec.submodule_search_locations is not None else spec.name.rpartition(".")[0]
     return importlib.util.resolve_name(written, package)
 
 
 def _names(tree: ast.Module) -> Iterator[str]:
-    """Yield every name that a module's top level may define."""
+    """Yield every name that the top level of a module may define."""
     for node in ast.walk(tree):
         match node:
             case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
@@ -145,7 +145,7 @@ def _names(tree: ast.Module) -> Iterator[str]:
 
 
 def _is_open(tree: ast.Module) -> bool:
-    """Say whether a module may define what its source does not name."""
+    """Return whether a module may define names that its source does not contain."""
     star = any(alias.name == "*" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names)
     return (
         star

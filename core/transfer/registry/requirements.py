@@ -1,4 +1,4 @@
-"""Whether what a distribution says that it requires is installed: read from metadata, nothing is imported."""
+"""Whether the requirements of an installed distribution are installed, read from its metadata without imports."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ CORE_DISTRIBUTION = "transferkit"
 
 @cache
 def unmet(distribution: str, extras: tuple[str, ...]) -> Problem | None:
-    """Say what keeps a part of an installed distribution from being imported, and the remedy; None: nothing does.
+    """Return the reason that a part of an installed distribution cannot be imported, and the fix; None if it can be.
 
-    What an extra asks for must be there in the version that it asks for. Of what the distribution always requires only
-    what is not installed at all counts: another version than its metadata allow may well do, and is pip's to refuse.
-    Another version of transfer itself does not do: it is that of the contracts.
+    An extra's requirements must be installed in a matching version. The other requirements must only be installed: pip
+    reports wrong versions of them, which often work. Core's own version must match, because it defines the contracts.
 
     Args:
-        distribution: Its name.
-        extras: Those that the part needs, as its entry point names them.
+        distribution: Name of the distribution.
+        extras: Extras that the part needs, from its entry point.
     """
     missing, other = [], []
     package = f"{distribution}[{','.join(extras)}]" if extras else distribution
     for written, requirement, optional in _requirements(distribution, extras):
-        if requirement.name == "transfer":  # on the package index another project has this name: never suggest it
+        if requirement.name == "transfer":  # another project on the package index: never suggest to install it
             return Problem(
                 f"it requires {written}, and the distribution of this framework is called {CORE_DISTRIBUTION}",
                 fix=f"install a version of {distribution} that requires {CORE_DISTRIBUTION}",
@@ -43,28 +42,28 @@ def unmet(distribution: str, extras: tuple[str, ...]) -> Problem | None:
             missing.append(f"{written}, which is not installed")
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
-        if requirement.name == CORE_DISTRIBUTION and not fits:  # the version of the contracts that it was written for
+        if requirement.name == CORE_DISTRIBUTION and not fits:  # written for another version of the contracts
             return Problem(
                 f"it is written for {written}, and {CORE_DISTRIBUTION} {version} is installed",
                 fix=f"pip install {shlex.quote(written)}, or a version of {distribution} "
                 f"for {CORE_DISTRIBUTION} {version}",
             )
         if optional and not fits:
-            other.append(f"{written}, where {version} is installed")
+            other.append(f"{written}, and {version} is installed")
     if not missing and not other:
         return None
-    place = " in an environment of its own" if other else ""  # here it would take the place of what others need
-    return Problem(f"it needs {', and '.join(missing + other)}", fix=f"pip install {shlex.quote(package)}{place}")
+    environment = " in a separate environment" if other else ""  # here it would replace versions that others need
+    return Problem(f"it needs {', and '.join(missing + other)}", fix=f"pip install {shlex.quote(package)}{environment}")
 
 
 def _requirements(distribution: str, extras: tuple[str, ...]) -> Iterator[tuple[str, Requirement, bool]]:
-    """Yield each requirement that holds here: as it is written, parsed, and whether one of the extras adds it."""
+    """Yield the requirements that apply here: the text, the parsed requirement, and whether an extra adds it."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     for line in metadata.requires(distribution) or ():
         try:
             requirement = Requirement(line)
-        except InvalidRequirement:  # of another time; its distribution was installed nevertheless
+        except InvalidRequirement:  # an old format; the distribution is installed nevertheless
             continue
         marker = requirement.marker
         always = marker is None or marker.evaluate({"extra": ""})

@@ -1,1 +1,1 @@
-"""Images for transfer: torchvision backbones, image preprocessing, and datasets of pictures."""
+"""Images for transfer: torchvision backbones, image preprocessing, and datasets of images."""

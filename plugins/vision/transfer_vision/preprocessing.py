@@ -1,8 +1,7 @@
-"""From PIL images to a normalised batch: resize, augment, crop, normalise."""
+"""Preprocessing of images: from PIL images to a normalized batch."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import io
 import typing
@@ -18,35 +17,42 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 from torchvision.models import WeightsEnum
 from torchvision.transforms import v2
 
 from transfer import ConfigError, DataError, Preprocessing
-from transfer_vision.images.decoding import Interpolation, decode, open_picture
+from transfer_vision.images.decoding import CropMode, Interpolation, decode, open_image, resized_size
 from transfer_vision.images.image_grid import draw_grid
+from transfer_vision.suggestions import unknown_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 THUMBNAIL_PIXELS = 160
-"""Of the shorter side of a picture on a page."""
+"""Shorter side of a thumbnail."""
 
-Augmentation = Literal["usual", "strong", "none"] | list[dict[str, Any]]
+Augmentation = (
+    Annotated[
+        Literal["default", "strong", "none"],
+        BeforeValidator(lambda value: "default" if value == "usual" else value),  # its name until version 0.1
+    ]
+    | list[dict[str, Any]]
+)
 CacheImages = Literal["auto", "off"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How pictures were prepared when weights were evaluated.
+    """Preprocessing with which weights were evaluated.
 
     Args:
-        image_size: Height and width of what the model sees.
+        image_size: Height and width of the model's input.
         resize: Pixels of the shorter side before the crop.
-        interpolation: The filter of that resize.
-        mean: Of each channel in the pretraining data, for values in [0, 1].
-        std: Standard deviation of each channel, likewise.
+        interpolation: Filter of the resize.
+        mean: Mean of each channel in the pretraining data, for values in [0, 1].
+        std: Standard deviation of each channel in the pretraining data, for values in [0, 1].
     """
 
     image_size: int
@@ -57,13 +63,13 @@ class Preset:
 
     @classmethod
     def of(cls, weights: WeightsEnum) -> Self:
-        """Return that of published weights."""
+        """Return the preset of published weights."""
         facts = weights.transforms()
         (size,), (resize,) = facts.crop_size, facts.resize_size
         return cls(size, resize, facts.interpolation.value, tuple(facts.mean), tuple(facts.std))
 
     def for_channels(self, count: int) -> Preset:
-        """Return it for another number of channels: the mean of the three for one, else the three over and over."""
+        """Return the preset for another number of channels: the mean of the three, or the three repeated."""
         if len(self.mean) == count:
             return self
         mean, std = (
@@ -72,38 +78,40 @@ class Preset:
         )
         return replace(self, mean=mean, std=std)
 
-    def with_wishes(self, **wishes: Any) -> Preset:
-        """Return it with some values replaced (None: left as it is); another image_size scales ``resize`` with it.
+    def with_overrides(self, **overrides: Any) -> Preset:
+        """Replace the values that are not None; ``resize`` is scaled with another ``image_size``.
 
         Raises:
-            transfer.ConfigError: There are more or fewer means or deviations than channels.
+            transfer.ConfigError: The number of means or deviations is not the number of channels.
         """
-        wishes = {name: value for name, value in wishes.items() if value is not None}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         for name in ("mean", "std"):
-            if len(wishes.get(name, self.mean)) != len(self.mean):
+            if len(overrides.get(name, self.mean)) != len(self.mean):
                 raise ConfigError(
-                    f"{name} has {len(wishes[name])} numbers for {len(self.mean)} channels",
+                    f"{name} has {len(overrides[name])} numbers for {len(self.mean)} channels",
                     fix=f"give {len(self.mean)}, or set in_channels",
                 )
-        if "image_size" in wishes:
-            wishes = {"resize": round(wishes["image_size"] * self.resize / self.image_size), **wishes}
-        return replace(self, **wishes)
+        if "image_size" in overrides:
+            overrides = {"resize": round(overrides["image_size"] * self.resize / self.image_size), **overrides}
+        return replace(self, **overrides)
 
 
 class ImagePreprocessing(Preprocessing):
-    """Preprocessing of pictures as torchvision's classification models are evaluated and fine-tuned.
+    """Preprocessing of images as in the evaluation and fine-tuning of torchvision's classification models.
 
     Args:
-        image_size: Height and width of what the model sees.
-        resize: Pixels of the shorter side before the crop; null: 256/224 of ``image_size``.
-        interpolation: The filter of that resize, antialiased.
-        mean: Of each channel in the pretraining data, for values in [0, 1]. There are as many channels as means.
-        std: Standard deviation of each channel, likewise.
-        augmentation: ``usual`` (a random resized crop and a horizontal flip), ``strong`` (with TrivialAugment and
-            random erasing after them), ``none``, or a list of torchvision.transforms.v2 classes with options, in
-            order: ``[{name: ColorJitter, brightness: 0.2}]``.
-        cache_images: Keep decoded and resized pictures in memory from one epoch to the next, where those of a split
-            fit: ``auto`` (into half of the memory that is available), ``off``, or into so many GiB.
+        image_size: Height and width of the model's input.
+        resize: Pixels of the resized side before the crop; None: 256/224 of ``image_size``.
+        interpolation: Filter of the resize, antialiased.
+        mean: Mean of each channel in the pretraining data, for values in [0, 1]. Its length is the number of channels.
+        std: Standard deviation of each channel in the pretraining data, for values in [0, 1].
+        augmentation: ``default`` (a random resized crop and a horizontal flip), ``strong`` (with TrivialAugment and
+            random erasing after them), ``none``, or a list of torchvision.transforms.v2 classes with options, in order:
+            ``[{name: ColorJitter, brightness: 0.2}]``.
+        cache_images: Memory for decoded and resized images, which are kept between epochs if those of a split fit:
+            ``auto`` (half of the available memory), ``off``, or a number of GiB.
+        crop_mode: Resize before the center crop. ``center``: the shorter side gets ``resize`` pixels. ``squash``: both
+            sides do. ``border``: the longer side does, and the rest is filled with the mean color.
     """
 
     media_type: ClassVar[str] = "image/*"
@@ -116,8 +124,9 @@ class ImagePreprocessing(Preprocessing):
         interpolation: Interpolation = "bilinear",
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
-        augmentation: Augmentation = "usual",
+        augmentation: Augmentation = "default",
         cache_images: CacheImages = "auto",
+        crop_mode: CropMode = "center",
     ) -> None:
         self.image_size = image_size
         self.resize = round(image_size * 256 / 224) if resize is None else resize
@@ -129,29 +138,30 @@ class ImagePreprocessing(Preprocessing):
         self.interpolation = interpolation
         self.mean, self.std = tuple(mean), tuple(std)
         self.channels = len(self.mean)
-        self.augmentation = augmentation
+        self.crop_mode: CropMode = crop_mode
+        self.augmentation = _current_name(augmentation)
         self.cache_images = cache_images
-        self._augment = _transform(augmentation, image_size, self.resize, self.channels)
+        self._augment = _transform(self.augmentation, image_size, self.resize, self.channels)
 
     @property
     def keep_bytes(self) -> int | None:
-        """As ``cache_images`` says."""
+        """Memory limit that ``cache_images`` sets, in bytes; None: half of the available memory."""
         if self.cache_images == "auto":
             return None
         return 0 if self.cache_images == "off" else int(self.cache_images * 2**30)
 
     def encode(self, values: Sequence[Any]) -> list[Tensor]:
-        """Decode PIL images, turn them upright, convert them to RGB or grey and resize their shorter side.
+        """Decode PIL images, apply their orientation, convert them to RGB or gray and resize them.
 
-        An array of uint8, (H, W) or (H, W, C), is taken as it is and resized.
+        Arrays of uint8, (H, W) or (H, W, C), are only resized.
 
         Returns:
-            For each a uint8 tensor (C, H, W) with min(H, W) = ``resize``.
+            A uint8 tensor (C, H, W) for each value; in the crop mode ``center`` min(H, W) is ``resize``.
 
         Raises:
-            ValueError, OSError: A value is no picture, or is a damaged one, or has other channels.
+            ValueError, OSError: A value is no image, is damaged or has another number of channels.
         """
-        # Decoders leave Python's lock alone. A loader process has one thread, and so has who wants no others.
+        # Decoders release the GIL. In loader processes and if the user wants a single thread, there is one thread.
         threads = min(torch.get_num_threads(), len(values))
         if threads < 2:
             return [self._encode(value) for value in values]
@@ -160,19 +170,21 @@ class ImagePreprocessing(Preprocessing):
 
     def _encode(self, value: Any) -> Tensor:
         if isinstance(value, np.ndarray):
-            return self._encode_array(value)
+            return self._encode_array(value, self.crop_mode)
         if not isinstance(value, Image.Image):
             raise ValueError(f"expected a PIL image, got {type(value).__name__}")
         if self.channels not in (1, 3):
-            raise ValueError(f"a picture has 3 channels or is grey; {self.channels} channels come as arrays (H, W, C)")
-        pixels = decode(value, self.resize, self.interpolation)
+            raise ValueError(
+                f"expected an array (H, W, {self.channels}) of uint8, got a PIL image, which has 1 or 3 channels"
+            )
+        pixels = decode(value, self.resize, self.interpolation, self.crop_mode)
         if self.channels == 1:
-            # The weights of the channels do not quite make 1: of grey they would lose a level.
-            grey = all(torch.equal(pixels[0], other) for other in pixels[1:])
-            pixels = pixels[:1] if grey else v2.functional.rgb_to_grayscale(pixels)
+            # The weights of the three channels do not exactly add up to 1, so gray pixels would lose a level.
+            is_gray = all(torch.equal(pixels[0], other) for other in pixels[1:])
+            pixels = pixels[:1] if is_gray else v2.functional.rgb_to_grayscale(pixels)
         return pixels
 
-    def _encode_array(self, value: npt.NDArray[Any]) -> Tensor:
+    def _encode_array(self, value: npt.NDArray[Any], crop_mode: CropMode) -> Tensor:
         array = value[..., None] if value.ndim == 2 else value
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != self.channels or not array.size:
             raise ValueError(
@@ -180,12 +192,13 @@ class ImagePreprocessing(Preprocessing):
             )
         image = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
         mode = v2.InterpolationMode(self.interpolation)
-        resized: Tensor = v2.functional.resize(image, [self.resize], mode, antialias=True)
+        width, height = resized_size((array.shape[1], array.shape[0]), self.resize, crop_mode)
+        resized: Tensor = v2.functional.resize(image, [height, width], mode, antialias=True)
         return resized
 
     @property
     def augments(self) -> bool:
-        """There is a random augmentation."""
+        """Whether there is a random augmentation."""
         return self._augment is not None
 
     def augment(self, encoded: Tensor) -> Tensor:
@@ -196,7 +209,7 @@ class ImagePreprocessing(Preprocessing):
         return augmented
 
     def collate(self, encoded: Sequence[Tensor]) -> Tensor:
-        """Crop the centre (what is smaller is padded with black), stack and normalise.
+        """Crop the center, stack and normalize. Smaller images are padded with black, or the mean color of a border.
 
         Args:
             encoded: B uint8 tensors (C, H, W), of any sizes.
@@ -206,33 +219,42 @@ class ImagePreprocessing(Preprocessing):
         """
         size, channels = self.image_size, self.channels
         batch = torch.empty((len(encoded), size, size, channels), dtype=torch.uint8)
-        for place, pixels in zip(batch, encoded, strict=True):
-            place.copy_(v2.functional.center_crop(pixels, [size, size]).permute(1, 2, 0))
-        # With a row of pixels as the last dimension the processor works on many values at once.
+        for target, pixels in zip(batch, encoded, strict=True):
+            target.copy_(v2.functional.center_crop(self._padded(pixels), [size, size]).permute(1, 2, 0))
+        # With a complete row of pixels as the last dimension, the CPU uses vector instructions.
         mean, std = (torch.tensor(values).mul(255).repeat(size) for values in (self.mean, self.std))
         rows = batch.view(len(encoded), size, size * channels).float().sub_(mean).div_(std)
         return rows.view(batch.shape).permute(0, 3, 1, 2)
 
+    def _padded(self, pixels: Tensor) -> Tensor:
+        """Pad an image (C, H, W) to the input size with the mean color in the crop mode ``border``."""
+        height, width = (max(0, self.image_size - side) for side in pixels.shape[1:])
+        if self.crop_mode != "border" or not (height or width):
+            return pixels
+        sides = [width // 2, height // 2, width - width // 2, height - height // 2]  # left, top, right, bottom
+        padded: Tensor = v2.functional.pad(pixels, sides, fill=[float(round(255 * value)) for value in self.mean])
+        return padded
+
     def render_batch(
         self, inputs: Tensor, values: Sequence[Any], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
     ) -> bytes:
-        """Draw the pictures of a batch, float32 (B, C, S, S), in their own colours: the bytes of a PNG file.
+        """Draw the images of a batch, float32 (B, C, S, S), without normalization; return the bytes of a PNG file.
 
-        Of more than three channels the first three are drawn; fewer than three are drawn as the grey of the first.
+        Only the first three channels are drawn; fewer than three are drawn as the gray values of the first.
         """
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         pixels = inputs.cpu().float().mul(std).add_(mean).mul_(255).round_().clamp_(0, 255).byte()
         pixels = pixels[:, :3] if self.channels >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
-        pictures = [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pixels]
-        return draw_grid(pictures, captions, groups)
+        images = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in pixels]
+        return draw_grid(images, captions, groups)
 
     def thumbnail(self, value: Any) -> bytes:
-        """Return a raw value in few pixels, upright, its colours as they are: the bytes of a JPEG file.
+        """Return a raw value as a small upright image without augmentation: the bytes of a JPEG file.
 
-        Of more than three channels the first three are drawn; fewer than three are drawn as the grey of the first.
+        Only the first three channels are drawn; fewer than three are drawn as the gray values of the first.
         """
         if isinstance(value, np.ndarray):
-            pixels = self._encode_array(value)
+            pixels = self._encode_array(value, "center")
             pixels = pixels[:3] if self.channels >= 3 else pixels[:1].expand(3, -1, -1)
         else:
             pixels = decode(value, min(THUMBNAIL_PIXELS, *value.size), "bilinear")
@@ -243,34 +265,34 @@ class ImagePreprocessing(Preprocessing):
         return file.getvalue()
 
     def read(self, source: str) -> Image.Image:
-        """Open the picture at a path.
+        """Open the image at a path.
 
         Raises:
-            transfer.DataError: There is no file, or it is no picture.
+            transfer.DataError: The file is missing or no image.
         """
         path = Path(source)
         try:
             path = path.expanduser()
             if path.exists() and not path.is_file() and not path.is_dir():
-                raise OSError("it is no regular file")  # and may have no end
-            return open_picture(path.read_bytes(), str(path))
+                raise OSError("it is no regular file")  # a device or pipe may never end
+            return open_image(path.read_bytes(), str(path))
         except FileNotFoundError as error:
-            raise DataError("there is no such picture", where=str(path)) from error
+            raise DataError("there is no such image", where=str(path)) from error
         except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"this picture cannot be read: {error}", where=str(path)) from error
+            raise DataError(f"this image cannot be read: {error}", where=str(path)) from error
 
     def read_bytes(self, content: bytes) -> Image.Image:
-        """Open the picture that is so encoded."""
-        return open_picture(content, "the picture")
+        """Open the image with this encoded content."""
+        return open_image(content, "the image")
 
     def example(self) -> Image.Image | npt.NDArray[np.uint8]:
-        """Return a black picture, or an array where pictures do not have so many channels."""
+        """Return a black image, or an array if the number of channels is neither 1 nor 3."""
         if self.channels in (1, 3):
             return Image.new("RGB", (self.resize, self.resize))
         return np.zeros((self.resize, self.resize, self.channels), np.uint8)
 
     def describe(self) -> Mapping[str, Any]:
-        """Return the options as they hold, with ``resize`` filled in."""
+        """Return the resolved options."""
         return {
             "image_size": self.image_size,
             "resize": self.resize,
@@ -278,19 +300,25 @@ class ImagePreprocessing(Preprocessing):
             "mean": list(self.mean),
             "std": list(self.std),
             "augmentation": self.augmentation,
+            "crop_mode": self.crop_mode,
         }
+
+
+def _current_name(augmentation: Augmentation | str) -> Any:
+    """Return the augmentation under its current name; until version 0.1 the default was called ``usual``."""
+    return "default" if augmentation == "usual" else augmentation
 
 
 def _transform(augmentation: Augmentation, image_size: int, resize: int, channels: int) -> v2.Transform | None:
     if augmentation == "none" or augmentation == []:
         return None
-    # The caller may be building on the meta device, and some transforms keep a tensor of their own.
+    # The caller may be building on the meta device, and some transforms contain a tensor.
     with torch.device("cpu"):
-        usual = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
-        if augmentation == "usual":
-            return v2.Compose(usual)
+        default = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
+        if augmentation == "default":
+            return v2.Compose(default)
         if augmentation == "strong":
-            transform = v2.Compose([*usual, v2.TrivialAugmentWide(), v2.RandomErasing(0.1)])
+            transform = v2.Compose([*default, v2.TrivialAugmentWide(), v2.RandomErasing(0.1)])
         else:
             transform = v2.Compose([_named_transform(step) for step in augmentation])
         _try(transform, resize, channels)
@@ -298,8 +326,8 @@ def _transform(augmentation: Augmentation, image_size: int, resize: int, channel
 
 
 def _names() -> list[str]:
-    found = {key for key, value in vars(v2).items() if isinstance(value, type) and issubclass(value, v2.Transform)}
-    return sorted(found - {"Transform"})
+    classes = {key for key, value in vars(v2).items() if isinstance(value, type) and issubclass(value, v2.Transform)}
+    return sorted(classes - {"Transform"})
 
 
 def _named_transform(step: Mapping[str, Any]) -> v2.Transform:
@@ -307,25 +335,15 @@ def _named_transform(step: Mapping[str, Any]) -> v2.Transform:
     name = options.pop("name", None)
     names = _names()
     if name not in names:
-        close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-        raise ConfigError(
-            "an augmentation needs a name"
-            if name is None
-            else f"torchvision.transforms.v2 has no augmentation {name!r}",
-            available=close or names,
-            fix=f"did you mean {close[0]!r}?" if close else "write {name: CLASS, OPTION: VALUE}",
-        )
+        message = f"torchvision.transforms.v2 has no augmentation {name!r}"
+        message = "an augmentation needs a name" if name is None else message
+        raise unknown_name(message, str(name), names, "write {name: CLASS, OPTION: VALUE}")
     cls: type[v2.Transform] = getattr(v2, name)
-    known = [key for key in inspect.signature(cls).parameters if key not in ("args", "kwargs")]
+    available = [key for key in inspect.signature(cls).parameters if key not in ("args", "kwargs")]
     for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"augmentation {name} has no option {key!r}",
-                available=known,
-                fix=f"did you mean {near[0]!r}?" if near else None,
-            )
-    if "transforms" in known:  # RandomApply, RandomChoice, RandomOrder, Compose
+        if key not in available:
+            raise unknown_name(f"augmentation {name} has no option {key!r}", key, available, "remove it")
+    if "transforms" in available:  # RandomApply, RandomChoice, RandomOrder, Compose
         inner = options.get("transforms")
         if not isinstance(inner, list) or not all(isinstance(one, Mapping) for one in inner):
             raise ConfigError(f"augmentation {name} needs transforms", fix="write transforms: [{name: CLASS, ...}]")
@@ -333,11 +351,11 @@ def _named_transform(step: Mapping[str, Any]) -> v2.Transform:
     try:
         return cls(**_with_enums(cls, options))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"augmentation {name} does not take {options}: {error}", available=known) from error
+        raise ConfigError(f"augmentation {name} does not take {options}: {error}", available=available) from error
 
 
 def _with_enums(cls: type[v2.Transform], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn ``bilinear`` or ``imagenet`` into the member of torchvision's enumeration that the option wants."""
+    """Convert ``bilinear`` or ``imagenet`` to the member of torchvision's enumeration that the option expects."""
     hints = typing.get_type_hints(cls.__init__)
     converted = dict(options)
     for key, value in options.items():
@@ -348,20 +366,20 @@ def _with_enums(cls: type[v2.Transform], options: Mapping[str, Any]) -> dict[str
 
 
 def _try(transform: v2.Transform, resize: int, channels: int) -> None:
-    """Run an augmentation once, so that one which cannot work is refused before any picture is read."""
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to draw
-        picture = torch.zeros(channels, resize, resize, dtype=torch.uint8)
+    """Apply an augmentation once, so that one that cannot work is refused before any image is read."""
+    with torch.random.fork_rng(devices=[]):  # keep the random state of the caller
+        image = torch.zeros(channels, resize, resize, dtype=torch.uint8)
         try:
-            result = transform(picture)
-        # Whatever a transform raises on a plain picture, it would raise on the user's pictures too.
+            result = transform(image)
+        # Any exception on a plain image would also occur on the user's images.
         except Exception as error:
             raise ConfigError(
-                f"the augmentation fails on a picture of {resize} x {resize} pixels and {channels} channels: {error}",
-                fix="augmentations take and return one picture of 8-bit values; look at their order and sizes",
+                f"the augmentation fails on an image of {resize} x {resize} pixels and {channels} channels: {error}",
+                fix="augmentations take and return one image of 8-bit values; check their order and sizes",
             ) from error
     if not isinstance(result, Tensor) or result.ndim != 3 or result.shape[0] != channels:
-        what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        shape = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise ConfigError(
-            f"the augmentation does not return a picture of {channels} channels but {what}",
-            fix="leave out the step that changes the number of channels",
+            f"wrong result of the augmentation: expected an image of {channels} channels, got {shape}",
+            fix="remove the step that changes the number of channels",
         )

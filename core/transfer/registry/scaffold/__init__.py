@@ -1,4 +1,4 @@
-"""A new plugin package from the template beside this file: a backbone, a dataset, a config and tests."""
+"""Scaffold of a plugin package, from the template in this folder: a backbone, a dataset, a config and tests."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _FILES = {
 
 
 def new_plugin(name: str, folder: str | Path = ".", *, version: str) -> Path:
-    """Write a package that installs, passes its own tests and trains on data that it draws itself.
+    """Write a package that installs, passes its own tests and trains on generated data.
 
     Args:
-        name: What the plugin is called: the distribution becomes ``transfer-NAME``, its module ``transfer_NAME``.
-        folder: Where the package's own folder is made.
-        version: Of transfer, whose contracts it is written for.
+        name: Name of the plugin. The distribution is called ``transfer-NAME`` and its module ``transfer_NAME``.
+        folder: Parent folder of the package's folder.
+        version: Version of transfer for which the package is written.
 
     Returns:
         The package's folder.
 
     Raises:
-        UserError: The name makes no package's name, or the folder is there already.
+        UserError: The name is no valid package name, or the folder exists.
     """
     short = re.sub(r"[-_.]+", "-", name.lower()).removeprefix("transfer-")
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", short):
-        fix = "use letters, digits and hyphens, and begin with a letter"
-        raise UserError(f"{name!r} makes no name of a package", fix=fix)
+        fix = "use letters, digits and hyphens, and start with a letter"
+        raise UserError(f"{name!r} is no valid package name", fix=fix)
     target = Path(folder) / f"transfer-{short}"
     if target.exists():
-        raise UserError(f"{target} is there already", fix="choose another name, or another folder with --output")
+        raise UserError(f"{target} exists", fix="choose another name, or another folder with --output")
     names = {
         "name": short,
         "module": short.replace("-", "_"),
@@ -56,7 +56,7 @@ def new_plugin(name: str, folder: str | Path = ".", *, version: str) -> Path:
 
 
 def _compatible(version: str) -> str:
-    """Return the requirement on transfer: this version up to the next that may change a contract."""
+    """Return the requirement on transfer: from this version to the next that may change a contract."""
     major, minor = (int(part) for part in version.split(".")[:2])
     next_breaking = f"{major + 1}" if major else f"0.{minor + 1}"
     return f"{CORE_DISTRIBUTION}>={version},<{next_breaking}"

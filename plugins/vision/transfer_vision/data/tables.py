@@ -1,4 +1,4 @@
-"""Pictures that a table of your own lists, alone or each beside a text, with their labels."""
+"""Images that a table lists, with labels and possibly a text."""
 
 from __future__ import annotations
 
@@ -10,17 +10,32 @@ import numpy as np
 from pydantic import Field
 
 from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, Tables, TableTarget, find_file
-from transfer_vision.images.image_sources import Pictures, Source, open_source
-from transfer_vision.images.validation import BadFiles, good_pictures
+from transfer_vision.images.image_sources import ImageColumn, ImageSource, open_source
+from transfer_vision.images.validation import BadFiles, decodable_images
 
 
-class _Listed(Dataset):
-    """Pictures whose paths stand in tables.
+class _ImageTable(Dataset):
+    """Images whose paths a table lists.
+
+    The arguments below are the options that the subclasses have in common.
 
     Args:
-        tables: With the path of a picture as the example.
-        root: As :class:`ImageCSV` has it.
-        bad_files: As :class:`ImageCSV` has it.
+        train: Path of the training table, or its name in the data folder.
+        val: Path of the table that selects the best epoch; null: cut from ``train``. Without a test table it is the
+            test split, and the validation split is cut from ``train``.
+        test: Path of the test table.
+        root: Folder or zip archive to which the paths are relative; null: the folder of the training table.
+        label: Column of the label; for ``labels`` and ``number``, one column each.
+        target: ``class``: one class per example. ``labels``: one column of 0 and 1 per label. ``label_list``: one
+            column with all labels of an example. ``number``: one column per number.
+        separator: Separator between the labels of a ``label_list``; JSON Lines may contain lists instead.
+        delimiter: Separator between the columns; null: a tab in a .tsv file, otherwise a comma.
+        encoding: Character encoding of the tables.
+        split: Column of ``train`` with the split of each row: train, val or test.
+        group: Column of a group that must not be divided between splits (a patient, a camera).
+        test_fraction: Fraction of ``train`` that becomes the test split if there is none, the same in every class.
+        bad_files: Action for images that cannot be decoded: ``error`` refuses the data; ``skip`` leaves them out and
+            logs a table of them.
     """
 
     def __init__(self, tables: Tables, root: str | None, bad_files: BadFiles) -> None:
@@ -32,49 +47,33 @@ class _Listed(Dataset):
 
     @property
     def spec(self) -> DataSpec:
-        """What an example consists of, and its target; the names of classes are in the data."""
+        """The fields of an example and its target; the names of classes are unknown until the tables are read."""
         return self._tables.spec("image")
 
     def load(self) -> Data:
-        """Read the tables, and decode the pictures that are new to see whether they are good.
+        """Read the tables, and decode the new images to check them.
 
         Raises:
-            transfer.DataError: A table is missing or not what it should be, or a picture is missing or bad.
+            transfer.DataError: A table is missing or malformed, or an image is missing or bad.
         """
         data = self._tables.read("image")
         source = self._source()
         everything = [path for split in data.splits.values() for path in split.fields["image"]]
-        good = good_pictures(source, list(dict.fromkeys(everything)), self._bad_files)
-        return Data(data.spec, {name: _pictures(split, source, good, name) for name, split in data.splits.items()})
+        good = decodable_images(source, list(dict.fromkeys(everything)), self._bad_files)
+        return Data(data.spec, {name: _with_images(split, source, good, name) for name, split in data.splits.items()})
 
-    def _source(self) -> Source:
+    def _source(self) -> ImageSource:
         if self._root is None:
             return open_source(self._tables.find(self._tables.paths["train"]).parent)
         root = Path(self._root).expanduser()
         return open_source(root if root.exists() else find_file(self._root) or root)
 
 
-class ImageCSV(_Listed):
-    """Pictures and labels from a table of your own: CSV, TSV, or JSON Lines (``.jsonl``), plain or ``.gz``.
+class ImageCSV(_ImageTable):
+    """Images and labels from a table: CSV, TSV, or JSON Lines (``.jsonl``), plain or ``.gz``.
 
     Args:
-        train: The table to train on, by its path (or its name in the data folder).
-        val: The table that picks the best epoch; null: it is cut from ``train``. Without a test table it is the test
-            split, and validation is cut from ``train``.
-        test: The table to test on.
-        root: The folder or zip archive in which the paths begin; null: the folder of the training table.
-        path: Column of the picture's path.
-        label: Column of the label; for ``labels`` and ``number``, one column each.
-        target: ``class``: each picture is of one class. ``labels``: each column says 0 or 1. ``label_list``: one column
-            names all labels of a picture. ``number``: each column is a number.
-        separator: What separates the labels of a ``label_list``; JSON Lines may hold lists instead.
-        delimiter: What separates the columns; null: a tab in a .tsv file, a comma elsewhere.
-        encoding: Character encoding of the tables.
-        split: Column that says of each row of ``train`` which split it is of: train, val or test.
-        group: Column of what must not be torn apart (a patient, a camera): no group is in two splits.
-        test_fraction: The part of ``train`` that becomes the test split where there is none; alike in every class.
-        bad_files: What to do about pictures that cannot be decoded: ``error``, or ``skip`` them with a table in the
-            log.
+        path: Column of the path of the image.
     """
 
     def __init__(
@@ -113,28 +112,12 @@ class ImageCSV(_Listed):
         super().__init__(tables, root, bad_files)
 
 
-class MultimodalCSV(_Listed):
-    """Pictures, a text beside each, and labels from a table of your own: CSV, TSV, or JSON Lines, plain or ``.gz``.
+class MultimodalCSV(_ImageTable):
+    """Images, texts and labels from a table: CSV, TSV, or JSON Lines, plain or ``.gz``.
 
     Args:
-        train: The table to train on, by its path (or its name in the data folder).
-        val: The table that picks the best epoch; null: it is cut from ``train``. Without a test table it is the test
-            split, and validation is cut from ``train``.
-        test: The table to test on.
-        root: The folder or zip archive in which the paths begin; null: the folder of the training table.
-        image: Column of the picture's path.
+        image: Column of the path of the image.
         text: Column of the text.
-        label: Column of the label; for ``labels`` and ``number``, one column each.
-        target: ``class``: each example is of one class. ``labels``: each column says 0 or 1. ``label_list``: one column
-            names all labels of an example. ``number``: each column is a number.
-        separator: What separates the labels of a ``label_list``; JSON Lines may hold lists instead.
-        delimiter: What separates the columns; null: a tab in a .tsv file, a comma elsewhere.
-        encoding: Character encoding of the tables.
-        split: Column that says of each row of ``train`` which split it is of: train, val or test.
-        group: Column of what must not be torn apart (a patient, a product): no group is in two splits.
-        test_fraction: The part of ``train`` that becomes the test split where there is none; alike in every class.
-        bad_files: What to do about pictures that cannot be decoded: ``error``, or ``skip`` them with a table in the
-            log.
     """
 
     def __init__(
@@ -175,11 +158,11 @@ class MultimodalCSV(_Listed):
         super().__init__(tables, root, bad_files)
 
 
-def _pictures(split: Split, source: Source, good: set[str], name: str) -> Split:
+def _with_images(split: Split, source: ImageSource, good: set[str], name: str) -> Split:
     paths = split.fields["image"]
     left = np.flatnonzero([path in good for path in paths])
     if not len(left):
-        raise DataError(f"the {name} split has no good picture", where=source.name(""), fix="mend some")
-    kept = split.select(left)
-    pictures = Pictures(source, list(kept.fields["image"]))
-    return replace(kept, fields={**kept.fields, "image": pictures})
+        raise DataError(f"the {name} split has no good image", where=source.name(""), fix="repair some")
+    remaining = split.select(left)
+    images = ImageColumn(source, list(remaining.fields["image"]))
+    return replace(remaining, fields={**remaining.fields, "image": images})

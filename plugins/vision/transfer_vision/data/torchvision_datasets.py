@@ -17,8 +17,8 @@ from PIL import Image
 from pydantic import Field
 
 from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, data_folder, split_off
-from transfer_vision.images.image_sources import FolderSource, Pictures
-from transfer_vision.images.validation import BadFiles, good_pictures
+from transfer_vision.images.image_sources import FolderSource, ImageColumn
+from transfer_vision.images.validation import BadFiles, decodable_images
 
 Name = Literal[
     "caltech101",
@@ -47,7 +47,7 @@ Name = Literal[
 
 @dataclass(frozen=True)
 class _Entry:
-    """A class of torchvision's and the arguments that give each split."""
+    """A dataset class of torchvision and the arguments of each split."""
 
     cls: str
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"train": {}})
@@ -88,15 +88,15 @@ assert set(_ENTRIES) == set(get_args(Name))
 
 
 class Torchvision(Dataset):
-    """A dataset that torchvision knows: read from the data folder in torchvision's own layout, else downloaded there.
+    """A classification dataset of torchvision, read from the data folder in torchvision's layout or downloaded there.
 
     The published splits are used. ``caltech101``, ``caltech256``, ``eurosat`` and ``sun397`` have none.
 
     Args:
-        dataset: Which one.
-        test_fraction: The part of each class that becomes the test split where none was published.
-        bad_files: What to do about picture files that cannot be decoded: ``error``, or ``skip`` them with a table in
-            the log.
+        dataset: Name of the dataset.
+        test_fraction: Fraction of each class that becomes the test split if no test split was published.
+        bad_files: Action for image files that cannot be decoded: ``error`` refuses the data; ``skip`` leaves them out
+            and logs a table of them.
     """
 
     def __init__(
@@ -114,20 +114,20 @@ class Torchvision(Dataset):
 
     @property
     def spec(self) -> DataSpec:
-        """One picture and one class; the classes are known when the data has been read."""
+        """One image and one class; the names of the classes are unknown until the data is read."""
         return DataSpec(("image",), "class")
 
     def load(self) -> Data:
-        """Read the splits; nothing is downloaded that is there.
+        """Read the splits, and download the files that are missing.
 
         Raises:
-            transfer.DataError: It is not there and cannot be downloaded, or is damaged.
+            transfer.DataError: The data is missing and cannot be downloaded, or is damaged.
         """
         entry = _ENTRIES[self._name]
-        found = {split: self._open(entry, arguments) for split, arguments in entry.splits.items()}
-        labels = {split: _labels(dataset) for split, dataset in found.items()}
-        classes = _classes(found["train"], labels)
-        splits = {split: self._split(split, dataset, labels[split]) for split, dataset in found.items()}
+        datasets = {split: self._open(entry, arguments) for split, arguments in entry.splits.items()}
+        labels = {split: _labels(dataset) for split, dataset in datasets.items()}
+        classes = _classes(datasets["train"], labels)
+        splits = {split: self._split(split, dataset, labels[split]) for split, dataset in datasets.items()}
         if set(splits) == {"train"}:
             splits["train"], splits["test"] = split_off(splits["train"], self._test_fraction)
         return Data(DataSpec(("image",), "class", classes), splits)
@@ -136,21 +136,21 @@ class Torchvision(Dataset):
         cls, root = getattr(torchvision.datasets, entry.cls), data_folder()
         try:
             return cls(str(root), **arguments)
-        except (RuntimeError, OSError):  # it is not there, as far as torchvision can tell, or not whole
+        except (RuntimeError, OSError):  # torchvision finds it missing or incomplete
             pass
         except ModuleNotFoundError as error:
             raise DataError(f"{self._name} is read with {error.name}", fix=f"pip install {error.name}") from error
         try:
             root.mkdir(parents=True, exist_ok=True)
-            return cls(str(root), **arguments, download=True)  # what is there with the right checksum is not fetched
+            return cls(str(root), **arguments, download=True)  # files with the right checksum are not fetched again
         except ModuleNotFoundError as error:
             raise DataError(f"{self._name} is read with {error.name}", fix=f"pip install {error.name}") from error
-        # Besides its own errors torchvision lets through those of the archives and tables that it opens.
+        # torchvision also passes on the exceptions of the archives and tables that it opens.
         except (RuntimeError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, pickle.PickleError) as error:
             raise DataError(
-                f"{self._name} is not in {root}, or not whole, and cannot be downloaded: {error}",
-                fix=f"fetch it elsewhere with torchvision.datasets.{entry.cls}(FOLDER, download=True), and put what is "
-                f"in FOLDER into {root} (TRANSFER_DATA names another folder)",
+                f"{self._name} is missing or incomplete in {root}, and cannot be downloaded: {error}",
+                fix=f"fetch it elsewhere with torchvision.datasets.{entry.cls}(FOLDER, download=True), and move the "
+                f"content of FOLDER to {root} (TRANSFER_DATA names another folder)",
             ) from error
 
     def _split(self, split: str, dataset: Any, labels: npt.NDArray[np.int64]) -> Split:
@@ -160,17 +160,17 @@ class Torchvision(Dataset):
             return Split({"image": Items(dataset)}, labels, names)
         source = FolderSource(data_folder())
         paths = [Path(file).relative_to(source.path).as_posix() for file in files]
-        good = good_pictures(source, paths, self._bad_files)
+        good = decodable_images(source, paths, self._bad_files)
         left = [index for index, path in enumerate(paths) if path in good]
-        kept = [paths[index] for index in left]
-        return Split({"image": Pictures(source, kept)}, labels[left], [source.name(path) for path in kept])
+        remaining = [paths[index] for index in left]
+        return Split({"image": ImageColumn(source, remaining)}, labels[left], [source.name(path) for path in remaining])
 
 
 class Items(Sequence[Image.Image]):
-    """A column of the pictures that a dataset of torchvision's holds as arrays. Picklable.
+    """A column of the images that a dataset of torchvision keeps as arrays. Picklable.
 
     Args:
-        dataset: Of pairs of a PIL image and a class.
+        dataset: A sequence of pairs of a PIL image and a class.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -180,12 +180,12 @@ class Items(Sequence[Image.Image]):
         return len(self._dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return one PIL image, or a list of some."""
+        """Return one PIL image, or a list of images for a slice."""
         indices = range(len(self))[index]
         return self._dataset[indices][0] if isinstance(indices, int) else [self._dataset[i][0] for i in indices]
 
     def fingerprint(self) -> str:
-        """Return the digest of the arrays, or of the pictures where there are none."""
+        """Return a digest of the arrays, or of the images if there are no arrays."""
         arrays = getattr(self._dataset, "data", None)
         pixels = [arrays] if arrays is not None else (self[i] for i in range(len(self)))
         digest = hashlib.sha256()
@@ -194,7 +194,7 @@ class Items(Sequence[Image.Image]):
         return digest.hexdigest()
 
 
-# Torchvision has no one name for where a dataset keeps its files and classes; these are all that it uses.
+# torchvision has several names for the files and classes of a dataset; these are all that it uses.
 def _files(dataset: Any) -> list[Any] | None:
     for name in ("_image_files", "_images"):
         if hasattr(dataset, name):
@@ -218,6 +218,6 @@ def _labels(dataset: Any) -> npt.NDArray[np.int64]:
 def _classes(dataset: Any, labels: Mapping[str, npt.NDArray[np.int64]]) -> tuple[str, ...]:
     count = 1 + max(int(values.max()) for values in labels.values())
     names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or range(count)
-    # Some names are tuples of synonyms, and a few are there twice.
+    # Some names are tuples of synonyms, and a few occur twice.
     texts = [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
     return tuple(text if texts.count(text) == 1 else f"{text} ({number})" for number, text in enumerate(texts))

@@ -1,4 +1,4 @@
-"""One picture: from bytes to a PIL image, and from any PIL image to upright RGB pixels of the wanted size."""
+"""Decoding of one image: from bytes to a PIL image, and from any PIL image to upright RGB pixels of a given size."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # a release that has no decoder any more
+except ImportError:  # newer torchvision releases have no decoder
     decode_jpeg = None
 
 logger = logging.getLogger(__name__)
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+CropMode = Literal["center", "squash", "border"]
 
-_UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {
+_ORIENTATIONS: dict[int, Callable[[Tensor], Tensor]] = {
     2: lambda pixels: pixels.flip(2),
     3: lambda pixels: pixels.flip(1, 2),
     4: lambda pixels: pixels.flip(1),
@@ -37,77 +38,80 @@ _UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {
     7: lambda pixels: pixels.transpose(1, 2).flip(1, 2),
     8: lambda pixels: pixels.rot90(1, (1, 2)),
 }
-# A JPEG decoded at least this many times larger than needed, and then resized, looks as if it had been decoded in full.
+# Decoding a JPEG at a reduced scale is invisible if the result is at least this many times larger than needed.
 _DRAFT_MARGIN = 2
 
 
-def open_picture(content: bytes, name: str) -> Image.Image:
-    """Open a picture without decoding its pixels.
+def open_image(content: bytes, name: str) -> Image.Image:
+    """Open an image without decoding its pixels.
 
     Args:
         content: The bytes of the file.
-        name: What it is called in messages.
+        name: The name of the image in messages.
 
     Raises:
-        ValueError, OSError: It is no picture that Pillow can read, or larger than Pillow's limit.
+        ValueError, OSError: Pillow cannot read the content as an image, or it is larger than Pillow's limit.
     """
-    with _pillow(name):
+    with _pillow_errors(name):
         try:
             image = Image.open(io.BytesIO(content))
-        except UnidentifiedImageError as error:  # whose own message names a buffer in memory
-            what = f"it begins with {content[:8]!r}" if content else "the file is empty"
-            raise OSError(f"not a picture that can be read: {what}") from error
-        image.filename = name  # as if Pillow had opened the file itself
+        except UnidentifiedImageError as error:  # its own message only names a buffer in memory
+            reason = f"it starts with {content[:8]!r}" if content else "the file is empty"
+            raise OSError(f"not an image that can be read: {reason}") from error
+        image.filename = name  # Pillow sets it if it opens the file itself
     return image
 
 
-def check_picture(content: bytes, name: str) -> None:
-    """Decode a picture to see whether it is good. Of a JPEG all bytes are decoded, but few pixels are worked out.
+def check_image(content: bytes, name: str) -> None:
+    """Decode an image to check it. All bytes of a JPEG are decoded, but at its smallest scale.
 
     Args:
         content: The bytes of the file.
-        name: What it is called in messages.
+        name: The name of the image in messages.
 
     Raises:
-        ValueError, OSError: As :func:`open_picture` and :func:`decode`.
+        ValueError, OSError: See :func:`open_image` and :func:`decode`.
     """
-    image = open_picture(content, name)
-    with _pillow(name):
+    image = open_image(content, name)
+    with _pillow_errors(name):
         image.draft(None, (1, 1))
         image.load()
         _refuse_floats(image)
 
 
-def decode(image: Image.Image, shorter_side: int, interpolation: Interpolation) -> Tensor:
-    """Decode, convert to RGB, resize and turn as the EXIF orientation says; the image that was given stays as it is.
+def decode(
+    image: Image.Image, pixels_per_side: int, interpolation: Interpolation, crop_mode: CropMode = "center"
+) -> Tensor:
+    """Decode, convert to RGB, resize and apply the EXIF orientation; ``image`` itself does not change.
 
-    Transparency is put over white and 16-bit greys are scaled to 8 bits.
+    Transparent pixels are blended with white, and 16-bit gray values are scaled to 8 bits.
 
     Args:
-        image: Of any mode but ``F``, whose range nothing tells.
-        shorter_side: Pixels of the shorter side; the longer one keeps the aspect ratio, rounded down.
-        interpolation: Torch's filter; all but ``nearest`` are antialiased.
+        image: An image of any mode except ``F``, whose value range is unknown.
+        pixels_per_side: Pixels of the resized side; see :func:`resized_size`.
+        interpolation: The filter of the resize; all except ``nearest`` are antialiased.
+        crop_mode: The sides that are resized to ``pixels_per_side``.
 
     Returns:
         A uint8 tensor (3, H, W).
 
     Raises:
-        ValueError, OSError: The picture is damaged, cut short, empty or too large, or has a mode that is no picture's.
+        ValueError, OSError: The image is damaged, truncated, empty, too large or of an unsupported mode.
     """
-    with _pillow(getattr(image, "filename", None) or "a picture"):
+    with _pillow_errors(getattr(image, "filename", None) or "an image"):
         content = _jpeg(image)
         if content is None:
-            image.load()  # before its size is asked for: a TIFF is turned by decoding it
-        size = _resized(image.size, shorter_side)
+            image.load()  # before its size is read: decoding a TIFF also rotates it
+        size = resized_size(image.size, pixels_per_side, crop_mode)
         pixels = pil_to_tensor(_to_rgb(image)) if content is None else _decode_jpeg(image, content, size)
         if pixels.shape[1:] != (size[1], size[0]):
             pixels = _resize(pixels, (size[1], size[0]), interpolation)
-        turn = _turn(image)
-        return pixels if turn is None else turn(pixels)
+        orient = _orientation(image)
+        return pixels if orient is None else orient(pixels)
 
 
 def _jpeg(image: Image.Image) -> bytes | None:
-    """Return the bytes of a JPEG that has not been decoded; None of any other image."""
+    """Return the bytes of a JPEG that has not been decoded, and None for any other image."""
     stream = getattr(image, "fp", None)
     if image.format == "JPEG" and getattr(image, "tile", None) and isinstance(stream, io.BytesIO):
         return stream.getvalue()
@@ -116,16 +120,16 @@ def _jpeg(image: Image.Image) -> bytes | None:
 
 def _decode_jpeg(image: Image.Image, content: bytes, size: tuple[int, int]) -> Tensor:
     smallest = (size[0] * _DRAFT_MARGIN, size[1] * _DRAFT_MARGIN)
-    whole = min(image.width // smallest[0], image.height // smallest[1]) < 2
-    if whole and decode_jpeg is not None and image.mode in ("RGB", "L"):
-        # The same pixels as Pillow's, in less time. What it refuses, or cannot do as it was built without a library
-        # for JPEG, is left to Pillow.
+    full_scale = min(image.width // smallest[0], image.height // smallest[1]) < 2
+    if full_scale and decode_jpeg is not None and image.mode in ("RGB", "L"):
+        # torchvision returns the same pixels as Pillow in less time. Pillow decodes the files that it refuses, and all
+        # files if torchvision was built without a JPEG library.
         try:
             pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
             return pixels
         except RuntimeError:
             pass
-    # Decoding at a smaller scale changes the image object for good, so it is done to a second one on the same bytes.
+    # draft() changes an image object permanently, so it is applied to a second one on the same bytes.
     opened = Image.open(io.BytesIO(content))
     opened.draft(None, smallest)
     rgb: Tensor = pil_to_tensor(_to_rgb(opened))
@@ -133,30 +137,46 @@ def _decode_jpeg(image: Image.Image, content: bytes, size: tuple[int, int]) -> T
 
 
 def _resize(pixels: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
-    # Not torchvision's resize, which takes another way, and rounds otherwise, on another processor.
+    # Not torchvision's resize: it takes another code path on some processors, and rounds differently there.
     if interpolation == "nearest":
         return functional.interpolate(pixels[None], size, mode="nearest-exact")[0]
     return functional.interpolate(pixels[None], size, mode=interpolation, antialias=True)[0]
 
 
-def _resized(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+def resized_size(size: tuple[int, int], pixels: int, crop_mode: CropMode = "center") -> tuple[int, int]:
+    """Return the size to which an image is resized before the center crop, as (width, height).
+
+    Args:
+        size: Width and height of the image.
+        pixels: Pixels of the resized side.
+        crop_mode: ``center``: the shorter side gets ``pixels``, and the longer one keeps the aspect ratio. ``squash``:
+            both sides get ``pixels``. ``border``: the longer side gets ``pixels``, the shorter one keeps the ratio.
+
+    Raises:
+        ValueError: The image is empty, or would be larger than Pillow's limit.
+    """
     short, long = min(size), max(size)
     if short == 0:
-        raise ValueError(f"the picture is empty: {size[0]} x {size[1]} pixels")
-    other = int(shorter_side * long / short)  # as torchvision rounds
+        raise ValueError(f"the image is empty: {size[0]} x {size[1]} pixels")
+    if crop_mode == "squash":
+        return pixels, pixels
+    if crop_mode == "border":
+        other = max(1, round(pixels * short / long))  # rounded to the nearest, as in timm
+        return (other, pixels) if size[0] <= size[1] else (pixels, other)
+    other = int(pixels * long / short)  # rounded down, as in torchvision
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and shorter_side * other > limit:
+    if limit is not None and pixels * other > limit:
         raise ValueError(
-            f"{size[0]} x {size[1]} pixels is too long and thin: with a shorter side of {shorter_side} "
-            f"it would have {shorter_side * other} pixels, over Pillow's limit of {limit}"
+            f"{size[0]} x {size[1]} pixels is too long and thin: with a shorter side of {pixels} "
+            f"it would have {pixels * other} pixels, over Pillow's limit of {limit}"
         )
-    return (shorter_side, other) if size[0] <= size[1] else (other, shorter_side)
+    return (pixels, other) if size[0] <= size[1] else (other, pixels)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     _refuse_floats(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion cuts 16-bit values off at 255. Mode I is what older versions make of 16-bit PNGs.
+        # Pillow's own conversion clips 16-bit values at 255. Older versions read 16-bit PNGs as mode I.
         values = np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF) // 257
         image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
@@ -167,52 +187,53 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _refuse_floats(image: Image.Image) -> None:
     if image.mode == "F":
-        raise ValueError("a picture of floating-point numbers has no known range; save it with 8 or 16 bits")
+        raise ValueError("an image of floating-point numbers has no known range; save it with 8 or 16 bits")
 
 
-def _turn(image: Image.Image) -> Callable[[Tensor], Tensor] | None:
+def _orientation(image: Image.Image) -> Callable[[Tensor], Tensor] | None:
     try:
-        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    # Damaged metadata raises nearly anything, and the pixels are good without it.
+        return _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # Damaged metadata raises nearly any exception, but the pixels are usable without it.
     except Exception as error:
-        logger.warning("%s: unreadable EXIF, taken as upright: %s", getattr(image, "filename", "a picture"), error)
+        logger.warning("%s: unreadable EXIF, taken as upright: %s", getattr(image, "filename", "an image"), error)
         return None
 
 
 @contextmanager
-def _pillow(name: str) -> Iterator[None]:
-    """Log Pillow's warnings under the picture's name, and let only ValueError and OSError out."""
-    with _warnings.of(name):
+def _pillow_errors(name: str) -> Iterator[None]:
+    """Log Pillow's warnings under the name of the image, and convert other exceptions to ValueError."""
+    with _warnings.logged_as(name):
         try:
             yield
         except (OSError, ValueError, MemoryError):
             raise
-        # Decoders raise SyntaxError, struct.error, IndexError and more on damaged files, and a bomb is none of these.
+        # Decoders raise SyntaxError, struct.error, IndexError and more on damaged files, and DecompressionBombError is
+        # none of these.
         except Exception as error:
             raise ValueError(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
 class _Warnings(threading.local):
-    """Logs the warnings of each thread under the name of its picture.
+    """Logger of the warnings of each thread under the name of the image that it decodes.
 
-    Python's own way to catch warnings is one for all threads, so the first thread that needs it sets it up, and the
-    last one takes it down.
+    ``warnings.catch_warnings`` is global to the process. The first thread that needs it therefore installs it, and the
+    last one removes it.
     """
 
     _lock: ClassVar = threading.Lock()
     _caught: ClassVar = contextlib.ExitStack()
     _threads: ClassVar = 0
-    _name = "a picture"
+    _name = "an image"
 
     @contextmanager
-    def of(self, name: str) -> Iterator[None]:
+    def logged_as(self, name: str) -> Iterator[None]:
         self._name = name
         cls = type(self)
         with cls._lock:
             if not cls._threads:
                 cls._caught.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("always")
-                # Torchvision's decoder will be taken out one day; until then it is the fastest.
+                # torchvision deprecates its decoder, which is still the fastest one.
                 warnings.filterwarnings("ignore", ".*capabilities of TorchVision are deprecated")
                 warnings.showwarning = self._log  # type: ignore[assignment]
             cls._threads += 1
@@ -232,5 +253,5 @@ _warnings = _Warnings()
 
 
 @lru_cache(maxsize=4096)
-def _log_once(name: str, message: str) -> None:  # a picture is decoded in every epoch
+def _log_once(name: str, message: str) -> None:  # an image is decoded in every epoch
     logger.warning("%s: %s", name, message)

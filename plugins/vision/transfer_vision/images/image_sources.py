@@ -1,4 +1,4 @@
-"""Folders and zip archives of pictures, read alike: what is in them, and one picture at a time."""
+"""Folders and zip archives of images behind one interface."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from typing import Any
 from PIL import Image
 
 from transfer import DataError
-from transfer_vision.images.decoding import open_picture
+from transfer_vision.images.decoding import open_image
 
 # The extensions that torchvision's ImageFolder takes.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_LARGEST_MEMBER_BYTES = 1 << 29
+_MAX_MEMBER_BYTES = 1 << 29
 
 
 @dataclass
 class Level:
-    """What lies directly in a folder: names, sorted, without hidden ones."""
+    """Names directly in a folder, sorted, without hidden ones."""
 
     folders: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
 
-class Source(ABC):
-    """A tree of files, each known by its path below the root with ``/`` between the parts. Picklable.
+class ImageSource(ABC):
+    """A tree of files. A file's path is relative to the root, with ``/`` as the separator. Picklable.
 
     Args:
         path: The folder or archive.
@@ -42,23 +42,23 @@ class Source(ABC):
         self.path = path
 
     def name(self, path: str) -> str:
-        """Return what a file or folder is called in messages; a byte that is not UTF-8 is written as its number."""
+        """Return the name of a file or folder in messages; bytes that are not UTF-8 are escaped."""
         return _shown(f"{self.path}/{path}" if path else str(self.path))
 
     @abstractmethod
     def levels(self) -> Mapping[str, Level]:
-        """Return every folder by its path; the root's is empty.
+        """Return every folder by its path; the path of the root is empty.
 
         Raises:
-            transfer.DataError: It cannot be read.
+            transfer.DataError: The folder or archive cannot be read.
         """
 
     @abstractmethod
     def identity(self, path: str) -> tuple[int, ...]:
-        """Return what tells whether a file is still the same, without reading it: its size and time, or checksum.
+        """Return a value that changes if the file changes, without reading the file: size and time, or checksum.
 
         Raises:
-            ValueError, OSError: The file is gone, or is a link to one that is.
+            ValueError, OSError: The file is missing, or is a link to a missing file.
         """
 
     @abstractmethod
@@ -66,47 +66,47 @@ class Source(ABC):
         """Return the content of a file.
 
         Raises:
-            ValueError, OSError: It is gone or damaged.
+            ValueError, OSError: The file is missing or damaged.
         """
 
 
-class FolderSource(Source):
+class FolderSource(ImageSource):
     """A folder on disk."""
 
-    def levels(self) -> Mapping[str, Level]:  # noqa: D102  # as the base says
-        found = {}
+    def levels(self) -> Mapping[str, Level]:  # noqa: D102  # see the base class
+        levels = {}
         try:
             for folder, folders, files in os.walk(self.path, onerror=_raise, followlinks=True):
                 folders[:] = sorted(n for n in folders if not _hidden(n) and not _leads_back(Path(folder, n)))
                 relative = Path(folder).relative_to(self.path)
                 key = "" if relative == Path() else relative.as_posix()
-                found[key] = Level(list(folders), sorted(name for name in files if not _hidden(name)))
+                levels[key] = Level(list(folders), sorted(name for name in files if not _hidden(name)))
         except OSError as error:
             raise DataError(f"this folder cannot be read: {error.strerror}", where=str(error.filename)) from error
-        return found
+        return levels
 
     def identity(self, path: str) -> tuple[int, ...]:  # noqa: D102
         file = self.path / path
         try:
-            known = file.stat()
+            status = file.stat()
         except FileNotFoundError:
             if file.is_symlink():
-                raise FileNotFoundError(f"a link that points nowhere, to {_shown(os.readlink(file))}") from None
+                raise FileNotFoundError(f"a link to a file that is missing, {_shown(os.readlink(file))}") from None
             raise FileNotFoundError("there is no such file") from None
-        if not stat.S_ISREG(known.st_mode):
-            raise OSError("it is no regular file")  # and may have no end
-        return known.st_size, known.st_mtime_ns
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no regular file")  # a device or pipe may never end
+        return status.st_size, status.st_mtime_ns
 
     def read(self, path: str) -> bytes:  # noqa: D102
         return (self.path / path).read_bytes()
 
 
-class ZipSource(Source):
-    """A zip archive, or one folder in it; it is never unpacked, and each process opens it for itself.
+class ArchiveSource(ImageSource):
+    """A zip archive, or one folder in it. It is never unpacked, and each process opens it separately.
 
     Args:
         path: The archive.
-        inside: The folder that counts as the root; null: the archive's only folder where there is just one.
+        inside: The folder that is the root; None: the only folder of the archive, or the archive itself.
     """
 
     def __init__(self, path: Path, inside: str | None = None) -> None:
@@ -133,10 +133,10 @@ class ZipSource(Source):
 
     def identity(self, path: str) -> tuple[int, ...]:  # noqa: D102
         try:
-            known = self._archive().getinfo(self._member(path))
+            member = self._archive().getinfo(self._member(path))
         except KeyError:
             raise FileNotFoundError("there is no such file in the archive") from None
-        return known.file_size, known.CRC
+        return member.file_size, member.CRC
 
     def _member(self, path: str) -> str:
         return f"{self._inside}/{path}" if self._inside else path
@@ -145,15 +145,15 @@ class ZipSource(Source):
         member = self._member(path)
         archive = self._archive()
         try:
-            if archive.getinfo(member).file_size > _LARGEST_MEMBER_BYTES:
-                raise ValueError(f"would unpack to more than {_LARGEST_MEMBER_BYTES} bytes")
+            if archive.getinfo(member).file_size > _MAX_MEMBER_BYTES:
+                raise ValueError(f"would unpack to more than {_MAX_MEMBER_BYTES} bytes")
             return archive.read(member)
-        # What zipfile raises for a damaged, missing, encrypted or oddly compressed member.
+        # The exceptions of zipfile for damaged, missing, encrypted or unsupported members.
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"cannot be read from the archive: {error}") from error
 
     def _archive(self) -> zipfile.ZipFile:
-        # A forked loader process shares the position of its parent's file, so it needs one of its own.
+        # A forked loader process shares the file position of its parent, so it opens the archive again.
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), zipfile.ZipFile(self.path))
         return self._opened[1]
@@ -162,32 +162,32 @@ class ZipSource(Source):
         return self.__dict__ | {"_opened": None}
 
 
-def open_source(path: Path) -> Source:
-    """Return a folder or a zip archive as a source.
+def open_source(path: Path) -> ImageSource:
+    """Open a folder or a zip archive.
 
     Raises:
-        transfer.DataError: It is neither.
+        transfer.DataError: The path is neither of the two.
     """
     if path.is_dir():
         return FolderSource(path)
     if path.is_file() and zipfile.is_zipfile(path):
-        return ZipSource(path)
+        return ArchiveSource(path)
     raise DataError(
         "this is neither a folder nor a zip archive" if path.exists() else "there is no such folder or zip archive",
         where=str(path),
-        fix="give a folder of pictures, a folder for each class",
+        fix="give a folder of images, with a folder for each class",
     )
 
 
-class Pictures(Sequence[Image.Image]):
-    """A column of pictures that are opened, not decoded, when they are asked for. Picklable.
+class ImageColumn(Sequence[Image.Image]):
+    """A column of images that are opened, but not decoded, on access. Picklable.
 
     Args:
-        source: Where they lie.
-        paths: Their paths in it.
+        source: The folder or archive that contains them.
+        paths: Their paths in the source.
     """
 
-    def __init__(self, source: Source, paths: Sequence[str]) -> None:
+    def __init__(self, source: ImageSource, paths: Sequence[str]) -> None:
         self._source = source
         self._paths = paths
 
@@ -195,18 +195,18 @@ class Pictures(Sequence[Image.Image]):
         return len(self._paths)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return one PIL image, or a column of some.
+        """Return one PIL image, or a column for a slice.
 
         Raises:
-            ValueError, OSError: The file is gone or no picture.
+            ValueError, OSError: The file is missing or no image.
         """
         if isinstance(index, slice):
-            return Pictures(self._source, self._paths[index])
+            return ImageColumn(self._source, self._paths[index])
         path = self._paths[index]
-        return open_picture(self._source.read(path), self._source.name(path))
+        return open_image(self._source.read(path), self._source.name(path))
 
     def fingerprint(self) -> str:
-        """Return what tells whether these are the same files, without reading them."""
+        """Return a digest that changes if a file changes, without reading the files."""
         identities = [(path, *self._source.identity(path)) for path in self._paths]
         return hashlib.sha256(repr(identities).encode()).hexdigest()
 
@@ -219,8 +219,8 @@ def walk(levels: Mapping[str, Level], folder: str) -> Iterator[str]:
         yield from walk(levels, f"{folder}/{name}" if folder else name)
 
 
-def is_picture(path: str) -> bool:
-    """Tell by its extension whether a file is taken for a picture."""
+def has_image_extension(path: str) -> bool:
+    """Return whether a file has the extension of an image format."""
     return path.lower().endswith(EXTENSIONS)
 
 
@@ -252,18 +252,20 @@ def _zip_levels(path: Path) -> Mapping[str, Level]:
 
 
 def _safe(member: zipfile.ZipInfo, archive: Path) -> str:
-    """Return the name of a member; nothing is ever unpacked, but who packs such names means no good."""
+    """Return the name of a member; refuse names and sizes that only a malicious archive contains."""
     name = member.filename
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if ".." in parts or name.startswith(("/", "\\")) or ":" in name.split("/")[0]:
-        what = "leads out of the archive"
+        reason = "leads out of the archive"
     elif stat.S_ISLNK(member.external_attr >> 16):
-        what = "is a link"
-    elif member.file_size > _LARGEST_MEMBER_BYTES and is_picture(name):
-        what = f"would unpack to {member.file_size:,} bytes"
+        reason = "is a link"
+    elif member.file_size > _MAX_MEMBER_BYTES and has_image_extension(name):
+        reason = f"would unpack to {member.file_size:,} bytes"
     else:
         return name
-    raise DataError(f"the member {name!r} {what}", where=_shown(str(archive)), fix="get the archive from its publisher")
+    raise DataError(
+        f"the member {name!r} {reason}", where=_shown(str(archive)), fix="get the archive from its publisher"
+    )
 
 
 def _hidden(name: str) -> bool:
@@ -271,7 +273,7 @@ def _hidden(name: str) -> bool:
 
 
 def _leads_back(folder: Path) -> bool:
-    """Tell a link to a folder that holds it, which would be walked through for ever."""
+    """Return whether a folder is a link to one of its parents, which would make the walk endless."""
     return folder.is_symlink() and folder.resolve() in folder.absolute().parent.resolve().joinpath("_").parents
 
 

@@ -1,4 +1,4 @@
-"""Pictures that cannot be decoded, found before training: each is decoded once, and what came of it is remembered."""
+"""Images that cannot be decoded, found before training. Each is decoded once, and the result is recorded."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import torch
 from rich.progress import track
 
 from transfer import DataError
-from transfer_vision.images.decoding import check_picture
-from transfer_vision.images.image_sources import Source
+from transfer_vision.images.decoding import check_image
+from transfer_vision.images.image_sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
@@ -30,70 +30,70 @@ MAX_SHOWN = 30
 _SHOW_PROGRESS_FROM = 2000
 
 
-def good_pictures(source: Source, paths: Sequence[str], bad_files: BadFiles) -> set[str]:
-    """Decode every picture that has not been decoded before, by several threads, and return those that are good.
+def decodable_images(source: ImageSource, paths: Sequence[str], bad_files: BadFiles) -> set[str]:
+    """Decode every new image in several threads, and return the paths of those that can be decoded.
 
     Args:
-        source: Where they lie.
-        paths: Their paths in it.
-        bad_files: ``error``: refuse the data if one is bad. ``skip``: leave the bad ones out, with a table in the log.
+        source: The folder or archive that contains the images.
+        paths: Their paths in the source.
+        bad_files: ``error`` refuses the data if one is bad; ``skip`` leaves the bad ones out and logs a table of them.
 
     Raises:
-        transfer.DataError: A picture is bad, or all are.
+        transfer.DataError: ``bad_files`` is ``error`` and an image cannot be decoded.
     """
     problems = scan(source, paths)
     if not problems:
         return set(paths)
-    table = f"{len(problems)} of {len(paths)} pictures cannot be decoded:\n{_table(source, problems)}"
+    table = f"{len(problems)} of {len(paths)} images cannot be decoded:\n{_table(source, problems)}"
     if bad_files == "error":
-        fix = "mend or remove them, or set bad_files: skip to leave them out"
+        fix = "repair or remove them, or set bad_files: skip to leave them out"
         raise DataError(table, where=source.name(""), fix=fix)
     logger.warning("%s: left out, for %s", source.name(""), table)
     return set(paths) - problems.keys()
 
 
-def scan(source: Source, paths: Sequence[str]) -> dict[str, str]:
-    """Return what is wrong with each bad picture, by its path.
+def scan(source: ImageSource, paths: Sequence[str]) -> dict[str, str]:
+    """Return the problem of each image that cannot be decoded, by its path.
 
-    What was found is kept by each file's size and time (in an archive: size and checksum) in ``$TRANSFER_CACHE``, else
-    in the user's cache folder, so that a file is decoded again only if it has changed.
+    The result for a file is recorded with its size and time (in an archive: size and checksum) in ``$TRANSFER_CACHE``
+    or the user's cache folder, so that a file is only decoded again if it has changed.
     """
     record = _record(source)
-    known = _read(record)
-    found: dict[str, list[object]] = {}
+    recorded = _read(record)
+    results: dict[str, list[object]] = {}
     new = []
     for path in paths:
         try:
             identity = list(source.identity(path))
-        except (ValueError, OSError) as error:  # a link that points nowhere
-            found[path] = [[], str(error)]
+        except (ValueError, OSError) as error:  # a link to a missing file
+            results[path] = [[], str(error)]
             continue
-        before = known.get(path)
-        if before is not None and before[0] == identity:
-            found[path] = before
+        previous = recorded.get(path)
+        if previous is not None and previous[0] == identity:
+            results[path] = previous
         else:
-            found[path] = [identity, None]
+            results[path] = [identity, None]
             new.append(path)
     if new:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             answers: Iterable[str | None] = pool.map(lambda path: _problem(source, path), new)
             if len(new) >= _SHOW_PROGRESS_FROM:
-                answers = track(answers, f"decoding {len(new):,} pictures once", len(new), transient=True)
+                answers = track(answers, f"decoding {len(new):,} images once", len(new), transient=True)
             for path, problem in zip(new, answers, strict=True):
-                found[path][1] = problem
-        _write(record, known | found)
-    return {path: str(problem) for path, (_, problem) in found.items() if problem is not None}
+                results[path][1] = problem
+        _write(record, recorded | results)
+    return {path: str(problem) for path, (_, problem) in results.items() if problem is not None}
 
 
-def _problem(source: Source, path: str) -> str | None:
+def _problem(source: ImageSource, path: str) -> str | None:
     try:
-        check_picture(source.read(path), source.name(path))
+        check_image(source.read(path), source.name(path))
     except (ValueError, OSError, MemoryError) as error:
         return str(error) or type(error).__name__
     return None
 
 
-def _table(source: Source, problems: dict[str, str]) -> str:
+def _table(source: ImageSource, problems: dict[str, str]) -> str:
     shown = list(problems.items())[:MAX_SHOWN]
     names = [source.name(path).removeprefix(f"{source.name('')}/") for path, _ in shown]
     width = max(map(len, names))
@@ -102,32 +102,32 @@ def _table(source: Source, problems: dict[str, str]) -> str:
     return "\n".join([*lines, f"  and {more} more"] if more else lines)
 
 
-def _record(source: Source) -> Path:
+def _record(source: ImageSource) -> Path:
     chosen = os.environ.get("TRANSFER_CACHE")
     folder = Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    # A member of an archive may be damaged without a word of it in the archive's list.
+    # A member of an archive may be damaged without any trace in the archive's directory, so the archive's time counts.
     time = source.path.stat().st_mtime_ns if source.path.is_file() else None
-    what = repr((FORMAT, PIL.__version__, str(source.path.resolve()), source.name(""), time))
-    name = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:40]
-    return (folder if chosen else folder / "transfer") / "pictures" / f"{name}.json"
+    key = repr((FORMAT, PIL.__version__, str(source.path.resolve()), source.name(""), time))
+    name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:40]
+    return (folder if chosen else folder / "transfer") / "images" / f"{name}.json"
 
 
 def _read(record: Path) -> dict[str, list[object]]:
     try:
-        known = json.loads(record.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # not there, or damaged: the pictures are decoded again
+        entries = json.loads(record.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # missing or damaged: the images are decoded again
         return {}
-    entries = known.items() if isinstance(known, dict) else ()
-    return {path: entry for path, entry in entries if isinstance(entry, list) and len(entry) == 2}
+    pairs = entries.items() if isinstance(entries, dict) else ()
+    return {path: entry for path, entry in pairs if isinstance(entry, list) and len(entry) == 2}
 
 
-def _write(record: Path, found: dict[str, list[object]]) -> None:
+def _write(record: Path, results: dict[str, list[object]]) -> None:
     temporary = record.with_name(f".{record.name}.{uuid.uuid4().hex}")
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(found), encoding="ascii")
+        temporary.write_text(json.dumps(results), encoding="ascii")
         temporary.replace(record)
     except OSError as error:
-        logger.warning("what was found out about the pictures is not kept in %s: %s", record.parent, error)
+        logger.warning("the results of decoding the images cannot be recorded in %s: %s", record.parent, error)
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -1,4 +1,4 @@
-"""Torchvision's classification models: built, and taken apart into a chain of named stages without their classifier."""
+"""Torchvision's classification models as chains of named stages without their classifier."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Readout = Literal["vector", "sequence"]
 Unit = tuple[str, nn.Module]
 
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
-"""Where torchvision keeps the classifiers that help training half-way (GoogLeNet, Inception v3)."""
+"""Prefixes of the auxiliary classifiers in torchvision's names (GoogLeNet, Inception v3)."""
 _CLASSES = 1000
-_SWIN_MINIMUM = 32
+_MIN_SWIN_PIXELS = 32
 
 
 def model_names() -> list[str]:
@@ -31,17 +31,17 @@ def model_names() -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a backbone's tensors lie in torchvision's own model: how weights get in, and how they get out again.
+    """Correspondence between the tensors of a backbone and those of torchvision's model, for import and export.
 
     Args:
         model: Torchvision's name of the model.
-        options: What torchvision's function of that name takes besides ``num_classes`` to build the same; JSON alone.
-        names: Torchvision's name of each tensor by ours, stage first (``stem.conv1.weight``: ``conv1.weight``).
-        input_layer: Torchvision's name of the convolution that sees the picture (``conv1``).
-        in_channels: Of that convolution; torchvision builds three.
+        options: Arguments of torchvision's constructor function besides ``num_classes``; JSON values only.
+        names: Torchvision's name by the backbone's name of each tensor (``stem.conv1.weight``: ``conv1.weight``).
+        input_layer: Torchvision's name of the first convolution (``conv1``).
+        in_channels: Input channels of the first convolution; torchvision builds three.
         classifier: Torchvision's name of its final layer (``fc``, ``classifier.6``).
-        takes_linear: A linear layer over the features, in the classifier's place, is torchvision's whole model. It is
-            not for SqueezeNet, whose final layer is a convolution under a ReLU, and for tokens as a sequence.
+        ends_in_linear: Whether a linear layer over the features is equal to torchvision's classifier. False for
+            SqueezeNet, which ends in a convolution and a ReLU, and for sequences of tokens.
     """
 
     model: str
@@ -50,7 +50,7 @@ class Layout:
     input_layer: str
     in_channels: int
     classifier: str
-    takes_linear: bool
+    ends_in_linear: bool
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Architecture:
     """One of torchvision's models without its classifier.
 
     Args:
-        stages: From input to output, in the order of torchvision's own forward.
-        features: Width of what leaves the last stage.
-        layout: Where its tensors lie in torchvision's own model.
+        stages: Modules by stage name, in the order of torchvision's forward pass.
+        features: Width of the output of the last stage.
+        layout: Correspondence between the tensors and those of torchvision's model.
     """
 
     stages: Mapping[str, nn.Module]
@@ -69,51 +69,50 @@ class Architecture:
 
 
 def build(name: str, *, image_size: int, in_channels: int = 3, readout: Readout = "vector") -> Architecture:
-    """Build a model with random weights, on the current device, and take its classifier off.
+    """Build a model without its classifier, with random weights and on the current device.
 
-    The classifier is the last layer with weights; what stands before it in torchvision's own head (a norm, the first
-    linear layers of VGG) belongs to the backbone, and dropout right before it does not. Auxiliary classifiers are not
-    built.
+    The classifier is the last layer with weights. Layers before it in torchvision's own head (a norm, the first linear
+    layers of VGG) belong to the backbone, except dropout right before it. Auxiliary classifiers are not built.
 
     Args:
         name: Torchvision's name of the model.
-        image_size: Height and width of what the model sees.
-        in_channels: Of a picture.
-        readout: ``sequence`` keeps the tokens of a vision transformer or a Swin transformer.
+        image_size: Height and width of the input.
+        in_channels: Channels of the input.
+        readout: ``sequence`` returns the tokens of a vision transformer or a Swin transformer.
 
     Raises:
-        transfer.ConfigError: It cannot see pictures of that size, or has no tokens.
+        transfer.ConfigError: The model does not support this image size or readout.
     """
     options = _options(name, image_size)
     try:
         with _WidthsOnCPU() if name.startswith("regnet") else nullcontext():
             model: nn.Module = models.get_model(name, weights=None, **options)
-    except (AssertionError, ValueError) as error:  # sizes that its patches or windows do not divide
-        raise ConfigError(f"{name} cannot see pictures of {image_size} x {image_size} pixels: {error}") from error
+    except (AssertionError, ValueError) as error:  # sizes that are not divisible by the patches or windows
+        raise ConfigError(f"{name} does not support images of {image_size} x {image_size} pixels: {error}") from error
     input_layer, convolution = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     if in_channels != convolution.in_channels:
         convolution.weight = nn.Parameter(adapt_input_weight(convolution.weight.detach(), in_channels))
         convolution.in_channels = in_channels
     classifier, final = _classifier(model)
-    known = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+    torchvision_names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
     stages = {
         stage: units[0][1] if len(units) == 1 else nn.Sequential(OrderedDict(units))
         for stage, units in _stages(model, name, readout).items()
     }
     names = {
-        f"{stage}.{key}": known[id(tensor)]
+        f"{stage}.{key}": torchvision_names[id(tensor)]
         for stage, module in stages.items()
         for key, tensor in module.state_dict(keep_vars=True).items()
     }
-    takes_linear = isinstance(final, nn.Linear) and readout == "vector"
-    layout = Layout(name, options, names, input_layer, in_channels, classifier, takes_linear)
+    ends_in_linear = isinstance(final, nn.Linear) and readout == "vector"
+    layout = Layout(name, options, names, input_layer, in_channels, classifier, ends_in_linear)
     return Architecture(stages, final.weight.shape[1], layout)
 
 
 def smallest_image(name: str) -> int:
-    """Return the least height and width that a model can see."""
+    """Return the minimum height and width of a model's input."""
     if name.startswith("swin"):
-        return _SWIN_MINIMUM  # four patches of four pixels, halved three times; it pads to its windows
+        return _MIN_SWIN_PIXELS  # four patches of four pixels, halved three times; the model pads to its windows
     if name.startswith("vit"):
         return int(name.rsplit("_", 1)[1])
     members = list(models.get_model_weights(name))
@@ -121,16 +120,16 @@ def smallest_image(name: str) -> int:
 
 
 def adapt_input_weight(weight: Tensor, in_channels: int) -> Tensor:
-    """Return the weight of a convolution over RGB for another number of channels, as timm's ``adapt_input_conv`` does.
+    """Convert the weight of a convolution over RGB to another number of channels, like timm's ``adapt_input_conv``.
 
-    One channel: the sum over the three. More: the three over and over, scaled so that activations keep their size.
+    One channel gets the sum over the three. More channels repeat the three, scaled so that activations keep their size.
 
     Args:
-        weight: float (F, 3, H, W).
-        in_channels: C.
+        weight: Weight for three channels, float (F, 3, H, W).
+        in_channels: Number of channels C of the result.
 
     Returns:
-        float (F, C, H, W).
+        The weight for C channels, float (F, C, H, W).
     """
     channels = weight.shape[1]
     if in_channels == channels:
@@ -142,7 +141,7 @@ def adapt_input_weight(weight: Tensor, in_channels: int) -> Tensor:
 
 
 class _WidthsOnCPU(TorchFunctionMode):
-    """RegNet works out its widths with small tensors and reads them: they need numbers on the meta device too."""
+    """Mode that keeps small tensors on the CPU: RegNet computes its widths with them, also on the meta device."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -164,10 +163,10 @@ def _options(name: str, image_size: int) -> dict[str, Any]:
 
 
 def _classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """Return the last layer with weights: torchvision registers layers in the order of the forward pass."""
+    """Return the last layer with weights; torchvision registers layers in the order of the forward pass."""
     *_, (name, layer) = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d))
     if layer.weight.shape[0] != _CLASSES:
-        raise ConfigError(f"the classifier of torchvision's {type(model).__name__} is not where it was looked for")
+        raise ConfigError(f"unexpected last layer of torchvision's {type(model).__name__}: expected {_CLASSES} outputs")
     return name, layer
 
 
@@ -175,7 +174,7 @@ def _classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
 
 
 def _stages(model: nn.Module, name: str, readout: Readout) -> dict[str, list[Unit]]:
-    """Return the layers of each stage in the order of the model's forward pass, without its classifier."""
+    """Return the layers of each stage, in the order of the model's forward pass and without its classifier."""
     match model:
         case models.VisionTransformer():
             tokens = AllTokens() if readout == "sequence" else ClassToken()
@@ -192,9 +191,9 @@ def _stages(model: nn.Module, name: str, readout: Readout) -> dict[str, list[Uni
             return {**body, "pool": [(key, model.get_submodule(key)) for key in after]}
     if readout == "sequence":
         raise ConfigError(
-            f"{name} has no tokens to give as a sequence",
+            f"{name} has no tokens for a sequence",
             available=[other for other in model_names() if other.startswith(("vit", "swin"))],
-            fix="choose one of these, or leave out readout",
+            fix="choose one of these, or remove readout",
         )
     pool: list[Unit] = [("avgpool", getattr(model, "avgpool", nn.AdaptiveAvgPool2d(1))), ("flatten", nn.Flatten(1))]
     match model:
@@ -219,7 +218,7 @@ def _stages(model: nn.Module, name: str, readout: Readout) -> dict[str, list[Uni
             body = _staged(model.features, lambda key, unit: isinstance(unit, nn.MaxPool2d) and key != last)
             return {**body, "pool": pool, **_rest(model)}
         case models.MobileNetV2() | models.MobileNetV3():
-            body = _staged(model.features, lambda key, unit: key == "1" or (key != "0" and _halves(unit)))
+            body = _staged(model.features, lambda key, unit: key == "1" or (key != "0" and _downsamples(unit)))
             return {**body, "pool": pool, **_rest(model)}
         case models.EfficientNet():
             return {**_staged(model.features, lambda key, _: key != "0"), "pool": pool}
@@ -231,11 +230,11 @@ def _stages(model: nn.Module, name: str, readout: Readout) -> dict[str, list[Uni
         case models.MaxVit():
             units = [("stem", model.stem), *model.blocks.named_children()]
             return {**_staged(units, lambda key, _: key != "stem"), **_rest(model)}
-    raise ConfigError(f"torchvision's {name} is of a family that is not known here: {type(model).__name__}")
+    raise ConfigError(f"torchvision's {name} is of an unsupported family: {type(model).__name__}")
 
 
 def _named(units: Iterable[Unit], *, first: str) -> dict[str, list[Unit]]:
-    """Make a stage of each unit, under its own name, and ``stem`` of those before ``first``."""
+    """Return one stage per unit under the unit's name; the units before ``first`` are the stage ``stem``."""
     stages: dict[str, list[Unit]] = {"stem": []}
     for unit in units:
         if unit[0] == first or len(stages) > 1:
@@ -245,18 +244,18 @@ def _named(units: Iterable[Unit], *, first: str) -> dict[str, list[Unit]]:
     return stages
 
 
-def _staged(units: nn.Module | Iterable[Unit], begins: Callable[[str, nn.Module], bool]) -> dict[str, list[Unit]]:
-    """Make ``stem`` and ``stage1``, ``stage2`` ... of units, a stage beginning at each that says so."""
+def _staged(units: nn.Module | Iterable[Unit], starts: Callable[[str, nn.Module], bool]) -> dict[str, list[Unit]]:
+    """Return the stages ``stem``, ``stage1``, ``stage2`` ...; each unit for which ``starts`` is True starts a stage."""
     stages: dict[str, list[Unit]] = {"stem": []}
     for key, unit in units.named_children() if isinstance(units, nn.Module) else units:
-        if begins(key, unit):
+        if starts(key, unit):
             stages[f"stage{len(stages)}"] = []
         stages[next(reversed(stages))].append((key, unit))
     return stages
 
 
 def _until(model: nn.Module, name: str) -> Iterable[Unit]:
-    """Yield a model's children before the one of that name."""
+    """Yield the children of a model that come before the child ``name``."""
     for unit in model.named_children():
         if unit[0] == name:
             return
@@ -264,7 +263,7 @@ def _until(model: nn.Module, name: str) -> Iterable[Unit]:
 
 
 def _rest(model: nn.Module) -> dict[str, list[Unit]]:
-    """Return what stands in a model's own head before its last layer, as a stage where there is anything."""
+    """Return the layers between the pooling and the classifier as a stage, or no stage if there are none."""
     container, _, final = _classifier(model)[0].rpartition(".")
     units = list(_until(model.get_submodule(container), final))
     while units and isinstance(units[-1][1], nn.Dropout):
@@ -272,16 +271,16 @@ def _rest(model: nn.Module) -> dict[str, list[Unit]]:
     return {"classifier": units} if units else {}
 
 
-def _halves(unit: nn.Module) -> bool:
-    """Tell whether a block lowers the resolution."""
+def _downsamples(unit: nn.Module) -> bool:
+    """Return whether a block lowers the resolution."""
     return any(isinstance(m, nn.Conv2d) and m.stride != (1, 1) for m in unit.modules())
 
 
 class PatchEmbedding(nn.Module):
-    """The first part of a vision transformer: pictures (B, C, S, S) to a class token and patches (B, 1 + N, D).
+    """The patch embedding of a vision transformer: images (B, C, S, S) to class token and patches (B, 1 + N, D).
 
     Args:
-        model: Torchvision's; its layers and parameters are taken over.
+        model: Torchvision's model, whose layers and parameters are reused.
     """
 
     def __init__(self, model: models.VisionTransformer) -> None:
@@ -292,15 +291,15 @@ class PatchEmbedding(nn.Module):
         self.dropout = model.encoder.dropout
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return float (B, 1 + N, D), positions added."""
+        """Return tokens with positions added, float (B, 1 + N, D)."""
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)
-        # Not len(patches), which would fix the number in an exported graph.
+        # Not len(patches), which would fix the batch size in an exported graph.
         tokens = torch.cat([self.class_token.expand(patches.shape[0], -1, -1), patches], 1)
         return self.dropout(tokens + self.pos_embedding)  # type: ignore[no-any-return]
 
 
 class ClassToken(nn.Module):
-    """The first token: (B, T, D) to (B, D)."""
+    """The class token, which is the first: (B, T, D) to (B, D)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return float (B, D)."""
@@ -308,7 +307,7 @@ class ClassToken(nn.Module):
 
 
 class AllTokens(nn.Module):
-    """All tokens and a mask that leaves none out: (B, T, D) to that and (B, T)."""
+    """All tokens and a mask of True: (B, T, D) to (B, T, D) and (B, T)."""
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return float (B, T, D) and bool (B, T)."""
@@ -316,7 +315,7 @@ class AllTokens(nn.Module):
 
 
 class MapTokens(AllTokens):
-    """The places of a map as tokens, row by row: (B, H, W, D) to (B, H W, D) and a mask."""
+    """The positions of a feature map as tokens, row by row: (B, H, W, D) to (B, H W, D) and a mask."""
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return float (B, H W, D) and bool (B, H W)."""

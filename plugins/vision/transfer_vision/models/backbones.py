@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -23,41 +22,41 @@ from transfer_vision.models.weights import (
     read_pretrained,
 )
 from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing, Preset
+from transfer_vision.suggestions import unknown_name
 
 Count = Annotated[int, Field(ge=1)]
 Statistics = tuple[float, ...]
 _PRESET = "preprocessing.json"
-# Torchvision's own models of these take what others take and scale it to [-1, 1] before anything else.
-_FROM_MINUS_ONE = ("googlenet", "inception_v3")
+# Torchvision's modules of these models scale ImageNet-normalized input to [-1, 1] first.
+_SCALED_INPUT = ("googlenet", "inception_v3")
 
 
 class TorchvisionModel(Backbone):
     """One of torchvision's classification models without its classifier.
 
-    Its stages hold torchvision's own layers. In: float32 (B, C, S, S). Out: (B, D), or a sequence of tokens.
+    Input: float32 (B, C, S, S). Output: float32 (B, D), or a sequence of tokens.
 
     Args:
-        preset: What a saved model knows of its preprocessing; None: as the weights were evaluated.
-        weights: Torchvision's name of weights (``DEFAULT``, ``IMAGENET1K_V2``), a .safetensors or .pth file in
-            torchvision's layout, an earlier run (``runs/NAME``), or null for random initialisation.
-        image_size: Height and width of what the model sees, in pixels; null: as the weights were evaluated.
-        resize: Pixels of a picture's shorter side before the crop; null: as the weights were evaluated,
-            scaled to image_size.
-        interpolation: The filter of that resize; null: as the weights were evaluated.
-        mean: Of each channel, for values in [0, 1]; null: as in pretraining.
-        std: Standard deviation of each channel; null: as in pretraining.
-        in_channels: Channels of a picture: 3, 1 for grey ones, or those of arrays. The first convolution is adapted:
-            summed over its channels, or repeated and scaled.
-        augmentation: For training: ``usual`` (a random resized crop and a horizontal flip), ``strong`` (with
-            TrivialAugment and random erasing), ``none``, or a list of torchvision.transforms.v2 classes with
-            options: ``[{name: ColorJitter, brightness: 0.2}]``.
-        cache_images: Keep decoded and resized pictures in memory from one epoch to the next, where those of a split
-            fit: ``auto`` (into half of the memory that is available), ``off``, or into so many GiB.
+        preset: Preprocessing of a saved model; None: the preprocessing with which the weights were evaluated.
+        weights: Torchvision's name of weights (``DEFAULT``, ``IMAGENET1K_V2``), a .safetensors or .pth file with
+            torchvision's names, an earlier run (``runs/NAME``), or null for random initialization.
+        image_size: Height and width of the model's input, in pixels; null: as the weights were evaluated.
+        resize: Pixels of the shorter side before the crop; null: as the weights were evaluated, scaled to image_size.
+        interpolation: Filter of the resize; null: as the weights were evaluated.
+        mean: Mean of each channel, for values in [0, 1]; null: as in pretraining.
+        std: Standard deviation of each channel, for values in [0, 1]; null: as in pretraining.
+        in_channels: Number of channels: 3, 1 for gray images, or the channels of arrays. The first convolution is
+            adapted: its weight is summed over the channels, or repeated and scaled.
+        augmentation: Random augmentation of training images: ``default`` (a random resized crop and a horizontal flip),
+            ``strong`` (with TrivialAugment and random erasing), ``none``, or a list of torchvision.transforms.v2
+            classes with options: ``[{name: ColorJitter, brightness: 0.2}]``.
+        cache_images: Memory for decoded and resized images, which are kept between epochs if those of a split fit:
+            ``auto`` (half of the available memory), ``off``, or a number of GiB.
     """
 
     field: ClassVar[str] = "image"
     architecture: ClassVar[str]
-    """Torchvision's name of the model, where the class stands for one."""
+    """Torchvision's name of the model, in subclasses for a single model."""
 
     def __init__(
         self,
@@ -70,7 +69,7 @@ class TorchvisionModel(Backbone):
         mean: Statistics | None = None,
         std: Statistics | None = None,
         in_channels: Count = 3,
-        augmentation: Augmentation = "usual",
+        augmentation: Augmentation = "default",
         cache_images: CacheImages = "auto",
     ) -> None:
         self._build(
@@ -91,12 +90,12 @@ class TorchvisionModel(Backbone):
         weights: str | None,
         in_channels: int,
         loading: Mapping[str, Any],
-        wishes: Mapping[str, Any],
+        overrides: Mapping[str, Any],
     ) -> None:
-        preset = (preset or _preset(weights, model)).for_channels(in_channels).with_wishes(**wishes)
+        preset = (preset or _preset(weights, model)).for_channels(in_channels).with_overrides(**overrides)
         if preset.image_size < (least := smallest_image(model)):
             raise ConfigError(
-                f"{model} sees pictures of {least} pixels at least, not of {preset.image_size}",
+                f"image_size is too small for {model}: expected {least} or more, got {preset.image_size}",
                 fix=f"set image_size to {least} or more",
             )
         built = build(model, image_size=preset.image_size, in_channels=in_channels, readout=readout)
@@ -108,59 +107,59 @@ class TorchvisionModel(Backbone):
 
     @property
     def features(self) -> FeatureSpec:
-        """A vector of the width that the model's own classifier takes, or a sequence of tokens of that width."""
+        """A vector with the width of the classifier's input, or a sequence of tokens of that width."""
         return self._features
 
     @property
     def preprocessing(self) -> ImagePreprocessing:
-        """How pictures become (B, C, S, S)."""
+        """Preprocessing of images to float32 (B, C, S, S)."""
         return self._preprocessing
 
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
-        """Build it as it was trained, whatever has become of the weights that it began from."""
+        """Build the backbone with the preprocessing that it was trained with; the weights need not exist any more."""
         return cls(_stored_preset(assets), **options)
 
     def assets(self) -> Mapping[str, str]:
-        """Return the preprocessing that came with the weights: names of weights mean others in another torchvision."""
+        """Return the preprocessing: in another torchvision the same name of weights may mean another preprocessing."""
         described = self._preprocessing.describe()
         return {_PRESET: json.dumps({field.name: described[field.name] for field in fields(Preset)}, indent=2) + "\n"}
 
     def load_pretrained(self) -> Mapping[str, Any]:
-        """Read the weights that the options name.
+        """Load the weights that the options name.
 
         Returns:
-            ``weights`` (the option), ``source`` (the file), ``sha256``, ``tensors`` (how many were loaded),
-            ``left_out`` (the names of the classifiers', which the head replaces) and ``adapted`` (what was changed to
-            fit, where anything was).
+            ``weights`` (the option), ``source`` (the file), ``sha256``, ``tensors`` (the number of loaded tensors),
+            ``left_out`` (the names of classifier tensors that were not loaded, because the head replaces the
+            classifier) and, if tensors were changed to fit, ``adapted`` (the changes by name).
 
         Raises:
-            transfer.WeightsError: They are missing, unreadable or of another architecture.
+            transfer.WeightsError: The weights are missing, unreadable or of another architecture.
         """
         if self._weights is None:
             return {}
         layout = self._layout
         read = read_pretrained(self._weights, layout.model, layout.names)
-        own = {name.removeprefix("stages."): value for name, value in self.state_dict().items()}
-        fitted = fit_weights(read, {layout.names[name]: value for name, value in own.items()}, layout)
-        self.load_state_dict({f"stages.{name}": fitted.tensors[layout.names[name]] for name in own})
+        tensors = {name.removeprefix("stages."): value for name, value in self.state_dict().items()}
+        fitted = fit_weights(read, {layout.names[name]: value for name, value in tensors.items()}, layout)
+        self.load_state_dict({f"stages.{name}": fitted.tensors[layout.names[name]] for name in tensors})
         return {
             "weights": self._weights,
             "source": str(read.source),
             "sha256": read.sha256,
-            "tensors": fitted.found,
+            "tensors": fitted.loaded,
             "left_out": fitted.left_out,
             **({"adapted": fitted.adapted} if fitted.adapted else {}),
         }
 
     def foreign_models(self, out_features: int) -> Mapping[str, ForeignModel]:
-        """Return torchvision's model, under ``torchvision``, where it is this one under a linear layer."""
+        """Return torchvision's model under ``torchvision``, if a linear layer over the features is its classifier."""
         layout = self._layout
-        # Torchvision builds three channels, and its MNASNet refuses tensors that carry no version of its own making.
-        if not layout.takes_linear or layout.in_channels != 3 or layout.model.startswith("mnasnet"):
+        # Torchvision builds three channels, and its MNASNet refuses tensors without its own version metadata.
+        if not layout.ends_in_linear or layout.in_channels != 3 or layout.model.startswith("mnasnet"):
             return {}
         options = {**layout.options, "num_classes": out_features}
-        names = {f"stages.{own}": name for own, name in layout.names.items()}
+        names = {f"stages.{name}": foreign for name, foreign in layout.names.items()}
         return {"torchvision": ForeignModel(f"torchvision.models:{layout.model}", options, names, layout.classifier)}
 
 
@@ -172,17 +171,17 @@ def _stored_preset(assets: Mapping[str, str]) -> Preset | None:
 
 
 def _preset(weights: str | None, model: str) -> Preset:
-    """Return how pictures were prepared for these weights, or for the model's best where nothing tells."""
+    """Return the preprocessing for these weights, or that of the model's best weights if it is unknown."""
     if weights is not None and is_run(weights):
         saved = saved_backbone(weights)
         stored, theirs = _stored_preset(saved.assets), architecture_of(saved)
-        # A backbone of a plugin may still have tensors of these names, which is seen when they are read.
+        # A backbone of another plugin may still have tensors of these names, which is checked on loading.
         if theirs != model and (stored is None or theirs in model_names()):
             raise of_another_backbone(saved, model)
         if stored is not None:
             return stored
     preset = Preset.of(published(weights, model) or default_weights(model))
-    if model in _FROM_MINUS_ONE:
+    if model in _SCALED_INPUT:
         return replace(preset, mean=(0.5,) * 3, std=(0.5,) * 3)
     return preset
 
@@ -190,12 +189,12 @@ def _preset(weights: str | None, model: str) -> Preset:
 class Torchvision(TorchvisionModel):
     """Any of torchvision's classification models (https://pytorch.org/vision/stable/models.html), by its name.
 
-    Their stages are ``stem``, ``stage1``, ``stage2`` ... or torchvision's own names (``layer1``, ``denseblock1``,
-    ``encoder_layer_0``), then ``pool`` and, where torchvision has layers before its last one, ``classifier``.
+    The stages are ``stem``, ``stage1``, ``stage2`` ... or torchvision's own names (``layer1``, ``denseblock1``,
+    ``encoder_layer_0``), then ``pool``, and ``classifier`` if torchvision has layers before its last one.
 
     Args:
-        model: Torchvision's name: ``densenet121``, ``convnext_tiny``, ``vit_b_16`` ...
-        readout: ``vector``, or ``sequence``: the tokens of a vision transformer (the class token first) or of a Swin
+        model: Torchvision's name of the model: ``densenet121``, ``convnext_tiny``, ``vit_b_16`` ...
+        readout: ``vector``, or ``sequence`` for the tokens of a vision transformer (the class token first) or of a Swin
             transformer (row by row).
     """
 
@@ -212,16 +211,12 @@ class Torchvision(TorchvisionModel):
         std: Statistics | None = None,
         in_channels: Count = 3,
         readout: Readout = "vector",
-        augmentation: Augmentation = "usual",
+        augmentation: Augmentation = "default",
         cache_images: CacheImages = "auto",
     ) -> None:
         if model not in model_names():
-            close = difflib.get_close_matches(model, model_names(), n=3)
-            raise ConfigError(
-                f"torchvision has no classification model called {model!r}",
-                available=close or model_names(),
-                fix=f"did you mean {close[0]!r}?" if close else "choose one of these",
-            )
+            message = f"torchvision has no classification model called {model!r}"
+            raise unknown_name(message, model, model_names(), "choose one of these")
         self._build(
             model,
             readout,

@@ -1,4 +1,4 @@
-"""Torchvision's ResNets, each under a name of its own."""
+"""Torchvision's ResNets, one class per model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from transfer_vision.models.backbones import TorchvisionModel
 
 
 class ResNet(TorchvisionModel):
-    """A residual network for pictures (He et al., 2016, https://arxiv.org/abs/1512.03385), as torchvision builds it.
+    """Torchvision's residual network for images (He et al., 2016, https://arxiv.org/abs/1512.03385).
 
-    Stages: ``stem``, ``layer1``, ``layer2``, ``layer3``, ``layer4``, ``pool``. In: float32 (B, C, S, S). Out: (B, D).
+    Stages: ``stem``, ``layer1``, ``layer2``, ``layer3``, ``layer4``, ``pool``. Input: float32 (B, C, S, S). Output: (B,
+    D).
     """
 
 
