@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+import transfer as library
 from transfer import TransferError, __main__
 from transfer.cli import app as cli
+from transfer.cli import deployment_commands
 
 
 def transfer(*arguments: str | Path, prelude: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
@@ -46,7 +48,7 @@ def test_no_name_of_a_plugin_is_cut_off() -> None:
     narrow = "import os; os.environ['COLUMNS'] = '80'"
     rows = [line.split() for line in transfer("plugins", prelude=narrow).stdout.splitlines()]
     assert rows[0] == ["kind", "name", "distribution", "version", "description"]
-    assert ["dataset", "torchvision_dataset", "transfer"] in [row[:3] for row in rows]
+    assert ["dataset", "torchvision_dataset", "transferkit"] in [row[:3] for row in rows]
 
 
 PACKAGE = """
@@ -84,7 +86,7 @@ def test_the_process_ends_with_the_status_after_what_packages_do_at_its_end(argu
 import atexit, sys
 from transfer.__main__ import command
 sys.argv = ["transfer", *sys.argv[1:]]
-from transfer import cli
+from transfer.cli import app as cli
 app, cli.app = cli.app, lambda: (atexit.register(print, "said at the end"), app())
 command()
 """
@@ -299,7 +301,7 @@ def test_other_exit_statuses(
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
-    prelude = "import transfer.registry as r; p = r.plugins(); r.plugins = lambda *_: p * 100"
+    prelude = "import transfer.registry.listing as r; p = r.plugins(); r.plugins = lambda *_: p * 100"
     code = f"{prelude}\nfrom transfer.cli.app import main\nmain()"
     command = f"{sys.executable} -c '{code}' plugins --json | head -n 1"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -314,7 +316,7 @@ def test_a_server_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> 
     lacking = Problem("it needs fastapi, which is not installed", fix="pip install 'transferkit[serve]'")
     monkeypatch.setattr(requirements, "unmet", lambda distribution, extras: lacking)
     with pytest.raises(TransferError, match="needs fastapi") as caught:
-        cli.serve(["runs/none"])
+        deployment_commands.serve(["runs/none"])
     assert caught.value.problems[0].fix == "pip install 'transferkit[serve]'"
 
 
@@ -322,6 +324,6 @@ def test_names_of_plugins_are_whole_on_a_narrow_terminal(call: Any, monkeypatch:
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = call("plugins")
     (row,) = [line for line in out.splitlines() if "torchvision_dataset" in line]
-    assert row.split()[:3] == ["dataset", "torchvision_dataset", "transfer"]
+    assert row.split()[:3] == ["dataset", "torchvision_dataset", "transferkit"]
     assert row.rstrip().endswith("…")
     assert len(row) <= 80
