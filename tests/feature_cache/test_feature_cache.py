@@ -25,7 +25,7 @@ import transfer
 from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Preprocessing, Split, TrainingError, register
 from transfer.builtin.heads import MLP, Linear
 from transfer.data.loader import Loader
-from transfer.feature_cache import loader as module
+from transfer.feature_cache import store
 from transfer.feature_cache.loader import CachedLoader, select_stage_inputs
 from transfer.feature_cache.prefix import FrozenPrefix
 from transfer.feature_cache.store import STALE_SECONDS, Entry, FeatureCache
@@ -467,7 +467,7 @@ def test_extracting_leaves_the_mode_and_the_randomness_alone() -> None:
     prefix.model.train()
     state = torch.get_rng_state()
     entry_of(FeatureCache(PLENTY), prefix, loader)
-    assert isinstance(FeatureCache(1, folder=module.cache_folder() / "other").features(prefix, loader), str)
+    assert isinstance(FeatureCache(1, folder=store.cache_folder() / "other").features(prefix, loader), str)
     assert prefix.model.training
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -702,7 +702,7 @@ def test_verify_refuses_a_stage_that_is_random_at_once() -> None:
 def test_a_run_that_verifies_fails_on_an_altered_entry(config: dict[str, Any], tmp_path: Path) -> None:
     transfer.run(config, [FREEZE_FIRST], output=tmp_path)
     for listed in FeatureCache(PLENTY).entries():
-        alter(Entry(module.cache_folder() / listed["key"], (), np.array([]), None, pair=False))
+        alter(Entry(store.cache_folder() / listed["key"], (), np.array([]), None, pair=False))
     with pytest.raises(TrainingError, match="stored features differ"):
         transfer.run(config, [FREEZE_FIRST, "train.cache=verify"], output=tmp_path)
 
@@ -773,7 +773,7 @@ def test_an_exception_while_writing_leaves_nothing(monkeypatch: pytest.MonkeyPat
 
     prefix, loader = small()
     with monkeypatch.context() as patch:
-        patch.setattr(module.np, "save", crash)
+        patch.setattr(store.np, "save", crash)
         with pytest.raises(_Crash):
             FeatureCache(PLENTY).features(prefix, loader)
     assert list(cache_folder.iterdir()) == []
@@ -784,7 +784,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from test_feature_cache import PLENTY, Entry, FeatureCache, ragged
-from transfer import feature_cache
+from transfer.feature_cache import store
 {body}
 entry = FeatureCache(PLENTY, folder=Path(sys.argv[1])).features(*ragged())
 assert isinstance(entry, Entry), entry
@@ -806,7 +806,7 @@ def child(folder: Path, body: str = "") -> subprocess.Popen[str]:
 
 def test_a_process_that_is_killed_while_writing_leaves_nothing_in_use(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
-    kill = "import os, signal; feature_cache.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    kill = "import os, signal; store.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     process = child(folder, kill)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, errors
@@ -831,14 +831,14 @@ def test_two_processes_that_write_one_entry_both_end_well(tmp_path: Path) -> Non
     # Each waits with its renaming until the other has everything written too.
     meet = """
 import time
-def store(folder, *rest, original=feature_cache._store):
+def write(folder, *rest, original=store._store):
     described = original(folder, *rest)
     (folder.parent / f"ready-{folder.name}").touch()
     deadline = time.time() + 60
     while len(list(folder.parent.glob("ready-*"))) < 2 and time.time() < deadline:
         time.sleep(0.01)
     return described
-feature_cache._store = store
+store._store = write
 """
     processes = [child(folder, meet) for _ in range(2)]
     answers = [process.communicate(timeout=120) for process in processes]
