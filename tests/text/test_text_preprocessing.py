@@ -202,7 +202,7 @@ def test_a_batch_is_padded_to_its_longest_text(preprocessing: TextPreprocessing)
 
 @pytest.mark.parametrize("text", ["", "  \n", "<br /> <br />"])
 def test_a_text_without_a_word_is_refused(preprocessing: TextPreprocessing, text: str) -> None:
-    with pytest.raises(ValueError, match="contains no word|is empty or blank"):
+    with pytest.raises(ValueError, match=r"contains no word|is empty or blank"):
         preprocessing.encode(["a", text])
 
 
