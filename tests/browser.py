@@ -1,4 +1,4 @@
-"""Headless Chromium for tests of pages."""
+"""Headless Chromium for tests of HTML pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 DRIVER = shutil.which("chromedriver")
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # how the W3C's WebDriver marks an element
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element in WebDriver's JSON
 
 needs_chromium = pytest.mark.skipif(
     not DRIVER or not shutil.which("chromium"), reason="needs chromium and chromedriver"
@@ -26,14 +26,14 @@ needs_chromium = pytest.mark.skipif(
 
 
 class Browser:
-    """Headless Chromium through the W3C's WebDriver protocol, which is JSON over HTTP."""
+    """Headless Chromium, controlled through the WebDriver protocol: JSON over HTTP."""
 
     def __init__(self, driver: str) -> None:
         self.driver = driver
         arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,700"]
         logging = {"goog:loggingPrefs": {"browser": "ALL"}}
-        wanted = {"alwaysMatch": {"goog:chromeOptions": {"args": arguments}, **logging}}
-        self.session = f"/session/{self.call('/session', {'capabilities': wanted})['sessionId']}"
+        capabilities = {"alwaysMatch": {"goog:chromeOptions": {"args": arguments}, **logging}}
+        self.session = f"/session/{self.call('/session', {'capabilities': capabilities})['sessionId']}"
 
     def call(self, path: str, body: dict[str, Any] | None = None, method: str | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -53,21 +53,21 @@ class Browser:
 
     def write(self, selector: str, text: str) -> None:
         """Type into a field, or choose a file."""
-        place = self.call(f"{self.session}/element", {"using": "css selector", "value": selector})[ELEMENT]
-        self.call(f"{self.session}/element/{place}/value", {"text": text})
+        element = self.call(f"{self.session}/element", {"using": "css selector", "value": selector})[ELEMENT]
+        self.call(f"{self.session}/element/{element}/value", {"text": text})
 
     def wait_for(self, script: str) -> Any:
         until = time.monotonic() + 30
-        while not (found := self.run(f"return {script}")):
+        while not (value := self.run(f"return {script}")):
             assert time.monotonic() < until, f"{script}\n{self.run('return document.body.innerText')}"
             time.sleep(0.05)
-        return found
+        return value
 
     def errors(self) -> list[str]:
-        """Return what the console says, refused requests to other servers among it."""
+        """Return the errors on the console, which include refused requests to other servers."""
         return [entry["message"] for entry in self.call(f"{self.session}/se/log", {"type": "browser"})]
 
-    def picture(self, path: Path) -> None:
+    def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call(f"{self.session}/screenshot")))
 
 

@@ -1,4 +1,4 @@
-"""Models that are ready to be served without training, and a server in a thread of this process."""
+"""Untrained models for serving, and a server in a thread of this process."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ def loaded_model(backbone: dict[str, Any], field: str, classes: tuple[str, ...])
     data = DataSpec((field,), "class", classes)
     head = load_component("head", {"name": "linear"}, "test")
     task = load_component("task", {"name": "classification"}, "test")
-    made = load_component("backbone", backbone, "test").make()
-    the_task, model = assemble(made, head, task, data)
+    built_backbone = load_component("backbone", backbone, "test").make()
+    built_task, model = assemble(built_backbone, head, task, data)
     model.eval()
-    return LoadedModel(model, made, the_task, data)
+    return LoadedModel(model, built_backbone, built_task, data)
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server that listens.
+    """A server that listens on loopback.
 
     Args:
-        port: On loopback.
+        port: Port of the server.
     """
 
     port: int
 
     @property
     def address(self) -> str:
-        """Its address."""
+        """URL of the server."""
         return f"http://127.0.0.1:{self.port}"
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] = {}
     ) -> tuple[int, dict[str, Any]]:
-        """Return the status and the JSON of an answer."""
+        """Return the status and the JSON of a response."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
             connection.request(method, path, body, dict(headers))
@@ -63,7 +63,7 @@ class Running:
             connection.close()
 
     def predict(self, model: str, inputs: object) -> tuple[int, dict[str, Any]]:
-        """Ask for a prediction in JSON."""
+        """Request a prediction in JSON."""
         headers = {"Content-Type": "application/json"}
         return self.ask("POST", f"/models/{model}/predict", json.dumps(inputs).encode(), headers)
 

@@ -19,6 +19,9 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 8000,
+    device: Annotated[
+        str, typer.Option(help="auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.")
+    ] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Requests that go through a model together.")] = 32,
     wait_milliseconds: Annotated[
         float, typer.Option(min=0, max=1000, help="How long the first of a batch waits for others.")
@@ -50,9 +53,9 @@ def serve(
         console.print(f"page: {address}   API: {address}/openapi.json   Ctrl-C ends", highlight=False, soft_wrap=True)
 
     limits = Limits(body_bytes=int(max_megabytes * MEBIBYTE), seconds=timeout_seconds)
-    batching = Batching(most=batch_size, wait_seconds=wait_milliseconds / 1000)
+    batching = Batching(max_size=batch_size, wait_seconds=wait_milliseconds / 1000)
     try:
-        serve_models(runs, host=host, port=port, limits=limits, batching=batching, started=started)
+        serve_models(runs, host=host, port=port, device=device, limits=limits, batching=batching, started=started)
     except Interrupted as interruption:
         raise typer.Exit(interruption.exit_status) from interruption
 

@@ -1,1 +1,1 @@
-"""The report of a run: one page of HTML that needs nothing beside itself, and its plots as SVG files."""
+"""The report of a run: a self-contained HTML page, and its plots as SVG files."""

@@ -1,1 +1,1 @@
-"""Trained models over HTTP: a JSON API with OpenAPI, and a page for a person. Needs the extra ``serve``."""
+"""Serving of trained models over HTTP: a JSON API with OpenAPI, and a demo page. Needs the extra ``serve``."""

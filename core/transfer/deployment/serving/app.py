@@ -1,4 +1,4 @@
-"""The web application: a page, what models there are, and their predictions."""
+"""The web application: a page, the list of models, and their predictions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-import transfer
+from transfer import __version__
 from transfer.deployment.serving.batching import Batcher, BusyError
-from transfer.deployment.serving.models import Answer, RefusedError, ServedModel
+from transfer.deployment.serving.models import Prediction, RefusedError, ServedModel
 from transfer.deployment.serving.models import Request as Inputs
 from transfer.deployment.serving.reading import LIMITS, Limits, is_text, read_inputs
 
@@ -30,28 +30,28 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 _REFUSALS = {
-    400: "The form is broken.",
-    408: "The request arrived too slowly.",
+    400: "The form is malformed.",
+    408: "The request did not arrive in time.",
     413: "The request is too large.",
     415: "The body is neither JSON nor a form.",
-    422: "The request is not what the model takes.",
-    503: "Too many requests wait.",
+    422: "The inputs do not fit the model.",
+    503: "Too many requests are waiting.",
 }
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How requests are put together.
+    """Settings of the batches that requests are collected into.
 
     Args:
-        most: Requests of a batch.
-        wait_seconds: How long the first of a batch waits for others.
-        most_waiting: Requests of a model that wait; more are refused.
+        max_size: Maximum number of requests in a batch.
+        wait_seconds: Time that the first request of a batch waits for others.
+        max_waiting: Maximum number of requests that wait for a model; more are refused.
     """
 
-    most: int = 32
+    max_size: int = 32
     wait_seconds: float = 0.002
-    most_waiting: int = 128
+    max_waiting: int = 128
 
 
 BATCHING = Batching()
@@ -67,15 +67,18 @@ def make_app(
     """Return the application, for uvicorn or any other ASGI server.
 
     Args:
-        models: Under names of their own each.
-        limits: What one request may cost.
-        batching: How requests are put together.
-        hosts: Names by which it may be called: a page of another site that resolves its own name to this machine
-            is refused.
+        models: The models; their names are unique.
+        limits: Limits on one request.
+        batching: Settings of the batches that requests are collected into.
+        hosts: Host names of the server. Requests for other names are refused: they come from a page of another site
+            that resolves its own name to this machine (DNS rebinding).
     """
-    batchers: dict[str, Batcher[Inputs, Answer]] = {
+    batchers: dict[str, Batcher[Inputs, Prediction]] = {
         model.name: Batcher(
-            model.answer, most=batching.most, wait_seconds=batching.wait_seconds, most_waiting=batching.most_waiting
+            model.predict,
+            max_size=batching.max_size,
+            wait_seconds=batching.wait_seconds,
+            max_waiting=batching.max_waiting,
         )
         for model in models
     }
@@ -89,10 +92,10 @@ def make_app(
 
     app = FastAPI(
         title="transfer",
-        version=transfer.__version__,
+        version=__version__,
         summary="Predictions of trained models.",
         lifespan=batches,
-        docs_url=None,  # these pages load their code from other servers
+        docs_url=None,  # FastAPI's documentation pages load their code from other servers
         redoc_url=None,
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
@@ -100,31 +103,33 @@ def make_app(
     for path, (file, media_type) in _PAGE.items():
         app.add_api_route(path, _file(file, media_type), methods=["GET"], include_in_schema=False)
 
-    @app.get("/health", summary="Whether the server answers, and how many requests wait")
+    @app.get("/health", summary="Status of the server, and number of waiting requests")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "waiting": {name: batcher.waiting for name, batcher in batchers.items()}}
 
-    @app.get("/models", summary="The models, with what they take and give")
+    @app.get("/models", summary="The models, with their inputs and classes")
     async def list_models() -> dict[str, Any]:
-        most = {"body": limits.body_bytes, "text": limits.text_bytes}
-        return {"models": [model.describe() for model in models], "most_bytes": most}
+        max_bytes = {"body": limits.body_bytes, "text": limits.text_bytes}
+        return {"models": [model.describe() for model in models], "max_bytes": max_bytes}
 
     for model in models:
         _add_predict(app, model, batchers[model.name], limits)
     return app
 
 
-def _add_predict(app: FastAPI, model: ServedModel, batcher: Batcher[Inputs, Answer], limits: Limits) -> None:
+def _add_predict(app: FastAPI, model: ServedModel, batcher: Batcher[Inputs, Prediction], limits: Limits) -> None:
     inputs: dict[str, str] = model.describe()["inputs"]
 
-    async def predict(request: Request) -> Answer:
-        given = await read_inputs(request, inputs, limits)
+    async def predict(request: Request) -> Prediction:
+        contents = await read_inputs(request, inputs, limits)
         try:
-            return await batcher.submit(given)
+            return await batcher.submit(contents)
         except RefusedError as error:
             raise HTTPException(422, str(error)) from error
         except BusyError:
-            raise HTTPException(503, "too many requests wait; try again in a second", {"Retry-After": "1"}) from None
+            raise HTTPException(
+                503, "too many requests are waiting; try again in a second", {"Retry-After": "1"}
+            ) from None
 
     def schema(file: dict[str, str]) -> dict[str, Any]:
         properties: dict[str, dict[str, str]]
@@ -135,15 +140,15 @@ def _add_predict(app: FastAPI, model: ServedModel, batcher: Batcher[Inputs, Answ
     refusal: dict[str, Any] = {
         "application/json": {"schema": {"type": "object", "properties": {"detail": {"type": "string"}}}}
     }
-    answer: dict[str, Any] = {"schema": {"type": "object"}} | ({"example": example} if example else {})
-    responses: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": answer}}}
-    responses |= {status: {"description": words, "content": refusal} for status, words in _REFUSALS.items()}
+    success: dict[str, Any] = {"schema": {"type": "object"}} | ({"example": example} if example else {})
+    responses: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": success}}}
+    responses |= {status: {"description": description, "content": refusal} for status, description in _REFUSALS.items()}
     app.add_api_route(
         f"/models/{model.name}/predict",
         predict,
         methods=["POST"],
         operation_id=f"predict_{model.name}",
-        summary=f"What {model.name} makes of {' and '.join(inputs)}",
+        summary=f"Predict with {model.name} from {' and '.join(inputs)}",
         openapi_extra={
             "requestBody": {
                 "required": True,

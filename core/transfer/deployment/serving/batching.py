@@ -1,4 +1,4 @@
-"""Requests that come at the same time go through a model together."""
+"""Batches of requests that arrive at the same time."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ Result = TypeVar("Result")
 
 
 class BusyError(Exception):
-    """So many requests wait already that one more is refused."""
+    """Too many requests are waiting already."""
 
 
 class Batcher(Generic[Item, Result]):
-    """Collects items into batches and has them worked on, batch after batch, in one thread of its own.
+    """Collects items into batches and processes the batches one after another in one thread.
 
-    A batch begins with the first item that waits and is closed when it is full or some milliseconds old; what comes
-    while the thread is busy waits for the next. An async context manager: on leaving it, the thread has ended.
+    A batch starts with the first waiting item, and is closed when it is full or some milliseconds old. Items that
+    arrive while the thread is busy wait for the next batch. Use it as an async context manager: the thread ends with
+    the block.
 
     Args:
-        work: Makes of a batch a result, or the exception that its submitter is to get, for each item in order.
-        most: Items of a batch.
-        wait_seconds: How long the first item of a batch waits for others.
-        most_waiting: Items that wait for a batch; more are refused.
+        work: Function that returns, for each item of a batch in order, its result or the exception to raise.
+        max_size: Maximum number of items in a batch.
+        wait_seconds: Time that the first item of a batch waits for others.
+        max_waiting: Maximum number of items that wait for a batch; more are refused.
     """
 
     def __init__(
         self,
         work: Callable[[Sequence[Item]], Sequence[Result | Exception]],
         *,
-        most: int,
+        max_size: int,
         wait_seconds: float,
-        most_waiting: int,
+        max_waiting: int,
     ) -> None:
         self.work = work
-        self.most = most
+        self.max_size = max_size
         self.wait_seconds = wait_seconds
-        self._queue: asyncio.Queue[tuple[Item, asyncio.Future[Result]]] = asyncio.Queue(most_waiting)
+        self._queue: asyncio.Queue[tuple[Item, asyncio.Future[Result]]] = asyncio.Queue(max_waiting)
 
     @property
     def waiting(self) -> int:
-        """How many items wait for a batch."""
+        """Number of items that wait for a batch."""
         return self._queue.qsize()
 
     async def __aenter__(self) -> Self:
@@ -65,8 +66,8 @@ class Batcher(Generic[Item, Result]):
         """Return the result of an item.
 
         Raises:
-            BusyError: Too many wait.
-            Exception: What the work says of this item.
+            BusyError: Too many items are waiting.
+            Exception: The exception that the work returned for this item.
         """
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         try:
@@ -85,7 +86,7 @@ class Batcher(Generic[Item, Result]):
             except Exception as error:
                 results = [error] * len(items)
             for (_, result), value in zip(batch, results, strict=True):
-                if result.done():  # whoever asked has gone
+                if result.done():  # the client has disconnected
                     continue
                 if isinstance(value, Exception):
                     result.set_exception(value)
@@ -96,6 +97,6 @@ class Batcher(Generic[Item, Result]):
         batch = [await self._queue.get()]
         with suppress(TimeoutError):
             async with asyncio.timeout(self.wait_seconds):
-                while len(batch) < self.most:
+                while len(batch) < self.max_size:
                     batch.append(await self._queue.get())
         return batch

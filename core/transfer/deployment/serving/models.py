@@ -1,4 +1,4 @@
-"""A trained model that answers requests, several at a time."""
+"""A trained model that answers requests in batches."""
 
 from __future__ import annotations
 
@@ -9,61 +9,67 @@ from typing import Any
 
 import torch
 
-from transfer.data.batch import move
 from transfer.errors import DataError
 from transfer.interfaces import Preprocessing
 from transfer.models.saved_model import LoadedModel, find_model, read_model
+from transfer.runs.occlusion import outputs_of_encoded
+from transfer.system.devices import resolve_device
 
 logger = logging.getLogger(__name__)
 
-MAX_STEPS = 2**16
-"""Tokens, padding included, that go through a model at once: one long text does not make a whole batch as long."""
+MAX_BATCH_STEPS = 2**16
+"""Number of tokens in a batch, padding included: it keeps a long text from padding a large batch to its length."""
 
 Request = Mapping[str, bytes]
-"""For each input of a model its content: that of a file, or a text in UTF-8."""
+"""Content of each input by name: of a file, or a text in UTF-8."""
 
-Answer = dict[str, Any]
+Prediction = dict[str, Any]
 
 
 class RefusedError(Exception):
-    """A request cannot be answered, for a reason that whoever sent it can mend."""
+    """A request cannot be answered, for a reason that the client can correct."""
 
 
 class ServedModel:
-    """A trained model and the name under which it answers. Its calls belong into one thread.
+    """A trained model with a name. Its methods must be called from one thread.
 
     Args:
-        name: As it stands in addresses.
-        loaded: The model; it is moved to the GPU if there is one.
+        name: Name of the model in URLs.
+        loaded: The model; it is moved to the device.
+        device: Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
     """
 
-    def __init__(self, name: str, loaded: LoadedModel) -> None:
+    def __init__(self, name: str, loaded: LoadedModel, device: str = "auto") -> None:
         self.name = name
         self.loaded = loaded
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded.model.to(self.device)
+        loaded.model.to(resolve_device(device, where="--device"))
 
     @classmethod
-    def read(cls, name: str, run: str | Path) -> ServedModel:
-        """Read the model of a run, or an exported one.
+    def read(cls, name: str, run: str | Path, device: str = "auto") -> ServedModel:
+        """Read the model of a run, or an exported model.
+
+        Args:
+            name: Name of the model in URLs.
+            run: Run directory or model folder.
+            device: Device to compute on.
 
         Raises:
-            transfer.RunError: There is none, or it is damaged.
+            transfer.UserError: There is no model, it is damaged, or the device is not available.
         """
-        return cls(name, read_model(find_model(run)))
+        return cls(name, read_model(find_model(run)), device)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The backbone's."""
+        """The preprocessing of the backbone."""
         return self.loaded.backbone.preprocessing
 
     @property
     def inputs(self) -> dict[str, Preprocessing]:
-        """What reads each input: of most models there is one, called as the backbone's field."""
+        """The preprocessing of each input by name: most models have one input, named like the backbone's field."""
         return dict(self.preprocessing.parts) or {self.loaded.backbone.field: self.preprocessing}
 
     def describe(self) -> dict[str, Any]:
-        """Say what the model takes and gives; JSON alone."""
+        """Return the inputs, target and classes of the model as JSON values."""
         return {
             "name": self.name,
             "inputs": {name: reader.media_type for name, reader in self.inputs.items()},
@@ -71,23 +77,23 @@ class ServedModel:
             "classes": list(self.loaded.data.classes),
         }
 
-    def example(self) -> Answer | None:
-        """Answer the backbone's own example, which also warms the model up; None where it brings none."""
+    def example(self) -> Prediction | None:
+        """Return the prediction for the backbone's own example; None if it has none. This warms the model up."""
         value = self.preprocessing.example()
-        return None if value is None else self._interpret(list(self.preprocessing.encode([value])))[0]
+        return None if value is None else self._predict_encoded(list(self.preprocessing.encode([value])))[0]
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer | Exception]:
-        """Answer some requests together; one that is wrong gets its own error and leaves the others alone."""
-        answers: dict[int, Answer | Exception] = {}
+    def predict(self, requests: Sequence[Request]) -> list[Prediction | Exception]:
+        """Return the prediction for each request, or its own exception if it cannot be answered."""
+        results: dict[int, Prediction | Exception] = {}
         encoded: dict[int, Any] = {}
-        for place, request in enumerate(requests):
+        for index, request in enumerate(requests):
             try:
-                encoded[place] = self._encode(request)
+                encoded[index] = self._encode(request)
             except Exception as error:
-                answers[place] = error
-        for places in self._batches(encoded):
-            answers |= zip(places, self._try([encoded[place] for place in places]), strict=True)
-        return [answers[place] for place in range(len(requests))]
+                results[index] = error
+        for indices in self._batches(encoded):
+            results |= zip(indices, self._predict_or_fail([encoded[index] for index in indices]), strict=True)
+        return [results[index] for index in range(len(requests))]
 
     def _encode(self, request: Request) -> Any:
         values = []
@@ -96,7 +102,7 @@ class ServedModel:
                 values.append(reader.read_bytes(request[name]))
             except (ValueError, OSError) as error:
                 raise RefusedError(f"{name} cannot be read: {error}") from error
-            except DataError as error:  # its place is one of ours, of no use to whoever asks
+            except DataError as error:  # its location is a path of the server, which the client must not see
                 raise RefusedError(f"{name}: " + "; ".join(problem.message for problem in error.problems)) from error
         try:
             return self.preprocessing.encode([tuple(values) if self.preprocessing.parts else values[0]])[0]
@@ -104,30 +110,30 @@ class ServedModel:
             raise RefusedError(f"{' and '.join(self.inputs)} cannot be read: {error}") from error
 
     def _batches(self, encoded: Mapping[int, Any]) -> Iterator[list[int]]:
-        """Yield the places of values of like lengths, the shortest first."""
-        lengths = {place: max(self.preprocessing.length(value), 1) for place, value in encoded.items()}
+        """Yield the indices of values of similar length, the shortest first."""
+        lengths = {index: max(self.preprocessing.length(value), 1) for index, value in encoded.items()}
         batch: list[int] = []
-        for place in sorted(encoded, key=lambda place: lengths[place]):
-            if batch and (len(batch) + 1) * lengths[place] > MAX_STEPS:
+        for index in sorted(encoded, key=lambda index: lengths[index]):
+            # All values of a batch are padded to the length of the last one.
+            if batch and (len(batch) + 1) * lengths[index] > MAX_BATCH_STEPS:
                 yield batch
                 batch = []
-            batch.append(place)
+            batch.append(index)
         if batch:
             yield batch
 
-    def _try(self, encoded: Sequence[Any]) -> list[Answer | Exception]:
+    def _predict_or_fail(self, encoded: Sequence[Any]) -> list[Prediction | Exception]:
+        """Return a prediction or an exception for each value. If a batch fails, each value is tried alone."""
         try:
-            return list(self._interpret(encoded))
+            return list(self._predict_encoded(encoded))
         except Exception as error:
             if len(encoded) == 1:
                 logger.exception("model %s failed", self.name)
                 return [error]
-            return [self._try([one])[0] for one in encoded]  # the fault of one is not that of the others
+            return [self._predict_or_fail([value])[0] for value in encoded]
 
-    def _interpret(self, encoded: Sequence[Any]) -> list[Answer]:
-        inputs = move(self.preprocessing.collate(encoded), self.device)
-        with torch.inference_mode():
-            outputs = self.loaded.model(inputs).cpu()
+    def _predict_encoded(self, encoded: Sequence[Any]) -> list[Prediction]:
+        outputs = outputs_of_encoded(self.loaded, encoded)
         if not bool(torch.isfinite(outputs).all()):
-            raise ValueError("the model's output is not finite")
+            raise ValueError("the outputs of the model are not finite")
         return self.loaded.task.interpret(outputs)

@@ -1,4 +1,4 @@
-"""The server: where it listens, how long it is patient, how it ends."""
+"""The server: its socket, its timeouts, and its shutdown."""
 
 from __future__ import annotations
 
@@ -29,29 +29,32 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    device: str = "auto",
     limits: Limits = LIMITS,
     batching: Batching = BATCHING,
     started: Callable[[str, list[str]], None] = lambda address, names: None,
 ) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; what is under way then is finished.
+    """Serve models over HTTP until SIGTERM or Ctrl-C; requests in progress are finished.
 
     Args:
-        runs: Run directories or model folders, ``NAME=RUN`` or ``RUN`` each.
-        host: The address to listen on.
-        port: 0 takes one that is free.
-        limits: What one request may cost.
-        batching: How requests are put together.
-        started: Is called with the server's address and the names of the models when it listens.
+        runs: Run directories or model folders, each ``RUN`` or ``NAME=RUN``.
+        host: Address to listen on.
+        port: Port to listen on; 0 selects a free one.
+        device: Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
+        limits: Limits on one request.
+        batching: Settings of the batches that requests are collected into.
+        started: Function that is called with the address of the server and the names of the models when it listens.
 
     Raises:
-        UserError: A run is not right, two have one name, or the address cannot be listened on.
-        Interrupted: It was stopped.
+        UserError: A run is invalid, two models have the same name, the device is not available, or the server cannot
+            listen on the address.
+        Interrupted: The server was stopped.
     """
     with Signals():
-        models = [ServedModel.read(name, run) for name, run in name_runs(runs).items()]
+        models = [ServedModel.read(name, run, device) for name, run in name_runs(runs).items()]
         listening = listen(host, port)
         with listening:
-            # A page on another site cannot reach a server on loopback by a name of its own.
+            # On loopback, refuse other host names: a page of another site could resolve its own to this machine.
             hosts = ("localhost", "127.0.0.1", "[::1]", "::1", host) if is_loopback(host) else ("*",)
             app = make_app(models, limits=limits, batching=batching, hosts=hosts)
             bound = listening.getsockname()[1]
@@ -60,7 +63,7 @@ def serve(
 
 
 def make_server(app: FastAPI, limits: Limits) -> uvicorn.Server:
-    """Return a server that closes what takes too long to ask, and ends when what is under way has been answered."""
+    """Return a server that closes slow connections, and finishes requests in progress when it stops."""
     config = uvicorn.Config(
         app,
         http=TimelyProtocol,
@@ -78,21 +81,20 @@ def make_server(app: FastAPI, limits: Limits) -> uvicorn.Server:
 
 
 class TimelyProtocol(H11Protocol):
-    """Closes a connection on which a request does not arrive in time, which uvicorn leaves open.
+    """Closes a connection if the head of a request does not arrive in time; uvicorn would keep it open.
 
-    The time is that for which a connection may be silent between two requests. While the application reads a request's
-    body, the application says how long it waits.
+    The limit is uvicorn's keep-alive timeout. The application limits the time for the body of a request.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
+        """Start the timeout of the first request."""
         super().connection_made(transport)
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """Go on waiting as long as the request is not whole."""
+        """Stop the timeout when the head of the request is complete."""
         super().data_received(data)
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._stop_waiting()
@@ -100,7 +102,7 @@ class TimelyProtocol(H11Protocol):
             self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer."""
+        """Stop the timeout."""
         self._stop_waiting()
         super().connection_lost(exc)
 
@@ -120,10 +122,13 @@ class TimelyProtocol(H11Protocol):
 
 
 def name_runs(runs: Sequence[str]) -> dict[str, str]:
-    """Return each run's path by the name under which it is served: the given one, or that of its folder.
+    """Return the path of each run by the name of its model: the given one, or the name of the folder.
+
+    Args:
+        runs: Run directories, each ``RUN`` or ``NAME=RUN``.
 
     Raises:
-        UserError: A name cannot stand in an address, or two are alike.
+        UserError: A name is not allowed in a URL, or two are equal.
     """
     named: dict[str, str] = {}
     for run in runs:
@@ -131,16 +136,20 @@ def name_runs(runs: Sequence[str]) -> dict[str, str]:
         if not equals or Path(run).exists():
             name, path = Path(run).resolve().name, run
         if not _NAME.fullmatch(name):
-            raise UserError(f"a model cannot be called {name!r}", where=run, fix=f"give it a name: NAME={path}")
+            raise UserError(
+                f"invalid model name {name!r}: expected letters, digits, dots, hyphens and underscores",
+                where=run,
+                fix=f"name it: NAME={path}",
+            )
         if name in named:
             where = f"{named[name]} and {path}"
-            raise UserError(f"two models are called {name!r}", where=where, fix=f"give one a name: NAME={path}")
+            raise UserError(f"two models have the name {name!r}", where=where, fix=f"rename one: NAME={path}")
         named[name] = path
     return named
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether an address can be reached only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -150,15 +159,22 @@ def is_loopback(host: str) -> bool:
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens on an address.
 
+    Args:
+        host: Address to listen on.
+        port: Port to listen on; 0 selects a free one.
+
     Raises:
-        UserError: The address cannot be listened on.
+        UserError: The address or port cannot be used.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS)
-        # Connections inherit it. Without it an answer's body waits 40 ms for the asker to acknowledge its headers.
+        # Connections inherit it. With Nagle's algorithm, the body of a response would wait 40 ms until the client has
+        # acknowledged its headers.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listening
     except (OSError, OverflowError) as error:
-        fix = "choose another --port, or 0 for one that is free"
-        raise UserError(f"cannot listen there: {error}", where=f"{host}:{port}", fix=fix) from error
+        fix = "choose another --port, or 0 for a free one"
+        raise UserError(
+            f"the server cannot listen on this address: {error}", where=f"{host}:{port}", fix=fix
+        ) from error

@@ -1,13 +1,13 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-let models = [], most = {}, model = null;
-let given = {}; // what each input holds: a File, or a function that gives a text
-let asked = 0; // of several questions only the last one's answer is shown
+let models = [], maxBytes = {}, model = null;
+let inputs = {}; // content of each input: a File, or a function that returns a text
+let requests = 0; // number of requests so far: only the prediction of the last one is shown
 
 async function start() {
-  const answer = await fetch("models");
-  ({ models, most_bytes: most } = await answer.json());
+  const response = await fetch("models");
+  ({ models, max_bytes: maxBytes } = await response.json());
   for (const { name } of models) $("model").add(new Option(name, name));
   $("choice").hidden = models.length < 2;
   $("model").onchange = () => show(models[$("model").selectedIndex]);
@@ -16,47 +16,47 @@ async function start() {
 }
 
 function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
+  const created = Object.assign(document.createElement(tag), properties);
+  created.append(...children);
+  return created;
 }
 
 function show(chosen) {
   model = chosen;
-  given = {};
-  asked += 1;
+  inputs = {};
+  requests += 1;
   $("title").textContent = model.name;
-  const kinds = Object.values(model.inputs);
-  $("hint").textContent = kinds.some(isText) ? "or Ctrl + Enter" : "";
-  $("inputs").replaceChildren(...Object.entries(model.inputs).map(([name, kind]) => (isText(kind) ? typed : dropped)(name, kind)));
+  const types = Object.values(model.inputs);
+  $("hint").textContent = types.some(isText) ? "or Ctrl + Enter" : "";
+  $("inputs").replaceChildren(...Object.entries(model.inputs).map(([name, type]) => (isText(type) ? textInput : fileInput)(name, type)));
   reset();
 }
 
-const isText = (kind) => kind.startsWith("text/");
-const named = (name, field) => element("label", { className: "input" }, element("span", { className: "name", textContent: name }), field);
+const isText = (type) => type.startsWith("text/");
+const labeled = (name, field) => element("label", { className: "input" }, element("span", { className: "name", textContent: name }), field);
 
-function typed(name) {
+function textInput(name) {
   const area = element("textarea", { id: `input-${name}`, placeholder: "Type or paste a text", spellcheck: false });
   area.onkeydown = (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) predict(); };
-  given[name] = () => area.value;
-  return named(name, area);
+  inputs[name] = () => area.value;
+  return labeled(name, area);
 }
 
-function dropped(name, kind) {
-  const what = kind.startsWith("image/") ? "picture" : "file";
-  const chooser = element("input", { type: "file", accept: kind, id: `input-${name}` });
-  const said = element("span", { textContent: `Drop a ${what} here, paste one, or click to choose` });
-  const area = element("span", { className: "drop" }, said, chooser);
+function fileInput(name, type) {
+  const noun = type.startsWith("image/") ? "image" : "file";
+  const chooser = element("input", { type: "file", accept: type, id: `input-${name}` });
+  const caption = element("span", { textContent: `Drop or paste ${noun === "image" ? "an" : "a"} ${noun} here, or click to choose one` });
+  const area = element("span", { className: "drop" }, caption, chooser);
   const take = (file) => {
     if (!file) return;
-    given[name] = file;
+    inputs[name] = file;
     area.querySelector("img")?.remove();
-    said.textContent = file.name;
-    if (kind.startsWith("image/")) {
-      const picture = element("img", { alt: "", src: URL.createObjectURL(file) });
-      picture.onload = () => URL.revokeObjectURL(picture.src);
-      picture.onerror = () => { URL.revokeObjectURL(picture.src); picture.remove(); };
-      area.prepend(picture);
+    caption.textContent = file.name;
+    if (type.startsWith("image/")) {
+      const image = element("img", { alt: "", src: URL.createObjectURL(file) });
+      image.onload = () => URL.revokeObjectURL(image.src);
+      image.onerror = () => { URL.revokeObjectURL(image.src); image.remove(); };
+      area.prepend(image);
     }
     if (Object.values(model.inputs).length === 1) predict();
   };
@@ -65,53 +65,53 @@ function dropped(name, kind) {
   area.ondragleave = () => area.classList.remove("over");
   area.ondrop = (event) => { event.preventDefault(); area.classList.remove("over"); take(event.dataTransfer.files[0]); };
   area.take = take;
-  return named(name, area);
+  return labeled(name, area);
 }
 
 document.onpaste = (event) => {
   const area = document.querySelector(".drop");
   if (area && event.clipboardData.files.length) area.take(event.clipboardData.files[0]);
 };
-// A file dropped beside its place must not replace the page.
+// A file that is dropped outside the drop area must not replace the page.
 document.ondragover = document.ondrop = (event) => event.preventDefault();
 
 function reset() {
   $("empty").hidden = false;
-  $("error").hidden = $("answer").hidden = true;
+  $("error").hidden = $("prediction").hidden = true;
 }
 
-function refuse(message) {
+function showError(message) {
   $("error").textContent = message;
   $("error").hidden = false;
-  $("empty").hidden = $("answer").hidden = true;
+  $("empty").hidden = $("prediction").hidden = true;
 }
 
 async function predict() {
   const form = new FormData();
   for (const name of Object.keys(model.inputs)) {
-    const value = typeof given[name] === "function" ? given[name]() : given[name];
-    if (!value || (typeof value === "string" && !value.trim())) return refuse(`Give the ${name} first.`);
-    if (value.size > most.body) return refuse(`${value.name} is too large: ${(most.body / 2 ** 20).toFixed(1)} MiB are the most.`);
+    const value = typeof inputs[name] === "function" ? inputs[name]() : inputs[name];
+    if (!value || (typeof value === "string" && !value.trim())) return showError(`The input ${name} is missing.`);
+    if (value.size > maxBytes.body) return showError(`${value.name} is too large: the limit is ${(maxBytes.body / 2 ** 20).toFixed(1)} MiB.`);
     form.append(name, value);
   }
-  const question = (asked += 1);
-  const began = performance.now();
-  $("ask").disabled = true;
+  const request = (requests += 1);
+  const started = performance.now();
+  $("predict").disabled = true;
   try {
-    const answer = await fetch(`models/${model.name}/predict`, { method: "POST", body: form });
-    const said = await answer.json().catch(() => ({ detail: answer.statusText }));
-    if (question !== asked) return;
-    if (answer.ok) tell(said, performance.now() - began);
-    else refuse(typeof said.detail === "string" ? said.detail : "The request was refused.");
+    const response = await fetch(`models/${model.name}/predict`, { method: "POST", body: form });
+    const content = await response.json().catch(() => ({ detail: response.statusText }));
+    if (request !== requests) return;
+    if (response.ok) showPrediction(content, performance.now() - started);
+    else showError(typeof content.detail === "string" ? content.detail : "The request was refused.");
   } catch {
-    if (question === asked) refuse("The server does not answer.");
+    if (request === requests) showError("The server does not respond.");
   } finally {
-    $("ask").disabled = false;
+    $("predict").disabled = false;
   }
 }
 
-function tell(answer, milliseconds) {
-  const { label, labels, probability, probabilities, ...rest } = answer;
+function showPrediction(prediction, milliseconds) {
+  const { label, labels, probability, probabilities, ...rest } = prediction;
   const chosen = labels ?? (label === undefined ? [] : [label]);
   $("label").replaceChildren(labels && !labels.length ? "no label" : chosen.join(", "));
   if (probability !== undefined) $("label").append(element("small", { textContent: percent(probability) }));
@@ -121,8 +121,8 @@ function tell(answer, milliseconds) {
     element("td", { className: "number", textContent: typeof value === "number" ? value.toPrecision(4) : JSON.stringify(value) })));
   $("bars").replaceChildren(...bars, ...others);
   const shown = Object.keys(probabilities ?? {}).length, all = model.classes.length;
-  $("took").textContent = (shown && shown < all ? `the ${shown} most probable of ${all} classes, ` : "") + `${milliseconds.toFixed(0)} ms`;
-  $("answer").hidden = false;
+  $("note").textContent = (shown && shown < all ? `The ${shown} most probable of ${all} classes; ` : "") + `${milliseconds.toFixed(0)} ms`;
+  $("prediction").hidden = false;
   $("empty").hidden = $("error").hidden = true;
 }
 
@@ -130,9 +130,9 @@ const percent = (p) => `${(100 * p).toFixed(1)} %`;
 
 function bar(name, p, chosen) {
   const filled = element("span");
-  filled.style.width = percent(p).replace(" ", ""); // by script: the page's policy allows no style attribute
+  filled.style.width = percent(p).replace(" ", ""); // set by script: the content security policy forbids style attributes
   return element("tr", { className: chosen ? "chosen" : "" }, element("th", { scope: "row", textContent: name }),
     element("td", {}, element("meter-bar", {}, filled)), element("td", { className: "number", textContent: percent(p) }));
 }
 
-start().catch(() => refuse("The server does not answer."));
+start().catch(() => showError("The server does not respond."));
