@@ -118,7 +118,7 @@ def test_features_of_all_parts_are_cached(fused, tmp_path):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"left": {"name": "dense"}, "right": {"name": "steps"}}, "gives a sequence"),
+        ({"left": {"name": "dense"}, "right": {"name": "steps"}}, "returns a sequence: expected a vector"),
         ({"left": {"name": "dense"}, "right": {"name": "fusion", "parts": PARTS}}, "is itself a fusion"),
         ({"left": {"name": "dense"}, "a b": {"name": "other"}}, "cannot be called 'a b'"),
         ({"left": {"name": "dense"}, "right": {"name": "other", "widht": 3}}, "widht"),

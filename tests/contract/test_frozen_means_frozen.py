@@ -9,7 +9,7 @@ from transfer import ConfigError
 from transfer.config.train_settings import Parameters, Until
 from transfer.models.model import BATCH_NORM
 from transfer.testing import Case
-from transfer.testing.freezing import boundaries, built, of, train
+from transfer.testing.freezing import boundaries, built, in_stage, train
 from transfer.training.freezing import prefix_length, resolve
 
 every = pytest.mark.parametrize("case", trained())
@@ -20,7 +20,7 @@ WITH_BATCH_NORM = [parameter for parameter in trained() if name_of(parameter.val
 def test_batch_norm_of_other_stages_follows_the_data(case: Case) -> None:
     for run, _, others in boundaries(case):
         for stage in others:
-            statistics = {n for n in of(stage, run.before) if n.endswith(("running_mean", "running_var"))}
+            statistics = {n for n in in_stage(stage, run.before) if n.endswith(("running_mean", "running_var"))}
             assert statistics <= run.changed, run.until
 
 
@@ -43,8 +43,8 @@ def test_a_list_freezes_its_stages_alone(case: Case) -> None:
     chosen = tuple(with_parameters[-1:])
     run = train(case, chosen)
     parameters = dict(model.named_parameters())
-    assert run.changed & parameters.keys() == parameters.keys() - of(chosen[0], parameters)
-    assert not of(chosen[0], run.changed)
+    assert run.changed & parameters.keys() == parameters.keys() - in_stage(chosen[0], parameters)
+    assert not in_stage(chosen[0], run.changed)
 
 
 @every
@@ -69,7 +69,7 @@ def test_batch_norm_train_moves_running_statistics_and_nothing_else_that_is_froz
         expected = {
             f"{name}.{buffer}" for name in inside for buffer in ("running_mean", "running_var", "num_batches_tracked")
         }
-        assert {name for stage in frozen for name in of(stage, run.changed)} == expected, until
+        assert {name for stage in frozen for name in in_stage(stage, run.changed)} == expected, until
         assert {name for name in run.in_training_mode if name.split(".")[0] in frozen} == inside
         assert not run.prefix_has_graph
         assert run.with_gradient == {name for name, _ in model.named_parameters() if name.split(".")[0] not in frozen}

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Dense, MeanOfSteps, PointPreprocessing, Points, Steps
+from PIL import Image
 from torch import Tensor, nn
 
 from transfer import Data, FeatureSpec, Head, PluginError, PrimaryMetric, Split, register
 from transfer.builtin.tasks import Classification
 from transfer.registry.entry_points import IN_PROCESS
 from transfer.testing import Case, ContractError, contracts, contracts_of
+from transfer.testing.values import variants
 
 POINTS = [[float(i), 1.0, -2.0, 0.5 * i] for i in range(4)]
 
@@ -51,7 +53,7 @@ def test_what_keeps_its_contracts_passes() -> None:
     assert str(checked[-1]).startswith("head-mean_of_steps-")
 
 
-def test_a_failure_says_what_was_promised_what_was_found_and_where_it_is_written() -> None:
+def test_failure_names_promise_deviation_and_docstring() -> None:
     class Narrow(Dense):
         """It says eight and gives four."""
 
@@ -62,10 +64,10 @@ def test_a_failure_says_what_was_promised_what_was_found_and_where_it_is_written
     message = broken("backbone", Narrow, width=4)["features are as declared"]
     first, promised, found, written = message.splitlines()
     assert first == "backbone-broken[width=4] breaks the contract 'features are as declared'"
-    assert promised.startswith("  promised: The last stage returns what ``features`` says")
+    assert promised.startswith("  promised: The last stage returns finite features as ``features`` declares")
     assert found == (
-        "  found: features says FeatureSpec(layout='vector', size=8), and forward returns (4, 4) of torch.float32, "
-        "where (B, D) is (4, 8)"
+        "  found: forward returns (4, 4) of torch.float32 for FeatureSpec(layout='vector', size=8): "
+        "expected (B, D) = (4, 8) of torch.float32"
     )
     assert written.startswith("  written: transfer.interfaces.FeatureSpec (")
     assert "interfaces/backbone.py:" in written
@@ -165,6 +167,13 @@ class Lying(PointPreprocessing):
         return encoded
 
 
+class InPlace(PointPreprocessing):
+    """It augments the encoded value itself."""
+
+    def augment(self, encoded: Any) -> Any:
+        return encoded.add_(torch.rand(4))
+
+
 def with_preprocessing(cls: type) -> type:
     return type("Other", (Preprocessed,), {"made": cls, "__doc__": "Another preprocessing."})
 
@@ -172,20 +181,124 @@ def with_preprocessing(cls: type) -> type:
 @pytest.mark.parametrize(
     ("cls", "contract", "found"),
     [
-        (Outside, "stages cover every parameter and buffer once", "outside the stages: scale"),
-        (Drifting, "frozen parameters and buffers are bit identical", "these changed: first.seen"),
-        (Idle, "gradients are finite", "takes no part in the output"),
-        (Together, "examples do not depend on their batch", "alone and in a batch"),
-        (HiddenState, "the state dict makes another one the same", "neither parameter nor buffer"),
+        (Outside, "stages cover every parameter and buffer once", "outside of the stages: scale"),
+        (
+            Drifting,
+            "frozen parameters and buffers are bit identical",
+            "these change although frozen until 'first': first.seen",
+        ),
+        (Idle, "gradients are finite", "has no gradient"),
+        (Together, "examples do not depend on their batch", "other examples in the batch change the features"),
+        (HiddenState, "the state dict restores the backbone", "neither parameter nor buffer"),
         (with_preprocessing(Unpicklable), "preprocessing survives pickling", "pickle"),
         (with_preprocessing(Noisy), "preprocessing is deterministic", "another batch"),
         (with_preprocessing(Lying), "the same seed gives the same augmentation", "augments should be False"),
+        (with_preprocessing(InPlace), "augmentation does not change its argument", "return a new one"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_a_broken_backbone_is_found(cls: type, contract: str, found: str) -> None:
     wrong = broken("backbone", cls)
     assert found in wrong[contract]
+
+
+def test_equal_values_are_refused() -> None:
+    register("backbone", "broken")(Dense)
+    wrong = failures(Case("backbone", "broken", values=[[1.0, 2.0, 3.0, 4.0]] * 4))
+    message = wrong["examples do not depend on their batch"]
+    assert "the raw values 0 and 1, 0 and 2, 0 and 3, 1 and 2, 1 and 3, 2 and 3 are the same input" in message
+
+
+def test_values_that_the_kit_cannot_make_are_asked_for() -> None:
+    class Record(PointPreprocessing):
+        def example(self) -> Any:
+            return {"first": 1, "second": "a"}
+
+    register("backbone", "broken")(with_preprocessing(Record))
+    wrong = failures(Case("backbone", "broken"))
+    assert "give 4 different ones, contracts(values={'broken': [...]})" in wrong["stages chain"]
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        [0.0, 0.0, 0.0],
+        (1.0, -2.0),
+        np.zeros((2, 3)),
+        np.zeros((4, 5, 6), np.uint8),
+        torch.ones(3),
+        Image.new("L", (4, 5)),
+        ([0.5, 1.5], np.ones(2, np.float32)),
+    ],
+    ids=lambda example: type(example).__name__,
+)
+def test_variants_of_an_example_differ_and_keep_its_type(example: Any) -> None:
+    made = variants(example)
+    assert made is not None
+    assert len(made) == 4
+    assert {type(value) for value in made} == {type(example)}
+    assert len({repr(np.asarray(value).tolist()) for value in made}) == 4
+
+
+@pytest.mark.parametrize("example", ["a path", [1, 2], {"a": 1.0}, ([1], [0.5]), None])
+def test_no_variants_are_made_of_values_without_a_range(example: Any) -> None:
+    assert variants(example) is None
+
+
+class Positional(Dense):
+    """A star is missing.
+
+    Args:
+        width: Units of each stage.
+    """
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width=width)
+
+
+class Gathered(Dense):
+    """Options are gathered.
+
+    Args:
+        width: Units of each stage.
+    """
+
+    def __init__(self, *, width: int = 8, **options: float) -> None:
+        super().__init__(width=width, **options)
+
+
+class PositionalHead(MeanOfSteps):
+    """A star is missing."""
+
+    def __init__(self, features: FeatureSpec, out_features: int, bias: bool = True) -> None:
+        super().__init__(features, out_features)
+
+
+class WithVocabulary(Dense):
+    """A parameter for ``from_assets`` only."""
+
+    def __init__(self, vocabulary: object = None, *, width: int = 8) -> None:
+        super().__init__(width=width)
+
+    @classmethod
+    def from_assets(cls, assets: Any, **options: Any) -> Any:
+        return cls(assets, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls", "message"),
+    [
+        ("backbone", Positional, "a config cannot set width: write def __init__(self, *, ...)"),
+        ("backbone", Gathered, "a config cannot set the options in **options: write one parameter per option"),
+        ("head", PositionalHead, "cannot set bias: write def __init__(self, features, out_features, *, ...)"),
+    ],
+)
+def test_options_that_a_config_cannot_set_are_found(kind: str, cls: type, message: str) -> None:
+    assert message in broken(kind, cls)["options are keyword only"]
+
+
+def test_parameter_for_a_vocabulary_is_no_option() -> None:
+    assert "options are keyword only" not in broken("backbone", WithVocabulary)
 
 
 def test_two_stages_that_share_a_parameter_are_found() -> None:
@@ -244,9 +357,9 @@ class Matrix(TwoDimensional):
     ("cls", "contract", "found"),
     [
         (Undescribed, "the schema is complete", "describes size, rate"),
-        (Documented, "the schema is complete", "the default of rate, 'fast', is none of its values"),
-        (Padded, "padding and other examples do not count", "at the padding"),
-        (TwoDimensional, "outputs have the tasks size", "(4, 2) of torch.float32, where (4, 1)"),
+        (Documented, "the schema is complete", "the default of rate is invalid, 'fast'"),
+        (Padded, "padding and other examples do not count", "the values at the padding change the outputs"),
+        (TwoDimensional, "outputs have the tasks size", "(4, 2) of torch.float32 for a vector: expected (4, 1)"),
         (Matrix, "outputs have the tasks size", "layouts is frozenset({'matrix'})"),
     ],
 )
@@ -277,9 +390,9 @@ class Tensors(Classification):
 @pytest.mark.parametrize(
     ("cls", "contract", "found"),
     [
-        (Mean, "the loss is one finite number per example", "loss returns (), where (4,) belongs: take no mean"),
-        (Unnamed, "the primary metric is one of the metrics", "is 'recall', and metrics are accuracy, f1_macro"),
-        (Tensors, "predictions are read as json", "Tensor is not JSON serializable"),
+        (Mean, "the loss is one finite number per example", "loss returns (): expected (4,), without a mean"),
+        (Unnamed, "the primary metric is one of the metrics", "is 'recall': expected one of accuracy, f1_macro"),
+        (Tensors, "predictions are json", "Tensor is not JSON serializable"),
     ],
 )
 def test_a_broken_task_is_found(cls: type, contract: str, found: str) -> None:
@@ -314,9 +427,9 @@ class Floats(Points):
 @pytest.mark.parametrize(
     ("cls", "contract", "found"),
     [
-        (Unseeded, "loading again gives the same", "the field 'point' of the train split differs"),
-        (Beyond, "splits hold what they should", "expected a class index below 2"),
-        (Floats, "splits hold what they should", "expected integers (N,) for classes"),
+        (Unseeded, "loading is deterministic", "the field 'point' of the train split differs"),
+        (Beyond, "splits are complete and have typed targets", "from 1 to 2: expected 0 to 1"),
+        (Floats, "splits are complete and have typed targets", "float32 (120,): expected int64 (N,)"),
     ],
 )
 def test_a_broken_dataset_is_found(cls: type, contract: str, found: str) -> None:
@@ -338,12 +451,12 @@ def test_an_error_of_the_plugin_keeps_its_traceback() -> None:
 
 def test_data_that_is_not_here_is_skipped(tmp_path: Path) -> None:
     case = Case("dataset", "text_csv", {"train": str(tmp_path / "nowhere.csv")})
-    with pytest.raises(unittest.SkipTest, match=r"its data is not here: .*nowhere\.csv"):
+    with pytest.raises(unittest.SkipTest, match=r"its data is missing: .*nowhere\.csv"):
         next(c for c in contracts_of(case) if c.cost == "data").check()
 
 
 def test_a_name_that_is_no_plugin_of_the_distribution_is_refused() -> None:
-    with pytest.raises(PluginError, match="transferkit has no plugin called 'textcn'") as caught:
+    with pytest.raises(PluginError, match="unknown plugin of transferkit 'textcn'") as caught:
         contracts("transferkit", {"textcn": {}})
     assert caught.value.problems[0].fix == "did you mean 'textcnn'?"
 

@@ -1,4 +1,4 @@
-"""Several backbones side by side, each over a field of its own, as one chain of stages."""
+"""Fusion of several backbones, each with its own input field, as one chain of stages."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _JOIN = "join"
 
 
 class Fusion(Backbone):
-    """Several backbones, each over its own field of an example; their features are concatenated or gated.
+    """Several backbones, each with its own field of an example; their features are concatenated or gated.
 
-    The stages of a part go by its name: ``image.layer4``; ``image`` stands for all of them. Gates are those of the
-    gated multimodal unit (Arevalo et al. 2017): every part is projected to the same size, and how much of each goes
-    through is decided for each feature and example.
+    The stages of a part have its name as a prefix: ``image.layer4``. ``image`` means all stages of that part. The gates
+    are those of the gated multimodal unit (Arevalo et al. 2017, https://arxiv.org/abs/1702.01992): every part is
+    projected to the same size, and a softmax over the parts weights each feature of each example.
 
     Args:
-        parts: A backbone's block by the name of each part.
-        join: Concatenate the features, or weigh them by gates.
-        size: Features that leave the gates.
+        parts: Config block of the backbone of each part, by name.
+        join: Whether the features are concatenated or weighted by gates.
+        size: Number of features after the gates.
     """
 
     def __init__(
@@ -44,18 +44,18 @@ class Fusion(Backbone):
         vectors = {name: part.features.size for name, part in parts.items() if part.features.layout == "vector"}
         if others := sorted(parts.keys() - vectors.keys()):
             raise ConfigError(
-                f"the part {others[0]!r} of a fusion gives a sequence, and only vectors can be process_group",
-                fix="choose a readout of that backbone which gives a vector",
+                f"the part {others[0]!r} of a fusion returns a sequence: expected a vector",
+                fix="choose a readout of that backbone that returns a vector",
             )
         stages: dict[str, nn.Module] = {
-            f"{name}.{stage}": _Beside(place, module)
-            for place, (name, part) in enumerate(parts.items())
+            f"{name}.{stage}": _BranchStage(index, module)
+            for index, (name, part) in enumerate(parts.items())
             for stage, module in zip(part.stage_names, part.stages, strict=True)
         }
         sizes = list(vectors.values())
         stages[_JOIN] = _Gates(sizes, size) if join == "gate" else _Concatenation()
         super().__init__(stages)
-        self._parts = tuple(parts.items())  # a tuple, which nn.Module does not register: their stages are ours
+        self._parts = tuple(parts.items())  # a tuple, because nn.Module would register the stages a second time
         self._size = size if join == "gate" else sum(sizes)
 
     @property
@@ -65,35 +65,37 @@ class Fusion(Backbone):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of all parts, in their order."""
+        """The fields of all parts, in order."""
         return tuple(part.fields[0] for part in self.parts.values())
 
     @property
     def features(self) -> FeatureSpec:
-        """The parts' features side by side, or what the gates let through: a vector."""
+        """A vector: the concatenated features, or the output of the gates."""
         return FeatureSpec("vector", self._size)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Each part's own, side by side."""
-        return _SideBySide({name: part.preprocessing for name, part in self.parts.items()})
+        """The preprocessing of all parts."""
+        return _FusionPreprocessing({name: part.preprocessing for name, part in self.parts.items()})
 
     @classmethod
     def from_data(cls, values: Sequence[Any], **options: Any) -> Self:
-        """Let every part see its column of the training split."""
+        """Build every part from its column of the training split."""
         blocks = _blocks(options["parts"])
-        # Pictures need not be read for a vocabulary to be made.
+        # Take the column without reading it: a vocabulary does not need the images of the other part.
         columns = values.columns if isinstance(values, Columns) else list(zip(*values, strict=True))
         parts = zip(blocks.items(), columns, strict=True)
         return cls._of({name: b.cls.from_data(column, **b.options) for (name, b), column in parts}, options)
 
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
-        """Give every part what it had learned from the training split."""
+        """Build every part from its own assets."""
         parts = {}
         for name, block in _blocks(options["parts"]).items():
-            own = {key.removeprefix(f"{name}."): text for key, text in assets.items() if key.startswith(f"{name}.")}
-            parts[name] = block.cls.from_assets(own, **block.options)
+            part_assets = {
+                key.removeprefix(f"{name}."): text for key, text in assets.items() if key.startswith(f"{name}.")
+            }
+            parts[name] = block.cls.from_assets(part_assets, **block.options)
         return cls._of(parts, options)
 
     @classmethod
@@ -103,12 +105,12 @@ class Fusion(Backbone):
         return fusion
 
     def assets(self) -> Mapping[str, str]:
-        """Return what each part learned from the training split, as ``PART.FILE``."""
+        """Return the assets of every part, under ``PART.FILE``."""
         return {f"{name}.{key}": text for name, part in self.parts.items() for key, text in part.assets().items()}
 
     @classmethod
     def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Change the options of every part."""
+        """Return the options of every part that change for random initialization."""
         blocks = _blocks(options["parts"])
         return {
             "parts": {
@@ -118,7 +120,7 @@ class Fusion(Backbone):
         }
 
     def load_pretrained(self) -> Mapping[str, Any]:
-        """Read the pretrained weights of every part."""
+        """Load the pretrained weights of every part."""
         return {name: read for name, part in self.parts.items() if (read := dict(part.load_pretrained()))}
 
 
@@ -133,30 +135,38 @@ def _blocks(parts: Mapping[str, dict[str, Any]]) -> dict[str, Component]:
     return blocks
 
 
-class _Beside(nn.Sequential):
-    """A stage of one part, which leaves the values of the others as they are."""
+class _BranchStage(nn.Sequential):
+    """A stage of one branch: it transforms the value of that branch and passes on the others.
 
-    def __init__(self, place: int, stage: nn.Module) -> None:
+    Between the stages of a fusion passes a tuple with one value per branch. Stages of different branches run one after
+    the other, so that freezing and the feature cache can treat the fusion as a chain.
+
+    Args:
+        index: Index of the branch's value in the tuple.
+        stage: Stage of the backbone of that branch.
+    """
+
+    def __init__(self, index: int, stage: nn.Module) -> None:
         super().__init__(stage)
-        self.place = place
+        self.index = index
 
     @property
     def recompute(self) -> bool:
         return bool(getattr(self[0], "recompute", False))
 
     def forward(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*values[: self.place], self[0](values[self.place]), *values[self.place + 1 :])
+        return (*values[: self.index], self[0](values[self.index]), *values[self.index + 1 :])
 
 
 class _Concatenation(nn.Module):
-    """Features (B, D1), (B, D2), ... to (B, D1 + D2 + ...)."""
+    """Concatenation of features (B, D1), (B, D2), ... to (B, D1 + D2 + ...)."""
 
     def forward(self, features: tuple[Tensor, ...]) -> Tensor:
         return torch.cat(features, dim=1)
 
 
 class _Gates(nn.Module):
-    """Features (B, D1), (B, D2), ... to (B, size), by the gated multimodal unit."""
+    """Gated multimodal unit: features (B, D1), (B, D2), ... to (B, size)."""
 
     def __init__(self, sizes: Sequence[int], size: int) -> None:
         super().__init__()
@@ -170,37 +180,37 @@ class _Gates(nn.Module):
         return fused
 
 
-class _SideBySide(Preprocessing):
-    """The preprocessing of several parts; a raw value is a tuple with one of each."""
+class _FusionPreprocessing(Preprocessing):
+    """Preprocessing of several parts; a raw value is a tuple with one value per part."""
 
     def __init__(self, parts: Mapping[str, Preprocessing]) -> None:
         self.parts: Mapping[str, Preprocessing] = dict(parts)
 
     def encode(self, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """Encode each part's values."""
+        """Encode the values of each part."""
         columns = zip(*values, strict=True)
         return list(zip(*(p.encode(c) for p, c in zip(self.parts.values(), columns, strict=True)), strict=True))
 
     def augment(self, encoded: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Augment each part's value where that part does."""
+        """Augment the values of the parts that have an augmentation."""
         parts = zip(self.parts.values(), encoded, strict=True)
         return tuple(part.augment(value) if part.augments else value for part, value in parts)
 
     @property
     def augments(self) -> bool:
-        """Whether one of them does."""
+        """Whether a part has an augmentation."""
         return any(part.augments for part in self.parts.values())
 
     def collate(self, encoded: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-        """Return the input of each part."""
+        """Return a tuple with the input of each part."""
         return tuple(p.collate(c) for p, c in zip(self.parts.values(), zip(*encoded, strict=True), strict=True))
 
     def length(self, encoded: tuple[Any, ...]) -> int:
-        """Return the longest of the parts."""
+        """Return the length of the longest part."""
         return max(part.length(value) for part, value in zip(self.parts.values(), encoded, strict=True))
 
     def read(self, source: str) -> tuple[Any, ...]:
-        """Read a JSON object with a source for each part: ``{"image": "a.jpg", "text": "a dog"}``."""
+        """Read a JSON object with one source per part: ``{"image": "a.jpg", "text": "a dog"}``."""
         names = list(self.parts)
         fix = f"write a JSON object with {' and '.join(names)}"
         try:
@@ -208,11 +218,11 @@ class _SideBySide(Preprocessing):
         except ValueError as error:
             raise DataError(f"{source!r} is no JSON object", fix=fix) from error
         if not isinstance(sources, dict) or sorted(sources) != sorted(names):
-            raise DataError(f"{source!r} does not say what each part of the fusion gets", available=names, fix=fix)
+            raise DataError(f"{source!r} has not exactly one source for each part", available=names, fix=fix)
         return tuple(part.read(str(sources[name])) for name, part in self.parts.items())
 
     def example(self) -> tuple[Any, ...] | None:
-        """Return an example of each part; None where one of them has none."""
+        """Return a tuple with an example of each part; None if a part has none."""
         examples = tuple(part.example() for part in self.parts.values())
         return None if any(example is None for example in examples) else examples
 

@@ -1,4 +1,4 @@
-"""The heads that need no modality."""
+"""Heads for features of any modality."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Linear(Head):
     """One linear layer over a feature vector, (B, D) -> (B, out_features).
 
     Args:
-        dropout: Share of the features that is dropped in training.
+        dropout: Fraction of the features that is zeroed in training.
     """
 
     def __init__(self, features: FeatureSpec, out_features: int, *, dropout: Dropout = 0.0) -> None:
@@ -30,7 +30,7 @@ class Linear(Head):
         return self.output(self.dropout(features))  # type: ignore[no-any-return]
 
     def as_linear(self) -> nn.Linear:
-        """Return the layer: dropout acts in training alone."""
+        """Return the layer itself; dropout only acts in training."""
         return self.output
 
 
@@ -39,7 +39,7 @@ class MLP(Head):
 
     Args:
         hidden: Width of each hidden layer.
-        dropout: Share of each layer's input that is dropped in training.
+        dropout: Fraction of each layer's input that is zeroed in training.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class MLP(Head):
 
 
 class Attention(Head):
-    """A learned weighted mean of a sequence's steps, then one linear layer, (B, T, D) -> (B, out_features).
+    """A learned weighted mean over the steps of a sequence, then one linear layer, (B, T, D) -> (B, out_features).
 
     The weight of a step h is the softmax over the real steps of u . tanh(W h + b): additive attention (Bahdanau et al.
     2015, https://arxiv.org/abs/1409.0473) with a learned query u (Yang et al. 2016, https://aclanthology.org/N16-1174).
 
     Args:
-        hidden: Width of the layer that scores a step; null: that of the features.
-        dropout: Share of the weighted mean that is dropped in training.
+        hidden: Width of the layer that scores a step; null: the size of the features.
+        dropout: Fraction of the weighted mean that is zeroed in training.
     """
 
     layouts: ClassVar[frozenset[Layout]] = frozenset({"sequence"})
@@ -99,7 +99,7 @@ class Attention(Head):
         return self.output(self.dropout(mean))  # type: ignore[no-any-return]
 
     def weights(self, features: tuple[Tensor, Tensor]) -> Tensor:
-        """Return how much each step counts, float (B, T): 0 at padding, 1 in sum."""
+        """Return the weight of each step, float (B, T): 0 at padding, and 1 in total."""
         steps, mask = features
         scores: Tensor = self.query(torch.tanh(self.projection(steps))).squeeze(2)
         return scores.masked_fill(~mask, -torch.inf).softmax(1)

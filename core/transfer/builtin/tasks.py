@@ -1,4 +1,4 @@
-"""The tasks that need no modality."""
+"""Tasks for targets of any modality."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ MAX_CLASSES_SHOWN = 5
 
 
 class MeanOf(MeanMetric):
-    """A metric that is the mean of a function, for tasks of one's own.
+    """A metric that is the mean of a function, for custom tasks.
 
     Args:
-        function: Returns a float tensor of (predictions, targets), of any shape: the mean of all its numbers is taken.
+        function: Function of (predictions, targets) that returns a float tensor of any shape; the metric is the mean
+            over all its elements in all batches.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -37,17 +38,17 @@ class MeanOf(MeanMetric):
         self._function = function
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]  # as the engine calls it
-        """See a batch."""
+        """Add a batch."""
         super().update(self._function(predictions, targets))
 
 
 class Classification(Task):
-    """One class per example: softmax cross-entropy; accuracy picks the best epoch.
+    """Classification with one class per example: softmax cross-entropy; accuracy selects the best epoch.
 
     Args:
-        label_smoothing: Share of the target that is spread over all classes (Szegedy et al. 2016).
-        class_weights: What an example of a class counts in the loss: a number for each class by name, or "balanced"
-            for weights inverse to the class's frequency in the training split, with a mean of 1 over its examples.
+        label_smoothing: Fraction of the target that is distributed over all classes (Szegedy et al. 2016).
+        class_weights: Weight of each class in the loss: a number by class name, or "balanced" for weights inverse to
+            the class's frequency in the training split, with a mean of 1 over its examples.
     """
 
     targets: ClassVar[frozenset[TargetKind]] = frozenset({"class"})
@@ -68,27 +69,27 @@ class Classification(Task):
         if isinstance(class_weights, dict):
             if self.classes and set(class_weights) != set(self.classes):
                 raise ConfigError(
-                    f"class_weights names {sorted(class_weights)}, and the classes are {sorted(self.classes)}",
+                    f"class_weights names other classes: expected {sorted(self.classes)}, got {sorted(class_weights)}",
                     available=self.classes,
                     fix="give a weight for every class",
                 )
             self.weights = torch.tensor([class_weights[name] for name in self.classes or class_weights])
 
     def prepare(self, targets: npt.NDArray[Any]) -> None:
-        """Count the classes of the training split, for balanced weights."""
+        """Compute balanced weights from the classes of the training split."""
         if self.balanced:
             counts = np.bincount(targets, minlength=self.out_features)
-            # A class that the training split lacks gets no weight: it cannot occur in the loss.
+            # A class without training examples has no weight: it does not occur in the loss.
             weights = np.where(counts > 0, len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0.0)
             self.weights = torch.tensor(weights, dtype=torch.float32)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return (B,) cross-entropy in nats, times the class's weight, of logits (B, C) and int64 targets (B,)."""
+        """Return the cross-entropy in nats, float (B,) of logits (B, C) and int64 targets (B,), weighted by class."""
         losses = F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing, reduction="none")
         return losses if self.weights is None else losses * self.weights.to(outputs.device)[targets]
 
     def metrics(self) -> Mapping[str, Metric]:
-        """Accuracy over examples, and the unweighted mean of the classes' F1."""
+        """Return accuracy over examples, and the unweighted mean of the classes' F1."""
         classes = self.out_features
         return {
             "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
@@ -96,7 +97,7 @@ class Classification(Task):
         }
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """Return int64 (B,) most probable classes."""
+        """Return the most probable classes, int64 (B,)."""
         return outputs.argmax(dim=1)
 
     def scores(self, outputs: Tensor) -> Tensor:
@@ -104,11 +105,11 @@ class Classification(Task):
         return outputs.float().softmax(dim=1)
 
     def explained_output(self, scores: Tensor) -> int:
-        """Return the most probable class."""
+        """Return the index of the most probable class."""
         return int(scores.argmax())
 
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """Name the most probable class of each row, with its probability and that of the nearest others."""
+        """Return the most probable class of each row, and the probabilities of the top classes."""
         rows = []
         for row in self.scores(outputs).tolist():
             ranked = sorted(zip(row, self.classes, strict=True), reverse=True)
@@ -123,10 +124,10 @@ class Classification(Task):
 
 
 class MultiLabel(Task):
-    """Any number of labels per example: sigmoid cross-entropy, mean over labels; macro F1 picks the best epoch.
+    """Multi-label classification: sigmoid cross-entropy, averaged over labels; macro F1 selects the best epoch.
 
     Args:
-        threshold: Probability from which a label counts as predicted.
+        threshold: Minimum probability of a predicted label.
     """
 
     targets: ClassVar[frozenset[TargetKind]] = frozenset({"labels"})
@@ -138,11 +139,11 @@ class MultiLabel(Task):
         self.threshold = threshold
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return (B,) mean binary cross-entropy in nats of logits (B, C) and float targets (B, C) of zeros and ones."""
+        """Return the mean binary cross-entropy in nats, float (B,), of logits (B, C) and targets (B, C)."""
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none").mean(dim=1)
 
     def metrics(self) -> Mapping[str, Metric]:
-        """Mean F1 and mean accuracy over the labels."""
+        """Return mean F1 and mean accuracy over the labels."""
         count, threshold = self.out_features, self.threshold
         return {
             "f1_macro": MultilabelF1Score(count, threshold=threshold, average="macro", validate_args=False),
@@ -150,7 +151,7 @@ class MultiLabel(Task):
         }
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """Return float (B, C) probabilities."""
+        """Return the probabilities, float (B, C)."""
         return outputs.sigmoid()
 
     def scores(self, outputs: Tensor) -> Tensor:
@@ -158,11 +159,11 @@ class MultiLabel(Task):
         return outputs.float().sigmoid()
 
     def explained_output(self, scores: Tensor) -> int:
-        """Return the most probable label."""
+        """Return the index of the most probable label."""
         return int(scores.argmax())
 
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """List the labels at or over the threshold, and every label's probability."""
+        """Return the labels with at least the threshold's probability, and the probability of every label."""
         rows = []
         for row in self.scores(outputs).tolist():
             probabilities = dict(zip(self.classes, row, strict=True))
@@ -172,10 +173,10 @@ class MultiLabel(Task):
 
 
 class Regression(Task):
-    """One or more numbers per example; mean absolute error picks the best epoch.
+    """Regression of one or more numbers per example; mean absolute error selects the best epoch.
 
     Args:
-        loss: Squared error, absolute error, or Huber's (1964) between the two.
+        loss: Squared error, absolute error, or Huber's (1964), which is squared near zero and absolute beyond it.
     """
 
     targets: ClassVar[frozenset[TargetKind]] = frozenset({"number"})
@@ -192,15 +193,15 @@ class Regression(Task):
         self.kind = loss
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return (B,) error, mean over the numbers, of outputs and float targets (B, C)."""
+        """Return the error, averaged over the numbers, float (B,), of outputs and targets (B, C)."""
         functions: dict[str, Callable[..., Tensor]]
         functions = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
         return functions[self.kind](outputs, targets.to(outputs.dtype), reduction="none").mean(dim=1)
 
     def metrics(self) -> Mapping[str, Metric]:
-        """Mean absolute and mean squared error, in the targets' own units and their square."""
+        """Return mean absolute and mean squared error, in the units of the targets and their square."""
         return {"mean_absolute_error": MeanAbsoluteError(), "mean_squared_error": MeanSquaredError()}
 
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """Name the numbers."""
+        """Return the predicted numbers by name."""
         return [dict(zip(self.names, row, strict=True)) for row in outputs.float().tolist()]

@@ -1,6 +1,6 @@
-"""The conformance kit: every contract of every plugin of a package, as tests.
+"""The conformance kit: the contracts of every plugin of a package, as tests.
 
-A plugin author's whole test file, run with pytest::
+A plugin author's complete test file, for pytest::
 
     import pytest
     from transfer.testing import contracts
@@ -11,8 +11,8 @@ A plugin author's whole test file, run with pytest::
     def test_contract(contract):
         contract.check()
 
-A failure names the plugin, the contract, what was found, and where the contract is written. The kit itself needs no
-pytest: ``transfer plugins --check`` runs its quick part over everything that is installed.
+A failure names the plugin, the contract, the deviation, and the docstring that states the contract. The kit itself
+does not need pytest: ``transfer plugins --check`` runs its quick contracts for all installed plugins.
 """
 
 from transfer.testing.cases import Case, Contract, ContractError

@@ -1,4 +1,4 @@
-"""What is tested (a plugin with options), and what a contract is."""
+"""Test cases (a plugin with options) and contracts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from PIL import Image
-
 from transfer.config.check import load_component
 from transfer.config.component import Component
 from transfer.registry.entry_points import Kind
 
 Cost = Literal["quick", "weights", "training", "data"]
-"""quick: nothing is loaded, the meta device at most. weights: the model is built. training: steps. data: it is read."""
+"""quick: at most the meta device. weights: the model is built. training: a few steps. data: the data is read."""
 
 BATCH = 4
 TEXTS = (
@@ -32,14 +29,14 @@ TEXTS = (
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A plugin with options: what a contract is checked on.
+    """A plugin with options, on which contracts are checked.
 
     Args:
-        kind: Its kind.
-        name: What a config calls it, ``distribution:name`` or ``name``.
-        options: Its options, as a config would write them: small ones, so that its tests are fast.
-        values: For a backbone, four or more raw values of its field which differ; by default texts, pictures, or the
-            preprocessing's own example.
+        kind: Kind of the plugin.
+        name: Name of the plugin in a config, ``distribution:name`` or ``name``.
+        options: Options of the plugin in a config. Small values keep the tests fast.
+        values: Four or more different raw values of a backbone's field; None: texts, images, or variants of the
+                preprocessing's example.
     """
 
     kind: Kind
@@ -55,7 +52,7 @@ class Case:
         """Import the plugin and check the options.
 
         Raises:
-            PluginError, ConfigError: As for a config.
+            PluginError, ConfigError: The plugin cannot be loaded, or an option is wrong.
         """
         return load_component(self.kind, {"name": self.name, **self.options}, f"options of {self.kind} {self.name!r}")
 
@@ -66,31 +63,31 @@ def _short(value: Any) -> str:
 
 
 class ContractError(AssertionError):
-    """A plugin does not keep a contract; the message says which, what was found, and where the contract is written."""
+    """A plugin violates a contract; the message names the contract, the deviation, and the docstring that states it."""
 
 
-class Broken(Exception):  # noqa: N818  # raised inside the kit alone, which makes a ContractError of it
-    """What a contract's function found."""
+class Broken(Exception):  # noqa: N818  # only raised inside the kit, which converts it to a ContractError
+    """The deviation that a contract's function found."""
 
 
-def require(kept: object, found: str) -> None:
-    """Say what was found where a promise is not kept."""
+def require(condition: object, found: str) -> None:
+    """Raise :class:`Broken` with the deviation ``found`` if the condition is false."""
     __tracebackhide__ = True
-    if not kept:
+    if not condition:
         raise Broken(found)
 
 
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """One promise of one plugin.
+    """One contract of one plugin.
 
     Args:
-        case: The plugin.
-        name: What is promised, in a few words.
-        promise: The whole promise.
-        written: The public name under ``transfer`` whose docstring says so.
-        cost: What it takes to check it.
-        function: Checks it.
+        case: Plugin with options.
+        name: Short name of the contract.
+        promise: Complete text of the contract.
+        written: Public name under ``transfer`` whose docstring states the contract.
+        cost: Cost of the check.
+        function: Function that checks the contract.
     """
 
     case: Any
@@ -104,11 +101,11 @@ class Contract:
         return f"{self.case}-{self.name.replace(' ', '_')}"
 
     def check(self) -> None:
-        """Check it.
+        """Check the contract.
 
         Raises:
-            ContractError: It is not kept.
-            unittest.SkipTest: It cannot be told here (an option is required, the data is not there); pytest skips.
+            ContractError: The plugin violates the contract.
+            unittest.SkipTest: The contract cannot be checked here, because data is missing; pytest skips the test.
         """
         __tracebackhide__ = True
         try:
@@ -130,7 +127,7 @@ class Contract:
         return "\n".join(lines)
 
     def _place(self) -> str:
-        """Return the contract's public name with file and line."""
+        """Return the public name of the contract's docstring with file and line."""
         module, _, name = self.written.rpartition(".")
         owner = inspect.unwrap(getattr(importlib.import_module(module), name))
         return f"{self.written} ({inspect.getsourcefile(owner)}:{inspect.getsourcelines(owner)[1]})"
@@ -138,12 +135,12 @@ class Contract:
 
 @dataclass(frozen=True)
 class Promise:
-    """A contract before it is put to a plugin: the function that checks it says its name and what it promises.
+    """A contract without a plugin. Its name and text are those of the function that checks it.
 
     Args:
-        function: Takes the case.
-        written: As :class:`Contract` has it.
-        cost: As :class:`Contract` has it.
+        function: Function that takes the case.
+        written: Public name under ``transfer`` whose docstring states the contract.
+        cost: Cost of the check.
     """
 
     function: Callable[[Any], None]
@@ -158,19 +155,13 @@ class Promise:
 
 
 def promise(written: str, cost: Cost) -> Callable[[Callable[[Any], None]], Promise]:
-    """Make a promise of the function below."""
+    """Return a decorator that makes a contract of a function."""
     return lambda function: Promise(function, f"transfer.{written}", cost)
-
-
-def pictures() -> list[Image.Image]:
-    """Return four pictures of noise, the same ones every time."""
-    generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(BATCH)]
 
 
 @dataclass(frozen=True, eq=False)
 class ConfigCase:
-    """A config file that a package ships."""
+    """A config file of a package."""
 
     path: Path
 

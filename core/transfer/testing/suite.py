@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from transfer.config.option_schema import Block, options_model
-from transfer.errors import PluginError, nearest
+from transfer.errors import PluginError, unknown_name
 from transfer.registry.entry_points import Plugin, import_target, load, plugins
 from transfer.testing import backbones, components, datasets, freezing, heads, tasks
 from transfer.testing import configs as config_files
@@ -32,19 +32,19 @@ def contracts(
     values: Mapping[str, Sequence[Any]] | None = None,
     configs: Iterable[str | Path] = (),
 ) -> list[Contract]:
-    """Return every contract of every plugin that an installed distribution registers; nothing is imported yet.
+    """Return every contract of every plugin of an installed distribution; nothing is imported yet.
 
-    A plugin that needs an extra is left out where that is not installed.
+    Plugins whose extra is not installed are left out.
 
     Args:
-        distribution: Its name, as ``pip list`` has it.
-        options: By plugin name, the options to try it with (small ones, so that its tests are fast), or several such;
-            by default its own defaults.
-        values: By plugin name, for a backbone: four or more raw values of its field which differ.
-        configs: Paths of the config files that the package ships.
+        distribution: Name of the distribution, as in ``pip list``.
+        options: Options to test each plugin with, by plugin name: one mapping or several. Small values keep the tests
+                fast. Default: the plugin's own defaults.
+        values: Four or more different raw values of a backbone's field, by plugin name.
+        configs: Paths of the config files in the package.
 
     Raises:
-        PluginError: It registers nothing, or has no plugin of a name that ``options`` or ``values`` gives.
+        PluginError: The distribution has no plugins, or none with a name in ``options`` or ``values``.
     """
     options, values = options or {}, values or {}
     mine = [plugin for plugin in plugins() if plugin.distribution == distribution]
@@ -55,17 +55,16 @@ def contracts(
     names = sorted({plugin.name for plugin in mine})
     for name in {**options, **values}:
         if name not in names:
-            close = nearest(name, names)
-            fix = f"did you mean {close!r}?" if close else "give the name of an entry point"
-            raise PluginError(f"{distribution} has no plugin called {name!r}", available=names, fix=fix)
-    found: list[Contract] = []
+            fix = "give the name of an entry point"
+            raise PluginError.of([unknown_name(f"plugin of {distribution}", name, names, fix=fix)])
+    collected: list[Contract] = []
     for plugin in mine:
         if plugin.extras and plugin.unavailable:
             continue
         given = options.get(plugin.name, {})
         for block in [given] if isinstance(given, Mapping) else given:
-            found += contracts_of(Case(plugin.kind, plugin.qualified_name, block, values.get(plugin.name)))
-    return found + [p.of(ConfigCase(Path(path))) for path in configs for p in _promises([config_files])]
+            collected += contracts_of(Case(plugin.kind, plugin.qualified_name, block, values.get(plugin.name)))
+    return collected + [p.of(ConfigCase(Path(path))) for path in configs for p in _promises([config_files])]
 
 
 def contracts_of(case: Case) -> list[Contract]:
@@ -74,12 +73,12 @@ def contracts_of(case: Case) -> list[Contract]:
 
 
 def quick_check(plugin: Plugin) -> tuple[int, list[str]]:
-    """Load a plugin with its defaults and check its quick contracts.
+    """Load a plugin with its default options and check its quick contracts.
 
-    Where an option is required, only what holds for any options is checked.
+    If an option is required, only the contracts that do not depend on options are checked.
 
     Returns:
-        How many contracts it keeps, and what is wrong.
+        The number of contracts that it keeps, and the failures.
     """
     if plugin.kind not in _OF_KIND:
         try:
@@ -88,20 +87,20 @@ def quick_check(plugin: Plugin) -> tuple[int, list[str]]:
             return 0, [str(error)]
         return 1, []
     case = Case(plugin.kind, plugin.qualified_name)
-    kept, wrong = 0, []
+    passed, failures = 0, []
     for number, promise in enumerate(_promises(_OF_KIND[plugin.kind])):
         if promise.cost != "quick" or (promise.written not in _ANY_OPTIONS and _needs_options(case)):
             continue
         try:
             promise.of(case).check()
-            kept += 1
+            passed += 1
         except unittest.SkipTest:
             continue
         except ContractError as error:
-            wrong.append(str(error))
-            if not number:  # it cannot be imported
+            failures.append(str(error))
+            if not number:  # it cannot be imported, so the other contracts cannot be checked
                 break
-    return kept, wrong
+    return passed, failures
 
 
 _ANY_OPTIONS = {promise.written for promise in vars(components).values() if isinstance(promise, Promise)}

@@ -1,4 +1,4 @@
-"""What a task promises, for each kind of target that it takes."""
+"""Contracts of tasks, for each supported kind of targets."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ TARGETS: dict[TargetKind, npt.NDArray[Any]] = {
 
 
 def _tasks(case: Case) -> Iterator[tuple[Task, Tensor, Tensor]]:
-    """Yield for each kind of its targets a task that has seen them, outputs of a model, and the targets."""
+    """Yield a prepared task, outputs of a model, and targets, for each kind of targets."""
     component = case.component()
     kinds = component.cls.targets
-    known = isinstance(kinds, frozenset) and kinds and kinds <= set(get_args(TargetKind))
-    require(known, f"targets is {kinds!r}: a frozenset of {', '.join(map(repr, get_args(TargetKind)))} belongs there")
+    valid = isinstance(kinds, frozenset) and kinds and kinds <= set(get_args(TargetKind))
+    require(valid, f"targets is {kinds!r}: expected a frozenset of {', '.join(map(repr, get_args(TargetKind)))}")
     for kind in sorted(kinds):
         task: Task = component.make(DataSpec(("text",), kind, CLASSES))
         count = getattr(task, "out_features", None)
-        require(isinstance(count, int) and count > 0, f"out_features is {count!r}: the constructor sets it")
+        require(isinstance(count, int) and count > 0, f"out_features is {count!r}: the constructor must set it")
         targets = TARGETS[kind]
         task.prepare(targets)
         outputs = torch.randn(BATCH, task.out_features, generator=torch.Generator().manual_seed(0))
@@ -40,11 +40,11 @@ def _tasks(case: Case) -> Iterator[tuple[Task, Tensor, Tensor]]:
 
 @promise("interfaces.Task", "quick")
 def the_loss_is_one_finite_number_per_example(case: Case) -> None:
-    """``loss`` returns (B,) of outputs (B, out_features), finite, with finite gradients; the engine takes the mean."""
+    """``loss`` returns finite values (B,) with finite gradients for outputs (B, out_features); the engine averages."""
     for task, outputs, targets in _tasks(case):
         outputs.requires_grad_()
         loss = task.loss(outputs, targets)
-        require(loss.shape == (BATCH,), f"loss returns {tuple(loss.shape)}, where {(BATCH,)} belongs: take no mean")
+        require(loss.shape == (BATCH,), f"loss returns {tuple(loss.shape)}: expected {(BATCH,)}, without a mean")
         require(loss.isfinite().all(), "a loss is not finite")
         loss.mean().backward()  # type: ignore[no-untyped-call]
         require(outputs.grad is not None and outputs.grad.isfinite().all(), "a gradient is missing or not finite")
@@ -52,43 +52,44 @@ def the_loss_is_one_finite_number_per_example(case: Case) -> None:
 
 @promise("interfaces.Task", "quick")
 def an_example_has_the_same_loss_in_any_batch(case: Case) -> None:
-    """The loss of an example does not depend on the rest of the batch."""
+    """The loss of an example does not depend on the other examples of the batch."""
     for task, outputs, targets in _tasks(case):
         alone = task.loss(outputs[:1], targets[:1])
-        require(torch.allclose(task.loss(outputs, targets)[:1], alone, atol=1e-5), "alone, an example has another loss")
+        unchanged = torch.allclose(task.loss(outputs, targets)[:1], alone, atol=1e-5)
+        require(unchanged, "other examples in the batch change the loss of an example")
 
 
 @promise("interfaces.PrimaryMetric", "quick")
 def the_primary_metric_is_one_of_the_metrics(case: Case) -> None:
-    """``primary_metric`` names one of ``metrics``: it picks the best epoch."""
+    """``primary_metric`` names one of ``metrics``: it selects the best epoch."""
     for task, _, _ in _tasks(case):
         primary = task.primary_metric
-        require(isinstance(primary, PrimaryMetric), f"primary_metric is {primary!r}")
+        require(isinstance(primary, PrimaryMetric), f"primary_metric is {primary!r}: expected a transfer.PrimaryMetric")
         names = list(task.metrics())
-        require(primary.name in names, f"primary_metric is {primary.name!r}, and metrics are {', '.join(names)}")
-        require("loss" not in names, "a metric is called 'loss', as the framework calls the mean loss")
+        require(primary.name in names, f"primary_metric is {primary.name!r}: expected one of {', '.join(names)}")
+        require("loss" not in names, "a metric is called 'loss', which is the framework's name for the mean loss")
 
 
 @promise("interfaces.Task", "quick")
-def metrics_are_fresh_and_take_predictions(case: Case) -> None:
-    """``metrics`` returns new torchmetrics at each call; each takes ``predictions`` and targets, and is one number."""
+def metrics_are_new_objects_and_take_predictions(case: Case) -> None:
+    """``metrics`` returns new torchmetrics at each call. Each takes predictions and targets and is one number."""
     for task, outputs, targets in _tasks(case):
         metrics, others = task.metrics(), task.metrics()
         for name, metric in metrics.items():
-            require(metric is not others[name], f"metrics returns the same {name} twice, so epochs would add up")
+            require(metric is not others[name], f"metrics returns the same {name} twice: epochs would be added up")
             metric.update(task.predictions(outputs), targets)
             value = metric.compute()
-            require(isinstance(value, Tensor) and value.numel() == 1, f"{name} is {value!r}, and not one number")
+            require(isinstance(value, Tensor) and value.numel() == 1, f"{name} is {value!r}: expected one number")
 
 
 @promise("interfaces.Task", "quick")
-def predictions_are_read_as_json(case: Case) -> None:
-    """``interpret`` says what each row of outputs means: one dict of JSON per example."""
+def predictions_are_json(case: Case) -> None:
+    """``interpret`` returns one dict of JSON values per row of outputs."""
     for task, outputs, _ in _tasks(case):
         rows = task.interpret(outputs)
         good = isinstance(rows, list) and len(rows) == BATCH and all(isinstance(row, dict) and row for row in rows)
-        require(good, f"interpret returns {rows!r:.120}, and not a list of {BATCH} dicts")
+        require(good, f"interpret returns {rows!r:.120}: expected a list of {BATCH} dicts")
         try:
             json.dumps(rows, allow_nan=False)
         except (TypeError, ValueError) as error:
-            require(False, f"interpret returns what JSON cannot hold: {error}")
+            require(False, f"interpret returns values that are no JSON: {error}")
