@@ -126,7 +126,7 @@ def test_an_empty_split_is_refused_under_a_limit_too() -> None:
 
 
 def test_one_class_alone_cannot_be_learned() -> None:
-    with pytest.raises(DataError, match="holds the class 'b' alone"):
+    with pytest.raises(DataError, match="contains only the class 'b'"):
         complete(data(train=split([1] * 10)), validation=0.1, limit=None)
 
 

@@ -209,7 +209,7 @@ def test_stages_have_proper_names(names: list[str]) -> None:
         def preprocessing(self) -> Preprocessing:
             return PointPreprocessing()
 
-    with pytest.raises(ValueError, match="stages need names"):
+    with pytest.raises(ValueError, match="names of the stages are invalid"):
         Misnamed()
 
 

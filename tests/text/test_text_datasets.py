@@ -307,7 +307,7 @@ def test_utf_16_is_recognised(tmp_path: Path) -> None:
 def test_a_table_that_is_not_utf_16_is_named(tmp_path: Path) -> None:
     test = write(tmp_path, TABLE, "test.csv")
     (tmp_path / "train.csv").write_bytes(TABLE.encode("utf-16"))
-    with pytest.raises(DataError, match="does not begin as one of UTF-16") as caught:
+    with pytest.raises(DataError, match="no byte order mark of UTF-16") as caught:
         TextCSV(train=str(tmp_path / "train.csv"), test=test, encoding="utf-16").load()
     assert caught.value.problems[0].where == f"{test}:1"
 
@@ -315,14 +315,14 @@ def test_a_table_that_is_not_utf_16_is_named(tmp_path: Path) -> None:
 def test_half_a_character_is_named(tmp_path: Path) -> None:
     rows = ['{"text": "\\ud83d\\ude00 fine", "label": "a"}', '{"text": "cut \\ud83d", "label": "b"}']
     path = write(tmp_path, "\n".join(rows), "train.jsonl")
-    with pytest.raises(DataError, match="half a character") as caught:
+    with pytest.raises(DataError, match="unpaired surrogate") as caught:
         TextCSV(train=path).load()
     assert caught.value.problems[0].where == f"{path}:2"
 
 
 def test_an_object_without_a_label_is_no_matter_of_the_delimiter(tmp_path: Path) -> None:
     path = write(tmp_path, '{"text": "one"}\n', "train.jsonl")
-    with pytest.raises(DataError, match="there is no column 'label'") as caught:
+    with pytest.raises(DataError, match="unknown column 'label'") as caught:
         TextCSV(train=path).load()
     assert "delimiter" not in str(caught.value.problems[0].fix)
 
@@ -346,8 +346,8 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_column_lists_the_columns_and_the_nearest(tmp_path: Path) -> None:
     message = problem(tmp_path, TABLE, text="texts")
-    assert "train.csv:2: there is no column 'texts'" in message
-    assert "available: text, label" in message
+    assert "train.csv:2: unknown column 'texts'" in message
+    assert "available: label, text" in message
     assert "did you mean 'text'?" in message
 
 
@@ -360,15 +360,15 @@ def test_a_table_with_another_delimiter_is_recognised(tmp_path: Path) -> None:
     [
         ("text,label\nfine,x\n  ,y\n", "train.csv:3: column 'text' is empty"),
         ("text,label\nfine,x\nslow, \n", "train.csv:3: column 'label' is empty"),
-        ('text,label\n"a\nb",x\none,two,three\n', "train.csv:4: the row has 3 fields, the header 2"),
-        ("text,label\nfine,x\nslow\n", "train.csv:3: the row has 1 fields, the header 2"),
+        ('text,label\n"a\nb",x\none,two,three\n', "train.csv:4: the row is malformed: expected 2 fields, got 3"),
+        ("text,label\nfine,x\nslow\n", "train.csv:3: the row is malformed: expected 2 fields, got 1"),
         ('text,label\nfine,x\n"never closed,y\nmore,x\n', "train.csv:3: the row cannot be parsed"),
         (b"text,label\nfine,x\ncaf\xe9,y\n", "train.csv:3: byte 0xe9 is not utf-8-sig"),
         (b"\xef\xbb\xbftext,label\nfine,x\n\xe9,y\n", "train.csv:3: byte 0xe9 is not utf-8-sig"),
-        ("text,label\nfine,x\nslow,x\n", "train.csv: column 'label' holds one class alone: 'x'"),
+        ("text,label\nfine,x\nslow,x\n", "train.csv: column 'label' contains only the class 'x'"),
         ("text,label,text\nfine,x,y\n", "train.csv:1: two columns are called 'text'"),
-        ("text,label\n", "train.csv: the table holds no rows"),
-        ("", "train.csv: the table holds no rows"),
+        ("text,label\n", "train.csv: the table contains no rows"),
+        ("", "train.csv: the table contains no rows"),
     ],
 )
 def test_a_wrong_table_is_named_by_file_and_line(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -379,10 +379,10 @@ def test_a_wrong_table_is_named_by_file_and_line(tmp_path: Path, content: str | 
     ("line", "message"),
     [
         ('{"text": "b"', "a.jsonl:2: the line is not JSON"),
-        ('["b", "x"]', "a.jsonl:2: the line holds a list, not an object"),
-        ('{"text": "b", "label": ["x", "y"]}', "a.jsonl:2: 'label' holds a list"),
+        ('["b", "x"]', "a.jsonl:2: the line is malformed: expected a JSON object, got list"),
+        ('{"text": "b", "label": ["x", "y"]}', "a.jsonl:2: column 'label' is wrong: expected one value, got a list"),
         ('{"text": "b", "label": null}', "a.jsonl:2: column 'label' is empty"),
-        ('{"text": "b", "labels": "x"}', "a.jsonl:2: there is no column 'label'"),
+        ('{"text": "b", "labels": "x"}', "a.jsonl:2: unknown column 'label'"),
     ],
 )
 def test_a_wrong_json_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -392,9 +392,9 @@ def test_a_wrong_json_line_is_named(tmp_path: Path, line: str, message: str) -> 
 @pytest.mark.parametrize(
     ("value", "target", "message"),
     [
-        ("2", "labels", "train.csv:3: column 'a' holds '2', which is neither 0 nor 1"),
-        ("many", "number", "train.csv:3: column 'a' holds 'many', which is no finite number"),
-        ("nan", "number", "train.csv:3: column 'a' holds 'nan', which is no finite number"),
+        ("2", "labels", "train.csv:3: column 'a' is wrong: expected 0 or 1, got '2'"),
+        ("many", "number", "train.csv:3: column 'a' is wrong: expected a finite number, got 'many'"),
+        ("nan", "number", "train.csv:3: column 'a' is wrong: expected a finite number, got 'nan'"),
     ],
 )
 def test_a_target_that_cannot_be_parsed_is_named(tmp_path: Path, value: str, target: str, message: str) -> None:
@@ -420,7 +420,7 @@ def test_a_class_that_training_never_saw_is_named(tmp_path: Path) -> None:
         ({"label": ()}, "do not name different columns"),
         ({"label": "text"}, "do not name different columns"),
         ({"delimiter": ";;"}, "one character"),
-        ({"encoding": "utf-9"}, "no encoding called 'utf-9'"),
+        ({"encoding": "utf-9"}, "unknown encoding 'utf-9'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

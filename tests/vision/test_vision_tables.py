@@ -105,8 +105,8 @@ def test_a_group_in_two_given_splits_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "part", "test": "test.csv"}, "there is no other table"),
-        ({"test_fraction": 0.2, "test": "test.csv"}, "there is one already"),
+        ({"split": "part", "test": "test.csv"}, "takes all splits from one table"),
+        ({"test_fraction": 0.2, "test": "test.csv"}, "but there is a test split"),
         ({"path": "label"}, "path 'label' and label 'label' do not name different columns"),
     ],
 )
@@ -121,11 +121,11 @@ def test_what_is_wrong_with_a_table_is_named(folder: Path) -> None:
         ImageCSV(train=table(folder, "path,label", rows)).load()
     data = ImageCSV(train=table(folder, "path,label", rows), bad_files="skip").load()
     assert len(data.splits["train"]) == 24
-    with pytest.raises(DataError, match="there is no column 'path'") as caught:
+    with pytest.raises(DataError, match="unknown column 'path'") as caught:
         ImageCSV(train=table(folder, "paths,label", ROWS)).load()
     assert "did you mean 'paths'" in str(caught.value)
     rows = [(path, label, "never") for path, label in ROWS]
-    with pytest.raises(DataError, match="names no split: 'never'"):
+    with pytest.raises(DataError, match="unknown split 'never' of column 'part'"):
         ImageCSV(train=table(folder, "path,label,part", rows), split="part").load()
 
 

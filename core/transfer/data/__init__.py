@@ -1,1 +1,1 @@
-"""Splits, tables, batches and loading."""
+"""Splits, tables, batches and the data loader."""

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 Shard = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
-"""Which examples of a batch this process computes, where several share each batch."""
+"""Function from the indices of a batch to those that this rank computes, in data-parallel training."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step consumes.
+    """The input of one training or evaluation step.
 
     Args:
-        inputs: The backbone's input: a tensor or a tuple of tensors, batch first.
-        targets: int64 (B,) or float32 (B, C).
-        indices: int64 (B,), the examples' places in their split.
-        global_indices: The same of the whole batch, where these are one process's share of it.
+        inputs: Input of the backbone: a tensor or a tuple of tensors, batch first.
+        targets: Targets, int64 (B,) or float32 (B, C).
+        indices: Indices of the examples in their split, int64 (B,).
+        global_indices: Indices of the complete batch if this one is the shard of a rank, otherwise None.
     """
 
     inputs: Any
@@ -33,24 +33,24 @@ class Batch:
     global_indices: npt.NDArray[np.int64] | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
+        """Return the batch on another device, copied asynchronously from pinned memory."""
         return Batch(
             move(self.inputs, device), self.targets.to(device, non_blocking=True), self.indices, self.global_indices
         )
 
 
 def move(inputs: Any, device: torch.device) -> Any:
-    """Return a backbone's input (a tensor or a tuple of tensors) on a device."""
+    """Return a backbone's input, a tensor or a tuple of tensors, on another device."""
     if isinstance(inputs, Tensor):
         return inputs.to(device, non_blocking=True)
     return tuple(move(item, device) for item in inputs)
 
 
 class TimedIterator(Iterator[Batch]):
-    """Batches, and how long one has waited for them.
+    """Iterator of batches that measures the time spent waiting for them, in ``seconds``.
 
     Args:
-        batches: To be given on.
+        batches: Iterator to measure.
     """
 
     def __init__(self, batches: Iterator[Batch]) -> None:

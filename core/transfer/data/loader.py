@@ -1,4 +1,4 @@
-"""From raw examples to batches: the order is f(seed, epoch), augmentation is f(seed, epoch, index)."""
+"""Data loader: the order is a function of (seed, epoch), augmentation of (seed, epoch, example index)."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from transfer.errors import DataError
 from transfer.interfaces import Preprocessing, Split
 
 BUCKET_BATCHES = 50
-"""Batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
+"""Number of batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
 MEASURED_EXAMPLES = 8
-"""Whose size tells whether the encoded values of a split fit into memory."""
+"""Number of examples from whose size the loader decides whether the encoded values of a split fit into memory."""
 
 
 class Loader:
-    """The batches of one split, epoch after epoch.
+    """Loader of the batches of one split, for any epoch.
 
     Args:
         split: Raw examples.
-        fields: The fields that the backbone consumes.
-        preprocessing: The backbone's.
-        batch_size: Examples per batch; the last one may be smaller. None: as ``max_tokens`` says.
-        max_tokens: Instead: the most that a batch may cost, its examples times the longest's length. An example that
-            costs more alone is a batch of its own. It needs values that are encoded once and so have known lengths.
-        seed: Of order and augmentation.
-        training: Shuffle and augment. Otherwise the order is fixed, longest first, and nothing is random.
-        augment: In training; false: shuffle alone.
-        bucket: Put examples of like length into one batch, where values are encoded once and so have known lengths: the
-            number of batches whose examples are sorted together (True: 50).
-        workers: Loader processes; 0 loads in this one. Where encoded values are kept in memory they are made in this
-            one, by threads if the preprocessing has some, and loader processes begin once all are there.
-        repeated: The split is gone through more than once, so encoded values may be worth keeping.
+        fields: Names of the fields that the backbone takes as input.
+        preprocessing: Preprocessing of the backbone.
+        batch_size: Number of examples per batch; the last batch may be smaller. None uses ``max_tokens``.
+        max_tokens: Maximum size of a batch: its number of examples times the length of the longest. A longer example
+            forms a batch of its own. Requires ``encode_once``, so that lengths are known.
+        seed: Seed of the order and of augmentation.
+        training: Whether to shuffle and augment. Otherwise the order is fixed, longest first, and nothing is random.
+        augment: Whether to augment in training; False only shuffles.
+        bucket: Whether examples of similar length share a batch, or the number of batches whose examples are sorted by
+            length together (True: 50). Has no effect without ``encode_once``.
+        workers: Number of loader processes; 0 loads in this process. While the memory cache is filled, this process
+            encodes (in threads, if the preprocessing uses them), and loader processes start afterwards.
+        repeated: Whether the split is iterated more than once, so that keeping encoded values may be worthwhile.
 
     Raises:
-        DataError: A value that is encoded once cannot be encoded; the message names the example.
+        DataError: A value cannot be encoded with ``encode_once``; the error names the example.
     """
 
     def __init__(
@@ -79,37 +79,40 @@ class Loader:
         self.lengths: npt.NDArray[np.int64] | None = None
         if self.examples.encoded is not None and (bucket or max_tokens):
             self.lengths = preprocessing.lengths(self.examples.encoded)
-        # Values that are ready need no process to prepare them.
+        # Loader processes have nothing to do if values are encoded already and not augmented.
         self.workers = 0 if self.examples.encoded is not None and not self.examples.augments else workers
 
     def __len__(self) -> int:
-        """The number of batches of the first epoch."""
+        """Return the number of batches in the first epoch."""
         return self.count(0)
 
     def count(self, epoch: int) -> int:
-        """Return the number of batches of an epoch; with ``max_tokens`` they may differ."""
+        """Return the number of batches in an epoch; with ``max_tokens`` it differs between epochs."""
         return len(self.batch_indices(epoch if self.max_tokens else 0))
 
     def batch_indices(self, epoch: int) -> list[npt.NDArray[np.int64]]:
-        """Return the indices of each batch of an epoch: a function of the seed and the epoch alone."""
-        count = len(self.split)
+        """Return the example indices of each batch in an epoch, a function of only the seed and the epoch."""
+        num_examples = len(self.split)
         generator = np.random.default_rng((self.seed, epoch))
         lengths = self.lengths if self.bucket_batches else None
         if not self.training:
-            return self._chunk(np.arange(count) if lengths is None else np.argsort(-lengths, kind="stable"))
-        order = generator.permutation(count)
+            return self._chunk(np.arange(num_examples) if lengths is None else np.argsort(-lengths, kind="stable"))
+        order = generator.permutation(num_examples)
         if lengths is not None:
-            size = self.batch_size or max(1, int(self._most_tokens // lengths.mean()))
-            pools = np.split(order, range(size * self.bucket_batches, count, size * self.bucket_batches))
+            # The shuffled order is cut into pools of bucket_batches batches, and each pool is sorted by length. With
+            # max_tokens the number of examples per batch is estimated from the mean length.
+            size = self.batch_size or max(1, int(self._max_tokens // lengths.mean()))
+            pools = np.split(order, range(size * self.bucket_batches, num_examples, size * self.bucket_batches))
             order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
         batches = self._chunk(order)
         if self.batch_size and len(batches) > 1 and len(batches[-1]) == 1:
-            # Batch norm cannot train on a batch of one: it joins the batch before.
+            # Batch norm cannot train on one example: a last batch of one is merged with the batch before it.
             batches[-2:] = [np.concatenate(batches[-2:])]
+        # Shuffled again, because batches of a sorted pool would otherwise come from short to long.
         return batches if lengths is None else [batches[i] for i in generator.permutation(len(batches))]
 
     def largest_batch(self, count: int) -> Batch:
-        """Return a batch of the examples that cost most: the longest, where lengths are known, else any."""
+        """Return a batch of the ``count`` longest examples, or of the first ones if lengths are unknown."""
         lengths = self.lengths
         if lengths is None and self.examples.encoded is not None:
             lengths = self.preprocessing.lengths(self.examples.encoded)
@@ -118,16 +121,21 @@ class Loader:
 
     @property
     def augments(self) -> bool:
-        """Examples differ from epoch to epoch."""
+        """Whether examples differ between epochs because of augmentation."""
         return self.examples.augments
 
     def in_fixed_order(self, batch_size: int, *, augment: bool) -> Loader:
-        """Return the same examples, encoded once for both, in batches of another size and in no random order."""
+        """Return a loader of the same examples in fixed order and another batch size, sharing the encoded values.
+
+        Args:
+            batch_size: Number of examples per batch.
+            augment: Whether examples are augmented.
+        """
         other = copy.copy(self)
         other.batch_size, other.max_tokens, other.training = batch_size, None, False
         other.examples = copy.copy(self.examples)
         other.examples.augments = augment
-        other.examples.caches_in_memory = augment  # one of several views
+        other.examples.caches_in_memory = augment  # augmented views encode the same values repeatedly
         return other
 
     def epoch(
@@ -136,53 +144,60 @@ class Loader:
         """Yield the batches of an epoch.
 
         Args:
-            epoch: Which one, counted from 0 over the whole run.
-            start: Batches to leave out at the beginning (a run that goes on).
-            limit: Yield no more than this many.
-            shard: Load of each batch this process's share alone.
+            epoch: Index of the epoch, counted from 0 over all phases of the run.
+            start: Number of batches to skip, to resume within an epoch.
+            limit: Maximum number of batches; None yields all.
+            shard: Function that selects the examples of this rank from each batch; None loads complete batches.
         """
-        whole = self.batch_indices(epoch)[start:][:limit]
-        batches = whole if shard is None else [shard(batch) for batch in whole]
+        global_batches = self.batch_indices(epoch)[start:][:limit]
+        batches = global_batches if shard is None else [shard(batch) for batch in global_batches]
         self.examples.measure()
         loader: DataLoader[Any] = DataLoader(
             self.examples,
-            # One batch's pairs at a time: a million examples are not a million tuples.
+            # A generator builds the (epoch, index) pairs of one batch at a time: a list of all would take much memory.
             batch_sampler=([(epoch, int(i)) for i in batch] for batch in batches),
-            collate_fn=_identity_collate,  # type: ignore[arg-type]  # __getitems__ has made the batch already
+            collate_fn=_identity_collate,  # type: ignore[arg-type]  # __getitems__ has collated already
             num_workers=0 if self.examples.is_filling_cache else min(self.workers, len(batches)),
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # it draws from this one, not from the model's
+            generator=torch.Generator(),  # DataLoader draws a seed: not from the generator of the model
             worker_init_fn=_ignore_signals,
         )
         for number, batch in enumerate(loader):
             if isinstance(batch, DataError):
                 raise batch
-            yield batch if shard is None else replace(batch, global_indices=whole[number])
+            yield batch if shard is None else replace(batch, global_indices=global_batches[number])
 
     @property
-    def _most_tokens(self) -> int:
+    def _max_tokens(self) -> int:
         assert self.max_tokens is not None, "a loader has a batch_size or max_tokens"
         return self.max_tokens
 
     def _chunk(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """Cut an order into batches of ``batch_size``, or as long as each fits into ``max_tokens``."""
+        """Split an order into batches of ``batch_size`` examples, or of up to ``max_tokens`` tokens.
+
+        With ``max_tokens`` each batch is filled greedily: its size with k examples is k times the longest length so
+        far, which only grows with k, so the largest k is found by binary search.
+        """
         if self.batch_size is not None:
             return np.split(order, range(self.batch_size, len(order), self.batch_size))
         assert self.lengths is not None, "max_tokens needs values that are encoded once"
         lengths = self.lengths[order]
         batches, start = [], 0
         while start < len(order):
-            # No more can fit than were all as short as the first.
-            ahead = lengths[start : start + max(1, self._most_tokens // max(1, int(lengths[start])))]
+            # Every example costs at least as much as the first, which bounds the number to look at.
+            ahead = lengths[start : start + max(1, self._max_tokens // max(1, int(lengths[start])))]
             costs = np.maximum.accumulate(ahead) * np.arange(1, len(ahead) + 1)
-            size = max(1, int(np.searchsorted(costs, self._most_tokens, side="right")))  # costs only rise
+            size = max(1, int(np.searchsorted(costs, self._max_tokens, side="right")))
             batches.append(order[start : start + size])
             start += size
         return batches
 
 
 def _ignore_signals(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which may reach a whole group, to the training process: it may want another batch."""
+    """Ignore Ctrl-C and SIGTERM in a loader process.
+
+    They may reach the complete process group, and the training process may still need batches to finish an epoch.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -207,7 +222,16 @@ def _copied(value: Any) -> Any:
 
 
 class _BatchDataset(Dataset[Any]):
-    """Makes batches of (epoch, index) pairs; loader processes get a copy."""
+    """Dataset of batches, indexed by lists of (epoch, example index) pairs. Loader processes get a copy.
+
+    Args:
+        split: Raw examples.
+        fields: Names of the fields that the backbone takes as input.
+        preprocessing: Preprocessing of the backbone.
+        seed: Seed of augmentation.
+        augments: Whether examples are augmented, if the preprocessing augments.
+        caches_in_memory: Whether encoded values are kept in memory, if they fit.
+    """
 
     def __init__(
         self,
@@ -232,11 +256,11 @@ class _BatchDataset(Dataset[Any]):
 
     @property
     def is_filling_cache(self) -> bool:
-        """Encoded values are being collected in memory."""
+        """Whether encoded values are being added to the memory cache."""
         return self.caches_in_memory and self.memory_cache.is_filling
 
     def measure(self) -> None:
-        """Find out, once, whether the encoded values of the split fit into memory."""
+        """Measure once whether the encoded values of the split fit into memory."""
         if self.caches_in_memory and not self.memory_cache.is_measured:
             indices = np.unique(np.linspace(0, len(self.split) - 1, MEASURED_EXAMPLES, dtype=np.int64)).tolist()
             values = encode(self.preprocessing, self.column, indices, self.split.name)
@@ -249,30 +273,33 @@ class _BatchDataset(Dataset[Any]):
         try:
             return self.batch(pairs)
         except DataError as error:
-            # An exception that leaves a loader process is rebuilt from its text alone; as a value it arrives whole.
+            # DataLoader rebuilds an exception of a loader process from its text only. As a value it is pickled, with
+            # its location and fix; Loader.epoch raises it.
             return error
 
     def batch(self, pairs: list[tuple[int, int]]) -> Batch:
+        """Return the batch of some (epoch, example index) pairs."""
         indices = np.array([index for _, index in pairs])
         encoded = self._encoded(indices.tolist())
         if self.augments:
             with preserve_rng_state():
-                for place, (epoch, index) in enumerate(pairs):
+                for position, (epoch, index) in enumerate(pairs):
                     seed_all(self.seed, epoch, index)
-                    value = encoded[place]
+                    value = encoded[position]
                     if self.encoded is not None or index in self.memory_cache.values:
                         # An augmentation that works in place must not change the stored value.
                         value = _copied(value)
-                    encoded[place] = self.preprocessing.augment(value)
+                    encoded[position] = self.preprocessing.augment(value)
         return Batch(self.preprocessing.collate(encoded), torch.as_tensor(self.split.targets[indices]), indices)
 
     def _encoded(self, indices: list[int]) -> list[Any]:
+        """Return the encoded values of some examples, from memory or newly encoded."""
         if self.encoded is not None:
             return [self.encoded[i] for i in indices]
         missing = [i for i in indices if i not in self.memory_cache.values]
         fresh = dict(zip(missing, encode(self.preprocessing, self.column, missing, self.split.name), strict=True))
-        found = [fresh[i] if i in fresh else self.memory_cache.values[i] for i in indices]
+        values = [fresh[i] if i in fresh else self.memory_cache.values[i] for i in indices]
         if self.is_filling_cache:
             for index, value in fresh.items():
                 self.memory_cache.put(index, value)
-        return found
+        return values

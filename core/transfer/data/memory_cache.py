@@ -1,4 +1,4 @@
-"""Encoded examples kept in memory."""
+"""Cache of encoded examples in memory."""
 
 from __future__ import annotations
 
@@ -13,41 +13,45 @@ from transfer.system.ranks import rank_from_environment
 
 
 class MemoryCache:
-    """Encoded values in memory from one epoch to the next, where those of a whole split fit.
+    """Cache that keeps the encoded values of a split in memory between epochs, if all of them fit.
 
     Args:
-        count: Examples of the split.
-        limit_bytes: For all of them; None: half of what is available when they are measured, divided by the processes
-            that train together on this machine.
+        num_examples: Number of examples in the split.
+        limit_bytes: Maximum size of all values. None uses half of the memory that is available at :meth:`measure`,
+            divided by the number of ranks on this machine.
     """
 
-    def __init__(self, count: int, limit_bytes: int | None) -> None:
+    def __init__(self, num_examples: int, limit_bytes: int | None) -> None:
         self.values: dict[int, Any] = {}
-        self.is_measured = limit_bytes == 0
-        self._num_examples = count
+        self.is_measured = limit_bytes == 0  # nothing would be kept: no value needs to be encoded to measure it
+        self._num_examples = num_examples
         self._limit_bytes = limit_bytes
         self._free_bytes = 0
 
     @property
     def is_filling(self) -> bool:
-        """Whether values of this split are still being collected."""
+        """Whether values of the split are still being added."""
         return self._free_bytes > 0 and len(self.values) < self._num_examples
 
-    def measure(self, some: Mapping[int, Any]) -> None:
-        """Decide by the size of some values, by their index, whether all are kept."""
+    def measure(self, sample: Mapping[int, Any]) -> None:
+        """Decide whether to keep the values of the split.
+
+        Args:
+            sample: Some encoded values by index, from which the size of all values is extrapolated.
+        """
         self.is_measured = True
         limit = (
             available_bytes() // 2 // rank_from_environment().local_world_size
             if self._limit_bytes is None
             else self._limit_bytes
         )
-        if sum(map(_bytes, some.values())) / len(some) * self._num_examples <= limit:
+        if sum(map(_bytes, sample.values())) / len(sample) * self._num_examples <= limit:
             self._free_bytes = limit
-            for index, value in some.items():
+            for index, value in sample.items():
                 self.put(index, value)
 
     def put(self, index: int, value: Any) -> None:
-        """Keep a value, unless those that are there have filled the memory after all."""
+        """Add a value, unless the limit is reached because values are larger than those measured."""
         size = _bytes(value)
         if size <= self._free_bytes:
             self.values[index] = value
@@ -56,7 +60,7 @@ class MemoryCache:
             self._free_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(MemoryCache(0, 0))  # a process that is not forked gets none
+        return vars(MemoryCache(0, 0))  # a spawned loader process starts empty: sending all values would copy them
 
 
 def _bytes(value: Any) -> int:

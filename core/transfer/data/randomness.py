@@ -1,4 +1,4 @@
-"""Isolation of random number generators."""
+"""Isolation and seeding of the global random number generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Restore the global generators afterwards: what draws from them inside must not move the model's randomness."""
+    """Restore the state of the global generators on exit, so that draws in the block do not affect the model."""
+    # Only the CPU generator of torch: augmentation, which runs in the block, does not draw on a GPU.
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -23,7 +24,7 @@ def preserve_rng_state() -> Iterator[None]:
 
 
 def seed_all(*parts: int) -> None:
-    """Seed the global generators of torch, numpy and random from a tuple of integers."""
+    """Seed the global generators of torch (CPU), NumPy and ``random`` from a tuple of integers."""
     seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)

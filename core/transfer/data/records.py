@@ -1,4 +1,4 @@
-"""Records of CSV, TSV and JSON Lines files, with line numbers."""
+"""Records of CSV, TSV and JSON Lines files with their line numbers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from typing import Any, BinaryIO
 from transfer.errors import DataError
 
 MAX_TABLE_BYTES = 1 << 32
-"""A packed table that is larger is not unpacked: it may be a bomb."""
-MAX_FIELD_CHARACTERS = 2**31 - 1  # the most that Python takes everywhere
+"""Maximum size of a decompressed table: a larger one is refused, because it may be a decompression bomb."""
+MAX_FIELD_CHARACTERS = 2**31 - 1
+"""Maximum length of a field: the largest limit that the csv module accepts on all platforms."""
 JSON_LINES = (".jsonl", ".ndjson")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""Byte order marks of UTF-16."""
 
 Record = dict[str, str | list[str]]
+"""Values of a row by column; only JSON Lines can contain lists."""
 
 
 def table_suffix(path: Path) -> str:
-    """Return the suffix of a table's file name, without that of its compression."""
+    """Return the suffix of a table's file name, ignoring ``.gz``."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
@@ -38,16 +41,16 @@ def _unpacked(path: Path) -> bytes:
     with gzip.open(path) as file:
         content = file.read(MAX_TABLE_BYTES)
     if len(content) == MAX_TABLE_BYTES:
-        raise OSError(f"it would unpack to {MAX_TABLE_BYTES / 2**30:.0f} GiB or more; unpack it yourself")
+        raise OSError(f"it would unpack to {MAX_TABLE_BYTES / 2**30:.0f} GiB or more; decompress it yourself")
     return content
 
 
 class LineNames(Sequence[str]):
-    """``path:line`` of each row of a table, put together when it is asked for.
+    """Names ``path:line`` of the rows of a table, formatted on access.
 
     Args:
-        path: The table.
-        lines: Where each row begins, counted from 1.
+        path: Path of the table.
+        lines: First line of each row, counted from 1.
     """
 
     def __init__(self, path: Path, lines: Sequence[int]) -> None:
@@ -64,39 +67,60 @@ class LineNames(Sequence[str]):
 
 
 def read_delimited(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[int, Record]]:
-    """Give each record of a table with a header, and the line where it begins."""
-    # Python's limit on a field is meant for broken files; a text may well be longer. It is global, so it is put back,
-    # and never lowered: a reader that is left half way puts it back late.
+    """Yield the first line and the record of each row of a delimited table with a header.
+
+    Args:
+        lines: Lines of the file.
+        path: Path of the file, for errors.
+        delimiter: Character between two columns.
+
+    Raises:
+        DataError: A row cannot be parsed or has another number of fields than the header, or two columns have one name.
+    """
+    # The csv module limits fields to 131,072 characters by default, and a text may be longer. The limit is global, so
+    # it is restored at the end. It is never lowered, because an abandoned generator restores it late.
     limit = csv.field_size_limit()
     csv.field_size_limit(max(MAX_FIELD_CHARACTERS, limit))
-    # Strict, because otherwise a quote that is never closed swallows the rest of the file in silence.
+    # Strict: otherwise an unclosed quote silently turns the rest of the file into one field.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    begin = 1
+    first_line = 1
     try:
         header = next(reader, [])
-        if twice := [name for name, count in Counter(header).items() if count > 1]:
-            raise DataError(f"two columns are called {twice[0]!r}", where=f"{path}:1", fix="rename one of them")
-        begin = reader.line_num + 1
+        if repeated := [name for name, count in Counter(header).items() if count > 1]:
+            raise DataError(f"two columns are called {repeated[0]!r}", where=f"{path}:1", fix="rename one of them")
+        first_line = reader.line_num + 1
         for fields in reader:
-            line, begin = begin, reader.line_num + 1
+            line, first_line = first_line, reader.line_num + 1
             if len(fields) == len(header):
                 yield line, dict(zip(header, fields, strict=True))
-            elif fields:  # a blank line is no record
+            elif fields:  # blank lines are skipped
                 raise DataError(
-                    f"the row has {len(fields)} fields, the header {len(header)}",
+                    f"the row is malformed: expected {len(header)} fields, got {len(fields)}",
                     where=f"{path}:{line}",
-                    fix=f"quote a field that holds {delimiter!r}, or set delimiter",
+                    fix=f"quote a field that contains {delimiter!r}, or set delimiter",
                 )
     except csv.Error as error:
         raise DataError(
-            f"the row cannot be parsed: {error}", where=f"{path}:{begin}", fix='write a quote within quotes as ""'
+            f"the row cannot be parsed: {error}", where=f"{path}:{first_line}", fix='write a quote within quotes as ""'
         ) from error
     finally:
         csv.field_size_limit(limit)
 
 
 def read_json_lines(lines: Iterable[str], path: Path, column: str | None, example: str) -> Iterator[tuple[int, Record]]:
-    """Give each object of a file with one on every line; numbers and booleans as JSON writes them."""
+    """Yield the line and the record of each object in a JSON Lines file.
+
+    Numbers and booleans become text, as JSON writes them.
+
+    Args:
+        lines: Lines of the file.
+        path: Path of the file, for errors.
+        column: Name of the column of the example, which must not contain a list or object; None skips that check.
+        example: Name of an example in errors (``text``).
+
+    Raises:
+        DataError: A line is not a JSON object, or its text is malformed.
+    """
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         if not line.strip():
@@ -109,27 +133,31 @@ def read_json_lines(lines: Iterable[str], path: Path, column: str | None, exampl
             ) from error
         if not isinstance(record, dict):
             raise DataError(
-                f"the line holds a {type(record).__name__}, not an object",
+                f"the line is malformed: expected a JSON object, got {type(record).__name__}",
                 where=where,
                 fix=f'write one object on each line: {{"{example}": ..., "label": ...}}',
             )
         if column is not None and isinstance(record.get(column), list | dict):
-            what = type(record[column]).__name__
-            raise DataError(f"{column!r} holds a {what}, not a {example}", where=where, fix=f"give one {example} each")
+            got = type(record[column]).__name__
+            raise DataError(
+                f"column {column!r} is wrong: expected {example}, got {got}",
+                where=where,
+                fix=f"give one {example} per row",
+            )
         if _SURROGATE.search(line) and _lone_surrogate(record):
             raise DataError(
-                "a text holds half a character (one of \\ud800 to \\udfff alone)",
+                "a text contains an unpaired surrogate (\\ud800 to \\udfff)",
                 where=where,
                 fix="remove it, or the row",
             )
-        yield number, {key: _plain(value) for key, value in record.items()}
+        yield number, {key: _as_text(value) for key, value in record.items()}
 
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _lone_surrogate(record: Mapping[str, object]) -> bool:
-    """Tell whether a value can be written in no encoding: JSON's escapes may name one half of a pair."""
+    """Return whether a value contains an unpaired surrogate, which JSON escapes allow and no encoding can represent."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -137,7 +165,8 @@ def _lone_surrogate(record: Mapping[str, object]) -> bool:
     return False
 
 
-def _plain(value: object) -> str | list[str]:
+def _as_text(value: object) -> str | list[str]:
+    """Return a JSON value as text; a list becomes a list of texts."""
     if isinstance(value, list):
         return [item if isinstance(item, str) else json.dumps(item) for item in value]
     if value is None:

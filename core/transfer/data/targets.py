@@ -1,4 +1,4 @@
-"""From labels as they are written to the targets of a split, and back."""
+"""Conversion of label names to the targets of a split, and of targets to text."""
 
 from __future__ import annotations
 
@@ -11,53 +11,54 @@ import numpy.typing as npt
 from transfer.errors import DataError
 from transfer.interfaces import DataSpec
 
-MAX_SHOWN = 20
+MAX_CLASSES_SHOWN = 20
+"""Maximum number of valid names in an error."""
 
 
 def encode_labels(labels: Sequence[str], classes: Sequence[str], where: Callable[[int], str]) -> npt.NDArray[np.int64]:
-    """Return the class of each example, int64 (N,).
+    """Return the class index of each example, int64 (N,).
 
     Args:
-        labels: A class's name each.
-        classes: The names in order.
-        where: What an example is called in messages.
+        labels: Class name of each example.
+        classes: Names of the classes, in the order of their indices.
+        where: Function from the index of an example to its name in errors.
 
     Raises:
-        transfer.DataError: A label is none of the classes.
+        transfer.DataError: A label is not one of the classes.
     """
-    known = {name: index for index, name in enumerate(classes)}
+    class_indices = {name: index for index, name in enumerate(classes)}
     try:
-        return np.array([known[label] for label in labels], dtype=np.int64)
+        return np.array([class_indices[label] for label in labels], dtype=np.int64)
     except KeyError:
-        index = next(index for index, label in enumerate(labels) if label not in known)
-        raise _unknown("class", labels[index], classes, where(index)) from None
+        index = next(index for index, label in enumerate(labels) if label not in class_indices)
+        raise _unknown_label("class", labels[index], classes, where(index)) from None
 
 
 def multi_hot(
     labels: Sequence[Collection[str]], classes: Sequence[str], where: Callable[[int], str]
 ) -> npt.NDArray[np.float32]:
-    """Return ones for the labels of each example and zeros elsewhere, float32 (N, C).
+    """Return the multi-hot encoding of the labels, float32 (N, C): ones for the labels of an example, zeros otherwise.
 
     Args:
-        labels: Names of labels each, perhaps none.
-        classes: The names in order.
-        where: What an example is called in messages.
+        labels: Label names of each example; may be empty.
+        classes: Names of all labels, in the order of the columns.
+        where: Function from the index of an example to its name in errors.
 
     Raises:
-        transfer.DataError: A label is none of these.
+        transfer.DataError: A label is not one of the names.
     """
-    known = {name: index for index, name in enumerate(classes)}
+    columns = {name: column for column, name in enumerate(classes)}
     targets = np.zeros((len(labels), len(classes)), dtype=np.float32)
     for index, names in enumerate(labels):
         for name in names:
-            if name not in known:
-                raise _unknown("label", name, classes, where(index))
-            targets[index, known[name]] = 1
+            if name not in columns:
+                raise _unknown_label("label", name, classes, where(index))
+            targets[index, columns[name]] = 1
     return targets
 
 
 def describe(data: DataSpec, target: Any) -> str:
-    """Return a target of an example in words: its class, its labels, or its numbers by name."""
+    """Return the target of an example as text: its class, its labels, or its numbers by name."""
     if data.target == "class":
         return data.classes[int(target)]
     pairs = zip(data.classes, np.asarray(target).tolist(), strict=True)
@@ -66,10 +67,10 @@ def describe(data: DataSpec, target: Any) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in pairs)
 
 
-def _unknown(what: str, name: str, classes: Sequence[str], where: str) -> DataError:
+def _unknown_label(what: str, name: str, classes: Sequence[str], where: str) -> DataError:
     return DataError(
         f"{what} {name!r} is not in the training data",
         where=where,
-        available=classes[:MAX_SHOWN],
+        available=classes[:MAX_CLASSES_SHOWN],
         fix=f"correct the label, or add training examples of that {what}",
     )

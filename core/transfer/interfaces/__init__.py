@@ -1,4 +1,4 @@
-"""Contracts between core and plugins."""
+"""Contracts between the framework and its plugins."""
 
 from transfer.interfaces.backbone import Backbone, FeatureSpec, ForeignModel, Layout
 from transfer.interfaces.columns import Columns

@@ -14,17 +14,14 @@ from transfer.interfaces.preprocessing import Preprocessing
 Layout = Literal["vector", "sequence"]
 
 
-# ----------------------------------------------------------------------------------------------------------- backbone
-
-
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What leaves a backbone.
+    """Layout and size of the features that a backbone returns.
 
     Args:
         layout: ``vector``: a float tensor (B, D). ``sequence``: a pair of a float tensor (B, T, D) and a bool mask
-            (B, T) that is True at real steps and False at padding; every example has at least one real step.
-        size: D.
+            (B, T), which is True at real steps and False at padding. Every example has at least one real step.
+        size: Number of features D.
     """
 
     layout: Layout
@@ -33,14 +30,14 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A network of another library that holds the same weights under names of its own.
+    """A network of another library with the same weights under different names.
 
     Args:
-        factory: The function that builds it with random weights, ``module:function``
+        factory: Function that builds the network with random weights, as ``module:function``
             (``torchvision.models:resnet18``).
-        options: The function's keyword arguments, the number of classes among them; JSON alone.
-        names: That library's name of each tensor in the backbone's state dict.
-        output: Its name of the network's last layer, a linear one, which the head replaced.
+        options: Keyword arguments of the function, including the number of classes; JSON values.
+        names: Name of each tensor in the other library, by its name in the backbone's state dict.
+        output: Name of the last layer of the network in the other library: the linear layer that the head replaced.
     """
 
     factory: str
@@ -52,20 +49,21 @@ class ForeignModel:
 class Backbone(nn.Module, ABC):
     """A pretrained feature extractor: an ordered chain of named stages.
 
-    Freezing, learning rates by layer and the feature cache all speak of stages. A backbone that is no chain has one.
+    Freezing, layer-wise learning rates and the feature cache refer to stages by name. A backbone that is not a chain
+    has one stage.
 
-    A subclass's constructor builds the whole architecture from its options with random weights, without reading data
-    or weights, and must work under ``torch.device("meta")``: that is how a config is checked. It hands its stages to
-    this constructor.
+    The constructor of a subclass builds the complete architecture from its options with random weights, and passes the
+    stages to this constructor. It reads no data or weights and must work under ``torch.device("meta")``, because
+    checking a config builds the model there.
 
     Args:
-        stages: From input to output. Each module takes what the one before it returns: a tensor or a tuple of
-            tensors; the last returns what :attr:`features` says. None is called ``head``. A dot groups stages:
-            ``image`` stands for ``image.stem`` and ``image.layer1`` wherever a config names a stage.
+        stages: Stages by name, from input to output. Each module takes the output of the one before it, a tensor or a
+            tuple of tensors. The last one returns features as :attr:`features` specifies. No stage is named ``head``. A
+            dot groups stages: in a config, ``image`` refers to both ``image.stem`` and ``image.layer1``.
     """
 
     field: ClassVar[str]
-    """The field of an example that this backbone consumes."""
+    """The field of an example that this backbone takes as input."""
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -74,15 +72,18 @@ class Backbone(nn.Module, ABC):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """All fields that it consumes: a backbone of several gets a tuple of their values for each example."""
+        """All fields that this backbone takes as input. With several, each example is a tuple of their values."""
         return (self.field,)
 
     def __init__(self, stages: Mapping[str, nn.Module]) -> None:
         super().__init__()
         if not stages or any(name.split(".")[0] == "head" or not all(name.split(".")) for name in stages):
-            raise ValueError(f"stages need names, and none is 'head': {list(stages)}")
+            raise ValueError(
+                f"the names of the stages are invalid: expected names other than 'head', got {list(stages)}"
+            )
         self.stages = nn.Sequential()
         for name, module in stages.items():
+            # torch does not allow dots in the names of modules.
             self.stages.add_module(name.replace(".", "/"), module)
 
     def forward(self, inputs: Any) -> Any:
@@ -92,66 +93,66 @@ class Backbone(nn.Module, ABC):
     @property
     @abstractmethod
     def features(self) -> FeatureSpec:
-        """What the last stage returns."""
+        """Layout and size of the output of the last stage."""
 
     @property
     @abstractmethod
     def preprocessing(self) -> Preprocessing:
-        """How raw values become this backbone's input."""
+        """Preprocessing that turns raw values into this backbone's input."""
 
     @classmethod
     def from_data(cls, values: Sequence[Any], **options: Any) -> Self:
-        """Build from the options and, where the backbone must see data first (a vocabulary), the training split.
+        """Build the backbone from its options and, if it learns from the data (a vocabulary), the training split.
 
         Args:
-            values: The raw values of :attr:`field` in the training split.
-            options: The config block.
+            values: Raw values of :attr:`field` in the training split.
+            options: Options of the config block.
         """
         return cls(**options)
 
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
-        """Build from the options and what :meth:`assets` returned: how a saved model comes back, without data."""
+        """Build the backbone of a saved model from its options and the files of :meth:`assets`, without data."""
         return cls(**options)
 
     def assets(self) -> Mapping[str, str]:
-        """Return what was learned from the training split, as text files by name (``vocabulary.json``)."""
+        """Return the files that were learned from the training split, as text by file name (``vocabulary.json``)."""
         return {}
 
     def learned(self) -> Mapping[str, Any]:
-        """Say what was learned from the training split, for the log and the summary before training; JSON alone."""
+        """Return a summary of the learned files for the log and the run's summary; JSON values."""
         return {}
 
     def load_pretrained(self) -> Mapping[str, Any]:
-        """Read the pretrained weights that the options name into this backbone.
+        """Load the pretrained weights that the options name into this backbone.
 
         Returns:
-            What was read, for the log and the summary; JSON alone. Empty where there is nothing to read.
+            Description of the loaded weights for the log and the run's summary; JSON values. Empty if there are none.
 
         Raises:
-            transfer.WeightsError: They are missing or do not fit.
+            transfer.WeightsError: The weights are missing or do not fit.
         """
         return {}
 
     @classmethod
     def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the options to change for the same network to begin from random weights.
+        """Return the options to change so that the same network starts from random weights.
 
-        By default none: :meth:`load_pretrained` is not called then. Change them where options mean more than what is
-        read (a frozen table of random vectors would be no fair beginning).
+        By default no option changes: :meth:`load_pretrained` is not called. Override it if options depend on the
+        pretrained weights (a frozen table of word vectors must become trainable).
 
         Args:
-            options: The config block.
+            options: Options of the config block.
 
         Returns:
-            JSON alone.
+            Changed options; JSON values.
         """
         return {}
 
     def foreign_models(self, out_features: int) -> Mapping[str, ForeignModel]:
-        """Return the networks of other libraries that this one can be exported to, by format (``torchvision``).
+        """Return the networks of other libraries that this backbone can be exported to, by format (``torchvision``).
 
         Args:
-            out_features: The number of outputs of the network's last layer.
+            out_features: Number of outputs of the network's last layer.
         """
         return {}

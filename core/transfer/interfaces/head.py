@@ -9,19 +9,17 @@ from torch import nn
 
 from transfer.interfaces.backbone import Layout
 
-# --------------------------------------------------------------------------------------------------------------- head
-
 
 class Head(nn.Module, ABC):
-    """From a backbone's features to a task's outputs: float tensor (B, out_features).
+    """Module that maps a backbone's features to a task's outputs, a float tensor (B, out_features).
 
-    A subclass's constructor is called as ``(features: FeatureSpec, out_features: int, *, <options>)``. Its ``forward``
-    takes what the layout says: (B, D), or the pair of (B, T, D) and the mask (B, T).
+    The constructor of a subclass is called as ``(features: FeatureSpec, out_features: int, *, <options>)``. Its
+    ``forward`` takes features of the layout: (B, D), or the pair of (B, T, D) and the mask (B, T).
     """
 
     layouts: ClassVar[frozenset[Layout]] = frozenset({"vector"})
-    """The layouts of features that this head takes."""
+    """The layouts of features that this head accepts."""
 
     def as_linear(self) -> nn.Linear | None:
-        """Return the one layer that this head is outside training, for networks that end in one; None if it is more."""
+        """Return the linear layer that this head is equivalent to in evaluation, for export; None if there is none."""
         return None

@@ -1,4 +1,4 @@
-"""The contract of a preprocessing: encode, augment, collate."""
+"""The contract of preprocessing: encode, augment, collate."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Occlusion:
     """A piece of a raw value, and the value without it.
 
     Args:
-        piece: What a person would see as one: a word as the text has it (a string), a region of a picture (left, top,
-            width, height); JSON alone. Strings in a row are the whole value.
-        rest: The raw value with the piece taken out or covered; None where nothing would be left.
+        piece: Piece that a person perceives as a unit: a word of a text (a string), or a region of an image (left, top,
+            width, height); JSON values. The strings of a text, concatenated, are the complete text.
+        rest: Raw value with the piece removed or covered; None if nothing would remain.
     """
 
     piece: Any
@@ -32,21 +32,22 @@ class Occlusion:
 
 
 class Preprocessing(ABC):
-    """From raw values of the backbone's field to its input: a part of the backbone, because it must match pretraining.
+    """Conversion of raw values of a field to the input of a backbone.
 
-    It comes in two halves, deterministic and random, so that the first can be done once. Objects are small and
-    picklable: loader processes get a copy.
+    Preprocessing belongs to the backbone, because it must match the pretraining. It has a deterministic step
+    (:meth:`encode`), which can be done once, and a random one (:meth:`augment`). Objects are small and picklable:
+    loader processes get a copy.
     """
 
     encode_once: ClassVar[bool] = False
-    """Encoded values are small: a split is encoded once, as a whole, and kept in memory."""
+    """Whether a split is encoded once and kept in memory, because encoded values are small."""
 
     media_type: ClassVar[str] = "text/plain"
-    """What a person gives to a server, as browsers name it: ``text/plain`` is typed, of anything else (``image/*``) a
-    file is chosen."""
+    """MIME type of the input on the demo page: a text box for ``text/plain``, a file picker for anything else
+    (``image/*``)."""
 
     parts: Mapping[str, Preprocessing] = {}
-    """Those that it is made of, by the name of what each reads; a raw value is then a tuple with one of each."""
+    """Preprocessing of each input by name, if there are several; a raw value is then a tuple with one value each."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -54,73 +55,80 @@ class Preprocessing(ABC):
 
     @property
     def keep_bytes(self) -> int | None:
-        """How much memory the encoded values of a split may take from one epoch to the next; none by default.
+        """Maximum memory in bytes for the encoded values of a split between epochs; 0, the default, keeps none.
 
-        A split that would take more is encoded anew every epoch. None: half of what is available. Values are arrays or
-        tensors; for those that are slow to make (pictures), not for those that are made in no time.
+        None allows half of the available memory. A split that needs more is encoded again in every epoch. Keeping
+        values is worthwhile if encoding is slow (images). Encoded values must then be arrays or tensors.
         """
         return 0
 
     @abstractmethod
     def encode(self, values: Sequence[Any]) -> Sequence[Any]:
-        """Do the deterministic half (decode and resize; tokenize and numericalise) for some raw values, in order.
+        """Run the deterministic step on raw values, in order: decode and resize, or tokenize and encode as integers.
 
         Raises:
-            ValueError, OSError: One value cannot be encoded; the framework then names the example.
+            ValueError, OSError: A value cannot be encoded; the framework then names the example.
         """
 
     def augment(self, encoded: Any) -> Any:
-        """Do the random half, for training examples alone; by default nothing.
+        """Run the random step on one encoded training example; by default return it unchanged.
 
         Draw only from the global generators of ``torch``, ``numpy`` and ``random``: the framework seeds them from
-        (seed, epoch, example index) before the call and restores them after it.
+        (seed, epoch, example index) before the call and restores them after it. The value may be changed in place if it
+        consists of tensors, arrays, lists, tuples and dicts.
         """
         return encoded
 
     @property
     def augments(self) -> bool:
-        """Whether :meth:`augment` does anything; by default, whether a subclass defines it."""
+        """Whether :meth:`augment` changes values; by default, whether a subclass defines it."""
         return type(self).augment is not Preprocessing.augment
 
     def collate(self, encoded: Sequence[Any]) -> Any:
-        """Make the backbone's input of a batch of encoded (and, in training, augmented) values.
+        """Combine encoded (and, in training, augmented) values to a batch.
 
-        By default these are tensors, or tuples of tensors, of the same shapes in every example, and are stacked.
+        The default stacks tensors, or tuples of tensors, whose shapes are the same in every example.
 
         Returns:
-            A tensor or a tuple of tensors, with the batch first in each.
+            Input of the backbone: a tensor or a tuple of tensors, batch first.
         """
         if isinstance(encoded[0], Tensor):
             return torch.stack(list(encoded))
         return tuple(torch.stack(column) for column in zip(*encoded, strict=True))
 
     def length(self, encoded: Any) -> int:
-        """Return the length of an encoded value: what padding to the longest makes a batch cost. By default 1."""
+        """Return the length of an encoded value, to which a batch is padded; by default 1."""
         return 1
 
     def lengths(self, encoded: Sequence[Any]) -> npt.NDArray[np.int64]:
-        """Return :meth:`length` of each value of what :meth:`encode` returned, int64 (N,).
+        """Return the :meth:`length` of each encoded value, int64 (N,).
 
-        Define it where the sequence knows all lengths at once: a split may hold millions of values.
+        Override it if the sequence stores all lengths: a split may contain millions of values.
         """
         return np.fromiter(map(self.length, encoded), dtype=np.int64, count=len(encoded))
 
     @abstractmethod
     def read(self, source: str) -> Any:
-        """Return the raw value that a person means by ``source`` at the command line (a path, a text).
+        """Return the raw value for an argument of the command line.
+
+        Args:
+            source: Path of a file, or a text.
 
         Raises:
-            transfer.DataError, ValueError, OSError: Nothing can be read there; the framework then names the source.
+            transfer.DataError, ValueError, OSError: The source cannot be read; the framework then names it.
         """
 
     def read_bytes(self, content: bytes) -> Any:
-        """Return the raw value that the content of a file is, or a typed text in UTF-8: what a server was sent.
+        """Return the raw value for the content of a request to a server: of a file, or of a typed text in UTF-8.
 
-        By default the content is put into a file for as long as :meth:`read` takes: what comes over a network must
-        never be taken for a path.
+        The default writes the content to a temporary file and passes its path to :meth:`read`: input from a network
+        must never be interpreted as a path.
+
+        Args:
+            content: Content of the file, or the encoded text.
 
         Raises:
-            transfer.DataError, ValueError, OSError: It cannot be read.
+            transfer.DataError, ValueError, OSError: The content cannot be read.
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "content"
@@ -128,45 +136,45 @@ class Preprocessing(ABC):
             return self.read(str(path))
 
     def example(self) -> Any:
-        """Return a raw value to check shapes with before any data is read; None where there is no typical one."""
+        """Return a typical raw value to check shapes with before data is read; None if there is none."""
         return None
 
     def render_batch(
         self, inputs: Any, values: Sequence[Any], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
     ) -> bytes | str | None:
-        """Show some examples as the model sees them, for a person.
+        """Render the examples of a batch as the model receives them.
 
         Args:
-            inputs: What :meth:`collate` made of them (a training batch may be augmented and mixed).
-            values: Their raw values.
-            captions: What stands under each, in one or more lines.
-            groups: For each heading the places of the examples that stand under it, in order.
+            inputs: Output of :meth:`collate`; a training batch may be augmented and mixed.
+            values: Raw values of the examples.
+            captions: Caption of each example, in one or more lines.
+            groups: Indices of the examples under each heading, in order.
 
         Returns:
-            The bytes of a PNG file, or a text; None (the default) where the field has no picture.
+            Bytes of a PNG file, or a text; None (the default) if the field cannot be rendered.
         """
         return None
 
     def thumbnail(self, value: Any) -> bytes | None:
-        """Return a small picture of a raw value for a page, the bytes of a JPEG or PNG file; by default there is none.
+        """Return a small image of a raw value for a page, as the bytes of a JPEG or PNG file; None by default.
 
         Raises:
-            ValueError, OSError: The value cannot be drawn.
+            ValueError, OSError: The value cannot be rendered.
         """
         return None
 
     def occlusions(self, value: Any) -> Iterable[Occlusion]:
-        """Take a raw value apart, for explanations: each of its pieces in order, with the value that lacks it.
+        """Yield the pieces of a raw value in order, each with the value without it, for explanations by occlusion.
 
-        By default there are no pieces, and explanations are refused.
+        By default this is not implemented, and explanations are refused.
         """
         raise NotImplementedError
 
     @property
     def explains(self) -> bool:
-        """Whether raw values can be taken apart; by default, whether a subclass defines :meth:`occlusions`."""
+        """Whether explanations are supported; by default, whether a subclass defines :meth:`occlusions`."""
         return type(self).occlusions is not Preprocessing.occlusions
 
     def describe(self) -> Mapping[str, Any]:
-        """Return the settings that decide what the model sees, for tables and for the model folder; JSON alone."""
+        """Return the settings that determine the model's input, for tables and the saved model; JSON values."""
         return {}

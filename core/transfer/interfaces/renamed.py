@@ -1,4 +1,4 @@
-"""Methods of contracts that have another name now: a subclass that defines the old name keeps working."""
+"""Support for renamed methods of contracts: a subclass that defines the old name keeps working."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping
 
 
 def adopt_renamed_methods(cls: type, renamed: Mapping[str, str]) -> None:
-    """Make a subclass's definition of an old method name count as one of the new name, with a warning.
+    """Use a subclass's method under an old name as the method under the new name, with a warning.
 
     Args:
-        cls: The subclass.
+        cls: Subclass of a contract.
         renamed: New method name by old method name.
     """
     for old, new in renamed.items():
         if old in vars(cls) and new not in vars(cls):
             warnings.warn(
-                f"{cls.__module__}.{cls.__qualname__}.{old} is now called {new}; the old name goes away in version 0.3",
+                f"{cls.__module__}.{cls.__qualname__}.{old} is now called {new}; version 0.3 removes the old name",
                 DeprecationWarning,
-                stacklevel=4,
+                stacklevel=4,  # the class statement: above this function, __init_subclass__ and the metaclass
             )
             setattr(cls, new, vars(cls)[old])

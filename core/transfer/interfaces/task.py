@@ -13,16 +13,14 @@ from torch import Tensor
 from transfer.interfaces.data import TargetKind
 from transfer.interfaces.renamed import adopt_renamed_methods
 
-# --------------------------------------------------------------------------------------------------------------- task
-
 
 @dataclass(frozen=True)
 class PrimaryMetric:
-    """The metric that picks the best epoch.
+    """The metric that selects the best epoch.
 
     Args:
-        name: As :meth:`Task.metrics` has it.
-        higher_is_better: Its direction.
+        name: Name of the metric in :meth:`Task.metrics`.
+        higher_is_better: Whether a higher value is better.
     """
 
     name: str
@@ -30,19 +28,20 @@ class PrimaryMetric:
 
 
 class Task(ABC):
-    """What is learned: the number of outputs, the loss, the metrics and how to read a prediction. No device, no loop.
+    """A learning task: number of outputs, loss, metrics, and interpretation of outputs.
 
-    A subclass's constructor is called as ``(data: DataSpec, *, <options>)``.
+    A task contains no device, checkpoint or training loop. The constructor of a subclass is called as
+    ``(data: DataSpec, *, <options>)``.
     """
 
     targets: ClassVar[frozenset[TargetKind]]
-    """The kinds of target that this task takes."""
+    """The kinds of target that this task accepts."""
 
     primary_metric: PrimaryMetric
-    """What picks the best epoch."""
+    """The metric that selects the best epoch."""
 
     out_features: int
-    """The number of outputs of the model; the constructor sets it."""
+    """The number of outputs of the model, set by the constructor."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -50,28 +49,28 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of each example, (B,), of float outputs (B, out_features); the engine takes the mean."""
+        """Return the loss of each example, (B,), from float outputs (B, out_features); the engine takes the mean."""
 
     @abstractmethod
     def metrics(self) -> Mapping[str, Any]:
-        """Return fresh torchmetrics by name, each to be updated with (:meth:`predictions`, targets)."""
+        """Return new torchmetrics by name; each is updated with (:meth:`predictions`, targets)."""
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """Return what the metrics want of the outputs; by default the outputs themselves."""
+        """Return the input of the metrics from the outputs; by default the outputs themselves."""
         return outputs
 
     @abstractmethod
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """Say what each row of outputs (B, out_features) means, for a person: JSON alone, one dict per example."""
+        """Return the meaning of each row of outputs (B, out_features), one dict of JSON values per example."""
 
     def scores(self, outputs: Tensor) -> Tensor:
-        """Return the outputs (B, out_features) in what a person reads: probabilities; by default as they are."""
+        """Return the outputs (B, out_features) in interpretable units, such as probabilities; by default unchanged."""
         return outputs
 
     def explained_output(self, scores: Tensor) -> int:
-        """Return which of an example's scores (out_features,) an explanation is of; by default the first."""
+        """Return the index of the score (out_features,) that an explanation is about; by default 0."""
         return 0
 
     def prepare(self, targets: npt.NDArray[Any]) -> None:
-        """See the targets of the training split once before training (class weights); by default nothing."""
+        """Process the targets of the training split once before training (class weights); by default do nothing."""
         return

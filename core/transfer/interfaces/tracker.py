@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# ------------------------------------------------------------------------------------------------------------ tracker
-
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run that begins or goes on.
+    """A run that starts or resumes, as passed to a tracker.
 
     Args:
-        folder: The run directory.
-        name: What the run is called; no other has that name.
-        config: The resolved config by the keys of the command line (``train.optimizer.lr``).
-        known: What :meth:`Tracker.start` returned when the run began; None if it begins now.
+        folder: Path of the run directory.
+        name: Unique name of the run.
+        config: Resolved config, by the keys of the command line (``train.optimizer.lr``).
+        known: Identifier that :meth:`Tracker.start` returned when the run started; None if it starts now.
     """
 
     folder: Path
@@ -29,28 +27,31 @@ class TrackedRun:
 
 
 class Tracker(ABC):
-    """Tells another program what happens in a run. It sees figures and cannot change the run.
+    """Records the metrics of a run in another program. A tracker cannot change the run.
 
-    The constructor takes options alone, imports nothing large and contacts nobody, so that a config can be checked.
-    What a tracker raises costs a run nothing but the tracker: it is told once, and the tracker is left out from there
-    on. An epoch is recorded once, also in a run that was killed and goes on.
+    The constructor takes only options, imports no large package and opens no connection, so that a config can be
+    checked. An error in a tracker does not stop the run: it is reported once, and the tracker is disabled from then on.
+    Each epoch is recorded once, even if the run is killed and resumed.
     """
 
     @abstractmethod
     def start(self, run: TrackedRun) -> str | None:
-        """Begin to track a run, or go on with one that is known.
+        """Start to track a run, or continue if ``run.known`` identifies it.
 
         Returns:
-            What identifies the run there, if it can be gone on with; it is kept in the run directory.
+            Identifier with which tracking can continue after a resume, or None. It is saved in the run directory.
         """
 
     @abstractmethod
-    def record(self, figures: Mapping[str, float], epoch: int) -> None:
-        """Take the figures of an epoch, by names such as ``validation/accuracy`` and ``lr/head``.
+    def record(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Record the metrics of an epoch.
 
-        After the last epoch of a complete run come those of the whole run (``test/accuracy``), with its number.
+        Args:
+            metrics: Values by name, such as ``validation/accuracy`` and ``lr/head``. A complete run ends with one more
+                call for the metrics of the run (``test/accuracy``).
+            epoch: Number of the epoch; in the last call, that of the last epoch.
         """
 
     @abstractmethod
     def finish(self, status: Literal["complete", "interrupted", "stopped", "failed"]) -> None:
-        """End. A run that is not complete may go on later, perhaps in another process."""
+        """Finish tracking. A run that is not complete may be resumed later, in another process."""
