@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import PIL
 import torch
 from rich.progress import track
 
-from transfer import DataError
+from transfer import DataError, cache_folder
 from transfer_vision.images.decoding import check_picture
 from transfer_vision.images.image_sources import Source
 
@@ -103,13 +102,11 @@ def _table(source: Source, problems: dict[str, str]) -> str:
 
 
 def _record(source: Source) -> Path:
-    chosen = os.environ.get("TRANSFER_CACHE")
-    folder = Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # A member of an archive may be damaged without a word of it in the archive's list.
     time = source.path.stat().st_mtime_ns if source.path.is_file() else None
     what = repr((FORMAT, PIL.__version__, str(source.path.resolve()), source.name(""), time))
     name = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:40]
-    return (folder if chosen else folder / "transfer") / "pictures" / f"{name}.json"
+    return cache_folder("pictures") / f"{name}.json"
 
 
 def _read(record: Path) -> dict[str, list[object]]:
