@@ -113,9 +113,11 @@ from .runs.predict import predict as predict
 from .runs.train import Run as Run
 from .runs.train import resume as resume
 from .runs.train import run as run
-from .system.downloads import data_folder as data_folder
+from .system.directory_cache import DirectoryCache as DirectoryCache
 from .system.downloads import download as download
 from .system.downloads import find_file as find_file
+from .system.user_folders import cache_folder as cache_folder
+from .system.user_folders import data_folder as data_folder
 
 __version__: str
 __all__: list[str]

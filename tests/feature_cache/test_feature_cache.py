@@ -28,8 +28,9 @@ from transfer.data.loader import Loader
 from transfer.feature_cache import store
 from transfer.feature_cache.loader import CachedLoader, select_stage_inputs
 from transfer.feature_cache.prefix import FrozenPrefix
-from transfer.feature_cache.store import STALE_SECONDS, Entry, FeatureCache
+from transfer.feature_cache.store import Entry, FeatureCache
 from transfer.models.model import Model
+from transfer.system.directory_cache import STALE_SECONDS, DirectoryCache
 
 HERE = Path(__file__).parent
 PLENTY = 2**30
@@ -265,7 +266,7 @@ def ragged(cls: type[Ragged] = Ragged, **options: Any) -> tuple[FrozenPrefix, Lo
 
 
 def entry_of(cache: FeatureCache, prefix: FrozenPrefix, loader: Loader, view: int | None = None) -> Entry:
-    entry = cache.features(prefix, loader, view=view)
+    entry = cache.load_or_compute(prefix, loader, view=view)
     assert isinstance(entry, Entry)
     return entry
 
@@ -391,6 +392,21 @@ def test_an_entry_holds_what_the_stages_give(cache_folder: Path) -> None:
     assert listed["bytes"] > 50 * 8 * 4
 
 
+@pytest.mark.parametrize("made", [small, ragged])
+def test_prefix_features_are_bit_identical_to_a_plain_loop(made: Callable[..., tuple[FrozenPrefix, Loader]]) -> None:
+    prefix, loader = made()
+    batches = loader.in_fixed_order(64, augment=False).epoch(0)
+    prefix.model.eval()
+    for (indices, features), batch in zip(prefix.run(loader, None), batches, strict=True):
+        value = batch.inputs
+        with torch.inference_mode():
+            for stage in list(prefix.model)[: prefix.count]:
+                value = stage(value)
+        assert np.array_equal(indices, batch.indices)
+        for one, other in zip(*(v if isinstance(v, tuple) else (v,) for v in (features, value)), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_the_cached_loader_keeps_order_targets_and_indices() -> None:
     prefix, loader = small(training=True, seed=0)
     cached = CachedLoader(loader, [entry_of(FeatureCache(PLENTY), prefix, loader)])
@@ -444,8 +460,8 @@ def test_shapes_that_vary_without_a_mask_are_not_cached_and_the_run_goes_on(
     first = run.summary["cache"][0]
     assert first["cached"] is True  # the stage after it makes vectors of them
     prefix, loader = ragged(Varying)  # type: ignore[arg-type]
-    reason = FeatureCache(PLENTY, folder=tmp_path / "other").features(prefix, loader)
-    assert reason == "what lower returns differs in shape between batches"
+    reason = FeatureCache(PLENTY, folder=tmp_path / "other").load_or_compute(prefix, loader)
+    assert reason == "the output of stage lower differs in shape between batches"
     assert list((tmp_path / "other").iterdir()) == []
 
 
@@ -457,8 +473,8 @@ def test_padding_before_the_steps_is_not_cached() -> None:
 
     prefix, loader = ragged()
     prefix.model.lower = Left(1, 4)
-    assert FeatureCache(PLENTY).features(prefix, loader) == (
-        "what lower returns has padding elsewhere than after the last step"
+    assert FeatureCache(PLENTY).load_or_compute(prefix, loader) == (
+        "the output of stage lower has padding before the last step of a sequence"
     )
 
 
@@ -467,7 +483,9 @@ def test_extracting_leaves_the_mode_and_the_randomness_alone() -> None:
     prefix.model.train()
     state = torch.get_rng_state()
     entry_of(FeatureCache(PLENTY), prefix, loader)
-    assert isinstance(FeatureCache(1, folder=store.cache_folder() / "other").features(prefix, loader), str)
+    assert isinstance(
+        FeatureCache(1, folder=store.cache_folder("features") / "other").load_or_compute(prefix, loader), str
+    )
     assert prefix.model.training
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -683,8 +701,8 @@ def test_verify_passes_what_is_right_and_refuses_what_was_altered(
     entry_of(strict, prefix, loader)
     alter(entry)
     entry_of(FeatureCache(PLENTY), prefix, loader)
-    with pytest.raises(TrainingError, match="stored features differ") as caught:
-        strict.features(prefix, loader)
+    with pytest.raises(TrainingError, match="cached features differ") as caught:
+        strict.load_or_compute(prefix, loader)
     assert caught.value.problems[0].where == str(entry.folder)
 
 
@@ -696,14 +714,14 @@ def test_verify_refuses_a_stage_that_is_random_at_once() -> None:
     prefix, loader = small()
     prefix.model.second = Random()
     with pytest.raises(TrainingError, match="not deterministic"):
-        FeatureCache(PLENTY, verify=True).features(prefix, loader)
+        FeatureCache(PLENTY, verify=True).load_or_compute(prefix, loader)
 
 
 def test_a_run_that_verifies_fails_on_an_altered_entry(config: dict[str, Any], tmp_path: Path) -> None:
     transfer.run(config, [FREEZE_FIRST], output=tmp_path)
     for listed in FeatureCache(PLENTY).entries():
-        alter(Entry(store.cache_folder() / listed["key"], (), np.array([]), None, pair=False))
-    with pytest.raises(TrainingError, match="stored features differ"):
+        alter(Entry(store.cache_folder("features") / listed["key"], (), np.array([]), None, is_tuple=False))
+    with pytest.raises(TrainingError, match="cached features differ"):
         transfer.run(config, [FREEZE_FIRST, "train.cache=verify"], output=tmp_path)
 
 
@@ -775,7 +793,7 @@ def test_an_exception_while_writing_leaves_nothing(monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(store.np, "save", crash)
         with pytest.raises(_Crash):
-            FeatureCache(PLENTY).features(prefix, loader)
+            FeatureCache(PLENTY).load_or_compute(prefix, loader)
     assert list(cache_folder.iterdir()) == []
     entry_of(FeatureCache(PLENTY), prefix, loader)
 
@@ -786,7 +804,7 @@ from pathlib import Path
 from test_feature_cache import PLENTY, Entry, FeatureCache, ragged
 from transfer.feature_cache import store
 {body}
-entry = FeatureCache(PLENTY, folder=Path(sys.argv[1])).features(*ragged())
+entry = FeatureCache(PLENTY, folder=Path(sys.argv[1])).load_or_compute(*ragged())
 assert isinstance(entry, Entry), entry
 print(float(entry.take(__import__("numpy").arange(20))[0].sum()))
 """
@@ -794,7 +812,7 @@ print(float(entry.take(__import__("numpy").arange(20))[0].sum()))
 
 def child(folder: Path, body: str = "") -> subprocess.Popen[str]:
     """Start a process that writes an entry."""
-    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(body=body), str(folder)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -831,14 +849,14 @@ def test_two_processes_that_write_one_entry_both_end_well(tmp_path: Path) -> Non
     # Each waits with its renaming until the other has everything written too.
     meet = """
 import time
-def write(folder, *rest, original=store._store):
+def write(folder, *rest, original=store._write_features):
     described = original(folder, *rest)
     (folder.parent / f"ready-{folder.name}").touch()
     deadline = time.time() + 60
     while len(list(folder.parent.glob("ready-*"))) < 2 and time.time() < deadline:
         time.sleep(0.01)
     return described
-store._store = write
+store._write_features = write
 """
     processes = [child(folder, meet) for _ in range(2)]
     answers = [process.communicate(timeout=120) for process in processes]
@@ -851,7 +869,7 @@ store._store = write
 
 def test_an_entry_that_another_run_drops_at_once_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     prefix, loader = small()
-    monkeypatch.setattr(FeatureCache, "_evict", lambda self, keep: shutil.rmtree(self.folder / keep))
+    monkeypatch.setattr(DirectoryCache, "_evict", lambda self, keep: shutil.rmtree(self.folder / keep))
     entry = entry_of(FeatureCache(PLENTY), prefix, loader)
     assert not entry.folder.exists()
     indices = np.arange(5)
@@ -866,7 +884,7 @@ def test_what_was_used_longest_ago_goes_first() -> None:
     first, second = (entry_of(cache, *small(seed)) for seed in (1, 2))
     for entry, seconds in ((first, 200), (second, 100)):
         when = time.time() - seconds
-        os.utime(entry.folder / "entry.json", (when, when))
+        os.utime(entry.folder, (when, when))
     entry_of(cache, *small(1))  # used again: the second is now the older one
     assert [listed["key"] for listed in cache.entries()] == [first.folder.name, second.folder.name]
     size = sum(listed["bytes"] for listed in cache.entries()) // 2
@@ -892,8 +910,8 @@ def test_what_is_too_large_is_not_cached_and_the_run_goes_on(
     run = transfer.run(config, [FREEZE_FIRST, "train.cache_limit_gib=1.0e-7"], output=tmp_path)
     assert run.summary["status"] == "complete"
     for report in run.summary["cache"]:
-        assert report["why"].startswith("it would take about ")
-        assert report["why"].endswith("GiB, and train.cache_limit_gib leaves 1e-07")
+        assert report["why"].startswith("the features need about ")
+        assert report["why"].endswith("GiB, and train.cache_limit_gib allows 1e-07")
     assert list(cache_folder.iterdir()) == []
 
 
@@ -902,7 +920,7 @@ def test_views_that_are_too_large_together_are_not_cached() -> None:
     loader = Loader(points(), ("point",), NoisyPoints(), batch_size=8, seed=3, training=True)
     size = sum(tensor.nbytes for tensor in entry_of(FeatureCache(PLENTY), prefix, loader, view=0).tensors)
     made = select_stage_inputs(FeatureCache(2 * size), prefix, loader, views=3, mixed=False)
-    assert made.report["why"].startswith("it would take about")
+    assert made.report["why"].startswith("the features need about")
     assert not FeatureCache(PLENTY).entries()[1:]  # the one above: nothing was written to be dropped again
     assert select_stage_inputs(FeatureCache(PLENTY), prefix, loader, views=3, mixed=False).report["cached"]
 
@@ -911,11 +929,11 @@ def test_long_examples_do_not_make_the_rest_too_large() -> None:
     prefix, loader = ragged()
     size = sum(file.stat().st_size for file in entry_of(FeatureCache(PLENTY), prefix, loader).folder.glob("*.bin"))
     FeatureCache(PLENTY).clear()
-    assert isinstance(FeatureCache(size).features(prefix, loader), Entry)
+    assert isinstance(FeatureCache(size).load_or_compute(prefix, loader), Entry)
     FeatureCache(PLENTY).clear()
-    reason = FeatureCache(size - 1).features(prefix, loader)
+    reason = FeatureCache(size - 1).load_or_compute(prefix, loader)
     assert isinstance(reason, str)
-    assert reason.startswith("it would take more than ")
+    assert reason.startswith("the features need more than ")
 
 
 def test_a_folder_that_cannot_be_written_stops_no_run(

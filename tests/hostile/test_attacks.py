@@ -214,7 +214,7 @@ def test_only_an_installed_entry_point_is_imported(run: Path, tmp_path: Path, mo
 def test_a_file_without_an_end_is_not_read(run: Path, name: str) -> None:
     (run / "model" / name).unlink()
     os.mkfifo(run / "model" / name)
-    with pytest.raises(RunError, match="no regular file"):
+    with pytest.raises(RunError, match="regular file"):
         read_model(run / "model")
 
 

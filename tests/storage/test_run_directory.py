@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from transfer import RunError
 from transfer.storage.environment import environment, environment_diff
 from transfer.storage.run_directory import RunDirectory
-from transfer.system.atomic_files import read_json, write_atomically, write_json
 
 
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -122,22 +120,3 @@ def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(tmp_path: 
     with run.locked():
         assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_writing_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
-    for content in ("first", "second"):
-        write_atomically(tmp_path / "file", content)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "second")]
-
-
-def test_json_has_no_infinity(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "file.json", {"a": math.inf})
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000])
-def test_damaged_json_is_an_error(tmp_path: Path, text: str) -> None:
-    (tmp_path / "file.json").write_text(text, encoding="utf-8")
-    with pytest.raises(RunError):
-        read_json(tmp_path / "file.json", "missing")

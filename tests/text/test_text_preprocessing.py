@@ -147,7 +147,7 @@ def test_a_damaged_entry_is_made_again(folder: Path, file: str) -> None:
 def test_without_a_cache_everything_goes_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder.parent.write_text("a file where the folder should be")
     assert lists(Vocabulary.build(TEXTS).encode(TEXTS))[3] == [2]
-    assert "nothing is kept" in caplog.text
+    assert "nothing is cached" in caplog.text
 
 
 def test_what_was_used_longest_ago_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -306,7 +306,7 @@ def test_what_is_damaged_is_made_again(folder: Path) -> None:
 def test_without_a_cache_the_file_is_parsed_every_time(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "cache").write_text("a file where the folder should be")
     assert read_vectors(plain(folder), ["film"]).found.all()
-    assert "nothing is kept" in caplog.text
+    assert "nothing is cached" in caplog.text
 
 
 def test_a_broken_file_leaves_nothing_in_the_cache(folder: Path) -> None:

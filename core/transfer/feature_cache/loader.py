@@ -108,7 +108,7 @@ def select_stage_inputs(
     entries = []
     wanted = range(views or 1) if loader.augments else (None,)
     for view in wanted:
-        entry = cache.features(prefix, loader, view=view, views=len(wanted))
+        entry = cache.load_or_compute(prefix, loader, view=view, views=len(wanted))
         if isinstance(entry, str):
             return StageInputs(loader, 0, {"cached": False, "why": entry})
         entries.append(entry)

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,24 +19,25 @@ import torch
 from transfer.config.train_settings import Precision
 from transfer.data.batch import move
 from transfer.data.loader import Loader
+from transfer.models.forward import forward_batches
 from transfer.models.model import Model
-from transfer.models.precision import autocast
+from transfer.system.directory_cache import KEY_DIGITS
 
-FORMAT = 1
+FORMAT = 2
 BATCH_SIZE = 64
-"""Features are always computed in batches of this size, so that a key stands for the same bits whatever a run's own."""
-KEY_DIGITS = 40
+"""Batch size of the forward pass. It is the same in every run, because another batch size rounds differently."""
 
 
 @dataclass(frozen=True)
 class FrozenPrefix:
-    """The stages of a model that are frozen from the input on.
+    """The leading stages of a model that are frozen.
 
     Args:
-        model: Whose first stages they are.
-        count: How many.
-        assets: What the backbone learned from the training split: it decides how values are encoded.
-        precision: What the features are computed in.
+        model: Model whose first stages are the prefix.
+        count: Number of stages in the prefix.
+        assets: Text files that the backbone learned from the training split (a vocabulary). They determine how raw
+            values are encoded.
+        precision: Precision of the forward pass.
     """
 
     model: Model
@@ -45,7 +47,7 @@ class FrozenPrefix:
 
     @property
     def stages(self) -> list[str]:
-        """Their names."""
+        """Names of the stages."""
         return list(self.model.stages)[: self.count]
 
     def key(self, loader: Loader, view: int | None) -> str:
@@ -75,24 +77,26 @@ class FrozenPrefix:
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    @torch.inference_mode()
     def run(
-        self, loader: Loader, view: int | None, most: int | None = None
+        self, loader: Loader, view: int | None, limit: int | None = None
     ) -> Iterator[tuple[npt.NDArray[np.int64], Any]]:
-        """Yield indices and features, on the CPU, of a split's examples, in batches of a fixed size and order."""
-        device = next(self.model.parameters()).device
-        stages = list(self.model)[: self.count]
-        training = self.model.training
-        self.model.eval()
-        try:
-            for on_cpu in loader.in_fixed_order(BATCH_SIZE, augment=view is not None).epoch(view or 0, limit=most):
-                features = on_cpu.to(device).inputs
-                with autocast(self.precision, device):
-                    for stage in stages:
-                        features = stage(features)
-                yield on_cpu.indices, move(features, torch.device("cpu"))
-        finally:
-            self.model.train(training)
+        """Yield indices (B,) and features, on the CPU, of the examples of a split, in batches of fixed size and order.
+
+        Args:
+            loader: Batches of the split. Their size and order are not used.
+            view: Index of an augmented view. None does not augment.
+            limit: Maximum number of batches. None runs all.
+        """
+        batches = loader.in_fixed_order(BATCH_SIZE, augment=view is not None).epoch(view or 0)
+        for batch, features in forward_batches(
+            self.model,
+            islice(batches, limit),
+            device=next(self.model.parameters()).device,
+            precision=self.precision,
+            end_stage=self.count,
+            out_of_memory_fix=f"set train.cache: off (cached features are computed in batches of {BATCH_SIZE})",
+        ):
+            yield batch.indices, move(features, torch.device("cpu"))
 
 
 def _settings(part: object) -> list[object]:

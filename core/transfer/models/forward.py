@@ -1,4 +1,4 @@
-"""The one forward loop: evaluation, previews, explanations, serving and the feature cache run models through it."""
+"""The forward loop that evaluation, previews, explanations, serving and the feature cache use."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transfer.models.model import Model
 from transfer.models.precision import autocast
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
+_SMALLER_BATCH = "set a smaller train.batch_size (or train.evaluation_batch_size, or train.max_tokens), or auto"
 
 
 def forward_batches(
@@ -25,18 +26,21 @@ def forward_batches(
     precision: Precision = "fp32",
     first_stage: int = 0,
     end_stage: int | None = None,
+    out_of_memory_fix: str = _SMALLER_BATCH,
 ) -> Iterator[tuple[Batch, Any]]:
-    """Yield each batch, on the device, with what the model returns for it: in eval mode and without gradients.
+    """Yield each batch, on the device, and the model's outputs for it, computed in eval mode and inference mode.
 
-    The model keeps the mode that it had before. Nothing in the loop waits for the device.
+    The model is in its previous mode again when the iterator is exhausted or closed. Nothing in the loop waits for the
+    device.
 
     Args:
-        model: The model; it is on the device.
+        model: Model, already on the device.
         batches: Batches as a loader yields them.
-        device: Where the batches are moved to.
+        device: Device that the batches are moved to.
         precision: Precision of the forward pass.
-        first_stage: Index of the first stage that runs: the batches contain the inputs of this stage.
-        end_stage: Index after the last stage that runs. None runs all stages and yields outputs (B, out_features).
+        first_stage: Index of the first stage to run. The batches contain the inputs of this stage.
+        end_stage: Index after the last stage to run. None runs all stages and yields outputs (B, out_features).
+        out_of_memory_fix: Fix that the error states if memory runs out.
 
     Raises:
         MemoryRanOut: Memory ran out; the error states the batch size.
@@ -46,7 +50,12 @@ def forward_batches(
     model.eval()
     try:
         for cpu_batch in batches:
-            with torch.inference_mode(), explain_out_of_memory(len(cpu_batch.indices)), autocast(precision, device):
+            # The contexts end before the yield: the caller's code must not run in inference mode or under autocast.
+            with (
+                torch.inference_mode(),
+                explain_out_of_memory(len(cpu_batch.indices), out_of_memory_fix),
+                autocast(precision, device),
+            ):
                 batch = cpu_batch.to(device)
                 value = batch.inputs
                 for stage in stages:
@@ -57,15 +66,17 @@ def forward_batches(
 
 
 @contextmanager
-def explain_out_of_memory(examples: int) -> Iterator[None]:
-    """Turn an out-of-memory error of torch into one that states the batch size and the settings to change."""
+def explain_out_of_memory(examples: int, fix: str = _SMALLER_BATCH) -> Iterator[None]:
+    """Replace an out-of-memory error of torch by one that states the batch size and a fix.
+
+    Args:
+        examples: Number of examples in the batch.
+        fix: Settings that the user can change.
+    """
     try:
         yield
     except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one; the CPU's allocator raises a plain one
         out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError) or any(t in str(error) for t in _OUT_OF_MEMORY)
         if not out_of_memory:
             raise
-        raise MemoryRanOut(
-            f"memory ran out on a batch of {examples} examples",
-            fix="set a smaller train.batch_size (or train.evaluation_batch_size, or train.max_tokens), or auto",
-        ) from error
+        raise MemoryRanOut(f"memory ran out on a batch of {examples} examples", fix=fix) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transfer.models.model_json import DESCRIPTION, WEIGHTS, read_assets, read_d
 from transfer.registry.entry_points import Kind, Plugin
 from transfer.storage.run_directory import FORMAT, RunDirectory
 from transfer.storage.tensor_files import load_tensors, write_tensors
-from transfer.system.atomic_files import write_atomically, write_json
+from transfer.system.atomic_files import atomic_folder, write_atomically, write_json
 
 PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
 
@@ -42,28 +43,25 @@ class LoadedModel:
 
 
 def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backbone, model: Model) -> None:
-    """Write a trained model: weights, the blocks of its parts, classes, preprocessing, what was learned from the data.
-
-    ``model.json`` is written last: a folder without it is no model.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, model.state_dict())
-    assets = backbone.assets()
-    for name, text in assets.items():
-        write_atomically(folder / name, text)
+    """Write a trained model atomically, in place of an older one: weights, config blocks, classes, preprocessing."""
     components = {"backbone": config.backbone, "head": config.head, "task": config.task}
-    write_json(
-        folder / DESCRIPTION,
-        {
-            "format": FORMAT,
-            **{kind: dict(component.resolved) for kind, component in components.items()},
-            "data": asdict(data),
-            "features": asdict(backbone.features),
-            "preprocessing": dict(backbone.preprocessing.describe()),
-            "assets": sorted(assets),
-            "plugins": {kind: asdict(component.plugin) for kind, component in components.items()},
-        },
-    )
+    with atomic_folder(folder, make_room=lambda: shutil.rmtree(folder, ignore_errors=True)) as temporary:
+        write_tensors(temporary / WEIGHTS, model.state_dict())
+        assets = backbone.assets()
+        for name, text in assets.items():
+            write_atomically(temporary / name, text)
+        write_json(
+            temporary / DESCRIPTION,
+            {
+                "format": FORMAT,
+                **{kind: dict(component.resolved) for kind, component in components.items()},
+                "data": asdict(data),
+                "features": asdict(backbone.features),
+                "preprocessing": dict(backbone.preprocessing.describe()),
+                "assets": sorted(assets),
+                "plugins": {kind: asdict(component.plugin) for kind, component in components.items()},
+            },
+        )
 
 
 def find_model(path: str | Path) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from transfer.errors import Problem, RunError, TrainingError
 from transfer.storage.tensor_files import Tensors, load_tensors, write_tensors
-from transfer.system.atomic_files import flush_folder, read_json, write_json
+from transfer.system.atomic_files import atomic_folder, read_json, write_json
 
 FORMAT = 3
 """Version of a checkpoint's content; a reader refuses one that it does not know."""
@@ -41,20 +41,21 @@ def save(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any],
     Raises:
         TrainingError: It cannot be written, because the disk is full, say; those before are still there.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    names = [folder, *_previous(folder, max(2, keep))]
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        digests = {}
-        for name, content in tensors.items():
-            file = temporary / f"{name}.safetensors"
-            write_tensors(file, content)
-            digests[file.name] = _digest(file)
-        whole = {"format": FORMAT, **state, "sha256": digests}
-        write_json(temporary / STATE, whole | {"own_sha256": _digest_of(whole)})  # flushes the folder too
-        _put_in_place(temporary, folder, keep)
+        with atomic_folder(folder, make_room=lambda: _rotate(names)) as temporary:
+            digests = {}
+            for name, content in tensors.items():
+                file = temporary / f"{name}.safetensors"
+                write_tensors(file, content)
+                digests[file.name] = _digest(file)
+            complete_state = {"format": FORMAT, **state, "sha256": digests}
+            write_json(temporary / STATE, complete_state | {"own_sha256": _digest_of(complete_state)})
+        # Only now: while the new checkpoint replaced the last one, a spare one had to exist.
+        for path in folder.parent.glob(f"{folder.name}.previous*"):
+            if path not in names[:keep]:
+                shutil.rmtree(path, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise TrainingError(
             f"the checkpoint cannot be written: {reason}",
@@ -63,19 +64,13 @@ def save(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any],
         ) from error
 
 
-def _put_in_place(temporary: Path, folder: Path, keep: int) -> None:
-    """Rename a complete checkpoint to its name, and those before it to theirs."""
-    names = [folder, *_previous(folder, max(2, keep))]
-    if folder.exists():
+def _rotate(names: list[Path]) -> None:
+    """Rename each checkpoint to the next older name, and remove the oldest. ``names`` are in order, newest first."""
+    if names[0].exists():
         shutil.rmtree(names[-1], ignore_errors=True)
         for newer, older in reversed(list(pairwise(names))):
             if newer.exists():
                 newer.rename(older)
-    temporary.rename(folder)
-    flush_folder(folder.parent)
-    for path in folder.parent.glob(f"{folder.name}.previous*"):
-        if path not in names[:keep]:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _previous(folder: Path, keep: int) -> list[Path]:

@@ -1,4 +1,4 @@
-"""NamedBlock tensors in safetensors files."""
+"""Named tensors in safetensors files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.exists() and not path.is_file():
-            raise OSError(f"{path.name} is no regular file")
+            raise OSError(f"{path.name} is not a regular file")
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"the tensors cannot be read: {error}", where=str(path)) from error

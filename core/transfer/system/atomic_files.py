@@ -1,10 +1,12 @@
-"""Reading files safely and writing them atomically."""
+"""Reading files safely; writing files and folders atomically."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transfer.errors import RunError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, whatever happens in between."""
+    """Write a file atomically: a reader sees the old content or the new content, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -23,7 +25,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    flush_folder(path.parent)
+    _flush(path.parent)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -35,7 +37,7 @@ def read_json(path: Path, missing: str, fix: str | None = None) -> dict[str, Any
     """Read a JSON object.
 
     Raises:
-        RunError: The file is not there (``missing`` says what that means, ``fix`` what to do), or damaged.
+        RunError: The file is missing (``missing`` is the message then, ``fix`` its fix) or damaged.
     """
     try:
         content = read_text(path)
@@ -47,25 +49,25 @@ def read_json(path: Path, missing: str, fix: str | None = None) -> dict[str, Any
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """Return the JSON object in a text; ``where`` names its file in errors."""
+    """Return the JSON object in a text; ``where`` is the location of the text in errors."""
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise RunError(f"the file cannot be read: {error}", where=where) from error
     if not isinstance(content, dict):
-        raise RunError("the file holds no JSON object", where=where)
+        raise RunError("the file contains no JSON object", where=where)
     return content
 
 
 def read_text(path: Path) -> str:
-    """Read a file in UTF-8; what is no regular file, and may have no end, is an OSError."""
+    """Read a file in UTF-8; raise OSError for anything but a regular file (a pipe may never end)."""
     return read_bytes(path).decode("utf-8")
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file; what is no regular file, and may have no end, is an OSError."""
+    """Read a file; raise OSError for anything but a regular file (a pipe may never end)."""
     if path.exists() and not path.is_file():
-        raise OSError(f"{path.name} is no regular file")
+        raise OSError(f"{path.name} is not a regular file")
     return path.read_bytes()
 
 
@@ -73,8 +75,42 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"JSON has no {name}")
 
 
-def flush_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk: a rename is only safe after that."""
+@contextmanager
+def atomic_folder(
+    path: Path, *, temporary: Path | None = None, make_room: Callable[[], object] | None = None
+) -> Iterator[Path]:
+    """Write a folder atomically: yield an empty temporary folder, then flush its files and rename it to ``path``.
+
+    If the block raises, the temporary folder is removed and ``path`` is unchanged.
+
+    Args:
+        path: Final path of the folder.
+        temporary: Path of the temporary folder, in the same parent. None uses ``.NAME.tmp``, and removes one that a
+            crash has left.
+        make_room: Called when the new folder is complete, right before the rename: it moves an existing folder away.
+            None leaves an existing folder, and raises OSError unless it is empty.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+        if make_room is not None:
+            make_room()
+        temporary.rename(path)
+        _flush(path.parent)  # the rename itself is on the disk only after this
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # renamed after a success: nothing is left to remove
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import http
 import http.client
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -17,18 +16,11 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from transfer.errors import DataError
+from transfer.system.user_folders import data_folder
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30
 _downloads_allowed = ContextVar("downloads_allowed", default=True)
-
-
-def data_folder() -> Path:
-    """Return the folder of data and downloads: ``$TRANSFER_DATA``, else ``transfer`` in the user's cache folder."""
-    chosen = os.environ.get("TRANSFER_DATA")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transfer"
 
 
 def find_file(*names: str) -> Path | None:

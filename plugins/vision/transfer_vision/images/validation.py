@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import PIL
 import torch
 from rich.progress import track
 
-from transfer import DataError
+from transfer import DataError, cache_folder
 from transfer_vision.images.decoding import check_image
 from transfer_vision.images.image_sources import ImageSource
 
@@ -103,13 +102,11 @@ def _table(source: ImageSource, problems: dict[str, str]) -> str:
 
 
 def _record(source: ImageSource) -> Path:
-    chosen = os.environ.get("TRANSFER_CACHE")
-    folder = Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # A member of an archive may be damaged without any trace in the archive's directory, so the archive's time counts.
     time = source.path.stat().st_mtime_ns if source.path.is_file() else None
     key = repr((FORMAT, PIL.__version__, str(source.path.resolve()), source.name(""), time))
     name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:40]
-    return (folder if chosen else folder / "transfer") / "images" / f"{name}.json"
+    return cache_folder("images") / f"{name}.json"
 
 
 def _read(record: Path) -> dict[str, list[object]]:
