@@ -82,7 +82,7 @@ def test_run_predicts_without_checkpoint(tmp_path, monkeypatch):
     (prediction,) = transfer.predict(run.folder, ["a warm , funny film"], explain=True)
     assert prediction["label"] in ("positive", "negative")
     assert [piece["piece"] for piece in prediction["explanation"]["pieces"]] == ["a ", "warm ", ", ", "funny ", "film"]
-    with pytest.raises(transfer.DataError, match="there is no such text file"):
+    with pytest.raises(transfer.DataError, match="the text file does not exist"):
         list(transfer.predict(run.folder, ["reviews/absent.txt"]))
 
 
