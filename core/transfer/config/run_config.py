@@ -48,7 +48,9 @@ class RunConfigSchema(Block):
         trackers: Experiment trackers that record the run: names, or blocks of a name and options.
     """
 
+    # A seed fits into a signed 64-bit integer, which torch and NumPy accept.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    # Each block is checked later, against the options of the plugin or class that it names.
     data: dict[str, Any]
     backbone: dict[str, Any]
     head: dict[str, Any] = Field(default_factory=lambda: {"name": "linear"})
@@ -155,6 +157,7 @@ class RunConfig:
         phases = []
         for index, phase in enumerate(listed):
             key: Key = ("train", "phases", index) if self.train.phases else ("train", "recipe")
+            # A single scheduler applies to all phases: those of a recipe, or the default phase.
             scheduler = self.schedulers[index if len(self.schedulers) > 1 else 0]
             epochs = 1 if self.quick_try else phase.epochs
             rate = lr if phase.lr is None else phase.lr
