@@ -105,6 +105,7 @@ class StoppedByObserver(TransferError):  # noqa: N818  # stopping is not a failu
 
 
 def _rebuild(cls: type[_E], problems: tuple[Problem, ...]) -> _E:
+    # Not through __init__, which takes the parts of a single problem.
     error = cls.__new__(cls)
     error.problems = problems
     error.args = (problems[0].message,)
@@ -126,13 +127,14 @@ def damaged(what: str, where: str, fix: str) -> Iterator[None]:
     try:
         yield
     except TransferError:
-        raise
-    except Exception as error:
+        raise  # it names the problem better than the general message
+    except Exception as error:  # parsing damaged content may raise anything
         raise RunError(f"{what}: {type(error).__name__}: {error}", where=where, fix=fix) from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the name that is most similar to a misspelled one, or None if none is similar."""
+    # Names of plugins and options are lower-case; difflib compares case-sensitively.
     matches = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.6)
     return matches[0] if matches else None
 

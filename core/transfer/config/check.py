@@ -46,8 +46,8 @@ def load_component(kind: Kind, block: Mapping[str, Any], source: str) -> Compone
     if not isinstance(block, Mapping):
         raise ConfigError(f"{section} is invalid: expected a mapping, got {block!r}", where=source)
     if isinstance(name := block.get("name"), str):
-        # A missing plugin is not a mistake in the block, and the caller knows which package contains the plugin:
-        # raise it here as a PluginError, before the checks below turn it into a problem of the block.
+        # A missing plugin is not a mistake in the block, and the caller can name the package to install: raise a
+        # PluginError here, before the checks below turn it into a problem of the block.
         entry_points.load(kind, name)
     validator = _ConfigValidator(make_document({section: block}, source=source))
     component, _ = validator.component(kind, validator.document.data[section], NamedBlock)
@@ -196,6 +196,7 @@ class _ConfigValidator:
     ) -> tuple[TorchClass | None, OptimizerOptions | None, tuple[TorchClass | None, ...]]:
         """Check the optimizer, and the scheduler of each phase (one scheduler if no phases are listed)."""
         optimizer, options = self.optimizer(train.optimizer)
+        # A recipe's phases are not known before the model, and share the run's scheduler: one entry stands for all.
         schedulers = []
         for index, phase in enumerate(train.phases or [None]):
             raw: dict[str, Any] | None = train.scheduler
@@ -245,6 +246,7 @@ class _ConfigValidator:
         block = self.block(options_model(cls, base, skip=reserved(cls)), raw, key, f"{what} {name!r}")
         if block is None:
             return None, None
+        # Only the options that the config sets: torch's defaults apply to the others.
         given = {k: getattr(block, k) for k in sorted(block.model_fields_set) if k not in base.model_fields}
         return TorchClass(name, cls, given), block
 

@@ -88,7 +88,7 @@ def _declared(kind: Kind, declare: Callable[[type[Any]], Variants], problems: li
 def _variants(cls: type[Any], declare: Callable[[Any], Any]) -> Variants:
     """Build each variant of a plugin on the meta device, and return their declarations."""
     variants = {}
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory is allocated for weights
         for label, options in _options(cls):
             try:
                 variants[label] = declare(cls(**options))

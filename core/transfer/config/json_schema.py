@@ -55,6 +55,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     models: list[type[BaseModel]] = [RunConfigSchema, TrainConfig]
     models += [model for members in alternatives.values() for _, model, _ in members]
     with warnings.catch_warnings():
+        # Such a default is left out of the schema, which is fine.
         warnings.filterwarnings("ignore", "Default value .* is not JSON serializable", UserWarning)
         references, shared = models_json_schema([(model, "validation") for model in models])
     definitions: Schema = shared["$defs"]
@@ -86,6 +87,7 @@ def _plugins(kind: Kind, base: type[NamedBlock], problems: list[Problem]) -> lis
     for plugin in installed:
         if plugin.extras and plugin.unavailable:  # extras are optional: a missing one is not a problem
             continue
+        # A name that two distributions claim is valid only with its distribution.
         names = [plugin.qualified_name] if claims[plugin.name] > 1 else [plugin.name, plugin.qualified_name]
         try:
             cls = entry_points.load(kind, plugin.qualified_name)

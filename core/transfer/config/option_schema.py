@@ -36,11 +36,13 @@ MAX_VALUE_CHARACTERS = 60
 class Block(BaseModel):
     """Base of all blocks of a config. Unknown keys are errors, and no value is silently converted to another type."""
 
+    # strict: "5" is not 5, and 1 is not true. Arbitrary types let plugins declare types that pydantic does not know.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """Return the JSON Schema of the block, with descriptions from the class docstrings."""
+        # pydantic does not read the Args section of docstrings.
         schema = handler.resolve_ref_schema(handler(core_schema))
         if "description" in schema:
             schema["description"] = summary(cls)
@@ -182,6 +184,7 @@ def _is_of_union(one: Any, at: Key) -> bool:
 
 def _locate(value: Any, location: tuple[int | str, ...]) -> Key:
     """Return pydantic's location without the names of union members, which are not keys of the data."""
+    # Follow the location through the data, and skip parts that are not there.
     key: list[int | str] = []
     for part in location:
         if isinstance(value, Mapping) and part in value:
@@ -208,7 +211,7 @@ def _problem(model: type[BaseModel], one: Any, at: Key, document: Document, key:
     if _is_of_union(one, at) and len(at) == 1:
         field = model.model_fields[str(at[0])]
         expected = f"expected {_type_name(field.annotation, field.metadata)}"
-    # The value of the complete block would say little: its problem is a combination of options.
+    # An error of the complete block is about a combination of its options: its value is not shown.
     got = f", got {_json(one['input'])}" if at or one["type"] != "value_error" else ""
     quote = one["type"] == "string_type" and isinstance(one["input"], int | float)
     return Problem(f"{path or what} is invalid: {expected}{got}", where, fix="quote the value" if quote else None)
@@ -345,6 +348,7 @@ def descriptions(component: type) -> dict[str, str]:
 
 def _argument_descriptions(docstring: str) -> dict[str, str]:
     """Return the entries of a Google-style ``Args:`` section."""
+    # The section ends at the first line that is not indented; an entry starts at exactly four spaces.
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", docstring, re.MULTILINE)
     if not section:
         return {}

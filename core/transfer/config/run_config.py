@@ -46,7 +46,9 @@ class RunConfigSchema(Block):
         trackers: Experiment trackers that record the run: names, or blocks of a name and options.
     """
 
+    # A seed fits into a signed 64-bit integer, which torch and NumPy accept.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    # Each block is checked later, against the options of the plugin or class that it names.
     data: dict[str, Any]
     backbone: dict[str, Any]
     head: dict[str, Any] = Field(default_factory=lambda: {"name": "linear"})

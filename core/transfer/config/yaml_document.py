@@ -25,12 +25,14 @@ class _Loader(yaml.SafeLoader):
     """Safe loader with the scalars of YAML 1.2: ``1e-3`` is a number, ``off`` and ``no`` are strings."""
 
 
+# Integers have at most 300 digits, so that they can be converted to a float (less than 1.8e308). Longer ones are text.
 _SCALARS = {
     "null": r"~|null|Null|NULL|",
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?[0-9]{1,300}",
     "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }
+# PyYAML resolves the scalars of YAML 1.1 (off, 12:30, 1_000): all its resolvers are replaced.
 _Loader.yaml_implicit_resolvers = {}
 for _kind, _pattern in _SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), None)
@@ -89,6 +91,7 @@ class Document:
         node: Any = self.data
         key: Key = ()
         for depth, part in enumerate(parts):
+            # Missing mappings on the path are created: the schema check reports keys that do not exist.
             last = depth == len(parts) - 1
             step: str | int
             if isinstance(node, list):
@@ -249,10 +252,11 @@ def _apply(document: Document, overrides: Sequence[str]) -> None:
 def _parse(text: str, source: str, *, lines: bool, variables: bool = True) -> tuple[Any, dict[Key, str]]:
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
+        node = loader.get_single_node()  # composed only: constructing would lose the lines, and resolve tags
         reader = _Reader(loader, source, lines, variables)
         data = None if node is None else reader.value(node, ())
     except (yaml.YAMLError, RecursionError) as error:
+        # Only errors of PyYAML's parser have a position.
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None and lines else source
         what = "too deeply nested" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error

@@ -116,6 +116,7 @@ class Loader:
         lengths = self.lengths
         if lengths is None and self.examples.encoded is not None:
             lengths = self.preprocessing.lengths(self.examples.encoded)
+        # A stable sort keeps the result independent of NumPy's sorting algorithm.
         order = np.arange(len(self.split)) if lengths is None else np.argsort(-lengths, kind="stable")
         return self.examples.batch([(0, int(index)) for index in order[:count]])
 
@@ -131,6 +132,7 @@ class Loader:
             batch_size: Number of examples per batch.
             augment: Whether examples are augmented.
         """
+        # Shallow copies: both loaders share the encoded values and the memory cache.
         other = copy.copy(self)
         other.batch_size, other.max_tokens, other.training = batch_size, None, False
         other.examples = copy.copy(self.examples)
@@ -151,12 +153,14 @@ class Loader:
         """
         global_batches = self.batch_indices(epoch)[start:][:limit]
         batches = global_batches if shard is None else [shard(batch) for batch in global_batches]
+        # Before loader processes start, so that they get the decision.
         self.examples.measure()
         loader: DataLoader[Any] = DataLoader(
             self.examples,
             # A generator builds the (epoch, index) pairs of one batch at a time: a list of all would take much memory.
             batch_sampler=([(epoch, int(i)) for i in batch] for batch in batches),
             collate_fn=_identity_collate,  # type: ignore[arg-type]  # __getitems__ has collated already
+            # Loader processes cannot fill the cache of this process.
             num_workers=0 if self.examples.is_filling_cache else min(self.workers, len(batches)),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # DataLoader draws a seed: not from the generator of the model
@@ -296,6 +300,7 @@ class _BatchDataset(Dataset[Any]):
         """Return the encoded values of some examples, from memory or newly encoded."""
         if self.encoded is not None:
             return [self.encoded[i] for i in indices]
+        # One call for all missing values: the preprocessing may encode them in parallel.
         missing = [i for i in indices if i not in self.memory_cache.values]
         fresh = dict(zip(missing, encode(self.preprocessing, self.column, missing, self.split.name), strict=True))
         values = [fresh[i] if i in fresh else self.memory_cache.values[i] for i in indices]

@@ -57,6 +57,7 @@ class MemoryCache:
             self.values[index] = value
             self._free_bytes -= size
         else:
+            # Stop filling: otherwise loader processes, which wait for a complete cache, would never start.
             self._free_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def open_table(path: Path) -> BinaryIO:
 
 def _unpacked(path: Path) -> bytes:
     with gzip.open(path) as file:
-        content = file.read(MAX_TABLE_BYTES)
+        content = file.read(MAX_TABLE_BYTES)  # never decompresses more than the limit
     if len(content) == MAX_TABLE_BYTES:
         raise OSError(f"it would unpack to {MAX_TABLE_BYTES / 2**30:.0f} GiB or more; decompress it yourself")
     return content
@@ -123,7 +123,7 @@ def read_json_lines(lines: Iterable[str], path: Path, column: str | None, exampl
     """
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
-        if not line.strip():
+        if not line.strip():  # blank lines are skipped
             continue
         try:
             record = json.loads(line)
@@ -144,6 +144,7 @@ def read_json_lines(lines: Iterable[str], path: Path, column: str | None, exampl
                 where=where,
                 fix=f"give one {example} per row",
             )
+        # The search is fast and rarely matches; most surrogates are valid pairs, so the record is then encoded.
         if _SURROGATE.search(line) and _lone_surrogate(record):
             raise DataError(
                 "a text contains an unpaired surrogate (\\ud800 to \\udfff)",

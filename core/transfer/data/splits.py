@@ -39,6 +39,7 @@ def complete(data: Data, *, validation: float, limit: int | None) -> dict[str, S
             available=SPLITS,
             fix="rename the splits",
         )
+    # The second of two splits is the reported one, whatever the dataset calls it.
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     if "validation" not in splits:
@@ -103,6 +104,7 @@ def _split_off_groups(split: Split, groups: npt.NDArray[np.int64], fraction: flo
     counts = np.stack([np.bincount(group[members], minlength=len(names)) for members in _strata(split.targets)], 1)
     wanted = fraction * counts.sum(0)
     order = np.random.default_rng(_SEED).permutation(len(names))
+    # Largest first, because small groups can still fill the rest; the sort is stable, so ties stay in random order.
     order = order[np.argsort(-counts.sum(1)[order], kind="stable")]
     taken = np.zeros(len(names), dtype=bool)
     missing = wanted.astype(float)

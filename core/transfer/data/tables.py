@@ -79,6 +79,7 @@ class Tables:
         extra_fields: Mapping[str, str] | None = None,
     ) -> None:
         labels = (label,) if isinstance(label, str) else label
+        # Every column may have only one meaning.
         columns = ({} if column is None else {example: column}) | dict(extra_fields or {})
         if not labels or len({*columns.values(), *labels}) != len(columns) + len(labels):
             named = ", ".join(f"{what} {name!r}" for what, name in columns.items()) + (" and " if columns else "")
@@ -192,6 +193,7 @@ class Tables:
     def _read(self, written: str) -> _Table:
         path = self.find(written)
         try:
+            # The csv module must see the line ends, which may be part of a quoted field. JSON Lines end at "\n" only.
             newline = "\n" if table_suffix(path) in JSON_LINES else ""
             with open_table(path) as file, io.TextIOWrapper(file, self.encoding, newline=newline) as lines:
                 return self._rows(lines, path)
@@ -226,7 +228,7 @@ class Tables:
             table.values.append(self._example(record, where))
             table.labels.append(unique.setdefault(labels, labels))
             table.lines.append(line)
-            if single:
+            if single:  # most tables have no such columns: save a dict per row
                 table.extra.append(dict(zip(single, _single(record, single, where), strict=True)))
         if not table.values:
             raise DataError("the table contains no rows", where=str(path))

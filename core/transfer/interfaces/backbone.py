@@ -77,6 +77,7 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self, stages: Mapping[str, nn.Module]) -> None:
         super().__init__()
+        # "head" is the stage that follows the backbone in a model, and dots separate groups: no part may be empty.
         if not stages or any(name.split(".")[0] == "head" or not all(name.split(".")) for name in stages):
             raise ValueError(
                 f"the names of the stages are invalid: expected names other than 'head', got {list(stages)}"

@@ -88,6 +88,7 @@ class Columns(Sequence[Any]):
 def fingerprint(column: Sequence[Any]) -> str:
     """Return a digest of the values of a column, or the column's own ``fingerprint()`` if it has one."""
     digest = hashlib.sha256()
+    # A selection is identified by its complete column and the indices: no selected value is read.
     if isinstance(column, Selection):
         digest.update(fingerprint(column._column).encode() + np.ascontiguousarray(column._indices).tobytes())
     elif callable(own_fingerprint := getattr(column, "fingerprint", None)):

@@ -44,7 +44,7 @@ class Split:
     """Raw examples of one split, stored as columns.
 
     Columns are read by position. A column that is indexed by label (a pandas Series) is converted to an array of its
-    values in their order, so that a shuffled table keeps its examples and targets together.
+    values in order. Otherwise, a shuffled table would combine examples with wrong targets.
 
     Args:
         fields: Sequence of raw values (a PIL image, a string) by field name. A sequence may read values lazily; it must
@@ -71,6 +71,7 @@ class Split:
         object.__setattr__(self, "targets", _as_array(self.targets, "targets"))
         if self.groups is not None:
             object.__setattr__(self, "groups", _as_array(self.groups, "groups"))
+        # Lengths are compared before the targets are checked, whose errors name examples.
         lengths = {name: len(column) for name, column in self.fields.items()} | {"targets": len(self.targets)}
         if len(self.names):
             lengths["names"] = len(self.names)
@@ -83,6 +84,7 @@ class Split:
     def _checked_targets(self) -> npt.NDArray[Any]:
         """Return the targets as int64 (N,) or float32 (N, C)."""
         targets = self.targets
+        # Kinds of NumPy types: b boolean, u unsigned, i signed, f float.
         if targets.ndim == 1 and targets.dtype.kind in "bui":
             self._require(targets >= 0, "a class index of 0 or more")
             return targets.astype(np.int64, copy=False)
@@ -91,6 +93,7 @@ class Split:
                 numbers = targets.astype(np.float32, copy=False)
             self._require(np.isfinite(numbers).all(axis=1), "finite float32 numbers")
             return numbers
+        # One-dimensional floats are not reshaped: they may be class indices that a missing value turned into floats.
         raise ValueError(
             f"the targets have type {targets.dtype} and shape {targets.shape}: "
             "expected integers (N,) for classes, or numbers (N, C) for labels and numbers"

@@ -45,6 +45,7 @@ class Task(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        # Plugins written for version 0.1 define the old name.
         adopt_renamed_methods(cls, {"main_output": "explained_output"})
 
     @abstractmethod
