@@ -120,6 +120,7 @@ def export(
         for name in [] if single_file else files[1:-1]:
             shutil.copyfile(directory.model / name, temporary / name)
         deviation, outputs, modules = _compare(chosen, weights, loaded, examples)
+        # The card states the deviation, so it is written after the comparison.
         if not single_file:
             parity = f"{deviation:.2g} over {outputs:,} outputs for {examples.description}"
             fix = "restore the original files of the run"
@@ -156,7 +157,7 @@ def _is_file(chosen: Format, format: str, path: Path) -> bool:
 
 
 def _refuse_existing(path: Path, force: bool, *, single_file: bool) -> None:
-    if not os.path.lexists(path):
+    if not os.path.lexists(path):  # a link to a missing file is in the way, too
         return
     if not force:
         raise ExportError(
@@ -166,6 +167,7 @@ def _refuse_existing(path: Path, force: bool, *, single_file: bool) -> None:
         kinds = "a folder, and this export is a file" if single_file else "a file, and this export is a folder"
         raise ExportError(f"the path is {kinds}", where=str(path), fix="choose another --output")
     if path.is_dir() and any(path.iterdir()):
+        # A wrong --output with --force must not delete somebody's folder: only exports have these two files.
         names = {file.name for file in path.iterdir()}
         if not {CARD, DESCRIPTION} <= names or any(file.is_dir() for file in path.iterdir()):
             raise ExportError(
@@ -193,6 +195,7 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def _move(source: Path, path: Path) -> None:
+    # A rename replaces a file, but not a folder.
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     source.replace(path)
@@ -213,6 +216,7 @@ def _examples(directory: RunDirectory, loaded: LoadedModel) -> Examples:
         return Examples(batches, "the backbone's own example", f"the data is not available: {reason}")
     name = "test" if "test" in splits else "validation"
     split = splits[name]
+    # Evenly spaced: a split may be sorted by class.
     chosen = np.unique(np.linspace(0, len(split) - 1, COMPARED_EXAMPLES).round().astype(int)).tolist()
     encoded = encode(preprocessing, split.column(*loaded.backbone.fields), chosen, split.name)
     return Examples(_batches(preprocessing, encoded), f"{len(chosen)} examples of the {name} split")
@@ -241,6 +245,7 @@ def _compare(chosen: Format, path: Path, loaded: LoadedModel, examples: Examples
                 f"the outputs of the export have the wrong shape: expected {tuple(ours.shape)}, "
                 f"got {tuple(theirs.shape)}"
             )
+        # Not a number is the largest deviation of all; max() alone would drop it.
         difference = float((ours - theirs).abs().max())
         largest = max(largest, difference if math.isfinite(difference) else math.inf)
         scale = max(scale, float(ours.abs().max()))
@@ -271,6 +276,7 @@ def _in_fresh_process(chosen: Format, path: Path, batches: Sequence[Any]) -> tup
         # The program is this interpreter, and the two paths are our own.
         ended = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         if ended.returncode:
+            # The last line of a traceback is the error.
             lines = [line for line in ended.stderr.splitlines() if line.strip()]
             raise ExportError(
                 f"a fresh process cannot use the export: {lines[-1] if lines else ended.returncode}",

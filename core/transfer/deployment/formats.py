@@ -168,6 +168,7 @@ class TorchExport(Format):
         """Return the dynamic dimensions of the inputs: the batch, and every dimension if examples have lengths."""
         if isinstance(inputs, tuple):
             return tuple(self._sizes(tensor) for tensor in inputs)
+        # With Dim.AUTO, a size is dynamic unless the code of the model depends on it.
         count = inputs.dim() if _has_lengths(self.loaded.backbone.preprocessing) else 1
         return dict.fromkeys(range(count), torch.export.Dim.AUTO)
 
@@ -230,6 +231,7 @@ class Onnx(TorchExport):
             for graph in (program.model.graph, *program.model.functions.values()):
                 for node in graph.all_nodes():
                     node.metadata_props.pop(STACK_TRACE, None)
+            # An ONNX file is one protobuf message, which cannot exceed 2 GiB.
             program.save(str(path), external_data=size > MAX_ONNX_BYTES)
 
     def job(self) -> Mapping[str, Any]:

@@ -90,6 +90,7 @@ class Comparison:
         low, high = min(drawn), max(drawn)
 
         def x(value: float) -> float:
+            # Six pixels on each side leave room for the dots; equal values share one place.
             return float(round(6 + (DRAWING_WIDTH - 12) * (value - low) / (high - low or 1.0), 1))
 
         page = environment("transfer.experiments").get_template("comparison.html.j2")

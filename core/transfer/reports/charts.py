@@ -40,6 +40,7 @@ class _Axes:
 
     def __init__(self, x: Point, y: Point, *, log: bool = False) -> None:
         self.x, self.log = _widened(x), log
+        # A twentieth of a power of ten keeps the lowest and the highest point off the edges of the chart.
         self.y = _widened(y) if not log else (math.log10(y[0]) - 0.05, math.log10(y[1]) + 0.05)
 
     def to_x(self, value: float) -> float:
@@ -92,6 +93,7 @@ def lines(
         parts.append(_tag("path", class_="mark", d=f"M{middle:.1f} {TOP}V{HEIGHT - BOTTOM}"))
         parts.append(_text(middle + offset, TOP - 3, label, anchor, "label"))
     for number, (name, values) in enumerate(series.items()):
+        # More lines than colors repeat the colors, dashed.
         line_style = f"line c{number % NUM_COLORS}" + (" dashed" if number >= NUM_COLORS else "")
         parts.append(_tag("polyline", class_=line_style, points=" ".join(map(axes.to_point, values))))
         for x, y in values if len(values) <= MAX_DOTTED_POINTS else ():
@@ -103,6 +105,7 @@ def lines(
 
 def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str) -> Markup:
     """Return a scatter plot of predicted over true values, with the diagonal on which both are equal."""
+    # A browser becomes slow with tens of thousands of circles.
     shown = points[:: math.ceil(len(points) / MAX_POINTS)]
     values = [value for point in shown for value in point]
     axes = _Axes((min(values), max(values)), (min(values), max(values)))
@@ -121,6 +124,7 @@ def reliability(title: str, calibration: Calibration, y_label: str = "accuracy")
         _tag("path", class_="mark", d=f"M{axes.to_point((0, 0))}L{axes.to_point((1, 1))}"),
     ]
     for one in calibration.bins:
+        # One pixel on each side separates neighboring bars.
         left, right = axes.to_x(one.low) + 1, axes.to_x(one.high) - 1
         top, ground = axes.to_y(one.accuracy), HEIGHT - BOTTOM
         tooltip = (
@@ -163,6 +167,7 @@ def confusion_matrix(title: str, counts: Sequence[Sequence[int]], names: Sequenc
         counts: Number of examples by true and predicted class.
         names: Names of the classes.
     """
+    # Forty classes, the most that the page draws, fit into its width.
     size = max(18, min(64, 620 // len(names)))
     short = [name if len(name) <= MAX_NAME_CHARACTERS else f"{name[: MAX_NAME_CHARACTERS - 1]}…" for name in names]
     name_width = int(7 * max(map(len, short)))
@@ -183,6 +188,7 @@ def confusion_matrix(title: str, counts: Sequence[Sequence[int]], names: Sequenc
         else:
             parts.append(_text(x, top - 8, short[row], "middle"))
         for column, count in enumerate(line):
+            # The fraction of the true class, not of all examples: small classes are as visible as large ones.
             fraction = count / (sum(line) or 1)
             tooltip = f"{names[row]} predicted as {names[column]}: {count:,} ({fraction:.1%} of the class)"
             cell = {
@@ -204,6 +210,7 @@ def confusion_matrix(title: str, counts: Sequence[Sequence[int]], names: Sequenc
 
 def standalone(svg: str) -> str:
     """Return a chart as the content of an SVG file, which includes the style sheet."""
+    # In the page, the style sheet and the background are those of the page.
     start = svg.index(">") + 1
     paper = '<rect class="paper" width="100%" height="100%"/>'
     return f"{svg[:start]}<style>{STYLE}</style>{paper}{svg[start:]}\n"

@@ -177,6 +177,7 @@ def calibration(confidences: Tensor, correct: Tensor, num_bins: int = CALIBRATIO
     """
     confidences, hits = confidences.double(), correct.double()
     bounds = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
+    # Bins exclude their lower bound, so a confidence of exactly 0 would have none: clamp puts it into the first.
     index = (torch.bucketize(confidences, bounds) - 1).clamp(0, num_bins - 1)
     counts = torch.bincount(index, minlength=num_bins)
     sums = [torch.bincount(index, weights=values, minlength=num_bins) for values in (confidences, hits)]

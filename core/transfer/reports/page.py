@@ -178,6 +178,7 @@ def _sampling_error(material: Material, metric: str) -> str:
     count = material.summary["examples"]["test"]
     if metric != "accuracy" or material.trained.data.target != "class":
         return f"{count:,} examples"
+    # The standard error of a fraction of independent examples; other metrics have no such simple one.
     value = material.summary["test"][metric]
     return f"± {math.sqrt(value * (1 - value) / count):.4f} (one standard error, {count:,} examples)"
 
@@ -212,6 +213,7 @@ def _training(material: Material) -> dict[str, Any] | None:
 def _learning_rates(records: Sequence[Mapping[str, Any]], marks: Mapping[float, str]) -> Markup:
     """Draw the learning rate of every stage at the start of each epoch; stages with equal rates share one line."""
     stages = list(dict.fromkeys(stage for record in records for stage in record["lr"]))
+    # Many stages have the same learning rates: one line for all of them keeps the chart readable.
     stages_by_rates: dict[tuple[tuple[float, float], ...], list[str]] = {}
     for stage in stages:
         points = [(float(r["epoch"]), float(r["lr"][stage])) for r in records if stage in r["lr"]]
@@ -233,6 +235,7 @@ def _times(material: Material) -> dict[str, float]:
     summary, examples = material.summary, material.summary["examples"]["train"]
     training = waiting = validation = 0.0
     for record in material.metrics:
+        # The recorded speed covers only training: the rest of an epoch is validation.
         epoch_seconds = min(examples / record["examples_per_second"], record["seconds"])
         training += epoch_seconds * (1 - record["waiting_for_data"])
         waiting += epoch_seconds * record["waiting_for_data"]
@@ -422,6 +425,7 @@ def _setup(material: Material) -> dict[str, Any]:
         for name, module in model.stages.items()
     ]
     train = config.train
+    # One line for each setting; defaults that change nothing are left out.
     optimizer = ", ".join([config.optimizer.name, *(f"{k} {v}" for k, v in config.optimizer.options.items())])
     schedulers = [phase.scheduler.name if phase.scheduler else "none" for phase in material.phases]
     facts = {
@@ -466,6 +470,7 @@ def _data(material: Material) -> dict[str, Any]:
     if len(names) > MAX_LISTED_CLASSES:
         ranked = sorted(names, key=lambda name: by_class["train"].get(name, 0))
         extremes = {*ranked[: MAX_LISTED_CLASSES // 2], *ranked[-MAX_LISTED_CLASSES // 2 :]}
+        # Imbalance shows at both ends; the classes between them are left out.
         listed, note = [name for name in names if name in extremes], f"The smallest and largest of {len(names):,}."
     classes = [
         {"name": name, "counts": [_Count(by_class[split].get(name, 0), size) for split, size in sizes.items()]}
@@ -508,6 +513,7 @@ class _Count:
 
 
 def _environment(material: Material) -> dict[str, Any]:
+    # Versions come last because they are long; `format` and `quick` concern only this package.
     hidden = ("format", "quick", "resumed", "versions")
     facts = {name: value for name, value in material.environment.items() if name not in hidden}
     return {

@@ -71,6 +71,7 @@ def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str 
     backbone_class: type[Backbone] = checked.backbone.cls
     with error_location(checked.backbone.where):
         backbone = backbone_class.from_data(split.column(*fields), **checked.backbone.options)
+    # The same order and augmentation as the first batch of a training run with this seed.
     batch = next(make_loader(checked, split, backbone, training=True).epoch(limit=1))
     captions = [describe(data.spec, target) for target in batch.targets]
     inputs = batch.inputs
@@ -129,6 +130,7 @@ def preview_predictions(run: str | Path, split: str = "test", *, device: str = "
 
 def _mix(inputs: Any, captions: Sequence[str], mix: MixupCutmix, seed: int) -> tuple[Any, list[str]]:
     """Mix a batch as training does, and state the weights of both targets in the captions."""
+    # The mixing is random: the same config always shows the same batch, and the caller's generator is left alone.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, 1)).generate_state(1)[0]))
         mixed = mix_batch(inputs, mix)
@@ -197,7 +199,7 @@ def _groups(
     if not all("label" in prediction for prediction in predictions):
         groups = {"smallest loss": smallest, "largest loss": largest}
         return {heading: indices[:PREDICTIONS_PER_GROUP].tolist() for heading, indices in groups.items()}
-    # Without probabilities, a small loss of a correct prediction and a large one of a wrong stand for confidence.
+    # Without probabilities, the loss ranks confidence: small for correct predictions, large for wrong ones.
     for_correct, for_wrong, uncertain = smallest, largest, {}
     if all("probability" in prediction for prediction in predictions):
         least = np.argsort([prediction["probability"] for prediction in predictions], kind="stable")

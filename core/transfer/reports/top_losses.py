@@ -181,6 +181,7 @@ def _explain(
     seconds_per_value, spent = (time.process_time() - started) / len(values), 0.0
     explanations: list[Mapping[str, Any] | None] = []
     for value, output in zip(values, outputs, strict=True):
+        # A long text that does not fit is skipped: a shorter one after it may still fit.
         if max_seconds is not None:
             expected = seconds_per_value * sum(1 for _ in preprocessing.occlusions(value))
             if spent + expected > max_seconds:

@@ -22,6 +22,7 @@ _PAGE = {
     "/style.css": ("style.css", "text/css"),
     "/script.js": ("script.js", "text/javascript"),
 }
+# The page may load only the files of this server, and must not be framed by another site.
 _HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -136,6 +137,7 @@ def _add_predict(app: FastAPI, model: ServedModel, batcher: Batcher[Inputs, Pred
         properties = {name: {"type": "string"} | ({} if is_text(kind) else file) for name, kind in inputs.items()}
         return {"schema": {"type": "object", "properties": properties, "required": list(inputs)}}
 
+    # The example in the API description is a real prediction: it also warms the model up before the first request.
     example = model.example()
     refusal: dict[str, Any] = {
         "application/json": {"schema": {"type": "object", "properties": {"detail": {"type": "string"}}}}
@@ -163,6 +165,7 @@ def _add_predict(app: FastAPI, model: ServedModel, batcher: Batcher[Inputs, Pred
 
 
 def _file(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
+    # Read once at the start, so that a request opens no file.
     content = (resources.files("transfer.deployment.serving") / "page" / name).read_bytes()
 
     async def page() -> Response:

@@ -69,6 +69,7 @@ class Batcher(Generic[Item, Result]):
             BusyError: Too many items are waiting.
             Exception: The exception that the work returned for this item.
         """
+        # A full queue refuses at once: otherwise all clients would wait until they time out.
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         try:
             self._queue.put_nowait((item, result))
@@ -84,7 +85,7 @@ class Batcher(Generic[Item, Result]):
             try:
                 results = await asyncio.get_running_loop().run_in_executor(self._thread, self.work, items)
             except Exception as error:
-                results = [error] * len(items)
+                results = [error] * len(items)  # the loop continues: later batches may succeed
             for (_, result), value in zip(batch, results, strict=True):
                 if result.done():  # the client has disconnected
                     continue

@@ -75,6 +75,7 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > limits.body_bytes:
         raise too_large
+    # A client may announce a false length, or none: the chunks are counted as well.
     body = bytearray()
     try:
         async with asyncio.timeout(limits.seconds):
@@ -120,6 +121,7 @@ async def _from_form(request: Request, body: bytes, inputs: Mapping[str, str]) -
         return {"type": "http.request", "body": body, "more_body": False}
 
     # Starlette refuses a malformed form with 400 and the reason.
+    # The body was read within the limits above, so the form parser gets it from memory.
     async with Request(request.scope, replay).form(max_files=8, max_fields=8, max_part_size=len(body)) as form:
         _check_names(form, inputs)
         return {

@@ -69,11 +69,11 @@ def make_server(app: FastAPI, limits: Limits) -> uvicorn.Server:
         http=TimelyProtocol,
         ws="none",
         loop="asyncio",
-        lifespan="on",
+        lifespan="on",  # it starts and ends the batchers
         log_level="warning",
         access_log=False,
-        server_header=False,
-        proxy_headers=False,
+        server_header=False,  # attackers need not learn the version
+        proxy_headers=False,  # any client could send them
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=max(1, round(limits.seconds)),
     )
