@@ -62,7 +62,7 @@ def test_look_writes_the_same_picture_every_time(call: Any, tmp_path: Path) -> N
 
 
 def test_evaluate_draws_predictions(call: Any, run: Path) -> None:
-    status, out, err = call("evaluate", run, "--pictures", "--json")
+    status, out, err = call("evaluate", run, "--images", "--json")
     assert status == 0
     assert json.loads(out).keys() == {"test"}
     assert err.splitlines()[-1] == f"predictions: {run / 'plots' / 'predictions.png'}"
