@@ -1,4 +1,4 @@
-"""The process of the command ``transfer``, also as ``python -m transfer``."""
+"""Entry point of the command ``transfer`` and of ``python -m transfer``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from transfer.cli.app import main
 
 
 def command() -> None:
-    """Run the command line and end the process.
+    """Run the command line and exit the process without destroying its objects.
 
-    Python would take apart, one by one, the half a million objects that torch has made, which takes a second. The
-    system takes back the memory of a process at once.
+    Python would free the half a million objects that torch has created one by one, which takes a second. The operating
+    system frees the memory of a process at once.
     """
     status: object = 1
 
     def leave() -> None:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # whoever read it has gone
+            with suppress(OSError):  # the reader of the output may have exited
                 stream.flush()
         os._exit(status if isinstance(status, int) else 1)
 
-    # What is registered first is called last: everything that packages do at the end of a process has been done.
+    # The handler that is registered first is called last: after the exit handlers of all packages.
     atexit.register(leave)
     try:
         main()

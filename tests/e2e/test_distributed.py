@@ -264,7 +264,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_either_number_goes_on(
     os.kill(attempts[1].pid, number)
     assert statuses(attempts) == [status, status]
     log = (stopped / "log").read_text()
-    assert log.count(f"interrupted; go on with: transfer resume runs/{run.name}") == 1
+    assert log.count(f"interrupted; resume with: transfer resume runs/{run.name}") == 1
     assert "Traceback" not in log
     assert summary(run)["status"] == "interrupted"
     if number == signal.SIGTERM:

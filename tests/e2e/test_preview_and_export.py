@@ -61,8 +61,8 @@ def test_preview_writes_the_same_image_every_time(call: Any, tmp_path: Path) -> 
     assert (tmp_path / "other.png").read_bytes() != first
 
 
-def test_evaluate_writes_prediction_images(call: Any, run: Path) -> None:
-    status, out, err = call("evaluate", run, "--pictures", "--json")
+def test_evaluate_draws_predictions(call: Any, run: Path) -> None:
+    status, out, err = call("evaluate", run, "--images", "--json")
     assert status == 0
     assert json.loads(out).keys() == {"test"}
     assert err.splitlines()[-1] == f"predictions: {run / 'plots' / 'predictions.png'}"

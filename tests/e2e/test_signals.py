@@ -56,7 +56,7 @@ def test_the_run_is_saved_and_goes_on_to_the_same_end(
     os.killpg(attempt.pid, number)
     assert attempt.status() == status
     log = (stopped / "log").read_text()
-    assert f"interrupted; go on with: transfer resume runs/{run.name}" in log
+    assert f"interrupted; resume with: transfer resume runs/{run.name}" in log
     assert "Traceback" not in log
     assert '"status": "interrupted"' in (run / "summary.json").read_text()
     assert start(zygote, stopped, "resume", str(run)).status() == 0

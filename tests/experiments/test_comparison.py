@@ -68,7 +68,7 @@ def test_two_single_runs_are_compared_over_examples(config: dict[str, Any], tmp_
     assert found.rows[0].spread.standard_deviation is None
     assert found.rows[1].difference is not None
     assert found.rows[1].difference.interval is not None
-    assert any("a single run does not tell" in note for note in found.notes)
+    assert any("a single run does not show" in note for note in found.notes)
 
 
 def test_the_noise_of_examples_is_that_of_pairs(config: dict[str, Any], tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_stored_predictions_give_the_figure_of_the_summary(config: dict[str, Any
 def test_a_quick_try_is_not_compared(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, output=tmp_path, quick=True)
     assert RunDirectory(run.folder).predictions() is None
-    with pytest.raises(RunError, match="quick try"):
+    with pytest.raises(RunError, match="quick run"):
         compare([run.folder])
 
 
@@ -105,11 +105,11 @@ def test_other_test_examples_are_refused(config: dict[str, Any], good: Path, tmp
         compare([good, other])
     assert "--different-data" in str(caught.value.problems[0].fix)
     told = compare([good, other], different_data=True)
-    assert "the noise of the examples scored is not in them" in told.notes
+    assert "the intervals do not cover the noise of the scored examples" in told.notes
 
 
 def test_an_unknown_metric_lists_those_there_are(good: Path) -> None:
-    with pytest.raises(RunError, match="no 'acuracy'") as caught:
+    with pytest.raises(RunError, match="unknown metric of the test split 'acuracy'") as caught:
         compare([good], metric="acuracy")
     assert set(caught.value.problems[0].available) == {"loss", "accuracy", "f1_macro"}
 
@@ -117,7 +117,7 @@ def test_an_unknown_metric_lists_those_there_are(good: Path) -> None:
 def test_seeds_that_have_not_ended_are_refused(good: Path) -> None:
     summary = good / "seed-4" / "summary.json"
     write_json(summary, {**read_json(summary, ""), "status": "interrupted"})
-    with pytest.raises(RunError, match="has not ended") as caught:
+    with pytest.raises(RunError, match="is not complete") as caught:
         compare([good])
     assert caught.value.problems[0].fix == f"transfer resume {good}"
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import transfer
 
 from transfer import ConfigError, RunError, find_learning_rate
 from transfer.config.check import load_config
@@ -72,8 +73,8 @@ def test_the_curve_is_drawn(config: dict[str, Any], tmp_path: Path) -> None:
     assert [len(line.attrib["points"].split()) for line in lines] == [len(found.rates)] * 2
 
 
-def test_bounds_that_are_none_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"from 1 to 0\.1 in 100 steps cannot be made"):
+def test_range_test_refuses_descending_bounds(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"the range test is invalid: expected .*, got 1 to 0\.1 in 100 steps"):
         find_learning_rate(config, lowest=1.0, highest=0.1, output=tmp_path / "curve.svg")
 
 
@@ -82,11 +83,18 @@ def test_a_wrong_config_is_told_as_ever(config: dict[str, Any]) -> None:
         find_learning_rate(config, ["train.batch_size=none"])
 
 
-def test_the_command_says_how_to_go_on(tmp_path: Path) -> None:
-    ended = transfer("find-lr", "quickstart_text", "data.limit=40", "--steps", "12")
-    assert ended.returncode == 2
-    config = Path(__file__).parents[2] / "configs" / "quickstart_text.yaml"
-    ended = transfer("find-lr", config, "data.limit=40", "--steps", "12", "--highest", "1", cwd=tmp_path)
+def find_lr(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    options = ["data.limit=40", "--steps", "12", "--highest", "1"]
+    command = [sys.executable, "-m", "transfer", "find-lr", str(config), *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_find_lr_command_refuses_a_missing_config(tmp_path: Path) -> None:
+    assert find_lr(tmp_path / "missing.yaml", tmp_path).returncode == 2
+
+
+def test_find_lr_command_prints_the_next_command(tmp_path: Path) -> None:
+    ended = find_lr(Path(__file__).parents[2] / "configs" / "quickstart_text.yaml", tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "falls fastest" in ended.stdout
     assert "data.limit=40 train.optimizer.lr=" in ended.stdout

@@ -104,7 +104,7 @@ REGRESSION = Regression(DataSpec(("point",), "number", ("first",)))
         (
             CLASSIFICATION,
             Difference(0.01, (-0.02, 0.04)),
-            "Whether pretraining helps cannot be told from noise: fine-tuning gives +1.0 points of accuracy "
+            "The effect of pretraining is within noise: fine-tuning gives +1.0 points of accuracy "
             "over training from scratch (95 % interval -2.0 to +4.0).",
         ),
         (
@@ -129,7 +129,7 @@ def test_features_that_say_nothing_are_negative_transfer(given: dict[str, Any], 
 
 
 def test_without_anything_pretrained_there_is_nothing_to_value(config: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="reads nothing pretrained"):
+    with pytest.raises(UserError, match="loads no pretrained weights"):
         pretraining_gain(config, seeds=2, output=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 

@@ -52,7 +52,7 @@ def test_each_run_is_the_one_that_its_seed_gives(config: dict[str, Any], tmp_pat
 
 
 def test_one_seed_has_no_spread(config: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no spread"):
+    with pytest.raises(UserError, match="expected 2 or more, got 1"):
         run_seeds(config, seeds=1, output=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
@@ -92,5 +92,5 @@ def test_it_goes_on_with_the_seeds_that_are_missing(
 
 
 def test_the_folder_of_one_run_is_no_folder_of_seeds(config: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no folder of seeds"):
+    with pytest.raises(RunError, match="not a folder of seeds"):
         resume_seeds(transfer.run(config, [EPOCH], output=tmp_path).folder)

@@ -158,7 +158,7 @@ def test_resume_writes_through_no_link(run: Path, outside: Path, name: str) -> N
     assert outside.read_text(encoding="utf-8") == "mine"
 
 
-@pytest.mark.parametrize("command", [["evaluate", "--pictures"], ["export", "--format", "safetensors"]])
+@pytest.mark.parametrize("command", [["evaluate", "--images"], ["export", "--format", "safetensors"]])
 def test_no_command_writes_through_a_linked_folder(
     run: Path, tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

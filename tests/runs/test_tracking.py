@@ -23,7 +23,7 @@ from transfer.config.check import load_config
 from transfer.config.json_schema import config_schema
 from transfer.errors import Problem
 from transfer.registry import entry_points as registry
-from transfer.runs.tracking import figures, flat, run_name
+from transfer.runs.tracking import flat, run_name, scalars
 from transfer.storage.run_directory import RunDirectory
 from transfer.training.events import EpochEnded, Event, Note
 
@@ -173,14 +173,14 @@ def test_a_tracker_that_fails_is_left_out(
     assert run.summary["status"] == "complete"
     assert len(told) == before
     assert [note for note in notes if "tracker" in note] == [
-        "tracker 'recorder' is left out from here on: ConnectionError: no route to host"
+        "tracker 'recorder' failed and is disabled for this run: ConnectionError: no route to host"
     ]
 
 
-def test_names_and_figures() -> None:
+def test_run_name_and_scalars() -> None:
     assert run_name(RunDirectory(Path("runs/imdb-20261125-152255-2"))) == "imdb-20261125-152255-2"
     assert run_name(RunDirectory(Path("runs/imdb-20261125-152255-seeds/seed-3"))) == "imdb-20261125-152255-seeds/seed-3"
-    assert figures({"epoch": 3, "phase": 1, "lr": {"head": 0.5}}) == {"phase": 1, "lr/head": 0.5}
+    assert scalars({"epoch": 3, "phase": 1, "lr": {"head": 0.5}}) == {"phase": 1, "lr/head": 0.5}
     plain = {"a": [1, 2], "b": [{"c": None}], "d": {}, "e": {"f": True}}
     assert dict(flat(plain)) == {"a": "[1, 2]", "b.0.c": None, "d": "{}", "e.f": True}
 
@@ -372,7 +372,7 @@ def test_a_server_that_is_away(config: dict[str, Any], tmp_path: Path, mlflow_en
     )
     assert run.summary["status"] == "complete"
     (note,) = [note for note in notes if "tracker" in note]
-    assert note.startswith("tracker 'mlflow' is left out from here on: MlflowException")
+    assert note.startswith("tracker 'mlflow' failed and is disabled for this run: MlflowException")
     assert "127.0.0.1" in note
 
 

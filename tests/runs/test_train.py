@@ -107,7 +107,7 @@ def test_evaluate_of_a_frozen_backbone_gives_exactly_the_figures_of_the_summary(
 
 
 def test_an_unknown_split_lists_those_there_are(run: Run) -> None:
-    with pytest.raises(RunError, match="no split 'dev'") as caught:
+    with pytest.raises(RunError, match="unknown split 'dev'") as caught:
         transfer.evaluate(run.folder, "dev")
     assert set(caught.value.problems[0].available) == {"train", "validation", "test"}
 

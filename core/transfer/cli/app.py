@@ -1,4 +1,4 @@
-"""The command line: thin commands that import nothing heavy before they need it."""
+"""The command line. Commands import heavy packages only when they run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from transfer.cli import cache_commands, inspect_commands, plugin_commands, run_commands
 from transfer.cli.plugin_subcommands import WithPlugins
-from transfer.errors import TransferError
+from transfer.errors import TransferError, UserError
 
 app = typer.Typer(
     name="transfer",
@@ -34,8 +34,8 @@ def _options(
         os.environ["TRANSFER_DEBUG"] = "1"
 
 
-# The packages `reports`, `experiments` and `deployment` add their commands through the entry-point group
-# `transfer.commands`, as third parties do: each can be deleted without touching this file.
+# The packages `reports`, `experiments` and `deployment` register their commands through the entry-point group
+# `transfer.commands`, like third parties. Each package can therefore be deleted without a change of this file.
 app.command()(run_commands.run)
 app.command()(run_commands.resume)
 app.command()(run_commands.check)
@@ -49,49 +49,69 @@ app.command("new-plugin")(plugin_commands.new_plugin)
 app.add_typer(cache_commands.app, name="cache")
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def _show(error: TransferError) -> None:
-    from transfer.cli.tables import error_panel
-    from transfer.system.terminal import Console
-
-    Console(stderr=True).print(error_panel(error))
+OPTIONAL_PACKAGES = ("transfer.deployment", "transfer.experiments", "transfer.reports")
+"""Packages that can be deleted from an installation; only their own commands need them."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 it failed, 2 the user's input is wrong, 130 or 143 interrupted."""
-    # Importing torch makes half a million objects that stay: looking for garbage among them every 700 new ones, as is
-    # the default, takes a quarter of a command's start.
+    """Run the command line.
+
+    Exit status: 0 success, 1 failure, 2 wrong input, 130 or 143 interrupted.
+    """
+    # Importing torch creates half a million objects that stay alive. With the default thresholds of the garbage
+    # collector, scanning them takes a quarter of the start time of a command.
     gc.set_threshold(50_000, 20, 100)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding at all
+            stream.reconfigure(errors="backslashreplace")  # a file name may be invalid in the encoding of the terminal
     try:
         app()
     except TransferError as error:
         if os.environ.get("TRANSFER_DEBUG"):
             raise
-        if not error.shown_elsewhere:
-            _show(error)
-        sys.exit(error.exit_status)
+        _exit_with_panel(error)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL_PACKAGES or os.environ.get("TRANSFER_DEBUG"):
+            raise
+        _exit_with_panel(_missing_package(error.name))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+    except BrokenPipeError:  # the reader of the output has exited, as in `transfer plugins | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        full = error.errno in _FULL
-        if not (full or error.filename) or os.environ.get("TRANSFER_DEBUG"):
+        if not (error.errno in _DISK_FULL or error.filename) or os.environ.get("TRANSFER_DEBUG"):
             raise
-        with suppress(OSError):  # what is still to be written finds no room either
+        with suppress(OSError):  # the rest of the buffered output cannot be written either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        again = "make room, then run the command again; a run that has begun goes on with `transfer resume RUN`"
-        refused = TransferError(
-            f"the system refuses a file: {error.strerror}",
-            where=str(error.filename or "a file, or the output of this command"),
-            fix=again if full else "check the path, and who may use it",
-        )
-        _show(refused)
-        sys.exit(refused.exit_status)
+        _exit_with_panel(_failed_file(error))
+
+
+def _exit_with_panel(error: TransferError) -> NoReturn:
+    from transfer.cli.tables import error_panel
+    from transfer.system.terminal import Console
+
+    if not error.shown_elsewhere:
+        Console(stderr=True).print(error_panel(error))
+    sys.exit(error.exit_status)
+
+
+def _missing_package(package: str) -> TransferError:
+    """Return the error of a command whose package was deleted."""
+    return UserError(
+        f"the command is unavailable: it needs the package {package}, which is not part of this installation",
+        fix="reinstall the complete distribution: pip install --force-reinstall --no-deps transferkit",
+    )
+
+
+def _failed_file(error: OSError) -> TransferError:
+    """Return the error of a file that the operating system cannot open, read or write."""
+    is_full = error.errno in _DISK_FULL
+    rerun = "free some space, then run the command again; an interrupted run continues with `transfer resume RUN`"
+    return TransferError(
+        f"a file operation failed: {error.strerror}",
+        where=str(error.filename or "a file, or the output of this command"),
+        fix=rerun if is_full else "check the path and its permissions",
+    )

@@ -6,21 +6,24 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transfer.cli.arguments import AsJSON, ConfigFile, Overrides
+from transfer.cli.arguments import RUNS, AsJSON, ConfigFile, OutputFolder, Overrides
 from transfer.cli.follow import follow_arms
+
+if TYPE_CHECKING:
+    from transfer.experiments.lr_finder import RangeTest
 
 
 def pretraining_gain(
     config: ConfigFile,
     overrides: Overrides = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds each arm is trained with.")] = 5,
-    output: Annotated[Path, typer.Option(help="The folder in which the runs get one of their own.")] = Path("runs"),
+    seeds: Annotated[int, typer.Option(help="Number of seeds of each arm, 2 or more.")] = 5,
+    output: OutputFolder = RUNS,
 ) -> None:
-    """Say what pretraining is worth here: CONFIG from scratch, frozen, probed and fine-tuned, with several seeds."""
+    """Measure the gain of pretraining: train CONFIG from scratch, frozen and fine-tuned, with several seeds."""
     from transfer.experiments.pretraining_gain import pretraining_gain
 
     follow_arms(lambda observe: pretraining_gain(config, overrides or [], seeds=seeds, output=output, observe=observe))
@@ -29,16 +32,18 @@ def pretraining_gain(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Run directories and folders of seeds; the first is the reference."),
+        typer.Argument(metavar="RUN...", help="Run directories and folders of seeds. The first is the reference."),
     ],
-    metric: Annotated[str | None, typer.Option(help="Another metric than the task's primary one.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Also write the table as CSV.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write it as a page that needs nothing beside itself.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Metric to compare. Default: the primary metric of the task.", show_default=False)
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to write.", show_default=False)] = None,
+    html: Annotated[Path | None, typer.Option(help="HTML page to write.", show_default=False)] = None,
     different_data: Annotated[
-        bool, typer.Option("--different-data", help="Compare although the examples scored were not the same.")
+        bool, typer.Option("--different-data", help="Compare runs that were scored on different examples.")
     ] = False,
 ) -> None:
-    """Put runs beside each other and say which differences are no more than noise."""
+    """Compare runs to the first one, and show which differences are within noise."""
     from transfer.cli.tables import comparison_table
     from transfer.experiments.comparison import compare as compare_runs
     from transfer.system.terminal import Console
@@ -50,12 +55,16 @@ def compare(
 
 def sweep(
     config: ConfigFile,
-    space: Annotated[str, typer.Argument(metavar="SPACE", help="A YAML file: keys of the config and their values.")],
+    space: Annotated[
+        str, typer.Argument(metavar="SPACE", help="Path of a YAML file with config keys and their values.")
+    ],
     overrides: Overrides = None,
-    output: Annotated[Path, typer.Option(help="The folder in which the sweep makes its own.")] = Path("runs"),
-    processes: Annotated[int, typer.Option(min=1, help="That work on the study together.")] = 1,
+    output: OutputFolder = RUNS,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Number of processes that run trials, each on its own GPU if there are several.")
+    ] = 1,
 ) -> None:
-    """Try out configs of a SPACE; the same command again goes on where it was stopped."""
+    """Search the hyperparameters of SPACE. The same command resumes an interrupted sweep."""
     from transfer.cli.progress import RunConsole
     from transfer.experiments.sweep import sweep as run_sweep
     from transfer.system.signals import Interrupted
@@ -66,7 +75,7 @@ def sweep(
         with RunConsole(console) as observe:
             ended = run_sweep(config, space, overrides or [], output=output, processes=processes, observe=observe)
     except Interrupted as interruption:
-        print("stopped; the same command goes on", file=sys.stderr)  # noqa: T201
+        print("interrupted; the same command resumes the sweep", file=sys.stderr)  # noqa: T201
         raise typer.Exit(interruption.exit_status) from interruption
     from rich.markdown import Markdown
 
@@ -78,35 +87,43 @@ def sweep(
 def find_lr(
     config: ConfigFile,
     overrides: Overrides = None,
-    lowest: Annotated[float, typer.Option(help="The learning rate of the first step.")] = 1e-7,
-    highest: Annotated[float, typer.Option(help="The learning rate of the last step.")] = 10.0,
-    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 100,
-    output: Annotated[Path | None, typer.Option(help="The SVG file; by default NAME-find-lr.svg.")] = None,
+    lowest: Annotated[float, typer.Option(help="Learning rate of the first step.")] = 1e-7,
+    highest: Annotated[float, typer.Option(help="Learning rate of the last step.")] = 10.0,
+    steps: Annotated[int, typer.Option(help="Number of optimizer steps.")] = 100,
+    output: Annotated[
+        Path | None, typer.Option(help="SVG file to write. Default: NAME-find-lr.svg.", show_default=False)
+    ] = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Suggest a learning rate: train the first phase of CONFIG at rates that rise, and draw the loss."""
+    """Suggest a learning rate: train the first phase of CONFIG at increasing rates, and plot the loss."""
     from transfer.cli.progress import RunConsole
-    from transfer.cli.tables import range_test_table
     from transfer.experiments.lr_finder import find_learning_rate
     from transfer.system.terminal import Console
 
     with RunConsole(Console(stderr=as_json)) as observe:
-        found = find_learning_rate(
+        result = find_learning_rate(
             config, overrides or [], lowest=lowest, highest=highest, steps=steps, output=output, observe=observe
         )
     if as_json:
         from dataclasses import asdict
 
-        print(json.dumps(asdict(found) | {"plot": str(found.plot)}))  # noqa: T201
-        return
+        print(json.dumps(asdict(result) | {"plot": str(result.plot)}))  # noqa: T201
+    else:
+        _print_range_test(result, config, overrides or [])
+
+
+def _print_range_test(result: RangeTest, config: str, overrides: list[str]) -> None:
+    from transfer.cli.tables import range_test_table
+    from transfer.system.terminal import Console
+
     console = Console()
-    console.print(range_test_table(found.rates, found.losses, found.smoothed))
+    console.print(range_test_table(result.rates, result.losses, result.smoothed))
     console.print(
-        f"suggestion: {found.steepest:.2g}, where the smoothed loss falls fastest; "
-        f"a tenth of the rate at its lowest point is {found.tenth_of_lowest:.2g}\n"
-        f"next: transfer run {config} {shlex.join([*(overrides or []), found.assignment])}",
+        f"suggestion: {result.steepest:.2g}, the rate at which the smoothed loss falls fastest; "
+        f"a tenth of the rate at its minimum is {result.tenth_of_lowest:.2g}\n"
+        f"next: transfer run {shlex.join([config, *overrides, result.assignment])}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
-    print(found.plot)  # noqa: T201
+    print(result.plot)  # noqa: T201

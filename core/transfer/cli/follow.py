@@ -1,8 +1,10 @@
-"""Running a function while its events are shown on the console."""
+"""Functions that run training with progress on the console, and print its result."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import typer
@@ -15,45 +17,63 @@ _T = TypeVar("_T")
 
 
 def follow_run(start: Callable[[Observer], Run]) -> None:
-    """Show a run as it goes and say what comes next."""
-    from transfer.system.ranks import rank_from_environment
-    from transfer.system.terminal import Console, printable
+    """Train a run with progress on the console, and print the commands to continue with.
 
-    ended = _shown(start)
+    Args:
+        start: Function that trains, given the observer to report to.
+    """
+    from transfer.system.ranks import rank_from_environment
+    from transfer.system.terminal import Console
+
+    run = _with_progress(start)
     if rank_from_environment().index:
         return
-    Console().print(
-        f"next: transfer predict {ended.folder} INPUT...   or   transfer evaluate {ended.folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if (report := ended.folder / "report.html").is_file():
-        Console().print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
-    print(printable(str(ended.folder)))  # noqa: T201  # plain, so that a script can take the last line
+    folder = shlex.quote(str(run.folder))
+    lines = [f"next: transfer predict {folder} INPUT...   or   transfer evaluate {folder}"]
+    if (report := run.folder / "report.html").is_file():
+        lines.append(f"report: {report}")
+    for line in lines:
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    _print_folder(run.folder)
 
 
 def follow_seeds(start: Callable[[Observer], Run]) -> None:
-    """Show runs as they go, then mean and spread."""
-    from transfer.cli.tables import seeds_table
-    from transfer.system.terminal import Console, printable
+    """Train several seeds with progress on the console, and print mean and standard deviation of the metrics.
 
-    ended = _shown(start)
-    Console().print(seeds_table(ended.summary))
-    print(printable(str(ended.folder)))  # noqa: T201  # plain, so that a script can take the last line
+    Args:
+        start: Function that trains, given the observer to report to.
+    """
+    from transfer.cli.tables import seeds_table
+    from transfer.system.terminal import Console
+
+    run = _with_progress(start)
+    Console().print(seeds_table(run.summary))
+    _print_folder(run.folder)
 
 
 def follow_arms(start: Callable[[Observer], Run]) -> None:
-    """Show the arms as they go, then what pretraining is worth."""
-    from transfer.cli.tables import value_table
-    from transfer.system.terminal import Console, printable
+    """Train the arms of a comparison with progress on the console, and print the gain of pretraining.
 
-    ended = _shown(start)
-    Console().print(value_table(ended.summary))
-    print(printable(str(ended.folder)))  # noqa: T201  # plain, so that a script can take the last line
+    Args:
+        start: Function that trains, given the observer to report to.
+    """
+    from transfer.cli.tables import pretraining_gain_table
+    from transfer.system.terminal import Console
+
+    run = _with_progress(start)
+    Console().print(pretraining_gain_table(run.summary))
+    _print_folder(run.folder)
 
 
-def _shown(start: Callable[[Observer], _T]) -> _T:
-    """Show training as it goes, or leave with 130 or 143 where it was interrupted."""
+def _print_folder(folder: Path) -> None:
+    """Print a folder as the last line, without style, so that a script can read it."""
+    from transfer.system.terminal import printable
+
+    print(printable(str(folder)))  # noqa: T201
+
+
+def _with_progress(start: Callable[[Observer], _T]) -> _T:
+    """Return the result of a function whose events are shown on the console. Exit with 130 or 143 if interrupted."""
     from transfer.cli.progress import RunConsole
     from transfer.system.ranks import rank_from_environment
     from transfer.system.signals import Interrupted
@@ -63,5 +83,5 @@ def _shown(start: Callable[[Observer], _T]) -> _T:
         with RunConsole(Console(quiet=rank_from_environment().index > 0)) as observe:
             return start(observe)
     except Interrupted as interruption:
-        # Typer would make a 1 or 130 of it.
+        # Typer would convert a KeyboardInterrupt to status 1 or 130, whatever the signal was.
         raise typer.Exit(interruption.exit_status) from interruption

@@ -4,102 +4,128 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from io import TextIOWrapper
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from transfer.cli.arguments import AsJSON, RunFolder
+from transfer.cli.arguments import AsJSON, Device, RunFolder
 from transfer.errors import DataError
+
+if TYPE_CHECKING:
+    from transfer.training.events import Event
+
+DIGITS = 6
+"""Significant digits of predicted numbers: a regression may predict large values."""
 
 
 def evaluate(
     run: RunFolder,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    pictures: Annotated[
-        bool, typer.Option("--pictures", help="Draw predictions that are right, wrong and least sure.")
+    split: Annotated[str, typer.Option(help="Split to evaluate: train, validation or test.")] = "test",
+    device: Device = None,
+    images: Annotated[
+        bool,
+        typer.Option("--images", help="Draw the most confident right and wrong predictions, and the least confident."),
     ] = False,
+    pictures: Annotated[bool, typer.Option("--pictures", hidden=True, help="Old name of --images.")] = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Score a split with a run's model."""
+    """Print the metrics of a run's model on a split."""
     from transfer.cli.progress import RunConsole
     from transfer.cli.tables import facts_table
     from transfer.runs.evaluate import evaluate as evaluate_run
     from transfer.system.terminal import Console
 
     with RunConsole(Console(stderr=as_json)) as observe:
-        metrics = evaluate_run(run, split, observe=observe)
+        metrics = evaluate_run(run, split, device=device, observe=observe)
     if as_json:
         print(json.dumps({split: metrics}))  # noqa: T201
     else:
         Console().print(facts_table({"split": split, **{name: repr(value) for name, value in metrics.items()}}))
-    if pictures:
+    if images or pictures:
         from transfer.reports.preview import preview_predictions
 
-        Console(stderr=as_json).print(
-            f"predictions: {preview_predictions(run, split).path}", highlight=False, soft_wrap=True
-        )
+        path = preview_predictions(run, split).path
+        Console(stderr=as_json).print(f"predictions: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def predict(
     run: RunFolder,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="A path, a pattern, a text, or - for lines on standard input."),
+        typer.Argument(metavar="INPUT...", help="Path, pattern of paths, text, or - for lines on standard input."),
     ],
+    device: Device = None,
     as_json: AsJSON = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Show which words moved the score, by leaving out one at a time.")
+        bool, typer.Option("--explain", help="Show the effect of each word on the score, by leaving it out.")
     ] = False,
 ) -> None:
-    """Say what a run's model makes of some inputs."""
+    """Predict inputs with a run's model."""
+    from transfer.runs.predict import predict as predict_with
+
+    predictions = predict_with(run, _lines(inputs), explain=explain, device=device, observe=_print_note)
+    if as_json:
+        for prediction in predictions:
+            print(json.dumps(prediction, ensure_ascii=False), flush=True)  # noqa: T201
+    elif explain:
+        _print_explained(predictions)
+    else:
+        _print_table(predictions)
+
+
+def _print_explained(predictions: Iterable[dict[str, Any]]) -> None:
+    from transfer.cli.tables import explanation_text, facts_table
+    from transfer.system.terminal import Console
+
+    for prediction in predictions:
+        explanation = prediction.pop("explanation")
+        Console().print(facts_table(prediction, digits=DIGITS))
+        Console().print(explanation_text(explanation))
+
+
+def _print_table(predictions: Iterable[Mapping[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from transfer.cli.tables import explanation_text, facts_table
-    from transfer.runs.predict import predict as predict_with
+    from transfer.system.formatting import format_value
     from transfer.system.terminal import Console
 
-    if as_json:
-        for answer in predict_with(run, _lines(inputs), explain=explain):
-            print(json.dumps(answer, ensure_ascii=False), flush=True)  # noqa: T201
-        return
-    if explain:
-        for answer in predict_with(run, _lines(inputs), explain=True):
-            explanation = answer.pop("explanation")
-            Console().print(facts_table({name: _cell(value) for name, value in answer.items()}))
-            Console().print(explanation_text(explanation))
-        return
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for number, answer in enumerate(predict_with(run, _lines(inputs))):
+    for number, prediction in enumerate(predictions):
         if not number:
-            for name in answer:
+            for name in prediction:
                 table.add_column(name, overflow="fold")
-        table.add_row(*(Text(_cell(value)) for value in answer.values()))
+        table.add_row(*(Text(format_value(value, digits=DIGITS)) for value in prediction.values()))
     Console().print(table)
 
 
+def _print_note(event: Event) -> None:
+    """Print a note on standard error, because standard output contains the predictions."""
+    from transfer.system.terminal import Console
+    from transfer.training.events import Note
+
+    if isinstance(event, Note):
+        Console(stderr=True).print(event.text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
 def _lines(inputs: list[str]) -> Iterator[str]:
+    """Yield the inputs, with ``-`` replaced by the lines of standard input that are not empty.
+
+    Raises:
+        DataError: A line is not UTF-8.
+    """
     for source in inputs:
-        if source == "-":
-            if isinstance(sys.stdin, TextIOWrapper):  # read as arguments are, whatever the locale says
-                sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-            for number, line in enumerate(sys.stdin, 1):
-                if any("\udc80" <= character <= "\udcff" for character in line):  # how a byte that is none is read
-                    where = f"standard input, line {number}"
-                    raise DataError("this line is not UTF-8", where=where, fix="give lines in UTF-8")
-                if line.strip():
-                    yield line.rstrip("\n")
-        else:
+        if source != "-":
             yield source
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    if isinstance(value, dict):
-        return "  ".join(f"{name} {_cell(item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
+            continue
+        if isinstance(sys.stdin, TextIOWrapper):  # always UTF-8, like command-line arguments, whatever the locale is
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        for number, line in enumerate(sys.stdin, 1):
+            # The error handler surrogateescape decodes an invalid byte to a character of this range.
+            if any("\udc80" <= character <= "\udcff" for character in line):
+                where = f"standard input, line {number}"
+                raise DataError("the line is not UTF-8", where=where, fix="convert the input to UTF-8")
+            if line.strip():
+                yield line.rstrip("\n")

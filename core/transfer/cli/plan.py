@@ -1,4 +1,4 @@
-"""The plan of a run as tables: stage by stage, what is frozen and how fast the rest learns, in each phase."""
+"""Tables of ``transfer check``: components, frozen stages and learning rates of each phase, feature cache."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from transfer.feature_cache.loader import reason_not_cached
 from transfer.training.freezing import prefix_length
 from transfer.training.preflight import PLACEHOLDER_CLASSES, CheckedParts, treatment
 
-PHASES_OF_A_TABLE = 3
+MAX_PHASES_PER_TABLE = 3
+"""More phases are shown in further tables, because a console of 80 columns has no room for them."""
 
 
 def render(config: RunConfig, parts: CheckedParts) -> Iterator[RenderableType]:
-    """Yield the plan of a checked config: the parts, the stages in each phase, and what will be cached."""
+    """Yield the tables of a checked config: its components, the stages in each phase, and the feature cache."""
     features, data, train = parts.backbone.features, parts.dataset.spec, config.train
     optimizer = ", ".join([config.optimizer.name, *(f"{k} {v}" for k, v in config.optimizer.options.items())])
     yield facts_table(
         {
             "data": f"{config.data.plugin.name}: {', '.join(data.fields)} -> {data.target}",
-            "classes": ", ".join(data.classes)
-            or f"known when the data is read; {len(PLACEHOLDER_CLASSES)} assumed here",
+            "classes": ", ".join(data.classes) or f"unknown until the data is read; {len(PLACEHOLDER_CLASSES)} assumed",
             "backbone": f"{_written(config)}: {features.layout} of {features.size}",
             "head": f"{config.head.plugin.name}: {features.size} -> {parts.task.out_features}",
             "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
@@ -39,7 +39,7 @@ def render(config: RunConfig, parts: CheckedParts) -> Iterator[RenderableType]:
 
 
 def _written(config: RunConfig) -> str:
-    """Name the backbone, and its options as far as the config gives them in a word."""
+    """Return the name of the backbone with the short options that the config sets."""
     options = {
         key: value for key, value in config.backbone.resolved.items() if config.document.is_set(("backbone", key))
     }
@@ -50,31 +50,31 @@ def _written(config: RunConfig) -> str:
 
 
 def _stages(config: RunConfig, parts: CheckedParts) -> Iterator[Table]:
-    """Say what happens to each stage in each phase: in several tables where a narrow console would not show all."""
+    """Yield tables of the treatment of each stage in each phase."""
     phases = list(enumerate(parts.phases, 1))
-    for first in range(0, len(phases), PHASES_OF_A_TABLE):
+    for first in range(0, len(phases), MAX_PHASES_PER_TABLE):
         table = Table(title="stages" if not first else None, title_justify="left", box=None, padding=(0, 2, 0, 0))
         table.add_column("stage")
         table.add_column("parameters", justify="right")
         if parts.shapes:
             table.add_column("returns")
-        shown = phases[first : first + PHASES_OF_A_TABLE]
+        shown = phases[first : first + MAX_PHASES_PER_TABLE]
         for number, phase in shown:
             table.add_column(f"phase {number}: {phase.epochs} epoch{'s' * (phase.epochs > 1)}")
         for stage, module in parts.model.stages.items():
             count = sum(parameter.numel() for parameter in module.parameters())
             shapes = [parts.shapes[stage]] if parts.shapes else []
-            treated = [treatment(config, parts.model, phase, stage) for _, phase in shown]
-            cells = [Text(words, style="green" if trained else "dim") for words, trained in treated]
+            treatments = [treatment(config, parts.model, phase, stage) for _, phase in shown]
+            cells = [Text(text, style="green" if trained else "dim") for text, trained in treatments]
             table.add_row(stage, f"{count:,}", *shapes, *cells)
         if config.optimizer_options.no_weight_decay:
-            table.caption = f"* not for parameters of kind {' and '.join(config.optimizer_options.no_weight_decay)}"
+            table.caption = f"* except parameters of kind {' and '.join(config.optimizer_options.no_weight_decay)}"
             table.caption_justify = "left"
         yield table
 
 
 def _cache(config: RunConfig, parts: CheckedParts) -> Table:
-    """Say what the feature cache will hold in each phase, and why not."""
+    """Return the table of the cached features in each phase, with the reasons why features are not cached."""
     table = Table(title="feature cache", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("phase", "training examples", "validation examples"):
         table.add_column(heading, overflow="fold")

@@ -1,101 +1,118 @@
-"""Commands about plugins: plugins, show, compatibility, schema, new-plugin."""
+"""Commands for plugins: plugins, show, compatibility, schema, new-plugin."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transfer.errors import UserError
+from transfer.cli.arguments import AsJSON
+from transfer.cli.plugin_subcommands import own_commands
+from transfer.errors import PluginError, unknown_name
 
 if TYPE_CHECKING:
     from transfer.registry.entry_points import Plugin
+    from transfer.registry.listing import Entry
 
-from transfer.cli.arguments import AsJSON
-from transfer.cli.plugin_subcommands import own_commands
+MIN_DESCRIPTION_WIDTH = 40
+"""On a narrower console, the table of plugins has no column for the version."""
 
 
 def plugins(
     context: typer.Context,
     as_json: AsJSON = False,
-    check: Annotated[bool, typer.Option("--check", help="Load each and check its quick contracts.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Import each plugin, and run its quick contract checks.")
+    ] = False,
 ) -> None:
-    """List what is installed and what cannot be loaded, without importing any of it."""
+    """List the installed plugins, and those that cannot be loaded, without importing them."""
     from transfer.registry.listing import catalog
 
-    found = catalog(own_commands(context))
+    entries = catalog(own_commands(context))
     if check:
-        _check_plugins([entry.plugin for entry in found])
-        return
-    if as_json:
-        from dataclasses import asdict
+        _check_plugins([entry.plugin for entry in entries])
+    elif as_json:
+        _print_json(entries)
+    else:
+        _print_table(entries)
 
-        listed = [
-            asdict(entry.plugin)
-            | {
-                "description": entry.description,
-                "unavailable": entry.problem and entry.problem.message,
-                "fix": entry.problem and entry.problem.fix,
-            }
-            for entry in found
-        ]
-        print(json.dumps(listed, indent=2))  # noqa: T201
-        return
+
+def _print_json(entries: Sequence[Entry]) -> None:
+    from dataclasses import asdict
+
+    listed = [
+        asdict(entry.plugin)
+        | {
+            "description": entry.description,
+            "unavailable": entry.problem and entry.problem.message,
+            "fix": entry.problem and entry.problem.fix,
+        }
+        for entry in entries
+    ]
+    print(json.dumps(listed, indent=2))  # noqa: T201
+
+
+def _print_table(entries: Sequence[Entry]) -> None:
+    """Print names completely, and fold descriptions into the remaining width."""
     from rich.table import Table
     from rich.text import Text
 
     from transfer.system.terminal import Console
 
     console = Console()
-    rows = [(e.plugin.kind, e.plugin.name, e.plugin.distribution, e.plugin.version) for e in found]
     headings = ("kind", "name", "distribution", "version")
+    rows = [(e.plugin.kind, e.plugin.name, e.plugin.distribution, e.plugin.version) for e in entries]
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    # Of names nothing is cut off: what room they leave is the description's.
+    columns = len(headings)
+    if console.width - sum(width + 2 for width in widths) < MIN_DESCRIPTION_WIDTH:
+        columns -= 1
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading, width in zip(headings, widths, strict=True):
+    for heading, width in list(zip(headings, widths, strict=True))[:columns]:
         table.add_column(heading, width=width, no_wrap=True)
-    room = max(12, console.width - sum(width + 2 for width in widths) - 2)
-    table.add_column("description", width=room, no_wrap=True, overflow="ellipsis")
-    for row, entry in zip(rows, found, strict=True):
-        said = Text("(unavailable, see below)", style="red") if entry.problem else Text(entry.description)
-        table.add_row(*row, said)
+    table.add_column("description", overflow="fold")
+    for row, entry in zip(rows, entries, strict=True):
+        description = Text("(unavailable, see below)", style="red") if entry.problem else Text(entry.description)
+        table.add_row(*row[:columns], description)
     console.print(table)
-    for entry in found:
+    for entry in entries:
         if entry.problem:
-            name, why = f"{entry.plugin.kind} {entry.plugin.name}", entry.problem
-            message = f"\n{name} is unavailable: {why.message}\n  fix: {why.fix}"
+            name = f"{entry.plugin.kind} {entry.plugin.name}"
+            message = f"\n{name} is unavailable: {entry.problem.message}\n  fix: {entry.problem.fix}"
             console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-def _check_plugins(installed: list[Plugin]) -> None:
-    """Load each plugin, check its quick contracts, and end with status 1 where one is broken."""
+def _check_plugins(installed: Sequence[Plugin]) -> None:
+    """Run the quick contract checks of each plugin, and exit with status 1 if one fails."""
     from transfer.system.terminal import Console
     from transfer.testing.suite import quick_check
 
     console, broken = Console(), 0
     for plugin in installed:
-        if plugin.extras and plugin.unavailable:  # an extra is a choice, and not to have made it breaks nothing
-            console.print(
-                f"left out  {plugin.kind} {plugin.qualified_name}: {plugin.unavailable.message}", markup=False
-            )
+        # A plugin whose extra is not installed is not broken: extras are optional.
+        if plugin.extras and plugin.unavailable:
+            message = f"skipped   {plugin.kind} {plugin.qualified_name}: {plugin.unavailable.message}"
+            console.print(message, markup=False, highlight=False, soft_wrap=True)
             continue
-        kept, wrong = quick_check(plugin)
-        mark = "[red]broken[/]" if wrong else "[green]good[/]  "
-        console.print(f"{mark}  {plugin.kind} {plugin.qualified_name}: {kept} contracts kept", highlight=False)
-        for failure in wrong:
+        passed, failures = quick_check(plugin)
+        mark = "[red]broken[/]" if failures else "[green]good[/]  "
+        console.print(f"{mark}  {plugin.kind} {plugin.qualified_name}: {passed} contracts kept", highlight=False)
+        for failure in failures:
             console.print(failure, markup=False, highlight=False, soft_wrap=True)
-        broken += bool(wrong)
+        broken += bool(failures)
     if broken:
         raise typer.Exit(1)
 
 
 def show(
-    kind: Annotated[str, typer.Argument(help="dataset, backbone, head, task, or another that `plugins` lists.")],
-    name: Annotated[str, typer.Argument(help="As a config calls it.")],
+    kind: Annotated[
+        str, typer.Argument(help="Kind of plugin: dataset, backbone, head, task, or another kind that `plugins` lists.")
+    ],
+    name: Annotated[str, typer.Argument(help="Name of the plugin, as in a config.")],
 ) -> None:
-    """Show the options of a plugin: type, default, description."""
+    """Show the options of a plugin with their types, defaults and descriptions."""
     import inspect
 
     from rich.table import Table
@@ -105,8 +122,8 @@ def show(
     from transfer.registry.entry_points import find, kinds, load
     from transfer.system.terminal import Console
 
-    if kind not in (known := kinds()):
-        raise UserError(f"there is no kind of plugin called {kind!r}", available=known)
+    if kind not in kinds():
+        raise PluginError.of([unknown_name("kind of plugin", kind, kinds())])
     plugin, cls = find(kind, name), load(kind, name)
     summary = (inspect.getdoc(cls) or "").partition("Args:")[0].strip()
     console = Console()
@@ -123,7 +140,7 @@ def show(
 
 
 def compatibility(as_json: AsJSON = False) -> None:
-    """Show which datasets, backbones, heads and tasks fit together, of all that is installed."""
+    """Show which of the installed datasets, backbones, heads and tasks are compatible."""
     from rich.table import Table
     from rich.text import Text
 
@@ -137,24 +154,26 @@ def compatibility(as_json: AsJSON = False) -> None:
     for fits in tables if not as_json else ():
         table = Table(title=fits.title, title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
         for row, cells in fits.cells.items():
-            named = [name if cell == "yes" else f"{name} ({cell})" for name, cell in cells.items() if cell]
-            table.add_row(row, Text(", ".join(named) or "nothing"))
+            compatible = [name if cell == "yes" else f"{name} ({cell})" for name, cell in cells.items() if cell]
+            table.add_row(row, Text(", ".join(compatible) or "none"))
         console.print(table, "")
     for problem in problems:
-        console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"skipped: {problem}", markup=False, highlight=False, soft_wrap=True)
 
 
 def schema(
-    output: Annotated[Path | None, typer.Option(help="The file to write; else it is printed.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write. Default: standard output.", show_default=False)
+    ] = None,
 ) -> None:
-    """Write the JSON Schema of a config, for editors: every installed plugin's options."""
+    """Write the JSON Schema of a config with the options of all installed plugins, for editors."""
     from transfer.config.json_schema import config_schema
     from transfer.system.terminal import Console
 
-    whole, problems = config_schema()
-    text = json.dumps(whole, indent=1)
+    document, problems = config_schema()
+    text = json.dumps(document, indent=1)
     for problem in problems:
-        Console(stderr=True).print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"skipped: {problem}", markup=False, highlight=False, soft_wrap=True)
     if output is None:
         print(text)  # noqa: T201
     else:
@@ -163,14 +182,14 @@ def schema(
 
 
 def new_plugin(
-    name: Annotated[str, typer.Argument(help="What the plugin is called; its package becomes transfer-NAME.")],
-    output: Annotated[Path, typer.Option(help="The folder in which the package makes its own.")] = Path(),
+    name: Annotated[str, typer.Argument(help="Name of the plugin; the package is called transfer-NAME.")],
+    output: Annotated[Path, typer.Option(help="Folder in which the folder of the package is created.")] = Path(),
 ) -> None:
-    """Write a plugin package that installs, passes its own tests and trains."""
+    """Create a plugin package with a backbone, a dataset, a config and tests."""
     import transfer
     from transfer.registry.scaffold import new_plugin as write
 
     folder = write(name, output, version=transfer.__version__)
     (config,) = folder.glob("*.yaml")
     for line in (f"cd {folder}", "pip install --editable . pytest", "pytest", f"transfer run {config.name}"):
-        print(line)  # noqa: T201  # plain, to be copied
+        print(line)  # noqa: T201  # without style, to be copied

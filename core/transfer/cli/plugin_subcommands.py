@@ -1,4 +1,4 @@
-"""Subcommands that plugins add to the command line: listed without importing any, imported when they are called."""
+"""Commands from entry points. They are listed without an import, and imported when they are called."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from transfer.registry.entry_points import Plugin, core_first, import_target, or
 from transfer.registry.listing import description
 
 KIND = "command"
-"""Entries of the group ``transfer.commands``: a function, or a ``typer.Typer`` app."""
+"""Kind of the entry points in ``transfer.commands``. Each is a function or a ``typer.Typer`` app."""
 OLD_SPELLINGS = {"look": "preview", "value": "pretraining-gain", "matrix": "compatibility"}
-"""Commands of version 0.1 that have another name now; the old name keeps working."""
+"""Command names of version 0.1 with their new names. They work, but ``--help`` does not list them."""
 
 
-# What is of click is Any here: typer brings a copy of click or needs it, as its version is.
+# The types of click are Any here: some versions of typer depend on click, others contain a copy of it.
 class WithPlugins(TyperGroup):
-    """Core's own commands, and after them those of plugins; a plugin cannot replace one of core's."""
+    """Group of core's commands, followed by the commands of plugins. A plugin cannot replace a command of core."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands."""
-        own = super().list_commands(ctx)
-        return [*own, *sorted({plugin.name for plugin in plugins(KIND)} - set(own))]
+        core = super().list_commands(ctx)
+        return [*core, *sorted({plugin.name for plugin in plugins(KIND)} - set(core))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command by name, without importing a command that comes from an entry point."""
         name = OLD_SPELLINGS.get(cmd_name, cmd_name)
-        own = super().get_command(ctx, name)
+        command = super().get_command(ctx, name)
         claims = core_first([plugin for plugin in plugins(KIND) if plugin.name == name])
-        return own if own is not None or not claims else _NotImported(claims)
+        return command if command is not None or not claims else _NotImported(claims)
 
 
 def own_commands(context: typer.Context) -> set[str]:
-    """Return the names that no entry point can take: the commands registered in ``transfer.cli.app``."""
+    """Return the names of the commands that ``transfer.cli.app`` registers, which no entry point can take."""
     root = context.find_root()
     return set(TyperGroup.list_commands(root.command, root))  # type: ignore[arg-type]  # the root is a WithPlugins
 
 
 class _NotImported(TyperCommand):
-    """A plugin's command that is imported when it is called."""
+    """Command from an entry point that is imported when it is called."""
 
     def __init__(self, claims: list[Plugin]) -> None:
         super().__init__(claims[0].name, help=description(claims[0]) or f"A command of {claims[0].distribution}.")
         self.claims = claims
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Import the command and let it read its arguments."""
+        """Import the command, and parse its arguments."""
         if len(self.claims) > 1:
             owners = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in self.claims)
             raise PluginError(f"command {self.name!r} is claimed by {owners}", fix="uninstall one of them")
@@ -61,9 +61,9 @@ def _command(plugin: Plugin) -> Any:
         return typer.main.get_command(loaded)
     if isinstance(loaded, type) or not callable(loaded):
         raise PluginError(
-            f"command {plugin.name!r} is {loaded!r}, which is neither a function nor a typer.Typer",
+            f"command {plugin.name!r} is wrong: expected a function or a typer.Typer, got {loaded!r}",
             where=origin(plugin),
-            fix="let the entry point name a function or a typer.Typer",
+            fix="change the entry point to a function or a typer.Typer",
         )
     app = typer.Typer(add_completion=False)
     app.command(plugin.name)(loaded)

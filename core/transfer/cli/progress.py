@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from transfer.cli.tables import facts_table, metrics_text
+from transfer.system.formatting import format_duration
 from transfer.system.terminal import Console
 from transfer.training.events import (
     EpochEnded,
@@ -25,11 +26,15 @@ from transfer.training.events import (
 )
 
 PLAIN_LINE_SECONDS = 10.0
-"""Without a terminal, a line of progress is printed this often."""
+"""Interval between two lines of progress if the output is not a terminal."""
 
 
 class RunConsole:
-    """Observes a run and shows it: a context manager, to be called with each event."""
+    """Observer that shows the progress of a run. It is a context manager that is called with each event.
+
+    Args:
+        console: Console to print to. If it is not a terminal, progress is printed as plain lines.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -38,7 +43,7 @@ class RunConsole:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -65,24 +70,25 @@ class RunConsole:
         match event:
             case Note():
                 if event.details is None:
-                    self.console.print(Text(event.text, style="dim"))
+                    # Not wrapped: a note may contain a command to copy.
+                    self.console.print(Text(event.text, style="dim"), soft_wrap=True)
                 else:
                     self.console.print(Panel(facts_table(event.details), title=event.text, title_align="left"))
             case RunStarted():
                 self._start_again()
                 self.console.print(Panel(facts_table(event.facts), title=str(event.folder), title_align="left"))
                 self.primary_metric = event.primary_metric
-                self.epochs = self.progress.add_task("epochs", total=event.epochs, figures="")
+                self.epochs = self.progress.add_task("epochs", total=event.epochs, metrics="")
             case EpochStarted():
                 self.epoch = event
-                if self.epochs is not None:  # a run that goes on begins in the middle
+                if self.epochs is not None:  # a resumed run starts at a later epoch
                     self.progress.update(self.epochs, completed=event.epoch - 1)
                 self._bar(f"epoch {event.epoch}/{event.epochs}", event.steps)
             case StepEnded():
                 self._step(event)
             case EvaluationStarted():
                 self.split = event
-                self._bar(f"scoring {event.split}", event.steps)
+                self._bar(f"evaluating {event.split}", event.steps)
             case EvaluationStep():
                 self._advance(event.step, "")
             case EpochEnded():
@@ -91,7 +97,7 @@ class RunConsole:
                 self._run_ended(event)
 
     def _start_again(self) -> None:
-        """Show progress from the beginning: this may be the next of several runs."""
+        """Reset the progress bars, because one console may show several runs."""
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
         self.steps = None
@@ -100,27 +106,27 @@ class RunConsole:
     def _bar(self, description: str, total: int) -> None:
         if self.steps is not None:
             self.progress.remove_task(self.steps)
-        self.steps = self.progress.add_task(description, total=total, figures="")
+        self.steps = self.progress.add_task(description, total=total, metrics="")
         self.last_line_seconds = time.monotonic()
 
-    def _advance(self, step: int, figures: str) -> None:
+    def _advance(self, step: int, metrics: str) -> None:
         if self.steps is not None:
-            self.progress.update(self.steps, completed=step, figures=figures)
+            self.progress.update(self.steps, completed=step, metrics=metrics)
 
     def _step(self, event: StepEnded) -> None:
         name, value = event.metric
-        figures = f"loss {event.loss:.4f}  {name} {value:.4f}  {event.examples_per_second:,.0f} examples/s"
-        self._advance(event.step, figures)
+        metrics = f"loss {event.loss:.4f}  {name} {value:.4f}  {event.examples_per_second:,.0f} examples/s"
+        self._advance(event.step, metrics)
         due = time.monotonic() - self.last_line_seconds >= PLAIN_LINE_SECONDS
         if not self.live and due and self.epoch:
             self.last_line_seconds = time.monotonic()
             at = f"epoch {self.epoch.epoch}/{self.epoch.epochs}  step {event.step}/{self.epoch.steps}"
-            self.console.print(f"{at}  {figures}", highlight=False, soft_wrap=True)
+            self.console.print(f"{at}  {metrics}", highlight=False, soft_wrap=True)
 
     def _epoch_ended(self, event: EpochEnded) -> None:
         record = event.record
         assert self.epoch is not None
-        # All metrics are in metrics.jsonl; a line has room for the one that matters.
+        # The line shows only the loss and the primary metric; metrics.jsonl contains all metrics.
         short = {"loss", self.primary_metric}
         train, validation = (
             metrics_text({name: value for name, value in record[split].items() if name in short})
@@ -143,10 +149,10 @@ class RunConsole:
         facts = {
             "best epoch": summary["best_epoch"],
             "validation": metrics_text(summary["validation"]),
-            "test": metrics_text(summary["test"]) if summary["test"] else "not scored",
-            "parameters": f"{summary['parameters']['trainable']:,} trained of {summary['parameters']['total']:,}",
+            "test": metrics_text(summary["test"]) if summary["test"] else "not evaluated",
+            "parameters": f"{summary['parameters']['trainable']:,} of {summary['parameters']['total']:,} trained",
             "speed": f"{summary['examples_per_second']:,.0f} examples/s, {summary['waiting_for_data']:.0%} of the time "
-            f"spent waiting for data, {summary['seconds']:.1f} s in all",
-            "memory": f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB at most",
+            f"waiting for data, {format_duration(summary['seconds'])} in total",
+            "memory": f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB at peak",
         }
         self.console.print(Panel(facts_table(facts), title="done", title_align="left", border_style="green"))

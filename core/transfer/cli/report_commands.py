@@ -11,7 +11,7 @@ from transfer.cli.arguments import ConfigFile, Overrides, RunFolder
 
 
 def report(run: RunFolder) -> None:
-    """Write RUN/report.html: one page with the plan, curves, mistakes, calibration and data of a run."""
+    """Write RUN/report.html: setup, curves, top losses, calibration and data of a run on one page."""
     from transfer.reports.report import report as report_run
     from transfer.system.terminal import printable
 
@@ -22,15 +22,15 @@ def preview(
     config: ConfigFile,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where to write it; by default a picture goes to NAME-batch.png.")
+        Path | None, typer.Option(help="File to write. Default for images: NAME-batch.png.", show_default=False)
     ] = None,
 ) -> None:
-    """Show a training batch of CONFIG as the model sees it: augmented, with labels."""
+    """Show a training batch of CONFIG as the model receives it: augmented, with labels."""
     from transfer.reports.preview import preview_batch
     from transfer.system.terminal import printable
 
-    seen = preview_batch(config, overrides or [], output=output)
-    if isinstance(seen.content, str):
-        print(printable(seen.content))  # noqa: T201
-    if seen.path is not None:
-        print(seen.path)  # noqa: T201
+    batch = preview_batch(config, overrides or [], output=output)
+    if isinstance(batch.content, str):
+        print(printable(batch.content))  # noqa: T201
+    if batch.path is not None:
+        print(batch.path)  # noqa: T201

@@ -7,18 +7,27 @@ from typing import Annotated
 
 import typer
 
-from transfer.cli.arguments import ConfigFile, Overrides, RunFolder
+from transfer.cli.arguments import RUNS, ConfigFile, OutputFolder, Overrides, RunFolder
 from transfer.cli.follow import follow_arms, follow_run, follow_seeds
+
+# Names of the files by which `resume` recognizes folders of `transfer.experiments`. They are repeated here because that
+# package may be deleted: it is imported only if a folder contains its file.
+SEEDS_MANIFEST = "seeds.json"
+PRETRAINING_GAIN_MANIFEST = "value.json"
 
 
 def run(
     config: ConfigFile,
     overrides: Overrides = None,
-    output: Annotated[Path, typer.Option(help="The folder in which the run makes its own.")] = Path("runs"),
-    quick: Annotated[bool, typer.Option("--quick", help="A few batches of every part, to prove a config.")] = False,
-    seeds: Annotated[int | None, typer.Option(help="Train with so many seeds, into one folder of runs.")] = None,
+    output: OutputFolder = RUNS,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run a few batches of every phase and split only, to test a config.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(help="Number of seeds to train with, in one folder of runs.", show_default=False)
+    ] = None,
 ) -> None:
-    """Train what CONFIG says; the last line printed is the run's folder."""
+    """Train CONFIG. The last line of the output is the run directory."""
     from transfer.runs.train import run as run_config
 
     if seeds is not None:
@@ -32,25 +41,27 @@ def run(
 
 
 def resume(run: RunFolder) -> None:
-    """Go on with a run that was interrupted, to the result that it would have had."""
-    from transfer.experiments.pretraining_gain import VALUE, resume_pretraining_gain
-    from transfer.experiments.seeds import MANIFEST, resume_seeds
-    from transfer.runs.train import resume as resume_run
+    """Resume an interrupted run, with the same result as without the interruption."""
+    if (Path(run) / SEEDS_MANIFEST).is_file():
+        from transfer.experiments.seeds import resume_seeds
 
-    if (Path(run) / MANIFEST).is_file():
         follow_seeds(lambda observe: resume_seeds(run, observe=observe))
-    elif (Path(run) / VALUE).is_file():
+    elif (Path(run) / PRETRAINING_GAIN_MANIFEST).is_file():
+        from transfer.experiments.pretraining_gain import resume_pretraining_gain
+
         follow_arms(lambda observe: resume_pretraining_gain(run, observe=observe))
     else:
+        from transfer.runs.train import resume as resume_run
+
         follow_run(lambda observe: resume_run(run, observe=observe))
 
 
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Show what CONFIG would do, stage by stage, without data and without weights."""
+    """Show the setup of CONFIG stage by stage, without reading data or weights."""
     from transfer.cli.plan import render
     from transfer.runs.check import check as check_config
     from transfer.system.terminal import Console
 
     checked, parts = check_config(config, overrides or [])
-    for part in render(checked, parts):
-        Console().print(part)
+    for table in render(checked, parts):
+        Console().print(table)

@@ -1,4 +1,4 @@
-"""Runs beside each other: who is better, and when a difference is no more than noise."""
+"""Comparison of runs: which run is better, and which differences are within noise."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from typing import Any, Literal
 
 import torch
 
-from transfer.errors import RunError
-from transfer.experiments.intervals import Difference, Spread, difference, resamples, spread, standard_error
+from transfer.errors import RunError, unknown_name
+from transfer.experiments.intervals import (
+    Difference,
+    Spread,
+    difference,
+    metric_bounds,
+    resamples,
+    spread,
+    standard_error,
+)
 from transfer.experiments.seeds import Runs, open_runs
 from transfer.interfaces import Task
 from transfer.models.saved_model import read_task
@@ -20,7 +28,7 @@ from transfer.system.atomic_files import write_atomically
 from transfer.system.templates import environment
 
 RESAMPLED_TEST_SPLITS = 200
-"""Enough for a standard error (Efron and Tibshirani 1993, section 6.4)."""
+"""Number of bootstrap resamples of the test split: enough for a standard error (Efron and Tibshirani 1993, 6.4)."""
 
 DRAWING_WIDTH = 240
 """Width in pixels of the drawing of a run's values and interval."""
@@ -29,20 +37,20 @@ COLUMNS = (
     *("run", "runs", "metric", "split", "mean", "standard_deviation", "low", "high"),
     *("difference", "difference_low", "difference_high", "verdict", "values"),
 )
-"""Of the table in CSV."""
+"""Columns of the table as CSV."""
 
 Verdict = Literal["reference", "cannot tell", "within noise", "better", "worse"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run, or one folder of seeds.
+    """One run, or one folder of seeds, in a comparison.
 
     Args:
-        name: Its folder.
-        spread: Of the metric over its runs.
-        difference: To the first row; None of the first.
-        verdict: Whether that is more than noise.
+        name: Path of the run directory or the folder of seeds.
+        spread: Mean, standard deviation and interval of the metric over the runs.
+        difference: Difference to the first row; None in the first row.
+        verdict: Whether the difference is larger than noise, and its direction.
     """
 
     name: str
@@ -53,14 +61,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs beside each other.
+    """Comparison of several runs by one metric.
 
     Args:
-        metric: What is compared.
-        higher_is_better: Its direction.
-        split: On which it was scored.
-        rows: In the order asked for; all are compared to the first.
-        notes: What the intervals do and do not hold.
+        metric: Name of the metric.
+        higher_is_better: Whether higher values of the metric are better.
+        split: Split on which the metric was computed.
+        rows: Rows in the requested order; all rows are compared to the first one.
+        notes: Sources of noise that the intervals cover, and the ones that they do not cover.
     """
 
     metric: str
@@ -70,17 +78,17 @@ class Comparison:
     notes: tuple[str, ...]
 
     def csv(self) -> str:
-        """Return a table with a line per row; numbers are not rounded."""
+        """Return the table as CSV with unrounded numbers."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in self.rows:
-            own, to_first = row.spread, row.difference
+            spread, to_first = row.spread, row.difference
             none = (None, None)
-            interval = own.interval or none
-            of = (None, *none) if to_first is None else (to_first.mean, *(to_first.interval or none))
-            start = (row.name, len(own.values), self.metric, self.split, own.mean, own.standard_deviation)
-            writer.writerow((*start, *interval, *of, row.verdict, " ".join(map(str, own.values))))
+            interval = spread.interval or none
+            change = (None, *none) if to_first is None else (to_first.mean, *(to_first.interval or none))
+            start = (row.name, len(spread.values), self.metric, self.split, spread.mean, spread.standard_deviation)
+            writer.writerow((*start, *interval, *change, row.verdict, " ".join(map(str, spread.values))))
         return text.getvalue()
 
     def html(self) -> str:
@@ -100,8 +108,12 @@ class Comparison:
     def write(self, *, csv: Path | None = None, html: Path | None = None) -> None:
         """Write the table to files.
 
+        Args:
+            csv: Path of a CSV file; None writes none.
+            html: Path of an HTML page; None writes none.
+
         Raises:
-            RunError: One cannot be written.
+            RunError: A file cannot be written.
         """
         for path, content in ((csv, self.csv), (html, self.html)):
             if path is not None:
@@ -113,48 +125,52 @@ class Comparison:
 
 
 def compare(paths: Sequence[str | Path], *, metric: str | None = None, different_data: bool = False) -> Comparison:
-    """Put runs and folders of seeds beside each other, and compare each to the first.
+    """Compare runs and folders of seeds to the first one.
 
-    A difference has two kinds of noise: another seed would train another model, and another test split would score it
-    differently. The first is resampled over seeds (in pairs where both sides have the same), the second over the
-    examples of the test split, which are the same for both sides (a paired bootstrap), from the predictions that each
-    run stored.
+    A difference has two kinds of noise: another seed would train another model, and another test split would give it
+    another score. The runs are resampled for the first kind, in pairs if both sides have the same seeds. For the second
+    kind, the examples of the test split are resampled, which are the same for both sides (a paired bootstrap). This
+    uses the predictions that each run stored.
 
     Args:
         paths: Run directories and folders of seeds.
-        metric: Of the test split; by default the task's primary metric.
-        different_data: Compare although the examples scored were not the same.
+        metric: Name of a metric of the test split. None selects the task's primary metric.
+        different_data: Whether to compare runs that were scored on different examples.
 
     Raises:
-        RunError: A folder is no run or has not ended, the runs were scored on different examples, or there is no such
-            metric.
+        RunError: A folder is not a run or not complete, the runs were scored on different examples, or the metric is
+            unknown.
     """
     if not paths:
-        raise RunError("there is nothing to compare", fix="give the folders of runs")
-    found = [open_runs(path) for path in paths]
-    split = "test" if all(summary["test"] for runs in found for summary in runs.summaries) else "validation"
-    metric = metric or str(found[0].summaries[0]["primary_metric"])
-    _refuse(found, metric, split, different_data)
-    task = read_task(found[0].directories[0].model)
-    higher = higher_is_better(task, metric)
-    same = split == "test" and len({_digest(summary, split) for r in found for summary in r.summaries}) == 1
-    resampled = [_resampled(task, metric, runs) if same else None for runs in found]
-    values = [[float(summary[split][metric]) for summary in runs.summaries] for runs in found]
-    rows = [Row(str(found[0].folder), spread(values[0]), None, "reference")]
-    for runs, figures, own in list(zip(found, values, resampled, strict=True))[1:]:
-        paired = runs.seeds == found[0].seeds
-        of = difference(
-            figures, values[0], paired=paired, standard_error_of_examples=_standard_error(own, resampled[0])
+        raise RunError("there is nothing to compare: expected one run or more", fix="give the folders of runs")
+    sides = [open_runs(path) for path in paths]
+    split = "test" if all(summary["test"] for runs in sides for summary in runs.summaries) else "validation"
+    metric = metric or str(sides[0].summaries[0]["primary_metric"])
+    _refuse(sides, metric, split, different_data)
+    task = read_task(sides[0].directories[0].model)
+    higher, bounds = higher_is_better(task, metric), metric_bounds(task, metric)
+    # Only scores on the same test examples can be resampled in pairs.
+    same = split == "test" and len({_digest(summary, split) for runs in sides for summary in runs.summaries}) == 1
+    resampled = [_resampled(task, metric, runs) if same else None for runs in sides]
+    values = [[float(summary[split][metric]) for summary in runs.summaries] for runs in sides]
+    rows = [Row(str(sides[0].folder), spread(values[0], bounds), None, "reference")]
+    for runs, scores, resampled_means in list(zip(sides, values, resampled, strict=True))[1:]:
+        to_first = difference(
+            scores,
+            values[0],
+            paired=runs.seeds == sides[0].seeds,
+            standard_error_of_examples=_standard_error(resampled_means, resampled[0]),
+            bounds=bounds,
         )
-        rows.append(Row(str(runs.folder), spread(figures), of, verdict(of, higher_is_better=higher)))
-    return Comparison(metric, higher, split, tuple(rows), tuple(_notes(found, resampled, split)))
+        rows.append(Row(str(runs.folder), spread(scores, bounds), to_first, verdict(to_first, higher_is_better=higher)))
+    return Comparison(metric, higher, split, tuple(rows), tuple(_notes(sides, resampled, split)))
 
 
 def higher_is_better(task: Task, metric: str) -> bool:
-    """Return the direction of one of a task's metrics, or of the loss.
+    """Return whether higher values of a metric of the task, or of the loss, are better.
 
     Raises:
-        RunError: The metric does not say.
+        RunError: The metric does not declare its direction.
     """
     if metric == "loss":
         return False
@@ -162,12 +178,13 @@ def higher_is_better(task: Task, metric: str) -> bool:
         return task.primary_metric.higher_is_better
     direction = getattr(task.metrics().get(metric), "higher_is_better", None)
     if direction is None:
-        raise RunError(f"nothing says whether a higher {metric} is better", fix="compare by the task's primary metric")
+        fix = "compare by the task's primary metric, or declare higher_is_better in the metric"
+        raise RunError(f"metric {metric!r} has no direction: expected higher_is_better to be true or false", fix=fix)
     return bool(direction)
 
 
 def verdict(difference: Difference, *, higher_is_better: bool) -> Verdict:
-    """Say what a difference means."""
+    """Return the verdict on a difference."""
     if difference.interval is None:
         return "cannot tell"
     if difference.within_noise:
@@ -175,20 +192,20 @@ def verdict(difference: Difference, *, higher_is_better: bool) -> Verdict:
     return "better" if (difference.mean > 0) == higher_is_better else "worse"
 
 
-def _refuse(found: Sequence[Runs], metric: str, split: str, different_data: bool) -> None:
-    first = found[0]
-    for runs in found:
+def _refuse(sides: Sequence[Runs], metric: str, split: str, different_data: bool) -> None:
+    first = sides[0]
+    for runs in sides:
         for directory, summary in zip(runs.directories, runs.summaries, strict=True):
             where = str(directory.path)
             if summary.get("quick"):
-                raise RunError(f"{where} was a quick try: its figures mean nothing", fix="run it without --quick")
+                raise RunError(f"{where} is a quick run: its metrics are meaningless", fix="run it without --quick")
             scores = summary[split] or {}
             if metric not in scores:
-                raise RunError(f"the run has no {metric!r} on the {split} split", where=where, available=list(scores))
+                raise RunError.of([unknown_name(f"metric of the {split} split", metric, scores, where=where)])
             if not different_data and _digest(summary, split) != _digest(first.summaries[0], split):
                 raise RunError(
                     f"{where} and {first.directories[0].path} were not scored on the same {split} examples",
-                    fix="run both on the same data, or compare all the same with --different-data",
+                    fix="run both on the same data, or compare them anyway with --different-data",
                 )
 
 
@@ -198,48 +215,51 @@ def _digest(summary: Mapping[str, Any], split: str) -> str | None:
 
 
 def _resampled(task: Task, metric: str, runs: Runs) -> list[float] | None:
-    """Return what the mean of a metric over runs is on resampled test splits; None where predictions are missing."""
+    """Return the mean of a metric over runs on each resample of the test split; None if predictions are missing."""
     measure = task.metrics().get(metric)
-    stored = [directory.predictions() for directory in runs.directories]
-    known = [scored for scored in stored if scored is not None]
-    if len(known) < len(stored):
+    predictions = [directory.predictions() for directory in runs.directories]
+    stored = [scored for scored in predictions if scored is not None]
+    if len(stored) < len(predictions):
         return None
-    draws = resamples(len(known[0].targets), RESAMPLED_TEST_SPLITS)
+    draws = resamples(len(stored[0].targets), RESAMPLED_TEST_SPLITS)
     if metric == "loss":
-        losses = [scored.losses for scored in known if scored.losses is not None]
-        if len(losses) < len(known):
+        losses = [scored.losses for scored in stored if scored.losses is not None]
+        if len(losses) < len(stored):
             return None
-        of_each = torch.stack(losses).mean(0)
-        return [float(of_each[indices].mean()) for indices in map(torch.from_numpy, draws)]
+        mean_losses = torch.stack(losses).mean(0)  # (runs, N) -> (N,)
+        return [float(mean_losses[indices].mean()) for indices in map(torch.from_numpy, draws)]
     if measure is None:
         return None
     means = []
     for indices in map(torch.from_numpy, draws):
         total = 0.0
-        for scored in known:
+        for scored in stored:
             measure.reset()
             measure.update(scored.predictions[indices], scored.targets[indices])
             total += float(measure.compute())
-        means.append(total / len(known))
+        means.append(total / len(stored))
     return means
 
 
-def _standard_error(own: list[float] | None, reference: list[float] | None) -> float | None:
-    """Return the standard error of a difference over the examples; None where it is not known."""
-    if own is None or reference is None:
+def _standard_error(resampled: list[float] | None, reference: list[float] | None) -> float | None:
+    """Return the standard error of a difference over the examples; None if it is unknown."""
+    if resampled is None or reference is None:
         return None
-    return standard_error([one - other for one, other in zip(own, reference, strict=True)])
+    return standard_error([one - other for one, other in zip(resampled, reference, strict=True)])
 
 
-def _notes(found: Sequence[Runs], resampled: Sequence[list[float] | None], split: str) -> list[str]:
-    several = all(len(runs.seeds) > 1 for runs in found)
-    examples = all(own is not None for own in resampled)
+def _notes(sides: Sequence[Runs], resampled: Sequence[list[float] | None], split: str) -> list[str]:
+    several = all(len(runs.seeds) > 1 for runs in sides)
+    examples = all(means is not None for means in resampled)
     sources = ["seeds"] * several + [f"{split} examples"] * examples
     notes = []
     if sources:
-        notes.append(f"intervals are of 95 %, over {' and '.join(sources)}: within noise where zero is in them")
+        notes.append(
+            f"95 % confidence intervals over {' and '.join(sources)}; a difference is within noise if its interval "
+            "contains zero"
+        )
     if not several:
-        notes.append("a single run does not tell how much a seed changes: `transfer run CONFIG --seeds 5` does")
+        notes.append("a single run does not show the effect of the seed: use `transfer run CONFIG --seeds 5`")
     if not examples:
-        notes.append("the noise of the examples scored is not in them")
+        notes.append("the intervals do not cover the noise of the scored examples")
     return notes

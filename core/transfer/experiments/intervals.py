@@ -1,4 +1,9 @@
-"""How much a figure of a few runs may be trusted: mean, spread, and intervals by the bootstrap (Efron 1979)."""
+"""Mean, standard deviation and confidence intervals of a metric over several runs.
+
+Intervals are expanded percentile bootstrap intervals (Hesterberg 2015): percentiles of resampled means (Efron 1979),
+widened by the ratio of Student's t quantile to the normal quantile, because plain percentiles are too narrow for the
+three to ten runs that are usual here.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +15,37 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
+from transfer.interfaces import Task
+
 LEVEL = 0.95
-"""Of all intervals."""
+"""Confidence level of all intervals."""
 RESAMPLES = 10_000
-_SEED = 1979  # of the resampling, so that the same figures always give the same interval
+"""Number of bootstrap resamples of the runs."""
+_SEED = 1979  # fixed, so that the same values always have the same interval
 
 Floats = npt.NDArray[np.float64]
 Interval = tuple[float, float]
+Bounds = tuple[float | None, float | None]
+"""Lowest and highest possible value of a metric; None if it is not bounded on that side."""
+
+UNBOUNDED: Bounds = (None, None)
+
+# The plot bounds of these metrics in torchmetrics are the usual range of a plot: the metric itself can be outside.
+_WIDER_THAN_PLOTTED = (
+    *("CohenKappa", "MatthewsCorrCoef", "HingeLoss", "CosineSimilarity", "ExplainedVariance", "KendallRankCorrCoef"),
+)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over several runs.
+    """A metric over several runs.
 
     Args:
-        mean: Over the runs.
-        standard_deviation: Between the runs, with n - 1 in the denominator; None of a single run.
-        interval: Holds the mean of ever more such runs in 95 of 100 cases; None of a single run.
-        values: One per run.
+        mean: Mean over the runs.
+        standard_deviation: Sample standard deviation over the runs (n - 1 in the denominator); None if there is only
+            one run.
+        interval: 95 % confidence interval of the mean; None if there is only one run.
+        values: Value of the metric in each run.
     """
 
     mean: float
@@ -36,8 +54,8 @@ class Spread:
     values: tuple[float, ...]
 
     def __str__(self) -> str:
-        of = "" if self.standard_deviation is None else f" ± {self.standard_deviation:.4f}"
-        return f"{self.mean:.4f}{of}"
+        deviation = "" if self.standard_deviation is None else f" ± {self.standard_deviation:.4f}"
+        return f"{self.mean:.4f}{deviation}"
 
 
 @dataclass(frozen=True)
@@ -45,8 +63,8 @@ class Difference:
     """A difference of two means over runs.
 
     Args:
-        mean: Of the one less that of the other.
-        interval: Of the difference; None where nothing tells how large the noise is.
+        mean: First mean minus second mean.
+        interval: 95 % confidence interval of the difference; None if its noise cannot be estimated.
     """
 
     mean: float
@@ -54,7 +72,7 @@ class Difference:
 
     @property
     def within_noise(self) -> bool:
-        """The interval holds zero; without one nothing can be told."""
+        """Whether the interval contains zero; False if there is no interval."""
         return self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
 
     def __str__(self) -> str:
@@ -62,13 +80,32 @@ class Difference:
         return f"{self.mean:+.4f}{interval}"
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Sum up one figure of several runs."""
-    found = np.asarray(values, dtype=np.float64)
-    mean = float(found.mean())
-    if len(found) < 2:
+def metric_bounds(task: Task, metric: str) -> Bounds:
+    """Return the range of possible values of one of a task's metrics, such as (0, 1) for an accuracy.
+
+    Args:
+        task: Task that computes the metric.
+        metric: Name of the metric. A loss has no bounds, because a task may define any loss.
+    """
+    measure = task.metrics().get(metric)
+    if measure is None or type(measure).__name__.endswith(_WIDER_THAN_PLOTTED):
+        return UNBOUNDED
+    return getattr(measure, "plot_lower_bound", None), getattr(measure, "plot_upper_bound", None)
+
+
+def spread(values: Sequence[float], bounds: Bounds = UNBOUNDED) -> Spread:
+    """Return mean, standard deviation and confidence interval of a metric over several runs.
+
+    Args:
+        values: Value of the metric in each run.
+        bounds: Range of the metric (:func:`metric_bounds`). The interval does not extend beyond it.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    mean = float(array.mean())
+    if len(array) < 2:
         return Spread(mean, None, None, tuple(values))
-    return Spread(mean, float(found.std(ddof=1)), _interval(mean, _deviations(found, 0)), tuple(values))
+    interval = _clip(_interval(mean, _deviations(array, 0)), bounds)
+    return Spread(mean, float(array.std(ddof=1)), interval, tuple(values))
 
 
 def difference(
@@ -77,41 +114,51 @@ def difference(
     *,
     paired: bool,
     standard_error_of_examples: float | None = None,
+    bounds: Bounds = UNBOUNDED,
 ) -> Difference:
-    """Return the difference of two means over runs, with an interval for both of its noises.
+    """Return the difference of two means over runs with its confidence interval.
 
-    Another seed would give other runs: that noise is resampled. Other test examples would give other figures: that
-    noise adds to it as a normal error.
+    The interval covers two sources of noise. Other seeds would give other runs: the runs are resampled. Other test
+    examples would give other values: this adds a normal error.
 
     Args:
-        ours: A figure of each run.
-        theirs: The same figure of each run of the other kind.
-        paired: Runs at the same place had the same seed: their differences are resampled, not the two apart.
-        standard_error_of_examples: Of the difference over test examples (:func:`standard_error`), where it is known.
+        ours: Metric of each run.
+        theirs: Same metric of each run of the other kind.
+        paired: Whether runs at the same index have the same seed. If so, their differences are resampled.
+        standard_error_of_examples: Standard error of the difference over test examples (:func:`standard_error`). None
+            omits this source of noise.
+        bounds: Range of the metric (:func:`metric_bounds`).
     """
     one, other = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     mean = float(one.mean() - other.mean())
-    several = min(len(one), len(other)) > 1
-    if not several and standard_error_of_examples is None:
+    has_several_runs = min(len(one), len(other)) > 1
+    if not has_several_runs and standard_error_of_examples is None:
         return Difference(mean, None)
     deviations = np.zeros(RESAMPLES)
-    if several and paired:
+    if has_several_runs and paired:
         deviations += _deviations(one - other, 0)
-    elif several:
+    elif has_several_runs:
         deviations += _deviations(one, 0) - _deviations(other, 1)
     if standard_error_of_examples is not None:
         deviations += np.random.default_rng((_SEED, 2)).normal(0, standard_error_of_examples, RESAMPLES)
-    return Difference(mean, _interval(mean, deviations))
+    low, high = bounds
+    # Two values between 0 and 1 differ by at most 1 in either direction.
+    width = None if low is None or high is None else high - low
+    return Difference(mean, _clip(_interval(mean, deviations), (None if width is None else -width, width)))
 
 
 def resamples(count: int, times: int) -> list[npt.NDArray[np.int64]]:
-    """Return so many draws of all of ``count`` examples with replacement, always the same ones."""
+    """Return ``times`` bootstrap resamples of the indices below ``count``; the same ones in every call."""
     generator = np.random.default_rng((_SEED, 3))
     return [generator.integers(count, size=count) for _ in range(times)]
 
 
 def standard_error(resampled: Sequence[float]) -> float:
-    """Return the standard error of a figure, given what it is on each resample."""
+    """Return the bootstrap standard error of a statistic.
+
+    Args:
+        resampled: Value of the statistic on each resample.
+    """
     return float(np.std(np.asarray(resampled, dtype=np.float64), ddof=1))
 
 
@@ -120,23 +167,35 @@ def _interval(mean: float, deviations: Floats) -> Interval:
     return mean + float(low), mean + float(high)
 
 
-def _deviations(values: Floats, stream: int) -> Floats:
-    """Return by how much resampled means differ from the mean, (RESAMPLES,).
+def _clip(interval: Interval, bounds: Bounds) -> Interval:
+    """Return an interval without its part beyond the bounds."""
+    low, high = interval
+    lowest, highest = bounds
+    return low if lowest is None else max(low, lowest), high if highest is None else min(high, highest)
 
-    Percentiles of resampled means are too narrow for few values (Hesterberg 2015, section 4.1): those of five hold the
-    true mean in 83 of 100 cases. So the deviations are stretched by as much as Student's interval is wider than the
-    normal one.
+
+def _deviations(values: Floats, stream: int) -> Floats:
+    """Return the deviations of resampled means from the mean, expanded for few values, (RESAMPLES,).
+
+    Percentiles of resampled means are too narrow for few values: those of five values contain the true mean in 83 of
+    100 cases. The deviations are therefore multiplied by t / z * sqrt(n / (n - 1)), which makes the interval of normal
+    values as wide as Student's t interval (expanded percentile bootstrap, Hesterberg 2015, section 4.1).
+
+    Args:
+        values: Values to resample, (N,).
+        stream: Number of the random stream; two samples that are resampled independently have different streams.
     """
     count = len(values)
     drawn = np.random.default_rng((_SEED, stream)).integers(count, size=(RESAMPLES, count))
     normal = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    stretch = student_quantile(count - 1) / normal * math.sqrt(count / (count - 1))
-    found: Floats = (values[drawn].mean(axis=1) - values.mean()) * stretch
-    return found
+    expansion = student_quantile(count - 1) / normal * math.sqrt(count / (count - 1))
+    deviations: Floats = (values[drawn].mean(axis=1) - values.mean()) * expansion
+    return deviations
 
 
 def student_quantile(degrees_of_freedom: int) -> float:
-    """Return the t that a Student-distributed value exceeds in size in 5 of 100 cases."""
+    """Return the two-sided 95 % quantile of Student's t distribution."""
+    # Bisection on the distribution function: scipy would be a large dependency for this one number.
     low, high = 0.0, 16.0
     while high - low > 1e-9:
         middle = (low + high) / 2
@@ -145,7 +204,10 @@ def student_quantile(degrees_of_freedom: int) -> float:
 
 
 def _student_within(t: float, degrees_of_freedom: int) -> float:
-    """Return the probability that a Student-distributed value is within -t and t (Abramowitz and Stegun, 26.7.3-4)."""
+    """Return the probability of a value between -t and t under Student's t distribution.
+
+    It is the finite series of Abramowitz and Stegun, 26.7.3 for odd and 26.7.4 for even degrees of freedom.
+    """
     angle = math.atan(t / math.sqrt(degrees_of_freedom))
     odd = degrees_of_freedom % 2
     if degrees_of_freedom == 1:

@@ -1,4 +1,4 @@
-"""The learning-rate range test: train a while at rates that rise, and see where the loss falls fastest."""
+"""LR finder: train a few steps at increasing learning rates, and find the rate at which the loss falls fastest."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ from transfer.training.optimizer import ParameterGroup
 
 LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
 SMOOTHING = 0.95
-"""Weight of the past in the moving average of the loss, per step of the default number of steps."""
+"""Decay of the moving average of the loss, per step of the default number of steps."""
 DIVERGED = 4.0
-"""The test ends where the smoothed loss is so many times its lowest value."""
+"""The test stops if the smoothed loss exceeds its minimum by this factor."""
 MIN_STEPS = 10
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a range test found.
+    """Result of a learning-rate range test.
 
     Args:
-        rates: The learning rate of each step: of the group that is trained fastest, the others in proportion.
-        losses: Of each step's examples.
-        smoothed: Their exponential moving average.
-        steepest: The rate at which the smoothed loss falls fastest.
-        tenth_of_lowest: A tenth of the rate at which it is lowest.
-        assignment: ``key=value`` that sets the rate ``steepest``, all groups in proportion.
-        diverged: The loss rose beyond bounds before the highest rate was reached.
-        plot: Where the curve was drawn.
+        rates: Learning rate of each step, for the parameter group with the highest rate. The rates of other groups are
+            proportional.
+        losses: Mean loss over the examples of each step.
+        smoothed: Exponential moving average of the losses.
+        steepest: Learning rate at which the smoothed loss falls fastest.
+        tenth_of_lowest: A tenth of the learning rate at which the smoothed loss is lowest.
+        assignment: Override ``key=value`` that sets the learning rate to ``steepest``, and other groups in proportion.
+        diverged: Whether the loss diverged before the highest learning rate.
+        plot: Path of the SVG file with the curve.
     """
 
     rates: tuple[float, ...]
@@ -69,35 +70,38 @@ def find_learning_rate(
     output: str | Path | None = None,
     observe: Observer = lambda _: None,
 ) -> RangeTest:
-    """Train the first phase of a config at learning rates that rise exponentially, and suggest one (Smith 2017).
+    """Train the first phase of a config at exponentially increasing learning rates, and suggest a rate (Smith 2017).
 
-    The model is built for the test and thrown away; warm-up and scheduler are left out. The suggestion is the rate at
-    which the smoothed loss falls fastest, before its lowest point; a tenth of the rate at that point is given too.
+    The model is built for the test only; warm-up and scheduler are disabled. The suggestion is the rate at which the
+    smoothed loss falls fastest, before its minimum. A tenth of the rate at the minimum is returned too.
 
     Args:
-        config: The path of a YAML file, or the config as plain data.
-        overrides: ``path.to.key=value`` each.
-        lowest: The rate of the first step, of the group that is trained fastest.
-        highest: That of the last step.
-        steps: Steps of the optimizer; where the training split has fewer, it is gone through again.
-        output: The SVG file of the curve; by default ``NAME-find-lr.svg``.
-        observe: Is told what was found in data and weights.
+        config: Path of a YAML file, or the config as a mapping.
+        overrides: Changes to the config, each ``path.to.key=value``.
+        lowest: Learning rate of the first step, for the parameter group with the highest rate.
+        highest: Learning rate of the last step, for the same group.
+        steps: Number of optimizer steps. If the training split has fewer batches, it is repeated.
+        output: Path of the SVG file of the curve. None writes ``NAME-find-lr.svg``.
+        observe: Function that is called with notes on data and weights.
 
     Raises:
-        UserError: The config, the data or the weights are not right, or the bounds are none.
-        TrainingError: The loss was not finite before it could be judged.
+        UserError: The config, the data or the weights are wrong, or the bounds are invalid.
+        TrainingError: The loss was not finite in the first steps.
     """
     refuse_several("transfer find-lr")
     if not 0 < lowest < highest < math.inf or steps < MIN_STEPS:
-        message = f"a range test from {lowest:g} to {highest:g} in {steps} steps"
-        raise RunError(f"{message} cannot be made", fix=f"rates rise from above zero, in {MIN_STEPS} steps or more")
+        raise RunError(
+            f"the range test is invalid: expected 0 < lowest < highest and {MIN_STEPS} steps or more, "
+            f"got {lowest:g} to {highest:g} in {steps} steps",
+            fix="change --lowest, --highest or --steps",
+        )
     checked = load_config(config, overrides)
     path = Path(output or f"{checked.name}-find-lr.svg")
     experiment = build(checked, observe).experiment
     rates, losses = _rise(experiment, np.geomspace(lowest, highest, steps).tolist(), observe)
     smoothed = _smooth(losses, SMOOTHING ** (STEPS / steps))
     steepest, bottom = _steepest(rates, smoothed), rates[int(np.argmin(smoothed))]
-    found = RangeTest(
+    result = RangeTest(
         tuple(rates),
         tuple(losses),
         tuple(smoothed),
@@ -108,10 +112,10 @@ def find_learning_rate(
         path,
     )
     try:
-        write_atomically(path, draw(found, f"{checked.name}: loss while the learning rate rises"))
+        write_atomically(path, draw(result, f"{checked.name}: loss at increasing learning rates"))
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}", fix="choose another --output") from error
-    return found
+    return result
 
 
 def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> tuple[list[float], list[float]]:
@@ -146,7 +150,7 @@ def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> 
     if len(losses) < MIN_STEPS:
         raise TrainingError(
             f"the loss was not finite after {len(losses)} steps, at a learning rate of {rates[len(losses)]:.2g}",
-            fix="begin at a lower rate (--lowest), or look at the data with transfer look",
+            fix="start at a lower rate (--lowest), or look at the data with transfer preview",
         )
     return done, losses
 
@@ -157,7 +161,7 @@ def _batches(source: StageInputs) -> Iterator[Batch]:
 
 
 def _smooth(losses: Sequence[float], weight: float) -> list[float]:
-    """Return the exponential moving average, without its bias to zero at the start."""
+    """Return the exponential moving average of the losses, with bias correction."""
     average, smoothed = 0.0, []
     for count, loss in enumerate(losses, 1):
         average = weight * average + (1 - weight) * loss
@@ -166,8 +170,8 @@ def _smooth(losses: Sequence[float], weight: float) -> list[float]:
 
 
 def _steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float:
-    """Return the rate where the loss falls fastest over the logarithm of the rate, before it is lowest."""
-    # The first average of few losses says nothing yet.
+    """Return the rate with the steepest descent of the loss over log(rate), before the minimum of the loss."""
+    # The first values of the moving average are means of few losses: too noisy for a slope.
     first = min(len(smoothed) // 10, int(np.argmin(smoothed)))
     last = max(int(np.argmin(smoothed)) + 1, first + 2)
     slopes = np.gradient(np.asarray(smoothed[first:last]), np.log(rates[first:last]))
@@ -175,9 +179,9 @@ def _steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float:
 
 
 def _assignment(config: RunConfig, groups: Sequence[ParameterGroup], rate: float) -> str:
-    """Return the override that gives the fastest group this rate, and all others in proportion."""
+    """Return the override that sets this rate for the group with the highest rate, and other groups in proportion."""
     phase = config.train.phases[0] if config.train.phases else None
-    own = phase is not None and phase.lr is not None
+    has_phase_rate = phase is not None and phase.lr is not None
     lr = phase.lr if phase is not None and phase.lr is not None else config.optimizer_options.lr
     factor = rate / max(group.lr for group in groups)
 
@@ -185,21 +189,21 @@ def _assignment(config: RunConfig, groups: Sequence[ParameterGroup], rate: float
         return float(f"{value * factor:.2g}")
 
     new = {k: v if k == "layer_decay" else scaled(v) for k, v in lr.items()} if isinstance(lr, Mapping) else scaled(lr)
-    if own or config.document.is_set(("train", "optimizer")):
-        return f"{'train.phases.0.lr' if own else 'train.optimizer.lr'}={json.dumps(new)}"
-    # The default optimizer has no block to change.
+    if has_phase_rate or config.document.is_set(("train", "optimizer")):
+        return f"{'train.phases.0.lr' if has_phase_rate else 'train.optimizer.lr'}={json.dumps(new)}"
+    # The config has no optimizer block to override: set the default optimizer by name.
     return f"train.optimizer={json.dumps({'name': config.optimizer.name, 'lr': new})}"
 
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 400, 64, 40, 16, 48
 
 
-def draw(found: RangeTest, title: str) -> str:
-    """Return the curve as an SVG file: the loss of each step, smoothed, and the two rates."""
-    low, high = math.log10(found.rates[0]), math.log10(found.rates[-1])
-    # Where training diverged single losses are out of all bounds; the smoothed curve is what is to be seen.
-    bottom = min(found.losses)
-    top = min(max(found.losses), 2 * max(found.smoothed[: int(np.argmin(found.smoothed)) + 1]) - bottom)
+def draw(result: RangeTest, title: str) -> str:
+    """Return the curve as SVG: the loss of each step, the smoothed loss, and the two suggested rates."""
+    low, high = math.log10(result.rates[0]), math.log10(result.rates[-1])
+    # If training diverged, single losses are huge: the y axis fits the smoothed curve up to its minimum.
+    bottom = min(result.losses)
+    top = min(max(result.losses), 2 * max(result.smoothed[: int(np.argmin(result.smoothed)) + 1]) - bottom)
     top = top if top > bottom else bottom + 1
 
     def x(rate: float) -> float:
@@ -209,12 +213,12 @@ def draw(found: RangeTest, title: str) -> str:
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (min(loss, top) - bottom) / (top - bottom)
 
     def line(values: Sequence[float], style: str) -> str:
-        points = " ".join(f"{x(r):.1f},{y(v):.1f}" for r, v in zip(found.rates, values, strict=True))
+        points = " ".join(f"{x(r):.1f},{y(v):.1f}" for r, v in zip(result.rates, values, strict=True))
         return f'<polyline points="{points}" fill="none" {style}/>'
 
-    def text(left: float, base: float, words: str, anchor: str = "middle", colour: str = "#444") -> str:
-        words = words.replace("&", "&amp;").replace("<", "&lt;")
-        return f'<text x="{left:.1f}" y="{base:.1f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
+    def text(left: float, base: float, label: str, anchor: str = "middle", color: str = "#444") -> str:
+        label = label.replace("&", "&amp;").replace("<", "&lt;")
+        return f'<text x="{left:.1f}" y="{base:.1f}" text-anchor="{anchor}" fill="{color}">{label}</text>'
 
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', text(WIDTH / 2, 20, title)]
     for power in range(math.ceil(low), math.floor(high) + 1):
@@ -224,13 +228,13 @@ def draw(found: RangeTest, title: str) -> str:
     for loss in np.linspace(bottom, top, 5).tolist():
         parts.append(f'<path d="M{LEFT} {y(loss):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
         parts.append(text(LEFT - 6, y(loss) + 4, f"{loss:.3g}", "end"))
-    parts += [line(found.losses, 'stroke="#bbb"'), line(found.smoothed, 'stroke="#1f5fa8" stroke-width="2"')]
-    marks = ((found.steepest, "#b03a2e", "steepest"), (found.tenth_of_lowest, "#2e7d32", "lowest / 10"))
-    for height, (rate, colour, name) in enumerate(marks, 1):
-        if found.rates[0] <= rate <= found.rates[-1]:
+    parts += [line(result.losses, 'stroke="#bbb"'), line(result.smoothed, 'stroke="#1f5fa8" stroke-width="2"')]
+    marks = ((result.steepest, "#b03a2e", "steepest"), (result.tenth_of_lowest, "#2e7d32", "lowest / 10"))
+    for height, (rate, color, name) in enumerate(marks, 1):
+        if result.rates[0] <= rate <= result.rates[-1]:
             at = x(rate)
-            parts.append(f'<path d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="{colour}" stroke-dasharray="4 3"/>')
-            parts.append(text(at + 4, TOP + 14 * height, f"{name} {rate:.2g}", "start", colour))
+            parts.append(f'<path d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="{color}" stroke-dasharray="4 3"/>')
+            parts.append(text(at + 4, TOP + 14 * height, f"{name} {rate:.2g}", "start", color))
     parts.append(text(WIDTH / 2, HEIGHT - 12, "learning rate"))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
     return "\n".join([f'{head} font-size="11">', *parts, "</svg>\n"])

@@ -1,4 +1,4 @@
-"""What pretraining is worth on a task: the same model and the same splits, with and without it, over several seeds."""
+"""The gain of pretraining on a task: the same model and splits, with and without it, over several seeds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transfer.config.check import load_config
 from transfer.config.run_config import Config, RunConfig
 from transfer.errors import UserError
 from transfer.experiments.comparison import Row, compare, higher_is_better
-from transfer.experiments.intervals import spread
-from transfer.experiments.seeds import removed_if_nothing_ran, saying_how_it_ended, seeds_of, spread_json, train_seeds
+from transfer.experiments.intervals import metric_bounds, spread
+from transfer.experiments.seeds import recorded_outcome, removed_if_nothing_ran, seeds_of, spread_json, train_seeds
 from transfer.interfaces import Task
 from transfer.runs.train import Run
 from transfer.storage.run_directory import FORMAT, RunDirectory
@@ -27,16 +27,17 @@ from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.preflight import CheckedParts, preflight
 
 VALUE = "value.json"
-"""Says what a folder of arms holds or is to hold and, at the end, what came of it."""
+"""File in the folder of a comparison that contains its config, its seeds and, at the end, its result."""
 CONSTANT = {"class": "majority_class", "labels": "constant", "number": "constant"}
-"""What the best constant answer is called, by the kind of target."""
+"""Name of the best constant prediction, by the kind of target."""
 RANDOM_FEATURES, LINEAR_PROBE, FROM_SCRATCH, FINE_TUNED = (
     "random_features",
     "linear_probe",
     "from_scratch",
     "fine_tuned",
 )
-_SMALLEST_SHARE = 1e-6
+_MIN_FREQUENCY = 1e-6
+"""Frequency of a class without training examples: the logarithm of zero is not finite."""
 
 
 def pretraining_gain(
@@ -49,45 +50,49 @@ def pretraining_gain(
 ) -> Run:
     """Train a config's model in four ways, each with several seeds, on the same splits and for as many epochs.
 
-    ``random_features``: a linear head over the network with random weights, which stay. ``linear_probe``: a linear head
-    over the pretrained network, which stays. ``from_scratch``: everything from random weights, at the head's learning
-    rate. ``fine_tuned``: everything from the pretrained weights, as the config's phases say, or where they train
-    nothing but the head, with the backbone at a tenth of its rate. Beside them the best constant answer: for classes,
-    the most frequent one.
+    The four arms:
 
-    Heads alone see examples without random augmentation, as is the custom (Kornblith et al. 2019): so the features of
-    the pretrained network are computed once, and all seeds share them.
+    * ``random_features``: a linear head on the frozen network with random weights.
+    * ``linear_probe``: a linear head on the frozen pretrained network.
+    * ``from_scratch``: the complete model from random weights, at the head's learning rate.
+    * ``fine_tuned``: the complete model from the pretrained weights, with the config's phases. If these train only the
+      head, the backbone is trained at a tenth of the head's rate.
+
+    The best constant prediction is reported with them; for classes it is the most frequent class.
+
+    The frozen arms train on examples without random augmentation, as is usual (Kornblith et al. 2019). The features of
+    the pretrained network are therefore computed once for all seeds.
 
     Args:
-        config: The path of a YAML file, or the config as plain data.
-        overrides: ``path.to.key=value`` each.
-        seeds: How many, 2 or more, beginning with the config's own.
-        output: The folder in which the runs get one of their own.
-        observe: Is called with every event of every run (:mod:`transfer.training.events`).
+        config: Path of a YAML file, or the config as a mapping.
+        overrides: Changes to the config, each ``path.to.key=value``.
+        seeds: Number of seeds of each arm, 2 or more, starting with the config's own.
+        output: Folder in which the folder of the comparison is created.
+        observe: Function that is called with every event of every run (:mod:`transfer.training.events`).
 
     Returns:
-        The folder, and what ``value.json`` holds: the ``arms``, and the answer in a ``sentence``.
+        The folder and the content of ``value.json``: the ``arms``, and the result in a ``sentence``.
 
     Raises:
-        UserError: The config, the data or the weights are not right, or nothing in the config is pretrained.
-        TrainingError: Training cannot go on; :func:`resume_pretraining_gain` does.
+        UserError: The config, the data or the weights are wrong, or the config uses nothing that is pretrained.
+        TrainingError: Training failed; :func:`resume_pretraining_gain` continues it.
     """
-    refuse_several("transfer value")
+    refuse_several("transfer pretraining-gain")
     checked = load_config(config, overrides)
     numbers = seeds_of(checked, seeds)
     arms = _arms(checked, preflight(checked))
     for arm in arms.values():
         preflight(arm)
-    if checked.train.batch_size == "auto":  # that of the arm which needs most memory, for all of them
+    if checked.train.batch_size == "auto":  # all arms use the batch size of the arm that needs the most memory
         size = with_found_batch_size(arms[FROM_SCRATCH], observe).train.batch_size
         assert isinstance(size, int)
         checked, arms = checked.with_batch_size(size), {name: arm.with_batch_size(size) for name, arm in arms.items()}
     built = build(checked, observe)
     if not built.pretrained:
         raise UserError(
-            f"backbone {checked.backbone.plugin.name!r} reads nothing pretrained here, so there is nothing to value",
+            f"backbone {checked.backbone.plugin.name!r} loads no pretrained weights, so there is no gain to measure",
             where=checked.backbone.where,
-            fix="name pretrained weights or vectors, and leave recipes that begin from random weights out",
+            fix="set pretrained weights or vectors, and do not use a recipe that starts from random weights",
         )
     folder = RunDirectory.create(Path(output), checked.name, "-value")
     with removed_if_nothing_ran(folder.path):
@@ -95,17 +100,22 @@ def pretraining_gain(
 
 
 def resume_pretraining_gain(folder: str | Path, *, observe: Observer = ignore_events) -> Run:
-    """Go on with what :func:`pretraining_gain` began: runs that are complete stay.
+    """Resume a comparison that :func:`pretraining_gain` started. Complete runs stay.
+
+    Args:
+        folder: Folder of the comparison.
+        observe: Function that is called with every event of every run (:mod:`transfer.training.events`).
 
     Raises:
-        UserError: It is no such folder, or another process writes into it.
-        TrainingError: Training cannot go on.
+        UserError: The folder is not one of a comparison, or another process writes into it.
+        TrainingError: Training failed.
     """
-    refuse_several("transfer value")
+    refuse_several("transfer pretraining-gain")
     path = Path(folder)
-    manifest = read_json(path / VALUE, f"{path} is not of `transfer value`", "give the folder that was printed last")
+    fix = "give the folder that `transfer pretraining-gain` printed last"
+    manifest = read_json(path / VALUE, f"{path} is not a folder of `transfer pretraining-gain`", fix)
     if manifest["status"] == "complete":
-        observe(Note(f"{path} is complete: there is nothing to do"))
+        observe(Note(f"{path} is already complete"))
         return Run(path, manifest)
     config = load_config(manifest["config"])
     built = build(config, observe)
@@ -122,28 +132,28 @@ def _measure(
 ) -> Run:
     manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "config": config.resolved}
 
-    def write(what: Mapping[str, Any]) -> None:
-        write_json(folder.path / VALUE, {**manifest, **what})
+    def write(outcome: Mapping[str, Any]) -> None:
+        write_json(folder.path / VALUE, {**manifest, **outcome})
 
-    with folder.locked(), saying_how_it_ended(folder, observe, write):
+    with folder.locked(), recorded_outcome(folder, observe, write):
         write({"status": "running"})
         summaries = {}
         for number, (name, arm) in enumerate(arms.items(), 1):
             observe(Note(f"{title(name)}, arm {number} of {len(arms)}"))
             path = folder.path / name
             summaries[name] = train_seeds(arm, seeds, path, quick=False, observe=observe).summary
-        found = {"status": "complete", **_answer(folder.path, summaries, _constant(built), built)}
-        write(found)
-    return Run(folder.path, {**manifest, **found})
+        result = {"status": "complete", **_result(folder.path, summaries, _constant(built), built)}
+        write(result)
+    return Run(folder.path, {**manifest, **result})
 
 
 def title(arm: str) -> str:
-    """Return what a person calls an arm."""
+    """Return the name of an arm for people."""
     return arm.replace("_", " ")
 
 
 def _arms(config: RunConfig, parts: CheckedParts) -> dict[str, RunConfig]:
-    """Return the config of each arm, the cheap ones first."""
+    """Return the config of each arm, the cheapest arms first."""
     epochs = sum(phase.epochs for phase in parts.phases)
     groups = [group for phase in parts.phases for group in phase.groups]
     rate = max([group.lr for group in groups if group.stage == "head"] or [group.lr for group in groups])
@@ -160,21 +170,22 @@ def _arms(config: RunConfig, parts: CheckedParts) -> dict[str, RunConfig]:
             plain["head"] = {"name": "linear"}
         return load_config(plain)
 
-    # What is not augmented or blended is computed once.
-    still = {"augment": False, "mix": None}
+    # Without augmentation and mixing, the features of the frozen arms are constant and can be cached.
+    constant = {"augment": False, "mix": None}
     tunes = any(group.stage != "head" for group in groups)
     return {
-        RANDOM_FEATURES: recipe("random_features", **still),
-        LINEAR_PROBE: recipe("feature_extraction", **still),
+        RANDOM_FEATURES: recipe("random_features", **constant),
+        LINEAR_PROBE: recipe("feature_extraction", **constant),
         FROM_SCRATCH: recipe("scratch"),
         FINE_TUNED: config if tunes else recipe("fine_tune"),
     }
 
 
 def _constant(built: BuiltExperiment) -> dict[str, float] | None:
-    """Return the metrics of the best constant answer on the split that is scored; None where the task has no such one.
+    """Return the metrics of the best constant prediction on the scored split; None if the task has other outputs.
 
-    For classes that is the most frequent one in the training split, for labels their shares, for numbers the medians.
+    The constant is the most frequent class of the training split, the frequency of each label, or the median of each
+    number.
     """
     task, splits = built.experiment.task, {name: loader.split for name, loader in built.loaders.items()}
     scored = splits.get("test", splits["validation"])
@@ -183,27 +194,28 @@ def _constant(built: BuiltExperiment) -> dict[str, float] | None:
         return None
     predictions = task.predictions(outputs.expand(len(scored), -1))
     targets = torch.as_tensor(scored.targets)
-    found = {}
+    metrics = {}
     for name, metric in task.metrics().items():
         metric.update(predictions, targets)
-        found[name] = float(metric.compute())
-    return found
+        metrics[name] = float(metric.compute())
+    return metrics
 
 
 def _constant_outputs(targets: np.ndarray[Any, Any], kind: str, count: int) -> Tensor:
+    """Return the outputs (C,) that a task interprets as the best constant prediction."""
     if kind == "number":
         return torch.as_tensor(np.median(targets, axis=0), dtype=torch.float32)
     if kind == "class":
-        shares = torch.as_tensor(np.bincount(targets, minlength=count) / len(targets))
-        return shares.clamp(min=_SMALLEST_SHARE).log().float()
-    shares = torch.as_tensor(targets.mean(axis=0))
-    return shares.clamp(_SMALLEST_SHARE, 1 - _SMALLEST_SHARE).logit().float()
+        frequencies = torch.as_tensor(np.bincount(targets, minlength=count) / len(targets))
+        return frequencies.clamp(min=_MIN_FREQUENCY).log().float()
+    frequencies = torch.as_tensor(targets.mean(axis=0))
+    return frequencies.clamp(_MIN_FREQUENCY, 1 - _MIN_FREQUENCY).logit().float()
 
 
-def _answer(
+def _result(
     path: Path, summaries: Mapping[str, Mapping[str, Any]], constant: Mapping[str, float] | None, built: BuiltExperiment
 ) -> dict[str, Any]:
-    """Compare the arms, and say in a sentence what comes of it."""
+    """Compare the arms, and summarize the result in a sentence."""
     task = built.experiment.task
     metric = task.primary_metric.name
     table = compare([path / FROM_SCRATCH, *(path / name for name in summaries if name != FROM_SCRATCH)])
@@ -226,7 +238,8 @@ def _answer(
     best = max(to_scratch.values(), key=lambda row: _gain(row.spread.mean, task))
     if constant is not None and not _gain(best.spread.mean, task) > _gain(constant[metric], task):
         sentences.append(
-            f"No arm beats the best constant answer ({metric} {constant[metric]:.4f}): nothing was learned."
+            f"No arm is better than the best constant prediction ({metric} {constant[metric]:.4f}): nothing was "
+            "learned."
         )
     return {
         "metric": metric,
@@ -254,7 +267,7 @@ def _tuned_sentence(row: Row, task: Task) -> str:
     if row.verdict == "worse":
         return f"Negative transfer: fine-tuning gives {amount} over training from scratch ({interval})."
     return (
-        "Whether pretraining helps cannot be told from noise: "
+        "The effect of pretraining is within noise: "
         f"fine-tuning gives {amount} over training from scratch ({interval})."
     )
 
@@ -268,25 +281,24 @@ def _frozen_sentence(row: Row, task: Task) -> str:
             f"Negative transfer: frozen under a linear head, its features give {amount} over random ones ({interval})."
         )
     return (
-        "Frozen under a linear head, its features cannot be told from random ones: "
-        f"they give {amount} over those ({interval})."
+        "Frozen under a linear head, its features do not differ from random ones by more than noise: "
+        f"they give {amount} over random ones ({interval})."
     )
 
 
 def _worth(row: Row, task: Task) -> tuple[str, str]:
-    """Return a difference and its interval in words; positive is better whatever the metric's direction."""
+    """Return a difference and its interval as text, with the sign changed if lower is better."""
     assert row.difference is not None
-    metric = task.metrics()[task.primary_metric.name]
-    bounds = (getattr(metric, "plot_lower_bound", None), getattr(metric, "plot_upper_bound", None))
-    scale, digits, unit = (100, 1, "points of") if bounds == (0, 1) else (1, 4, "of")
+    is_fraction = metric_bounds(task, task.primary_metric.name) == (0, 1)
+    scale, digits, unit = (100, 1, "points of") if is_fraction else (1, 4, "of")
     sign = "" if row.verdict == "better" else "+"
     gain = _gain(row.difference.mean, task) * scale
-    of = f"{gain:{sign}.{digits}f} {unit} {task.primary_metric.name.replace('_', ' ')}"
+    amount = f"{gain:{sign}.{digits}f} {unit} {task.primary_metric.name.replace('_', ' ')}"
     if row.difference.interval is None:
-        return of, "no interval"
+        return amount, "no interval"
     low, high = sorted(_gain(end, task) * scale for end in row.difference.interval)
-    return of, f"95 % interval {low:{sign}.{digits}f} to {high:{sign}.{digits}f}"
+    return amount, f"95 % interval {low:{sign}.{digits}f} to {high:{sign}.{digits}f}"
 
 
-def _gain(figure: float, task: Task) -> float:
-    return figure if task.primary_metric.higher_is_better else -figure
+def _gain(value: float, task: Task) -> float:
+    return value if task.primary_metric.higher_is_better else -value

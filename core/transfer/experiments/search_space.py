@@ -20,14 +20,14 @@ from transfer.config.component import error_location
 from transfer.config.option_schema import Block, validate
 from transfer.config.train_settings import Count
 from transfer.config.yaml_document import Document, read_document
-from transfer.errors import ConfigError, Problem, UserError, nearest
+from transfer.errors import ConfigError, Problem, UserError, unknown_name
 from transfer.runs.check import check
 
 if TYPE_CHECKING:
     import optuna
 
-MAX_CHECKED = 200
-"""Configs of a space that are checked before anything runs."""
+MAX_CHECKED_CONFIGS = 200
+"""Maximum number of configs of a space that are checked before the first trial."""
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "grid": "GridSampler", "cmaes": "CmaEsSampler"}
 PRUNERS = {
     "none": "NopPruner",
@@ -37,20 +37,20 @@ PRUNERS = {
     "hyperband": "HyperbandPruner",
 }
 FOLDER, DECIDED = "folder", "why"
-"""Names of what the study keeps of each trial: its run, and why it failed or was pruned."""
+"""Trial attributes in the study: the folder of its run, and the reason why it failed or was pruned."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Scalar = bool | int | float | str | None
 
 
 class Range(Block):
-    """Values of one key between two bounds: exactly one of the four.
+    """Range of values of one key. Exactly one of the four forms is given.
 
     Args:
-        uniform: Numbers, all alike.
-        log: Numbers above zero, alike on a logarithmic scale.
-        integers: Whole numbers, all alike.
-        log_integers: Whole numbers above zero, alike on a logarithmic scale.
+        uniform: Bounds of a number that is drawn uniformly.
+        log: Bounds of a positive number that is drawn uniformly on a logarithmic scale.
+        integers: Bounds of an integer that is drawn uniformly.
+        log_integers: Bounds of a positive integer that is drawn uniformly on a logarithmic scale.
     """
 
     uniform: tuple[Number, Number] | None = None
@@ -66,27 +66,27 @@ class Range(Block):
             )
         low, high = self.bounds
         if not low < high:
-            raise ValueError("it should rise: [lowest, highest]")
+            raise ValueError("it should be ascending: [lowest, highest]")
         if low <= 0 and given & {"log", "log_integers"}:
-            raise ValueError("it should begin above zero, for there is no logarithm of zero")
+            raise ValueError("it should start above zero, because the logarithm of zero is not finite")
         return self
 
     @property
     def bounds(self) -> tuple[Any, Any]:
-        """The lowest and the highest value."""
-        found: tuple[Any, Any] = next(
-            b for b in (self.uniform, self.log, self.integers, self.log_integers) if b is not None
-        )
-        return found
+        """Lowest and highest value."""
+        forms = (self.uniform, self.log, self.integers, self.log_integers)
+        bounds: tuple[Any, Any] = next(form for form in forms if form is not None)
+        return bounds
 
 
 class Settings(Block):
-    """How a space is searched: the key ``sweep`` of a space file.
+    """Settings of the search: the key ``sweep`` of a space file.
 
     Args:
-        trials: How many configs are tried, those that fail included.
-        sampler: tpe, random, grid or cmaes, with options of Optuna's class.
-        pruner: none, median, percentile, successive_halving or hyperband, with options of Optuna's class.
+        trials: Number of trials, failed trials included.
+        sampler: Sampler by name (tpe, random, grid or cmaes) with the options of Optuna's class.
+        pruner: Pruner by name (none, median, percentile, successive_halving or hyperband) with the options of Optuna's
+            class.
     """
 
     trials: Count = 20
@@ -96,12 +96,12 @@ class Settings(Block):
 
 @dataclass(frozen=True)
 class Space:
-    """A space file, checked.
+    """A checked space file.
 
     Args:
-        settings: How it is searched.
-        keys: For each key of the config its choices by name, or its range.
-        document: Where each value was written.
+        settings: Settings of the search.
+        keys: Choices by name, or range, of each config key.
+        document: Parsed file with the location of each value.
     """
 
     settings: Settings
@@ -109,16 +109,16 @@ class Space:
     document: Document
 
     def examples(self, key: str) -> list[Any]:
-        """Return every choice of a key, or both ends of its range."""
+        """Return all choices of a key, or both ends of its range."""
         values = self.keys[key]
         return list(values.values()) if isinstance(values, dict) else list(values.bounds)
 
     def draw(self, trial: optuna.Trial) -> dict[str, Any]:
-        """Return a trial's values; what a killed process had drawn for it stays."""
+        """Return the values of a trial. Values that a killed process drew for the trial are returned again."""
         return {key: _draw(trial, key, values) for key, values in self.keys.items()}
 
     def grid(self) -> dict[str, list[Any]]:
-        """Return the choices of each key, for the sampler ``grid``."""
+        """Return the choices of each key for the sampler ``grid``."""
         return {
             key: list(values) if isinstance(values, dict) else list(values.bounds) for key, values in self.keys.items()
         }
@@ -134,10 +134,10 @@ def _draw(trial: optuna.Trial, key: str, values: dict[str, Any] | Range) -> Any:
 
 
 def read_space(path: str | Path) -> Space:
-    """Read and check a space file: a key of the config per line, its choices or its range; and ``sweep``.
+    """Read and check a space file: choices or a range for each config key, and optionally the key ``sweep``.
 
     Raises:
-        ConfigError: With every problem found.
+        ConfigError: The file has problems; the error contains all of them.
     """
     document = read_document(path)
     settings, problems = validate(Settings, document.data.get("sweep") or {}, document, ("sweep",), "sweep")
@@ -149,21 +149,23 @@ def read_space(path: str | Path) -> Space:
         if isinstance(values, list):
             named = {json.dumps(value): value for value in values}
             if len(named) < max(2, len(values)):
-                problems.append(Problem(f"{key} has no two different choices, or one twice", where))
+                problems.append(Problem(f"{key} has too few choices: expected 2 or more different values", where))
             keys[key] = named
         elif isinstance(values, dict):
-            found, wrong = validate(Range, values, document, (key,), key)
-            problems += wrong
-            if found is not None:
-                keys[key] = found
+            bounds, range_problems = validate(Range, values, document, (key,), key)
+            problems += range_problems
+            if bounds is not None:
+                keys[key] = bounds
         else:
             fix = f"write {key}: [choice, choice], or {key}: {{log: [1.0e-5, 0.1]}}"
             problems.append(
-                Problem(f"{key} is {values!r}, which is neither a list of choices nor a range", where, (), fix)
+                Problem(f"{key} is wrong: expected a list of choices or a range, got {values!r}", where, (), fix)
             )
     if not keys and not problems:
         fix = "add a line such as train.optimizer.lr: {log: [1.0e-5, 0.1]}"
-        problems.append(Problem("the space names no key of the config", document.source, (), fix))
+        problems.append(
+            Problem("the space is empty: expected a config key with choices or a range", document.source, (), fix)
+        )
     if settings is not None:
         problems += _problems_of("sampler", settings.sampler, SAMPLERS, document)
         problems += _problems_of("pruner", settings.pruner, PRUNERS, document)
@@ -172,36 +174,32 @@ def read_space(path: str | Path) -> Space:
     space = Space(settings, keys, document)
     if settings.sampler["name"] == "grid" and any(isinstance(values, Range) for values in keys.values()):
         where = document.location(("sweep", "sampler"))
-        raise ConfigError("the sampler grid takes choices, and the space has ranges", where=where, fix="use tpe")
+        raise ConfigError(
+            "sampler 'grid' is not possible here: expected choices only, got a range", where=where, fix="use tpe"
+        )
     with error_location(document.location(("sweep",))):
         make_sampler(space, 0)
         make_pruner(space)
     return space
 
 
-def _problems_of(what: str, block: Mapping[str, Any], known: Mapping[str, str], document: Document) -> list[Problem]:
-    """Check a sampler's or pruner's name and the names of its options."""
+def _problems_of(what: str, block: Mapping[str, Any], classes: Mapping[str, str], document: Document) -> list[Problem]:
+    """Return the problems with the name of a sampler or pruner and the names of its options."""
     optuna = import_optuna()
     name, where = str(block.get("name")), document.location(("sweep", what))
-    if name not in known:
-        close = nearest(name, known)
-        fix = f"did you mean {close!r}?" if close else f"choose a {what}"
-        return [Problem(f"there is no {what} called {name!r}", where, tuple(known), fix)]
-    options_set_by_framework = {"self", "search_space"}
-    options = (
-        set(inspect.signature(getattr(getattr(optuna, f"{what}s"), known[name])).parameters) - options_set_by_framework
-    )
+    if name not in classes:
+        return [unknown_name(what, name, classes, where=where, fix=f"choose a {what}")]
+    cls = getattr(getattr(optuna, f"{what}s"), classes[name])
+    options = sorted(set(inspect.signature(cls).parameters) - {"self", "search_space"})  # core sets the search space
     return [
-        Problem(
-            f"{what} {name!r} has no option {key!r}", document.location(("sweep", what, key)), tuple(sorted(options))
-        )
+        Problem(f"{what} {name!r} has no option {key!r}", document.location(("sweep", what, key)), tuple(options))
         for key in block
         if key != "name" and key not in options
     ]
 
 
 def import_optuna() -> Any:
-    """Import Optuna, or raise an error that says how to install it."""
+    """Import Optuna, or raise an error with the command that installs it."""
     if importlib.util.find_spec("optuna") is None:
         raise UserError("sweeps need Optuna, which is not installed", fix="pip install 'transferkit[optuna]'")
     import optuna
@@ -211,7 +209,11 @@ def import_optuna() -> Any:
 
 
 def make_sampler(space: Space, number: int) -> Any:
-    """Make the sampler that draws trial ``number``: a function of seed, number and trials before, whoever draws."""
+    """Return the sampler that draws trial ``number``.
+
+    Its random seed is derived from the configured seed and the number, so that the values of a trial do not depend on
+    the process that draws them.
+    """
     options = {key: value for key, value in space.settings.sampler.items() if key != "name"}
     name = space.settings.sampler["name"]
     if name == "grid":
@@ -223,7 +225,7 @@ def make_sampler(space: Space, number: int) -> Any:
 
 
 def make_pruner(space: Space) -> Any:
-    """Build the pruner of a search space."""
+    """Return the pruner of a search space."""
     options = {key: value for key, value in space.settings.pruner.items() if key != "name"}
     return _make("pruner", getattr(import_optuna().pruners, PRUNERS[space.settings.pruner["name"]]), options)
 
@@ -234,34 +236,36 @@ def _make(what: str, cls: Callable[..., Any], options: Mapping[str, Any]) -> Any
         try:
             return cls(**options)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"optuna refuses the options of the {what}: {error}") from error
+            raise ConfigError(f"the options of the {what} are wrong: {error}") from error
         except ImportError as error:
-            raise UserError(f"the {what} needs another package: {error}", fix=f"choose another {what}") from error
+            raise UserError(
+                f"the {what} needs a package that is not installed: {error}", fix=f"choose another {what}"
+            ) from error
 
 
 def trial_overrides(overrides: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """Return the overrides of a trial: those of the command, then the drawn values."""
+    """Return the overrides of a trial: the overrides of the sweep, then the drawn values."""
     drawn = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return [*overrides, *drawn, "train.score_test=false", "train.report=false"]
 
 
 def check_space(config: str | Path, space: Space, overrides: Sequence[str] = ()) -> Any:
-    """Check what the space makes of the config: every choice and both ends of every range, all combinations if few.
+    """Check the configs of a space: each choice and both ends of each range, and all combinations if they are few.
 
     Returns:
-        The primary metric that trials are compared by.
+        The primary metric, by which trials are compared.
 
     Raises:
-        ConfigError: A config is not right; the message names the line of the space.
+        ConfigError: A config has problems; the error contains the line of the space.
     """
     examples = {key: space.examples(key) for key in space.keys}
     first = {key: values[0] for key, values in examples.items()}
-    tried = [first, *({**first, key: value} for key, values in examples.items() for value in values[1:])]
-    if math.prod(map(len, examples.values())) <= MAX_CHECKED:
-        tried += [dict(zip(examples, values, strict=True)) for values in product(*examples.values())]
+    combinations = [first, *({**first, key: value} for key, values in examples.items() for value in values[1:])]
+    if math.prod(map(len, examples.values())) <= MAX_CHECKED_CONFIGS:
+        combinations += [dict(zip(examples, values, strict=True)) for values in product(*examples.values())]
     problems: list[Problem] = []
     metric = None
-    for values in islice(tried, 2 * MAX_CHECKED):
+    for values in islice(combinations, 2 * MAX_CHECKED_CONFIGS):
         try:
             _, parts = check(config, trial_overrides(overrides, values))
             metric = parts.task.primary_metric
@@ -273,7 +277,7 @@ def check_space(config: str | Path, space: Space, overrides: Sequence[str] = ())
 
 
 def _in_space(problem: Problem, values: Mapping[str, Any], space: Space) -> Problem:
-    """Name the space's line where the config's problem is with a value that the space gave."""
+    """Return the problem with the line of the space as its location, if the space set the wrong value."""
     for key, value in values.items():
         if problem.where and problem.where.startswith(f"override '{key}="):
             return replace(problem, where=f"{space.document.location((key,))} ({key}={json.dumps(value)})")

@@ -1,7 +1,7 @@
-"""One config with several seeds: a folder of runs, and one summary with mean, spread and interval of every figure.
+"""One config with several seeds: a folder of runs, and a summary with mean, deviation and interval of every metric.
 
 The splits do not depend on the seed (:mod:`transfer.data.splits`): every run is trained, selected and scored on the
-same examples. What the seed changes is the random initial weights, the order of batches, augmentation and dropout.
+same examples. The seed changes the initial weights, the order of batches, augmentation and dropout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 from transfer.config.check import load_config
 from transfer.config.run_config import Config, RunConfig
 from transfer.errors import RunError, UserError
-from transfer.experiments.intervals import Spread, spread
+from transfer.experiments.intervals import Spread, metric_bounds, spread
+from transfer.interfaces import Task
+from transfer.models.saved_model import read_task
 from transfer.runs.train import Run, resume, run_in
 from transfer.storage.run_directory import FORMAT, RunDirectory
 from transfer.system.atomic_files import read_json, write_json
@@ -27,18 +29,18 @@ from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.preflight import preflight
 
 MANIFEST = "seeds.json"
-"""Says which runs a folder of seeds holds or is to hold."""
+"""File in a folder of seeds that lists its seeds and contains their config."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """One complete run, or those of a folder of seeds.
+    """One complete run, or the runs of a folder of seeds.
 
     Args:
-        folder: Of the run, or of the seeds.
-        directories: The runs.
-        seeds: Of each.
-        summaries: Of each, as in its ``summary.json``.
+        folder: Run directory, or folder of seeds.
+        directories: Directory of each run.
+        seeds: Seed of each run.
+        summaries: Summary of each run, as in its ``summary.json``.
     """
 
     folder: Path
@@ -56,23 +58,23 @@ def run_seeds(
     quick: bool = False,
     observe: Observer = ignore_events,
 ) -> Run:
-    """Train what a config says once with each of several seeds, its own and those after it.
+    """Train a config with several seeds: the config's own seed and the following ones.
 
     Args:
-        config: The path of a YAML file, or the config as plain data.
-        overrides: ``path.to.key=value`` each.
-        seeds: How many, 2 or more.
-        output: The folder in which the runs get one of their own.
-        quick: One epoch per phase over a few batches of each part.
-        observe: Is called with every event of every run (:mod:`transfer.training.events`).
+        config: Path of a YAML file, or the config as a mapping.
+        overrides: Changes to the config, each ``path.to.key=value``.
+        seeds: Number of seeds, 2 or more.
+        output: Folder in which the folder of seeds is created.
+        quick: Whether to run one epoch per phase over a few batches of each split only.
+        observe: Function that is called with every event of every run (:mod:`transfer.training.events`).
 
     Returns:
-        The folder of seeds, and its summary: ``test`` holds ``mean``, ``standard_deviation``, ``interval`` and
-        ``values`` of every metric.
+        The folder of seeds and its summary. The summary's ``test`` contains ``mean``, ``standard_deviation``,
+        ``interval`` and ``values`` of every metric.
 
     Raises:
-        UserError: The config, the data or the weights are not right.
-        TrainingError: Training cannot go on; :func:`resume_seeds` does.
+        UserError: The config, the data or the weights are wrong.
+        TrainingError: Training failed; :func:`resume_seeds` continues it.
     """
     refuse_several("training with several seeds")
     checked = load_config(config, overrides)
@@ -85,36 +87,41 @@ def run_seeds(
 
 
 def resume_seeds(folder: str | Path, *, observe: Observer = ignore_events) -> Run:
-    """Go on with a folder of seeds that was interrupted: runs that are complete stay, one that is not goes on.
+    """Resume a folder of seeds that was interrupted. Complete runs stay; an incomplete run is resumed.
+
+    Args:
+        folder: Folder of seeds.
+        observe: Function that is called with every event of every run (:mod:`transfer.training.events`).
 
     Raises:
-        UserError: It is no folder of seeds, or another process writes into it.
-        TrainingError: Training cannot go on.
+        UserError: The folder is not a folder of seeds, or another process writes into it.
+        TrainingError: Training failed.
     """
     refuse_several("training with several seeds")
     path = Path(folder)
-    manifest = read_json(path / MANIFEST, f"{path} is no folder of seeds", "give the folder that was printed last")
+    fix = "give the folder that `transfer run --seeds` printed last"
+    manifest = read_json(path / MANIFEST, f"{path} is not a folder of seeds", fix)
     return train_seeds(
         load_config(manifest["config"]), manifest["seeds"], path, quick=bool(manifest["quick"]), observe=observe
     )
 
 
 def seeds_of(config: RunConfig, count: int) -> list[int]:
-    """Return so many seeds, beginning with the config's own.
+    """Return ``count`` consecutive seeds that start with the config's own.
 
     Raises:
-        UserError: One seed has no spread.
+        UserError: The count is below 2: one run has no standard deviation.
     """
     if count < 2:
-        raise UserError(f"{count} seeds have no spread", fix="ask for 2 or more; 5 are usual")
+        raise UserError(f"the number of seeds is too small: expected 2 or more, got {count}", fix="use 5, for example")
     return list(range(config.seed, config.seed + count))
 
 
 def train_seeds(config: RunConfig, seeds: Sequence[int], path: Path, *, quick: bool, observe: Observer) -> Run:
-    """Train, in a folder, whatever of some seeds is not there yet, and sum all up."""
+    """Train the seeds that are not complete in a folder yet, and write the summary of all seeds."""
     path.mkdir(parents=True, exist_ok=True)
     folder = RunDirectory(path)
-    with folder.locked(), saying_how_it_ended(folder, observe, folder.write_summary):
+    with folder.locked(), recorded_outcome(folder, observe, folder.write_summary):
         manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "quick": quick}
         write_json(path / MANIFEST, {**manifest, "config": config.resolved})
         for number, seed in enumerate(seeds, 1):
@@ -127,26 +134,32 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], path: Path, *, quick: b
 
 
 @contextmanager
-def saying_how_it_ended(
+def recorded_outcome(
     folder: RunDirectory, observe: Observer, write: Callable[[Mapping[str, Any]], None]
 ) -> Iterator[None]:
-    """Write and tell what kept several runs from their end, and how to go on."""
+    """Write the status of several runs if an error or an interruption ends them, and report how to resume them.
+
+    Args:
+        folder: Folder of the runs.
+        observe: Function that is called with the note.
+        write: Function that writes the status to the folder.
+    """
     try:
         yield
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        with suppress(OSError):  # the disk may be full: what happened is said all the same
+        with suppress(OSError):  # if the disk is full, the original error still has to be raised
             write({"status": status, "error": f"{type(error).__name__}: {error}"})
         if isinstance(error, KeyboardInterrupt):
-            observe(Note(f"go on with all of it: {folder.resume_command}"))
+            observe(Note(f"resume all of them with: {folder.resume_command}"))
         raise
 
 
 def open_runs(path: str | Path) -> Runs:
-    """Take a run, or the runs of a folder of seeds.
+    """Open a complete run, or all runs of a folder of seeds.
 
     Raises:
-        RunError: It is neither, or it has not ended.
+        RunError: The folder is neither, or a run is not complete.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
@@ -156,7 +169,7 @@ def open_runs(path: str | Path) -> Runs:
 
 
 def _open_seeds(path: Path) -> Runs:
-    seeds = tuple(read_json(path / MANIFEST, f"{path} is no folder of seeds")["seeds"])
+    seeds = tuple(read_json(path / MANIFEST, f"{path} is not a folder of seeds")["seeds"])
     directories = tuple(RunDirectory(path / f"seed-{seed}") for seed in seeds)
     return Runs(path, directories, seeds, tuple(_summary(directory, path) for directory in directories))
 
@@ -164,7 +177,7 @@ def _open_seeds(path: Path) -> Runs:
 def _summary(run: RunDirectory, folder: Path) -> Mapping[str, Any]:
     if not run.complete:
         fix = f"transfer resume {shlex.quote(str(folder))}"
-        raise RunError(f"{run.path} has not ended", where=str(run.path), fix=fix)
+        raise RunError(f"{run.path} is not complete", where=str(run.path), fix=fix)
     return run.summary()
 
 
@@ -176,7 +189,7 @@ def _train_one(config: RunConfig, path: Path, *, quick: bool, observe: Observer)
         return resume(path, observe=observe)
 
     def make() -> RunDirectory:
-        shutil.rmtree(path, ignore_errors=True)  # killed before its config was written: it is no run yet
+        shutil.rmtree(path, ignore_errors=True)  # a process was killed before it wrote the config
         path.mkdir()
         return directory
 
@@ -185,7 +198,7 @@ def _train_one(config: RunConfig, path: Path, *, quick: bool, observe: Observer)
 
 @contextmanager
 def removed_if_nothing_ran(path: Path) -> Iterator[None]:
-    """Leave no folder behind where a mistake of the user kept even the first run from beginning."""
+    """Remove a new folder if an error in the user's input prevents the first run from starting."""
     try:
         yield
     except UserError:
@@ -195,8 +208,8 @@ def removed_if_nothing_ran(path: Path) -> Iterator[None]:
 
 
 def _sum_up(runs: Runs, quick: bool) -> dict[str, Any]:
-    first = runs.summaries[0]
-    splits = {split: _spreads([summary[split] for summary in runs.summaries]) for split in ("validation", "test")}
+    first, task = runs.summaries[0], read_task(runs.directories[0].model)
+    splits = {split: _spreads([summary[split] for summary in runs.summaries], task) for split in ("validation", "test")}
     return {
         "status": "complete",
         "quick": quick,
@@ -210,13 +223,15 @@ def _sum_up(runs: Runs, quick: bool) -> dict[str, Any]:
     }
 
 
-def _spreads(figures: Sequence[Mapping[str, float] | None]) -> dict[str, Any] | None:
-    """Return the spread of every metric of a split; None where the data has no such split."""
-    known = [figure for figure in figures if figure is not None]
-    return {name: spread_json(spread([figure[name] for figure in known])) for name in known[0]} if known else None
+def _spreads(metrics: Sequence[Mapping[str, float] | None], task: Task) -> dict[str, Any] | None:
+    """Return the spread of every metric of a split over the runs; None if the split was not scored."""
+    scored = [run for run in metrics if run is not None]
+    if not scored:
+        return None
+    return {name: spread_json(spread([run[name] for run in scored], metric_bounds(task, name))) for name in scored[0]}
 
 
 def spread_json(spread: Spread) -> dict[str, Any]:
-    """Return a spread as JSON has it."""
+    """Return a spread as JSON data."""
     interval = None if spread.interval is None else list(spread.interval)
     return {**asdict(spread), "interval": interval, "values": list(spread.values)}

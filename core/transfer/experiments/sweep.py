@@ -1,7 +1,7 @@
-"""A search over a config's keys with Optuna: trials are runs, the study is a SQLite file, a killed sweep goes on.
+"""Hyperparameter search with Optuna: trials are runs, the study is a SQLite file, and a killed sweep can be resumed.
 
-The test split takes no part: a trial's objective is the primary metric of its best epoch on the *validation* split,
-trials do not score the test split, and when all have ended it is scored once, with the model of the best trial.
+The objective of a trial is the primary metric of its best epoch on the *validation* split. Trials do not score the test
+split. It is scored once at the end, with the model of the best trial.
 """
 
 from __future__ import annotations
@@ -17,17 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from transfer.errors import ConfigError, RunError, StoppedByObserver, TrainingError
-from transfer.runs import train
-from transfer.runs.check import check
-from transfer.system.atomic_files import write_atomically
-from transfer.system.ranks import refuse_several
-from transfer.training.events import EpochEnded, Event, Note, Observer, RunStarted
-
-if TYPE_CHECKING:
-    import optuna
 from transfer.experiments.search_space import (
     DECIDED,
     FOLDER,
@@ -40,15 +33,23 @@ from transfer.experiments.search_space import (
     trial_overrides,
 )
 from transfer.experiments.sweep_report import short, write_sweep_report
+from transfer.runs import train
+from transfer.runs.check import check
+from transfer.system.atomic_files import write_atomically
+from transfer.system.ranks import refuse_several
+from transfer.training.events import EpochEnded, Event, Note, Observer, RunStarted
+
+if TYPE_CHECKING:
+    import optuna
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep whose trials have all ended.
+    """A completed sweep.
 
     Args:
-        folder: Of the study, its runs and its report.
-        report: As in ``sweep.json``: ``best``, ``importance``, ``trials``.
+        folder: Folder of the study, its runs and its report.
+        report: Content of ``sweep.json``: ``best``, ``importance`` and ``trials``.
     """
 
     folder: Path
@@ -64,44 +65,50 @@ def sweep(
     processes: int = 1,
     observe: Observer = lambda _: None,
 ) -> Sweep:
-    """Try out configs until all trials have ended; asked again with the same files, go on where it was stopped.
+    """Run trials until the sweep is complete. The same call with the same files resumes an interrupted sweep.
 
-    Trials are run in ``OUTPUT/CONFIG-SPACE/runs``; the study is ``study.db`` beside it. A trial that was interrupted is
-    resumed to the result that it would have had. Several processes may work on one study at once.
+    Trials are run in ``OUTPUT/CONFIG-SPACE/runs``; the study is ``OUTPUT/CONFIG-SPACE/study.db``. A trial that was
+    interrupted is resumed, with the same result as without the interruption. Several processes may run one sweep.
 
     Args:
-        config: The path of a YAML file.
-        space_file: The path of the space's.
-        overrides: ``path.to.key=value`` each, for all trials.
-        output: The folder in which the sweep makes its own.
-        processes: Of this machine that work on the study together; all share one feature cache.
-        observe: Is told of trials that begin and end.
+        config: Path of a YAML file.
+        space_file: Path of the YAML file of the search space.
+        overrides: Changes to the config of all trials, each ``path.to.key=value``.
+        output: Folder in which the folder of the sweep is created.
+        processes: Number of processes on this machine that run trials, with a GPU each if there are several. They use
+            the same feature cache.
+        observe: Function that is called with the events of the trials of this process.
 
     Raises:
-        UserError: Config, space, data or weights are not right, or the folder holds another sweep.
-        TrainingError: No trial succeeded.
+        UserError: The config, the space, the data or the weights are wrong, or the folder contains another sweep.
+        TrainingError: All trials failed.
     """
     refuse_several("a sweep")
     optuna = import_optuna()
     space = read_space(space_file)
     metric = check_space(config, space, overrides)
     folder = Path(output) / f"{Path(config).stem}-{Path(space_file).stem}"
-    _claim(folder, config, space, overrides)
+    device = _claim(folder, config, space, overrides)
     worker = Worker(
         folder, config, space, tuple(overrides), metric.name, 1 if metric.higher_is_better else -1, observe, optuna
     )
     with ExitStack() as stack:
         for number in range(2, processes + 1):
-            stack.enter_context(_helper(number, folder, config, space_file, overrides, output, processes))
+            stack.enter_context(_helper(number, folder, config, space_file, overrides, output, processes, device))
         worker.work()
-        observe(Note("all trials have begun: waiting for those of other processes")) if worker.others() else None
+        if worker.others():
+            observe(Note("all trials have started; waiting for the trials of other processes"))
     with _lock(folder / "report.lock"):
         report = write_sweep_report(worker)
     return Sweep(folder, report)
 
 
-def _claim(folder: Path, config: str | Path, space: Space, overrides: Sequence[str]) -> None:
-    """Make the sweep's folder, or see that what is there is the same sweep."""
+def _claim(folder: Path, config: str | Path, space: Space, overrides: Sequence[str]) -> str:
+    """Create the folder of the sweep, or check that an existing folder contains the same sweep.
+
+    Returns:
+        The config's ``train.device``.
+    """
     checked, _ = check(config, overrides)
     plain = {"config": checked.resolved, "space": space.document.data}
     try:
@@ -112,13 +119,14 @@ def _claim(folder: Path, config: str | Path, space: Space, overrides: Sequence[s
                 write_atomically(path, yaml.safe_dump(plain, sort_keys=False))
             elif _without_trials(yaml.safe_load(path.read_text(encoding="utf-8"))) != _without_trials(plain):
                 fix = "choose another --output, or another name for the space file"
-                raise RunError(f"{folder} holds a sweep of another config or space", where=str(path), fix=fix)
+                raise RunError(f"{folder} contains a sweep of another config or space", where=str(path), fix=fix)
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error.strerror}", fix="choose another --output") from error
+    return checked.train.device
 
 
 def _without_trials(plain: Any) -> Any:
-    """Leave out the number of trials: a sweep may be made longer."""
+    """Return the settings of a sweep without the number of trials, which may be raised later."""
     space = {key: value for key, value in plain["space"].items() if key != "sweep"}
     settings = {key: value for key, value in (plain["space"].get("sweep") or {}).items() if key != "trials"}
     return json.loads(json.dumps({**plain, "space": [list(space.items()), settings]}))
@@ -139,27 +147,58 @@ def _helper(
     space: str | Path,
     overrides: Sequence[str],
     output: str | Path,
-    of: int,
+    processes: int,
+    device: str,
 ) -> Iterator[None]:
-    """Let another process work on the same study while this one does; it ends with it."""
+    """Start another process that runs trials of the same sweep, and wait for it at the end of the block."""
     command = [sys.executable, "-m", "transfer", "sweep", str(config), str(space), *overrides, "--output", str(output)]
-    threads = str(max(1, (os.cpu_count() or 1) // of))
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
     with (folder / f"process-{number}.log").open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(  # noqa: S603  # this very program
-            command, stdout=log, stderr=log, env={"OMP_NUM_THREADS": threads, **os.environ}
+        process = subprocess.Popen(  # noqa: S603  # the same program
+            command,
+            stdout=log,
+            stderr=log,
+            env={"OMP_NUM_THREADS": threads, **os.environ, **_gpu_of_process(number, device)},
         )
         try:
             yield
         except BaseException:
-            process.terminate()  # it saves its trial, which goes on next time
+            process.terminate()  # the process saves its trial, which the next call resumes
             process.wait()
             raise
         process.wait()
 
 
+def _gpu_of_process(number: int, device: str) -> dict[str, str]:
+    """Return environment variables that give a process of a sweep its own GPU; empty if there are not several GPUs.
+
+    Args:
+        number: Number of the process, from 1; process 1 is the one that starts the others and uses the first GPU.
+        device: The config's ``train.device``. A config that selects one GPU by its index keeps it in all processes.
+    """
+    count = torch.cuda.device_count()
+    if count < 2 or device not in ("auto", "cuda"):
+        return {}
+    # CUDA counts only the visible devices: the variable may already restrict this process to some GPUs.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
+    return {"CUDA_VISIBLE_DEVICES": gpus[(number - 1) % count]}
+
+
 @dataclass
 class Worker:
-    """One process's part in a sweep: takes trials until there are enough."""
+    """The part of one process in a sweep: it runs trials until the study is complete.
+
+    Args:
+        folder: Folder of the sweep.
+        config: Path of the config.
+        space: Search space.
+        overrides: Changes to the config of all trials.
+        metric: Name of the primary metric.
+        sign: 1 if higher values of the metric are better, -1 otherwise.
+        observe: Function that is called with the events of the trials.
+        optuna: Module ``optuna``, which is imported only if it is needed.
+    """
 
     folder: Path
     config: str | Path
@@ -190,23 +229,23 @@ class Worker:
                 self._run(trial)
 
     def others(self) -> bool:
-        """Tell whether other processes still have trials."""
+        """Return whether other processes are still running trials."""
         return any(
             trial.state == self.optuna.trial.TrialState.RUNNING for trial in self.study.get_trials(deepcopy=False)
         )
 
     def _take(self) -> tuple[optuna.Trial, Any] | None:
-        """Take a trial that a process left when it ended, else a new one; None where there are enough."""
+        """Return an unfinished trial or a new one, with its lock; None if the study has enough trials."""
         locks = self.folder / "locks"
         locks.mkdir(exist_ok=True)
         with _lock(self.folder / "study.lock"):
             trials = self.study.get_trials(deepcopy=False)
-            left = [trial for trial in trials if trial.state == self.optuna.trial.TrialState.RUNNING]
-            for frozen in left:
+            unfinished = [trial for trial in trials if trial.state == self.optuna.trial.TrialState.RUNNING]
+            for frozen in unfinished:
                 lock = (locks / str(frozen.number)).open("a")
                 try:
                     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:  # a process works on it
+                except OSError:  # a live process holds the lock and runs the trial
                     lock.close()
                     continue
                 self.study.sampler = make_sampler(self.space, frozen.number)
@@ -221,50 +260,50 @@ class Worker:
             return trial, lock
 
     def _run(self, trial: optuna.Trial) -> None:
-        """Run or resume a trial, and tell the study what came of it."""
+        """Run or resume a trial, and record its result in the study."""
         values = self.space.draw(trial)
         name = f"trial {trial.number + 1}/{self.space.settings.trials}"
         drawn = "  ".join(f"{key}={short(value)}" for key, value in values.items())
         states = self.optuna.trial.TrialState
-        before = trial.user_attrs.get(FOLDER)
+        previous = trial.user_attrs.get(FOLDER)
         try:
-            if before is not None and (self.folder / before / "config.yaml").is_file():
-                self.observe(Note(f"{name} goes on: {drawn}"))
-                ended = train.resume(self.folder / before, observe=lambda event: self._watch(trial, event))
+            if previous is not None and (self.folder / previous / "config.yaml").is_file():
+                self.observe(Note(f"{name} resumes: {drawn}"))
+                run = train.resume(self.folder / previous, observe=lambda event: self._watch(trial, event))
             else:
                 self.observe(Note(f"{name}: {drawn}"))
-                ended = train.run(
+                run = train.run(
                     self.config,
                     trial_overrides(self.overrides, values),
                     output=self.folder / "runs",
                     observe=lambda event: self._watch(trial, event),
                 )
         except StoppedByObserver as stopped:
-            self._decide(trial, str(stopped))
+            self._record_reason(trial, str(stopped))
             self.study.tell(trial, state=states.PRUNED)
             self.observe(Note(f"{name} pruned: {stopped}"))
         except (ConfigError, TrainingError) as error:
-            self._decide(trial, error.problems[0].message)
+            self._record_reason(trial, error.problems[0].message)
             self.study.tell(trial, state=states.FAIL)
             self.observe(Note(f"{name} failed: {error.problems[0].message}"))
         else:
-            value = ended.summary["validation"][self.metric]
-            trial.set_user_attr(FOLDER, str(ended.folder.relative_to(self.folder)))
+            value = run.summary["validation"][self.metric]
+            trial.set_user_attr(FOLDER, str(run.folder.relative_to(self.folder)))
             self.study.tell(trial, value)
             self.observe(Note(f"{name}: validation {self.metric} {value:.4f}, best so far {self.study.best_value:.4f}"))
 
-    def _decide(self, trial: optuna.Trial, why: str) -> None:
-        trial.set_user_attr(DECIDED, why)
+    def _record_reason(self, trial: optuna.Trial, reason: str) -> None:
+        trial.set_user_attr(DECIDED, reason)
 
     def _watch(self, trial: optuna.Trial, event: Event) -> None:
-        """Note the trial's folder and report its epochs; stop it where the pruner says so."""
+        """Record the folder of the trial, report its epochs, and stop it if the pruner decides so."""
         if isinstance(event, RunStarted):
             trial.set_user_attr(FOLDER, str(event.folder.relative_to(self.folder)))
         if not isinstance(event, EpochEnded):
             return
         epoch = int(event.record["epoch"])
-        known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        if epoch not in known:  # a process that was killed may have reported it
+        reported = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        if epoch not in reported:  # a killed process may have reported the epoch before
             trial.report(event.record["validation"][self.metric], epoch)
         if trial.should_prune():
             pruner = self.space.settings.pruner["name"]

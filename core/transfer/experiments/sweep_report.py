@@ -21,23 +21,31 @@ if TYPE_CHECKING:
 
 
 def short(value: Any) -> str:
-    """Return a value as text, with four significant digits."""
+    """Return a config value as text: a float with four significant digits, anything else as JSON.
+
+    The text is part of ``key=value`` in notes and of tables of trials, so ``null`` and ``true`` stay as in a config.
+    """
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def write_sweep_report(worker: Worker) -> dict[str, Any]:
-    """Score the test split once with the best trial, and write ``sweep.json`` and ``report.md``."""
+    """Score the test split once with the best trial, and write ``sweep.json`` and ``report.md``.
+
+    Raises:
+        TrainingError: All trials failed.
+    """
     optuna, study, folder = worker.optuna, worker.study, worker.folder
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
     if not complete:
-        whys = [trial.user_attrs.get(DECIDED) for trial in trials]
-        raise TrainingError(f"none of {len(trials)} trials succeeded; the last: {next(filter(None, whys[::-1]), '?')}")
+        reasons = [trial.user_attrs.get(DECIDED) for trial in trials]
+        last = next(filter(None, reversed(reasons)), "unknown")
+        raise TrainingError(f"all {len(trials)} trials failed or were pruned; the last reason: {last}")
     best = study.best_trial
     path = folder / "sweep.json"
-    before = read_json(path, "there is no report yet") if path.exists() else {}
-    if before.get("best", {}).get("trial") == best.number:  # the test split is scored once
-        test = before["best"]["test"]
+    previous = read_json(path, "there is no report yet") if path.exists() else {}
+    if previous.get("best", {}).get("trial") == best.number:  # an earlier call has scored the test split
+        test = previous["best"]["test"]
     else:
         test = _score_test(folder / best.user_attrs[FOLDER], worker.observe)
     report = {
@@ -79,20 +87,20 @@ def _score_test(run: Path, observe: Observer) -> dict[str, float] | None:
     try:
         return evaluate(run, "test", observe=lambda _: None)
     except RunError:  # the data has no test split
-        observe(Note("the data has no test split: the validation figures stand alone"))
+        observe(Note("the data has no test split; only validation metrics are reported"))
         return None
 
 
 def _importance(optuna: Any, study: Any) -> dict[str, float] | None:
-    """Return each key's share in the differences between trials (PED-ANOVA, Watanabe et al. 2023), if they tell."""
+    """Return the importance of each key (PED-ANOVA, Watanabe et al. 2023); None if the trials do not determine it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        except (ValueError, RuntimeError, ZeroDivisionError):  # too few trials, or all alike
+            importance = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        except (ValueError, RuntimeError, ZeroDivisionError):  # too few trials, or equal scores
             return None
-    return dict(found) if found and all(map(math.isfinite, found.values())) else None
+    return dict(importance) if importance and all(map(math.isfinite, importance.values())) else None
 
 
 def _markdown(report: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""Files that packages write into the folder of a completed run, through the entry-point group ``transfer.artifacts``.
+"""Files that packages write into the run directory of a completed run, through entry points in ``transfer.artifacts``.
 
-Training does not import the packages that write them: without ``transfer.reports`` a run ends without a report page.
+Training does not import the packages that write them: without ``transfer.reports``, a run has no report page.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import shlex
 from dataclasses import dataclass
 
 from transfer.config.run_config import RunConfig
+from transfer.errors import PluginError
 from transfer.interfaces import Split
 from transfer.models.saved_model import LoadedModel
 from transfer.registry.entry_points import core_first, import_target, plugins
@@ -22,15 +23,15 @@ KIND = "artifact"
 
 @dataclass(frozen=True)
 class CompletedRun:
-    """A completed run with everything that an artifact may need.
+    """Completed run with the objects that artifacts are made from.
 
     Args:
-        directory: The run directory; this process holds its lock.
-        config: The config of the run.
-        phases: The phases of the run, resolved for its model.
-        trained: The trained model with its preprocessing and task.
-        test: The raw test split, or None if it is not available.
-        missing_reason: Why the test split is not available.
+        directory: Run directory, locked by this process.
+        config: Config of the run.
+        phases: Phases of the run, resolved for its model.
+        trained: Trained model with its preprocessing and task.
+        test: Raw test split; None if it is not available.
+        missing_reason: Reason why the test split is not available.
     """
 
     directory: RunDirectory
@@ -44,9 +45,14 @@ class CompletedRun:
 def write_artifacts(run: CompletedRun, observe: Observer) -> None:
     """Write every registered artifact. A failure is reported as a note: the run stays complete."""
     for name in sorted({plugin.name for plugin in plugins(KIND)}):
+        (plugin, *_) = core_first([plugin for plugin in plugins(KIND) if plugin.name == name])
         try:
-            (plugin, *_) = core_first([plugin for plugin in plugins(KIND) if plugin.name == name])
-            import_target(plugin)(run)
-        except Exception as error:
+            write = import_target(plugin)
+        except PluginError as error:
+            observe(Note(f"the {name} was not written: {error.problems[0].message}"))
+            continue
+        try:
+            write(run)
+        except Exception as error:  # an artifact is code of a plugin, which may raise anything
             folder = shlex.quote(str(run.directory.path))
-            observe(Note(f"the {name} was not written: {error}; to try again: transfer {name} {folder}"))
+            observe(Note(f"the {name} was not written: {error}; try again with: transfer {name} {folder}"))

@@ -11,33 +11,41 @@ from transfer.config.run_config import RunConfig
 from transfer.data.loader import Loader
 from transfer.registry.entry_points import IN_PROCESS
 from transfer.storage.environment import environment
+from transfer.system.devices import device_name, resolve_device
 from transfer.training.build import BuiltExperiment
 from transfer.training.distributed import ProcessGroup
 
 MAX_CLASSES_SHOWN = 6
+"""Maximum number of class names in the facts of a run."""
 
 
 def length_quantiles(loader: Loader) -> dict[str, int]:
-    """Return how long a split's examples are."""
+    """Return quantiles of the lengths of a split's examples, in tokens; empty if the examples have no lengths."""
     marks = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
-    found = np.quantile(loader.lengths, list(marks.values())) if loader.lengths is not None else ()
-    return {name: round(float(length)) for name, length in zip(marks, found, strict=True)}
+    if loader.lengths is None:
+        return {}
+    lengths = np.quantile(loader.lengths, list(marks.values()))
+    return {name: round(float(length)) for name, length in zip(marks, lengths, strict=True)}
 
 
-def device_name() -> str:
-    """Return the name of the GPU, or ``cpu`` if there is none."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def training_device(config: RunConfig) -> torch.device:
+    """Return the device that ``train.device`` names on this machine.
+
+    Raises:
+        UserError: This machine does not have the device.
+    """
+    return resolve_device(config.train.device, where=config.document.location(("train", "device")))
 
 
 def run_environment(config: RunConfig, processes: ProcessGroup) -> dict[str, Any]:
-    """Return what figures may depend on beside config and data, the plugins' distributions included."""
+    """Return the environment that results may depend on: versions of packages and plugins, device, processes."""
     plugins = [c.plugin for c in (config.data, config.backbone, config.head, config.task)]
     distributions = {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS}
-    return environment(device_name(), distributions, processes.rank.world_size)
+    return environment(device_name(training_device(config)), distributions, processes.rank.world_size)
 
 
 def run_facts(config: RunConfig, built: BuiltExperiment, device: str) -> dict[str, str]:
-    """Say what is trained, on what and how, for a table."""
+    """Return the facts of a run for a table: data, model, phases, optimizer, device."""
     sizes = {name: len(loader.split) for name, loader in built.loaders.items()}
     model = built.experiment.model
     total = sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Predictions of a run's model for raw inputs."""
+"""Predictions of a trained model for raw inputs."""
 
 from __future__ import annotations
 
@@ -12,35 +12,53 @@ from transfer.errors import DataError, RunError
 from transfer.interfaces import Preprocessing
 from transfer.models.model_json import DESCRIPTION
 from transfer.models.saved_model import LoadedModel, find_model, read_model
+from transfer.runs.inference_device import inference_device
 from transfer.runs.occlusion import explain_output, outputs_of
+from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json
+from transfer.training.events import Observer, ignore_events
 
 PREDICTION_BATCH = 64
+"""Number of inputs that go through the model together."""
 
 
-def predict(run: str | Path, sources: Iterable[str], *, explain: bool = False) -> Iterator[dict[str, Any]]:
-    """Say what a run's model makes of some inputs, in batches, in order.
+def predict(
+    run: str | Path,
+    sources: Iterable[str],
+    *,
+    explain: bool = False,
+    device: str | None = None,
+    observe: Observer = ignore_events,
+) -> Iterator[dict[str, Any]]:
+    """Predict inputs with the model of a run, in batches and in order.
 
     Args:
-        run: A run directory, or a model folder (an export as ``safetensors``).
-        sources: For each the path of a file, a pattern of paths, or what the backbone's field is made of (a text).
-        explain: Say which pieces of an input moved its score, by taking out one at a time (occlusion, Zeiler and Fergus
-            2014; erasure, Li et al. 2016).
+        run: Run directory, or model folder (an export in the format ``safetensors``).
+        sources: Inputs. Each is the path of a file, a pattern of paths, or the content itself if the backbone reads
+            text.
+        explain: Whether to compute the effect of each piece of an input on its score, by leaving out one piece at a
+            time (occlusion, Zeiler and Fergus 2014; erasure, Li et al. 2016).
+        device: Device to compute on: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. None uses the run's
+            ``train.device``, or ``auto`` if this machine does not have that device.
+        observe: Function that is called with notes.
 
     Yields:
-        ``input`` and what the task says of it (for classification ``label``, ``probability``, ``probabilities``), and
-        with ``explain`` the ``explanation``: ``of`` which output (the class predicted), its ``score``, and the
-        ``pieces`` in order, each with its ``change``: the score less what it is without that piece.
+        ``input`` and the task's interpretation (for classification ``label``, ``probability``, ``probabilities``). With
+        ``explain``, also the ``explanation``: ``of``, the name of the explained output (the predicted class); its
+        ``score``; and the ``pieces`` in order, each with its ``change``, the score with the piece minus the score
+        without it.
 
     Raises:
-        UserError: The run is not right, an input cannot be read, or the backbone cannot take its inputs apart.
+        UserError: The run is damaged, the device does not exist, an input cannot be read, or the backbone cannot divide
+            its inputs into pieces.
     """
     folder = find_model(run)
     loaded = read_model(folder)
     if explain and not loaded.backbone.preprocessing.explains:
         name = read_json(folder / DESCRIPTION, "there is no model here")["backbone"]["name"]
         fix = "predict without an explanation"
-        raise RunError(f"backbone {name!r} does not say how to take an input apart", where=str(folder), fix=fix)
+        raise RunError(f"backbone {name!r} cannot divide an input into pieces", where=str(folder), fix=fix)
+    loaded.model.to(inference_device(device, _device_of_run(Path(run), folder), observe))
     names: list[str] = []
     for name in _expand(sources):
         names.append(name)
@@ -49,6 +67,13 @@ def predict(run: str | Path, sources: Iterable[str], *, explain: bool = False) -
             names = []
     if names:
         yield from _predict(loaded, names, explain)
+
+
+def _device_of_run(run: Path, folder: Path) -> str:
+    """Return the ``train.device`` of a run; ``auto`` for a model folder without its run."""
+    if folder == run:
+        return "auto"
+    return str(RunDirectory.open(run).config().get("train", {}).get("device", "auto"))
 
 
 def _predict(loaded: LoadedModel, names: Sequence[str], explain: bool) -> Iterator[dict[str, Any]]:
@@ -64,13 +89,13 @@ def _read(preprocessing: Preprocessing, source: str) -> Any:
     try:
         return preprocessing.read(source)
     except (ValueError, OSError) as error:
-        what = getattr(error, "strerror", None) or error
-        raise DataError(f"the input cannot be read: {what}", where=source or "(empty input)") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the input cannot be read: {reason}", where=source or "(empty input)") from error
 
 
 def _expand(sources: Iterable[str]) -> Iterator[str]:
-    """Put the files that a pattern matches in its place; a source that is no pattern, or matches nothing, stays."""
+    """Yield the sources, with every pattern that matches files replaced by these files."""
     for source in sources:
-        # A text may hold a question mark; only what matches files is a pattern.
+        # A text may contain a question mark: only a source that matches files is a pattern.
         matches = sorted(glob.glob(os.path.expanduser(source))) if glob.has_magic(source) else []
         yield from matches or [source]

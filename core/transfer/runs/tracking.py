@@ -1,4 +1,4 @@
-"""What trackers are told of a run, each thing once; one that fails is left out, and the run goes on."""
+"""Logging of a run to its trackers. Every record is logged once; a tracker that fails is disabled for the run."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Scalar = str | bool | int | float | None
 
 
 class Tracking:
-    """An observer that tells a run's trackers, and then another observer, what happens.
+    """Observer that forwards events to another observer and logs the metrics of a run to its trackers.
 
-    How far each tracker has come is kept in ``trackers.json``: a run that goes on tells it what it missed, and nothing
-    twice.
+    ``trackers.json`` contains the last epoch that each tracker has logged. A resumed run therefore logs the missing
+    epochs, and no epoch twice.
 
     Args:
-        config: Names the trackers.
-        directory: Of the run.
-        observe: The other observer, which hears of trackers that fail.
+        config: Config of the run, with its trackers.
+        directory: Run directory.
+        observe: Observer that receives all events, and notes on trackers that fail.
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory, observe: Observer) -> None:
         self._config = config
         self._directory = directory
         self._observe = observe
-        self._told = directory.tracked() if config.trackers else {}
+        self._logged = directory.tracked() if config.trackers else {}
         self._trackers: dict[str, Tracker] = {}
 
     def __call__(self, event: Event) -> None:
-        """Pass an event on."""
+        """Forward an event, and log it."""
         self._observe(event)
         match event:
             case RunStarted():
@@ -47,65 +47,70 @@ class Tracking:
                 self.end(summary)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Tell the figures of the whole run where it is complete, and how it ended."""
+        """Log the final metrics if the run is complete, and the status of the run."""
 
         def finish(name: str, tracker: Tracker) -> None:
             self._catch_up(name, tracker)
             if summary["status"] == "complete":
                 final = {"test": summary["test"] or {}, "best_validation": summary["validation"]}
-                tracker.record(figures({**final, "best_epoch": summary["best_epoch"]}), summary["epochs"])
+                tracker.record(scalars({**final, "best_epoch": summary["best_epoch"]}), summary["epochs"])
             tracker.finish(summary["status"])
 
         self._each(finish)
         self._trackers = {}
 
     def _start(self, name: str, tracker: Tracker) -> None:
-        known = self._told.get(name, {})
+        previous = self._logged.get(name, {})
         config = dict(flat({key: value for key, value in self._config.resolved.items() if key != "trackers"}))
         folder = self._directory.path
-        identity = tracker.start(TrackedRun(folder, run_name(self._directory), config, known.get("run")))
-        self._told[name] = {"run": identity, "epochs": known.get("epochs", 0)}
-        self._directory.write_tracked(self._told)
+        identity = tracker.start(TrackedRun(folder, run_name(self._directory), config, previous.get("run")))
+        self._logged[name] = {"run": identity, "epochs": previous.get("epochs", 0)}
+        self._directory.write_tracked(self._logged)
 
     def _catch_up(self, name: str, tracker: Tracker) -> None:
-        told = self._told[name]
-        ended = (self._directory.path / "metrics.jsonl").exists()  # an epoch, before the run was stopped
-        for record in self._directory.metrics() if ended else ():
-            if record["epoch"] > told["epochs"]:
-                tracker.record(figures(record), record["epoch"])
-                told["epochs"] = record["epoch"]
-        self._directory.write_tracked(self._told)
+        logged = self._logged[name]
+        # The file does not exist if the run was stopped before the end of its first epoch.
+        has_metrics = (self._directory.path / "metrics.jsonl").exists()
+        for record in self._directory.metrics() if has_metrics else ():
+            if record["epoch"] > logged["epochs"]:
+                tracker.record(scalars(record), record["epoch"])
+                logged["epochs"] = record["epoch"]
+        self._directory.write_tracked(self._logged)
 
     def _each(self, do: Callable[[str, Tracker], None]) -> None:
+        """Call a function with each tracker, and disable the trackers that raise."""
         for name, tracker in list(self._trackers.items()):
             try:
                 do(name, tracker)
-            except Exception as error:  # a server that is away, a full disk, a mistake in a plugin
+            except Exception as error:  # an unreachable server, a full disk, a bug in a plugin
                 del self._trackers[name]
                 reason = str(error).strip().partition("\n")[0]
-                text = f"tracker {name!r} is left out from here on: {type(error).__name__}: {reason}"
+                text = f"tracker {name!r} failed and is disabled for this run: {type(error).__name__}: {reason}"
                 self._observe(Note(text))
 
 
 def run_name(directory: RunDirectory) -> str:
-    """Return what a run is called: its folder, with that around it where the name alone is not one of a kind."""
+    """Return the name of a run for trackers: its folder, with the parent folder if the name has no date and time."""
     path = directory.path.resolve()
     return path.name if re.search(r"-\d{8}-\d{6}", path.name) else f"{path.parent.name}/{path.name}"
 
 
-def figures(record: Mapping[str, Any], before: str = "") -> dict[str, float]:
-    """Return the numbers of a record by names with slashes; the epoch, by which they are recorded, is none of them."""
-    found: dict[str, float] = {}
+def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers of a nested record by names with slashes, such as ``test/accuracy``.
+
+    The epoch is left out, because it is the step at which trackers log the numbers.
+    """
+    numbers: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
-            found |= figures(value, f"{before}{name}/")
+            numbers |= scalars(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and name != "epoch":
-            found[f"{before}{name}"] = value
-    return found
+            numbers[f"{prefix}{name}"] = value
+    return numbers
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, Scalar]]:
-    """Yield each value of a config with its key as the command line has it; a list of mere values is one, as JSON."""
+    """Yield each value of a config with its key as in overrides. A list without mappings is one value, as JSON."""
     if isinstance(value, Mapping) and value:
         for name, item in value.items():
             yield from flat(item, f"{key}.{name}" if key else name)

@@ -1,4 +1,4 @@
-"""What one does with a config or a run: check, run, resume, evaluate, predict. The command line calls these."""
+"""Train a config to a run directory, and resume a run."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from transfer.training.events import Note, Observer, RunEnded, RunStarted, ignor
 
 @dataclass(frozen=True)
 class Run:
-    """A run that ended.
+    """A completed run.
 
     Args:
-        folder: Its run directory.
-        summary: As in ``summary.json``.
+        folder: Run directory.
+        summary: Content of ``summary.json``.
     """
 
     folder: Path
@@ -48,20 +48,21 @@ def run(
     quick: bool = False,
     observe: Observer = ignore_events,
 ) -> Run:
-    """Train what a config says and return the run.
+    """Train a config and return the run.
 
-    Several processes that a launcher started (``torchrun``) train it together; the first one alone writes and observes.
+    If a launcher (``torchrun``) started several processes, they train one model together. Only rank 0 writes files and
+    reports events.
 
     Args:
-        config: The path of a YAML file, or the config as plain data.
-        overrides: ``path.to.key=value`` each.
-        output: The folder in which the run makes its own.
-        quick: One epoch per phase over a few batches of each part, to prove a config before a long run.
-        observe: Is called with every event of the run (:mod:`transfer.training.events`).
+        config: Path of a YAML file, or the config as a mapping.
+        overrides: Changes to the config, each ``path.to.key=value``.
+        output: Folder in which the run directory is created.
+        quick: Whether to run one epoch per phase over a few batches of each split only, as a test of the config.
+        observe: Function that is called with every event of the run (:mod:`transfer.training.events`).
 
     Raises:
-        UserError: The config, the data or the weights are not right; nothing has been written.
-        TrainingError: Training cannot go on; the run directory holds what was reached.
+        UserError: The config, the data or the weights are wrong; no files are written.
+        TrainingError: Training failed; the run directory contains the last checkpoint.
     """
     with process_group() as processes:
         checked = load_config(config, overrides)
@@ -80,7 +81,16 @@ def run_in(
     observe: Observer,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Run:
-    """Train what a checked config says in the folder that is made once everything is loaded (:func:`run`)."""
+    """Train a checked config in a new run directory (:func:`run`).
+
+    Args:
+        make_directory: Function that creates the run directory. It is called after data and weights are loaded, so that
+            errors in them leave no directory behind.
+        config: Checked config.
+        quick: Whether to run a few batches only.
+        observe: Function that is called with every event of the run.
+        processes: Process group of the run.
+    """
     if quick:
         config = config.quick()
     built, observe = _build(config, observe, processes, quick=quick)
@@ -88,7 +98,7 @@ def run_in(
     directory = RunDirectory(processes.broadcast_object(lambda: make_directory().path))
     with directory.locked() if processes.is_main else nullcontext():
         if processes.is_main:
-            # The config comes last: a folder without it is no run.
+            # The config is written last: a folder without it is not a run.
             directory.write_environment(run_environment(config, processes), quick=quick)
             directory.write_config(config.resolved)
         return _train(config, built, directory, observe, processes, quick=quick, resume=False)
@@ -97,35 +107,34 @@ def run_in(
 def _build(
     config: RunConfig, observe: Observer, processes: ProcessGroup, *, quick: bool
 ) -> tuple[BuiltExperiment, Observer]:
-    """Build an experiment, and return it with who is told of it: nobody, of all processes but the first."""
+    """Build the experiment. Return it with the observer: only rank 0 reports events."""
     observe = observe if processes.is_main else ignore_events
     if processes.is_distributed and config.train.batch_size == "auto":
         raise ConfigError(
-            "train.batch_size: auto looks at the memory of one process, and there are several",
+            "train.batch_size is auto: expected a number in distributed training, because auto measures one process",
             where=config.document.location(("train", "batch_size")),
-            fix="find it in one process, with --quick say, and set the number",
+            fix="find the size in one process, for example with --quick, and set the number",
         )
     if lacks_a_launcher():
-        text = "accelerate launch --cpu starts several processes through mpirun alone: this one trains by itself"
-        observe(Note(f"{text}; torchrun --nproc-per-node N -m transfer ... starts N"))
-    with processes.local_main_first():  # what it downloads or prepares the others find
+        text = "accelerate launch --cpu starts several processes only with mpirun: training in a single process"
+        observe(Note(f"{text}; to start N processes: torchrun --nproc-per-node N -m transfer ..."))
+    with processes.local_main_first():  # local rank 0 downloads and prepares files for the other ranks
         return build(config, observe, quick=quick), observe
 
 
 def resume(run: str | Path, *, observe: Observer = ignore_events) -> Run:
-    """Go on with a run that was interrupted, as if nothing had happened: on the CPU its result is the same to the bit.
+    """Resume an interrupted run. On the CPU, the result is bit-identical to that of an uninterrupted run.
 
-    A run that was stopped before its first checkpoint begins again in its folder; of one that is complete nothing is
-    done.
+    A run without a checkpoint starts again in its directory. A complete run is left as it is.
 
     Args:
-        run: A run directory.
-        observe: Is called with every event of the run (:mod:`transfer.training.events`).
+        run: Run directory.
+        observe: Function that is called with every event of the run (:mod:`transfer.training.events`).
 
     Raises:
-        UserError: The folder is no run's, another process writes into it, or data, base weights or all checkpoints are
-            not what they were.
-        TrainingError: Training cannot go on.
+        UserError: The folder is not a run directory, another process writes into it, the data or the base weights have
+            changed, or all checkpoints are damaged.
+        TrainingError: Training failed.
     """
     with process_group() as processes, ExitStack() as stack:
 
@@ -140,7 +149,7 @@ def resume(run: str | Path, *, observe: Observer = ignore_events) -> Run:
         directory = RunDirectory(path)
         if summary is not None:
             if processes.is_main:
-                observe(Note(f"{path} is complete: there is nothing to do"))
+                observe(Note(f"{path} is already complete"))
             return Run(path, summary)
         config = load_config(plain)
         quick = bool(before.get("quick"))
@@ -148,9 +157,8 @@ def resume(run: str | Path, *, observe: Observer = ignore_events) -> Run:
             config = config.quick()
         different = environment_diff(before, run_environment(config, processes))
         if different and processes.is_main:
-            observe(
-                Note("not the same as when the run began; results may differ in the last bits: " + "; ".join(different))
-            )
+            changes = "; ".join(different)
+            observe(Note(f"the environment has changed, so results may differ in the last bits: {changes}"))
         built, observe = _build(config, observe, processes, quick=quick)
         if processes.is_main:
             directory.remove_temporary_files()
@@ -168,7 +176,7 @@ def _train(
     quick: bool,
     resume: bool,
 ) -> Run:
-    """Train in a run directory, from the beginning or from its checkpoint, to its summary."""
+    """Train in a run directory, from the start or from the last checkpoint, and write the model and the summary."""
     epochs = sum(phase.epochs for phase in built.experiment.phases)
     primary_metric = built.experiment.task.primary_metric.name
     device = device_name(built.experiment.options.device)
@@ -200,13 +208,13 @@ def _train(
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             status = "stopped" if isinstance(error, StoppedByObserver) else status
-            broken = {"status": status, "error": f"{type(error).__name__}: {error}"}
-            with suppress(OSError):  # the disk may be full: what happened is said all the same
+            outcome = {"status": status, "error": f"{type(error).__name__}: {error}"}
+            with suppress(OSError):  # if the disk is full, the original error still has to be raised
                 if processes.is_main:
-                    directory.write_summary(broken)
-            tracking.end(broken)
+                    directory.write_summary(outcome)
+            tracking.end(outcome)
             if isinstance(error, KeyboardInterrupt):
-                observe(Note(f"interrupted; go on with: {directory.resume_command}"))
+                observe(Note(f"interrupted; resume with: {directory.resume_command}"))
             raise
     if config.train.report and not quick and processes.is_main:
         experiment = built.experiment
