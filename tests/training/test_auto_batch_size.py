@@ -1,4 +1,4 @@
-"""``batch_size: auto``: what it finds where memory runs out, and that it changes nothing else."""
+"""``batch_size: auto``: the size that it finds, and that it changes nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from transfer.training.events import Event, Note
 from transfer.training.experiment import Experiment, Phase
 
 AUTO = "train.batch_size=auto"
-TRAINED = "data.count=1000"  # three quarters of them for training, less a tenth for validation
+TRAINED = "data.count=1000"  # 675 of them for training: 750, minus a tenth for validation
 
 
 def ignore_events(_: Event) -> None:
@@ -40,7 +40,7 @@ def ignore_events(_: Event) -> None:
 
 @pytest.fixture
 def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let memory run out, as torch says it does, where a model is trained on more examples than this."""
+    """Return a function that makes torch run out of memory if a batch has more examples than a limit."""
 
     def limit(examples: int, evaluated: int = 10_000) -> None:
         forward = torch.nn.Linear.forward
@@ -70,7 +70,7 @@ def notes_of(do: Callable[[Callable[[Event], None]], Any]) -> tuple[Any, list[No
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(2, 2), (20, 16), (32, 32)])
-def test_the_largest_power_of_two_before_memory_runs_out(
+def test_largest_power_of_two_that_fits_is_found(
     experiment: Experiment, memory_for: Callable[..., None], limit: int, expected: int
 ) -> None:
     memory_for(limit)
@@ -81,7 +81,7 @@ def test_the_largest_power_of_two_before_memory_runs_out(
     assert list(notes[-1].details)[1:] == [f"step of {2**power}" for power in range(1, expected.bit_length())]
 
 
-def test_twice_as_many_must_fit_where_nothing_is_trained(
+def test_evaluation_batch_must_fit_too(
     config: dict[str, Any], experiment: Experiment, memory_for: Callable[..., None]
 ) -> None:
     memory_for(10_000, evaluated=20)
@@ -90,17 +90,17 @@ def test_twice_as_many_must_fit_where_nothing_is_trained(
     assert find_batch_size(own, ignore_events, evaluation_batch_size=4) > 8
 
 
-def test_an_epoch_has_some_steps(config: dict[str, Any], experiment: Experiment) -> None:
+def test_epoch_has_minimum_number_of_steps(config: dict[str, Any], experiment: Experiment) -> None:
     assert len(experiment.train.split) // 8 == 84
     assert find_batch_size(experiment, ignore_events) == 64
     few = build(load_config(config, ["data.count=20"]), ignore_events).experiment
     assert find_batch_size(few, ignore_events) == 2
 
 
-def test_on_the_cpu_no_size_is_tried_that_would_not_fit(
+def test_size_is_not_tried_on_cpu_if_predicted_not_to_fit(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that takes too much is killed there: what a step takes is told by those before it."""
+    """The operating system kills a process that exceeds memory, so memory is extrapolated from smaller sizes."""
     tried: list[int] = []
     mebibyte = 2**20
 
@@ -123,14 +123,14 @@ def test_on_the_cpu_no_size_is_tried_that_would_not_fit(
     monkeypatch.setattr(auto_batch_size, "PeakResident", Peak)
     monkeypatch.setattr(auto_batch_size, "available_bytes", lambda: 2 * 200 * mebibyte)
     found, notes = notes_of(lambda observe: find_batch_size(experiment, observe))
-    assert found == 16  # 320 MiB for 32 of the 200 that may be taken
+    assert found == 16  # 32 would take 320 MiB, the limit is 200 MiB
     assert set(tried) == {2, 4, 8, 16}
     assert notes[-1].text == "batch size 16, found by auto: 32 would take about 0.31 GiB"
     assert notes[-1].details is not None
     assert notes[-1].details["memory limit"] == "0.20 GiB"
 
 
-def test_where_nothing_fits_it_says_so(config: dict[str, Any], memory_for: Callable[..., None], tmp_path: Path) -> None:
+def test_error_if_no_size_fits(config: dict[str, Any], memory_for: Callable[..., None], tmp_path: Path) -> None:
     memory_for(1)
     with pytest.raises(TrainingError, match="auto found none: 2 ran out of memory") as caught:
         transfer.run(config, [AUTO], output=tmp_path / "runs")
@@ -138,7 +138,7 @@ def test_where_nothing_fits_it_says_so(config: dict[str, Any], memory_for: Calla
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_experiment_is_left_as_it_is(experiment: Experiment) -> None:
+def test_search_does_not_change_the_experiment(experiment: Experiment) -> None:
     def state() -> list[bytes]:
         tensors = [t.numpy().tobytes() for t in experiment.model.state_dict().values()]
         generators = [torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes()]  # type: ignore[index]
@@ -152,13 +152,13 @@ def test_the_experiment_is_left_as_it_is(experiment: Experiment) -> None:
     assert all(parameter.grad is None for parameter in experiment.model.parameters())
 
 
-def test_the_phase_that_needs_most_is_tried(config: dict[str, Any]) -> None:
+def test_most_demanding_phase_is_tried(config: dict[str, Any]) -> None:
     phases = "[{epochs: 1, freeze: backbone}, {epochs: 1}, {epochs: 1, freeze: {until: first}}]"
     experiment = build(load_config(config, [f"train.phases={phases}"]), ignore_events).experiment
     assert most_demanding_phase(experiment) is experiment.phases[1]
 
 
-def test_texts_are_tried_with_the_longest() -> None:
+def test_longest_texts_are_tried() -> None:
     config = {"data": {"name": "mini_reviews"}, "backbone": {"name": "textcnn", "filters": 2, "vectors": None}}
     loader = build(load_config({**config, "train": {"bucket": False}}), ignore_events).experiment.train
     lengths = loader.preprocessing.lengths(loader.examples.encoded)  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ def test_texts_are_tried_with_the_longest() -> None:
     assert sorted(lengths[found.indices]) == sorted(lengths)[-4:]
 
 
-def test_the_peak_is_seen_while_it_lasts() -> None:
+def test_peak_resident_memory_is_measured() -> None:
     before = PeakResident.now()
     with PeakResident() as peak:
         blocks = torch.ones(40, 2**20)
@@ -179,7 +179,7 @@ def test_the_peak_is_seen_while_it_lasts() -> None:
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
-def test_a_run_is_that_of_the_size_found(config: dict[str, Any], tmp_path: Path) -> None:
+def test_run_with_auto_equals_run_with_found_size(config: dict[str, Any], tmp_path: Path) -> None:
     found = transfer.run(config, [AUTO], output=tmp_path / "auto")
     assert yaml.safe_load((found.folder / "config.yaml").read_text())["train"]["batch_size"] == 8
     given = transfer.run(config, ["train.batch_size=8"], output=tmp_path / "given")
@@ -191,7 +191,7 @@ def test_a_run_is_that_of_the_size_found(config: dict[str, Any], tmp_path: Path)
     assert transfer.evaluate(found.folder) == found.summary["test"]
 
 
-def test_a_run_that_goes_on_keeps_its_size(
+def test_resumed_run_keeps_its_batch_size(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_for: Callable[..., None]
 ) -> None:
     memory_for(20)
@@ -201,7 +201,7 @@ def test_a_run_that_goes_on_keeps_its_size(
     assert transfer.resume(run.folder).summary["test"] == run.summary["test"]
 
 
-def test_seeds_share_one_size(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_seeds_use_one_batch_size(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = iter([16, 4, 8])
     monkeypatch.setattr("transfer.training.build.find_batch_size", lambda *arguments: next(sizes))
     run = run_seeds(config, [AUTO], seeds=2, output=tmp_path)
@@ -209,7 +209,7 @@ def test_seeds_share_one_size(config: dict[str, Any], tmp_path: Path, monkeypatc
     assert [each["train"]["batch_size"] for each in plain] == [16, 16]
 
 
-def test_a_range_test_and_a_quick_try_find_one_too(config: dict[str, Any], tmp_path: Path) -> None:
+def test_lr_finder_and_quick_run_find_a_batch_size(config: dict[str, Any], tmp_path: Path) -> None:
     find_learning_rate(config, [AUTO], steps=10, output=tmp_path / "curve.svg")
     run = transfer.run(config, [AUTO, "train.precision=bf16", "train.ema=0.9"], output=tmp_path, quick=True)
     assert RunDirectory(run.folder).config()["train"]["batch_size"] == 8
@@ -218,7 +218,7 @@ def test_a_range_test_and_a_quick_try_find_one_too(config: dict[str, Any], tmp_p
 # ---------------------------------------------------------------------------------------------------------- the config
 
 
-def test_the_config_takes_auto_alone(config: dict[str, Any]) -> None:
+def test_config_accepts_auto_but_no_other_word(config: dict[str, Any]) -> None:
     assert load_config(config, [AUTO]).resolved["train"]["batch_size"] == "auto"
     for wrong in ("automatic", "0", "1.5"):
         with pytest.raises(ConfigError, match="expected an integer of 1 or more, or auto"):
@@ -227,14 +227,14 @@ def test_the_config_takes_auto_alone(config: dict[str, Any]) -> None:
         load_config(config, [AUTO, "train.max_tokens=100"])
 
 
-def test_check_says_when_it_is_found(config: dict[str, Any]) -> None:
+def test_check_prints_that_batch_size_is_found_later(config: dict[str, Any]) -> None:
     checked, parts = transfer.check(config, [AUTO])
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(*render(checked, parts))
     assert "the largest batch size that fits into memory at the start" in console.export_text()
 
 
-def test_the_schema_allows_it(tiny: None) -> None:
+def test_json_schema_allows_auto(tiny: None) -> None:
     validator = jsonschema.Draft202012Validator(config_schema()[0])
     block = {"data": {"name": "points"}, "backbone": {"name": "dense"}}
     assert all(validator.is_valid({**block, "train": {"batch_size": size}}) for size in (16, "auto", "${SIZE:-8}"))

@@ -1,4 +1,4 @@
-"""What preflight refuses before anything is loaded."""
+"""Preflight refuses wrong configs before anything is loaded, and its phases are those of the experiment."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ def test_views_without_augmentation_are_refused(config: dict[str, Any]) -> None:
     assert caught.value.problems[0].where == "override 'train.views=2'"
 
 
-def test_cutmix_of_what_is_no_picture_is_refused(config: dict[str, Any]) -> None:
+def test_cutmix_of_non_image_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="cutmix"):
         transfer.check(config, ["train.mix={cutmix: 1.0}"])
 
 
-def test_batches_of_one_are_refused_where_batch_norm_is_trained(config: dict[str, Any]) -> None:
+def test_batch_size_one_is_refused_with_trained_batch_norm(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="batches of one"):
         transfer.check(config, ["train.batch_size=1"])
     transfer.check(config, ["train.batch_size=1", "train.phases=[{epochs: 1, freeze: backbone}]"])
 
 
-def test_a_schedulers_mistake_is_found_at_its_line(config: dict[str, Any]) -> None:
+def test_scheduler_error_names_its_config_line(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="OneCycleLR refuses") as caught:
         transfer.check(config, ["train.scheduler={name: one_cycle, pct_start: 3.0}"])
     assert "train.scheduler" in str(caught.value.problems[0].where)
 
 
-def test_shapes_are_held_to_what_the_backbone_says(config: dict[str, Any]) -> None:
-    class Boastful(Dense):
-        """Says that its features are wider than they are."""
+def test_features_must_match_the_feature_spec(config: dict[str, Any]) -> None:
+    class WrongSpec(Dense):
+        """Backbone whose feature spec is wider than its features."""
 
         @property
         def features(self) -> Any:
             return type(super().features)("vector", super().features.size + 1)
 
-    register("backbone", "boastful")(Boastful)
+    register("backbone", "wrong_spec")(WrongSpec)
     with pytest.raises(PluginError, match="returns"):
-        transfer.check(config, ["backbone={name: boastful}"])
+        transfer.check(config, ["backbone={name: wrong_spec}"])
 
 
-def test_everything_stays_on_the_meta_device(config: dict[str, Any]) -> None:
+def test_checked_model_is_on_the_meta_device(config: dict[str, Any]) -> None:
     _, parts = transfer.check(config)
     assert {parameter.device for parameter in parts.model.parameters()} == {torch.device("meta")}
     assert parts.shapes["head"] == "(B, 2)"

@@ -1,4 +1,4 @@
-"""What needs no second process: shares of batches, places, and what is refused."""
+"""Distributed training without a second process: shards, ranks and refusals."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, process_
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("examples", [1, 2, 3, 4, 5, 7, 16, 33])
-def test_shares_are_the_batch_cut_into_pieces_of_like_size(count: int, examples: int) -> None:
+def test_shards_are_contiguous_and_of_equal_size(count: int, examples: int) -> None:
     batch = np.arange(100, 100 + examples)
-    everybody = [ProcessGroup(Rank(rank, count)) for rank in range(count)]
-    sizes = [one.shard_size(examples) for one in everybody]
-    assert [*np.concatenate([one.shard(batch)[:size] for one, size in zip(everybody, sizes, strict=True)])] == [*batch]
-    taken = [size for size in sizes if size]
-    assert max(taken) - min(taken) <= 1
-    # Batch norm cannot train on one example, neither as a share nor as what a process computes for nothing.
-    assert all(len(one.shard(batch)) >= min(2, examples) for one in everybody)
+    ranks = [ProcessGroup(Rank(rank, count)) for rank in range(count)]
+    sizes = [rank.shard_size(examples) for rank in ranks]
+    assert [*np.concatenate([rank.shard(batch)[:size] for rank, size in zip(ranks, sizes, strict=True)])] == [*batch]
+    nonempty = [size for size in sizes if size]
+    assert max(nonempty) - min(nonempty) <= 1
+    # Batch norm cannot train on one example, not even on a rank with an empty shard.
+    assert all(len(rank.shard(batch)) >= min(2, examples) for rank in ranks)
 
 
-def test_one_process_has_the_whole_batch_and_asks_nobody() -> None:
+def test_single_process_has_the_complete_batch() -> None:
     batch = np.arange(7)
     assert SINGLE_PROCESS.shard(batch) is not None
     assert len(SINGLE_PROCESS.shard(batch)) == SINGLE_PROCESS.shard_size(7) == 7
@@ -55,23 +55,23 @@ def test_one_process_has_the_whole_batch_and_asks_nobody() -> None:
         ),
     ],
 )
-def test_the_place_is_what_the_launcher_says(
+def test_rank_is_read_from_launcher_variables(
     environment: dict[str, str], expected: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     for name, text in environment.items():
         monkeypatch.setenv(name, text)
     assert rank_from_environment() == expected
-    # A job of a cluster that is no training: nobody says where to meet.
+    # A cluster job that is not distributed training sets no address for the rendezvous.
     monkeypatch.delenv("MASTER_ADDR")
     assert rank_from_environment() == Rank()
 
 
-def test_a_launcher_that_starts_one_process_instead_of_several_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_launch_on_cpu_without_mpi_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not lacks_a_launcher()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert not lacks_a_launcher()
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # which accelerate sets where several were asked for
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # accelerate sets it if several processes were requested
     assert lacks_a_launcher()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not lacks_a_launcher()
@@ -89,7 +89,9 @@ def test_a_launcher_that_starts_one_process_instead_of_several_is_noticed(monkey
     ],
 )
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_only_one_process_does_is_refused_once(start: object, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_process_command_is_refused_and_reported_once(
+    start: object, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, text in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": str(rank)}.items():
         monkeypatch.setenv(name, text)
     with pytest.raises(UserError, match="works in one process, and a launcher has started 2") as caught:
@@ -97,6 +99,6 @@ def test_what_only_one_process_does_is_refused_once(start: object, rank: int, mo
     assert caught.value.shown_elsewhere == bool(rank)
 
 
-def test_a_single_process_joins_nobody() -> None:
+def test_process_group_of_single_process() -> None:
     with process_group() as processes:
         assert processes is SINGLE_PROCESS

@@ -1,4 +1,4 @@
-"""The training loop, through whole runs."""
+"""The training loop in complete runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 PHASES = "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, freeze: {until: first}, lr: 0.02}]"
 
 
-def test_metrics_have_a_line_per_epoch(config: dict[str, Any], tmp_path: Path) -> None:
+def test_metrics_file_has_one_line_per_epoch(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, [PHASES], output=tmp_path)
     found = lines(run.folder)
     assert [(line["phase"], line["epoch"]) for line in found] == [(1, 1), (2, 2), (2, 3)]
@@ -45,7 +45,7 @@ def test_metrics_have_a_line_per_epoch(config: dict[str, Any], tmp_path: Path) -
         assert 0 < line["waiting_for_data"] < 1
 
 
-def test_the_best_epoch_is_chosen_by_validation(config: dict[str, Any], tmp_path: Path) -> None:
+def test_best_epoch_is_selected_by_validation(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, ["train.phases=[{epochs: 6}]", "train.optimizer.lr=0.3"], output=tmp_path)
     found = lines(run.folder)
     best = max(found, key=lambda line: (line["validation"]["accuracy"], -line["validation"]["loss"]))
@@ -53,7 +53,7 @@ def test_the_best_epoch_is_chosen_by_validation(config: dict[str, Any], tmp_path
     assert run.summary["validation"] == best["validation"]
 
 
-def test_a_metric_that_should_fall_is_chosen_by_its_least(config: dict[str, Any], tmp_path: Path) -> None:
+def test_best_epoch_of_metric_to_minimize(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["data.target=number", "task={name: regression}", "train.phases=[{epochs: 5}]"]
     run = transfer.run(config, overrides, output=tmp_path)
     found = lines(run.folder)
@@ -67,7 +67,7 @@ def test_training_learns(config: dict[str, Any], tmp_path: Path) -> None:
     assert transfer.run(config, overrides, output=tmp_path).summary["test"]["accuracy"] > 0.95
 
 
-def test_the_same_seed_gives_the_same_bits(config: dict[str, Any], tmp_path: Path) -> None:
+def test_same_seed_gives_identical_weights(config: dict[str, Any], tmp_path: Path) -> None:
     first = transfer.run(config, [PHASES], output=tmp_path)
     torch.manual_seed(12345)
     np.random.seed(1)
@@ -79,18 +79,18 @@ def test_the_same_seed_gives_the_same_bits(config: dict[str, Any], tmp_path: Pat
     assert [line["train"] for line in lines(first.folder)] == [line["train"] for line in lines(second.folder)]
 
 
-def test_loader_processes_change_nothing(config: dict[str, Any], tmp_path: Path) -> None:
+def test_loader_workers_do_not_change_results(config: dict[str, Any], tmp_path: Path) -> None:
     first, second = (transfer.run(config, [f"train.workers={n}"], output=tmp_path) for n in (0, 2))
     ours, theirs = weights(first.folder), weights(second.folder)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_another_seed_gives_other_weights(config: dict[str, Any], tmp_path: Path) -> None:
+def test_different_seed_gives_different_weights(config: dict[str, Any], tmp_path: Path) -> None:
     first, second = (transfer.run(config, [f"seed={seed}"], output=tmp_path) for seed in (0, 1))
     assert not torch.equal(weights(first.folder)["head.output.weight"], weights(second.folder)["head.output.weight"])
 
 
-def test_every_seed_is_scored_on_the_same_examples(config: dict[str, Any]) -> None:
+def test_all_seeds_are_scored_on_the_same_examples(config: dict[str, Any]) -> None:
     from transfer.config.check import load_config
     from transfer.training.build import build
 
@@ -99,13 +99,13 @@ def test_every_seed_is_scored_on_the_same_examples(config: dict[str, Any]) -> No
     assert list(ours) == list(theirs)
 
 
-def test_a_sequence_backbone_trains(config: dict[str, Any], tmp_path: Path) -> None:
+def test_sequence_backbone_trains(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, ["backbone={name: steps}", "head={name: mean_of_steps}"], output=tmp_path)
     assert run.summary["status"] == "complete"
 
 
-def test_the_loss_is_the_mean_over_examples(config: dict[str, Any], tmp_path: Path) -> None:
-    """With a rate too small to matter, training and evaluation see the same model on every batch."""
+def test_loss_is_mean_over_examples(config: dict[str, Any], tmp_path: Path) -> None:
+    """With a negligible learning rate, training and evaluation compute the same loss on every batch."""
     overrides = [
         "backbone.dropout=0.0",
         "train.optimizer={name: sgd, lr: 1.0e-30}",
@@ -125,14 +125,14 @@ def test_parameters_are_counted(config: dict[str, Any], tmp_path: Path) -> None:
 
 
 class Faulty(Points):
-    """Points of which one in ``where`` is infinite."""
+    """Points with an infinite one in the split ``where``."""
 
     def __init__(self, *, where: str = "train", count: int = 160) -> None:
         super().__init__(count=count)
         self.where = where
 
     def load(self) -> Data:
-        """Spoil the first point."""
+        """Make the first point infinite."""
         data = super().load()
         splits = dict(data.splits)
         points = list(splits[self.where].fields["point"])
@@ -143,7 +143,7 @@ class Faulty(Points):
         return Data(data.spec, splits)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config: dict[str, Any], tmp_path: Path) -> None:
+def test_loss_that_is_not_finite_stops_the_run(config: dict[str, Any], tmp_path: Path) -> None:
     register("dataset", "faulty")(Faulty)
     with pytest.raises(TrainingError, match=r"the loss of epoch 1, step \d+ is nan: learning rates .*examples \["):
         transfer.run(config, ["data.name=faulty"], output=tmp_path)
@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config: dict[str, Any], tmp_pat
     assert not (folder / "model").exists()
 
 
-def test_the_example_at_fault_is_among_those_named(config: dict[str, Any], tmp_path: Path) -> None:
+def test_error_names_the_example_with_infinite_loss(config: dict[str, Any], tmp_path: Path) -> None:
     register("dataset", "faulty")(Faulty)
     with pytest.raises(TrainingError) as caught:
         transfer.run(config, ["data.name=faulty", "train.batch_size=8"], output=tmp_path)
@@ -162,7 +162,7 @@ def test_the_example_at_fault_is_among_those_named(config: dict[str, Any], tmp_p
     assert 0 in map(int, named.split(","))
 
 
-def test_observers_hear_of_the_run_in_order(config: dict[str, Any], tmp_path: Path) -> None:
+def test_observer_receives_events_in_order(config: dict[str, Any], tmp_path: Path) -> None:
     seen: list[Event] = []
     run = transfer.run(config, [PHASES], output=tmp_path, observe=seen.append)
     kinds = [type(event) for event in seen]
@@ -176,18 +176,18 @@ def test_observers_hear_of_the_run_in_order(config: dict[str, Any], tmp_path: Pa
     assert seen[-1].summary == run.summary
 
 
-def test_plateau_runs(config: dict[str, Any], tmp_path: Path) -> None:
+def test_run_with_plateau_scheduler(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, ["train.scheduler={name: plateau, patience: 0}"], output=tmp_path)
     assert run.summary["status"] == "complete"
 
 
-def test_two_runs_in_one_process_may_differ_in_precision(config: dict[str, Any], tmp_path: Path) -> None:
+def test_runs_of_different_precision_in_one_process(config: dict[str, Any], tmp_path: Path) -> None:
     for precision in ("fp32", "bf16"):
         transfer.run(config, [f"train.precision={precision}"], output=tmp_path)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_an_evaluation_that_is_not_finite_is_a_training_error(
+def test_evaluation_that_is_not_finite_raises_training_error(
     config: dict[str, Any], tmp_path: Path, split: str
 ) -> None:
 
@@ -204,12 +204,12 @@ def test_an_evaluation_that_is_not_finite_is_a_training_error(
         transfer.run(config, ["data={name: spoiled, where: test}"], output=tmp_path)
 
 
-def test_options_that_torch_refuses_together_are_a_config_error(config: dict[str, Any], tmp_path: Path) -> None:
+def test_conflicting_optimizer_options_raise_config_error(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="refuses its options"):
         transfer.run(config, ["train.optimizer={name: adam, fused: true, foreach: true}"], output=tmp_path)
 
 
-def test_cyclic_takes_its_mode(config: dict[str, Any]) -> None:
+def test_cyclic_scheduler_options(config: dict[str, Any]) -> None:
     load_config(config, ["train.scheduler={name: cycliclr, base_lr: 0.01, mode: triangular2}"])
     with pytest.raises(ConfigError, match="scale_fn"):
         load_config(config, ["train.scheduler={name: cycliclr, base_lr: 0.01, scale_fn: abs}"])

@@ -1,4 +1,4 @@
-"""Freeze policies: what does not change, bit by bit."""
+"""Freeze policies: frozen parameters and buffers are bit-identical after training."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ POLICIES = [
 
 
 @pytest.mark.parametrize(("text", "parameters", "stages"), POLICIES)
-def test_policies(model: Model, config: dict[str, Any], text: str, parameters: set[str], stages: set[str]) -> None:
+def test_resolved_policies(
+    model: Model, config: dict[str, Any], text: str, parameters: set[str], stages: set[str]
+) -> None:
     frozen = resolve(model, policy(config, text))
     assert frozen.parameters == parameters
     assert frozen.stages == stages
@@ -68,7 +70,7 @@ def test_policies(model: Model, config: dict[str, Any], text: str, parameters: s
         ("[first, second, third, head]", "leaves nothing to train"),
         ("{parameters: ['.']}", "leaves nothing to train"),
         ("{parameters: ['^first', nothing]}", "the pattern 'nothing' matches no parameter"),
-        ("{parameters: ['(']}", "is no regular expression"),
+        ("{parameters: ['(']}", "is not a regular expression"),
     ],
 )
 def test_wrong_policies(model: Model, config: dict[str, Any], text: str, message: str) -> None:
@@ -76,7 +78,7 @@ def test_wrong_policies(model: Model, config: dict[str, Any], text: str, message
         resolve(model, policy(config, text))
 
 
-def test_an_unknown_stage_names_the_nearest(model: Model, config: dict[str, Any]) -> None:
+def test_unknown_stage_suggests_the_nearest(model: Model, config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(model, policy(config, "{until: secnd}"))
     (problem,) = caught.value.problems
@@ -84,14 +86,14 @@ def test_an_unknown_stage_names_the_nearest(model: Model, config: dict[str, Any]
     assert problem.fix == "did you mean 'second'?"
 
 
-def test_a_wrong_policy_has_its_line(config: dict[str, Any]) -> None:
+def test_wrong_policy_names_its_config_line(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         transfer.check(config, ["train.phases.0.freeze={until: secnd}"])
     assert caught.value.problems[0].where == "override 'train.phases.0.freeze={until: secnd}'"
 
 
 @pytest.mark.parametrize(("text", "parameters", "stages"), POLICIES)
-def test_frozen_parameters_want_no_gradient(
+def test_frozen_parameters_require_no_gradient(
     model: Model, config: dict[str, Any], text: str, parameters: set[str], stages: set[str]
 ) -> None:
     apply(model, resolve(model, policy(config, text)))
@@ -110,7 +112,7 @@ def test_frozen_modules_stay_in_eval_mode(model: Model, config: dict[str, Any]) 
     assert not model.stages["first"].training
 
 
-def test_a_module_whose_parameters_are_all_frozen_stays_in_eval_mode(model: Model, config: dict[str, Any]) -> None:
+def test_module_without_trained_parameters_stays_in_eval_mode(model: Model, config: dict[str, Any]) -> None:
     apply(model, resolve(model, policy(config, "{parameters: ['^first.1', '^third.0.bias']}")))
     model.train()
     assert not model.get_submodule("first.1").training
@@ -118,14 +120,14 @@ def test_a_module_whose_parameters_are_all_frozen_stays_in_eval_mode(model: Mode
     assert model.get_submodule("third.0").training
 
 
-def test_unfreezing_brings_everything_back(model: Model, config: dict[str, Any]) -> None:
+def test_unfreezing_restores_gradients_and_train_mode(model: Model, config: dict[str, Any]) -> None:
     apply(model, resolve(model, policy(config, "backbone")))
     apply(model, resolve(model, policy(config, "none")))
     assert all(p.requires_grad for p in model.parameters())
     assert all(module.training for module in model.train().modules())
 
 
-def test_a_stage_without_parameters_can_be_frozen(config: dict[str, Any]) -> None:
+def test_stage_without_parameters_can_be_frozen(config: dict[str, Any]) -> None:
     backbone = Dense()
     backbone.stages.add_module("pool", nn.Dropout(0.5))
     model = Model(backbone, Linear(backbone.features, 2))
@@ -134,7 +136,7 @@ def test_a_stage_without_parameters_can_be_frozen(config: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(("text", "parameters", "stages"), POLICIES)
-def test_what_is_frozen_is_bit_identical_after_training(
+def test_frozen_stages_are_bit_identical_after_training(
     config: dict[str, Any], tmp_path: Any, text: str, parameters: set[str], stages: set[str]
 ) -> None:
     overrides = [f"train.phases=[{{epochs: 2, freeze: {text}}}]", "train.optimizer={name: adamw, lr: 0.01}"]
@@ -142,7 +144,7 @@ def test_what_is_frozen_is_bit_identical_after_training(
     after = read_model(transfer.run(config, overrides, output=tmp_path).folder / "model").model.state_dict()
     for name, tensor in before.items():
         module = name.rpartition(".")[0]
-        # Buffers stay where everything else of their module does.
+        # Buffers are frozen if all parameters of their module are.
         frozen = name in parameters or parameters >= {f"{module}.weight", f"{module}.bias"}
         assert torch.equal(tensor, after[name]) == frozen, name
 
@@ -161,7 +163,7 @@ def test_what_is_frozen_is_bit_identical_after_training(
         ("{parameters: ['^first.0', '^second']}", 0),
     ],
 )
-def test_the_prefix_ends_where_something_changes(
+def test_prefix_ends_before_the_first_trained_stage(
     model: Model, config: dict[str, Any], text: str, expected: int
 ) -> None:
     assert prefix_length(model, resolve(model, policy(config, text))) == expected
@@ -184,15 +186,13 @@ def with_stage(stage: nn.Module, name: str = "last") -> Model:
     ],
     ids=["pool", "nested", "dropout", "nested dropout", "statistics"],
 )
-def test_a_stage_without_anything_of_its_own_goes_with_the_one_before(
-    config: dict[str, Any], stage: nn.Module, expected: int
-) -> None:
+def test_stateless_stage_extends_the_prefix(config: dict[str, Any], stage: nn.Module, expected: int) -> None:
     model = with_stage(stage)
     assert prefix_length(model, resolve(model, policy(config, "{until: third}"))) == expected
     assert prefix_length(model, resolve(model, policy(config, "none"))) == 0
 
 
-def test_a_last_stage_that_is_cheap_to_recompute_is_left_out(config: dict[str, Any]) -> None:
+def test_prefix_excludes_last_stage_with_recompute(config: dict[str, Any]) -> None:
     model = with_stage(nn.Linear(8, 8))
     model.stages["second"].recompute = True  # type: ignore[assignment]
     assert prefix_length(model, resolve(model, policy(config, "{until: second}"))) == 1
@@ -203,9 +203,7 @@ def batch_norm(model: Model, config: dict[str, Any], text: str) -> Frozen:
     return resolve(model, policy(config, text), "train")
 
 
-def test_batch_norm_train_moves_the_statistics_of_frozen_layers_and_nothing_else(
-    model: Model, config: dict[str, Any]
-) -> None:
+def test_batch_norm_train_updates_only_running_statistics(model: Model, config: dict[str, Any]) -> None:
     apply(model, batch_norm(model, config, "{until: second}"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
@@ -220,7 +218,7 @@ def test_batch_norm_train_moves_the_statistics_of_frozen_layers_and_nothing_else
     assert not any(module.training for module in model.eval().modules())
 
 
-def test_statistics_that_move_end_the_prefix(model: Model, config: dict[str, Any]) -> None:
+def test_prefix_ends_before_updated_statistics(model: Model, config: dict[str, Any]) -> None:
     assert prefix_length(model, batch_norm(model, config, "backbone")) == 0
     backbone = Dense()
     backbone.stages[0] = nn.Linear(4, 8)
@@ -229,14 +227,12 @@ def test_statistics_that_move_end_the_prefix(model: Model, config: dict[str, Any
 
 
 @pytest.mark.parametrize("text", ["none", "[second]", "{parameters: ['^first.0', 'bias$']}"])
-def test_batch_norm_train_without_a_frozen_batch_norm_is_refused(
-    model: Model, config: dict[str, Any], text: str
-) -> None:
+def test_batch_norm_train_without_frozen_batch_norm_is_refused(model: Model, config: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match="none is frozen"):
         batch_norm(model, config, text)
 
 
-def test_a_later_phase_freezes_the_statistics_again(model: Model, config: dict[str, Any]) -> None:
+def test_later_phase_freezes_statistics_again(model: Model, config: dict[str, Any]) -> None:
     apply(model, batch_norm(model, config, "backbone"))
     apply(model, resolve(model, policy(config, "backbone")))
     assert not any(module.training for module in model.train().stages["first"].modules())

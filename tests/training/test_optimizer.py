@@ -75,14 +75,14 @@ def test_layer_decay_counts_frozen_stages_too(model: Model) -> None:
     assert found == pytest.approx({"first": 0.1, "third": 0.4, "head": 0.8})
 
 
-def test_layer_decay_passes_over_stages_without_parameters(model: Model) -> None:
+def test_layer_decay_skips_stages_without_parameters(model: Model) -> None:
     backbone = Dense()
     backbone.stages.add_module("pool", nn.Identity())
     found = rates(Model(backbone, Linear(backbone.features, 2)), {"head": 0.8, "layer_decay": 0.5})
     assert found == pytest.approx({"first": 0.1, "second": 0.2, "third": 0.4, "head": 0.8})
 
 
-def test_groups_hold_every_trained_parameter_once(model: Model) -> None:
+def test_groups_contain_every_trained_parameter_once(model: Model) -> None:
     frozen = freeze(model, "second")
     names = [name for group in parameter_groups(model, frozen, 0.1) for name in group.parameters]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters() if name not in frozen.parameters)
@@ -93,12 +93,12 @@ def test_groups_hold_every_trained_parameter_once(model: Model) -> None:
     [
         ({"heda": 0.1, "backbone": 0.1}, "lr names 'heda'"),
         ({"head": 0.1, "fourth": 0.1}, "lr names 'fourth'"),
-        ({"head": 0.1}, "lr says nothing of the stage 'first'"),
-        ({"backbone": 0.1}, "lr says nothing of the stage 'head'"),
-        ({"first": 0.1, "head": 0.1}, "lr says nothing of the stage 'second'"),
+        ({"head": 0.1}, "lr has no rate for the stage 'first'"),
+        ({"backbone": 0.1}, "lr has no rate for the stage 'head'"),
+        ({"first": 0.1, "head": 0.1}, "lr has no rate for the stage 'second'"),
     ],
 )
-def test_wrong_learning_rates(model: Model, lr: Any, message: str) -> None:
+def test_wrong_learning_rates_are_refused(model: Model, lr: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parameter_groups(model, NOTHING, lr)
 
@@ -117,7 +117,7 @@ def step(model: Model, made: Optimizer) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_every_optimizer_by_name_takes_a_step(model: Model, name: str) -> None:
+def test_every_optimizer_makes_a_step(model: Model, name: str) -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     step(model, optimizer(model, name, 0.01))
     assert not torch.equal(before["head.output.weight"], model.state_dict()["head.output.weight"])
@@ -126,7 +126,7 @@ def test_every_optimizer_by_name_takes_a_step(model: Model, name: str) -> None:
 # The larger eps keeps gradients that are zero but for rounding from being scaled up to steps.
 @pytest.mark.parametrize(("name", "options"), [("adam", {"eps": 0.1}), ("adamw", {"eps": 0.1}), ("sgd", {})])
 @pytest.mark.parametrize("own", [{"fused": False}, {"foreach": True}])
-def test_the_fused_kernel_is_taken_unless_the_config_chooses(
+def test_fused_kernel_is_used_unless_config_decides(
     model: Model, name: str, options: dict[str, Any], own: dict[str, Any]
 ) -> None:
     same = copy.deepcopy(model)
@@ -139,7 +139,7 @@ def test_the_fused_kernel_is_taken_unless_the_config_chooses(
     torch.testing.assert_close(dict(model.state_dict()), dict(same.state_dict()))
 
 
-def test_gradients_that_no_fused_kernel_takes_are_stepped_all_the_same(model: Model) -> None:
+def test_complex_and_sparse_gradients_do_not_use_fused_kernel(model: Model) -> None:
     complex_ = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     for weight, table in ((complex_, None), (None, nn.Embedding(2, 3, sparse=True))):
         net = copy.deepcopy(model)
@@ -155,7 +155,7 @@ def test_gradients_that_no_fused_kernel_takes_are_stepped_all_the_same(model: Mo
         assert changed.count(True) == 1
 
 
-def test_groups_are_real_parameter_groups(model: Model) -> None:
+def test_optimizer_has_one_group_per_stage(model: Model) -> None:
     made = optimizer(model, lr={"head": 0.1, "backbone": 0.01}, momentum=0.9)
     assert [(g["name"], g["lr"], g["momentum"]) for g in made.param_groups] == [
         ("first", 0.01, 0.9),
@@ -165,14 +165,14 @@ def test_groups_are_real_parameter_groups(model: Model) -> None:
     ]
 
 
-def test_options_that_torch_refuses_are_a_config_error(model: Model) -> None:
+def test_options_refused_by_torch_raise_config_error(model: Model) -> None:
     with pytest.raises(ConfigError, match="SGD refuses its options"):
         optimizer(model, momentum=-1.0)
     with pytest.raises(ConfigError, match="Adam refuses its options"):
         optimizer(model, "adam", betas=(0.9, 2.0))
 
 
-def test_state_is_kept_for_parameters_that_go_on(model: Model) -> None:
+def test_optimizer_state_is_kept_for_parameters_of_both_phases(model: Model) -> None:
     part = TorchClass("adam", OPTIMIZERS["adam"], {})
     head_alone = freeze(model, "first", "second", "third")
     first = build_optimizer(model, parameter_groups(model, head_alone, 0.1), part, None)
@@ -211,21 +211,21 @@ def by_epoch(*values: float) -> list[float]:
     return [value for value in values for _ in range(3)]
 
 
-def test_no_scheduler_is_a_constant_rate(model: Model) -> None:
+def test_no_scheduler_keeps_rate_constant(model: Model) -> None:
     assert rates_over(model, None) == by_epoch(0.1, 0.1, 0.1, 0.1)
 
 
-def test_step_moves_after_epochs(model: Model) -> None:
+def test_step_scheduler_steps_after_epochs(model: Model) -> None:
     assert rates_over(model, "step", step_size=2, gamma=0.1) == pytest.approx(by_epoch(0.1, 0.1, 0.01, 0.01))
 
 
-def test_cosine_covers_the_phase(model: Model) -> None:
+def test_cosine_scheduler_spans_the_phase(model: Model) -> None:
     half = 0.5**0.5
     expected = by_epoch(0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half))
     assert rates_over(model, "cosine") == pytest.approx(expected)
 
 
-def test_one_cycle_moves_after_every_batch(model: Model) -> None:
+def test_one_cycle_steps_after_every_batch(model: Model) -> None:
     seen = rates_over(model, "one_cycle", pct_start=0.25, div_factor=10, final_div_factor=100)
     assert seen[0] == pytest.approx(0.01)
     assert max(seen) == pytest.approx(0.1)
@@ -234,7 +234,7 @@ def test_one_cycle_moves_after_every_batch(model: Model) -> None:
     assert len(set(seen)) == 12
 
 
-def test_one_cycle_keeps_the_rates_of_the_groups(model: Model) -> None:
+def test_one_cycle_keeps_rates_of_groups(model: Model) -> None:
     made = optimizer(model, lr={"head": 0.4, "backbone": 0.1}, momentum=0.9)
     schedule(made, "one_cycle", div_factor=10)
     assert [group["lr"] for group in made.param_groups] == pytest.approx([0.01, 0.01, 0.01, 0.04])
@@ -245,16 +245,16 @@ def test_plateau_watches_the_metric(model: Model) -> None:
     assert seen == pytest.approx(by_epoch(0.1, 0.1, 0.1, 0.1, 0.05))
 
 
-def test_multistep_moves_after_its_milestones(model: Model) -> None:
+def test_multistep_steps_after_its_milestones(model: Model) -> None:
     assert rates_over(model, "multisteplr", milestones=(1, 3)) == pytest.approx(by_epoch(0.1, 0.01, 0.01, 0.001))
 
 
-def test_cyclic_moves_after_every_batch(model: Model) -> None:
+def test_cyclic_steps_after_every_batch(model: Model) -> None:
     seen = rates_over(model, "cycliclr", base_lr=0.02, step_size_up=2)
     assert seen[:5] == pytest.approx([0.02, 0.06, 0.1, 0.06, 0.02])
 
 
-def test_options_that_a_scheduler_refuses_are_a_config_error(model: Model) -> None:
+def test_options_refused_by_scheduler_raise_config_error(model: Model) -> None:
     with pytest.raises(ConfigError, match="OneCycleLR refuses its options"):
         schedule(optimizer(model, momentum=0.9), "one_cycle", pct_start=5.0)
 
@@ -279,20 +279,20 @@ def warmed(
 
 
 RISING = [0.02, 0.04, 0.06, 0.08]
-"""Four steps on the way to 0.1."""
+"""Learning rates of four warm-up steps before 0.1."""
 
 
-def test_warm_up_rises_linearly_to_the_rate(model: Model) -> None:
+def test_warmup_rises_linearly_to_the_rate(model: Model) -> None:
     assert warmed(model, None, 1.0) == pytest.approx([*RISING, *[0.1] * 12])
 
 
-def test_a_warm_up_may_end_within_an_epoch(model: Model) -> None:
+def test_warmup_ends_within_an_epoch(model: Model) -> None:
     assert warmed(model, None, 0.5) == pytest.approx([0.1 / 3, 0.2 / 3, *[0.1] * 14])
     rising = [0.1 * k / 7 for k in range(1, 7)]
     assert warmed(model, None, 1.5) == pytest.approx([*rising, *[0.1] * 10])
 
 
-def test_warm_up_rises_to_the_rate_of_each_group(model: Model) -> None:
+def test_warmup_rises_to_rate_of_each_group(model: Model) -> None:
     made = optimizer(model, lr={"head": 0.4, "backbone": 0.1})
     plan = Schedule(None, made, epochs=2, steps_per_epoch=3, warmup_epochs=1.0, higher_is_better=True)
     seen = []
@@ -304,7 +304,7 @@ def test_warm_up_rises_to_the_rate_of_each_group(model: Model) -> None:
     assert seen[3] == pytest.approx([0.1, 0.1, 0.1, 0.4])
 
 
-def test_step_begins_after_the_warm_up(model: Model) -> None:
+def test_step_scheduler_starts_after_warmup(model: Model) -> None:
     seen = warmed(model, "step", 1.0, step_size=1, gamma=0.1)
     assert seen == pytest.approx([*RISING, *[0.1] * 4, *[0.01] * 4, *[0.001] * 4])
 
@@ -314,22 +314,22 @@ def cosine(epoch: int, epochs: int) -> float:
 
 
 @pytest.mark.parametrize("warmup_epochs", [1.0, 1.1])
-def test_cosine_covers_what_the_warm_up_leaves(model: Model, warmup_epochs: float) -> None:
-    """Four steps of warm-up, also where rounding makes them so."""
+def test_cosine_scheduler_spans_epochs_after_warmup(model: Model, warmup_epochs: float) -> None:
+    """Four warm-up steps, exactly or after rounding."""
     rest = [cosine(epoch, 3) for epoch in range(3) for _ in range(4)]
     assert warmed(model, "cosine", warmup_epochs) == pytest.approx([*RISING, *rest])
 
 
-def test_cosine_after_a_warm_up_of_part_of_an_epoch(model: Model) -> None:
+def test_cosine_scheduler_after_warmup_of_half_an_epoch(model: Model) -> None:
     rest = [cosine(epoch, 3) for epoch in range(3) for _ in range(4)]
     assert warmed(model, "cosine", 0.5) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1, *rest])
 
 
-def test_a_warm_up_of_less_than_half_a_step_is_none(model: Model) -> None:
+def test_warmup_shorter_than_half_a_step_is_ignored(model: Model) -> None:
     assert warmed(model, "cosine", 0.1) == pytest.approx([cosine(epoch, 4) for epoch in range(4) for _ in range(4)])
 
 
-def test_plateau_does_not_count_while_warming_up(model: Model) -> None:
+def test_plateau_ignores_epochs_with_warmup(model: Model) -> None:
     seen = warmed(model, "plateau", 2.0, epochs=5, patience=0, factor=0.5)
     assert seen[8:] == pytest.approx([*[0.1] * 8, *[0.05] * 4])
 
@@ -337,13 +337,13 @@ def test_plateau_does_not_count_while_warming_up(model: Model) -> None:
 @pytest.mark.parametrize(
     ("name", "warmup_epochs", "message"),
     [
-        ("one_cycle", 1.0, "OneCycleLR has a warm-up of its own"),
-        ("cycliclr", 1.0, "CyclicLR has a warm-up of its own"),
-        ("cosine", 4.0, "warmup_epochs of 4 leaves nothing of a phase of 4"),
-        (None, 9.0, "leaves nothing"),
+        ("one_cycle", 1.0, "OneCycleLR already contains a warm-up"),
+        ("cycliclr", 1.0, "CyclicLR already contains a warm-up"),
+        ("cosine", 4.0, "warmup_epochs is too long: expected less than the 4 epochs of a phase, got 4"),
+        (None, 9.0, "warmup_epochs is too long"),
     ],
 )
-def test_a_warm_up_that_does_not_fit_is_refused(
+def test_warmup_that_does_not_fit_is_refused(
     model: Model, name: str | None, warmup_epochs: float, message: str
 ) -> None:
     options = {"base_lr": 0.01} if name == "cycliclr" else {}
@@ -352,7 +352,7 @@ def test_a_warm_up_that_does_not_fit_is_refused(
 
 
 def over(made: Optimizer, plan: Schedule, steps: list[int]) -> list[float]:
-    """Return the learning rate of the head at every step of epochs of so many steps."""
+    """Return the learning rate of the head at every step of epochs with these numbers of steps."""
     seen = []
     for epoch in steps:
         for _ in range(epoch):
@@ -364,10 +364,10 @@ def over(made: Optimizer, plan: Schedule, steps: list[int]) -> list[float]:
 
 
 UNEVEN = [3, 5, 4]
-"""Optimizer steps of epochs that differ."""
+"""Number of optimizer steps per epoch."""
 
 
-def test_one_cycle_ends_with_the_last_of_uneven_epochs(model: Model) -> None:
+def test_one_cycle_ends_with_last_step_of_uneven_epochs(model: Model) -> None:
     made = optimizer(model, momentum=0.9)
     part = TorchClass("one_cycle", SCHEDULERS["one_cycle"], {})
     seen = over(made, Schedule(part, made, epochs=3, steps_per_epoch=UNEVEN, higher_is_better=True), UNEVEN)
@@ -376,7 +376,7 @@ def test_one_cycle_ends_with_the_last_of_uneven_epochs(model: Model) -> None:
 
 
 @pytest.mark.parametrize(("warmup_epochs", "steps"), [(1.0, 3), (2.0, 8), (1.6, 6), (2.25, 9)])
-def test_a_warm_up_over_uneven_epochs_counts_their_own_steps(model: Model, warmup_epochs: float, steps: int) -> None:
+def test_warmup_over_uneven_epochs_counts_their_steps(model: Model, warmup_epochs: float, steps: int) -> None:
     made = optimizer(model)
     plan = Schedule(None, made, epochs=3, steps_per_epoch=UNEVEN, warmup_epochs=warmup_epochs, higher_is_better=True)
     rising = [0.1 * k / (steps + 1) for k in range(1, steps + 1)]
@@ -384,7 +384,7 @@ def test_a_warm_up_over_uneven_epochs_counts_their_own_steps(model: Model, warmu
 
 
 @pytest.mark.parametrize("name", [None, "cosine", "plateau"])
-def test_the_state_of_a_schedule_is_json(model: Model, name: str | None) -> None:
+def test_schedule_state_is_json(model: Model, name: str | None) -> None:
     part = TorchClass(name, SCHEDULERS[name], {}) if name else None
     made = optimizer(model)
     plan = Schedule(part, made, epochs=4, steps_per_epoch=3, warmup_epochs=1.0, higher_is_better=True)
@@ -402,7 +402,7 @@ BIASES = {"first.0.bias", "first.1.bias", "second.0.bias", "third.0.bias", "thir
 @pytest.mark.parametrize(
     ("kinds", "expected"), [((), set()), (("norm",), NORMS), (("bias",), BIASES), (("norm", "bias"), NORMS | BIASES)]
 )
-def test_kinds_of_parameters_are_left_out_of_weight_decay(model: Model, kinds: Any, expected: set[str]) -> None:
+def test_kinds_of_parameters_without_weight_decay(model: Model, kinds: Any, expected: set[str]) -> None:
     found = parameter_groups(model, NOTHING, 0.1, kinds)
     assert {name for group in found if not group.decays for name in group.parameters} == expected
     names = [name for group in found for name in group.parameters]
@@ -413,7 +413,7 @@ def test_kinds_of_parameters_are_left_out_of_weight_decay(model: Model, kinds: A
     assert all(group["lr"] == 0.1 for group in made.param_groups)
 
 
-def test_frozen_parameters_are_in_neither_group(model: Model) -> None:
+def test_frozen_parameters_are_in_no_group(model: Model) -> None:
     found = parameter_groups(model, freeze(model, "first", "second", "third"), 0.1, ("norm", "bias"))
     assert [(group.stage, group.decays, group.parameters) for group in found] == [
         ("head", True, ("head.output.weight",)),
@@ -421,7 +421,7 @@ def test_frozen_parameters_are_in_neither_group(model: Model) -> None:
     ]
 
 
-def test_norms_and_biases_of_other_layers_are_known() -> None:
+def test_norms_and_biases_of_other_layers_have_no_weight_decay() -> None:
     backbone = Dense()
     backbone.stages.add_module("attention", nn.MultiheadAttention(8, 2))
     backbone.stages.add_module("norms", nn.ModuleList([nn.LayerNorm(8), nn.GroupNorm(2, 8)]))

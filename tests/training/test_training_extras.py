@@ -1,4 +1,4 @@
-"""Accumulation, clipping, moving averages, patience, compilation, blends and class weights, through whole runs."""
+"""Accumulation, clipping, EMA, patience, warm-up, mixup, compilation and class weights in complete runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transfer.training.mixup import MixedBatch
 
 
 class Smooth(Backbone):
-    """Two stages without batch norm or dropout: the gradient of a batch is the mean of its examples' gradients."""
+    """Backbone without batch norm and dropout: the gradient of a batch is the mean over its examples."""
 
     field = "point"
 
@@ -66,7 +66,7 @@ def last(run: Run, part: str = "model") -> dict[str, Tensor]:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Return a list that grows by what the optimizer is about to use, at each of its steps."""
+    """Return a list to which every optimizer step appends its gradients, rate and new weights."""
     seen: list[dict[str, Any]] = []
     original = torch.optim.SGD.step
 
@@ -92,8 +92,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("freeze", ["none", "{until: first}"])
-def test_accumulated_batches_are_one_large_batch(config: dict[str, Any], tmp_path: Path, freeze: str) -> None:
-    """108 examples: 14 batches of 8, the last of 4; or 5 of 24, the last of 12 (8 and 4)."""
+def test_accumulated_batches_equal_one_large_batch(config: dict[str, Any], tmp_path: Path, freeze: str) -> None:
+    """108 examples are 14 batches of 8 (the last has 4), or 5 batches of 24 (the last has 12)."""
     overrides = [*SMOOTH, f"train.phases=[{{epochs: 2, freeze: {freeze}}}]"]
     large = transfer.run(config, [*overrides, "train.batch_size=24"], output=tmp_path)
     small = transfer.run(config, [*overrides, "train.batch_size=8", "train.accumulate=3"], output=tmp_path)
@@ -103,13 +103,13 @@ def test_accumulated_batches_are_one_large_batch(config: dict[str, Any], tmp_pat
         assert one["validation"] == pytest.approx(other["validation"], rel=1e-4)
 
 
-def test_accumulation_counts_the_optimizers_steps(
+def test_schedule_counts_optimizer_steps_with_accumulation(
     config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
 ) -> None:
     overrides = ["train.batch_size=8", "train.accumulate=3", "train.phases=[{epochs: 2}]"]
     transfer.run(config, [*overrides, "train.scheduler={name: one_cycle}"], output=tmp_path)
     assert len(steps) == 2 * 5
-    assert len({step["lr"] for step in steps}) == 10  # the scheduler moves with them
+    assert len({step["lr"] for step in steps}) == 10  # the scheduler steps with the optimizer
     assert steps[-1]["lr"] == min(step["lr"] for step in steps)
 
 
@@ -123,7 +123,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_schedule_over_batches_by_tokens_ends_with_the_last_step(
+def test_schedule_ends_with_last_step_of_token_batches(
     config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]], accumulate: int
 ) -> None:
     rate = ["train.scheduler={name: one_cycle}", "train.phases=[{epochs: 3}]", f"train.accumulate={accumulate}"]
@@ -138,7 +138,7 @@ def test_a_schedule_over_batches_by_tokens_ends_with_the_last_step(
     assert parts.backbone.field == "text"
 
 
-def test_a_quick_try_takes_a_few_batches_by_tokens(config: dict[str, Any], tmp_path: Path) -> None:
+def test_quick_run_with_token_batches(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, TEXTS, output=tmp_path, quick=True)
     assert run.summary["epochs"] == 1
     assert transfer.evaluate(run.folder) == run.summary["test"]
@@ -149,17 +149,15 @@ def test_a_quick_try_takes_a_few_batches_by_tokens(config: dict[str, Any], tmp_p
     [
         (["train.batch_size=8", "train.max_tokens=100"], "train is invalid: set batch_size or max_tokens, not both"),
         (["train.batch_size=null"], "train is invalid: set batch_size or max_tokens"),
-        (["train.batch_size=null", "train.max_tokens=100"], "one example, which max_tokens may make"),
+        (["train.batch_size=null", "train.max_tokens=100"], "one example, which max_tokens allows"),
         (
             ["train.batch_size=null", "train.max_tokens=100", "train.phases=[{epochs: 1, freeze: backbone}]"],
-            "what dense takes has no length beforehand",
+            "needs inputs with a length in tokens, which dense does not have",
         ),
         (["train.bucket=0"], "train.bucket is invalid: expected true, false, or a number of batches"),
     ],
 )
-def test_what_batches_by_tokens_cannot_be_is_refused(
-    config: dict[str, Any], overrides: list[str], message: str
-) -> None:
+def test_wrong_batch_settings_are_refused(config: dict[str, Any], overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         transfer.check(config, overrides)
 
@@ -167,9 +165,7 @@ def test_what_batches_by_tokens_cannot_be_is_refused(
 # ----------------------------------------------------------------------------------------------------------- clipping
 
 
-def test_clipping_bounds_the_norm_of_the_gradient(
-    config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
-) -> None:
+def test_clipping_bounds_gradient_norm(config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]) -> None:
     transfer.run(config, [*SMOOTH], output=tmp_path)
     free = [step["norm"] for step in steps]
     bound = sorted(free)[len(free) // 2]
@@ -180,10 +176,10 @@ def test_clipping_bounds_the_norm_of_the_gradient(
     assert max(clipped) <= bound * (1 + 1e-4)
     assert max(free) > bound * 1.05
     assert any(norm == pytest.approx(bound, rel=1e-4) for norm in clipped)
-    assert any(norm < bound * 0.99 for norm in clipped)  # shorter ones stay
+    assert any(norm < bound * 0.99 for norm in clipped)  # shorter gradients are unchanged
 
 
-def test_clipping_keeps_the_direction(config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]) -> None:
+def test_clipping_keeps_gradient_direction(config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]) -> None:
     for overrides in ([], ["train.clip_norm=0.001"]):
         transfer.run(config, [*SMOOTH, "train.phases=[{epochs: 1}]", *overrides], output=tmp_path)
     free, clipped = steps[0], steps[len(steps) // 2]
@@ -195,7 +191,7 @@ def test_clipping_keeps_the_direction(config: dict[str, Any], tmp_path: Path, st
 # ------------------------------------------------------------------------------------------- exponential moving average
 
 
-def test_the_average_follows_its_recurrence_and_is_what_is_scored_and_kept(
+def test_ema_follows_its_recurrence_and_is_validated_and_saved(
     config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
 ) -> None:
     run = transfer.run(config, [*SMOOTH, "train.ema=0.8", "train.phases=[{epochs: 1}]"], output=tmp_path)
@@ -212,7 +208,7 @@ def test_the_average_follows_its_recurrence_and_is_what_is_scored_and_kept(
     assert transfer.evaluate(run.folder) == run.summary["test"]
 
 
-def test_the_average_does_not_move_what_is_trained(config: dict[str, Any], tmp_path: Path) -> None:
+def test_ema_does_not_change_training(config: dict[str, Any], tmp_path: Path) -> None:
     plain, averaged = (transfer.run(config, extra, output=tmp_path) for extra in ([], ["train.ema=0.9"]))
     assert "average" not in checkpoint.load(plain.folder / "checkpoints" / "last")[0]
     for name, tensor in last(plain).items():
@@ -220,15 +216,15 @@ def test_the_average_does_not_move_what_is_trained(config: dict[str, Any], tmp_p
     assert [line["train"] for line in lines(plain)] == [line["train"] for line in lines(averaged)]
 
 
-def test_buffers_of_the_average_are_the_models(config: dict[str, Any], tmp_path: Path) -> None:
+def test_ema_buffers_equal_those_of_the_model(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, ["train.ema=0.9"], output=tmp_path)
     for name in ("first.1.running_mean", "third.1.num_batches_tracked"):
         assert torch.equal(last(run, "average")[name], last(run)[name])
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
-def test_what_is_frozen_later_is_frozen_in_the_average_too(config: dict[str, Any], tmp_path: Path, cache: str) -> None:
-    """What was scored is what is kept, though the average would go on towards the frozen weights."""
+def test_parameters_frozen_later_are_frozen_in_ema(config: dict[str, Any], tmp_path: Path, cache: str) -> None:
+    """The saved weights are the validated ones: the average does not drift towards the frozen weights."""
     phases = "train.phases=[{epochs: 1}, {epochs: 3, freeze: backbone, lr: 0.5}]"
     run = transfer.run(config, [phases, "train.ema=0.9", f"train.cache={cache}"], output=tmp_path)
     average, model = last(run, "average"), last(run)
@@ -242,7 +238,7 @@ def test_what_is_frozen_later_is_frozen_in_the_average_too(config: dict[str, Any
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
-    """Let the validation of each epoch give the next accuracy."""
+    """Replace the validation accuracy of each epoch by the next of these values."""
     values = iter(accuracies)
     original = engine_module.evaluate
 
@@ -253,10 +249,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
     monkeypatch.setattr(engine_module, "evaluate", evaluate)
 
 
-def test_patience_ends_a_phase_and_the_next_one_begins(
+def test_patience_ends_phase_and_next_phase_starts(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The first phase is best in its second epoch; the second one counts anew, though it is never as good.
+    # The first phase is best in its second epoch. The second phase counts its own epochs, though none is as good.
     scripted(monkeypatch, [0.5, 0.9, 0.8, 0.9, 0.1, 0.2, 0.3, 0.3, 0.2])
     phases = "train.phases=[{epochs: 9, patience: 2, freeze: backbone}, {epochs: 5, patience: 3}]"
     notes: list[str] = []
@@ -273,7 +269,7 @@ def test_patience_ends_a_phase_and_the_next_one_begins(
     assert not any("phase 2 ends" in note for note in notes)
 
 
-def test_an_epoch_that_is_only_as_good_uses_patience_up(
+def test_equal_metric_counts_against_patience(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, [0.5] * 9)
@@ -284,8 +280,8 @@ def test_an_epoch_that_is_only_as_good_uses_patience_up(
 # ------------------------------------------------------------------------------------------------------------ warm-up
 
 
-def test_a_run_warms_up_in_each_phase(config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]) -> None:
-    """Seven batches per epoch."""
+def test_warmup_in_each_phase(config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]) -> None:
+    """An epoch has seven batches."""
     overrides = ["train.warmup_epochs=0.5", "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2, lr: 0.1}]"]
     transfer.run(config, overrides, output=tmp_path)
     found = [step["lr"] for step in steps]
@@ -299,10 +295,8 @@ def test_a_run_warms_up_in_each_phase(config: dict[str, Any], tmp_path: Path, st
 # ---------------------------------------------------------------------------------------------------------------- mix
 
 
-def test_blended_losses_are_what_is_trained_on(
-    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A blend that swaps every pair whole is training on the partners."""
+def test_mixed_losses_are_trained_on(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With lam 0, mixup trains on the second example of each pair."""
 
     def swap(inputs: Tensor, mix: object) -> MixedBatch:
         partners = torch.arange(len(inputs)).flip(0)
@@ -315,7 +309,7 @@ def test_blended_losses_are_what_is_trained_on(
         torch.testing.assert_close(weights(swapped)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_with_mixup_learns_and_can_be_repeated(config: dict[str, Any], tmp_path: Path) -> None:
+def test_run_with_mixup_learns_and_is_reproducible(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["data.distance=4.0", "train.mix={mixup: 0.4}", "train.phases=[{epochs: 4}]"]
     first, second = (transfer.run(config, overrides, output=tmp_path) for _ in range(2))
     assert first.summary["test"]["accuracy"] > 0.9
@@ -325,15 +319,15 @@ def test_a_run_with_mixup_learns_and_can_be_repeated(config: dict[str, Any], tmp
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.mix={cutmix: 1.0}"], "rectangles of pictures"),
+        (["train.mix={cutmix: 1.0}"], "cutmix needs a batch of images"),
         (["train.mix={}"], "mixup, cutmix or both"),
         (
             ["data={name: mini_reviews}", "backbone={name: textcnn}", "train.mix={mixup: 1.0}"],
-            "no tensor of numbers",
+            "expected a float tensor",
         ),
     ],
 )
-def test_a_blend_that_cannot_be_is_refused_before_the_run(
+def test_wrong_mix_is_refused_before_the_run(
     config: dict[str, Any], tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -345,8 +339,8 @@ def test_a_blend_that_cannot_be_is_refused_before_the_run(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's own, of which each release has others
-def test_a_compiled_model_trains_the_same(config: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # every torch release has other warnings
+def test_compiled_model_trains_the_same(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["backbone.dropout=0.0", "train.phases=[{epochs: 1, freeze: {until: first}}, {epochs: 1}]"]
     plain, compiled = (
         transfer.run(config, [*overrides, f"train.compile={flag}"], output=tmp_path) for flag in ("false", "true")
@@ -357,7 +351,9 @@ def test_a_compiled_model_trains_the_same(config: dict[str, Any], tmp_path: Path
     assert list(weights(plain)) == list(weights(compiled))
 
 
-def test_compilation_is_asked_of_torch(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_compiled_only_if_configured(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[nn.Module] = []
 
     def compile_(model: Model) -> Model:
@@ -375,17 +371,17 @@ def test_compilation_is_asked_of_torch(config: dict[str, Any], tmp_path: Path, m
 
 
 class Uneven(Points):
-    """Points of which one in four is far."""
+    """Points with one far point in four."""
 
     def load(self) -> Data:
-        """Leave out most of the far ones of the training split."""
+        """Remove most far points from the training split."""
         data = super().load()
         train = data.splits["train"]
         keep = np.flatnonzero((train.targets == 0) | (np.arange(len(train)) % 6 == 1))
         return Data(data.spec, {**data.splits, "train": train.select(keep)})
 
 
-def test_balanced_weights_come_from_the_training_split(
+def test_balanced_class_weights_come_from_training_split(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register("dataset", "uneven")(Uneven)
@@ -416,13 +412,13 @@ def test_balanced_weights_come_from_the_training_split(
     assert share_of_far(balanced) > share_of_far(plain) + 0.1
 
 
-def test_a_wrong_class_name_is_refused_before_the_run(config: dict[str, Any]) -> None:
+def test_unknown_class_in_class_weights_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="class_weights names"):
         transfer.check(config, ["task.class_weights={near: 1.0, fra: 2.0}"])
 
 
 def test_parameters_without_weight_decay_do_not_shrink(config: dict[str, Any], tmp_path: Path) -> None:
-    """Where the loss has no gradient, weight decay alone moves the weights."""
+    """Without a gradient, only weight decay changes the weights."""
     decay = "train.optimizer={name: sgd, lr: 0.1, weight_decay: 0.5, no_weight_decay: [norm, bias]}"
 
     class Still(Classification):
@@ -446,11 +442,11 @@ def test_parameters_without_weight_decay_do_not_shrink(config: dict[str, Any], t
         (["train.phases=[{epochs: 1, batch_norm: train}]"], "none is frozen"),
         (["train.phases=[{epochs: 1, freeze: [second], batch_norm: train}]"], "none is frozen"),
         (["train.views=2"], "train.views"),
-        (["train.warmup_epochs=0.5", "train.scheduler={name: one_cycle}"], "warm-up of its own"),
-        (["train.warmup_epochs=2"], "leaves nothing of a phase"),
+        (["train.warmup_epochs=0.5", "train.scheduler={name: one_cycle}"], "already contains a warm-up"),
+        (["train.warmup_epochs=2"], "warmup_epochs is too long"),
     ],
 )
-def test_a_setting_that_would_do_nothing_is_refused(config: dict[str, Any], overrides: list[str], message: str) -> None:
+def test_setting_without_effect_is_refused(config: dict[str, Any], overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         transfer.check(config, overrides)
     assert caught.value.problems[0].where

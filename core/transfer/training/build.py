@@ -1,4 +1,4 @@
-"""From a config to an experiment: first on the meta device, where every misfit shows, then with data and weights."""
+"""Build an experiment from a config: check it on the meta device, then read data and weights."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from transfer.training.preflight import preflight, resolve_phases
 
 @dataclass(frozen=True)
 class BuiltExperiment:
-    """An experiment, and what the run directory keeps of how it came about.
+    """An experiment with the information about it that the run directory records.
 
     Args:
-        config: What was built, with the batch size that ``auto`` found.
-        experiment: For the engine.
-        loaders: The batches of each split.
-        backbone: With its preprocessing and what it learned from the training split.
-        data: What the data holds.
-        learned: What the backbone learned from the training split.
-        pretrained: What was read into the backbone.
-        classes: Examples of each class in each split.
+        config: Checked config, with the batch size that ``auto`` found.
+        experiment: Input of the engine.
+        loaders: Loader of each split.
+        backbone: Backbone with its preprocessing and pretrained weights.
+        data: Description of the data: fields, target and classes.
+        learned: Summary of the assets that the backbone learned from the training split, for example a vocabulary.
+        pretrained: Summary of the pretrained weights that were read.
+        classes: Number of examples per class in each split.
     """
 
     config: RunConfig
@@ -52,13 +52,13 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     """Check the config, read the data, build the model and read its pretrained weights.
 
     Args:
-        config: What to build.
-        observe: Is told what was found.
-        quick: Run a few batches of each part only.
+        config: Checked config.
+        observe: Function that is called with notes about assets, weights and the batch size.
+        quick: Whether to use only a few batches of each split.
 
     Raises:
-        UserError: As :func:`preflight`, or the data or the weights are not right.
-        TrainingError: No batch size fits into memory.
+        UserError: The config fails :func:`preflight`, or the data or the weights are wrong.
+        TrainingError: ``batch_size: auto`` found no batch size that fits into memory.
     """
     checked = preflight(config)
     data, splits = read_data(config)
@@ -95,7 +95,7 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
 
 
 def with_found_batch_size(config: RunConfig, observe: Observer) -> RunConfig:
-    """Return the config with the batch size that ``auto`` finds, for several runs that are to be compared."""
+    """Return the config with the batch size that ``auto`` finds, so that several runs use the same one."""
     return build(config, observe).config if config.train.batch_size == "auto" else config
 
 
@@ -110,7 +110,18 @@ def make_experiment(
     device: torch.device,
     quick: bool,
 ) -> Experiment:
-    """Put together what the engine needs."""
+    """Return the input of the engine.
+
+    Args:
+        config: Checked config.
+        model: Model with its pretrained weights.
+        task: Task: loss and metrics.
+        backbone: Backbone of the model.
+        loaders: Loader of each split.
+        phases: Phases, resolved for the model.
+        device: Device to train on.
+        quick: Whether to use only a few batches of each split.
+    """
     return Experiment(
         model,
         task,
@@ -128,7 +139,7 @@ def make_experiment(
 
 
 def _origin(backbone: Backbone, loaders: Mapping[str, Loader]) -> dict[str, str]:
-    """Return digests of what a run that goes on must find again: the splits and what was learned from the data."""
+    """Return digests of the splits and the assets, which a resumed run must have unchanged."""
     assets = hashlib.sha256()
     for name, text in sorted(backbone.assets().items()):
         assets.update(f"{name}\0{text}\0".encode())
@@ -140,7 +151,7 @@ def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
     """Read the data and complete its splits.
 
     Raises:
-        DataError: Something about the data is not right.
+        DataError: The data is wrong.
     """
     dataset: Dataset = config.data.make()
     with error_location(config.data.where):
@@ -152,7 +163,15 @@ def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
 def make_loader(
     config: RunConfig, split: Split, backbone: Backbone, *, training: bool = False, repeated: bool = False
 ) -> Loader:
-    """Make the batches of a split, as training and every later evaluation of a run does."""
+    """Return the loader of a split, for training and for every later evaluation of a run.
+
+    Args:
+        config: Checked config.
+        split: Split to load.
+        backbone: Backbone whose preprocessing is applied.
+        training: Whether examples are shuffled and augmented.
+        repeated: Whether the split is loaded several times, so that decoded examples are kept in memory.
+    """
     train = config.train
     batch_size = _examples_per_step(train, training=training)
     return Loader(
@@ -171,6 +190,6 @@ def make_loader(
 
 
 def _examples_per_step(train: TrainConfig, *, training: bool) -> int | None:
-    """Return the batch size; None: as ``max_tokens`` says. Until ``auto`` has found one the default stands for it."""
+    """Return the batch size, or None if ``max_tokens`` determines it. Until ``auto`` finds one, use the default."""
     size = BATCH_SIZE if train.batch_size == "auto" else train.batch_size
     return size if training else train.evaluation_batch_size or (size and 2 * size)

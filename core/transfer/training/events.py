@@ -1,4 +1,4 @@
-"""What happens during a run, told to whoever observes it (console, tests, trackers) and cannot change it."""
+"""Events of a run. Observers (console, tests, trackers) receive them and cannot change the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Note:
-    """Something worth knowing, in one line; ``details`` make a table of their own."""
+    """A line of information.
+
+    Args:
+        text: Text of the note.
+        details: Names and values, shown as a table. None shows no table.
+    """
 
     text: str
     details: Mapping[str, Any] | None = None
@@ -18,13 +23,13 @@ class Note:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Everything is loaded and training begins.
+    """The start of training, after data and weights have been loaded.
 
     Args:
-        folder: The run directory.
-        facts: What is trained, on what, for how long: names and values for a table.
-        epochs: Over all phases.
-        primary_metric: The metric that picks the best epoch.
+        folder: Run directory.
+        facts: Names and values that describe data, model and training, for a table.
+        epochs: Number of epochs over all phases.
+        primary_metric: Name of the metric that selects the best epoch.
     """
 
     folder: Path
@@ -35,7 +40,15 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class EpochStarted:
-    """An epoch begins; counts begin at 1."""
+    """The start of an epoch.
+
+    Args:
+        epoch: Number of the epoch in the run, from 1.
+        epochs: Number of epochs over all phases.
+        phase: Number of the phase, from 1.
+        phases: Number of phases.
+        steps: Number of batches of the epoch.
+    """
 
     epoch: int
     epochs: int
@@ -46,13 +59,13 @@ class EpochStarted:
 
 @dataclass(frozen=True)
 class StepEnded:
-    """A training step ended.
+    """The end of a training step.
 
     Args:
-        step: Within the epoch, from 1.
-        loss: Mean over the epoch so far.
-        metric: The primary metric's name and value over the epoch so far.
-        examples_per_second: Over the epoch so far.
+        step: Number of the batch in the epoch, from 1.
+        loss: Mean loss over the epoch so far.
+        metric: Name and value of the primary metric over the epoch so far.
+        examples_per_second: Throughput over the epoch so far.
     """
 
     step: int
@@ -63,7 +76,12 @@ class StepEnded:
 
 @dataclass(frozen=True)
 class EvaluationStarted:
-    """A split is about to be scored."""
+    """The start of the evaluation of a split.
+
+    Args:
+        split: Name of the split.
+        steps: Number of batches.
+    """
 
     split: str
     steps: int
@@ -71,18 +89,22 @@ class EvaluationStarted:
 
 @dataclass(frozen=True)
 class EvaluationStep:
-    """A batch was scored."""
+    """The end of an evaluation step.
+
+    Args:
+        step: Number of the batch, from 1.
+    """
 
     step: int
 
 
 @dataclass(frozen=True)
 class EpochEnded:
-    """An epoch was validated and recorded.
+    """The end of an epoch, after its validation.
 
     Args:
-        record: The line of ``metrics.jsonl``.
-        best: It is the best epoch so far.
+        record: Line of ``metrics.jsonl``.
+        best: Whether the epoch is the best one so far.
     """
 
     record: Mapping[str, Any]
@@ -91,11 +113,11 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class RunEnded:
-    """The run is complete.
+    """The end of a complete run.
 
     Args:
-        folder: The run directory.
-        summary: As in ``summary.json``.
+        folder: Run directory.
+        summary: Content of ``summary.json``.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""Mixup and cutmix: batches of blends of two examples, for any task whose loss is per example."""
+"""Mixup and CutMix: batches that are mixed with a permutation of themselves, for any task with losses per example."""
 
 from __future__ import annotations
 
@@ -14,63 +14,80 @@ from transfer.errors import ConfigError
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """Which examples a batch was blended from.
+    """A batch in which each example is mixed with another one.
 
     Args:
-        inputs: The blended inputs.
-        permutation: int64 (B,), the second example of each blend.
-        lam: How much of each blend is the first example.
+        inputs: Mixed inputs (B, ...).
+        permutation: int64 (B,), index of the second example of each pair.
+        lam: Weight of the first example of each pair, 0 to 1.
     """
 
     inputs: Tensor
     permutation: Tensor
     lam: float
 
-    def loss(self, own: Tensor, permutation: Tensor) -> Tensor:
-        """Return the losses (B,) mixed by ``lam``."""
-        return self.lam * own + (1 - self.lam) * permutation
+    def loss(self, losses: Tensor, permuted_losses: Tensor) -> Tensor:
+        """Return the mixed losses (B,).
+
+        Args:
+            losses: Losses (B,) for the targets of the first examples.
+            permuted_losses: Losses (B,) for the targets of the second examples.
+        """
+        return self.lam * losses + (1 - self.lam) * permuted_losses
 
 
 def check_mixable(inputs: object, mix: MixupCutmix) -> Tensor:
-    """Return the backbone's input if its examples can be blended, also on the meta device.
+    """Return the backbone's input if its examples can be mixed. The meta device is supported.
+
+    Args:
+        inputs: Input of the backbone.
+        mix: Options of mixup and CutMix.
 
     Raises:
-        ConfigError: It is no float tensor, or holds no pictures (B, C, H, W) for cutmix.
+        ConfigError: The input is not a float tensor, or not a batch of images (B, C, H, W) for CutMix.
     """
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        message = "train.mix blends the backbone's input, which is no tensor of numbers"
+        message = f"train.mix cannot mix the backbone's input: expected a float tensor, got {_type_name(inputs)}"
         raise ConfigError(message, fix="remove train.mix")
     if mix.cutmix is not None and inputs.dim() != 4:
-        raise ConfigError("cutmix pastes rectangles of pictures (B, C, H, W)", fix="use mixup")
+        shape = ", ".join(["B", *map(str, inputs.shape[1:])])
+        raise ConfigError(f"cutmix needs a batch of images: expected (B, C, H, W), got ({shape})", fix="use mixup")
     return inputs
 
 
 def mix_batch(inputs: object, mix: MixupCutmix) -> MixedBatch:
-    """Mix a batch with a permutation of itself; random by torch's global generator.
+    """Mix a batch with a random permutation of itself, drawn from torch's global generator.
 
-    Mixup (Zhang et al. 2018) averages with a lam drawn from Beta(a, a). Cutmix (Yun et al. 2019) pastes a rectangle
-    that covers one minus that lam of the picture; the lam is then corrected to the pixels really kept.
+    Mixup (Zhang et al. 2018) averages two examples with a weight lam that is drawn from Beta(a, a). CutMix (Yun et al.
+    2019) pastes a rectangle that covers 1 - lam of the image. Its lam is then corrected to the pixels that are kept,
+    because the rectangle is clipped at the border of the image.
 
     Args:
-        inputs: float (B, ...); float (B, C, H, W) for cutmix.
-        mix: Parameters.
+        inputs: float (B, ...); float (B, C, H, W) for CutMix.
+        mix: Options of mixup and CutMix. If both are set, each batch uses one of them with equal probability.
 
     Raises:
-        ConfigError: As :func:`check_mixable`.
+        ConfigError: The input cannot be mixed (:func:`check_mixable`).
     """
     inputs = check_mixable(inputs, mix)
     use_cutmix = mix.cutmix is not None and (mix.mixup is None or bool(torch.rand(()) < 0.5))
     concentration = torch.tensor(mix.cutmix if use_cutmix else mix.mixup)
+    # All numbers are drawn on the CPU: reading one from a GPU would force a synchronization.
     lam = float(torch.distributions.Beta(concentration, concentration).sample())
     permutation = torch.randperm(len(inputs)).to(inputs.device)
     if not use_cutmix:
         return MixedBatch(torch.lerp(inputs[permutation], inputs, lam), permutation, lam)
+    # The rectangle has the aspect ratio of the image and a uniform center, so that it may reach over the border.
     height, width = inputs.shape[2:]
     cut_height, cut_width = (round(side * math.sqrt(1 - lam)) for side in (height, width))
     top, left = (int(torch.randint(side, ())) - cut // 2 for side, cut in ((height, cut_height), (width, cut_width)))
     rows = slice(max(0, top), max(0, min(height, top + cut_height)))
     columns = slice(max(0, left), max(0, min(width, left + cut_width)))
-    blended = inputs.clone()
-    blended[:, :, rows, columns] = inputs[permutation][:, :, rows, columns]
-    pasted = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return MixedBatch(blended, permutation, 1 - pasted / (height * width))
+    mixed = inputs.clone()
+    mixed[:, :, rows, columns] = inputs[permutation][:, :, rows, columns]
+    pasted_pixels = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return MixedBatch(mixed, permutation, 1 - pasted_pixels / (height * width))
+
+
+def _type_name(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -17,18 +17,18 @@ from transfer.models.model import BATCH_NORM, Model
 from transfer.training.freezing import Frozen
 
 NORMS = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
-"""RMSNorm came with torch 2.4."""
+"""Normalization layers; ``nn.RMSNorm`` exists since torch 2.4."""
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """One parameter group.
+    """A parameter group of the optimizer.
 
     Args:
-        stage: The stage that its parameters belong to.
-        lr: Its learning rate.
-        parameters: Names of its parameters; none is frozen.
-        decays: Weight decay applies to it.
+        stage: Name of the stage that contains the parameters.
+        lr: Learning rate of the group.
+        parameters: Names of the parameters; none is frozen.
+        decays: Whether weight decay applies.
     """
 
     stage: str
@@ -43,115 +43,136 @@ def parameter_groups(
     lr: float | Mapping[str, float],
     no_weight_decay: Collection[Literal["norm", "bias"]] = (),
 ) -> list[ParameterGroup]:
-    """Return parameter groups for every stage that has something to train, from input to output.
+    """Return the parameter groups of all stages with trained parameters, from input to output.
 
-    A stage has one group, or two where some of its parameters are left out of weight decay.
+    A stage has one group, or two if some of its parameters are excluded from weight decay.
 
-    ``lr`` by group: a stage's own name wins, then ``head`` or ``backbone``. With ``layer_decay`` the topmost backbone
-    stage with parameters has the rate ``backbone`` (or, where that is not given, ``head`` times the decay), and every
-    stage below it that of the one above times the decay (ULMFiT, Howard and Ruder 2018; BEiT, Bao et al. 2021).
+    In a mapping ``lr``, the name of a stage takes precedence over the group of a fused model (``image``), and that over
+    ``head`` and ``backbone``. With ``layer_decay``, the last backbone stage with parameters has the rate ``backbone``,
+    by default that of ``head`` times the decay. Every stage before it has the rate of the next stage times the decay
+    (ULMFiT, Howard and Ruder 2018; BEiT, Bao et al. 2021).
+
+    Args:
+        model: Model to train.
+        frozen: Freeze policy, resolved for the model.
+        lr: Learning rate of all parameters, or learning rates by stage, group, ``head`` and ``backbone``.
+        no_weight_decay: Kinds of parameters that are excluded from weight decay.
 
     Raises:
-        ConfigError: A key of ``lr`` is no group of this model, or a stage that is trained has no learning rate.
+        ConfigError: A key of ``lr`` does not exist in this model, or a trained stage has no learning rate.
     """
     stages = {
         stage: tuple(f"{stage}.{name}" for name, _ in module.named_parameters())
         for stage, module in model.stages.items()
     }
     rates = _rates([stage for stage, names in stages.items() if names or stage == "head"], list(stages), lr)
-    found = []
+    groups = []
     for stage, names in stages.items():
         trained = tuple(name for name in names if name not in frozen.parameters)
         if not trained:
             continue
         if stage not in rates:
             raise ConfigError(
-                f"lr says nothing of the stage {stage!r}, which is trained",
+                f"lr has no rate for the stage {stage!r}, which is trained",
                 available=["head", "backbone", *list(stages)[:-1]],
                 fix="add backbone: ..., or freeze the stage",
             )
-        spared = _no_decay_names(model.stages[stage], no_weight_decay)
+        no_decay = _no_decay_names(model.stages[stage], no_weight_decay)
         for decays in (True, False):
-            members = tuple(name for name in trained if (name.removeprefix(f"{stage}.") in spared) != decays)
+            members = tuple(name for name in trained if (name.removeprefix(f"{stage}.") in no_decay) != decays)
             if members:
-                found.append(ParameterGroup(stage, rates[stage], members, decays))
-    return found
+                groups.append(ParameterGroup(stage, rates[stage], members, decays))
+    return groups
 
 
 def _no_decay_names(stage: nn.Module, kinds: Collection[str]) -> set[str]:
-    """Return the names of a stage's parameters that are left out of weight decay."""
-    spared = set()
+    """Return the names of the parameters of a stage that are excluded from weight decay."""
+    names = set()
     for prefix, module in stage.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            bias = name.startswith(("bias", "in_proj_bias"))  # in_proj_bias: of attention
-            if ("norm" in kinds and isinstance(module, NORMS)) or ("bias" in kinds and bias):
-                spared.add(f"{prefix}.{name}" if prefix else name)
-    return spared
+            is_bias = name.startswith(("bias", "in_proj_bias"))  # nn.MultiheadAttention has an in_proj_bias
+            if ("norm" in kinds and isinstance(module, NORMS)) or ("bias" in kinds and is_bias):
+                names.add(f"{prefix}.{name}" if prefix else name)
+    return names
 
 
 def _rates(with_parameters: list[str], stages: list[str], lr: float | Mapping[str, float]) -> dict[str, float]:
+    """Return learning rates by stage, without the stages that ``lr`` leaves out.
+
+    Args:
+        with_parameters: Names of the stages with parameters. ``layer_decay`` counts only these.
+        stages: Names of all stages.
+        lr: Learning rate of all stages, or learning rates by key.
+    """
     if not isinstance(lr, Mapping):
         return dict.fromkeys(stages, lr)
     groups = sorted({stage.rpartition(".")[0] for stage in stages if "." in stage})
-    known = ["head", "backbone", "layer_decay", *groups, *stages[:-1]]
+    keys = ["head", "backbone", "layer_decay", *groups, *stages[:-1]]
     for key in lr:
-        if key not in known:
-            close = nearest(key, known)
+        if key not in keys:
+            close = nearest(key, keys)
             fix = f"did you mean {close!r}?" if close else None
-            raise ConfigError(f"lr names {key!r}, which is no group of this model", available=known, fix=fix)
+            raise ConfigError(f"lr names {key!r}, which is not a stage or group of this model", available=keys, fix=fix)
     decay = lr.get("layer_decay", 1.0)
-    top = lr.get("backbone", lr["head"] * decay if "layer_decay" in lr and "head" in lr else None)
+    last_rate = lr.get("backbone", lr["head"] * decay if "layer_decay" in lr and "head" in lr else None)
     rates: dict[str, float] = {}
-    if top is not None:
-        below = [stage for stage in with_parameters if stage != "head"][::-1]
-        rates = {stage: top * decay**depth for depth, stage in enumerate(below)}
+    if last_rate is not None:
+        from_last = [stage for stage in with_parameters if stage != "head"][::-1]
+        rates = {stage: last_rate * decay**depth for depth, stage in enumerate(from_last)}
+    # The more specific key comes later and wins.
     rates |= {stage: lr[group] for stage in stages if (group := stage.rpartition(".")[0]) in lr}
     return rates | {stage: lr[stage] for stage in stages if stage in lr}
 
 
 def build_optimizer(
-    model: Model, found: list[ParameterGroup], part: TorchClass, previous: Optimizer | None
+    model: Model, groups: list[ParameterGroup], torch_class: TorchClass, previous: Optimizer | None
 ) -> Optimizer:
-    """Build the optimizer of a phase; parameters that were trained in the phase before keep their state.
+    """Build the optimizer of a phase.
 
     Args:
-        model: The model.
-        found: What :func:`groups` returned.
-        part: Which optimizer, with its options.
-        previous: The optimizer of the phase before, or None.
+        model: Model to train.
+        groups: Parameter groups (:func:`parameter_groups`).
+        torch_class: Optimizer class with its options.
+        previous: Optimizer of the previous phase: parameters that both phases train keep their state. None starts
+            without state.
 
     Raises:
-        ConfigError: Torch refuses the options.
+        ConfigError: torch refuses the options.
     """
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-    made = [
-        {"params": [parameters[name] for name in g.parameters], "lr": g.lr, "name": g.stage}
-        | ({} if g.decays else {"weight_decay": 0.0})
-        for g in found
+    torch_groups = [
+        {"params": [parameters[name] for name in group.parameters], "lr": group.lr, "name": group.stage}
+        | ({} if group.decays else {"weight_decay": 0.0})
+        for group in groups
     ]
+    options = dict(torch_class.options)
+    if _use_fused_cpu_kernel(model, torch_class):
+        options["fused"] = True
     try:
-        options = {**part.options, "fused": True} if _fused_on_the_cpu(model, part) else part.options
-        optimizer: Optimizer = part.cls(made, **options)
+        optimizer: Optimizer = torch_class.cls(torch_groups, **options)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"torch's {part.cls.__name__} refuses its options: {error}") from error
+        raise ConfigError(f"torch's {torch_class.cls.__name__} refuses its options: {error}") from error
     if previous is not None:
-        kept: dict[Tensor, Any] = {
-            p: previous.state[p] for g in optimizer.param_groups for p in g["params"] if p in previous.state
+        kept_state: dict[Tensor, Any] = {
+            parameter: previous.state[parameter]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter in previous.state
         }
-        optimizer.state.update(kept)
+        optimizer.state.update(kept_state)
     return optimizer
 
 
-def _fused_on_the_cpu(model: Model, part: TorchClass) -> bool:
-    """Say whether to take torch's fused kernel of an optimizer, a tenth of the time: the config leaves the choice.
+def _use_fused_cpu_kernel(model: Model, torch_class: TorchClass) -> bool:
+    """Return whether to use torch's fused kernel on the CPU, which takes a tenth of the time.
 
-    On a GPU torch chooses well by itself; on the CPU it would go through the parameters one operation at a time.
+    On a GPU torch selects a fast kernel by itself. On the CPU its default is a loop over the parameters.
     """
-    if torch.__version__ < "2.4" or "fused" not in inspect.signature(part.cls).parameters:
+    if torch.__version__ < "2.4" or "fused" not in inspect.signature(torch_class.cls).parameters:
         return False
-    if any(part.options.get(key) is not None for key in ("fused", "foreach", "differentiable")):
-        return False
-    # Torch itself looks at the first parameter alone, and at no gradient, which an embedding may make sparse.
+    if any(torch_class.options.get(key) is not None for key in ("fused", "foreach", "differentiable")):
+        return False  # the config decides
+    # torch checks only the first parameter, and no gradients: those of a sparse embedding have no fused kernel.
     dense = not any(getattr(module, "sparse", False) for module in model.modules())
     return dense and all(p.device.type == "cpu" and p.is_floating_point() for p in model.parameters())
 

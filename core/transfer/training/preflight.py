@@ -25,22 +25,23 @@ from transfer.training.optimizer import build_optimizer, parameter_groups
 from transfer.training.scheduler import Schedule
 
 LARGE_EPOCH_STEPS = 1000
-"""Stand in for the steps of an epoch before the data has been counted."""
+"""Placeholder for the number of steps per epoch, which is unknown before the data is read."""
 PLACEHOLDER_CLASSES = ("(class 1)", "(class 2)")
-"""Stand in for the classes of a dataset that must be read to know them."""
+"""Placeholder for the classes of a dataset that are unknown before the data is read."""
 
 
 @dataclass(frozen=True)
 class CheckedParts:
-    """The parts of a model, fitted together.
+    """The components of a config, checked against each other.
 
     Args:
-        dataset: What it learns from; nothing has been read.
-        backbone, task: As the config names them.
-        model: The stages of backbone and head.
-        phases: Worked out for this model.
+        dataset: Dataset; no data has been read.
+        backbone: Backbone on the meta device.
+        task: Task: loss and metrics.
+        model: Model on the meta device: the stages of the backbone and the head.
+        phases: Phases, resolved for the model.
         device: Device to train on.
-        shapes: What each stage returns for a batch of two examples, where the backbone knows a typical one.
+        shapes: Output shape of each stage. Empty if the preprocessing has no typical example.
     """
 
     dataset: Dataset
@@ -53,10 +54,12 @@ class CheckedParts:
 
 
 def preflight(config: RunConfig) -> CheckedParts:
-    """Build the model on the meta device and fit everything together: no data, no weights, no memory.
+    """Build the model on the meta device and check all components against each other, without data and weights.
 
     Raises:
-        ConfigError: Parts that do not fit, or freeze policies or learning rates that name nothing; every problem found.
+        ConfigError: Components do not fit together, or freeze policies or learning rates name stages that do not
+            exist. The error contains every problem that was found.
+        UserError: The device does not exist on this machine.
     """
     for tracker in config.trackers:
         tracker.make()
@@ -74,7 +77,7 @@ def preflight(config: RunConfig) -> CheckedParts:
 
 
 def _check_compatibility(config: RunConfig, data: DataSpec, backbone: Backbone) -> None:
-    """Refuse parts that do not fit, naming the lines of both."""
+    """Refuse components that do not fit together; the error names the config lines of both."""
     where = {section: config.document.location((section,)) for section in ("data", "backbone", "head", "task")}
     names = {
         "data": f"dataset {config.data.plugin.name!r}",
@@ -84,27 +87,29 @@ def _check_compatibility(config: RunConfig, data: DataSpec, backbone: Backbone) 
     }
     problems = []
     for field in sorted(set(backbone.fields) - set(data.fields)):
-        message = f"{names['backbone']} takes the field {field!r}, which {names['data']} ({where['data']}) lacks"
+        message = (
+            f"{names['backbone']} takes the field {field!r}, which {names['data']} ({where['data']}) does not have"
+        )
         fix = f"choose a backbone for {' or '.join(data.fields)}, or another dataset"
         problems.append(Problem(message, where["backbone"], data.fields, fix))
     if data.target not in config.task.cls.targets:
-        wants = " or ".join(sorted(config.task.cls.targets))
+        kinds = " or ".join(sorted(config.task.cls.targets))
         message = (
-            f"{names['task']} learns a target of kind {wants}, and {names['data']} ({where['data']}) has {data.target}"
+            f"{names['task']} learns a target of kind {kinds}, and {names['data']} ({where['data']}) has {data.target}"
         )
         fix = f"choose a task for {data.target}"
         problems.append(Problem(message, where["task"], fix=fix))
     layout = backbone.features.layout
     if layout not in config.head.cls.layouts:
-        wants = " or ".join(sorted(config.head.cls.layouts))
-        message = f"{names['head']} takes a {wants}, and {names['backbone']} ({where['backbone']}) gives a {layout}"
+        layouts = " or ".join(sorted(config.head.cls.layouts))
+        message = f"{names['head']} takes a {layouts}, and {names['backbone']} ({where['backbone']}) gives a {layout}"
         problems.append(Problem(message, where["head"], fix=f"choose a head that takes a {layout}"))
     if problems:
         raise ConfigError.of(problems)
 
 
 def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model) -> dict[str, str]:
-    """Send two typical examples through the stages on the meta device, and hold what comes to the contracts."""
+    """Run two typical examples through the stages on the meta device; check the shapes, and return them by stage."""
     example = backbone.preprocessing.example()
     if example is None:
         return {}
@@ -124,7 +129,8 @@ def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model
             shapes[name] = _shape(value)
     if not isinstance(value, torch.Tensor) or value.shape != (2, task.out_features):
         raise PluginError(
-            f"head {config.head.plugin.name!r} returns {_shape(value)}, and the task has {task.out_features} outputs",
+            f"head {config.head.plugin.name!r} returns the wrong shape: expected (B, {task.out_features}), "
+            f"got {_shape(value)}",
             where=config.head.where,
             fix="a head returns a float tensor (B, out_features)",
         )
@@ -133,13 +139,15 @@ def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model
 
 def _check_features(config: RunConfig, value: Any, spec: FeatureSpec) -> None:
     if spec.layout == "vector":
-        good = isinstance(value, torch.Tensor) and value.shape == (2, spec.size)
+        matches = isinstance(value, torch.Tensor) and value.shape == (2, spec.size)
     else:
-        good = isinstance(value, tuple) and len(value) == 2 and value[0].dim() == 3 and value[0].shape[2] == spec.size
-        good = good and value[1].shape == value[0].shape[:2] and value[1].dtype == torch.bool
-    if not good:
+        matches = isinstance(value, tuple) and len(value) == 2 and value[0].dim() == 3
+        matches = matches and value[0].shape[2] == spec.size
+        matches = matches and value[1].shape == value[0].shape[:2] and value[1].dtype == torch.bool
+    if not matches:
         raise PluginError(
-            f"backbone {config.backbone.plugin.name!r} returns {_shape(value)}, and says {spec.layout} of {spec.size}",
+            f"backbone {config.backbone.plugin.name!r} returns the wrong features: expected a {spec.layout} of size "
+            f"{spec.size}, got {_shape(value)}",
             where=config.backbone.where,
             fix="a vector is (B, D); a sequence is a pair of (B, T, D) and a bool mask (B, T)",
         )
@@ -152,9 +160,14 @@ def _shape(value: object) -> str:
 
 
 def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
-    """Return the phases of a config, resolved for a model."""
+    """Return the phases of a config, resolved for a model.
+
+    Raises:
+        ConfigError: Phases do not fit the model. The error contains the problems of all phases.
+    """
     phases, problems = [], []
-    stages = [name for name, stage in list(model.stages.items())[:-1] if any(True for _ in stage.parameters())]
+    backbone_stages = list(model.stages.items())[:-1]
+    stages = [name for name, stage in backbone_stages if next(stage.parameters(), None) is not None]
     for index, settings in enumerate(config.phases(stages)):
         key = config.phase_key(index)
         try:
@@ -190,23 +203,23 @@ def _resolve_training_device(config: RunConfig) -> torch.device:
 def _refuse_dead_settings(
     config: RunConfig, backbone: Backbone, model: Model, phases: tuple[Phase, ...], device: torch.device
 ) -> None:
-    """Refuse settings that would change nothing, and those that need another machine."""
+    """Refuse settings without an effect, and settings that this machine does not support."""
     train = config.train
     if train.precision == "fp16" and device.type != "cuda":
         raise ConfigError(
-            "train.precision: fp16 needs a GPU, which scales its gradients",
+            f"train.precision: fp16 needs a GPU (CUDA), and the device is {device}",
             where=config.document.location(("train", "precision")),
             fix="use bf16 or fp32",
         )
     if config.optimizer_options.no_weight_decay and not config.weight_decay:
         raise ConfigError(
-            f"no_weight_decay spares parameters from weight decay, and {config.optimizer.name} applies none here",
+            f"no_weight_decay has no effect, because the weight decay of {config.optimizer.name} is zero",
             where=config.document.location(("train", "optimizer", "no_weight_decay")),
             fix="set weight_decay, or remove no_weight_decay",
         )
     if train.max_tokens is not None and not backbone.preprocessing.encode_once:
         raise ConfigError(
-            f"train.max_tokens counts tokens, and what {config.backbone.plugin.name} takes has no length beforehand",
+            f"train.max_tokens needs inputs with a length in tokens, which {config.backbone.plugin.name} does not have",
             where=config.document.location(("train", "max_tokens")),
             fix="set train.batch_size instead",
         )
@@ -223,24 +236,24 @@ def _refuse_dead_settings(
         )
         for phase in phases
     ]
-    dead = "nothing is augmented at random" if not augments else None
-    if dead is None and all(reasons):
-        dead = reasons[0]
-    if dead:
+    reason = "nothing is augmented at random" if not augments else None
+    if reason is None and all(reasons):
+        reason = reasons[0]
+    if reason:
         raise ConfigError(
-            f"train.views keeps augmented views of each example, and {dead}",
+            f"train.views caches augmented views of each example, which has no effect here: {reason}",
             where=config.document.location(("train", "views")),
             fix="remove train.views",
         )
 
 
 def _check_optimizer_and_schedule(config: RunConfig, model: Model, phase: Phase, key: Key) -> None:
-    """Find what torch would only refuse once the phase began."""
+    """Refuse options that torch refuses at the start of the phase, and batch norm on batches of one example."""
     with config.at("train", "optimizer"):
         optimizer = build_optimizer(model, phase.groups, config.optimizer, previous=None)
-    own = (*key, "scheduler")
-    # A scheduler of the phase's own, else the run's; a warm-up that is too long is named there too.
-    with config.at(*own if config.document.is_set(own) else ("train", "scheduler")):
+    scheduler_key = (*key, "scheduler")
+    # The location of the phase's scheduler, otherwise that of the run's: also for a warm-up that is too long.
+    with config.at(*scheduler_key if config.document.is_set(scheduler_key) else ("train", "scheduler")):
         Schedule(
             phase.scheduler,
             optimizer,
@@ -256,18 +269,28 @@ def _check_optimizer_and_schedule(config: RunConfig, model: Model, phase: Phase,
         if isinstance(module, BATCH_NORM) and trained & {f"{prefix}.{name}" for name, _ in module.named_parameters()}
     ]
     if norms and (config.train.max_tokens or config.train.batch_size == 1):
-        setting, which = ("batch_size", "")
+        setting, reason = "batch_size", ""
         if config.train.max_tokens:
-            setting, which = ("max_tokens", ", which max_tokens may make")
+            setting, reason = "max_tokens", ", which max_tokens allows"
         raise ConfigError(
-            f"batch norm ({norms[0]}) cannot train on batches of one example{which}",
+            f"batch norm ({norms[0]}) cannot train on batches of one example{reason}",
             where=config.document.location(("train", setting)),
             fix="set a larger train.batch_size, or freeze the stages with batch norm",
         )
 
 
 def treatment(config: RunConfig, model: Model, phase: Phase, stage: str) -> tuple[str, bool]:
-    """Return what a phase does with a stage, in words, and whether it trains it."""
+    """Describe the treatment of a stage in a phase for a table.
+
+    Args:
+        config: Checked config.
+        model: Model that the phase is resolved for.
+        phase: Phase.
+        stage: Name of the stage.
+
+    Returns:
+        The description, and whether the phase trains the stage.
+    """
     groups = [group for group in phase.groups if group.stage == stage]
     parameters = len(list(model.stages[stage].parameters()))
     if not groups:

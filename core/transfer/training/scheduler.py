@@ -15,27 +15,27 @@ from transfer.errors import ConfigError
 
 
 class Schedule:
-    """One of torch's schedulers over a phase, stepped where torch says it should be, after a linear warm-up.
+    """A scheduler of torch over a phase, after a linear warm-up.
 
-    OneCycleLR and CyclicLR step after every batch, ReduceLROnPlateau after every validation, all others after every
-    epoch; no scheduler is a constant learning rate. During the warm-up the rates rise linearly from a small share, and
-    the scheduler begins when it is over (Goyal et al. 2017).
+    OneCycleLR and CyclicLR step after every optimizer step, ReduceLROnPlateau after every validation, all others after
+    every epoch. During the warm-up the learning rates rise linearly, and the scheduler starts after it (Goyal et al.
+    2017).
 
     Args:
-        part: Which scheduler, if any.
-        optimizer: Of the phase.
-        epochs: Of the phase.
-        steps_per_epoch: Optimizer steps; those of each epoch of the phase, where they differ.
-        warmup_epochs: The warm-up's length, in whole epochs or parts of one.
+        torch_class: Scheduler class with its options. None keeps the learning rates constant.
+        optimizer: Optimizer of the phase.
+        epochs: Number of epochs of the phase.
+        steps_per_epoch: Number of optimizer steps per epoch, or a number for each epoch.
+        warmup_epochs: Length of the warm-up in epochs. 0 disables it.
         higher_is_better: Direction of the metric that ReduceLROnPlateau watches.
 
     Raises:
-        ConfigError: Torch refuses the options, or the warm-up leaves nothing of the phase.
+        ConfigError: torch refuses the options, or the warm-up is as long as the phase.
     """
 
     def __init__(
         self,
-        part: TorchClass | None,
+        torch_class: TorchClass | None,
         optimizer: Optimizer,
         *,
         epochs: int,
@@ -45,56 +45,64 @@ class Schedule:
     ) -> None:
         self.warmup: lr_scheduler.LinearLR | None = None
         steps = [steps_per_epoch] * epochs if isinstance(steps_per_epoch, int) else list(steps_per_epoch)
-        # Where the epochs' ends lie, in steps; a part of an epoch is that part of its steps.
-        ends = np.cumsum([0, *steps])
-        self.warmup_steps = round(float(np.interp(warmup_epochs, range(epochs + 1), ends)))
-        warming_epochs = int(np.searchsorted(ends, self.warmup_steps))
-        self.warming = False  # some of this epoch's steps were warm-up
+        # Epochs may differ in length: the steps before a fraction of an epoch are interpolated between epoch ends.
+        epoch_ends = np.cumsum([0, *steps])
+        self.warmup_steps = round(float(np.interp(warmup_epochs, range(epochs + 1), epoch_ends)))
+        epochs_with_warmup = int(np.searchsorted(epoch_ends, self.warmup_steps))
+        self.warming = False  # whether steps of the current epoch belonged to the warm-up
         self.scheduler: Any = None
-        if part is not None:
-            options = dict(part.options)
-            if part.cls is lr_scheduler.CosineAnnealingLR:
-                options["T_max"] = max(1, epochs - warming_epochs)
-            elif part.cls is lr_scheduler.OneCycleLR:
+        if torch_class is not None:
+            options = dict(torch_class.options)
+            if torch_class.cls is lr_scheduler.CosineAnnealingLR:
+                options["T_max"] = max(1, epochs - epochs_with_warmup)
+            elif torch_class.cls is lr_scheduler.OneCycleLR:
                 options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
                 options["total_steps"] = sum(steps) - self.warmup_steps
                 options.setdefault("cycle_momentum", {"momentum", "betas"} & set(optimizer.defaults) != set())
-            elif part.cls is lr_scheduler.ReduceLROnPlateau:
+            elif torch_class.cls is lr_scheduler.ReduceLROnPlateau:
                 options["mode"] = "max" if higher_is_better else "min"
-            elif part.cls is lr_scheduler.CyclicLR:
+            elif torch_class.cls is lr_scheduler.CyclicLR:
                 options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
                 options.setdefault("cycle_momentum", "momentum" in optimizer.defaults)
             try:
-                self.scheduler = part.cls(optimizer, **options)
+                self.scheduler = torch_class.cls(optimizer, **options)
             except (ValueError, TypeError) as error:
-                raise ConfigError(f"torch's {part.cls.__name__} refuses its options: {error}") from error
+                raise ConfigError(f"torch's {torch_class.cls.__name__} refuses its options: {error}") from error
         if self.warmup_steps:
-            if isinstance(self.scheduler, _BY_STEP):
+            if isinstance(self.scheduler, _STEPPED_PER_BATCH):
                 raise ConfigError(
-                    f"{type(self.scheduler).__name__} has a warm-up of its own", fix="remove warmup_epochs"
+                    f"{type(self.scheduler).__name__} already contains a warm-up", fix="remove warmup_epochs"
                 )
             if self.warmup_steps >= sum(steps):
-                fix = "warm up for less than the shortest phase"
-                raise ConfigError(f"warmup_epochs of {warmup_epochs:g} leaves nothing of a phase of {epochs}", fix=fix)
+                raise ConfigError(
+                    f"warmup_epochs is too long: expected less than the {epochs} epochs of a phase, "
+                    f"got {warmup_epochs:g}",
+                    fix="set warmup_epochs to less than the shortest phase",
+                )
+            # n warm-up steps at 1/(n+1) ... n/(n+1) of the rate: no step is wasted on a rate of zero.
             start = 1 / (self.warmup_steps + 1)
             self.warmup = lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=self.warmup_steps)
 
     def after_step(self) -> None:
-        """Follow an optimizer step."""
+        """Update the learning rates after an optimizer step."""
         if self.warmup_steps and self.warmup is not None:
             self.warmup.step()
             self.warmup_steps -= 1
             self.warming = True
-        elif isinstance(self.scheduler, _BY_STEP):
+        elif isinstance(self.scheduler, _STEPPED_PER_BATCH):
             self.scheduler.step()
 
     def after_epoch(self, metric: float) -> None:
-        """Follow an epoch whose validation gave ``metric``."""
+        """Update the learning rates after an epoch.
+
+        Args:
+            metric: Value of the primary metric on the validation split.
+        """
         warming, self.warming = self.warming, False
-        if warming or self.scheduler is None or isinstance(self.scheduler, _BY_STEP):
+        if warming or self.scheduler is None or isinstance(self.scheduler, _STEPPED_PER_BATCH):
             return
         with warnings.catch_warnings():
-            # The steps before may have been taken by the process that was interrupted, which torch cannot know.
+            # In a resumed run the optimizer steps were made by the interrupted process, and torch warns of none.
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
             if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
                 self.scheduler.step(metric)
@@ -102,28 +110,28 @@ class Schedule:
                 self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what moves in scheduler and warm-up; JSON alone. All else follows from the config."""
-        parts = {"scheduler": self.scheduler, "warmup": self.warmup}
+        """Return the variable state of scheduler and warm-up, plain JSON. The config determines everything else."""
+        schedulers = {"scheduler": self.scheduler, "warmup": self.warmup}
         states = {
-            name: {key: value for key, value in part.state_dict().items() if _is_plain(value)}
-            for name, part in parts.items()
-            if part is not None
+            name: {key: value for key, value in scheduler.state_dict().items() if _is_json(value)}
+            for name, scheduler in schedulers.items()
+            if scheduler is not None
         }
         return {"warmup_steps": self.warmup_steps, "warming": self.warming, **states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self.warmup_steps, self.warming = state["warmup_steps"], state["warming"]
-        for name, part in {"scheduler": self.scheduler, "warmup": self.warmup}.items():
-            if part is not None:
-                part.load_state_dict(part.state_dict() | state[name])
+        for name, scheduler in {"scheduler": self.scheduler, "warmup": self.warmup}.items():
+            if scheduler is not None:
+                scheduler.load_state_dict(scheduler.state_dict() | state[name])
 
 
-def _is_plain(value: object) -> bool:
-    """Tell what JSON can say: the best value so far, say, is infinite until there is one."""
+def _is_json(value: object) -> bool:
+    """Return whether JSON can represent a value: ReduceLROnPlateau's best value, for example, starts infinite."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return isinstance(value, (bool, int, str)) or (isinstance(value, list) and all(map(_is_plain, value)))
+    return isinstance(value, (bool, int, str)) or (isinstance(value, list) and all(map(_is_json, value)))
 
 
-_BY_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
+_STEPPED_PER_BATCH = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
