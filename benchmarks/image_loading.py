@@ -62,7 +62,7 @@ def reference(root: Path, augment: bool, workers: int) -> DataLoader[object]:
 
 def transfer_loader(root: Path, augment: bool) -> Loader:
     """Return the loader of the engine, with an empty memory."""
-    preprocessing = ImagePreprocessing(image_size=224, augmentation="usual" if augment else "none")
+    preprocessing = ImagePreprocessing(image_size=224, augmentation="default" if augment else "none")
     split = ImageFolder(root=str(root), test_fraction=0).load().splits["train"]
     return Loader(split, ("image",), preprocessing, batch_size=BATCH_SIZE, training=True)
 

@@ -1,18 +1,20 @@
-"""Every contract for a convolutional network, a vision transformer and a network without a chain; weights from files."""
+"""Every contract on a convolutional network, a vision transformer and one that is no chain; weights from a file."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 import transfer
 from PIL import Image
 from safetensors.torch import save_file
 from transfer.testing import contracts
+from transfer_vision.preprocessing import ImagePreprocessing
 
-from transfer_timm import Timm
+timm = pytest.importorskip("timm", reason="timm is not installed")
+from transfer_timm import Timm, preprocessing_of  # it imports timm
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"weights": None}
@@ -40,18 +42,75 @@ def test_contract(contract):
         ("eva02_tiny_patch14_224", ["network"]),
     ],
 )
-def test_stages_are_timm_layer_groups(model, stages):
+def test_stages_are_timms_groups(model, stages):
     with torch.device("meta"):
         assert list(Timm(model=model, weights=None).stage_names) == stages
 
 
+def backbone_names(model):
+    return set(timm.create_model(model, num_classes=0).state_dict())
+
+
+@pytest.mark.parametrize("change", ["prefix", "missing", "left over", "saved model"])
+def test_weights_that_do_not_fit_exactly_are_refused(change, tmp_path):
+    tensors = timm.create_model("test_resnet", num_classes=7).state_dict()
+    first = next(iter(tensors))
+    if change == "prefix":
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        message = rf"0 of \d+ tensors of test_resnet were loaded; missing: {first}.*; left over: model\.{first}"
+    elif change == "missing":
+        del tensors[first]
+        message = rf"missing: {first}$"
+    elif change == "left over":
+        tensors["extra.weight"] = torch.zeros(1)
+        message = r"were loaded; left over: extra\.weight$"
+    else:
+        backbone = Timm(model="test_resnet", weights=None, image_size=32)
+        tensors = {name.removeprefix("stages."): tensor for name, tensor in backbone.state_dict().items()}
+        message = "0 of"
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(transfer.WeightsError) as caught:
+        Timm(model="test_resnet", weights=str(tmp_path / "w.safetensors"), image_size=32).load_pretrained()
+    assert re.search(message, caught.value.problems[0].message), caught.value
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(300, 420), (420, 300)])
+def test_images_are_cropped_as_in_timm(crop_mode, size):
+    network = timm.create_model("test_resnet", num_classes=0)
+    network.pretrained_cfg = {**network.pretrained_cfg, "crop_mode": crop_mode, "crop_pct": 0.9}
+    image = smooth_image(*size)
+    config = timm.data.resolve_data_config(pretrained_cfg=network.pretrained_cfg)
+    expected = timm.data.create_transform(**config, is_training=False)(image)
+    preprocessing = ImagePreprocessing(**preprocessing_of(network, None))
+    assert preprocessing.describe()["crop_mode"] == crop_mode
+    made = preprocessing.collate(preprocessing.encode([image]))[0]
+    std = torch.tensor(config["std"]).view(3, 1, 1)
+    assert ((made - expected) * std).abs().max() * 255 <= 3  # Pillow and torch round differently
+
+
+def smooth_image(height, width):
+    y, x = np.mgrid[:height, :width]
+    pixels = 127 + 60 * np.sin(np.stack([x / 17, y / 23, (x + y) / 31], axis=-1))  # without noise, like a photograph
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def test_an_unsupported_interpolation_is_refused():
+    network = timm.create_model("test_resnet", num_classes=0)
+    network.pretrained_cfg = {**network.pretrained_cfg, "interpolation": "lanczos"}
+    with pytest.raises(transfer.ConfigError, match="'lanczos', which is not supported"):
+        preprocessing_of(network, None)
+
+
 @pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
-def test_weights_from_file_match_timm(model, tmp_path):
+def test_weights_from_a_file_give_what_timm_gives(model, tmp_path):
     torch.manual_seed(1)
     network = timm.create_model(model, num_classes=7).eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     backbone = Timm(model=model, weights=str(tmp_path / "model.safetensors"))
-    assert backbone.load_pretrained()["weights"]
+    facts = backbone.load_pretrained()
+    assert facts["tensors"] == len(backbone.state_dict())
+    assert facts["left_out"] == sorted(name for name in network.state_dict() if name not in backbone_names(model))
     inputs = backbone.preprocessing.collate(backbone.preprocessing.encode([backbone.preprocessing.example()]))
     with torch.no_grad():
         expected = network.forward_head(network.forward_features(inputs), pre_logits=True)
@@ -59,30 +118,26 @@ def test_weights_from_file_match_timm(model, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "resnet50.a1_in1k", "vit_small_patch16_224.augreg_in21k"])
-def test_preprocessing_matches_timm_evaluation(model):
-    y, x = np.mgrid[:300, :420]
-    pixels = 127 + 60 * np.sin(
-        np.stack([x / 17, y / 23, (x + y) / 31], axis=-1)
-    )  # smooth as a photograph, without noise
-    image = Image.fromarray(pixels.astype(np.uint8))
+def test_images_are_prepared_as_timm_evaluates_the_model(model):
+    image = smooth_image(300, 420)
     with torch.device("meta"):
         preprocessing = Timm(model=model, weights=None).preprocessing
     config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
     expected = timm.data.create_transform(**config, is_training=False)(image)
-    encoded = preprocessing.collate(preprocessing.encode([image]))[0]
+    made = preprocessing.collate(preprocessing.encode([image]))[0]
     std = torch.tensor(config["std"]).view(3, 1, 1)
-    assert ((encoded - expected) * std).abs().max() * 255 <= 3  # Pillow and torch round differently
+    assert ((made - expected) * std).abs().max() * 255 <= 3  # Pillow and torch round differently
 
 
-def test_saved_model_keeps_preprocessing():
+def test_a_saved_model_keeps_its_preprocessing():
     backbone = Timm(model="test_resnet", weights=None, image_size=48)
     settings = backbone.preprocessing.describe() | {"mean": [0.1, 0.2, 0.3]}
     del settings["augmentation"]
-    restored = Timm.from_assets({"preprocessing.json": json.dumps(settings)}, model="test_resnet", image_size=48)
-    assert restored.preprocessing.describe()["mean"] == [0.1, 0.2, 0.3]
+    again = Timm.from_assets({"preprocessing.json": json.dumps(settings)}, model="test_resnet", image_size=48)
+    assert again.preprocessing.describe()["mean"] == [0.1, 0.2, 0.3]
 
 
-def test_missing_model_and_weights_are_reported(tmp_path):
+def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(transfer.ConfigError, match="timm has no model called 'resnet19'"):
         Timm(model="resnet19")
     with pytest.raises(transfer.WeightsError, match="there are no weights"):
