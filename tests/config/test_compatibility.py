@@ -1,4 +1,4 @@
-"""Which parts fit together."""
+"""Compatibility of plugins."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ def cells(tables: list[Table], row: str, column: str) -> list[str]:
     return [table.cells[row][column] for table in tables if row in table.rows and column in table.columns]
 
 
-def test_backbones_and_heads_agree_by_layout(built_in: dict[str, Table]) -> None:
-    fits = built_in["features"].cells
-    assert (fits["textcnn"]["linear"], fits["textcnn"]["attention"]) == ("yes", "")
-    assert fits["resnet18"]["mlp"] == "yes"
+def test_backbones_and_heads_are_compatible_by_layout(built_in: dict[str, Table]) -> None:
+    cells = built_in["features"].cells
+    assert (cells["textcnn"]["linear"], cells["textcnn"]["attention"]) == ("yes", "")
+    assert cells["resnet18"]["mlp"] == "yes"
 
 
-def test_an_option_that_makes_two_fit_is_named(built_in: dict[str, Table]) -> None:
+def test_option_that_makes_plugins_compatible_is_named(built_in: dict[str, Table]) -> None:
     assert built_in["features"].cells["bilstm"]["attention"] == "readout: sequence"
     assert built_in["target"].cells["text_csv"]["regression"] == "target: number"
 
 
-def test_datasets_and_backbones_agree_by_field(built_in: dict[str, Table]) -> None:
-    fits = built_in["fields"].cells
-    assert (fits["imdb"]["textcnn"], fits["imdb"]["resnet18"], fits["hotdog"]["resnet18"]) == ("yes", "", "yes")
+def test_datasets_and_backbones_are_compatible_by_field(built_in: dict[str, Table]) -> None:
+    cells = built_in["fields"].cells
+    assert (cells["imdb"]["textcnn"], cells["imdb"]["resnet18"], cells["hotdog"]["resnet18"]) == ("yes", "", "yes")
 
 
-def test_datasets_and_tasks_agree_by_target(built_in: dict[str, Table]) -> None:
-    fits = built_in["target"].cells
-    assert (fits["imdb"]["classification"], fits["imdb"]["regression"]) == ("yes", "")
+def test_datasets_and_tasks_are_compatible_by_target(built_in: dict[str, Table]) -> None:
+    cells = built_in["target"].cells
+    assert (cells["imdb"]["classification"], cells["imdb"]["regression"]) == ("yes", "")
 
 
-def test_a_plugin_whose_declaration_depends_on_an_option_says_so() -> None:
+def test_declaration_that_depends_on_option_is_reported() -> None:
     messages = {str(problem.where): problem.message for problem in compatibility_tables()[1]}
     assert messages["backbone 'torchvision'"] == "the declaration depends on option 'model'"
     assert messages["backbone 'fusion'"] == "the declaration depends on option 'parts'"
 
 
 @pytest.mark.usefixtures("tiny")
-def test_what_is_registered_here_is_in_it() -> None:
+def test_tables_contain_registered_plugins() -> None:
     tables, _ = compatibility_tables()
     assert cells(tables, "points", "dense") == ["yes"]
     assert cells(tables, "points", "regression") == ["target: number"]
@@ -57,15 +57,15 @@ def test_what_is_registered_here_is_in_it() -> None:
     assert cells(tables, "steps", "linear") == [""]
 
 
-def test_what_cannot_be_built_is_named_and_hides_nothing() -> None:
+def test_plugin_that_cannot_be_built_is_reported() -> None:
     class Needy(Points):
-        """It needs a number that nobody can guess."""
+        """A dataset with a required number, for which there is no placeholder."""
 
         def __init__(self, *, size: int) -> None:
             super().__init__()
 
     class Crashing(Dense):
-        """It crashes."""
+        """A backbone whose features raise an error."""
 
         @property
         def features(self) -> FeatureSpec:
@@ -82,13 +82,13 @@ def test_what_cannot_be_built_is_named_and_hides_nothing() -> None:
     assert cells(tables, "imdb", "textcnn") == ["yes"]
 
 
-def test_a_variant_that_is_refused_is_no_problem() -> None:
+def test_refused_variant_is_left_out() -> None:
     class Choosy(Points):
-        """Two of three are refused."""
+        """A dataset that refuses one of three modes."""
 
         def __init__(self, *, mode: Literal["a", "b", "c"] = "a") -> None:
             if mode == "b":
-                raise ValueError("b wants more")
+                raise ValueError("b needs other options")
             super().__init__(target="number" if mode == "c" else "class")
 
         @property
@@ -96,7 +96,7 @@ def test_a_variant_that_is_refused_is_no_problem() -> None:
             return super().spec
 
     class Anything(Head):
-        """Takes both layouts."""
+        """A head for both layouts."""
 
         layouts: Any = frozenset({"vector", "sequence"})
 

@@ -1,4 +1,4 @@
-"""The JSON Schema of a config: what is right passes, what is wrong does not."""
+"""JSON Schema of a config."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ BUILT_IN = [p for p in registry.plugins() if p.distribution == "transferkit" and
 
 @pytest.fixture(scope="module")
 def schema() -> Any:
-    whole, _ = config_schema()
-    jsonschema.Draft202012Validator.check_schema(whole)
-    return whole
+    schema, _ = config_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return schema
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def validator(schema: Any) -> Any:
 
 
 def blocks(schema: Any, name: str) -> list[Any]:
-    """Return the blocks that a part of a config chooses from."""
+    """Return the alternative blocks of a section."""
     cases = schema["$defs"][name]["allOf"]
     return [schema["$defs"][case["then"]["$ref"].removeprefix("#/$defs/")] for case in cases]
 
@@ -48,32 +48,32 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_is_valid(validator: Any, path: Path) -> None:
+def test_shipped_config_is_valid(validator: Any, path: Path) -> None:
     validator.validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     assert "# yaml-language-server: $schema=schema.json" in path.read_text(encoding="utf-8").splitlines()[:3]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_that_is_broken_is_not(validator: Any, path: Path) -> None:
+def test_broken_config_is_invalid(validator: Any, path: Path) -> None:
     def changed(change: Callable[[Any], Any]) -> Any:
-        whole = yaml.safe_load(path.read_text(encoding="utf-8"))
-        change(whole)
-        return whole
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        change(config)
+        return config
 
     mistakes: list[Callable[[Any], Any]] = [
-        lambda whole: whole.update(trian={}),
-        lambda whole: whole.pop("data"),
-        lambda whole: whole.update(seed="one"),
-        lambda whole: whole["data"].update(validaton=0.1),
-        lambda whole: whole["data"].update(validation=2),
-        lambda whole: whole["backbone"].update(name="nothing"),
-        lambda whole: whole["backbone"].update(wieghts=None),
-        lambda whole: whole["head"].update(dropout="half"),
-        lambda whole: whole["train"].update(batch_size=0),
-        lambda whole: whole["train"]["optimizer"].update(name="adamm"),
-        lambda whole: whole["train"]["optimizer"].update(weight_dekay=0.1),
-        lambda whole: whole["train"]["phases"][0].update(freeze=3),
-        lambda whole: whole["train"]["phases"][0].update(scheduler={"name": "nothing"}),
+        lambda config: config.update(trian={}),
+        lambda config: config.pop("data"),
+        lambda config: config.update(seed="one"),
+        lambda config: config["data"].update(validaton=0.1),
+        lambda config: config["data"].update(validation=2),
+        lambda config: config["backbone"].update(name="nothing"),
+        lambda config: config["backbone"].update(wieghts=None),
+        lambda config: config["head"].update(dropout="half"),
+        lambda config: config["train"].update(batch_size=0),
+        lambda config: config["train"]["optimizer"].update(name="adamm"),
+        lambda config: config["train"]["optimizer"].update(weight_dekay=0.1),
+        lambda config: config["train"]["phases"][0].update(freeze=3),
+        lambda config: config["train"]["phases"][0].update(scheduler={"name": "nothing"}),
     ]
     for number, mistake in enumerate(mistakes):
         assert not validator.is_valid(changed(mistake)), number
@@ -91,43 +91,43 @@ def test_a_shipped_config_that_is_broken_is_not(validator: Any, path: Path) -> N
         config(train={"phases": [{"epochs": "${EPOCHS}", "freeze": ["embedding"]}]}),
     ],
 )
-def test_what_a_config_may_say_is_valid(validator: Any, right: dict[str, Any]) -> None:
+def test_config_variants_are_valid(validator: Any, right: dict[str, Any]) -> None:
     validator.validate(right)
 
 
-def test_a_mistake_is_named(validator: Any) -> None:
+def test_unknown_option_is_named(validator: Any) -> None:
     error = best_match(validator.iter_errors(config(backbone={"name": "textcnn", "filter": 3})))
     assert "'filter' was unexpected" in error.message
 
 
 @pytest.mark.parametrize("plugin", BUILT_IN, ids=lambda plugin: f"{plugin.kind}-{plugin.name}")
-def test_every_plugin_is_there_with_its_options(schema: Any, plugin: registry.Plugin) -> None:
+def test_schema_contains_options_of_plugin(schema: Any, plugin: registry.Plugin) -> None:
     section = "data" if plugin.kind == "dataset" else plugin.kind
     if section not in schema["$defs"]:
         pytest.skip("no block of a config names it")
     (block,) = [block for block in blocks(schema, section) if plugin.name in block["properties"]["name"]["enum"]]
     assert block["description"]
     for option in describe_options(registry.load(plugin.kind, plugin.name)):
-        found = block["properties"][option.name]
-        assert found["description"] == option.description
-        assert ("default" in found) == (option.default != "required")
+        schema_of_option = block["properties"][option.name]
+        assert schema_of_option["description"] == option.description
+        assert ("default" in schema_of_option) == (option.default != "required")
         assert (option.name in block["required"]) == (option.default == "required")
 
 
-def test_all_of_torchs_parts_are_there(schema: Any) -> None:
-    for name, known in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
+def test_schema_contains_optimizers_and_schedulers(schema: Any) -> None:
+    for name, classes in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
         names = [name for block in blocks(schema, name) for name in block["properties"]["name"]["enum"]]
-        assert sorted(names) == sorted(known)
+        assert sorted(names) == sorted(classes)
 
 
-def test_core_s_own_options_are_described(schema: Any) -> None:
-    for name in ("TrainConfig", "PhaseSettings", "Recipe", "MixupCutmix"):
+def test_schema_describes_options_of_framework(schema: Any) -> None:
+    for name in ("TrainConfig", "Phase", "Recipe", "MixupCutmix"):
         block = schema["$defs"][name]
         assert "Args" not in block["description"]
         assert all(option.get("description") for option in block["properties"].values()), name
 
 
-def test_a_plugin_without_a_schema_is_left_out_and_named() -> None:
+def test_schema_leaves_out_plugin_without_types() -> None:
     class Untyped(Head):
         def __init__(self, features, out_features, *, size=1) -> None: ...  # type: ignore[no-untyped-def]
 
@@ -136,15 +136,15 @@ def test_a_plugin_without_a_schema_is_left_out_and_named() -> None:
 
     register("head", "untyped")(Untyped)
     register("head", "odd")(Odd)
-    whole, problems = config_schema()
+    schema, problems = config_schema()
     assert sorted(problem.message.partition(":")[0] for problem in problems) == [
         "option 'size' of Untyped has no type",
         "the options of head 'odd' have no JSON Schema",
     ]
-    assert jsonschema.Draft202012Validator(whole).is_valid(config())
+    assert jsonschema.Draft202012Validator(schema).is_valid(config())
 
 
-def test_the_command_writes_it(tmp_path: Path) -> None:
+def test_schema_command_writes_file(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "transfer", "schema", "--output", "schema.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("schema.json\n", "")

@@ -1,4 +1,4 @@
-"""Constructor signatures as the schema of config blocks."""
+"""Schema of config blocks from constructor signatures."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from transfer.errors import Problem
 if TYPE_CHECKING:
     from fractions import Fraction
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction01 = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Part:
-    """Something with options of every sort.
+    """A component with options of many types.
 
     Args:
-        size: How big it is,
+        size: Number of units,
             in two lines.
-        share: Of the whole.
-        mode: One of two.
+        fraction: Fraction of the total.
+        mode: One of two modes.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Part:
         from_framework: int = 0,
         *,
         size: int,
-        share: Share = 0.5,
+        fraction: Fraction01 = 0.5,
         mode: Literal["a", "b"] = "a",
         sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2),
         pair: tuple[int, float] = (1, 2.0),
@@ -67,15 +67,15 @@ def checked(component: type, block: dict[str, Any]) -> Any:
     return model
 
 
-def test_options_are_the_keyword_only_parameters() -> None:
-    names = ["size", "share", "mode", "sizes", "pair", "label", "weights", "on"]
+def test_options_are_keyword_only_parameters() -> None:
+    names = ["size", "fraction", "mode", "sizes", "pair", "label", "weights", "on"]
     assert [option.name for option in describe_options(Part)] == names
 
 
-def test_values_come_out_as_the_annotation_says() -> None:
-    model = checked(Part, {"name": "x", "size": 3, "share": 0, "sizes": [4], "pair": [1, 2], "weights": {"a": 1}})
-    assert (model.size, model.share, model.sizes, model.pair, model.weights) == (3, 0.0, (4,), (1, 2.0), {"a": 1.0})
-    assert type(model.share) is float
+def test_values_have_annotated_types() -> None:
+    model = checked(Part, {"name": "x", "size": 3, "fraction": 0, "sizes": [4], "pair": [1, 2], "weights": {"a": 1}})
+    assert (model.size, model.fraction, model.sizes, model.pair, model.weights) == (3, 0.0, (4,), (1, 2.0), {"a": 1.0})
+    assert type(model.fraction) is float
     assert model.label is None
 
 
@@ -86,8 +86,8 @@ def test_values_come_out_as_the_annotation_says() -> None:
         ("size", True),
         ("size", 5.0),
         ("size", None),
-        ("share", True),
-        ("share", "0.5"),
+        ("fraction", True),
+        ("fraction", "0.5"),
         ("on", 1),
         ("on", "true"),
         ("label", 5),
@@ -104,9 +104,9 @@ def test_no_value_is_silently_converted(option: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "complaint"),
+    ("option", "value", "message"),
     [
-        ("share", 1, "part.share is invalid: expected a number < 1, got 1"),
+        ("fraction", 1, "part.fraction is invalid: expected a number < 1, got 1"),
         ("mode", "c", "part.mode is invalid: expected 'a' or 'b', got \"c\""),
         ("sizes", [1, 0], "part.sizes.1 is invalid: expected a number >= 1, got 0"),
         ("sizes", 5, "part.sizes is invalid: expected a list, got 5"),
@@ -122,52 +122,52 @@ def test_no_value_is_silently_converted(option: str, value: Any) -> None:
         ("weights", {"a": -1}, "part.weights.a is invalid: expected a number > 0, got -1"),
     ],
 )
-def test_complaints_are_in_the_words_of_yaml(option: str, value: Any, complaint: str) -> None:
-    assert [p.message for p in problems_of(Part, {"name": "x", "size": 1, option: value})] == [complaint]
+def test_wrong_value_names_expected_value_in_yaml_terms(option: str, value: Any, message: str) -> None:
+    assert [p.message for p in problems_of(Part, {"name": "x", "size": 1, option: value})] == [message]
 
 
-def test_an_unknown_key_names_the_nearest() -> None:
-    (problem,) = problems_of(Part, {"name": "x", "size": 1, "shere": 0.1})
-    assert problem.message == "unknown option 'shere' of part 'x'"
-    assert problem.fix == "did you mean 'share'?"
-    assert set(problem.available) == {"name", "size", "share", "mode", "sizes", "pair", "label", "weights", "on"}
+def test_unknown_option_names_nearest() -> None:
+    (problem,) = problems_of(Part, {"name": "x", "size": 1, "fractoin": 0.1})
+    assert problem.message == "unknown option 'fractoin' of part 'x'"
+    assert problem.fix == "did you mean 'fraction'?"
+    assert set(problem.available) == {"name", "size", "fraction", "mode", "sizes", "pair", "label", "weights", "on"}
 
 
-def test_a_missing_value_says_what_to_add() -> None:
+def test_missing_option_names_fix() -> None:
     (problem,) = problems_of(Part, {"name": "x"})
     assert (problem.message, problem.fix) == ("required option 'size' of part 'x' is missing", "add size: ...")
 
 
-def test_all_problems_of_a_block_are_found_at_once() -> None:
-    found = problems_of(Part, {"name": "x", "share": 2, "mode": "c", "shere": 1, "sizes": [0, "a"]})
-    assert len(found) == 6
+def test_problems_of_block_are_reported_together() -> None:
+    problems = problems_of(Part, {"name": "x", "fraction": 2, "mode": "c", "fractoin": 1, "sizes": [0, "a"]})
+    assert len(problems) == 6
 
 
-def test_a_long_value_is_shown_in_part() -> None:
+def test_long_value_is_shortened() -> None:
     (problem,) = problems_of(Part, {"name": "x", "size": "x" * 500})
     assert len(problem.message) < 120
 
 
-def test_options_are_described_from_the_docstring() -> None:
+def test_descriptions_come_from_docstring() -> None:
     described = {option.name: option for option in describe_options(Part)}
-    assert described["size"].description == "How big it is, in two lines."
+    assert described["size"].description == "Number of units, in two lines."
     assert described["size"].default == "required"
     assert described["sizes"].default == "[1, 2]"
     assert described["mode"].default == '"a"'
     assert described["on"].description == ""
 
 
-def test_inherited_options_are_described_where_they_are_defined() -> None:
+def test_descriptions_of_inherited_options() -> None:
     class Special(Part):
-        """Something special, which says nothing of options."""
+        """A subclass without descriptions of options."""
 
-    assert {o.name: o.description for o in describe_options(Special)}["share"] == "Of the whole."
+    assert {o.name: o.description for o in describe_options(Special)}["fraction"] == "Fraction of the total."
 
 
-def test_types_are_named_for_people() -> None:
+def test_type_names() -> None:
     assert {option.name: option.type for option in describe_options(Part)} == {
         "size": "int",
-        "share": "number >= 0 and < 1",
+        "fraction": "number >= 0 and < 1",
         "mode": '"a" | "b"',
         "sizes": "list of int >= 1",
         "pair": "[int, number]",
@@ -177,7 +177,7 @@ def test_types_are_named_for_people() -> None:
     }
 
 
-def test_more_types_are_named_for_people() -> None:
+def test_type_names_of_nested_types() -> None:
     class Odd:
         def __init__(
             self,
@@ -198,7 +198,7 @@ def test_more_types_are_named_for_people() -> None:
     }
 
 
-def test_an_option_called_like_a_key_of_the_framework_is_refused() -> None:
+def test_option_with_name_of_framework_is_refused() -> None:
     class Greedy:
         def __init__(self, *, name: str = "") -> None: ...
 
@@ -207,7 +207,7 @@ def test_an_option_called_like_a_key_of_the_framework_is_refused() -> None:
     assert "rename it" in caught.value.problems[0].fix
 
 
-def test_an_option_without_a_type_is_refused() -> None:
+def test_option_without_type_is_refused() -> None:
     class Untyped:
         def __init__(self, *, size=1) -> None: ...  # type: ignore[no-untyped-def]
 
@@ -215,7 +215,7 @@ def test_an_option_without_a_type_is_refused() -> None:
         options_model(Untyped, NamedBlock)
 
 
-def test_a_type_that_cannot_be_resolved_is_refused() -> None:
+def test_unresolvable_type_is_refused() -> None:
     class Unresolved:
         def __init__(self, *, part: Fraction | None = None) -> None: ...
 
@@ -224,7 +224,7 @@ def test_a_type_that_cannot_be_resolved_is_refused() -> None:
     assert "TYPE_CHECKING" in caught.value.problems[0].fix
 
 
-def test_an_option_that_pydantic_cannot_name_is_refused() -> None:
+def test_option_with_name_of_pydantic_is_refused() -> None:
     class Hidden:
         def __init__(self, *, _size: int = 1) -> None: ...
 
@@ -237,7 +237,7 @@ def test_an_option_that_pydantic_cannot_name_is_refused() -> None:
         assert "rename it" in caught.value.problems[0].fix
 
 
-def test_an_option_may_be_called_like_a_method_of_pydantic() -> None:
+def test_option_with_name_of_pydantic_method_is_accepted() -> None:
     class Copying:
         def __init__(self, *, copy: bool = False, json: str = "") -> None: ...
 
@@ -247,9 +247,9 @@ def test_an_option_may_be_called_like_a_method_of_pydantic() -> None:
     assert (model.copy, model.json) == (True, "y")
 
 
-def test_a_component_without_a_constructor_has_no_options() -> None:
+def test_component_without_constructor_has_no_options() -> None:
     class Plain:
-        """Nothing to set."""
+        """A component without options."""
 
     assert describe_options(Plain) == []
     (problem,) = problems_of(Plain, {"name": "x", "size": 1})
@@ -257,13 +257,13 @@ def test_a_component_without_a_constructor_has_no_options() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
-def test_every_scheduler_of_torch_has_a_schema(name: str) -> None:
+def test_scheduler_has_schema(name: str) -> None:
     ours = options_set_by_framework(SCHEDULERS[name])
     fields = options_model(SCHEDULERS[name], NamedBlock, skip=ours).model_fields
     assert not ours & set(fields)
 
 
-def test_an_iterable_of_torch_is_a_list_that_can_be_read_twice() -> None:
+def test_iterable_of_scheduler_can_be_read_twice() -> None:
     model = options_model(lr_scheduler.MultiStepLR, NamedBlock, skip=options_set_by_framework(lr_scheduler.MultiStepLR))
     document = make_document({"s": {"name": "multisteplr", "milestones": [2, 4]}})
     block, problems = validate(model, document.data["s"], document, ("s",), "scheduler")
@@ -271,7 +271,7 @@ def test_an_iterable_of_torch_is_a_list_that_can_be_read_twice() -> None:
     assert (list(block.milestones), list(block.milestones)) == ([2, 4], [2, 4])
 
 
-def test_a_learning_rate_that_may_be_a_tensor_is_a_number() -> None:
+def test_tensor_is_removed_from_union() -> None:
     class Tensors:
         def __init__(self, params: Any, rate: float | torch.Tensor = 1.0, both: Callable[[], None] | None = None):
             pass

@@ -1,4 +1,4 @@
-"""Named recipes: the phases they stand for."""
+"""Recipes and their phases."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from conftest import Dense
 import transfer
 from transfer import ConfigError, register
 from transfer.config.recipes import expand
-from transfer.config.train_settings import LearningRate, PhaseSettings, Recipe, Until
+from transfer.config.train_settings import LearningRate, Recipe, Until
 
 STAGES = ("stem", "body", "top")
 
 
 def phases(name: Any, epochs: int, lr: LearningRate = 0.1) -> list[tuple[int, Any, Any]]:
-    """Return epochs, what is frozen (until which stage) and the learning rate of each phase."""
-    found = expand(Recipe(name=name, epochs=epochs), lr, STAGES)
-    assert all(isinstance(phase, PhaseSettings) for phase in found)
-    return [(p.epochs, p.freeze.until if isinstance(p.freeze, Until) else p.freeze, p.lr) for p in found]
+    """Return the epochs, freeze policy (or last frozen stage) and learning rate of each phase."""
+    expanded = expand(Recipe(name=name, epochs=epochs), lr, STAGES)
+    assert all(isinstance(phase, Phase) for phase in expanded)
+    return [(p.epochs, p.freeze.until if isinstance(p.freeze, Until) else p.freeze, p.lr) for p in expanded]
 
 
-def test_feature_extraction_trains_the_head() -> None:
+def test_feature_extraction_trains_head() -> None:
     assert phases("feature_extraction", 7) == [(7, "backbone", 0.1)]
 
 
-def test_fine_tuning_trains_the_backbone_at_a_tenth() -> None:
+def test_fine_tuning_scales_learning_rate_of_backbone() -> None:
     ((epochs, frozen, lr),) = phases("fine_tune", 7)
     assert (epochs, frozen) == (7, "none")
     assert lr == pytest.approx({"head": 0.1, "backbone": 0.01})
 
 
-def test_scratch_trains_everything_at_one_rate() -> None:
+def test_scratch_uses_one_learning_rate() -> None:
     assert phases("scratch", 7) == [(7, "none", 0.1)]
 
 
-def test_a_probe_comes_before_slow_tuning() -> None:
+def test_lp_ft_probes_before_fine_tuning() -> None:
     first, second = phases("lp_ft", 7)
     assert first == (3, "backbone", 0.1)
     assert second[:2] == (4, "none")
     assert second[2] == pytest.approx({"head": 0.01, "backbone": 0.01})
 
 
-def test_gradual_unfreezing_begins_at_the_top() -> None:
-    found = phases("gradual", 10)
-    assert [(epochs, frozen) for epochs, frozen, _ in found] == [(2, "top"), (2, "body"), (3, "stem"), (3, "none")]
-    assert found[0][2] == 0.1
-    for _, _, lr in found[1:]:
+def test_gradual_unfreezing_starts_at_output() -> None:
+    gradual = phases("gradual", 10)
+    assert [(epochs, frozen) for epochs, frozen, _ in gradual] == [(2, "top"), (2, "body"), (3, "stem"), (3, "none")]
+    assert gradual[0][2] == 0.1
+    for _, _, lr in gradual[1:]:
         assert lr == pytest.approx({"head": 0.1, "backbone": 0.01, "layer_decay": 1 / 2.6})
 
 
 @pytest.mark.parametrize("name", ["feature_extraction", "fine_tune", "lp_ft", "gradual", "scratch"])
-def test_rates_given_by_group_are_kept_in_every_phase(name: str) -> None:
+def test_learning_rates_by_group_are_used_in_every_phase(name: str) -> None:
     given = {"head": 0.3, "backbone": 0.02}
     assert all(lr == given for _, _, lr in phases(name, 8, given))
 
@@ -65,7 +65,7 @@ def test_fewer_epochs_than_phases_are_refused(name: str, count: int) -> None:
         phases(name, count - 1)
 
 
-def test_a_recipe_is_worked_out_for_the_model(config: dict[str, Any]) -> None:
+def test_recipe_expands_to_stages_of_model(config: dict[str, Any]) -> None:
     del config["train"]["phases"]
     _, parts = transfer.check(config, ["train.recipe={name: gradual, epochs: 4}"])
     assert [sorted(phase.frozen.stages) for phase in parts.phases] == [
@@ -79,20 +79,20 @@ def test_a_recipe_is_worked_out_for_the_model(config: dict[str, Any]) -> None:
     assert [group.stage for group in parts.phases[0].groups] == ["head"]
 
 
-def test_a_recipe_that_does_not_fit_has_its_line(config: dict[str, Any]) -> None:
+def test_recipe_with_too_few_epochs_names_line(config: dict[str, Any]) -> None:
     del config["train"]["phases"]
     with pytest.raises(ConfigError, match="4 phases on this model and 3 epochs") as caught:
         transfer.check(config, ["train.recipe={name: gradual, epochs: 3}"])
     assert caught.value.problems[0].where == "override 'train.recipe={name: gradual, epochs: 3}'"
 
 
-def test_phases_and_a_recipe_exclude_each_other(config: dict[str, Any]) -> None:
+def test_phases_and_recipe_are_refused_together(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="phases or recipe, not both"):
         transfer.check(config, ["train.recipe={name: scratch, epochs: 3}"])
 
 
 class Pretrained(Dense):
-    """Dense stages that say when weights are read."""
+    """Dense stages with pretrained weights of ones."""
 
     def load_pretrained(self) -> dict[str, Any]:
         """Set the first weights to one."""
@@ -101,9 +101,7 @@ class Pretrained(Dense):
 
 
 @pytest.mark.parametrize(("name", "read"), [("feature_extraction", True), ("scratch", False)])
-def test_scratch_alone_reads_no_pretrained_weights(
-    config: dict[str, Any], tmp_path: Path, name: str, read: bool
-) -> None:
+def test_scratch_loads_no_pretrained_weights(config: dict[str, Any], tmp_path: Path, name: str, read: bool) -> None:
     register("backbone", "pretrained")(Pretrained)
     del config["train"]["phases"]
     overrides = ["backbone.name=pretrained", f"train.recipe={{name: {name}, epochs: 1}}"]

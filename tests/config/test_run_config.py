@@ -1,4 +1,4 @@
-"""From YAML to a RunConfig."""
+"""Checking of configs and the resulting RunConfig."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_config_names_its_parts(config: dict[str, Any]) -> None:
+def test_config_resolves_components(config: dict[str, Any]) -> None:
     checked = load_config(config)
     assert (checked.data.cls, checked.backbone.cls) == (Points, Dense)
     assert checked.head.plugin.qualified_name == "transferkit:linear"
@@ -42,7 +42,7 @@ def test_a_config_names_its_parts(config: dict[str, Any]) -> None:
     assert [(phase.epochs, phase.freeze, phase.lr) for phase in checked.phases(STAGES)] == [(2, "none", 0.05)]
 
 
-def test_defaults_are_filled_in(tiny: None) -> None:
+def test_config_fills_in_defaults(tiny: None) -> None:
     checked = load_config({"data": {"name": "points"}, "backbone": {"name": "dense", "width": 4}})
     resolved = checked.resolved
     assert resolved["seed"] == 0
@@ -62,13 +62,13 @@ def test_defaults_are_filled_in(tiny: None) -> None:
     assert [(phase.epochs, phase.freeze, phase.lr) for phase in checked.phases(STAGES)] == [(5, "none", 0.001)]
 
 
-def test_the_default_learning_rate_is_filled_in(config: dict[str, Any]) -> None:
+def test_config_fills_in_default_learning_rate(config: dict[str, Any]) -> None:
     checked = load_config(config, ["train.optimizer={name: sgd}"])
     assert checked.resolved["train"]["optimizer"] == {"name": "sgd", "lr": 0.001}
     assert checked.phases(STAGES)[0].lr == 0.001
 
 
-def test_a_resolved_config_resolves_to_itself(config: dict[str, Any], tmp_path: Path) -> None:
+def test_resolved_config_resolves_to_itself(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = [
         "train.scheduler={name: step, step_size: 2}",
         "train.optimizer={name: adamw, lr: {head: 1.0e-5, layer_decay: 0.8}, betas: [0.8, 0.9]}",
@@ -85,7 +85,7 @@ def test_a_resolved_config_resolves_to_itself(config: dict[str, Any], tmp_path: 
     assert load_config(resolved).resolved == resolved
 
 
-def test_problems_in_several_sections_are_reported_at_once(tiny: None, tmp_path: Path) -> None:
+def test_problems_of_several_sections_are_reported_together(tiny: None, tmp_path: Path) -> None:
     path = write(
         tmp_path / "wrong.yaml",
         """\
@@ -124,7 +124,7 @@ train:
     }
 
 
-def test_an_unknown_key_has_its_line_and_the_nearest_key(config_file: Path) -> None:
+def test_unknown_option_names_line_and_nearest(config_file: Path) -> None:
     text = config_file.read_text(encoding="utf-8").replace("batch_size", "batch_sise")
     (problem,) = problems_of(write(config_file, text))
     line = next(number for number, line in enumerate(text.splitlines(), 1) if "batch_sise" in line)
@@ -132,39 +132,39 @@ def test_an_unknown_key_has_its_line_and_the_nearest_key(config_file: Path) -> N
     assert problem.fix == "did you mean 'batch_size'?"
 
 
-def test_an_unknown_section_names_the_nearest(config: dict[str, Any]) -> None:
+def test_unknown_section_names_nearest(config: dict[str, Any]) -> None:
     (problem,) = problems_of({**config, "tarin": {}})
     assert problem.message == "unknown option 'tarin' of the config"
     assert problem.fix == "did you mean 'train'?"
 
 
 @pytest.mark.parametrize("section", ["data", "backbone"])
-def test_a_section_that_is_missing_is_asked_for(config: dict[str, Any], section: str) -> None:
+def test_missing_section_is_reported(config: dict[str, Any], section: str) -> None:
     del config[section]
     (problem,) = problems_of(config)
     assert problem.message == f"required option {section!r} of the config is missing"
 
 
 @pytest.mark.parametrize("value", ["points", 5, None, ["points"]])
-def test_a_section_is_a_mapping(config: dict[str, Any], value: Any) -> None:
+def test_section_refuses_other_types(config: dict[str, Any], value: Any) -> None:
     (problem,) = problems_of({**config, "data": value})
     assert problem.message.startswith("data is invalid: expected a mapping, got ")
 
 
-def test_a_component_without_a_name_lists_the_names(config: dict[str, Any]) -> None:
+def test_component_without_name_lists_plugins(config: dict[str, Any]) -> None:
     (problem,) = problems_of({**config, "head": {"dropout": 0.5}})
     assert problem.message == "head has no name"
     assert {"linear", "mlp"} <= set(problem.available)
 
 
-def test_an_unknown_plugin_names_the_nearest(config_file: Path) -> None:
+def test_unknown_plugin_names_nearest(config_file: Path) -> None:
     (problem,) = problems_of(config_file, "backbone.name=denes")
     assert "'denes'" in problem.message
     assert problem.fix == "did you mean 'dense'?"
     assert problem.where == "override 'backbone.name=denes'"
 
 
-def test_a_plugin_with_unusable_options_is_a_problem_of_the_line_that_names_it(config: dict[str, Any]) -> None:
+def test_plugin_with_reserved_option_names_config_line(config: dict[str, Any]) -> None:
     @register("head", "greedy")
     class Greedy(type("Base", (__import__("transfer").Head,), {})):  # type: ignore[misc]
         def __init__(self, features: Any, out_features: int, *, name: str = "") -> None: ...
@@ -198,15 +198,13 @@ def test_a_plugin_with_unusable_options_is_a_problem_of_the_line_that_names_it(c
         ),
     ],
 )
-def test_torch_s_parts_are_checked_against_their_signatures(
-    config: dict[str, Any], override: str, message: str
-) -> None:
+def test_torch_classes_refuse_wrong_options(config: dict[str, Any], override: str, message: str) -> None:
     (problem,) = problems_of(config, override)
     assert problem.message == message
     assert problem.where == f"override {override!r}"
 
 
-def test_a_wrong_scheduler_of_several_phases_is_reported_once(config: dict[str, Any]) -> None:
+def test_wrong_scheduler_of_several_phases_is_reported_once(config: dict[str, Any]) -> None:
     phases = "train.phases=[{epochs: 1}, {epochs: 1}, {epochs: 1}]"
     assert len(problems_of(config, "train.scheduler={name: step}", phases)) == 1
 
@@ -222,21 +220,21 @@ def test_a_wrong_scheduler_of_several_phases_is_reported_once(config: dict[str, 
         ("{parameters: [bias$]}", Parameters(parameters=("bias$",))),
     ],
 )
-def test_freeze_policies(config: dict[str, Any], text: str, freeze: Any) -> None:
+def test_freeze_policy_variants(config: dict[str, Any], text: str, freeze: Any) -> None:
     assert load_config(config, [f"train.phases.0.freeze={text}"]).phases(STAGES)[0].freeze == freeze
 
 
 @pytest.mark.parametrize(
     "text", ["layer1", "true", "5", "[1]", "{untl: x}", "{until: 5}", "{parameters: []}", "{parameters: bias}", "null"]
 )
-def test_a_wrong_freeze_policy_gets_one_readable_message(config: dict[str, Any], text: str) -> None:
+def test_wrong_freeze_policy_lists_variants(config: dict[str, Any], text: str) -> None:
     (problem,) = problems_of(config, f"train.phases.0.freeze={text}")
     assert "expected none, backbone, {until: STAGE}, a list of stages, or {parameters: [REGEX, ...]}" in str(problem)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", ".inf", ".nan", "high", "[1]", "{}", "{head: 0}", "{head: x}", "true"])
 @pytest.mark.parametrize("key", ["train.optimizer.lr", "train.phases.0.lr"])
-def test_a_wrong_learning_rate_gets_one_readable_message(config: dict[str, Any], key: str, text: str) -> None:
+def test_wrong_learning_rate_lists_variants(config: dict[str, Any], key: str, text: str) -> None:
     (problem,) = problems_of(config, f"{key}={text}")
     assert problem.message.startswith(f"{key} is ")
     assert (
@@ -246,7 +244,7 @@ def test_a_wrong_learning_rate_gets_one_readable_message(config: dict[str, Any],
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "mps"])
-def test_device_takes_names_of_devices(config: dict[str, Any], device: str) -> None:
+def test_device_accepts_device_names(config: dict[str, Any], device: str) -> None:
     assert load_config(config, [f"train.device={device}"]).train.device == device
 
 
@@ -257,7 +255,7 @@ def test_unknown_device_lists_the_choices(config: dict[str, Any], device: str) -
     assert "auto, cpu, cuda, cuda:N (the GPU with index N) or mps" in problem.message
 
 
-def test_phases_inherit_what_they_do_not_set(config: dict[str, Any]) -> None:
+def test_phases_inherit_settings_of_run(config: dict[str, Any]) -> None:
     checked = load_config(
         config,
         [
@@ -274,12 +272,12 @@ def test_phases_inherit_what_they_do_not_set(config: dict[str, Any]) -> None:
     ]
 
 
-def test_a_run_is_called_after_its_file(config_file: Path, config: dict[str, Any]) -> None:
+def test_run_name_is_stem_of_file(config_file: Path, config: dict[str, Any]) -> None:
     assert load_config(config_file).name == "tiny"
     assert load_config(config).name == "run"
 
 
-def test_a_quick_try_is_one_epoch_over_few_examples(config: dict[str, Any]) -> None:
+def test_quick_run_has_one_epoch_and_few_examples(config: dict[str, Any]) -> None:
     quick = load_config(config, ["train.phases=[{epochs: 5}, {epochs: 9}]"]).quick()
     assert [phase.epochs for phase in quick.phases(STAGES)] == [1, 1]
     assert quick.data_options.limit == 64
@@ -287,7 +285,7 @@ def test_a_quick_try_is_one_epoch_over_few_examples(config: dict[str, Any]) -> N
     assert load_config(config, ["data.limit=3"]).quick().data_options.limit == 3
 
 
-def test_an_error_inside_gets_the_place(config_file: Path) -> None:
+def test_error_location_is_added_to_errors(config_file: Path) -> None:
     checked = load_config(config_file)
     with pytest.raises(ConfigError, match="too big") as caught, checked.at("train", "phases", 0):
         raise ValueError("too big")
@@ -300,7 +298,7 @@ def test_an_error_inside_gets_the_place(config_file: Path) -> None:
     assert str(placed.value) == "elsewhere: bad"
 
 
-def test_a_mistake_in_a_constructor_has_the_line_of_its_block(config_file: Path) -> None:
+def test_constructor_error_names_line_of_block(config_file: Path) -> None:
     checked = load_config(config_file, ["task.class_weights={near: 1}"])
     with pytest.raises(ConfigError, match="class_weights names") as caught:
         checked.task.make(Points().spec)
@@ -308,7 +306,7 @@ def test_a_mistake_in_a_constructor_has_the_line_of_its_block(config_file: Path)
     assert caught.value.problems[0].where == f"{config_file}:{text.index('task:') + 1}"
 
 
-def test_a_component_is_checked_on_its_own(tiny: None) -> None:
+def test_load_component_checks_options(tiny: None) -> None:
     component = load_component("backbone", {"name": "dense", "width": 4}, "model.json")
     assert component.options == {"width": 4, "dropout": 0.1}
     with pytest.raises(ConfigError, match="unknown option 'x' of backbone"):
@@ -316,7 +314,7 @@ def test_a_component_is_checked_on_its_own(tiny: None) -> None:
 
 
 @pytest.mark.parametrize("block", ["dense", None, ["dense"], {}])
-def test_a_component_s_block_is_a_mapping_with_a_name(tiny: None, block: Any) -> None:
+def test_load_component_refuses_other_blocks(tiny: None, block: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         load_component("backbone", block, "model.json")
     assert caught.value.problems[0].where == "model.json"

@@ -1,4 +1,4 @@
-"""YAML as plain data that knows its lines."""
+"""YAML documents with locations, variables and overrides."""
 
 from __future__ import annotations
 
@@ -53,35 +53,35 @@ def read(tmp_path: Path) -> Any:
         ("[a, 1, [2.5]]", ["a", 1, [2.5]]),
     ],
 )
-def test_scalars_are_those_of_yaml_1_2(read: Any, text: str, value: Any) -> None:
-    got = read(f"key: {text}\n").data["key"]
-    assert got == value
-    assert type(got) is type(value)
+def test_scalars_follow_yaml_1_2(read: Any, text: str, value: Any) -> None:
+    value_read = read(f"key: {text}\n").data["key"]
+    assert value_read == value
+    assert type(value_read) is type(value)
 
 
-def test_not_a_number_is_read(read: Any) -> None:
+def test_nan_is_read(read: Any) -> None:
     assert math.isnan(read("key: .nan").data["key"])
 
 
-def test_every_value_knows_its_line(read: Any) -> None:
+def test_location_of_values(read: Any) -> None:
     document = read("a: 1\n\nb:\n  c: 2\n  d:\n    - 3\n    - {e: 4}\n")
     path = document.source
     lines = {("a",): 1, ("b",): 3, ("b", "c"): 4, ("b", "d"): 5, ("b", "d", 0): 6, ("b", "d", 1, "e"): 7}
     assert {key: document.location(key) for key in lines} == {key: f"{path}:{line}" for key, line in lines.items()}
 
 
-def test_a_missing_key_is_placed_at_what_surrounds_it(read: Any) -> None:
+def test_location_of_missing_key_is_block_around_it(read: Any) -> None:
     document = read("a: 1\nb:\n  c: 2\n")
     assert document.location(("b", "nothing", 3)) == f"{document.source}:2"
 
 
-def test_a_key_that_stands_twice_is_refused_with_its_second_line(read: Any) -> None:
+def test_duplicated_key_names_second_line(read: Any) -> None:
     with pytest.raises(ConfigError, match="the key 'a' is duplicated") as caught:
         read("x:\n  a: 1\n  a: 2\n")
     assert caught.value.problems[0].where.endswith("file.yaml:3")
 
 
-def test_several_problems_are_found_at_once(read: Any) -> None:
+def test_problems_are_reported_together(read: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         read("a: 1\na: 2\nb: !secret x\nc: ${TRANSFER_SURELY_NOT_SET}\n[1]: 2\n")
     assert [p.where.rpartition(":")[2] for p in caught.value.problems] == ["2", "3", "4", "5"]
@@ -105,17 +105,17 @@ def test_tags_are_refused(read: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["key: !!int many", "key: !!float many", "key: !!bool maybe", "key: !!null x"])
-def test_a_scalar_that_is_not_what_its_tag_says_is_refused(read: Any, text: str) -> None:
+def test_scalar_with_wrong_tag_is_refused(read: Any, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(text)
     assert caught.value.problems[0].where.endswith("file.yaml:1")
 
 
-def test_anchors_stand_for_their_values(read: Any) -> None:
+def test_aliases_are_resolved(read: Any) -> None:
     assert read("a: &x {b: 1}\nc: *x\n").data == {"a": {"b": 1}, "c": {"b": 1}}
 
 
-def test_a_bomb_of_anchors_is_refused(read: Any) -> None:
+def test_alias_bomb_is_refused(read: Any) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     with pytest.raises(ConfigError, match="values"):
@@ -128,25 +128,25 @@ def test_endless_nesting_is_refused(read: Any, text: str) -> None:
         read(text)
 
 
-def test_variables_are_filled_in(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_are_substituted(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLDER", "/data")
     monkeypatch.delenv("OTHER", raising=False)
     document = read('a: ${FOLDER}/x\nb: ${OTHER:-y}\nc: ${OTHER:-}z\nd: ["${FOLDER}"]\n')
     assert document.data == {"a": "/data/x", "b": "y", "c": "z", "d": ["/data"]}
 
 
-def test_a_variable_that_is_not_quoted_is_read_as_yaml(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unquoted_variable_is_parsed_as_yaml(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPOCHS", "5")
     data = read("plain: ${EPOCHS}\ndouble: \"${EPOCHS}\"\nsingle: '${EPOCHS}'\nblock: |-\n  ${EPOCHS}\n").data
     assert data == {"plain": 5, "double": "5", "single": "5", "block": "5"}
 
 
-def test_an_empty_variable_takes_the_default(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_uses_default(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPOCHS", "")
     assert read("key: ${EPOCHS:-7}").data == {"key": 7}
 
 
-def test_a_variable_that_is_not_set_is_named(read: Any) -> None:
+def test_unset_variable_is_named(read: Any) -> None:
     with pytest.raises(ConfigError, match="TRANSFER_SURELY_NOT_SET is not set") as caught:
         read("a: 1\nb: ${TRANSFER_SURELY_NOT_SET}\n")
     (problem,) = caught.value.problems
@@ -170,20 +170,20 @@ def test_overrides_set_one_value(read: Any, override: str, expected: Any) -> Non
     assert read("a: 1\nb:\n  c: [1, {d: 2}]\n", override).data == expected
 
 
-def test_an_override_is_where_its_value_comes_from(read: Any) -> None:
+def test_location_of_overridden_value(read: Any) -> None:
     document = read("a:\n  b: {c: 1}\n", "a.b={c: 2, d: 3}")
     assert document.location(("a", "b", "d")) == "override 'a.b={c: 2, d: 3}'"
     assert document.location(("a",)).endswith("file.yaml:1")
 
 
-def test_what_an_override_makes_on_its_way_comes_from_it(read: Any) -> None:
+def test_location_of_mapping_created_by_override(read: Any) -> None:
     document = read("a: 1\n", "b.c.d=2")
     assert [document.location(key) for key in (("a",), ("b",), ("b", "c"))] == [f"{document.source}:1"] + 2 * [
         "override 'b.c.d=2'"
     ]
 
 
-def test_an_override_does_not_change_what_an_alias_shares(read: Any) -> None:
+def test_override_leaves_alias_unchanged(read: Any) -> None:
     assert read("a: &x {b: 1}\nc: *x\n", "c.b=2").data == {"a": {"b": 1}, "c": {"b": 2}}
 
 
@@ -197,12 +197,12 @@ def test_wrong_overrides_are_reported_together(read: Any) -> None:
     assert problems[2].available == ("0",)
 
 
-def test_an_override_may_use_a_variable(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_override_with_variable(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPOCHS", "5")
     assert read("a: 1", "a=${EPOCHS}").data == {"a": 5}
 
 
-def test_a_missing_file_names_its_siblings(tmp_path: Path) -> None:
+def test_missing_file_lists_config_files(tmp_path: Path) -> None:
     for name in ("quick.yaml", "other.yml", "notes.txt"):
         (tmp_path / name).touch()
     with pytest.raises(ConfigError) as caught:
@@ -212,13 +212,13 @@ def test_a_missing_file_names_its_siblings(tmp_path: Path) -> None:
     assert str(tmp_path / "quick.yaml") in problem.fix
 
 
-def test_a_missing_folder_is_no_crash(tmp_path: Path) -> None:
+def test_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         read_document(tmp_path / "nowhere" / "quack.yaml")
 
 
 @pytest.mark.parametrize("content", [b"a: \xff\xfe", b"a: \x00", b"a: \x07b"], ids=["not UTF-8", "NUL", "BEL"])
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_binary_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -226,19 +226,19 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path, content: bytes) -> N
     assert str(path) in caught.value.problems[0].where
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
+def test_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_document(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "[1, 2]", "just words"])
-def test_what_is_no_mapping_is_refused(read: Any, text: str) -> None:
+def test_document_that_is_no_mapping_is_refused(read: Any, text: str) -> None:
     with pytest.raises(ConfigError, match="expected a mapping of data"):
         read(text)
 
 
 @pytest.mark.parametrize(("text", "line"), [("a: 1\nb: [1\n", 3), ("a: 1\n  b: 2\n", 2), ("a: 1\n---\nb: 2\n", 2)])
-def test_what_is_not_yaml_names_the_line(read: Any, text: str, line: int) -> None:
+def test_invalid_yaml_names_line(read: Any, text: str, line: int) -> None:
     with pytest.raises(ConfigError, match="not YAML") as caught:
         read(text)
     assert caught.value.problems[0].where.endswith(f"file.yaml:{line}")
@@ -252,7 +252,7 @@ def test_plain_data_is_copied(tmp_path: Path) -> None:
     assert document.location(("a",)) == "config"
 
 
-def test_plain_data_that_yaml_cannot_hold_is_refused() -> None:
+def test_plain_data_with_other_types_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         make_document({"a": {"b": object(), "c": [{1, 2}]}, "d": {5: "x"}})
     assert [p.where for p in caught.value.problems] == ["config: a.b", "config: a.c.0", "config: d"]

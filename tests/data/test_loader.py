@@ -1,4 +1,4 @@
-"""From raw examples to batches."""
+"""Loader, batches and memory cache."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ class Ragged(Preprocessing):
 
 
 class Lazy(Ragged):
-    """The same, encoded batch by batch."""
+    """Ragged values, encoded batch by batch."""
 
     encode_once: ClassVar[bool] = False
 
 
 class Noisy(Lazy):
-    """The same with noise from every global generator."""
+    """Lazy values with noise from every global generator."""
 
     def augment(self, encoded: Tensor) -> Tensor:
         return encoded + torch.rand(1) + float(np.random.rand()) + random.random()
 
 
 class NoisyOnce(Noisy):
-    """Noise upon what was encoded once."""
+    """Noise on values that are encoded once."""
 
     encode_once: ClassVar[bool] = True
 
@@ -83,7 +83,7 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 
 
 @pytest.mark.parametrize("preprocessing", [Ragged(), Lazy(), Noisy(), NoisyOnce()])
-def test_batches_are_a_function_of_seed_and_epoch(preprocessing: Preprocessing) -> None:
+def test_batches_depend_on_seed_and_epoch(preprocessing: Preprocessing) -> None:
     one = loader(preprocessing, seed=5)
     first, second = batches(one, 0), batches(one, 1)
     torch.manual_seed(99)
@@ -96,7 +96,7 @@ def test_batches_are_a_function_of_seed_and_epoch(preprocessing: Preprocessing) 
 
 
 @pytest.mark.parametrize("preprocessing", [Lazy(), Noisy(), NoisyOnce()])
-def test_the_number_of_workers_changes_nothing(preprocessing: Preprocessing) -> None:
+def test_batches_do_not_depend_on_workers(preprocessing: Preprocessing) -> None:
     assert same(batches(loader(preprocessing, workers=2), 3), batches(loader(preprocessing, workers=0), 3))
 
 
@@ -108,7 +108,7 @@ def test_augmentation_differs_by_example_and_epoch() -> None:
     assert len(drawn[0] | drawn[1]) == 80
 
 
-def test_augmentation_leaves_the_global_generators_alone() -> None:
+def test_augmentation_preserves_rng_state() -> None:
     def states() -> tuple[Any, ...]:
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
@@ -129,28 +129,28 @@ def test_evaluation_is_not_augmented() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("preprocessing", [Ragged(), Lazy()])
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 50, 1000])
-def test_every_example_comes_exactly_once(preprocessing: Preprocessing, training: bool, count: int) -> None:
+def test_epoch_contains_every_example_once(preprocessing: Preprocessing, training: bool, count: int) -> None:
     made = loader(preprocessing, split(count), training=training)
-    found = np.concatenate([batch.indices for batch in batches(made)])
-    assert sorted(found.tolist()) == list(range(count))
+    indices = np.concatenate([batch.indices for batch in batches(made)])
+    assert sorted(indices.tolist()) == list(range(count))
     assert len(made) == len(batches(made))
 
 
-def test_inputs_and_targets_belong_to_the_indices() -> None:
+def test_inputs_and_targets_match_indices() -> None:
     for batch in batches(loader(Ragged())):
         assert batch.inputs[:, 0].tolist() == batch.indices.tolist()
         assert batch.targets.tolist() == (batch.indices % 3).tolist()
         assert batch.targets.dtype == torch.int64
 
 
-def test_a_last_batch_of_one_joins_the_batch_before_in_training() -> None:
+def test_last_batch_of_one_is_merged_in_training() -> None:
     sizes = [len(batch) for batch in loader(Lazy(), split(17)).batch_indices(0)]
     assert sizes == [8, 9]
     assert [len(batch) for batch in loader(Lazy(), split(17), training=False).batch_indices(0)] == [8, 8, 1]
     assert [len(batch) for batch in loader(Lazy(), split(1)).batch_indices(0)] == [1]
 
 
-def padding_share(made: Loader) -> float:
+def padding_fraction(made: Loader) -> float:
     inputs = [batch.inputs for batch in batches(made)]
     lengths = sum(len(value) for value in made.split.fields["x"])
     return 1 - lengths / sum(tensor.numel() for tensor in inputs)
@@ -158,7 +158,7 @@ def padding_share(made: Loader) -> float:
 
 def test_buckets_save_padding() -> None:
     part = split(800, longest=100)
-    without, with_buckets = (padding_share(loader(Ragged(), part, bucket=b)) for b in (False, True))
+    without, with_buckets = (padding_fraction(loader(Ragged(), part, bucket=b)) for b in (False, True))
     assert without > 0.3
     assert with_buckets < 0.1
 
@@ -171,36 +171,36 @@ def test_buckets_stay_random() -> None:
     assert lengths != sorted(lengths)
 
 
-def test_evaluation_goes_from_long_to_short() -> None:
+def test_evaluation_order_is_by_decreasing_length() -> None:
     made = loader(Ragged(), training=False)
     lengths = [len(made.split.fields["x"][i]) for batch in made.batch_indices(0) for i in batch]
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_an_epoch_can_begin_and_end_in_the_middle() -> None:
+def test_epoch_with_start_and_limit() -> None:
     made = loader(Noisy())
-    whole = batches(made, 2)
-    assert same(list(made.epoch(2, start=3)), whole[3:])
-    assert same(list(made.epoch(2, start=1, limit=2)), whole[1:3])
-    assert list(made.epoch(2, start=len(whole))) == []
+    complete = batches(made, 2)
+    assert same(list(made.epoch(2, start=3)), complete[3:])
+    assert same(list(made.epoch(2, start=1, limit=2)), complete[1:3])
+    assert list(made.epoch(2, start=len(complete))) == []
 
 
 BROKEN = Split({"x": [[1.0], [2.0], [-3.0], [4.0]]}, np.zeros(4, dtype=np.int64), ["a", "b", "c.txt", "d"])
 
 
-def test_what_cannot_be_encoded_once_is_named() -> None:
+def test_encode_once_error_names_example() -> None:
     with pytest.raises(DataError, match="a number is negative") as caught:
         loader(Ragged(), BROKEN)
     assert caught.value.problems[0].where == "c.txt"
 
 
-def test_what_cannot_be_encoded_in_a_batch_is_named() -> None:
+def test_batch_error_names_example() -> None:
     with pytest.raises(DataError, match="a number is negative") as caught:
         batches(loader(Lazy(), BROKEN))
     assert caught.value.problems[0].where == "c.txt"
 
 
-def test_a_batch_that_fails_as_a_whole_says_so() -> None:
+def test_error_of_complete_batch() -> None:
     class Choosy(Lazy):
         def encode(self, values: Sequence[Any]) -> list[Tensor]:
             if len(values) > 1:
@@ -211,12 +211,12 @@ def test_a_batch_that_fails_as_a_whole_says_so() -> None:
         encode(Choosy(), [[1.0], [2.0]], [0, 1], str)
 
 
-def test_tuples_of_tensors_move_as_a_whole() -> None:
+def test_move_nested_tuples() -> None:
     moved = move((torch.zeros(1), (torch.ones(2), torch.ones(3))), torch.device("meta"))
     assert [moved[0].device.type, moved[1][0].device.type, moved[1][1].shape] == ["meta", "meta", (3,)]
 
 
-def test_iterating_leaves_the_global_generators_alone() -> None:
+def test_iteration_preserves_rng_state() -> None:
     made = loader(Noisy())
     before = torch.get_rng_state().tolist()
     batches(made)
@@ -285,20 +285,17 @@ def test_augmentation_in_place_leaves_stored_values_unchanged(container: str, on
             assert batch.inputs.eq(2).all()
 
 
-def test_no_bucket_leaves_a_batch_of_one() -> None:
+def test_buckets_have_no_batch_of_one() -> None:
     made = loader(Ragged(), split(8 * 50 * 2 + 1), batch_size=8)
     sizes = [len(batch) for batch in made.batch_indices(0)]
     assert min(sizes) > 1
     assert max(sizes) <= 9
 
 
-def test_what_cannot_be_encoded_in_a_loader_process_is_named() -> None:
+def test_loader_process_error_names_example() -> None:
     with pytest.raises(DataError, match="a number is negative") as caught:
         batches(loader(Lazy(), BROKEN, workers=2))
     assert caught.value.problems[0].where == "c.txt"
-
-
-# ------------------------------------------------------------------------------------------------ batches by their cost
 
 
 def costs(made: Loader, epoch: int = 0) -> list[int]:
@@ -313,7 +310,7 @@ def by_tokens(part: Split | None = None, max_tokens: int = 40, **options: Any) -
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("bucket", [True, False, 3])
-def test_a_batch_costs_no_more_than_it_may(training: bool, bucket: bool | int) -> None:
+def test_max_tokens_limits_size_of_batches(training: bool, bucket: bool | int) -> None:
     made = by_tokens(split(400), training=training, bucket=bucket)
     for epoch in range(3):
         plan = made.batch_indices(epoch)
@@ -322,7 +319,7 @@ def test_a_batch_costs_no_more_than_it_may(training: bool, bucket: bool | int) -
         assert made.count(epoch) == len(plan) == len(batches(made, epoch))
 
 
-def test_no_batch_has_room_for_the_first_example_of_the_next() -> None:
+def test_max_tokens_fills_batches() -> None:
     made = by_tokens(split(400), bucket=False)
     assert made.lengths is not None
     plan = made.batch_indices(0)
@@ -331,7 +328,7 @@ def test_no_batch_has_room_for_the_first_example_of_the_next() -> None:
         assert len(together) * int(made.lengths[together].max()) > 40
 
 
-def test_an_example_that_costs_more_alone_is_a_batch_of_its_own() -> None:
+def test_max_tokens_puts_longer_example_into_own_batch() -> None:
     part = Split({"x": [[1.0] * n for n in (3, 90, 4, 2)]}, np.zeros(4, dtype=np.int64))
     for bucket in (True, False):
         plan = by_tokens(part, bucket=bucket).batch_indices(0)
@@ -339,34 +336,34 @@ def test_an_example_that_costs_more_alone_is_a_batch_of_its_own() -> None:
         assert sorted(np.concatenate(plan).tolist()) == [0, 1, 2, 3]
 
 
-def test_the_number_of_batches_may_differ_between_epochs() -> None:
+def test_max_tokens_batch_count_differs_between_epochs() -> None:
     made = by_tokens(split(400), bucket=False)
     assert len({made.count(epoch) for epoch in range(8)}) > 1
     assert len(made) == made.count(0)
 
 
-def test_buckets_need_fewer_batches_for_the_same_cost() -> None:
+def test_buckets_need_fewer_batches() -> None:
     part = split(800, longest=100)
     plain, buckets = (by_tokens(part, 1000, bucket=bucket).count(0) for bucket in (False, True))
     assert buckets < 0.75 * plain
 
 
-def test_the_prefix_of_a_cache_ignores_what_a_batch_may_cost() -> None:
+def test_fixed_order_ignores_max_tokens() -> None:
     sizes = [len(batch) for batch in by_tokens(split(50)).in_fixed_order(16, augment=False).batch_indices(0)]
     assert sizes == [16, 16, 16, 2]
 
 
 def test_larger_pools_save_more_padding() -> None:
     part = split(800, longest=100)
-    shares = [padding_share(loader(Ragged(), part, bucket=batches)) for batches in (1, 4, True)]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[0] > 0.25
+    fractions = [padding_fraction(loader(Ragged(), part, bucket=batches)) for batches in (1, 4, True)]
+    assert fractions == sorted(fractions, reverse=True)
+    assert fractions[0] > 0.25
 
 
-def test_lengths_that_are_known_are_not_counted_one_by_one() -> None:
+def test_overridden_lengths_are_used() -> None:
     class Known(Ragged):
         def length(self, encoded: Tensor) -> int:
-            raise AssertionError("one value is measured")
+            raise AssertionError("length is called for one value")
 
         def lengths(self, encoded: Sequence[Any]) -> np.ndarray[Any, Any]:
             return np.array([len(value) for value in encoded])
@@ -374,11 +371,8 @@ def test_lengths_that_are_known_are_not_counted_one_by_one() -> None:
     assert same(batches(loader(Known())), batches(loader(Ragged())))
 
 
-# ---------------------------------------------------------------------------------------------- kept in memory
-
-
-class Kept(Preprocessing):
-    """Vectors that are augmented in place, and a count of what was encoded."""
+class InMemory(Preprocessing):
+    """Vectors that are augmented in place, with the number of encoded values."""
 
     limit: int | None
     encoded: list[int]
@@ -401,8 +395,8 @@ class Kept(Preprocessing):
         return encoded.mul_(torch.rand(1))
 
 
-def kept_loader(limit: int | None, **options: object) -> Loader:
-    preprocessing = Kept()
+def cached_loader(limit: int | None, **options: object) -> Loader:
+    preprocessing = InMemory()
     preprocessing.limit, preprocessing.encoded = limit, []
     split = Split({"point": [[float(i), 1.0, 2.0, 3.0] for i in range(40)]}, np.arange(40) % 2)
     return Loader(split, ("point",), preprocessing, batch_size=8, training=True, **options)
@@ -412,50 +406,50 @@ def sums(loader: Loader, epoch: int) -> list[torch.Tensor]:
     return [batch.inputs.clone() for batch in loader.epoch(epoch)]
 
 
-def test_values_that_fit_are_encoded_once_and_batches_stay_the_same() -> None:
-    kept, plain = kept_loader(40 * 16), kept_loader(0)
+def test_memory_cache_encodes_once_and_keeps_batches() -> None:
+    cached, plain = cached_loader(40 * 16), cached_loader(0)
     for epoch in (0, 1, 2, 0):
-        assert all(torch.equal(a, b) for a, b in zip(sums(kept, epoch), sums(plain, epoch), strict=True))
-    assert sum(kept.preprocessing.encoded) == 40
+        assert all(torch.equal(a, b) for a, b in zip(sums(cached, epoch), sums(plain, epoch), strict=True))
+    assert sum(cached.preprocessing.encoded) == 40
     assert sum(plain.preprocessing.encoded) == 4 * 40
 
 
-def test_a_split_that_does_not_fit_is_not_kept() -> None:
-    loader = kept_loader(40 * 16 - 1)
+def test_memory_cache_of_split_that_does_not_fit_is_empty() -> None:
+    loader = cached_loader(40 * 16 - 1)
     sums(loader, 0), sums(loader, 1)
     assert not loader.examples.memory_cache.values
     assert sum(loader.preprocessing.encoded) == 80 + loading.MEASURED_EXAMPLES
 
 
-def test_by_default_half_of_the_available_memory_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_cache_default_limit_is_half_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_cache, "available_bytes", lambda: 2 * 40 * 16)
-    fits = kept_loader(None)
+    fits = cached_loader(None)
     sums(fits, 0)
     assert len(fits.examples.memory_cache.values) == 40
     monkeypatch.setattr(memory_cache, "available_bytes", lambda: 2 * 40 * 16 - 2)
-    too_large = kept_loader(None)
+    too_large = cached_loader(None)
     sums(too_large, 0)
     assert not too_large.examples.memory_cache.values
 
 
-def test_values_larger_than_those_measured_do_not_pass_the_limit() -> None:
-    loader = kept_loader(40 * 16)
+def test_memory_cache_stops_at_limit() -> None:
+    loader = cached_loader(40 * 16)
     loader.examples.measure()
     loader.examples.memory_cache._free_bytes = 100
     sums(loader, 0)
     assert len(loader.examples.memory_cache.values) == loading.MEASURED_EXAMPLES + 100 // 16
-    assert all(torch.equal(a, b) for a, b in zip(sums(loader, 1), sums(kept_loader(0), 1), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(sums(loader, 1), sums(cached_loader(0), 1), strict=True))
 
 
-def test_a_split_that_is_used_once_is_not_kept() -> None:
-    loader = kept_loader(None, repeated=False)
+def test_memory_cache_of_split_used_once_is_empty() -> None:
+    loader = cached_loader(None, repeated=False)
     sums(loader, 0)
     assert not loader.examples.memory_cache.values
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_loader_processes_begin_when_all_is_in_memory() -> None:
-    loader, plain = kept_loader(None, workers=2), kept_loader(0)
+def test_loader_processes_start_with_full_memory_cache() -> None:
+    loader, plain = cached_loader(None, workers=2), cached_loader(0)
     for epoch in (0, 1):
         assert loader.examples.is_filling_cache == (epoch == 0) or not loader.examples.memory_cache.is_measured
         assert all(torch.equal(a, b) for a, b in zip(sums(loader, epoch), sums(plain, epoch), strict=True))
@@ -463,7 +457,7 @@ def test_loader_processes_begin_when_all_is_in_memory() -> None:
     assert not pickle.loads(pickle.dumps(loader.examples)).memory_cache.values
 
 
-def test_waiting_is_timed() -> None:
+def test_timed_iterator_measures_waiting() -> None:
     def slow():
         for _ in range(3):
             time.sleep(0.01)

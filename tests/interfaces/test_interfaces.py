@@ -1,4 +1,4 @@
-"""The contracts between the parts."""
+"""Contracts of plugins."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Counting(Sequence[int]):
         return range(10)[index]
 
 
-def test_columns_of_different_lengths_are_refused() -> None:
+def test_split_refuses_columns_of_different_lengths() -> None:
     with pytest.raises(ValueError, match="differ in length"):
         Split({"x": [1, 2, 3]}, [0, 1])
     with pytest.raises(ValueError, match="differ in length"):
@@ -55,7 +55,7 @@ class Labelled:
 
 
 class Listable(Labelled):
-    """The same without a conversion to an array."""
+    """A labelled column that converts only to a list."""
 
     to_numpy = None  # type: ignore[assignment]
 
@@ -64,7 +64,7 @@ class Listable(Labelled):
 
 
 @pytest.mark.parametrize("series", [Labelled, Listable])
-def test_columns_with_labels_are_read_by_position(series: type[Labelled]) -> None:
+def test_split_reads_labelled_columns_by_position(series: type[Labelled]) -> None:
     labels = [2, 0, 1]
     split = Split(
         {"x": series(["c", "a", "b"], labels)},
@@ -80,12 +80,12 @@ def test_columns_with_labels_are_read_by_position(series: type[Labelled]) -> Non
 
 
 @pytest.mark.parametrize("column", [{0: "a", 1: "b"}, {"a", "b"}, iter(["a", "b"])])
-def test_columns_without_positions_are_refused(column: Any) -> None:
+def test_split_refuses_columns_without_positions(column: Any) -> None:
     with pytest.raises(ValueError, match="field 'x' is of the wrong type: expected a sequence"):
         Split({"x": column}, [0, 1])
 
 
-def test_lazy_columns_are_kept_as_they_are() -> None:
+def test_split_keeps_lazy_columns() -> None:
     column, tensor, array = Counting(), torch.zeros(10, 2), np.zeros((10, 2))
     split = Split({"x": column, "y": tensor, "z": array}, np.arange(10))
     assert column.reads == 0
@@ -104,7 +104,7 @@ def test_lazy_columns_are_kept_as_they_are() -> None:
     ],
     ids=["list", "uint8", "tensor", "booleans", "labels", "float64"],
 )
-def test_targets_become_int64_or_float32(targets: Any, expected: np.ndarray[Any, Any]) -> None:
+def test_split_converts_targets(targets: Any, expected: np.ndarray[Any, Any]) -> None:
     split = Split({"x": ["a", "b"]}, targets)
     assert split.targets.dtype == expected.dtype
     assert split.targets.tolist() == expected.tolist()
@@ -122,7 +122,7 @@ def test_targets_become_int64_or_float32(targets: Any, expected: np.ndarray[Any,
     ],
     ids=["names", "one-dimensional floats", "three dimensions", "negative", "not a number", "too large"],
 )
-def test_wrong_targets_are_refused(targets: Any, message: str) -> None:
+def test_split_refuses_wrong_targets(targets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Split({"x": ["a", "b"]}, targets, ["a.jpg", "b.jpg"])
 
@@ -137,13 +137,13 @@ def test_wrong_targets_are_refused(targets: Any, message: str) -> None:
         ("number", [[0.0], [1.0]], r"expected float32 \(N, 2\)"),
     ],
 )
-def test_targets_that_do_not_fit_the_spec_are_refused(kind: Any, targets: Any, message: str) -> None:
+def test_data_refuses_targets_of_other_kind(kind: Any, targets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Data(DataSpec(("x",), kind, ("a", "b")), {"train": Split({"x": ["a", "b"]}, targets)})
 
 
 @pytest.mark.usefixtures("tiny")
-def test_run_refuses_wrong_targets_at_the_line_of_the_dataset(config: dict[str, Any], tmp_path: Path) -> None:
+def test_run_reports_wrong_targets_with_location(config: dict[str, Any], tmp_path: Path) -> None:
     @register("dataset", "beyond")
     class Beyond(Points):
         """A dataset with a class index that has no name."""
@@ -157,7 +157,7 @@ def test_run_refuses_wrong_targets_at_the_line_of_the_dataset(config: dict[str, 
     assert caught.value.problems[0].where == "config"
 
 
-def test_a_selection_reads_nothing() -> None:
+def test_selection_reads_no_values() -> None:
     column = Counting()
     split = Split({"x": column}, np.arange(10), [f"n{i}" for i in range(10)])
     part = split.select(np.array([7, 2, 5])).select(np.array([2, 0]))
@@ -168,17 +168,17 @@ def test_a_selection_reads_nothing() -> None:
     assert [part.name(i) for i in range(len(part))] == ["n5", "n7"]
 
 
-def test_an_example_without_a_name_is_called_by_its_index() -> None:
+def test_name_of_unnamed_example() -> None:
     assert Split({"x": [1, 2]}, [0, 1]).name(1) == "example 1"
 
 
-def test_a_selection_can_be_sent_to_a_loader_process() -> None:
+def test_selection_can_be_pickled() -> None:
     part = Split({"x": ["a", "b", "c"]}, np.arange(3)).select(np.array([2, 0]))
     back = pickle.loads(pickle.dumps(part))
     assert list(back.fields["x"]) == ["c", "a"]
 
 
-def test_a_backbone_is_the_chain_of_its_stages() -> None:
+def test_backbone_runs_chain_of_stages() -> None:
     backbone = Dense(width=5).eval()
     inputs = torch.randn(3, 4)
     expected = inputs
@@ -188,13 +188,13 @@ def test_a_backbone_is_the_chain_of_its_stages() -> None:
     assert [name for name, _ in backbone.stages.named_children()] == ["first", "second", "third"]
 
 
-def test_a_sequence_has_a_mask() -> None:
+def test_sequence_features_have_mask() -> None:
     steps, mask = Steps()(torch.randn(2, 4))
     assert (steps.shape, mask.shape, mask.dtype) == ((2, 4, 3), (2, 4), torch.bool)
 
 
 @pytest.mark.parametrize("names", [[], ["a."], ["head"], ["head.a"], [""]])
-def test_stages_have_proper_names(names: list[str]) -> None:
+def test_backbone_refuses_stage_names(names: list[str]) -> None:
     class Misnamed(Backbone):
         field = "point"
 
@@ -213,7 +213,7 @@ def test_stages_have_proper_names(names: list[str]) -> None:
         Misnamed()
 
 
-def test_what_a_backbone_does_by_default() -> None:
+def test_backbone_defaults() -> None:
     backbone = Dense.from_data([[1, 2, 3, 4]], width=3)
     assert backbone.width == 3
     assert Dense.from_assets({}, width=3).width == 3
@@ -223,7 +223,7 @@ def test_what_a_backbone_does_by_default() -> None:
     assert preprocessing.length("anything") == 1
 
 
-def test_encoded_values_of_one_shape_are_stacked() -> None:
+def test_collate_stacks_values() -> None:
     class Pairs(Preprocessing):
         def encode(self, values: Sequence[Any]) -> list[Any]:
             return [(torch.tensor([float(value)]), torch.tensor(int(value))) for value in values]
@@ -232,6 +232,6 @@ def test_encoded_values_of_one_shape_are_stacked() -> None:
             return source
 
     pairs = Pairs()
-    numbers, places = pairs.collate(pairs.encode(["1", "2"]))
-    assert (numbers.tolist(), places.tolist()) == ([[1.0], [2.0]], [1, 2])
+    numbers, positions = pairs.collate(pairs.encode(["1", "2"]))
+    assert (numbers.tolist(), positions.tolist()) == ([[1.0], [2.0]], [1, 2])
     assert pairs.collate([torch.zeros(3), torch.ones(3)]).tolist() == [[0] * 3, [1] * 3]
