@@ -121,7 +121,7 @@ def test_schema_contains_optimizers_and_schedulers(schema: Any) -> None:
 
 
 def test_schema_describes_options_of_framework(schema: Any) -> None:
-    for name in ("TrainConfig", "Phase", "Recipe", "MixupCutmix"):
+    for name in ("TrainConfig", "PhaseSettings", "Recipe", "MixupCutmix"):
         block = schema["$defs"][name]
         assert "Args" not in block["description"]
         assert all(option.get("description") for option in block["properties"].values()), name

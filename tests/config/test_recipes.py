@@ -19,7 +19,7 @@ STAGES = ("stem", "body", "top")
 def phases(name: Any, epochs: int, lr: LearningRate = 0.1) -> list[tuple[int, Any, Any]]:
     """Return the epochs, freeze policy (or last frozen stage) and learning rate of each phase."""
     expanded = expand(Recipe(name=name, epochs=epochs), lr, STAGES)
-    assert all(isinstance(phase, Phase) for phase in expanded)
+    assert all(isinstance(phase, PhaseSettings) for phase in expanded)
     return [(p.epochs, p.freeze.until if isinstance(p.freeze, Until) else p.freeze, p.lr) for p in expanded]
 
 
