@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from transfer.cli import app as cli
+from transfer.cli.plugin_subcommands import all_commands
 from transfer.config.option_schema import Option, describe_fields, describe_options, options_model, summary
 from transfer.config.run_config import RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, options_set_by_framework
@@ -24,6 +25,7 @@ from transfer.config.train_settings import (
     TrainConfig,
 )
 from transfer.registry import entry_points as registry
+from transfer.registry.requirements import CORE_DISTRIBUTION
 
 PAGE = Path(__file__).parent / "reference.md"
 HEAD = """\
@@ -67,7 +69,7 @@ def _plugins() -> Iterator[str]:
             yield "Every `data` block takes these options in addition to those of the dataset:\n"
             yield from _options(_without_name(describe_fields(DataOptions)))
         for plugin in registry.plugins(kind):
-            if plugin.distribution == "transfer":
+            if plugin.distribution == CORE_DISTRIBUTION:
                 cls = registry.load(kind, plugin.qualified_name)
                 yield f"### {kind} `{plugin.name}`\n\n{summary(cls)}\n"
                 yield from _options(describe_options(cls))
@@ -95,8 +97,8 @@ def _torch_row(names: str, model: Any, base: Any) -> str:
 def _commands() -> Iterator[str]:
     yield "## The command line\n"
     group: Any = typer.main.get_command(cli.app)
-    commands = {**group.commands}
-    for name, command in group.commands.items():
+    commands = all_commands(group)
+    for name, command in list(commands.items()):
         if hasattr(command, "commands"):  # a group, such as `transfer cache`: list its subcommands instead
             del commands[name]
             commands |= {f"{name} {inner}": subcommand for inner, subcommand in command.commands.items()}

@@ -11,7 +11,7 @@ from conftest import Dense
 import transfer
 from transfer import ConfigError, register
 from transfer.config.recipes import expand
-from transfer.config.train_settings import LearningRate, Recipe, Until
+from transfer.config.train_settings import LearningRate, PhaseSettings, Recipe, Until
 
 STAGES = ("stem", "body", "top")
 

@@ -43,6 +43,7 @@ from safetensors.torch import save_file
 
 import transfer
 from transfer.cli import app as cli
+from transfer.cli.plugin_subcommands import all_commands
 from transfer.config.json_schema import config_schema
 from transfer.config.run_config import RunConfigSchema
 from transfer.config.train_settings import TrainConfig
@@ -543,7 +544,7 @@ def keys() -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_keys_in_the_text_exist(page: str, keys: set[str]) -> None:
-    group: Any = typer.main.get_command(cli.app)
+    commands = all_commands(typer.main.get_command(cli.app))
     for code in re.findall(r"`([^`\n]+)`", prose(page)):
         if found := re.match(r"(?:data|backbone|head|task|train)((?:\.\w+)+)(?:[:= ]|$)", code):
             unknown = [key for key in found[1].split(".")[1:] if not key.isdigit() and key not in keys]
@@ -551,7 +552,7 @@ def test_commands_and_keys_in_the_text_exist(page: str, keys: set[str]) -> None:
         words = code.split()
         if words[0] != "transfer" or len(words) == 1 or words[1] in ("NAME", "COMMAND") or words[1].startswith("-"):
             continue
-        command = group.commands.get(words[1])
+        command = commands.get(words[1])
         assert command is not None, f"{page}: `{code}`: there is no such command"
         options = {name for parameter in command.params for name in parameter.opts}
         unknown = [word for word in words[2:] if word.startswith("--") and word.rstrip(".,") not in options]

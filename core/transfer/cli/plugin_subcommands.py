@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 from transfer.errors import PluginError
 from transfer.registry.entry_points import Plugin, core_first, import_target, origin, plugins
 from transfer.registry.listing import description
+from transfer.registry.requirements import CORE_DISTRIBUTION
 
 KIND = "command"
 """Kind of the entry points in ``transfer.commands``. Each is a function or a ``typer.Typer`` app."""
@@ -52,10 +53,11 @@ class _NotImported(TyperCommand):
         if len(self.claims) > 1:
             owners = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in self.claims)
             raise PluginError(f"command {self.name!r} is claimed by {owners}", fix="uninstall one of them")
-        return _command(self.claims[0]).make_context(info_name, args, parent, **extra)
+        return load_command(self.claims[0]).make_context(info_name, args, parent, **extra)
 
 
-def _command(plugin: Plugin) -> Any:
+def load_command(plugin: Plugin) -> Any:
+    """Import the command of an entry point, and return it as a click command."""
     loaded = import_target(plugin)
     if isinstance(loaded, typer.Typer):
         return typer.main.get_command(loaded)
@@ -68,3 +70,9 @@ def _command(plugin: Plugin) -> Any:
     app = typer.Typer(add_completion=False)
     app.command(plugin.name)(loaded)
     return typer.main.get_command(app)
+
+
+def all_commands(group: Any) -> dict[str, Any]:
+    """Return the commands of ``transfer`` by name, those of this distribution's entry points included and imported."""
+    entry_points = (plugin for plugin in plugins(KIND) if plugin.distribution == CORE_DISTRIBUTION)
+    return {**group.commands, **{plugin.name: load_command(plugin) for plugin in entry_points}}
