@@ -1,4 +1,4 @@
-"""Plugins small enough to train in a blink, registered for one test at a time."""
+"""Small plugins that train in less than a second, registered for one test at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Head, Preprocessing, Split
 from transfer.registry import entry_points as registry
 
-# Two test processes, or a test and the command that it starts, wait for each other's threads at every barrier.
+# With more threads, two test processes, or a test and the command that it starts, slow each other down.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -29,9 +29,9 @@ class Points(Dataset):
     """Two clouds of points in four dimensions, one per class, which overlap a little.
 
     Args:
-        count: Points in all; a quarter of them is the test split.
-        distance: Between the centres of the two clouds.
-        target: The cloud that a point belongs to, or its first coordinate.
+        count: Number of points; a quarter of them is the test split.
+        distance: Distance between the centers of the two clouds.
+        target: Whether the target is the cloud of a point or its first coordinate.
     """
 
     def __init__(
@@ -47,22 +47,22 @@ class Points(Dataset):
         return DataSpec(("point",), self.target, ("near", "far") if self.target == "class" else ("first",))
 
     def load(self) -> Data:
-        """Draw the points, the same ones every time."""
+        """Draw the points, always the same ones."""
         generator = np.random.default_rng(0)
         cloud = np.arange(self.count) % 2
         points = generator.normal(size=(self.count, POINT_SIZE)) + self.distance * cloud[:, None]
         targets = cloud if self.target == "class" else points[:, :1].astype(np.float32)
-        whole = Split({"point": [row.tolist() for row in points]}, targets)
+        examples = Split({"point": [row.tolist() for row in points]}, targets)
         test = self.count // 4
         indices = np.arange(self.count)
-        return Data(self.spec, {"train": whole.select(indices[test:]), "test": whole.select(indices[:test])})
+        return Data(self.spec, {"train": examples.select(indices[test:]), "test": examples.select(indices[:test])})
 
 
 class PointPreprocessing(Preprocessing):
-    """Points as float32 tensors (4,); a text of four numbers and commas is a point too."""
+    """Points as float32 tensors (4,); a raw value may also be a text of four numbers."""
 
     def encode(self, values: Sequence[Any]) -> list[Tensor]:
-        """Refuse a point of another size."""
+        """Encode points; points of another size are refused."""
         for value in values:
             if len(value) != POINT_SIZE:
                 raise ValueError(f"a point has {POINT_SIZE} numbers, this one has {len(value)}")
@@ -85,7 +85,7 @@ class PointPreprocessing(Preprocessing):
         return [0.0] * POINT_SIZE
 
     def describe(self) -> Mapping[str, Any]:
-        """Say the size."""
+        """Return the size."""
         return {"size": POINT_SIZE}
 
 
@@ -93,8 +93,8 @@ class Dense(Backbone):
     """Three dense stages with batch norm and dropout, (B, 4) -> (B, width).
 
     Args:
-        width: Units of each stage.
-        dropout: Share of the second stage's units that is dropped in training.
+        width: Number of units of each stage.
+        dropout: Fraction of the second stage's units that is zeroed in training.
     """
 
     field: ClassVar[str] = "point"
@@ -135,7 +135,7 @@ class Steps(Backbone):
     """A point as a sequence of its numbers, (B, 4) -> (B, 4, width) and a mask.
 
     Args:
-        width: Features of each step.
+        width: Number of features of each step.
     """
 
     field: ClassVar[str] = "point"
@@ -173,7 +173,7 @@ class MeanOfSteps(Head):
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep stored features out of the user's cache."""
+    """Keep cached features out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRANSFER_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -181,7 +181,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _registered_anew() -> Iterator[None]:
-    """Forget after each test what it registered."""
+    """Unregister the plugins of each test after it."""
     before = dict(registry._registered)
     yield
     registry._registered.clear()
@@ -193,7 +193,7 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Return a function that puts a distribution with modules and entry points on the path."""
+    """Return a function that creates a distribution with modules and entry points on the import path."""
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
 
@@ -230,7 +230,7 @@ def tiny() -> None:
 
 @pytest.fixture
 def config(tiny: None) -> dict[str, Any]:
-    """Return the config of a run of a second or less."""
+    """Return the config of a run of at most a second."""
     return {
         "seed": 3,
         "data": {"name": "points"},

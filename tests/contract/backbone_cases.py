@@ -9,14 +9,14 @@ import pytest
 
 from transfer.testing import Case, contracts
 
-PICTURES = {"weights": None, "image_size": 32, "resize": 36}
+IMAGES = {"weights": None, "image_size": 32, "resize": 36}
 WORDS = {"kernel_sizes": [1, 3], "filters": 4}
 OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    **{f"resnet{depth}": [PICTURES] for depth in (18, 34, 50, 101, 152)},
+    **{f"resnet{depth}": [IMAGES] for depth in (18, 34, 50, 101, 152)},
     "torchvision": [
-        {"model": "shufflenet_v2_x0_5", **PICTURES},
-        {"model": "squeezenet1_1", "in_channels": 1, **PICTURES},
-        {"model": "swin_t", "readout": "sequence", **PICTURES},
+        {"model": "shufflenet_v2_x0_5", **IMAGES},
+        {"model": "squeezenet1_1", "in_channels": 1, **IMAGES},
+        {"model": "swin_t", "readout": "sequence", **IMAGES},
     ],
     "textcnn": [
         {"variant": "rand", "dimensions": 6, **WORDS},
@@ -32,11 +32,11 @@ OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
         ),
     ],
     "fusion": [
-        {"parts": {"image": {"name": "resnet18", **PICTURES}, "text": {"name": "textcnn", "variant": "rand", **WORDS}}},
+        {"parts": {"image": {"name": "resnet18", **IMAGES}, "text": {"name": "textcnn", "variant": "rand", **WORDS}}},
         {
             "parts": {
                 "text": {"name": "bilstm", "variant": "rand", "hidden_size": 5},
-                "image": {"name": "resnet18", **PICTURES},
+                "image": {"name": "resnet18", **IMAGES},
             },
             "join": "gate",
             "size": 7,
@@ -48,9 +48,9 @@ SLOW = {"resnet34", "resnet101", "resnet152", "swin_t"}
 """Large, or of the same build as another one that is trained every time."""
 
 DATASETS: Mapping[str, Mapping[str, Any]] = {
-    "image_folder": {"root": "pictures"},
-    "image_csv": {"train": "pictures.csv", "test_fraction": 0.25},
-    "multimodal_csv": {"train": "pictures.csv", "image": "path", "test_fraction": 0.25},
+    "image_folder": {"root": "images"},
+    "image_csv": {"train": "images.csv", "test_fraction": 0.25},
+    "multimodal_csv": {"train": "images.csv", "image": "path", "test_fraction": 0.25},
     "torchvision_dataset": {"dataset": "cifar10"},
     "text_folder": {"root": "texts"},
     "shapes": {"per_class": 4},

@@ -44,14 +44,14 @@ def _files(tmp_path_factory: pytest.TempPathFactory) -> Any:
     rows = [(f"{text} {number}", label) for label in ("bad", "good") for number, text in enumerate(TEXTS * 2)]
     with (folder / "reviews.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
-    with (folder / "pictures.csv").open("w", encoding="utf-8", newline="") as file:
-        paths = [(f"pictures/{label}/{number}.png", text, label) for number, (text, label) in enumerate(rows)]
+    with (folder / "images.csv").open("w", encoding="utf-8", newline="") as file:
+        paths = [(f"images/{label}/{number}.png", text, label) for number, (text, label) in enumerate(rows)]
         csv.writer(file).writerows([("path", "text", "label"), *paths])
     for number, (text, label) in enumerate(rows):
-        for kind in ("texts", "pictures"):
+        for kind in ("texts", "images"):
             (folder / kind / label).mkdir(parents=True, exist_ok=True)
         (folder / "texts" / label / f"{number}.txt").write_text(text, encoding="utf-8")
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "pictures" / label / f"{number}.png")
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "images" / label / f"{number}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield

@@ -100,6 +100,7 @@ class Fusion(Backbone):
 
     @classmethod
     def _of(cls, parts: dict[str, Backbone], options: Mapping[str, Any]) -> Self:
+        # Not __init__(), which would build the parts from their options, without data or assets.
         fusion = cls.__new__(cls)
         fusion._compose(parts, options["join"], options["size"])
         return fusion

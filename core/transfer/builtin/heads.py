@@ -101,5 +101,6 @@ class Attention(Head):
     def weights(self, features: tuple[Tensor, Tensor]) -> Tensor:
         """Return the weight of each step, float (B, T): 0 at padding, and 1 in total."""
         steps, mask = features
+        # Padding gets a weight of exactly 0. Every sequence has a real step, so softmax is never over -inf only.
         scores: Tensor = self.query(torch.tanh(self.projection(steps))).squeeze(2)
         return scores.masked_fill(~mask, -torch.inf).softmax(1)

@@ -123,6 +123,7 @@ def find(kind: Kind, name: str) -> Plugin:
     Raises:
         PluginError: No plugin has that name, or two distributions claim it.
     """
+    # Runs of version 0.1 recorded the old name of the distribution.
     if name.startswith(f"{OLD_DISTRIBUTION}:"):
         name = f"{CORE_DISTRIBUTION}:{name.removeprefix(f'{OLD_DISTRIBUTION}:')}"
     candidates = [p for p in plugins(kind) if name in (p.name, p.qualified_name)]

@@ -182,6 +182,7 @@ def features_are_as_declared_on_the_meta_device(case: Case) -> None:
     example = backbone.preprocessing.example()
     if example is None:
         raise unittest.SkipTest("the preprocessing has no example")
+    # Encoding runs outside of the meta device: only the forward pass is checked without memory.
     inputs = backbone.preprocessing.collate(backbone.preprocessing.encode([example] * BATCH))
     require_as_declared(backbone, outputs(backbone, move(inputs, torch.device("meta"))))
 
@@ -233,6 +234,7 @@ def examples_do_not_depend_on_their_batch(case: Case) -> None:
     for one, other in zip(alone, together, strict=True):
         if built.backbone.features.layout == "sequence":
             other = other[:, : one.shape[1]]
+        # Kernels may add in another order for another batch size: the tolerance is relative to the largest feature.
         scale = float(other.float().abs().max())
         difference = float((one[0].float() - other[1].float()).abs().max())
         require(
@@ -245,6 +247,7 @@ def examples_do_not_depend_on_their_batch(case: Case) -> None:
 def the_state_dict_restores_the_backbone(case: Case) -> None:
     """A second backbone with the same options, other weights and the state dict of the first computes the same."""
     built, other = subject(case), Subject(case, seed=1)
+    # Another seed must change the features. Otherwise the comparison after loading proves nothing.
     drawn = not same(outputs(other.backbone, built.inputs), outputs(built.backbone, built.inputs))
     require(drawn or not list(built.backbone.parameters()), "another seed results in the same weights")
     other.backbone.load_state_dict(built.backbone.state_dict())
@@ -278,6 +281,7 @@ def preprocessing_is_deterministic(case: Case) -> None:
     torch.manual_seed(99)
     require(same(built.batch(built.backbone), built.inputs), "encoding the same values again makes another batch")
     preprocessing = built.backbone.preprocessing
+    # Workers encode other groups of values than the cache, so the grouping must not matter.
     one_by_one = [preprocessing.encode([value])[0] for value in built.values[:BATCH]]
     require(same(preprocessing.collate(one_by_one), built.inputs), "encoding values one by one makes another batch")
 
@@ -304,6 +308,7 @@ def the_same_seed_gives_the_same_augmentation(case: Case) -> None:
         require(preprocessing.augment("unchanged") == "unchanged", "augments is False, but augment changes a value")
         return
     drawn = []
+    # The first two results must be equal, and the third must differ.
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         encoded = preprocessing.encode(built.values[:BATCH])
@@ -360,6 +365,7 @@ def foreign_models_take_the_weights(case: Case) -> None:
         last = nn.Linear(built.backbone.features.size, OUTPUTS)
         weights = {foreign.names[ours]: tensor for ours, tensor in built.backbone.state_dict().items()}
         weights |= {f"{foreign.output}.{ours}": tensor for ours, tensor in last.state_dict().items()}
+        # Imported by name, as in an export: the kit does not depend on that library.
         module, _, function = foreign.factory.partition(":")
         theirs: nn.Module = getattr(importlib.import_module(module), function)(**foreign.options)
         theirs.load_state_dict(weights, strict=True)

@@ -68,6 +68,7 @@ def the_schema_is_complete(case: Case) -> None:
     for name, option in options_model(cls, Block).model_fields.items():
         if option.is_required():
             continue
+        # A default is validated like a value from a config: in strict JSON mode.
         adapter = TypeAdapter(option.rebuild_annotation())
         try:
             adapter.validate_json(to_json(option.get_default(call_default_factory=True)), strict=True)

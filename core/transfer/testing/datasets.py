@@ -43,6 +43,7 @@ def _require_spec(spec: Any) -> None:
 @promise("interfaces.Dataset", "quick")
 def the_spec_is_known_without_data(case: Case) -> None:
     """The constructor and ``spec`` read no data: a config can be checked before the data exists."""
+    # An empty data folder: a constructor that reads data fails, and one that writes leaves files.
     with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, {"TRANSFER_DATA": empty}):
         dataset: Dataset = case.component().make()
         _require_spec(dataset.spec)
@@ -108,6 +109,7 @@ def loading_is_deterministic(case: Case) -> None:
 def splits_survive_pickling(case: Case) -> None:
     """The columns of a split can be pickled, for loader processes, without a change."""
     for name, split in _loaded(case).splits.items():
+        # Four examples are enough, and data may be large.
         few = split.select(np.arange(min(4, len(split))))
         copy: Split = pickle.loads(pickle.dumps(few))  # noqa: S301  # just pickled here
         for column in few.fields:

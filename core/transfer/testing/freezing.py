@@ -79,6 +79,7 @@ def in_stage(stage: str, names: Iterable[str]) -> set[str]:
 def train(case: Case, policy: Freeze, until: str = "", batch_norm: BatchNorm = "frozen") -> Trained:
     """Train for some steps with a policy, always from the same weights, and record the result."""
     model, weights, inputs = built(case)
+    # The model is cached: undo what the previous run has frozen before the weights are restored.
     apply(model, Frozen(frozenset(), frozenset()))
     model.load_state_dict(weights)
     frozen = resolve(model, policy, batch_norm)
@@ -93,6 +94,7 @@ def train(case: Case, policy: Freeze, until: str = "", batch_norm: BatchNorm = "
         model.train()
         loss = torch.nn.functional.cross_entropy(model(inputs), torch.tensor(TARGETS))
         loss.backward()  # type: ignore[no-untyped-call]
+        # Before zero_grad(), which sets gradients to None.
         with_gradient |= {name for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
@@ -100,6 +102,7 @@ def train(case: Case, policy: Freeze, until: str = "", batch_norm: BatchNorm = "
     in_optimizer |= {id(p) for p in optimizer.state}
     in_training_mode = {name for name, module in model.named_modules() if module.training}
     after = digests(model)
+    # A frozen prefix must not record autograd history: this is where freezing saves memory.
     value, has_graph = inputs, False
     if until:
         for stage in list(model)[: list(model.stages).index(until) + 1]:

@@ -33,6 +33,7 @@ def _features(layout: Layout) -> Any:
     generator = torch.Generator().manual_seed(1)
     if layout == "vector":
         return torch.randn(BATCH, SIZE, generator=generator)
+    # Sequences of 5, 3, 1 and 2 real steps: one without padding, and one of a single step.
     mask = torch.arange(STEPS) < torch.tensor([[STEPS], [3], [1], [2]])
     return torch.randn(BATCH, STEPS, SIZE, generator=generator), mask
 
@@ -84,6 +85,7 @@ def the_state_dict_restores_the_head(case: Case) -> None:
     """A second head with the state dict of the first computes the same outputs."""
     for (layout, head, features), (_, other, _) in zip(_heads(case), _heads(case), strict=True):
         for parameter in head.parameters():
+            # Heads with zeros as initial weights would be equal before the state dict is loaded.
             torch.nn.init.normal_(parameter)
         other.load_state_dict(head.state_dict())
         require(torch.equal(other(features), head(features)), f"with the same state dict the outputs differ ({layout})")

@@ -61,6 +61,7 @@ def contracts(
     for plugin in mine:
         if plugin.extras and plugin.unavailable:
             continue
+        # One mapping is one case; a sequence of mappings is one case each.
         given = options.get(plugin.name, {})
         for block in [given] if isinstance(given, Mapping) else given:
             collected += contracts_of(Case(plugin.kind, plugin.qualified_name, block, values.get(plugin.name)))

@@ -33,6 +33,7 @@ def _tasks(case: Case) -> Iterator[tuple[Task, Tensor, Tensor]]:
         count = getattr(task, "out_features", None)
         require(isinstance(count, int) and count > 0, f"out_features is {count!r}: the constructor must set it")
         targets = TARGETS[kind]
+        # As in a run: a task may compute statistics of the training targets first.
         task.prepare(targets)
         outputs = torch.randn(BATCH, task.out_features, generator=torch.Generator().manual_seed(0))
         yield task, outputs, torch.as_tensor(targets)

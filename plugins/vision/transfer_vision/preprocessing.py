@@ -243,6 +243,7 @@ class ImagePreprocessing(Preprocessing):
         Only the first three channels are drawn; fewer than three are drawn as the gray values of the first.
         """
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        # Inverse of the normalization in collate().
         pixels = inputs.cpu().float().mul(std).add_(mean).mul_(255).round_().clamp_(0, 255).byte()
         pixels = pixels[:, :3] if self.channels >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
         images = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in pixels]
@@ -343,6 +344,7 @@ def _named_transform(step: Mapping[str, Any]) -> v2.Transform:
     for key in options:
         if key not in available:
             raise unknown_name(f"augmentation {name} has no option {key!r}", key, available, "remove it")
+    # These contain other transforms, which are written in the same form.
     if "transforms" in available:  # RandomApply, RandomChoice, RandomOrder, Compose
         inner = options.get("transforms")
         if not isinstance(inner, list) or not all(isinstance(one, Mapping) for one in inner):

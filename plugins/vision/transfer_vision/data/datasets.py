@@ -122,6 +122,7 @@ class ImageFolder(Dataset):
         rest = [name for name in likely if name not in asked.values()]
         val = self._val or _single_folder([name for name in rest if name in _VALIDATION_NAMES], "val", source, levels)
         test = self._test or _single_folder([name for name in rest if name in _TEST_NAMES], "test", source, levels)
+        # A published dataset often has only two splits; the second one then is the test split.
         if test is None:
             val, test = None, val
         folders = {"train": self._train, "validation": val, "test": test}

@@ -234,6 +234,7 @@ def _zip_levels(path: Path) -> Mapping[str, Level]:
             f"this archive cannot be read: {error}", where=str(path), fix="remove it and download it again"
         ) from error
     for member in members:
+        # Archives need not have entries for folders: derive them from the paths of the files.
         parts = PurePosixPath(member).parts
         if not parts or any(map(_hidden, parts)):
             continue

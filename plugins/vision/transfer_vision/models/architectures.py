@@ -99,6 +99,7 @@ def build(name: str, *, image_size: int, in_channels: int = 3, readout: Readout 
         stage: units[0][1] if len(units) == 1 else nn.Sequential(OrderedDict(units))
         for stage, units in _stages(model, name, readout).items()
     }
+    # The modules are torchvision's own, so equal tensors have equal ids, whatever their name in a stage.
     names = {
         f"{stage}.{key}": torchvision_names[id(tensor)]
         for stage, module in stages.items()
@@ -204,6 +205,7 @@ def _stages(model: nn.Module, name: str, readout: Readout) -> dict[str, list[Uni
         case models.RegNet():
             units = [("stem", model.stem), *model.trunk_output.named_children()]
             return {**_named(units, first="block1"), "pool": pool}
+        # torchvision calls relu as a function in forward(), so the module is added here.
         case models.DenseNet():
             body = _named(model.features.named_children(), first="denseblock1")
             return {**body, "pool": [("relu", nn.ReLU()), *pool]}
@@ -213,6 +215,7 @@ def _stages(model: nn.Module, name: str, readout: Readout) -> dict[str, list[Uni
         case models.Inception3():
             first = {"Mixed_5b", "Mixed_6a", "Mixed_7a"}
             return {**_staged(_until(model, "avgpool"), lambda key, _: key in first), "pool": pool}
+        # A stage starts after each max pooling, except the last one, which belongs to the last stage.
         case models.AlexNet() | models.VGG() | models.SqueezeNet():
             last = str(len(model.features) - 1)
             body = _staged(model.features, lambda key, unit: isinstance(unit, nn.MaxPool2d) and key != last)
@@ -224,6 +227,7 @@ def _stages(model: nn.Module, name: str, readout: Readout) -> dict[str, list[Uni
             return {**_staged(model.features, lambda key, _: key != "0"), "pool": pool}
         case models.MNASNet():
             return {**_staged(model.layers, lambda _, unit: isinstance(unit, nn.Sequential)), "pool": pool}
+        # Its classifier starts with a LayerNorm2d over (B, C, 1, 1), before the flattening.
         case models.ConvNeXt():
             body = _staged(model.features, lambda key, _: key in {"1", "2", "4", "6"})
             return {**body, "pool": pool[:1], **_rest(model)}

@@ -294,6 +294,7 @@ def fit_weights(read: Pretrained, expected: Mapping[str, Tensor], layout: Layout
     """
     classifiers = (f"{layout.classifier}.", *AUXILIARY)
     given = {_modern(name): tensor for name, tensor in read.tensors.items()}
+    # The head replaces the classifier, whatever its number of classes.
     left_out = [name for name in given if name.startswith(classifiers)]
     given = {name: tensor for name, tensor in given.items() if name not in left_out}
     adapted = _adapt(given, expected, f"{layout.input_layer}.weight")
@@ -362,6 +363,7 @@ def _fitting_architecture(given: Mapping[str, Tensor]) -> str | None:
     count = sum(shape.numel() for shape in shapes.values())
     for name in model_names():
         default = default_weights(name)
+        # Skip models whose size is too different, because building them takes time.
         if not 0 <= default.meta["num_params"] - count + _BUFFERS <= _CLASSIFIERS:
             continue
         with torch.device("meta"):
