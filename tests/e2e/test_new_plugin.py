@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,9 +91,9 @@ def test_it_trains_and_predicts(made: tuple[Path, str], tmp_path: Path) -> None:
 
 def test_it_is_written_for_this_version(tmp_path: Path) -> None:
     folder = new_plugin("sonar", tmp_path, version=transfer.__version__)
-    assert f'dependencies = ["transfer>={transfer.__version__},<0.' in (folder / "pyproject.toml").read_text()
+    assert f'dependencies = ["transferkit>={transfer.__version__},<0.' in (folder / "pyproject.toml").read_text()
     later = new_plugin("radar", tmp_path, version="1.2.3")
-    assert 'dependencies = ["transfer>=1.2.3,<2"]' in (later / "pyproject.toml").read_text()
+    assert 'dependencies = ["transferkit>=1.2.3,<2"]' in (later / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("name", ["", "1st", "a b", "../up", "-", "transfer-", "café"])
@@ -107,3 +108,24 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     new_plugin("sonar", tmp_path, version="0.1.0")
     with pytest.raises(UserError, match="transfer-sonar is there already"):
         new_plugin("transfer-sonar", tmp_path, version="0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("linear", "transferkit has a plugin called 'linear'"),
+        ("transfer-mini-reviews", "transferkit has a plugin called 'mini_reviews'"),
+        ("text", "transferkit has a module transfer_text"),
+        ("Vision", "transferkit has a module transfer_vision"),
+    ],
+)
+def test_name_of_a_built_in_plugin_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        new_plugin(name, tmp_path, version="0.1.0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_free_name_writes_no_warning(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    status, out, err = call("new-plugin", "sonar", "--output", tmp_path)
+    assert (status, err) == (0, "")
+    assert len(out.splitlines()) == 4
