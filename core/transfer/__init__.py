@@ -1,6 +1,6 @@
-"""Transfer learning for images and text: any backbone, any head, any freeze policy, one engine, every part a plugin.
+"""Transfer learning for images and text: any backbone, head and freeze policy, one engine, every component a plugin.
 
-The public names are listed in ``__init__.pyi`` and imported on first use, so ``import transfer`` does not import torch.
+The public names are listed in ``__init__.pyi``. They are imported on first use: ``import transfer`` imports no torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"
 
+# Names of version 0.1 with their new names.
 _OLD_NAMES = {
     "class_indices": "encode_labels",
     "cut": "split_off",
@@ -28,7 +29,7 @@ _OLD_NAMES = {
 def __getattr__(name: str) -> Any:
     if name in _OLD_NAMES:
         warnings.warn(
-            f"transfer.{name} is now called transfer.{_OLD_NAMES[name]}; the old name goes away in version 0.3",
+            f"transfer.{name} is deprecated: use transfer.{_OLD_NAMES[name]}. It will be removed in version 0.3.",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ import pytest
 
 import transfer as library
 from transfer import TransferError, __main__
-from transfer.cli import app as cli
 from transfer.cli import deployment_commands
 
 
@@ -42,13 +42,6 @@ def test_plugins_as_json() -> None:
     ended = transfer("plugins", "--json")
     found = {(p["kind"], p["name"]): p for p in json.loads(ended.stdout)}
     assert found["head", "linear"]["distribution"] == "transferkit"
-
-
-def test_no_name_of_a_plugin_is_cut_off() -> None:
-    narrow = "import os; os.environ['COLUMNS'] = '80'"
-    rows = [line.split() for line in transfer("plugins", prelude=narrow).stdout.splitlines()]
-    assert rows[0] == ["kind", "name", "distribution", "version", "description"]
-    assert ["dataset", "torchvision_dataset", "transferkit"] in [row[:3] for row in rows]
 
 
 PACKAGE = """
@@ -118,33 +111,13 @@ def test_an_unknown_command_is_a_mistake_of_the_user() -> None:
     assert "Traceback" not in ended.stderr
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Return a function that runs the command line in this process: status, output, errors."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("TRANSFER_DEBUG", raising=False)
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["transfer", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
 def test_a_full_disk_is_told_in_words() -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "transfer", "plugins"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 1
     assert "No space left on device" in ended.stderr
-    assert "make room" in ended.stderr
+    assert "free some space" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
@@ -160,7 +133,7 @@ def test_a_line_that_is_not_utf_8_is_named(call: Any, folder: Path, monkeypatch:
     status, _, err = call("predict", folder, "-")
     assert status == 2
     assert "standard input, line 2" in err
-    assert "this line is not UTF-8" in err
+    assert "the line is not UTF-8" in err
 
 
 def test_run_prints_the_folder_last(call: Any, config_file: Path, tmp_path: Path) -> None:
@@ -279,7 +252,7 @@ def test_show_describes_the_options(call: Any) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
-    [(("optimizer", "adam"), "no kind of plugin"), (("head", "linaer"), "did you mean 'linear'?")],
+    [(("optimizer", "adam"), "unknown kind of plugin 'optimizer'"), (("head", "linaer"), "did you mean 'linear'?")],
 )
 def test_show_of_the_unknown(call: Any, arguments: tuple[str, str], part: str) -> None:
     status, _, err = call("show", *arguments)
@@ -320,10 +293,68 @@ def test_a_server_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> 
     assert caught.value.problems[0].fix == "pip install 'transferkit[serve]'"
 
 
-def test_names_of_plugins_are_whole_on_a_narrow_terminal(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize(("columns", "has_version"), [(80, False), (160, True)])
+def test_plugins_shows_names_and_descriptions_completely(
+    call: Any, monkeypatch: pytest.MonkeyPatch, columns: int, has_version: bool
+) -> None:
+    from transfer.registry.listing import catalogue
+
+    monkeypatch.setenv("COLUMNS", str(columns))
     _, out, _ = call("plugins")
-    (row,) = [line for line in out.splitlines() if "torchvision_dataset" in line]
-    assert row.split()[:3] == ["dataset", "torchvision_dataset", "transferkit"]
-    assert row.rstrip().endswith("…")
-    assert len(row) <= 80
+    table, _, _ = out.partition("\n\n")
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert ("version" in lines[0].split()) == has_version
+    assert ["dataset", "torchvision_dataset", "transferkit"] in [line.split()[:3] for line in lines]
+    words = " ".join(table.split())
+    (linear,) = [e for e in catalogue() if (e.plugin.kind, e.plugin.name) == ("head", "linear")]
+    start = lines[0].index("description")
+    assert linear.description in " ".join(" ".join(line[start:].split()) for line in lines)
+    assert "…" not in words
+
+
+def test_next_command_is_one_line_without_a_terminal(call: Any, config_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / ("a long folder name " * 8).strip()
+    _, out, _ = call("run", config_file, "train.phases=[{epochs: 1}]", "--output", output)
+    folder = out.splitlines()[-1]
+    (line,) = [line for line in out.splitlines() if line.startswith("next: ")]
+    assert line == f"next: transfer predict '{folder}' INPUT...   or   transfer evaluate '{folder}'"
+
+
+def test_resume_command_is_one_line_without_a_terminal(
+    call: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transfer.system.signals import Interrupted
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr("transfer.runs.train.fit", interrupted)
+    monkeypatch.setenv("COLUMNS", "80")
+    output = tmp_path / ("a long folder name " * 8).strip()
+    status, out, _ = call("run", config_file, "--output", output)
+    (folder,) = output.iterdir()
+    assert status == 143
+    assert f"interrupted; resume with: transfer resume '{folder}'" in out.splitlines()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_device_option(call: Any, folder: Path, command: str) -> None:
+    inputs = ["1,2,3,4"] if command == "predict" else []
+    assert call(command, folder, *inputs, "--device", "cpu")[0] == 0
+    for device, message in (("cuda:99", "is not on this machine"), ("gpu", "is unknown")):
+        status, out, err = call(command, folder, *inputs, "--device", device)
+        assert (status, out) == (2, "")
+        assert f"device {device!r} {message}" in err
+        assert "--device" in err
+
+
+def test_predict_notes_that_the_device_of_the_run_is_missing(call: Any, folder: Path) -> None:
+    path = folder / "config.yaml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("device: auto", "device: cuda:99"), encoding="utf-8")
+    for command in (["evaluate", folder], ["predict", folder, "1,2,3,4", "--json"]):
+        status, out, err = call(*command)
+        assert status == 0
+        assert "train.device of the run is cuda:99, which is not on this machine; using" in out + err
+    assert json.loads(out)["input"] == "1,2,3,4"

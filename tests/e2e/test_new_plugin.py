@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,24 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     new_plugin("sonar", tmp_path, version="0.1.0")
     with pytest.raises(UserError, match="transfer-sonar exists"):
         new_plugin("transfer-sonar", tmp_path, version="0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("linear", "transferkit has a plugin called 'linear'"),
+        ("transfer-mini-reviews", "transferkit has a plugin called 'mini_reviews'"),
+        ("text", "transferkit has a module transfer_text"),
+        ("Vision", "transferkit has a module transfer_vision"),
+    ],
+)
+def test_name_of_a_built_in_plugin_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        new_plugin(name, tmp_path, version="0.1.0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_free_name_writes_no_warning(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    status, out, err = call("new-plugin", "sonar", "--output", tmp_path)
+    assert (status, err) == (0, "")
+    assert len(out.splitlines()) == 4

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torchmetrics import MeanAbsoluteError, Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
+from transfer import DataSpec
+from transfer.builtin.tasks import Classification
 from transfer.experiments import intervals as statistics
-from transfer.experiments.intervals import difference, resamples, spread, standard_error, student_quantile
+from transfer.experiments.intervals import (
+    difference,
+    metric_bounds,
+    resamples,
+    spread,
+    standard_error,
+    student_quantile,
+)
 
 
 def test_mean_and_spread() -> None:
@@ -74,3 +85,44 @@ def test_the_standard_error_over_examples_is_the_known_one() -> None:
     right = np.random.default_rng(0).random(400) < 0.8
     found = standard_error([float(right[indices].mean()) for indices in resamples(400, 500)])
     assert found == pytest.approx(np.sqrt(0.8 * 0.2 / 400), rel=0.1)
+
+
+def test_interval_of_an_accuracy_is_within_zero_and_one() -> None:
+    values = [0.75, 0.85, 1.0]
+    unclipped, clipped = spread(values).interval, spread(values, (0.0, 1.0)).interval
+    assert unclipped is not None
+    assert unclipped[1] > 1
+    assert clipped == (unclipped[0], 1.0)
+
+
+def test_interval_of_a_difference_of_accuracies_is_within_minus_one_and_one() -> None:
+    ours, theirs = [1.0, 0.9], [0.1, 0.1]
+    unclipped, clipped = (difference(ours, theirs, paired=True, bounds=b) for b in ((None, None), (0.0, 1.0)))
+    assert unclipped.interval is not None
+    assert unclipped.interval[1] > 1
+    assert clipped.interval == (unclipped.interval[0], 1.0)
+
+
+def test_interval_of_an_error_has_no_upper_bound() -> None:
+    interval = spread([0.1, 9.0], (0.0, None)).interval
+    assert interval is not None
+    assert interval[0] == 0
+    assert interval[1] > 9
+
+
+class WithMetrics(Classification):
+    def metrics(self) -> dict[str, Metric]:
+        return {
+            "accuracy": MulticlassAccuracy(2),
+            "error": MeanAbsoluteError(),
+            "correlation": MulticlassMatthewsCorrCoef(2),  # torchmetrics plots 0 to 1, but it may be -1
+        }
+
+
+@pytest.mark.parametrize(
+    ("metric", "bounds"),
+    [("accuracy", (0, 1)), ("error", (0, None)), ("correlation", (None, None)), ("loss", (None, None))],
+)
+def test_bounds_of_a_metric(metric: str, bounds: tuple[float | None, float | None]) -> None:
+    task = WithMetrics(DataSpec(("point",), "class", ("near", "far")))
+    assert metric_bounds(task, metric) == bounds

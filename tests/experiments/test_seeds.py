@@ -94,3 +94,10 @@ def test_it_goes_on_with_the_seeds_that_are_missing(
 def test_the_folder_of_one_run_is_no_folder_of_seeds(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a folder of seeds"):
         resume_seeds(transfer.run(config, [EPOCH], output=tmp_path).folder)
+
+
+def test_interval_of_an_accuracy_near_one_does_not_exceed_one(config: dict[str, Any], tmp_path: Path) -> None:
+    several = run_seeds(config, [EPOCH, "data.distance=3.0"], seeds=2, output=tmp_path)
+    accuracy = several.summary["test"]["accuracy"]
+    assert accuracy["values"][0] != accuracy["values"][1]
+    assert accuracy["interval"][1] == 1.0

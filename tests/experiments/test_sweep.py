@@ -22,6 +22,7 @@ pytest.importorskip("optuna")
 
 from transfer import sweep
 from transfer.experiments.search_space import check_space, read_space
+from transfer.experiments.sweep import _gpu_of_process
 
 SPACE = """
 sweep: {trials: 4, sampler: {name: tpe, seed: 1, n_startup_trials: 2}, pruner: {name: none}}
@@ -171,3 +172,25 @@ def test_a_sweep_killed_and_continued_by_two_processes(tmp_path: Path) -> None:
     report = json.loads((folder / "sweep.json").read_text())
     assert [trial["state"] for trial in report["trials"]] == ["complete"] * 4
     assert len(list((folder / "runs").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "device", "expected"),
+    [
+        (0, None, "auto", [None] * 4),
+        (1, None, "auto", [None] * 4),
+        (2, None, "auto", ["0", "1", "0", "1"]),
+        (2, "5, 7", "cuda", ["5", "7", "5", "7"]),
+        (2, None, "cpu", [None] * 4),
+        (2, None, "cuda:1", [None] * 4),
+    ],
+)
+def test_each_process_of_a_sweep_has_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None, device: str, expected: list[str | None]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpus = [_gpu_of_process(number, device).get("CUDA_VISIBLE_DEVICES") for number in (1, 2, 3, 4)]
+    assert gpus == expected

@@ -11,9 +11,11 @@ import torch
 import yaml
 
 import transfer
-from transfer import ConfigError, DataError, RunError, TransferError
-from transfer.models.saved_model import read_model
+from transfer import ConfigError, DataError, PluginError, RunError, TransferError
+from transfer.models.saved_model import LoadedModel, read_model
+from transfer.registry.entry_points import Plugin
 from transfer.runs.train import Run
+from transfer.training.events import Event, Note, RunStarted
 
 FILES = {
     "config.yaml",
@@ -236,3 +238,58 @@ def test_a_run_says_why_it_failed(config: dict[str, Any], tmp_path: Path, monkey
     with pytest.raises(RunError, match="the run did not end") as caught:
         transfer.evaluate(folder)
     assert caught.value.problems[0].fix == f"bring it to its end: transfer resume {folder}"
+
+
+def test_environment_and_facts_contain_the_device(config: dict[str, Any], tmp_path: Path) -> None:
+    events: list[Event] = []
+    run = transfer.run(config, ["train.device=cpu"], output=tmp_path, observe=events.append)
+    environment = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+    (started,) = [event for event in events if isinstance(event, RunStarted)]
+    assert environment["device"] == started.facts["device"] == "cpu"
+
+
+def test_artifact_that_cannot_be_imported_is_a_note(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(plugin: Plugin) -> None:
+        raise PluginError(f"{plugin.kind} {plugin.name!r} cannot be imported")
+
+    notes: list[str] = []
+    monkeypatch.setattr("transfer.runs.artifacts.import_target", missing)
+    run = transfer.run(
+        config, output=tmp_path, observe=lambda event: notes.append(event.text) if isinstance(event, Note) else None
+    )
+    assert run.summary["status"] == "complete"
+    assert "the report was not written: artifact 'report' cannot be imported" in notes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_predict_and_evaluate_use_the_requested_device(config: dict[str, Any], tmp_path: Path) -> None:
+    run = transfer.run(config, ["train.device=cpu"], output=tmp_path)
+    sources = ["1,2,3,4", "0,0,0,0"]
+    labels = {
+        device: [prediction["label"] for prediction in transfer.predict(run.folder, sources, device=device)]
+        for device in (None, "cpu", "cuda", "cuda:0")
+    }
+    assert len({tuple(values) for values in labels.values()}) == 1
+    on_gpu = transfer.evaluate(run.folder, device="cuda")
+    assert on_gpu == pytest.approx(run.summary["test"], abs=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_predict_moves_the_model_to_the_device(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transfer.runs import predict
+
+    outputs_of, devices = predict.outputs_of, []
+
+    def recorded(loaded: LoadedModel, *arguments: Any) -> Any:
+        devices.append({parameter.device.type for parameter in loaded.model.parameters()})
+        return outputs_of(loaded, *arguments)
+
+    monkeypatch.setattr(predict, "outputs_of", recorded)
+    run = transfer.run(config, output=tmp_path)
+    list(transfer.predict(run.folder, ["1,2,3,4"]))
+    list(transfer.predict(run.folder, ["1,2,3,4"], device="cpu"))
+    assert devices == [{"cuda"}, {"cpu"}]

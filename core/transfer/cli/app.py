@@ -19,7 +19,7 @@ from transfer.errors import TransferError, UserError
 app = typer.Typer(
     name="transfer",
     cls=WithPlugins,
-    help="Take a pretrained backbone, put a head on it, freeze what should stay, train the rest on your task.",
+    help="Transfer learning for images and text: a pretrained backbone, a new head and a freeze policy in one config.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -10,7 +10,7 @@ import typer
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config, for example train.batch_size=128."),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the config, for example train.batch_size=128."),
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="Folder in which a new folder is created.")]

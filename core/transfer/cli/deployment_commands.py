@@ -13,7 +13,7 @@ from transfer.errors import UserError
 
 def serve(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Run directories. NAME=RUN sets the name of a model.")
+        list[str], typer.Argument(metavar="RUN", help="Run directories. NAME=RUN sets the name of a model.")
     ],
     host: Annotated[str, typer.Option(help="Address to listen on. The default accepts only this machine.")] = (
         "127.0.0.1"

@@ -32,7 +32,7 @@ def pretraining_gain(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Run directories and folders of seeds. The first is the reference."),
+        typer.Argument(metavar="RUN", help="Run directories and folders of seeds. The first is the reference."),
     ],
     metric: Annotated[
         str | None, typer.Option(help="Metric to compare. Default: the primary metric of the task.", show_default=False)

@@ -54,7 +54,7 @@ def predict(
     run: RunFolder,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="Path, pattern of paths, text, or - for lines on standard input."),
+        typer.Argument(metavar="INPUT", help="Path, pattern of paths, text, or - for lines on standard input."),
     ],
     device: Device = None,
     as_json: AsJSON = False,

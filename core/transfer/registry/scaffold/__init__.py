@@ -8,8 +8,10 @@ from pathlib import Path
 from string import Template
 
 from transfer.errors import UserError
+from transfer.registry.entry_points import plugins
 from transfer.registry.requirements import CORE_DISTRIBUTION
 
+_CORE_MODULES = ("transfer_text", "transfer_vision")
 _FILES = {
     "pyproject.toml": "pyproject.toml",
     "README.md": "README.md",
@@ -37,6 +39,7 @@ def new_plugin(name: str, folder: str | Path = ".", *, version: str) -> Path:
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", short):
         fix = "use letters, digits and hyphens, and start with a letter"
         raise UserError(f"{name!r} is no valid package name", fix=fix)
+    _refuse_taken(short.replace("-", "_"))
     target = Path(folder) / f"transfer-{short}"
     if target.exists():
         raise UserError(f"{target} exists", fix="choose another name, or another folder with --output")
@@ -53,6 +56,19 @@ def new_plugin(name: str, folder: str | Path = ".", *, version: str) -> Path:
         text = (template / f"{source}.template").read_text(encoding="utf-8")
         path.write_text(Template(text).substitute(names), encoding="utf-8")
     return target
+
+
+def _refuse_taken(module: str) -> None:
+    """Refuse a name of which the module, or a plugin in the template, would collide with one of core's.
+
+    Core's plugins win if a name is claimed twice, so that the new plugin would not be found by its name.
+    """
+    core = {plugin.name for plugin in plugins() if plugin.distribution == CORE_DISTRIBUTION}
+    taken = sorted({module, f"{module}_cnn", f"{module}_waves"} & core)
+    if taken:
+        raise UserError(f"{CORE_DISTRIBUTION} has a plugin called {taken[0]!r}", fix="choose another name")
+    if f"transfer_{module}" in _CORE_MODULES:
+        raise UserError(f"{CORE_DISTRIBUTION} has a module transfer_{module}", fix="choose another name")
 
 
 def _compatible(version: str) -> str:
