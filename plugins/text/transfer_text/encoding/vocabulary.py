@@ -344,6 +344,10 @@ class Vocabulary:
         """Which of the named tokenizers this is, if any."""
         return None if self._shift else name_of(json.loads(self.to_json()))
 
+    def cache_state(self) -> Any:
+        """Return everything that determines the encoded texts, for the key of the feature cache."""
+        return {"digest": self.digest, "further": self.further}
+
     def __getstate__(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in ("counts", "lengths", "further")}
         return {"json": self.to_json(), **plain}
