@@ -113,6 +113,10 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "attribute of an object": (Plain(a=1), Plain(a=2)),
     "name of an attribute": (Plain(a=1), Plain(b=1)),
     "array in an object in a list": ([Plain(a=np.zeros(2))], [Plain(a=np.ones(2))]),
+    "dtype": (torch.float32, torch.float16),
+    "device": (torch.device("cpu"), torch.device("meta")),
+    "shape": (torch.Size([1, 2]), torch.Size([2, 1])),
+    "graph": tuple(torch.fx.symbolic_trace(module) for module in (nn.Dropout(0.1), nn.ReLU())),
     "built-in function": (torch.relu, torch.sigmoid),
     "function of a library": (nn.functional.relu, nn.functional.gelu),
     "class of a library": (nn.ReLU, nn.GELU),
@@ -175,6 +179,15 @@ CODE: dict[str, tuple[str, str]] = {
         "class B:\n  def m(self): return 1\nclass f(B): pass",
         "class B:\n  def m(self): return 2\nclass f(B): pass",
     ),
+    "function that a library has decorated": (
+        "@torch.no_grad()\ndef f(x): return x + 1",
+        "@torch.no_grad()\ndef f(x): return x - 1",
+    ),
+    "context manager": (
+        "import contextlib\n@contextlib.contextmanager\ndef f(x): yield x + 1",
+        "import contextlib\n@contextlib.contextmanager\ndef f(x): yield x - 1",
+    ),
+    "private global": ("__k = 1\ndef f(x): return x + __k", "__k = 2\ndef f(x): return x + __k"),
     "memoized helper": (
         "import functools\n@functools.cache\ndef h(x): return x\ndef f(x): return h(x)",
         "import functools\n@functools.cache\ndef h(x): return -x\ndef f(x): return h(x)",
@@ -230,6 +243,22 @@ def test_equal_content_has_equal_digests() -> None:
         (Stated(1.0, [1]), Stated(1.0, [2])),
     ):
         assert content_digest(one) == content_digest(other)
+
+
+def test_graph_module_of_many_nodes_is_digested() -> None:
+    def traced() -> nn.Module:
+        return torch.fx.symbolic_trace(nn.Sequential(*(nn.ReLU() for _ in range(1000))))
+
+    assert content_digest(traced()) == content_digest(traced())
+
+
+def test_compiled_function_counts_as_the_function() -> None:
+    def compiled(source: str) -> str:
+        return content_digest(torch.compile(execute(source)["f"]))
+
+    assert compiled("def f(x): return x") == compiled("def f(x): return x")
+    assert compiled("def f(x): return x") != compiled("def f(x): return -x")
+    assert content_digest(torch.compile(nn.Dropout(0.1))) == content_digest(nn.Dropout(0.1))
 
 
 def test_memos_do_not_count() -> None:

@@ -55,6 +55,7 @@ _MODULE_BOOKKEEPING = frozenset(
         "_forward_hooks_with_kwargs",
         "_forward_pre_hooks_with_kwargs",
         "_is_full_backward_hook",
+        "_is_torch_compile",
         "_load_state_dict_post_hooks",
         "_load_state_dict_pre_hooks",
         "_non_persistent_buffers_set",
@@ -168,6 +169,8 @@ class _Digester:
                 return _join(type(value).__name__, *sorted(marshal.dumps(item, 0) for item in value))
             # Each item by itself: numbers of definitions would depend on the order of the set.
             return _join(type(value).__name__, *sorted(content_digest(item).encode() for item in value))
+        if isinstance(value, torch.fx.Graph):
+            return _join("graph", str(value).encode())  # its nodes are a linked list, too long for the recursion
         if isinstance(value, types.CodeType):
             return _code(value)
         if isinstance(value, types.ModuleType):
@@ -277,10 +280,15 @@ class _Digester:
         library = _library_of_path(function.__code__.co_filename)
         if library is None:
             return self._reference(function)
+        # A function that a library defines within another one may wrap the user's code: a decorator's result.
+        wrapped = [self._cell(cell) for cell in function.__closure__ or ()]
+        if isinstance(original := vars(function).get("_torchdynamo_orig_callable"), types.FunctionType):
+            wrapped = [self._value(original)]  # the closure of torch.compile contains compiled code
         if library == _FRAMEWORK and function.__module__ in sys.modules:
-            return _join("framework", function.__qualname__.encode(), _framework_module(function.__module__))
+            module = _framework_module(function.__module__)
+            return _join("framework", function.__qualname__.encode(), module, *wrapped)
         self._libraries.add(library)
-        return _join("function", f"{function.__module__}.{function.__qualname__}".encode())
+        return _join("function", f"{function.__module__}.{function.__qualname__}".encode(), *wrapped)
 
     def _class_reference(self, cls: type) -> bytes:
         library = _library_of_class(cls)
@@ -309,11 +317,7 @@ class _Digester:
     def _function(self, function: types.FunctionType) -> bytes:
         code = function.__code__
         parts = [_code(code), self._value(function.__defaults__), self._value(function.__kwdefaults__)]
-        for cell in function.__closure__ or ():
-            try:
-                parts.append(self._value(cell.cell_contents))
-            except ValueError:  # an empty cell
-                parts.append(b"")
+        parts += [self._cell(cell) for cell in function.__closure__ or ()]
         names = sorted(_names_in(code))
         parts += self._globals(names, function.__globals__)
         for module in _imported_in(code, function.__globals__):
@@ -321,10 +325,16 @@ class _Digester:
         parts += [name.encode() + self._value(value) for name, value in sorted(vars(function).items())]
         return _join("function", *parts)
 
+    def _cell(self, cell: types.CellType) -> bytes:
+        try:
+            return self._value(cell.cell_contents)
+        except ValueError:  # an empty cell
+            return b""
+
     def _globals(self, names: Iterable[str], namespace: Mapping[str, Any]) -> Iterator[bytes]:
         """Yield the digests of the globals that a function names. Most names are attributes, and not among them."""
         for name in names:
-            if name in namespace and not name.startswith("__"):
+            if name in namespace and not _is_special(name):
                 value = namespace[name]
                 is_module = isinstance(value, types.ModuleType)
                 content = self._named_in_module(value, names, set()) if is_module else self._value(value)
@@ -343,7 +353,7 @@ class _Digester:
             if isinstance(value, types.ModuleType):
                 if value.__name__ not in visited:
                     parts += [name.encode(), self._named_in_module(value, names, visited)]
-            elif name in vars(module) and not name.startswith("__"):
+            elif name in vars(module) and not _is_special(name):
                 parts += [name.encode(), self._value(value)]
         return _join("names", *parts)
 
@@ -355,6 +365,10 @@ def _join(kind: str, *parts: bytes | memoryview) -> bytes:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
 
 
 def _is_cached_property(cls: type, name: str) -> bool:
@@ -447,15 +461,17 @@ def _library_of_path(path: str) -> str | None:
 def _roots() -> tuple[tuple[str, str | None], ...]:
     """Return folders of code and the package that they contain, None for a folder of packages; the first match wins."""
     named = {_FRAMEWORK: transfer} | {name: sys.modules.get(name) for name in ("torch", "torchvision", "numpy")}
-    roots: list[tuple[str, str | None]] = [
-        (f"{Path(module.__file__).parent}/", name)
+    roots: list[tuple[Path, str | None]] = [
+        (Path(module.__file__).parent, name)
         for name, module in named.items()
         if module is not None and module.__file__ is not None
     ]
     paths = sysconfig.get_paths()
-    folders = {paths["purelib"], paths["platlib"], *site.getsitepackages(), site.getusersitepackages()}
-    roots += [(f"{folder}/", None) for folder in sorted(folders)]
-    return (*roots, (f"{paths['stdlib']}/", _PYTHON), (f"{paths['platstdlib']}/", _PYTHON))
+    packages = {paths["purelib"], paths["platlib"], *site.getsitepackages(), site.getusersitepackages()}
+    roots += [(Path(folder), None) for folder in sorted(packages)]
+    roots += [(Path(paths[name]), _PYTHON) for name in ("stdlib", "platstdlib")]
+    # Code may have been imported through a link or not.
+    return tuple((f"{path}/", library) for root, library in roots for path in {root: 0, root.resolve(): 0})
 
 
 @functools.cache
@@ -500,7 +516,7 @@ def _codes_in(owner: Any) -> Iterator[bytes]:
             elif isinstance(part, type) and part.__qualname__ == f"{prefix}{name}":
                 if _defined_in(owner, part):
                     yield _join("class", name.encode(), *_codes_in(part))
-            elif type(part) in _PRIMITIVES and not (name.startswith("__") and name.endswith("__")):
+            elif type(part) in _PRIMITIVES and not _is_special(name):
                 yield _join("constant", name.encode(), marshal.dumps(part, 0))
 
 
