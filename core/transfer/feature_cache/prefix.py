@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
-import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,6 +18,8 @@ import torch
 from transfer.config.train_settings import Precision
 from transfer.data.batch import move
 from transfer.data.loader import Loader
+from transfer.data.randomness import preserve_rng_state
+from transfer.feature_cache.content_digest import content_digest
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
 from transfer.system.directory_cache import KEY_DIGITS
@@ -26,6 +27,8 @@ from transfer.system.directory_cache import KEY_DIGITS
 FORMAT = 2
 BATCH_SIZE = 64
 """Batch size of the forward pass. It is the same in every run, because another batch size rounds differently."""
+SAMPLE_EXAMPLES = 2
+"""Examples whose features are part of the key: few, because they are computed even if all features are cached."""
 
 
 @dataclass(frozen=True)
@@ -51,31 +54,68 @@ class FrozenPrefix:
         return list(self.model.stages)[: self.count]
 
     def key(self, loader: Loader, view: int | None) -> str:
-        """Return the digest of everything that decides the features."""
-        digest = hashlib.sha256()
+        """Return the digest of everything that determines the features of a split.
 
-        def add(*parts: object) -> None:
-            digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
+        It contains the digests of the stages and of the preprocessing (weights, all buffers, attributes and code), the
+        examples, the precision and the type of the device. A sample of the features themselves is part of it too, so
+        that a change which these digests miss is a different key.
 
-        preprocessing = loader.preprocessing
-        device = next(self.model.parameters()).device.type
-        add(FORMAT, torch.__version__, device, self.precision, loader.fields)
-        add(view, None if view is None else loader.seed)
-        add(_settings(preprocessing), dict(preprocessing.describe()), dict(self.assets))
-        add(self.digest, loader.split.fingerprint(*loader.fields))
-        return digest.hexdigest()[:KEY_DIGITS]
+        Args:
+            loader: Batches of the split.
+            view: Index of an augmented view. None does not augment.
+
+        Raises:
+            RecursionError: The attributes of a stage or of the preprocessing are nested too deeply to be digested.
+        """
+        if id(loader) not in self._facts:  # views of one split have these facts in common
+            self._facts[id(loader)] = loader, self._facts_of(loader)
+        facts = self._facts[id(loader)][1]
+        if view is not None:
+            facts = facts | {"view": view, "seed": loader.seed, "augmented": self._augmented_sample(loader, view)}
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+
+    @functools.cached_property
+    def _facts(self) -> dict[int, tuple[Loader, dict[str, Any]]]:
+        return {}  # the loader is kept, so that no other one can have its id
+
+    def _facts_of(self, loader: Loader) -> dict[str, Any]:
+        # First of all, because stages may build masks and tables in their first forward pass.
+        sample = self._sample(loader)
+        return {
+            "format": FORMAT,
+            "device": next(self.model.parameters()).device.type,
+            "precision": self.precision,
+            "fields": loader.fields,
+            "examples": loader.split.fingerprint(*loader.fields),
+            "assets": dict(self.assets),
+            "described": dict(loader.preprocessing.describe()),
+            "preprocessing": content_digest(loader.preprocessing),
+            "stages": self.digest,
+            "sample": sample,
+        }
 
     @functools.cached_property
     def digest(self) -> str:
-        """The digest of the stages: their code, settings, weights and buffers."""
-        digest = hashlib.sha256()
-        for name in self.stages:
-            stage = self.model.stages[name]
-            digest.update(repr((name, stage, [_settings(module) for module in stage.modules()])).encode())
-            for key, tensor in stage.state_dict().items():
-                digest.update(repr((key, tensor.dtype, list(tensor.shape))).encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """Digest of the stages: weights, buffers, attributes and code."""
+        return content_digest({name: self.model.stages[name] for name in self.stages})
+
+    def _sample(self, loader: Loader) -> str:
+        """Return the digest of the inputs and the features of the first examples by index, without augmentation."""
+        if not len(loader.split):
+            return ""
+        batch = loader.in_fixed_order(SAMPLE_EXAMPLES, augment=False).examples.batch(_sample_of(loader, 0))
+        device = next(self.model.parameters()).device
+        with preserve_rng_state(), _reproducible(device):
+            ((_, features),) = forward_batches(
+                self.model, [batch], device=device, precision=self.precision, end_stage=self.count
+            )
+        return content_digest((batch.inputs, features))
+
+    def _augmented_sample(self, loader: Loader, view: int) -> str:
+        """Return the digest of the augmented inputs of the first examples by index."""
+        examples = loader.in_fixed_order(SAMPLE_EXAMPLES, augment=True).examples
+        return content_digest(examples.batch(_sample_of(loader, view)).inputs) if len(loader.split) else ""
 
     def run(
         self, loader: Loader, view: int | None, limit: int | None = None
@@ -99,24 +139,20 @@ class FrozenPrefix:
             yield batch.indices, move(features, torch.device("cpu"))
 
 
-def _settings(part: object) -> list[object]:
-    """Return a module's or a preprocessing's class and attributes of plain data: they may change what it does."""
-    values = {name: value for name, value in vars(part).items() if name != "training" and _is_plain(value)}
-    return [type(part).__module__, type(part).__qualname__, _source(type(part).__module__), values]
+def _sample_of(loader: Loader, epoch: int) -> list[tuple[int, int]]:
+    return [(epoch, index) for index in range(min(SAMPLE_EXAMPLES, len(loader.split)))]
 
 
-@functools.cache
-def _source(module: str) -> str:
-    """Return a module's source code, so that features of a plugin that was changed are computed anew."""
-    if module.startswith("torch."):
-        return ""  # torch's version is in the key
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """Let cuDNN choose the same algorithm in every process: with benchmarks, the fastest one differs between runs."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
     try:
-        return inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):  # defined where there is no file: in a notebook's cell that has gone
-        return ""
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before

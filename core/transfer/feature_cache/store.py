@@ -98,7 +98,10 @@ class FeatureCache:
         Raises:
             TrainingError: The entry differs from the output of the prefix (only with ``verify``).
         """
-        key = prefix.key(loader, view)
+        try:
+            key = prefix.key(loader, view)
+        except RecursionError:
+            return "the attributes of a stage or of the preprocessing are nested too deeply for a cache key"
         entry: Entry | str | None = self._open(self.folder / key)
         if entry is None:
             try:

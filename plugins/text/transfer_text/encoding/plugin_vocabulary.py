@@ -133,6 +133,10 @@ class PluginVocabulary(Vocabulary):
             fix = f"pip install {shlex.quote(package)}" if package else "register it first, as where it was trained"
             raise PluginError.of([replace(problem, fix=fix) for problem in error.problems]) from error
 
+    def cache_state(self) -> Any:
+        """Return everything that determines the encoded texts; the tokenizer counts by its code and attributes."""
+        return {**super().cache_state(), "tokenizer": self._plugin}
+
     def to_json(self) -> str:
         """Return the vocabulary and the name of the tokenizer as one JSON string."""
         plugin = {"tokenizer": self.written, "requirement": self.requirement}

@@ -345,6 +345,10 @@ class Vocabulary:
         """Name of the tokenizer, or None for a tokenizer file."""
         return None if self._shift else name_of(json.loads(self.to_json()))
 
+    def cache_state(self) -> Any:
+        """Return everything that determines the encoded texts, for the key of the feature cache."""
+        return {"digest": self.digest, "further": self.further}
+
     def __getstate__(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in ("counts", "lengths", "extra")}
         return {"json": self.to_json(), **plain}
