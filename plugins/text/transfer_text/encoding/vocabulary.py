@@ -347,7 +347,7 @@ class Vocabulary:
 
     def cache_state(self) -> Any:
         """Return everything that determines the encoded texts, for the key of the feature cache."""
-        return {"digest": self.digest, "further": self.further}
+        return {"digest": self.digest, "extra": self.extra}
 
     def __getstate__(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in ("counts", "lengths", "extra")}
