@@ -92,7 +92,7 @@ def test_it_is_written_for_this_version(tmp_path: Path) -> None:
     folder = new_plugin("sonar", tmp_path, version=transfer.__version__)
     assert f'dependencies = ["transferkit>={transfer.__version__},<0.' in (folder / "pyproject.toml").read_text()
     later = new_plugin("radar", tmp_path, version="1.2.3")
-    assert 'dependencies = ["transfer>=1.2.3,<2"]' in (later / "pyproject.toml").read_text()
+    assert 'dependencies = ["transferkit>=1.2.3,<2"]' in (later / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("name", ["", "1st", "a b", "../up", "-", "transfer-", "café"])
