@@ -159,7 +159,7 @@ def test_what_was_learned_from_the_data_comes_back(config: dict[str, Any], tmp_p
 def test_a_plugin_that_is_not_installed_is_asked_for(folder: Path) -> None:
     del registry._registered["backbone", "dense"]
     edit(folder, lambda content: content["plugins"]["backbone"].update(distribution="dense-package", version="1.2"))
-    with pytest.raises(UserError, match="no backbone called 'dense'") as caught:
+    with pytest.raises(UserError, match="unknown backbone 'dense'") as caught:
         read_model(folder)
     assert isinstance(caught.value, RunError)
     assert "dense-package==1.2" in str(caught.value.problems[0].fix)

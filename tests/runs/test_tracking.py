@@ -224,7 +224,7 @@ def test_a_run_is_evaluated_where_its_tracker_is_not_installed(
     del registry._registered["tracker", "recorder"]
     assert transfer.evaluate(run.folder) == run.summary["test"]
     (run.folder / "summary.json").unlink()
-    with pytest.raises(ConfigError, match="no tracker called 'recorder'"):
+    with pytest.raises(ConfigError, match="unknown tracker 'recorder'"):
         transfer.resume(run.folder)
 
 

@@ -114,10 +114,10 @@ class Together(Dense):
 
     def __init__(self) -> None:
         super().__init__(width=4)
-        self.stages.second.append(Centred())
+        self.stages.second.append(Centered())
 
 
-class Centred(nn.Module):
+class Centered(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return features - features.mean(0)
 

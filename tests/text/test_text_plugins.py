@@ -211,7 +211,7 @@ def test_a_config_reaches_both_and_the_model_folder_says_all(tmp_path: Path) -> 
     del registry._registered["vectors", "hashed"]  # prediction needs no vectors
     assert list(transfer.predict(run.folder, ["worth every minute"])) == [answer]
     del registry._registered["tokenizer", "characters"]
-    with pytest.raises(PluginError, match="no tokenizer called 'characters'") as caught:
+    with pytest.raises(PluginError, match="unknown tokenizer 'characters'") as caught:
         list(transfer.predict(run.folder, ["worth every minute"]))
     assert caught.value.problems[0].fix == "register it first, as where it was trained"
 
@@ -234,6 +234,6 @@ def test_where_the_package_is_not_installed_the_error_says_what_to_install(insta
     again = TextCNN.from_assets(assets, tokenizer="halves", filters=2, dimensions=4)
     assert again.vocabulary.to_json() == backbone.vocabulary.to_json()
     gone = {name: text.replace('"halves"', '"thirds"') for name, text in assets.items()}
-    with pytest.raises(PluginError, match="no tokenizer called 'thirds'") as caught:
+    with pytest.raises(PluginError, match="unknown tokenizer 'thirds'") as caught:
         TextCNN.from_assets(gone, tokenizer="halves", filters=2, dimensions=4)
     assert caught.value.problems[0].fix == "pip install 'half-words[deep]==1.5'"

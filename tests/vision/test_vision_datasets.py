@@ -363,6 +363,6 @@ def test_colors_do_not_tell_shapes_apart() -> None:
     )
     train, test = np.arange(len(split)) < 240, np.arange(len(split)) >= 240
     distances = np.linalg.norm(histograms[test][:, None] - histograms[train][None], axis=-1)
-    neighbours = split.targets[train][np.argsort(distances, axis=1)[:, :9]]
-    guesses = [np.bincount(row, minlength=3).argmax() for row in neighbours]
+    neighbors = split.targets[train][np.argsort(distances, axis=1)[:, :9]]
+    guesses = [np.bincount(row, minlength=3).argmax() for row in neighbors]
     assert np.mean(guesses == split.targets[test]) < 0.5

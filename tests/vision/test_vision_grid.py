@@ -12,7 +12,7 @@ from PIL import Image
 from transfer_vision.images.image_grid import GAP_PIXELS, HEADING_PIXELS, LINE_PIXELS, draw_grid
 from transfer_vision.preprocessing import ImagePreprocessing
 
-COLOURS = ("red", "lime", "blue")
+COLORS = ("red", "lime", "blue")
 
 
 def opened(content: bytes) -> npt.NDArray[np.uint8]:
@@ -22,7 +22,7 @@ def opened(content: bytes) -> npt.NDArray[np.uint8]:
 
 
 def squares(count: int, size: int = 128) -> list[Image.Image]:
-    return [Image.new("RGB", (size, size), COLOURS[i % 3]) for i in range(count)]
+    return [Image.new("RGB", (size, size), COLORS[i % 3]) for i in range(count)]
 
 
 def test_rows_of_eight_stand_under_their_headings_with_room_for_the_captions() -> None:

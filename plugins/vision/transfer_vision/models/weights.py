@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import pickle
@@ -19,7 +18,6 @@ from torchvision.models import WeightsEnum, get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from transfer import (
-    ConfigError,
     DataError,
     SavedBackbone,
     WeightsError,
@@ -29,6 +27,7 @@ from transfer import (
     saved_backbone,
 )
 from transfer_vision.models.architectures import AUXILIARY, Layout, adapt_input_weight, build, model_names
+from transfer_vision.suggestions import unknown_name
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
 KNOWN_PICKLES = frozenset(
@@ -83,11 +82,12 @@ def published(weights: str | None, architecture: str) -> WeightsEnum | None:
     members = {member.name: member for member in get_model_weights(architecture) if member.meta["categories"]}
     names = {"DEFAULT": default_weights(architecture), "imagenet": default_weights(architecture), **members}
     if weights not in names:
-        close = difflib.get_close_matches(weights, names, n=1)
-        raise ConfigError(
+        raise unknown_name(
             f"{architecture} has no weights called {weights!r}",
+            weights,
+            list(names),
+            "name a file, or null to train from scratch",
             available=[*names, "null", *(f"FILE{suffix}" for suffix in FILE_SUFFIXES), "runs/NAME"],
-            fix=f"did you mean {close[0]!r}?" if close else "name a file, or null to train from scratch",
         )
     return names[weights]
 
