@@ -141,7 +141,9 @@ class Experiment:
         """
         options = self.options
         if self.max_batches is not None:
-            return StageInputs(loader, 0, {"cached": False, "why": "a quick run uses a few batches, not every example"})
+            return StageInputs(
+                loader, 0, {"cached": False, "why": "a quick try takes a few batches, not every example"}
+            )
         prefix = FrozenPrefix(self.model, stages, self.assets, options.precision)
         cache = None
         if options.cache != "off":
