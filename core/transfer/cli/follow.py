@@ -26,6 +26,7 @@ def follow_run(start: Callable[[Observer], Run]) -> None:
     from transfer.system.terminal import Console
 
     run = _with_progress(start)
+    # Only rank 0 prints: the ranks of a launch share one terminal.
     if rank_from_environment().index:
         return
     folder = shlex.quote(str(run.folder))

@@ -67,6 +67,7 @@ def _print_table(entries: Sequence[Entry]) -> None:
     rows = [(e.plugin.kind, e.plugin.name, e.plugin.distribution, e.plugin.version) for e in entries]
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     columns = len(headings)
+    # Each column is followed by a padding of two characters.
     if console.width - sum(width + 2 for width in widths) < MIN_DESCRIPTION_WIDTH:
         columns -= 1
     table = Table(box=None, padding=(0, 2, 0, 0))

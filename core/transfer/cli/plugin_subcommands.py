@@ -29,6 +29,7 @@ class WithPlugins(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command by name, without importing a command that comes from an entry point."""
+        # Old names are resolved here only: `list_commands` does not contain them, so `--help` does not either.
         name = OLD_SPELLINGS.get(cmd_name, cmd_name)
         command = super().get_command(ctx, name)
         claims = core_first([plugin for plugin in plugins(KIND) if plugin.name == name])
@@ -67,6 +68,7 @@ def load_command(plugin: Plugin) -> Any:
             where=origin(plugin),
             fix="change the entry point to a function or a typer.Typer",
         )
+    # Typer converts a function to a click command only as part of an app.
     app = typer.Typer(add_completion=False)
     app.command(plugin.name)(loaded)
     return typer.main.get_command(app)

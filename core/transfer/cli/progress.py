@@ -46,6 +46,7 @@ class RunConsole:
             TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(),
             console=console,
+            # The bars disappear at the end of a run; its epochs and results stay.
             transient=True,
             disable=not self.live,
         )

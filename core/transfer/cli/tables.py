@@ -43,6 +43,7 @@ def error_panel(error: TransferError) -> Panel:
         parts += [rows, Text()]
     count = len(error.problems)
     title = type(error).__name__ if count == 1 else f"{count} problems"
+    # The last part is the empty line after the last problem.
     return Panel(Group(*parts[:-1]), title=title, title_align="left", border_style="red")
 
 
@@ -121,6 +122,7 @@ def range_test_table(rates: Sequence[float], losses: Sequence[float], smoothed: 
     for heading in ("learning rate", "loss", "smoothed"):
         table.add_column(heading, justify="right")
     shown = min(len(rates), MAX_STEPS_SHOWN)
+    # A set, because rounding may give the same step twice.
     for step in sorted({round(i * (len(rates) - 1) / max(1, shown - 1)) for i in range(shown)}):
         table.add_row(f"{rates[step]:.1e}", f"{losses[step]:.4f}", f"{smoothed[step]:.4f}")
     return table
@@ -137,6 +139,7 @@ def explanation_text(explanation: Mapping[str, Any]) -> Text:
     text = Text()
     for piece in pieces:
         if isinstance(piece["piece"], str):
+            # Only the word is styled: a colored blank would connect it to the next word.
             word = piece["piece"].rstrip()
             text.append(word, style=_style(piece["change"], largest)).append(piece["piece"][len(word) :])
     ranked = sorted(pieces, key=lambda piece: -abs(piece["change"]))[:MAX_PIECES_SHOWN]

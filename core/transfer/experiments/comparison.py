@@ -221,6 +221,7 @@ def _resampled(task: Task, metric: str, runs: Runs) -> list[float] | None:
     stored = [scored for scored in predictions if scored is not None]
     if len(stored) < len(predictions):
         return None
+    # Every run is scored on the same resamples, so that their differences are paired by example.
     draws = resamples(len(stored[0].targets), RESAMPLED_TEST_SPLITS)
     if metric == "loss":
         losses = [scored.losses for scored in stored if scored.losses is not None]

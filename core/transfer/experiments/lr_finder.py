@@ -99,6 +99,7 @@ def find_learning_rate(
     path = Path(output or f"{checked.name}-find-lr.svg")
     experiment = build(checked, observe).experiment
     rates, losses = _rise(experiment, np.geomspace(lowest, highest, steps).tolist(), observe)
+    # The decay over the complete test is the same for any number of steps.
     smoothed = _smooth(losses, SMOOTHING ** (STEPS / steps))
     steepest, bottom = _steepest(rates, smoothed), rates[int(np.argmin(smoothed))]
     result = RangeTest(
@@ -183,6 +184,7 @@ def _assignment(config: RunConfig, groups: Sequence[ParameterGroup], rate: float
     phase = config.train.phases[0] if config.train.phases else None
     has_phase_rate = phase is not None and phase.lr is not None
     lr = phase.lr if phase is not None and phase.lr is not None else config.optimizer_options.lr
+    # All groups are scaled by one factor; layer_decay is a ratio, not a rate.
     factor = rate / max(group.lr for group in groups)
 
     def scaled(value: float) -> float:

@@ -81,6 +81,7 @@ def pretraining_gain(
     checked = load_config(config, overrides)
     numbers = seeds_of(checked, seeds)
     arms = _arms(checked, preflight(checked))
+    # Check all arms first: an error in the last arm should not appear after hours of training.
     for arm in arms.values():
         preflight(arm)
     if checked.train.batch_size == "auto":  # all arms use the batch size of the arm that needs the most memory
@@ -156,6 +157,7 @@ def _arms(config: RunConfig, parts: CheckedParts) -> dict[str, RunConfig]:
     """Return the config of each arm, the cheapest arms first."""
     epochs = sum(phase.epochs for phase in parts.phases)
     groups = [group for phase in parts.phases for group in phase.groups]
+    # The highest rate of the head, which the config may set per phase.
     rate = max([group.lr for group in groups if group.stage == "head"] or [group.lr for group in groups])
     phases = config.train.phases
     scheduler = config.train.scheduler or (phases[-1].scheduler if phases else None)
@@ -166,6 +168,7 @@ def _arms(config: RunConfig, parts: CheckedParts) -> dict[str, RunConfig]:
         plain["train"]["optimizer"]["lr"] = rate
         plain["train"]["views"] = None
         plain["train"] |= changes
+        # The frozen arms measure the features, not a deep head. Sequences need the head that pools them.
         if "augment" in changes and parts.backbone.features.layout == "vector" and plain["head"]["name"] != "linear":
             plain["head"] = {"name": "linear"}
         return load_config(plain)

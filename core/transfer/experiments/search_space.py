@@ -147,6 +147,7 @@ def read_space(path: str | Path) -> Space:
             continue
         where = document.location((key,))
         if isinstance(values, list):
+            # Optuna stores scalar choices only; the JSON text is the name of a choice of any type.
             named = {json.dumps(value): value for value in values}
             if len(named) < max(2, len(values)):
                 problems.append(Problem(f"{key} has too few choices: expected 2 or more different values", where))
@@ -177,6 +178,7 @@ def read_space(path: str | Path) -> Space:
         raise ConfigError(
             "sampler 'grid' is not possible here: expected choices only, got a range", where=where, fix="use tpe"
         )
+    # Constructing them checks the values of their options.
     with error_location(document.location(("sweep",))):
         make_sampler(space, 0)
         make_pruner(space)
@@ -259,6 +261,7 @@ def check_space(config: str | Path, space: Space, overrides: Sequence[str] = ())
         ConfigError: A config has problems; the error contains the line of the space.
     """
     examples = {key: space.examples(key) for key in space.keys}
+    # One change from the first values at a time finds every wrong value, even if there are too many combinations.
     first = {key: values[0] for key, values in examples.items()}
     combinations = [first, *({**first, key: value} for key, values in examples.items() for value in values[1:])]
     if math.prod(map(len, examples.values())) <= MAX_CHECKED_CONFIGS:
@@ -272,6 +275,7 @@ def check_space(config: str | Path, space: Space, overrides: Sequence[str] = ())
         except ConfigError as error:
             problems += [_in_space(problem, values, space) for problem in error.problems]
     if problems:
+        # A wrong value is found once for each combination that contains it.
         raise ConfigError.of(list({(p.where, p.message): p for p in problems}.values()))
     return metric
 

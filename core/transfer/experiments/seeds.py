@@ -80,6 +80,7 @@ def run_seeds(
     checked = load_config(config, overrides)
     preflight(checked)
     numbers = seeds_of(checked, seeds)
+    # With `batch_size: auto`, all seeds use the same size: a search per seed could find different ones.
     checked = with_found_batch_size(checked, observe)
     folder = RunDirectory.create(Path(output), checked.name, "-seeds")
     with removed_if_nothing_ran(folder.path):
@@ -185,6 +186,7 @@ def _train_one(config: RunConfig, path: Path, *, quick: bool, observe: Observer)
     directory = RunDirectory(path)
     if directory.complete:
         return Run(path, directory.summary())
+    # A run writes its config last: without it, there is nothing to resume.
     if (path / "config.yaml").is_file():
         return resume(path, observe=observe)
 

@@ -83,6 +83,7 @@ def sweep(
         UserError: The config, the space, the data or the weights are wrong, or the folder contains another sweep.
         TrainingError: All trials failed.
     """
+    # Ranks of a launcher would each run a sweep; `processes` starts helpers that run one.
     refuse_several("a sweep")
     optuna = import_optuna()
     space = read_space(space_file)
@@ -98,6 +99,7 @@ def sweep(
         worker.work()
         if worker.others():
             observe(Note("all trials have started; waiting for the trials of other processes"))
+    # Processes of one sweep may end at the same time, and each writes the report.
     with _lock(folder / "report.lock"):
         report = write_sweep_report(worker)
     return Sweep(folder, report)
@@ -129,6 +131,7 @@ def _without_trials(plain: Any) -> Any:
     """Return the settings of a sweep without the number of trials, which may be raised later."""
     space = {key: value for key, value in plain["space"].items() if key != "sweep"}
     settings = {key: value for key, value in (plain["space"].get("sweep") or {}).items() if key != "trials"}
+    # JSON makes tuples and lists equal, and keeps the order of the keys, which the sampler depends on.
     return json.loads(json.dumps({**plain, "space": [list(space.items()), settings]}))
 
 
@@ -152,6 +155,7 @@ def _helper(
 ) -> Iterator[None]:
     """Start another process that runs trials of the same sweep, and wait for it at the end of the block."""
     command = [sys.executable, "-m", "transfer", "sweep", str(config), str(space), *overrides, "--output", str(output)]
+    # Processes that each use all cores would slow each other down.
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     with (folder / f"process-{number}.log").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(  # noqa: S603  # the same program
@@ -254,8 +258,10 @@ class Worker:
                 return None
             self.study.sampler = make_sampler(self.space, len(trials))
             trial = self.study.ask()
+            # The lock is released when this process ends, however it ends; the trial can then be resumed.
             lock = (locks / str(trial.number)).open("a")
             fcntl.lockf(lock, fcntl.LOCK_EX)
+            # Drawn inside the lock, so that the values are stored before another process can resume the trial.
             self.space.draw(trial)
             return trial, lock
 
@@ -282,6 +288,7 @@ class Worker:
             self._record_reason(trial, str(stopped))
             self.study.tell(trial, state=states.PRUNED)
             self.observe(Note(f"{name} pruned: {stopped}"))
+        # Other errors, such as wrong data, would fail every trial: they end the sweep.
         except (ConfigError, TrainingError) as error:
             self._record_reason(trial, error.problems[0].message)
             self.study.tell(trial, state=states.FAIL)

@@ -39,6 +39,7 @@ def training_device(config: RunConfig) -> torch.device:
 
 def run_environment(config: RunConfig, processes: ProcessGroup) -> dict[str, Any]:
     """Return the environment that results may depend on: versions of packages and plugins, device, processes."""
+    # Trackers are not listed, because they do not affect the results.
     plugins = [c.plugin for c in (config.data, config.backbone, config.head, config.task)]
     distributions = {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS}
     return environment(device_name(training_device(config)), distributions, processes.rank.world_size)

@@ -65,12 +65,14 @@ def predict(
         if len(names) == PREDICTION_BATCH:
             yield from _predict(loaded, names, explain)
             names = []
+    # The last batch may be smaller.
     if names:
         yield from _predict(loaded, names, explain)
 
 
 def _device_of_run(run: Path, folder: Path) -> str:
     """Return the ``train.device`` of a run; ``auto`` for a model folder without its run."""
+    # `find_model` returns the path itself if it is a model folder.
     if folder == run:
         return "auto"
     return str(RunDirectory.open(run).config().get("train", {}).get("device", "auto"))

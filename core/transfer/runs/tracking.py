@@ -61,6 +61,7 @@ class Tracking:
 
     def _start(self, name: str, tracker: Tracker) -> None:
         previous = self._logged.get(name, {})
+        # Trackers are not hyperparameters of the run.
         config = dict(flat({key: value for key, value in self._config.resolved.items() if key != "trackers"}))
         folder = self._directory.path
         identity = tracker.start(TrackedRun(folder, run_name(self._directory), config, previous.get("run")))
@@ -79,7 +80,7 @@ class Tracking:
 
     def _each(self, do: Callable[[str, Tracker], None]) -> None:
         """Call a function with each tracker, and disable the trackers that raise."""
-        for name, tracker in list(self._trackers.items()):
+        for name, tracker in list(self._trackers.items()):  # a copy: failing trackers are removed from the mapping
             try:
                 do(name, tracker)
             except Exception as error:  # an unreachable server, a full disk, a bug in a plugin

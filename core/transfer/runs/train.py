@@ -95,6 +95,7 @@ def run_in(
         config = config.quick()
     built, observe = _build(config, observe, processes, quick=quick)
     config = built.config
+    # Rank 0 creates the directory, whose name contains the time; the other ranks receive its path.
     directory = RunDirectory(processes.broadcast_object(lambda: make_directory().path))
     with directory.locked() if processes.is_main else nullcontext():
         if processes.is_main:
@@ -155,6 +156,7 @@ def resume(run: str | Path, *, observe: Observer = ignore_events) -> Run:
         quick = bool(before.get("quick"))
         if quick:
             config = config.quick()
+        # Compared before building: the note explains errors that another environment causes.
         different = environment_diff(before, run_environment(config, processes))
         if different and processes.is_main:
             changes = "; ".join(different)
@@ -200,6 +202,7 @@ def _train(
                 }
             }
             summary |= {"digests": {name: digest({name: loader.split}) for name, loader in built.loaders.items()}}
+            # An interruption between the model and the summary would leave a complete run that looks incomplete.
             with signals.deferred():
                 if processes.is_main:
                     write_model(directory.model, config, built.data, built.backbone, built.experiment.model)
@@ -221,5 +224,6 @@ def _train(
         test = built.loaders["test"].split if "test" in built.loaders else None
         trained = LoadedModel(experiment.model, built.backbone, experiment.task, built.data)
         write_artifacts(CompletedRun(directory, config, experiment.phases, trained, test), observe)
+    # Trackers finish with this event, so artifacts are written before it.
     observe(RunEnded(directory.path, summary))
     return Run(directory.path, summary)
