@@ -198,6 +198,7 @@ def _refuse_dead_settings(config: RunConfig, backbone: Backbone, model: Model, p
             augments=augments,
             views=train.views,
             mixed=train.mix is not None,
+            batch_norm=model.has_batch_norm,
         )
         for phase in phases
     ]
