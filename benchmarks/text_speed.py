@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from transfer.config.check import load_config
 from transfer.config.train_settings import Precision
-from transfer.feature_cache.loader import Source
+from transfer.feature_cache.loader import StageInputs
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.signals import Signals
 from transfer.training.build import BuiltExperiment, build
@@ -155,7 +155,7 @@ def measure(
     }
     built = build(load_config(config), lambda _: None)
     book = Book(built, work, batches, clock)
-    validation = Source(built.loaders["validation"], 0, {})
+    validation = StageInputs(built.loaders["validation"], 0, {})
     measured: list[Round] = []
     event_times: dict[type[Event], float] = {}
 

@@ -296,7 +296,7 @@ def test_a_run_of_one_goes_on_in_two(launcher: Launcher, tmp_path: Path, reviews
 MISTAKES = {
     "a key that is none": ("train.batchsize=3", {}, [2, 2], "batchsize"),
     "no such data": ("data.train=nowhere.csv", {}, [2, 1], "nowhere.csv"),
-    "sharding": ("seed=1", {"ACCELERATE_USE_FSDP": "true"}, [2, 2], "FSDP cuts the model into pieces"),
+    "sharding": ("seed=1", {"ACCELERATE_USE_FSDP": "true"}, [2, 2], "FSDP shards the model"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The features of frozen stages on disk: the same training, from less work."""
+"""The feature cache: cached training gives the same results with less computation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 PLENTY = 2**30
 
 
-# ------------------------------------------------------------------------------------------------------- small parts
+# --------------------------------------------------------------------------------------------------------- fixtures
 
 
 class Lists(Dataset):
@@ -83,7 +83,7 @@ class NoisyLists(ListPreprocessing):
 
 
 class Step(nn.Module):
-    """A linear layer on every step; what stands at padding is not zero."""
+    """A linear layer on every step; the output at padding is not zero."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -197,8 +197,8 @@ class Noisy(Dense):
         return NoisyPoints()
 
 
-class Pictures(Dataset):
-    """Random pictures of 40 x 40 pixels, darker ones and lighter ones."""
+class Images(Dataset):
+    """Random images of 40 x 40 pixels in two classes, dark and light."""
 
     @property
     def spec(self) -> DataSpec:
@@ -217,7 +217,7 @@ class Pictures(Dataset):
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: None) -> Path:
     """Give every test a cache of its own, and register the plugins of this file."""
     register("dataset", "lists")(Lists)
-    register("dataset", "pictures")(Pictures)
+    register("dataset", "images")(Images)
     for name, cls in {"ragged": Ragged, "noisy_ragged": NoisyRagged, "varying": Varying, "pair": Pair}.items():
         register("backbone", name)(cls)
     register("backbone", "noisy")(Noisy)
@@ -324,8 +324,8 @@ RUNS: Mapping[str, list[str]] = {
         "train.max_tokens=200",
         "train.phases=[{epochs: 3, freeze: {until: lstm}}]",
     ],
-    "pictures": [
-        "data={name: pictures}",
+    "images": [
+        "data={name: images}",
         "backbone={name: resnet18, weights: null, image_size: 32, augmentation: none}",
         "train.phases=[{epochs: 2, freeze: {until: layer3}}]",
         "train.optimizer={name: sgd, lr: 0.005}",
@@ -342,7 +342,7 @@ def test_cached_and_uncached_training_are_the_same(config: dict[str, Any], tmp_p
     )
     assert all(report["cached"] for report in cached.summary["cache"])
     assert not any(report["cached"] for report in uncached.summary["cache"])
-    tolerance = {"rel": 1e-3, "abs": 1e-4} if name in ("pictures", "bf16") else {"rel": 1e-4, "abs": 1e-6}
+    tolerance = {"rel": 1e-3, "abs": 1e-4} if name in ("images", "bf16") else {"rel": 1e-4, "abs": 1e-6}
     for one, same, other in zip(lines(cached), lines(again), lines(uncached), strict=True):
         for part in ("train", "validation"):
             assert one[part] == same[part]  # a second run reads the very same features
@@ -438,11 +438,11 @@ def test_a_pair_of_tensors_comes_back_with_its_types() -> None:
     prefix = FrozenPrefix(Model(backbone, Linear(backbone.features, 2)), 1, {}, "fp32")
     loader = Loader(points(), ("point",), backbone.preprocessing, batch_size=8)
     indices = np.array([4, 2])
-    values, places = entry_of(FeatureCache(PLENTY), prefix, loader).take(indices)
+    values, positions = entry_of(FeatureCache(PLENTY), prefix, loader).take(indices)
     expected = direct(prefix, loader, indices)
     torch.testing.assert_close(values, expected[0])
-    assert torch.equal(places, expected[1])
-    assert places.dtype == torch.int64
+    assert torch.equal(positions, expected[1])
+    assert positions.dtype == torch.int64
 
 
 def test_features_in_bf16_stay_bf16() -> None:
@@ -454,7 +454,7 @@ def test_features_in_bf16_stay_bf16() -> None:
     torch.testing.assert_close(features.float(), direct(prefix, loader, range(4)), rtol=0.02, atol=0.02)
 
 
-def test_shapes_that_vary_without_a_mask_are_not_cached_and_the_run_goes_on(
+def test_shapes_that_vary_without_a_mask_are_not_cached(
     config: dict[str, Any], tmp_path: Path, cache_folder: Path
 ) -> None:
     overrides = ["data={name: lists}", "backbone={name: varying}", "train.phases=[{epochs: 1, freeze: backbone}]"]
@@ -514,7 +514,7 @@ class Undescribed(PointPreprocessing):
         self.scale = scale
 
 
-def test_the_key_changes_with_everything_that_decides_the_features() -> None:
+def test_key_changes_with_everything_that_determines_the_features() -> None:
     prefix, loader = small(training=True)
     keys = {"as it is": prefix.key(loader, None)}
 
@@ -553,7 +553,7 @@ def test_the_key_changes_with_everything_that_decides_the_features() -> None:
     assert len(set(keys.values())) == len(keys), keys
 
 
-def test_the_key_changes_with_nothing_else() -> None:
+def test_key_changes_with_nothing_else() -> None:
     prefix, loader = small()
     key = prefix.key(loader, None)
     assert small(batch_size=3, training=True, workers=2)[0].key(small(batch_size=3, training=True)[1], None) == key
@@ -600,9 +600,9 @@ def test_views_of_sequences_of_different_lengths_are_put_together() -> None:
     chosen = np.random.default_rng((3, 0, 1)).integers(2, size=len(loader.split))
     for batch in CachedLoader(loader, entries).epoch(0):
         values, mask = batch.inputs
-        for place, index in enumerate(batch.indices):
+        for row, index in enumerate(batch.indices):
             expected = entries[chosen[index]].take(np.array([index]))[0][0]
-            assert torch.equal(values[place][mask[place]], expected)
+            assert torch.equal(values[row][mask[row]], expected)
 
 
 def test_more_views_keep_those_there_are(config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]) -> None:
@@ -616,7 +616,7 @@ def test_more_views_keep_those_there_are(config: dict[str, Any], tmp_path: Path,
     assert run.summary["cache"][1]["views"] is None
 
 
-def test_random_augmentation_without_views_is_not_cached_and_says_so(config: dict[str, Any], tmp_path: Path) -> None:
+def test_random_augmentation_without_views_is_not_cached(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, ["backbone={name: noisy}", FREEZE_FIRST], output=tmp_path)
     train, validation, test = run.summary["cache"]
     assert train["cached"] is False
@@ -625,21 +625,33 @@ def test_random_augmentation_without_views_is_not_cached_and_says_so(config: dic
     assert test["cached"]
 
 
-def test_blended_training_examples_are_not_cached(config: dict[str, Any], tmp_path: Path) -> None:
+def test_mixed_training_examples_are_not_cached(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, [FREEZE_FIRST, "train.mix={mixup: 0.4}"], output=tmp_path)
     train, validation, _ = run.summary["cache"]
-    assert train == {"phase": 1, "split": "train", "cached": False, "why": "train.mix blends examples at the input"}
+    assert train == {"phase": 1, "split": "train", "cached": False, "why": "train.mix mixes examples at the input"}
     assert validation["cached"]
 
 
-def test_off_writes_nothing(config: dict[str, Any], tmp_path: Path, cache_folder: Path, prefix_runs: list[str]) -> None:
+def test_reason_mentions_batch_norm_only_if_the_model_has_it(config: dict[str, Any], tmp_path: Path) -> None:
+    phases = "train.phases=[{epochs: 1}]"
+    for overrides, expected in (
+        ([], "nothing to cache: no leading stage is fully frozen (including batch-norm statistics) and worth caching"),
+        (["backbone={name: pair}"], "nothing to cache: no leading stage is fully frozen and worth caching"),
+    ):
+        run = transfer.run(config, [*overrides, phases], output=tmp_path)
+        assert {report["why"] for report in run.summary["cache"]} == {expected}
+
+
+def test_disabled_cache_writes_nothing(
+    config: dict[str, Any], tmp_path: Path, cache_folder: Path, prefix_runs: list[str]
+) -> None:
     run = transfer.run(config, [FREEZE_FIRST, "train.cache=off"], output=tmp_path)
     assert {report["why"] for report in run.summary["cache"]} == {"train.cache is off"}
     assert not cache_folder.exists()
     assert prefix_runs == []
 
 
-def test_a_quick_try_writes_nothing_and_says_so(config: dict[str, Any], tmp_path: Path, cache_folder: Path) -> None:
+def test_quick_run_writes_nothing(config: dict[str, Any], tmp_path: Path, cache_folder: Path) -> None:
     run = transfer.run(config, [FREEZE_FIRST], output=tmp_path, quick=True)
     assert all("quick try" in report["why"] for report in run.summary["cache"])
     assert not cache_folder.exists()
@@ -664,9 +676,9 @@ def test_a_phase_that_unfreezes_moves_the_boundary(config: dict[str, Any], tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", ["points", "sequences of different lengths", "texts by tokens", "pictures", "two phases"]
+    "name", ["points", "sequences of different lengths", "texts by tokens", "images", "two phases"]
 )
-def test_evaluate_gives_the_figures_of_the_summary_with_and_without_the_cache(
+def test_evaluate_returns_the_metrics_of_the_summary_with_and_without_the_cache(
     config: dict[str, Any], tmp_path: Path, prefix_runs: list[str], name: str
 ) -> None:
     overrides = RUNS.get(name, [TWO_PHASES, "train.batch_size=7"])
@@ -684,7 +696,7 @@ def test_evaluate_gives_the_figures_of_the_summary_with_and_without_the_cache(
 
 
 def alter(entry: Entry) -> None:
-    """Change what an entry holds, and its digest with it."""
+    """Change the content of an entry, and its digest too."""
     file = entry.folder / "0.bin"
     content = np.fromfile(file, dtype=np.float32) + 0.01
     content.tofile(file)
@@ -869,7 +881,7 @@ store._write_features = write
     assert entry.name == ragged()[0].key(ragged()[1], None)
 
 
-def test_an_entry_that_another_run_drops_at_once_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_that_another_process_drops_at_once_is_still_used(monkeypatch: pytest.MonkeyPatch) -> None:
     prefix, loader = small()
     monkeypatch.setattr(DirectoryCache, "_evict", lambda self, keep: shutil.rmtree(self.folder / keep))
     entry = entry_of(FeatureCache(PLENTY), prefix, loader)
@@ -881,7 +893,7 @@ def test_an_entry_that_another_run_drops_at_once_is_used_all_the_same(monkeypatc
 # ----------------------------------------------------------------------------------------------------------- the limit
 
 
-def test_what_was_used_longest_ago_goes_first() -> None:
+def test_least_recently_used_entry_is_evicted_first() -> None:
     cache = FeatureCache(PLENTY)
     first, second = (entry_of(cache, *small(seed)) for seed in (1, 2))
     for entry, seconds in ((first, 200), (second, 100)):
@@ -892,7 +904,7 @@ def test_what_was_used_longest_ago_goes_first() -> None:
     size = sum(listed["bytes"] for listed in cache.entries()) // 2
     third = entry_of(FeatureCache(int(2.5 * size)), *small(3))
     assert {listed["key"] for listed in cache.entries()} == {first.folder.name, third.folder.name}
-    # A run that had it goes on with it.
+    # A process that has mapped the dropped entry can still use it.
     torch.testing.assert_close(second.take(np.arange(5)), direct(*small(2), np.arange(5)))
 
 
@@ -906,9 +918,7 @@ def test_the_entry_just_written_stays() -> None:
     assert listed["bytes"] > features
 
 
-def test_what_is_too_large_is_not_cached_and_the_run_goes_on(
-    config: dict[str, Any], tmp_path: Path, cache_folder: Path
-) -> None:
+def test_features_beyond_the_limit_are_not_cached(config: dict[str, Any], tmp_path: Path, cache_folder: Path) -> None:
     run = transfer.run(config, [FREEZE_FIRST, "train.cache_limit_gib=1.0e-7"], output=tmp_path)
     assert run.summary["status"] == "complete"
     for report in run.summary["cache"]:
@@ -938,7 +948,7 @@ def test_long_examples_do_not_make_the_rest_too_large() -> None:
     assert reason.startswith("the features need more than ")
 
 
-def test_a_folder_that_cannot_be_written_stops_no_run(
+def test_unwritable_folder_does_not_stop_a_run(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()

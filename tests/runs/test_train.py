@@ -237,7 +237,7 @@ def test_a_run_says_why_it_failed(config: dict[str, Any], tmp_path: Path, monkey
     assert summary == {"status": "failed", "error": "TransferError: the disk is full"}
     with pytest.raises(RunError, match="the run did not end") as caught:
         transfer.evaluate(folder)
-    assert caught.value.problems[0].fix == f"bring it to its end: transfer resume {folder}"
+    assert caught.value.problems[0].fix == f"finish the run: transfer resume {folder}"
 
 
 def test_environment_and_facts_contain_the_device(config: dict[str, Any], tmp_path: Path) -> None:

@@ -92,10 +92,10 @@ def test_metrics_are_made_to_agree_with_the_checkpoint(tmp_path: Path) -> None:
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     assert run.restore_metrics(records) is None
     for damaged, said in {
-        whole + b'{"epoch": 3, "lo': "1 that the checkpoint does not know dropped",
-        whole[:-5]: "1 that the checkpoint does not know dropped and 1 that were missing or damaged restored",
-        whole.replace(b"0.1", b"0.5"): "1 that were missing or damaged restored",
-        b"": "2 that were missing or damaged restored",
+        whole + b'{"epoch": 3, "lo': "dropped 1 newer than the checkpoint",
+        whole[:-5]: "dropped 1 newer than the checkpoint, restored 1 missing or damaged",
+        whole.replace(b"0.1", b"0.5"): "restored 1 missing or damaged",
+        b"": "restored 2 missing or damaged",
     }.items():
         (tmp_path / "metrics.jsonl").write_bytes(damaged)
         assert said in str(run.restore_metrics(records))

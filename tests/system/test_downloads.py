@@ -112,7 +112,7 @@ def test_a_file_that_is_there_is_kept(folder: Path, answer: Callable[..., list[s
 
 def test_the_wrong_content_leaves_nothing(folder: Path, answer: Callable[..., list[str]]) -> None:
     answer(CONTENT, told=len(CONTENT))
-    with pytest.raises(DataError, match="has SHA-256") as caught:
+    with pytest.raises(DataError, match="wrong SHA-256") as caught:
         download(URL, "words.zip", sha256="0" * 64)
     assert list(folder.iterdir()) == []
     assert str(folder / "words.zip") in str(caught.value.problems[0].fix)
@@ -249,14 +249,14 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def broken_off(server: Server, after: int = 4000) -> str:
     """Begin a download that breaks off, and return what the user is told to do."""
     server.cut = after
-    with pytest.raises(DataError, match=f"it broke off after {after} of 10000 bytes") as caught:
+    with pytest.raises(DataError, match=f"the connection ended after {after} of 10000 bytes") as caught:
         download(URL, "words.zip")
     server.cut = None
     return str(caught.value.problems[0].fix)
 
 
 def test_a_download_goes_on_where_it_broke_off(folder: Path, server: Server) -> None:
-    assert broken_off(server).startswith("run it again to go on where it broke off, or download https://")
+    assert broken_off(server).startswith("run it again to resume the download, or download https://")
     assert not (folder / "words.zip").exists()
     path = download(URL, "words.zip", sha256=hashlib.sha256(CONTENT).hexdigest()[:8])
     assert path.read_bytes() == CONTENT
@@ -267,7 +267,7 @@ def test_a_download_goes_on_where_it_broke_off(folder: Path, server: Server) -> 
 def test_it_may_break_off_more_than_once(server: Server) -> None:
     broken_off(server)
     server.cut = 1000
-    with pytest.raises(DataError, match="it broke off after 5000 of 10000 bytes"):
+    with pytest.raises(DataError, match="the connection ended after 5000 of 10000 bytes"):
         download(URL, "words.zip")
     server.cut = None
     assert download(URL, "words.zip").read_bytes() == CONTENT
@@ -302,6 +302,6 @@ def test_without_a_version_nothing_is_left_to_go_on_from(folder: Path, server: S
 def test_a_part_of_something_else_is_found_out_by_the_digest(folder: Path, server: Server) -> None:
     broken_off(server)
     (folder / "words.zip.part").write_bytes(b"x" * 4000)
-    with pytest.raises(DataError, match="has SHA-256"):
+    with pytest.raises(DataError, match="wrong SHA-256"):
         download(URL, "words.zip", sha256=hashlib.sha256(CONTENT).hexdigest())
     assert list(folder.iterdir()) == []

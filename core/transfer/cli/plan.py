@@ -90,6 +90,7 @@ def _cache(config: RunConfig, parts: CheckedParts) -> Table:
                 augments=augments and training,
                 views=train.views,
                 mixed=train.mix is not None and training,
+                batch_norm=parts.model.has_batch_norm,
             )
             views = f", {train.views} views each" if augments and training else ""
             cells.append(Text(f"no: {reason}") if reason else Text(f"after {stages[count - 1]}{views}", style="green"))

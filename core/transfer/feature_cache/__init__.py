@@ -1,1 +1,1 @@
-"""Stored features of the frozen prefix."""
+"""Cached features of the frozen prefix."""

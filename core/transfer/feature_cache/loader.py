@@ -1,9 +1,9 @@
-"""The frozen prefix of a model, run once per example: its features on disk, keyed by content, shared between runs.
+"""Training on cached features of the frozen prefix.
 
-Stages that are frozen from the input on compute the same thing every epoch. What they return is stored under a key
-made of everything that decides it: the weights and buffers of these stages, the preprocessing, the examples, the
-precision and, for augmented views, the seed. Entries are written to a temporary folder and renamed when complete, so
-that a crash leaves nothing half in use, and the second of two runs that make one entry at once drops its own.
+Frozen leading stages compute the same features in every epoch, so they run once per example, and their features are
+stored on disk. The key of an entry contains everything that determines the features: weights, buffers, attributes and
+code of the stages and of the preprocessing, the examples, the precision and, for augmented views, the seed. Different
+runs therefore use the same entries.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from transfer.feature_cache.store import Entry, FeatureCache, pad
 
 
 class CachedLoader:
-    """The batches of a loader, with stored features in place of the backbone's input.
+    """The batches of a loader, with cached features as inputs.
 
     Args:
-        loader: Whose order it keeps.
-        views: An entry per augmented view; each example draws one of them by (seed, epoch, index).
+        loader: Loader that determines the order of the examples.
+        views: One entry per augmented view. In each epoch, a view is drawn for each example from (seed, epoch, index).
     """
 
     def __init__(self, loader: Loader, views: Sequence[Entry]) -> None:
@@ -37,11 +37,11 @@ class CachedLoader:
         self.views = tuple(views)
 
     def __len__(self) -> int:
-        """The number of batches of the first epoch."""
+        """Number of batches in the first epoch."""
         return len(self.loader)
 
     def count(self, epoch: int) -> int:
-        """Return the number of batches of an epoch."""
+        """Return the number of batches in an epoch."""
         return self.loader.count(epoch)
 
     def epoch(
@@ -61,21 +61,23 @@ class CachedLoader:
             return self.views[0].take(indices)
         if self.views[0].offsets is not None:
             return pad([self.views[view].steps(index) for view, index in zip(views, indices, strict=True)])
-        parts = [self.views[view].take(indices[views == view]) for view in np.unique(views)]
-        back = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(views == v) for v in np.unique(views)])))
-        if isinstance(parts[0], Tensor):
-            return torch.cat(parts)[back]
-        return tuple(torch.cat(tensors)[back] for tensors in zip(*parts, strict=True))
+        # One read per view is faster than one per example. `order` puts the rows back into the order of the batch.
+        drawn = np.unique(views)
+        features = [self.views[view].take(indices[views == view]) for view in drawn]
+        order = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(views == view) for view in drawn])))
+        if isinstance(features[0], Tensor):
+            return torch.cat(features)[order]
+        return tuple(torch.cat(tensors)[order] for tensors in zip(*features, strict=True))
 
 
 @dataclass(frozen=True)
 class StageInputs:
-    """Where the batches of a split come from.
+    """The batches of a split, and the stage that takes them as inputs.
 
     Args:
-        loader: Raw or cached.
-        first_stage: The stage that takes them.
-        report: What was cached, or why not; for the log and the summary.
+        loader: Loader of raw examples or of cached features.
+        first_stage: Index of the stage that takes the batches.
+        report: Cached stages, views and bytes, or the reason why nothing is cached; for the log and the summary.
     """
 
     loader: Loader | CachedLoader
@@ -91,17 +93,22 @@ class StageInputs:
 def select_stage_inputs(
     cache: FeatureCache | None, prefix: FrozenPrefix, loader: Loader, *, views: int | None, mixed: bool
 ) -> StageInputs:
-    """Return a split's batches: stored features where that is possible, else the loader as it is and the reason.
+    """Return the cached features of a split if they can be cached, otherwise its raw batches and the reason.
 
     Args:
-        cache: None where it is switched off.
-        prefix: The stages that are frozen from the input on, perhaps none.
-        loader: The split's batches.
-        views: Augmented views to keep per example, where the loader augments.
-        mixed: Batches are blended at the input.
+        cache: The feature cache. None disables it.
+        prefix: Frozen leading stages; the prefix may be empty.
+        loader: Batches of the split.
+        views: Number of augmented views to cache per example. Not used if the loader does not augment.
+        mixed: Whether examples are mixed at the input (mixup, CutMix).
     """
     reason = reason_not_cached(
-        prefix.count, cache=cache is not None, augments=loader.augments, views=views, mixed=mixed
+        prefix.count,
+        cache=cache is not None,
+        augments=loader.augments,
+        views=views,
+        mixed=mixed,
+        batch_norm=prefix.model.has_batch_norm,
     )
     if reason is not None or cache is None:
         return StageInputs(loader, 0, {"cached": False, "why": reason})
@@ -117,22 +124,26 @@ def select_stage_inputs(
     return StageInputs(CachedLoader(loader, entries), prefix.count, report | {"bytes": size})
 
 
-def reason_not_cached(stages: int, *, cache: bool, augments: bool, views: int | None, mixed: bool) -> str | None:
-    """Return why features are not stored, as far as that is known without data; None where they are.
+def reason_not_cached(
+    stages: int, *, cache: bool, augments: bool, views: int | None, mixed: bool, batch_norm: bool = False
+) -> str | None:
+    """Return the reason why features are not cached, as far as it is known without data; None if they are cached.
 
     Args:
-        stages: How many are frozen from the input on and worth storing.
-        cache: It is switched on.
-        augments: The examples are augmented at random.
-        views: Augmented views to keep per example.
-        mixed: Batches are blended at the input.
+        stages: Number of frozen leading stages that are worth caching.
+        cache: Whether the cache is enabled.
+        augments: Whether the examples are augmented at random.
+        views: Number of augmented views to cache per example.
+        mixed: Whether examples are mixed at the input (mixup, CutMix).
+        batch_norm: Whether the model has batch-norm layers, whose statistics must be frozen too.
     """
     if not stages:
-        return "no stage is frozen from the input on, with its statistics of batch norm, that is worth storing"
+        statistics = " (including batch-norm statistics)" if batch_norm else ""
+        return f"nothing to cache: no leading stage is fully frozen{statistics} and worth caching"
     if not cache:
         return "train.cache is off"
     if mixed:
-        return "train.mix blends examples at the input"
+        return "train.mix mixes examples at the input"
     if augments and views is None:
-        return "augmentation differs from epoch to epoch (train.views: K keeps K augmented views of each example)"
+        return "random augmentation differs in each epoch (train.views: K caches K augmented views of each example)"
     return None

@@ -1,4 +1,4 @@
-"""A model out of a backbone, a head and a task."""
+"""Assembly of a model from a backbone, a head and a task."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from transfer.models.model import Model
 
 
 def assemble(backbone: Backbone, head: Component, task: Component, data: DataSpec) -> tuple[Task, Model]:
-    """Make the task for this data, and the model of a backbone and a head for this task."""
+    """Build the task for this data, and the model of the backbone and a head for this task."""
     the_task: Task = task.make(data)
     return the_task, Model(backbone, head.make(backbone.features, the_task.out_features))

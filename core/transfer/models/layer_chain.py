@@ -1,4 +1,4 @@
-"""Whether the layers of somebody else's network are a chain, which may then be stages."""
+"""Detection of sequential layers in a network of another library, which can then be stages."""
 
 from __future__ import annotations
 
@@ -13,28 +13,25 @@ from torch import Tensor, nn
 def find_chain(
     layers: Mapping[str, nn.Module], run: Callable[[], Any], given: Tensor | None = None
 ) -> tuple[str, ...] | None:
-    """Return the names of the layers that a network calls, in order, if each hands one tensor on to the next.
+    """Return the names of the layers that a network calls, in order, if they are sequential; None otherwise.
 
-    It is looked up, not believed: the network runs (on the meta device that costs next to nothing), and each layer must
-    be called once, with the very tensor that the one before it returned and with nothing else but None and False. Of
-    a tuple or a list the first is handed on.
+    The network is run to find out (cheaply on the meta device). Each layer must be called once, with the tensor object
+    that the previous layer returned and with no other argument but None and False. If a layer returns a tuple or a
+    list, its first item is the input of the next layer.
 
     Args:
-        layers: Those that may be links of the chain, by name; one that is never called is left out.
-        run: Runs the network and returns what must be what the last of them returned.
-        given: What the first of them must be given; None: whatever it is given.
-
-    Returns:
-        None where the layers are no chain.
+        layers: Candidate layers by name. Layers that are never called are left out.
+        run: Function that runs the network and returns the output of the last layer.
+        given: Required input of the first layer. None allows any input.
     """
     calls: list[tuple[str, Any, Any]] = []
 
-    def note(name: str, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+    def record(name: str, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
         values = [value for value in (*inputs, *options.values()) if value is not None and value is not False]
         returned = output[0] if isinstance(output, tuple | list) else output
         calls.append((name, values[0] if len(values) == 1 else None, returned))
 
-    handles = [layer.register_forward_hook(partial(note, name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(partial(record, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with torch.no_grad():
             result = run()

@@ -1,4 +1,4 @@
-"""A model: the stages of a backbone and a head, as one chain."""
+"""A model: the stages of a backbone and a head, in order."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from transfer.errors import PluginError
 from transfer.interfaces import Backbone, Head
 
 BATCH_NORM = nn.modules.batchnorm._NormBase
-"""Every layer with running statistics: batch norm of any dimension, synchronised or not, and tracked instance norm."""
+"""Layers with running statistics: batch norm of any dimension, synchronized or not, and tracked instance norm."""
 
 
 class Model(nn.Module):
-    """The named stages of a backbone, then ``head``: what is frozen, trained, saved and exported.
+    """The named stages of a backbone, then ``head``. Stages are the units of freezing, saving and exporting.
 
-    Parameter names begin with the stage's name (``layer1.0.conv1.weight``, ``head.output.weight``). Frozen modules stay
-    in eval mode through :meth:`train`, so that neither batch-norm statistics nor dropout move in them.
+    Parameter names start with the name of the stage (``layer1.0.conv1.weight``, ``head.output.weight``). Frozen modules
+    stay in eval mode through :meth:`train`, so that their batch-norm statistics and dropout do not change.
     """
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()
         self._stage_names = (*backbone.stage_names, "head")
         for name, stage in zip(self._stage_names, (*backbone.stages, head), strict=True):
-            *groups, own = name.split(".")
+            *groups, stage_name = name.split(".")
             holder: nn.Module = self
             for group in groups:
                 if not hasattr(holder, group):
                     holder.add_module(group, nn.Module())
                 holder = getattr(holder, group)
-            holder.add_module(own, stage)
-        self._frozen: tuple[nn.Module, ...] = ()  # a tuple, which nn.Module does not register
+            holder.add_module(stage_name, stage)
+        self._frozen: tuple[nn.Module, ...] = ()  # nn.Module does not register the items of a tuple
         self._batch_norm_stays = True
         outside = [name for name, _ in backbone.named_parameters() if not name.startswith("stages.")]
         if outside:
@@ -42,11 +42,11 @@ class Model(nn.Module):
             )
 
     def forward(self, inputs: Any, first_stage: int = 0) -> Any:
-        """Run the chain of stages.
+        """Run the stages in order.
 
         Args:
-            inputs: What the first of these stages takes.
-            first_stage: Where to begin: later than at 0 with stored features.
+            inputs: Inputs of the first stage that runs.
+            first_stage: Index of the first stage to run; larger than 0 for cached features.
 
         Returns:
             Outputs (B, out_features).
@@ -57,8 +57,13 @@ class Model(nn.Module):
 
     @property
     def stages(self) -> dict[str, nn.Module]:
-        """The stages by name, from input to output; the last is ``head``."""
+        """Stages by name, from input to output; the last one is ``head``."""
         return {name: self.get_submodule(name) for name in self._stage_names}
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether a layer has running statistics."""
+        return any(isinstance(module, BATCH_NORM) for module in self.modules())
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self.stages.values())
@@ -70,22 +75,23 @@ class Model(nn.Module):
         return self.get_submodule(self._stage_names[index])
 
     def stage_of(self, name: str) -> str:
-        """Return the stage that a parameter or buffer belongs to, by its name."""
+        """Return the name of the stage that a parameter or buffer belongs to."""
         return next(stage for stage in self._stage_names if name.startswith(f"{stage}."))
 
     def keep_in_eval(self, frozen: tuple[nn.Module, ...], *, batch_norm: bool = True) -> None:
-        """Say which modules stay in eval mode from now on, whatever mode the rest is in.
+        """Keep modules in eval mode from now on, independent of the mode of the model.
 
         Args:
-            frozen: The outermost such modules.
-            batch_norm: Batch-norm layers inside them stay too; False lets their statistics follow the training data.
+            frozen: Outermost modules that stay in eval mode.
+            batch_norm: Whether batch-norm layers inside them stay too. False lets their statistics follow the training
+                data.
         """
         self._frozen = frozen
         self._batch_norm_stays = batch_norm
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Model:
-        """Set the mode of all but the frozen modules, which stay in eval mode."""
+        """Set the mode of all modules but the frozen ones, which stay in eval mode."""
         super().train(mode)
         for module in self._frozen:
             module.eval()

@@ -1,4 +1,4 @@
-"""``model.json`` of a model folder: what a reader may count on, whoever has edited it."""
+"""The file ``model.json`` of a model folder, and its validation."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ def read_description(folder: Path, missing: str, fix: str) -> dict[str, Any]:
 
     Args:
         folder: The model folder.
-        missing: What it means where it is not there.
-        fix: What to do then.
+        missing: Message of the error if the file is missing.
+        fix: Fix of this error.
 
     Raises:
-        RunError: It is missing, of another format, or not as it was written.
+        RunError: The file is missing, has another format, or has invalid content.
     """
     file = folder / DESCRIPTION
     described = read_json(file, missing, fix)
     if described.get("format") != FORMAT:
         raise RunError(
-            f"the model is of format {described.get('format')!r}",
+            f"the model has format {described.get('format')!r}",
             where=str(file),
             available=[str(FORMAT)],
             fix="use the version of transfer that wrote it",
         )
-    again = "copy the folder again from where it was trained"
+    again = "copy the folder again from the run that trained it"
     try:
         _Described.model_validate(described)
     except ValidationError as error:
@@ -84,10 +84,10 @@ def read_description(folder: Path, missing: str, fix: str) -> dict[str, Any]:
 
 
 def read_assets(folder: Path, described: dict[str, Any]) -> dict[str, str]:
-    """Read what the backbone learned from its training split, as text by name.
+    """Read the text files that the backbone learned from its training split, by name.
 
     Raises:
-        RunError: A file is missing or no text.
+        RunError: A file is missing or is not a text.
     """
     try:
         return {name: read_text(folder / name) for name in described["assets"]}

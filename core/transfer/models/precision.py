@@ -1,4 +1,4 @@
-"""Mixed precision: what the forward pass computes in."""
+"""Precision of the forward pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from transfer.config.train_settings import Precision
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which a model runs in this precision; its weights stay float32."""
+    """Return the autocast context of a precision; weights stay float32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")

@@ -1,4 +1,4 @@
-"""The backbone of an earlier run, as its model folder holds it: what a new run can begin from."""
+"""The trained backbone of an earlier run, as pretrained weights for a new run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _HEAD = "head."
 
 @dataclass(frozen=True)
 class SavedBackbone:
-    """A trained backbone on disk; its tensors are read when they are asked for.
+    """A trained backbone on disk; its tensors are read on demand.
 
     Args:
-        folder: The model folder.
-        options: The block that the config of its run had, ``name`` included.
-        preprocessing: What its preprocessing said of itself.
-        assets: What it learned from its training split, as text files by name.
+        folder: Model folder of the run.
+        options: Config block of the backbone in its run, ``name`` included.
+        preprocessing: Settings of its preprocessing.
+        assets: Text files that it learned from its training split, by name.
     """
 
     folder: Path
@@ -35,41 +35,41 @@ class SavedBackbone:
 
     @property
     def file(self) -> Path:
-        """The file of tensors."""
+        """Path of the file of tensors."""
         return self.folder / WEIGHTS
 
     def tensors(self) -> tuple[dict[str, Tensor], list[str]]:
-        """Read the backbone's tensors by name (``layer1.0.conv1.weight``), and the names of the head's.
+        """Return the tensors of the backbone by name (``layer1.0.conv1.weight``), and the names of those of the head.
 
         Raises:
             WeightsError: The file is missing or damaged.
         """
         try:
-            found = load_tensors(self.file)
+            tensors = load_tensors(self.file)
         except RunError as error:
             raise WeightsError.of(error.problems) from error
-        backbone = {name: tensor for name, tensor in found.items() if not name.startswith(_HEAD)}
-        return backbone, sorted(found.keys() - backbone.keys())
+        backbone = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEAD)}
+        return backbone, sorted(tensors.keys() - backbone.keys())
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the file of tensors in hexadecimal."""
+        """Return the SHA-256 of the file of tensors, in hexadecimal."""
         with self.file.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def saved_backbone(run: str | Path) -> SavedBackbone:
-    """Find the backbone of a run; its tensors are not read yet.
+    """Return the backbone of a run without reading its tensors.
 
     Args:
-        run: A run directory, or its model folder.
+        run: Path of a run directory, or of its model folder.
 
     Raises:
-        WeightsError: There is no complete run.
+        WeightsError: The path does not contain a complete run.
     """
     path = Path(run).expanduser()
     folder = path / "model" if (path / "model").is_dir() else path
     try:
-        described = read_description(folder, f"there is no run with a model at {path}", "name a run that ended")
+        described = read_description(folder, f"there is no run with a model at {path}", "name a run that has ended")
         assets = read_assets(folder, described)
         return SavedBackbone(folder, described["backbone"], described["preprocessing"], assets)
     except RunError as error:

@@ -1,4 +1,4 @@
-"""The folder ``model/`` of a run: all that is needed to predict anywhere the plugins are installed. No pickle."""
+"""The folder ``model/`` of a run, enough to predict wherever the plugins are installed. It contains no pickle."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A trained model as it comes back from its folder.
+    """A trained model, read from its folder.
 
     Args:
-        model: In eval mode, on the CPU.
-        backbone: With its preprocessing and what it learned from the training split.
-        task: Reads the outputs.
-        data: What the model was trained on.
+        model: Model in eval mode, on the CPU.
+        backbone: Backbone with its preprocessing and its assets.
+        task: Task that interprets the outputs.
+        data: Specification of the data that the model was trained on.
     """
 
     model: Model
@@ -65,17 +65,17 @@ def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backb
 
 
 def find_model(path: str | Path) -> Path:
-    """Return the model folder that a path means: an exported one itself, or that of a run.
+    """Return the model folder of a path: the path itself if it is a model folder, otherwise the one of a run.
 
     Raises:
-        RunError: It is neither.
+        RunError: The path is neither a model folder nor a run directory.
     """
     path = Path(path)
     return path if os.path.isfile(path / DESCRIPTION) else RunDirectory.open(path).model
 
 
 def read_model(folder: Path) -> LoadedModel:
-    """Rebuild a trained model from its folder.
+    """Build a trained model from its folder.
 
     Raises:
         RunError: The folder is incomplete or damaged, or a plugin that it needs is not installed.
@@ -86,9 +86,9 @@ def read_model(folder: Path) -> LoadedModel:
     data = described["data"]
     spec = DataSpec(tuple(data["fields"]), data["target"], tuple(data["classes"]))
     backbone_class: type[Backbone] = backbone_block.cls
-    again = "copy the folder again from where it was trained"
-    # A plugin may raise anything at all over a file that is not as it wrote it.
-    with damaged("the model cannot be built again", str(file), again), error_location(str(file)):
+    again = "copy the folder again from the run that trained it"
+    # A plugin may raise any exception if somebody has edited its files.
+    with damaged("the model cannot be built", str(file), again), error_location(str(file)):
         backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
         the_task, model = assemble(backbone, head, task, spec)
     _load_weights(model, folder / WEIGHTS)
@@ -99,25 +99,25 @@ def read_model(folder: Path) -> LoadedModel:
 def _read_description(folder: Path) -> dict[str, Any]:
     run = shlex.quote(str(folder.parent))
     return read_description(
-        folder, "there is no model here: the run did not end", f"bring it to its end: transfer resume {run}"
+        folder, "there is no model here: the run did not end", f"finish the run: transfer resume {run}"
     )
 
 
 def _load_weights(model: Model, file: Path) -> None:
     tensors, expected = load_tensors(file), model.state_dict()
-    # Torch would take numbers of another type, and make others of them.
+    # load_state_dict would convert tensors of another dtype silently.
     other = [name for name, tensor in tensors.items() if name in expected and tensor.dtype != expected[name].dtype]
     try:
         if other:
-            raise RuntimeError(f"{other[0]} is of type {tensors[other[0]].dtype}")
+            raise RuntimeError(f"{other[0]} has dtype {tensors[other[0]].dtype}")
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        fix = "copy the folder again from where it was trained"
+        fix = "copy the folder again from the run that trained it"
         raise RunError(f"the weights do not fit the model: {error}", where=str(file), fix=fix) from error
 
 
 def read_task(folder: Path) -> Task:
-    """Rebuild the task of a trained model alone.
+    """Build only the task of a trained model.
 
     Raises:
         RunError: The folder is incomplete or damaged, or the task's plugin is not installed.
@@ -134,6 +134,6 @@ def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:
         return load_component(kind, described[kind], str(file))
     except PluginError as error:
         package = Plugin(**described["plugins"][kind]).requirement
-        fix = f"pip install {shlex.quote(package)}" if package else "register it first, as where it was trained"
+        fix = f"pip install {shlex.quote(package)}" if package else "register it first, as the training script did"
         problems = [Problem(p.message, p.where, p.available, fix) for p in error.problems]
         raise RunError.of(problems) from error

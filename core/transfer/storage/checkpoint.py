@@ -1,4 +1,4 @@
-"""Checkpoints and model folders: tensors in safetensors, everything else in JSON, no pickle, never half there."""
+"""Checkpoints: tensors in safetensors, everything else in JSON, no pickle, written atomically."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from transfer.storage.tensor_files import Tensors, load_tensors, write_tensors
 from transfer.system.atomic_files import atomic_folder, read_json, write_json
 
 FORMAT = 3
-"""Version of a checkpoint's content; a reader refuses one that it does not know."""
+"""Version of the content of a checkpoint. Other versions are refused."""
 
 STATE = "state.json"
 _PREVIOUS = re.compile(r"\.previous(?:-([0-9]{1,6}))?$")
 
 
 def save(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, keep: int = 2) -> None:
-    """Write a checkpoint to a temporary folder, flush it and put it in the place of the one before.
+    """Write a checkpoint atomically, in place of the previous one.
 
-    Those before are kept as ``<name>.previous``, ``<name>.previous-2`` and so on: at any instant one is whole.
+    Previous checkpoints are kept as ``<name>.previous``, ``<name>.previous-2`` and so on. At least one is complete at
+    any time.
 
     Args:
-        folder: Where the checkpoint goes.
-        tensors: Name of each tensor file (without suffix) and what is in it.
-        state: Everything else; JSON alone.
-        keep: How many checkpoints stay, the new one included.
+        folder: Folder of the checkpoint.
+        tensors: Tensors by the name of their file (without suffix).
+        state: Everything else; JSON only.
+        keep: Number of checkpoints to keep, the new one included.
 
     Raises:
-        TrainingError: It cannot be written, because the disk is full, say; those before are still there.
+        TrainingError: The checkpoint cannot be written (the disk is full, for example). Previous ones are unchanged.
     """
     names = [folder, *_previous(folder, max(2, keep))]
     try:
@@ -60,7 +61,7 @@ def save(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any],
         raise TrainingError(
             f"the checkpoint cannot be written: {reason}",
             where=str(folder),
-            fix="make room, or make the folder writable, then go on with `transfer resume RUN`",
+            fix="free disk space, or make the folder writable, then run `transfer resume RUN`",
         ) from error
 
 
@@ -74,18 +75,18 @@ def _rotate(names: list[Path]) -> None:
 
 
 def _previous(folder: Path, keep: int) -> list[Path]:
-    """Return the names of the checkpoints before, the newest first."""
+    """Return the paths of the previous checkpoints, newest first."""
     return [folder.with_name(f"{folder.name}.previous" + (f"-{age}" if age > 1 else "")) for age in range(1, keep)]
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read a checkpoint, or the newest before it that is whole where it is damaged or missing.
+    """Read a checkpoint; if it is damaged or missing, read the newest complete one before it.
 
     Returns:
-        The tensors of each file, and the state. ``state["recovered"]`` says why one before was used, if so.
+        The tensors by file, and the state. If a previous checkpoint was read, ``state["recovered"]`` is the reason.
 
     Raises:
-        RunError: None is whole.
+        RunError: No checkpoint is complete.
     """
     problems: list[Problem] = []
     for path in (folder, *sorted(filter(_age, folder.parent.glob(f"{folder.name}.previous*")), key=_age)):
@@ -96,18 +97,18 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         else:
             recovered = {"recovered": "\n".join(map(str, problems))} if problems else {}
             return tensors, state | recovered
-    raise RunError.of([replace(p, fix=p.fix or "begin again with: transfer run config.yaml") for p in problems])
+    raise RunError.of([replace(p, fix=p.fix or "start again with: transfer run config.yaml") for p in problems])
 
 
 def exists(folder: Path) -> bool:
-    """Tell whether there is a checkpoint, or one before it, whole or not."""
+    """Return whether there is a checkpoint or a previous one, complete or damaged."""
     return folder.exists() or any(folder.parent.glob(f"{folder.name}.previous*"))
 
 
 def _age(folder: Path) -> int:
-    """Return how many checkpoints came after one; 0 of a folder whose name is none that this module gives."""
-    found = _PREVIOUS.search(folder.name)
-    return int(found[1] or 1) if found else 0
+    """Return the number of newer checkpoints; 0 if the folder has no name of a previous checkpoint."""
+    match = _PREVIOUS.search(folder.name)
+    return int(match[1] or 1) if match else 0
 
 
 def _load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -115,11 +116,12 @@ def _load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     if state.get("format") != FORMAT:
         fix = "use the version of transfer that wrote it"
         raise RunError(
-            f"the checkpoint is of format {state.get('format')!r}", where=str(folder), available=[str(FORMAT)], fix=fix
+            f"the checkpoint has format {state.get('format')!r}", where=str(folder), available=[str(FORMAT)], fix=fix
         )
     if state.pop("own_sha256", None) != _digest_of(state):
         raise RunError(
-            "the file is damaged or was edited: its digest is not the one that was written", where=str(folder / STATE)
+            "the file is damaged or was edited: its digest is not the one that was written",
+            where=str(folder / STATE),
         )
     tensors = {}
     for name, digest in state["sha256"].items():
@@ -131,16 +133,16 @@ def _load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
 
 def digest(tensors: Tensors) -> str:
-    """Return the digest of some tensors by name: their types, shapes and bits."""
-    whole = hashlib.sha256()
+    """Return the SHA-256 of tensors by name: of their dtypes, shapes and bytes."""
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def _digest_of(state: Mapping[str, Any]) -> str:
-    """Return the digest of plain data, which comes back from a file as it was."""
+    """Return the SHA-256 of plain data, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The environment that a run's results may depend on."""
+"""The software and hardware environment of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ import torch
 
 
 def environment(device: str, distributions: Mapping[str, str], processes: int = 1) -> dict[str, Any]:
-    """Return what figures may depend on beside config and data: versions, git revision, device, processes and so on."""
+    """Return the environment that metrics may depend on, besides config and data.
+
+    Args:
+        device: Name of the device.
+        distributions: Versions of the plugin distributions by name.
+        processes: Number of processes.
+    """
     names = ("torch", "torchvision", "accelerate", "numpy", "tokenizers", "safetensors", "torchmetrics")
     return {
         "python": platform.python_version(),
@@ -28,7 +34,7 @@ def environment(device: str, distributions: Mapping[str, str], processes: int = 
 
 
 def environment_diff(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say what differs between two environments."""
+    """Return a line for each difference between two environments."""
     old, new = ({"processes": 1, **e, **e.get("versions", {})} for e in (before, now))
     names = [name for name in new if name != "versions"]
     return [f"{name} {old.get(name)} -> {new[name]}" for name in names if old.get(name) != new[name]]
@@ -43,7 +49,7 @@ def _version(distribution: str) -> str | None:
 
 def _git_revision() -> str | None:
     try:
-        # The revision of the user's project is wanted; git is looked up on their own PATH.
+        # The revision of the user's project, from the git on their PATH.
         answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)  # noqa: S607
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,4 +1,4 @@
-"""The folder of one run: what is in it, and how it is written so that nothing is half there."""
+"""The folder of one run: its files, all written atomically."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from transfer.errors import ConfigError, RunError
 from transfer.system.atomic_files import parse_object, read_bytes, read_json, read_text, write_atomically, write_json
 
 FORMAT = 1
-"""Version of the folder's layout; a reader refuses one that it does not know."""
+"""Version of the layout of the folder. Other versions are refused."""
 
 PREDICTIONS = "predictions.safetensors"
 TRACKED = "trackers.json"
 LOCK = "lock"
-"""Is there while a process writes into the folder, and says which."""
+"""File that exists while a process writes into the folder; it contains the process id."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the model made of the test split's N examples, in their order.
+    """The predictions for the N examples of the test split, in order.
 
     Args:
-        predictions: (N, ...), as the task's metrics take them.
-        targets: (N, ...).
-        losses: Of each, float (N,); None in runs of versions that did not keep them.
-        confidences: The highest score of each (a probability where the task has some), float (N,); None likewise.
+        predictions: Predictions (N, ...) as the metrics of the task take them.
+        targets: Targets (N, ...).
+        losses: Loss of each example, float (N,). None in runs of older versions.
+        confidences: Highest score of each example (a probability if the task has probabilities), float (N,). None in
+            runs of older versions.
     """
 
     predictions: Tensor
@@ -52,11 +53,11 @@ class Predictions:
 
 
 class RunDirectory:
-    """A run's folder.
+    """The folder of a run.
 
-    ``config.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (a line per epoch), ``summary.json``,
-    ``predictions.safetensors`` (of the test split), ``checkpoints/best`` and ``checkpoints/last``, ``trackers.json``
-    where there are trackers, and ``model/``: all that is needed to predict elsewhere.
+    It contains ``config.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (a line per epoch),
+    ``summary.json``, ``predictions.safetensors`` (of the test split), ``checkpoints/best``, ``checkpoints/last``,
+    ``trackers.json`` (if there are trackers), and ``model/``, which is enough to predict elsewhere.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,10 +65,10 @@ class RunDirectory:
 
     @classmethod
     def create(cls, output: Path, name: str, suffix: str = "") -> RunDirectory:
-        """Make a new folder ``output/name-DATE-TIMEsuffix``; two runs that start in one second get two folders.
+        """Create the folder ``output/name-DATE-TIMEsuffix``; runs that start in the same second get different folders.
 
         Raises:
-            RunError: It cannot be written there.
+            RunError: The folder cannot be created.
         """
         stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
         for attempt in range(1, 1000):
@@ -76,27 +77,27 @@ class RunDirectory:
                 path.mkdir(parents=True)
             except FileExistsError as error:
                 if not output.is_dir():
-                    raise RunError(f"{output} is no folder", fix="choose another --output") from error
+                    raise RunError(f"{output} is not a folder", fix="choose another --output") from error
                 continue
             except OSError as error:
                 fix = "choose another --output"
-                raise RunError(f"cannot make a run folder in {output}: {error.strerror}", fix=fix) from error
+                raise RunError(f"cannot create a run folder in {output}: {error.strerror}", fix=fix) from error
             return cls(path)
         raise RunError(f"cannot find a free name for a run in {output}", fix="choose another --output")
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
-        """Take the folder of a run that exists.
+        """Return the run directory at an existing path.
 
         Raises:
-            RunError: There is no such folder, or it is no run's.
+            RunError: The path does not exist or is not a run directory.
         """
         path = Path(path)
         try:
-            found = (path / "config.yaml").is_file()
+            is_run = (path / "config.yaml").is_file()
         except OSError as error:  # a name that is too long
-            raise RunError(f"this is no path of a run: {error.strerror}", where=str(path)[:80]) from error
-        if not found:
+            raise RunError(f"invalid path of a run directory: {error.strerror}", where=str(path)[:80]) from error
+        if not is_run:
             parent = path if path.is_dir() else path.parent
             runs = sorted(p.parent.name for p in parent.glob("*/config.yaml"))
             what = "is no run directory" if path.exists() else "does not exist"
@@ -110,25 +111,25 @@ class RunDirectory:
 
     @property
     def model(self) -> Path:
-        """The folder that predicts anywhere the plugins are installed."""
+        """Folder of the trained model, enough to predict wherever the plugins are installed."""
         return self.path / "model"
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the checkpoints ``best`` and ``last``."""
+        """Folder of the checkpoints ``best`` and ``last``."""
         return self.path / "checkpoints"
 
     @property
     def resume_command(self) -> str:
-        """What a user types to go on with this run."""
+        """Command that resumes this run."""
         return f"transfer resume {shlex.quote(str(self.path))}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process from writing into this folder; the lock goes with the process, however it ends.
+        """Lock the folder against other processes; the lock ends with the process, even if it is killed.
 
         Raises:
-            RunError: Another process has it, nothing can be written here, or a link leads elsewhere.
+            RunError: Another process has the lock, the folder is read-only, or it contains a link to the outside.
         """
         self.refuse_links()
         file = self._lock()
@@ -140,18 +141,18 @@ class RunDirectory:
             file.close()
 
     def refuse_links(self) -> None:
-        """Refuse a folder in which writing would go elsewhere.
+        """Raise an error if the folder contains a link to the outside, through which files would be written there.
 
         Raises:
-            RunError: There is a link in it to something outside.
+            RunError: The folder contains such a link.
         """
         here = self.path.resolve()
         for path in sorted(self.path.rglob("*")):
             if path.is_symlink() and not path.resolve().is_relative_to(here):
                 raise RunError(
-                    f"this link leads out of the run directory, to {os.readlink(path)}, and nothing is written there",
+                    f"this link leads out of the run directory, to {os.readlink(path)}, and is not followed",
                     where=str(path),
-                    fix="put what it leads to in its place",
+                    fix="replace the link by the file or folder it leads to",
                 )
 
     def _lock(self) -> TextIO:
@@ -160,12 +161,12 @@ class RunDirectory:
             try:
                 file = path.open("a+", encoding="utf-8")
             except OSError as error:
-                fix = "make it writable, or copy it to where you can write and resume the copy"
+                fix = "make it writable, or copy it to a writable folder and resume the copy"
                 raise RunError(
                     f"the run directory cannot be written: {error.strerror}", where=str(path), fix=fix
                 ) from error
             try:
-                # Of this kind a loader process inherits none: it would outlive a training process that was killed.
+                # Loader processes do not inherit such a lock; one of flock would outlive a killed training process.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
@@ -178,7 +179,7 @@ class RunDirectory:
                     where=str(path),
                     fix="wait until it ends, or stop it",
                 ) from error
-            # The one who had it before removed the file when it ended, perhaps just after we had opened it.
+            # The previous owner removes the file when it ends, perhaps just after this process has opened it.
             with suppress(FileNotFoundError):
                 if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                     break
@@ -192,10 +193,10 @@ class RunDirectory:
         """Return the resolved config.
 
         Args:
-            trackers: With its trackers, which matter where the run is trained alone; elsewhere they may be missing.
+            trackers: Whether to include the trackers. Only training needs them; elsewhere they may not be installed.
 
         Raises:
-            RunError: It cannot be read.
+            RunError: The config cannot be read.
         """
         try:
             plain = read_plain(self.path / "config.yaml")
@@ -213,7 +214,7 @@ class RunDirectory:
 
     @property
     def complete(self) -> bool:
-        """The run has ended, and all that it gives is there."""
+        """Whether the run has ended and its results are complete."""
         try:
             return self.summary().get("status") == "complete"
         except RunError:  # missing or damaged: the end of the run is computed again
@@ -225,7 +226,7 @@ class RunDirectory:
         write_atomically(self.path / "config.yaml", f"# The resolved config of this run, defaults filled in.\n{text}")
 
     def write_environment(self, environment: Mapping[str, Any], *, quick: bool) -> None:
-        """Write where the run starts (:func:`environment`), by which command, and whether it is a quick try."""
+        """Write ``environment.json``: the environment, the command, and whether it is a quick run."""
         started = {"format": FORMAT, "started": _now(), "command": shlex.join(sys.argv), "quick": quick}
         write_json(self.path / "environment.json", {**started, **environment})
 
@@ -233,63 +234,63 @@ class RunDirectory:
         """Return ``environment.json``.
 
         Raises:
-            RunError: It is missing or damaged.
+            RunError: The file is missing or damaged.
         """
-        found = read_json(self.path / "environment.json", "the run has no environment.json")
-        if not isinstance(found.get("versions", {}), dict) or not isinstance(found.get("resumed", []), list):
+        content = read_json(self.path / "environment.json", "the run has no environment.json")
+        if not isinstance(content.get("versions", {}), dict) or not isinstance(content.get("resumed", []), list):
             raise RunError("the file is damaged", where=str(self.path / "environment.json"))
-        return found
+        return content
 
     def note_resume(self, changes: Sequence[str]) -> None:
-        """Add to ``environment.json`` that the run goes on now, and what is different from when it started."""
+        """Add to ``environment.json`` that the run is resumed now, with the changes of the environment."""
         environment = self.environment()
         entry = {"at": _now(), "command": shlex.join(sys.argv), "changes": list(changes)}
         write_json(self.path / "environment.json", environment | {"resumed": [*environment.get("resumed", []), entry]})
 
     def remove_temporary_files(self) -> None:
-        """Remove what a process that was killed had only begun to write, and the summary of the attempt before."""
-        # In the model's folder safetensors names its own unfinished file, with a dot before it too.
+        """Remove the temporary files of a killed process, and the summary of the previous attempt."""
+        # Folders of older versions may contain unfinished files of safetensors in model/, which start with a dot too.
         for path in [*self.path.glob(".*.tmp"), *self.model.glob(".*"), *self.checkpoints.glob(".*.tmp")]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (self.path / "summary.json").unlink(missing_ok=True)
 
     def restore_metrics(self, records: Sequence[Mapping[str, Any]]) -> str | None:
-        """Make ``metrics.jsonl`` hold exactly these lines; return what was wrong with it, if anything."""
+        """Make ``metrics.jsonl`` contain exactly these lines; return a note on the lines that were wrong, if any."""
         path = self.path / "metrics.jsonl"
         wanted = [_line(record) for record in records]
-        found = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if found == [line.encode() for line in wanted]:
+        present = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if present == [line.encode() for line in wanted]:
             return None
         write_atomically(path, "".join(wanted))
-        kept = sum(line.encode() in found for line in wanted)
-        dropped, restored = len(found) - kept, len(wanted) - kept
-        parts = [f"{dropped} that the checkpoint does not know dropped"] if dropped else []
-        parts += [f"{restored} that were missing or damaged restored"] if restored else []
-        return f"metrics.jsonl: lines {' and '.join(parts)}"
+        unchanged = sum(line.encode() in present for line in wanted)
+        dropped, restored = len(present) - unchanged, len(wanted) - unchanged
+        parts = [f"dropped {dropped} newer than the checkpoint"] if dropped else []
+        parts += [f"restored {restored} missing or damaged"] if restored else []
+        return f"metrics.jsonl: {', '.join(parts)}"
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add a line to ``metrics.jsonl`` and flush it to the disk."""
+        """Append a line to ``metrics.jsonl`` and flush it to the disk."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
 
     def tracked(self) -> dict[str, Any]:
-        """Return what each tracker has been told, by its name; nothing where the file is missing or damaged."""
+        """Return the progress of each tracker by its name; empty if the file is missing or damaged."""
         try:
             return read_json(self.path / TRACKED, "nothing was tracked yet")
         except RunError:
             return {}
 
-    def write_tracked(self, told: Mapping[str, Any]) -> None:
+    def write_tracked(self, progress: Mapping[str, Any]) -> None:
         """Write ``trackers.json``."""
-        write_json(self.path / TRACKED, told)
+        write_json(self.path / TRACKED, progress)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``, one per epoch.
 
         Raises:
-            RunError: It is missing or damaged.
+            RunError: The file is missing or damaged.
         """
         path = self.path / "metrics.jsonl"
         try:
@@ -299,12 +300,12 @@ class RunDirectory:
         return [parse_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
     def write_predictions(self, scored: Predictions) -> None:
-        """Write what the model made of the test split."""
+        """Write the predictions for the test split."""
         tensors = {name: tensor.contiguous() for name, tensor in vars(scored).items() if tensor is not None}
         write_atomically(self.path / PREDICTIONS, save(tensors))
 
     def predictions(self) -> Predictions | None:
-        """Return what the model made of the test split; None where it was not scored.
+        """Return the predictions for the test split; None if it was not evaluated.
 
         Raises:
             RunError: The file is damaged.

@@ -19,7 +19,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     """Write a safetensors file and flush it to the disk.
 
     Raises:
-        OSError, SafetensorError: It cannot be written.
+        OSError, SafetensorError: The file cannot be written.
     """
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
     with path.open("rb") as file:
@@ -30,7 +30,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        RunError: It is missing or damaged.
+        RunError: The file is missing or damaged.
     """
     try:
         if path.exists() and not path.is_file():

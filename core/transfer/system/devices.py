@@ -30,9 +30,9 @@ def resolve_device(name: str = "auto", *, where: str | None = None) -> torch.dev
         index = int(local_rank) % torch.cuda.device_count() if local_rank.isdigit() else torch.cuda.current_device()
         name = f"cuda:{index}"
     if name not in available:
-        known = name in ("cuda", "mps") or (name.startswith("cuda:") and name.removeprefix("cuda:").isdigit())
+        is_valid = name in ("cuda", "mps") or (name.startswith("cuda:") and name.removeprefix("cuda:").isdigit())
         raise UserError(
-            f"device {name!r} is not on this machine" if known else f"device {name!r} is unknown",
+            f"device {name!r} is not on this machine" if is_valid else f"device {name!r} is unknown",
             where=where,
             available=["auto", *available],
             fix="use auto, or one of the available devices",

@@ -1,4 +1,4 @@
-"""Where data lives, and how a file gets there."""
+"""Files in the data folder, and their download."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _downloads_allowed = ContextVar("downloads_allowed", default=True)
 
 
 def find_file(*names: str) -> Path | None:
-    """Return the first of these files or folders that the data folder holds, or None.
+    """Return the path of the first of these files or folders that exists in the data folder, or None.
 
     Args:
-        names: Paths relative to the data folder, the preferred first (``aclImdb``, ``aclImdb_v1.tar.gz``).
+        names: Paths relative to the data folder, in order of preference (``aclImdb``, ``aclImdb_v1.tar.gz``).
     """
     for name in names:
         path = data_folder() / name
@@ -38,7 +38,7 @@ def find_file(*names: str) -> Path | None:
 
 @contextlib.contextmanager
 def no_downloads() -> Iterator[None]:
-    """Let :func:`download` find what is there and fetch nothing, for work that can do without the data."""
+    """Make :func:`download` return existing files only, and raise an error instead of fetching the others."""
     token = _downloads_allowed.set(False)
     try:
         yield
@@ -47,18 +47,18 @@ def no_downloads() -> Iterator[None]:
 
 
 def download(url: str, name: str, *, sha256: str | None = None) -> Path:
-    """Download a file into the data folder, with a progress bar, and return its path; a file that is there is kept.
+    """Return the path of a file in the data folder; download it first, with a progress bar, if it does not exist.
 
-    The bytes go to ``<name>.part`` and are renamed when complete, so a broken download never looks like the file. The
-    next call goes on where it broke off, if the server can and still has the same file.
+    The content is written to ``<name>.part`` and renamed when complete, so an interrupted download never looks like the
+    file. The next call resumes it if the server supports ranges and still has the same file.
 
     Args:
-        url: An ``https`` address.
-        name: Path relative to the data folder.
-        sha256: The expected digest in hexadecimal, or how it begins, where it is known.
+        url: ``https`` address of the file.
+        name: Path of the file relative to the data folder.
+        sha256: Expected SHA-256 of the file in hexadecimal, or its first digits. None does not check it.
 
     Raises:
-        DataError: It cannot be fetched, or is not what was expected; the message says which file to put where.
+        DataError: The file cannot be fetched or has another digest. The fix states its URL and path.
     """
     target = data_folder() / name
     if target.exists():
@@ -76,29 +76,29 @@ def download(url: str, name: str, *, sha256: str | None = None) -> Path:
     except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors too
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         message = f"{target.name} is not in {target.parent} and cannot be downloaded: {reason}"
-        again = "run it again to go on where it broke off, or " if partial.can_go_on() else ""
+        again = "run it again to resume the download, or " if partial.can_resume() else ""
         raise DataError(message, fix=again + fix) from error
     if sha256 is not None and not digest.startswith(sha256):
         partial.remove()
-        raise DataError(f"what {url} gave has SHA-256 {digest}, expected {sha256}", fix=fix)
+        raise DataError(f"the file from {url} has the wrong SHA-256: expected {sha256}, got {digest}", fix=fix)
     partial.path.rename(target)
     partial.remove()
     return target
 
 
 class _Partial:
-    """A download that is not complete, and beside it what tells whether the server still has the same file.
+    """An incomplete download, with the version of the file on the server in a second file.
 
     Args:
-        path: Where the bytes go.
+        path: File that the content is appended to.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._version = path.with_name(path.name + ".version")
 
-    def can_go_on(self) -> bool:
-        """Tell whether an earlier attempt left something to go on from; what cannot be gone on from is removed."""
+    def can_resume(self) -> bool:
+        """Return whether an earlier download can be resumed; otherwise remove its files."""
         with contextlib.suppress(OSError):
             if self.path.stat().st_size and self._version.is_file():
                 return True
@@ -106,24 +106,24 @@ class _Partial:
         return False
 
     def remove(self) -> None:
-        """Leave nothing."""
+        """Remove both files."""
         for path in (self.path, self._version):
             with contextlib.suppress(OSError):
                 path.unlink()
 
     def sha256(self) -> str:
-        """Return the digest of what is there."""
+        """Return the SHA-256 of the content so far."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def fetch(self, url: str) -> None:
-        """Fetch what is missing.
+        """Fetch the missing content.
 
         Raises:
-            OSError, http.client.HTTPException: It broke off.
+            OSError, http.client.HTTPException: The connection failed.
         """
         request = urllib.request.Request(url)  # noqa: S310  # the caller has checked that it is https
-        if have := self.path.stat().st_size if self.can_go_on() else 0:
+        if have := self.path.stat().st_size if self.can_resume() else 0:
             request.add_header("Range", f"bytes={have}-")
             request.add_header("If-Range", self._version.read_text(encoding="utf-8"))
         try:
@@ -131,11 +131,11 @@ class _Partial:
         except urllib.error.HTTPError as error:
             if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
                 raise
-            self.remove()  # nothing comes after what is here, so it is not the beginning of this file
+            self.remove()  # the content so far is longer than the file, so it belongs to another version
             return self.fetch(url)
         with answer:
             if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
-                have = 0
+                have = 0  # the server sends the complete file: it has another version, or supports no ranges
                 self._remember(answer.headers)
             self._append(answer, have)
         return None
@@ -164,4 +164,4 @@ class _Partial:
                 progress.advance(bar, len(chunk))
         received = self.path.stat().st_size
         if total is not None and received != total:
-            raise OSError(f"it broke off after {received} of {total} bytes")
+            raise OSError(f"the connection ended after {received} of {total} bytes")

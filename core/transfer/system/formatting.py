@@ -1,4 +1,4 @@
-"""Values as text for people: tables, pages, notes and command lines format them all in this way."""
+"""Values as text for people, in one format for tables, pages, notes and command lines."""
 
 from __future__ import annotations
 

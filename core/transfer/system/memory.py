@@ -1,4 +1,4 @@
-"""How much memory there is to use."""
+"""Available memory, and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import torch
 
 MEMORY_POLL_SECONDS = 0.002
 _UNLIMITED_BYTES = 1 << 60
-"""What the first version of control groups writes for no limit is beyond this."""
+"""Control groups of version 1 write a number above this if there is no limit."""
 
 
 def available_bytes() -> int:
-    """Return how much memory can be used without swapping: of the machine, or of the container this runs in."""
-    found = [_machine()]
+    """Return the bytes of memory available without swapping, on the machine or in the container of this process."""
+    available = [_machine()]
     for limit, used, inactive in (
         ("memory.max", "memory.current", "memory.stat"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
-        most = _number(limit)
-        if most is not None and most < _UNLIMITED_BYTES:
-            found.append(most - (_number(used) or 0) + _inactive_file(inactive))
-    return max(0, min(found))
+        limit_bytes = _number(limit)
+        if limit_bytes is not None and limit_bytes < _UNLIMITED_BYTES:
+            # The page cache of files counts as used, but the kernel frees it on demand.
+            available.append(limit_bytes - (_number(used) or 0) + _inactive_file(inactive))
+    return max(0, min(available))
 
 
 def _machine() -> int:
@@ -34,7 +35,7 @@ def _machine() -> int:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:  # not Linux, where nothing so exact is to be had without another library
+    except OSError:  # not Linux: half of the memory is a cautious estimate
         pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
@@ -47,7 +48,7 @@ def _number(name: str) -> int | None:
 
 
 def _inactive_file(name: str) -> int:
-    """Return the bytes of file contents that the kernel would give back."""
+    """Return the bytes of cached file contents that the kernel can free."""
     try:
         lines = (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").splitlines()
     except OSError:
@@ -56,9 +57,9 @@ def _inactive_file(name: str) -> int:
 
 
 class PeakResident:
-    """The most memory that this process has in use while a ``with`` block runs, looked at every two milliseconds.
+    """Peak resident memory of this process during a ``with`` block, sampled every two milliseconds.
 
-    The kernel's own mark of the peak cannot be set back without losing that of the whole run.
+    The kernel's own peak cannot be used: resetting it would lose the peak of the run.
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ class PeakResident:
 
     @staticmethod
     def now() -> int:
-        """Return what the process has in use."""
+        """Return the resident memory of the process in bytes."""
         import psutil
 
         return int(psutil.Process().memory_info().rss)

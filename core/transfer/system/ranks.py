@@ -1,4 +1,7 @@
-"""Where this process stands among those that a launcher started; read from the environment, which launchers fill."""
+"""Rank and world size of this process, read from the environment variables that launchers set.
+
+Launchers are torchrun, ``accelerate launch`` and MPI.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _SHARDED = {
 
 @dataclass(frozen=True)
 class Rank:
-    """One process among those that were started together.
+    """The position of this process among the processes that a launcher started.
 
     Args:
         index: Rank of this process over all machines, from 0.
@@ -37,7 +40,7 @@ class Rank:
 
 
 def rank_from_environment() -> Rank:
-    """Return this process's place; alone where no launcher says otherwise, or none says where the processes meet."""
+    """Return the rank of this process: rank 0 of 1 without a launcher, or if MASTER_ADDR is not set."""
     count, rank = _number(_COUNT, 1), _number(_RANK, 0)
     if count == 1 or "MASTER_ADDR" not in os.environ:
         return Rank()
@@ -45,10 +48,13 @@ def rank_from_environment() -> Rank:
 
 
 def refuse_several(what: str) -> None:
-    """Refuse to do in several processes what only one does.
+    """Raise an error if a launcher has started several processes.
+
+    Args:
+        what: Command that works in one process only.
 
     Raises:
-        UserError: A launcher has started several.
+        UserError: The world size is larger than 1.
     """
     if rank_from_environment().world_size == 1:
         return
@@ -61,17 +67,17 @@ def refuse_several(what: str) -> None:
 
 
 def refuse_sharding() -> None:
-    """Refuse launchers' ways of cutting a model into pieces.
+    """Raise an error if the launcher is configured to shard the model.
 
     Raises:
-        UserError: One is asked for.
+        UserError: FSDP, DeepSpeed or Megatron is enabled.
     """
     for variable, name in _SHARDED.items():
         if os.environ.get(variable, "").lower() in ("true", "1", "yes", "on"):
             raise UserError(
-                f"{name} cuts the model into pieces, and here every process holds the whole model",
+                f"{name} shards the model, which is not supported: every rank has a complete copy of it",
                 where=f"{variable} in the environment",
-                fix="launch without it: several processes share the examples of each batch (docs/distributed.md)",
+                fix="launch without it: each rank computes a shard of every batch (docs/distributed.md)",
             )
 
 
@@ -81,7 +87,7 @@ def cpu_is_requested() -> bool:
 
 
 def lacks_a_launcher() -> bool:
-    """Tell whether ``accelerate launch --cpu --num_processes N`` ran: without mpirun it starts one process, not N."""
+    """Return whether ``accelerate launch --cpu --num_processes N`` ran without mpirun: it starts 1 process, not N."""
     asked = cpu_is_requested() and "MASTER_ADDR" in os.environ
     return asked and not any(name in os.environ for name in _COUNT)
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: what must not be left half done is finished first; a second Ctrl-C stops at once."""
+"""Graceful shutdown on SIGINT and SIGTERM: critical sections are finished first, a second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, Self
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop.
+    """The process received SIGINT or SIGTERM.
 
     Args:
-        number: Of the signal.
-        at_once: It was asked a second time: nothing more is written.
+        number: Number of the signal.
+        at_once: Whether it is the second Ctrl-C: the run ends without writing anything.
     """
 
     def __init__(self, number: int, *, at_once: bool = False) -> None:
@@ -26,20 +26,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """While entered, SIGINT and SIGTERM raise :class:`Interrupted`: at once, or at the end of what is :meth:`deferred`.
+    """Context in which SIGINT and SIGTERM raise :class:`Interrupted`.
 
-    Outside the main thread, where Python cannot take signals, it does nothing; a signal that is ignored (``nohup``)
-    stays ignored.
+    They raise at once, or at the end of a :meth:`deferred` block. The context does nothing outside the main thread,
+    because Python handles signals only there. Signals that are ignored (``nohup``) stay ignored.
 
     Args:
-        agree: Where several processes train together: returns the largest of the numbers that they have. They stop at
-            the same place then, where all of them :meth:`raise_if_any_rank_interrupted`.
+        all_reduce_max: Function that returns the maximum of a number over all ranks. In distributed training, signals
+            are deferred until all ranks call :meth:`raise_if_any_rank_interrupted`, so that all stop at the same step.
+            None in a single process.
     """
 
-    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
-        self._agree = agree
+    def __init__(self, all_reduce_max: Callable[[int], int] | None = None) -> None:
+        self._all_reduce_max = all_reduce_max
         self._received: int | None = None
-        self._holding = agree is not None
+        self._deferring = all_reduce_max is not None
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -57,40 +58,40 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Finish what is inside before a signal is heard."""
-        before, self._holding = self._holding, True
+        """Defer SIGINT and SIGTERM until the block ends."""
+        before, self._deferring = self._deferring, True
         try:
             yield
         finally:
-            self._holding = before
+            self._deferring = before
         if not before and self._received is not None:
             raise Interrupted(self._received)
 
     def raise_if_any_rank_interrupted(self) -> None:
-        """Where several processes train together: stop, all at the same place, if any of them was asked to."""
-        if self._agree is not None:
-            number = self._agree(self._received or 0)
+        """Raise on all ranks if any rank has received a signal. Does nothing in a single process."""
+        if self._all_reduce_max is not None:
+            number = self._all_reduce_max(self._received or 0)
             if number:
                 raise Interrupted(number)
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """Hear a signal at once inside: where several processes train, and this one may work or wait for long."""
-        before, self._holding = self._holding, False
+        """Raise immediately on a signal inside the block; for long waits in distributed training."""
+        before, self._deferring = self._deferring, False
         try:
             if before and self._received is not None:
                 raise Interrupted(self._received)
             yield
         finally:
-            self._holding = before
+            self._deferring = before
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # Ctrl-C reaches loader processes too: they end when this one does
+            return  # a forked loader process, which Ctrl-C reaches too: it ends when the main process does
         if self._received is not None:
             if number == signal.SIGINT:
                 raise Interrupted(number, at_once=True)
             return  # a scheduler may send SIGTERM more than once
         self._received = number
-        if not self._holding:
+        if not self._deferring:
             raise Interrupted(number)

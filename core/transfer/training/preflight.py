@@ -233,6 +233,7 @@ def _refuse_dead_settings(
             augments=augments,
             views=train.views,
             mixed=train.mix is not None,
+            batch_norm=model.has_batch_norm,
         )
         for phase in phases
     ]
