@@ -78,7 +78,7 @@ def call(model: ServedModel, texts: Sequence[str], size: int) -> tuple[float, li
     seconds = []
     for start in range(0, len(texts), size):
         started = time.perf_counter()
-        model.answer([{"text": text.encode()} for text in texts[start : start + size]])
+        model.predict([{"text": text.encode()} for text in texts[start : start + size]])
         seconds.append(time.perf_counter() - started)
     return sum(seconds), seconds
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from transfer import DataError, Preprocessing, Split
-from transfer.data import loader as loading
-from transfer.data import memory_cache
+from transfer.data import loader as loading, memory_cache
 from transfer.data.batch import Batch, TimedIterator, move
 from transfer.data.encoding import encode
 from transfer.data.loader import Loader

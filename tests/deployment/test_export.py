@@ -24,8 +24,7 @@ from safetensors.torch import load_file
 import transfer
 from transfer import ExportError, RunError
 from transfer.builtin.heads import MLP
-from transfer.deployment import export as exporting
-from transfer.deployment import verify_export
+from transfer.deployment import export as exporting, verify_export
 from transfer.deployment.formats import find_format
 from transfer.models.model import Model
 from transfer.models.saved_model import LoadedModel, read_model

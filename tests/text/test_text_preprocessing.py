@@ -11,8 +11,7 @@ import torch
 
 from transfer import DataError
 from transfer_text import cache
-from transfer_text.encoding import text_blocks as corpus
-from transfer_text.encoding import vocabulary
+from transfer_text.encoding import text_blocks as corpus, vocabulary
 from transfer_text.encoding.encoded_texts import Truncation, truncation_loss
 from transfer_text.encoding.preprocessing import TextPreprocessing
 from transfer_text.encoding.token_cache import PieceTable

@@ -12,8 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from transfer import DataError, WeightsError
-from transfer_text.vectors import vector_files
-from transfer_text.vectors import word_vectors as vectors
+from transfer_text.vectors import vector_files, word_vectors as vectors
 from transfer_text.vectors.word_vectors import coverage, read_vectors, width_of, words_of
 
 LINES = "the 0.1 0.2 0.3\nfilm 1 -2 3e-1\n. . . 7.0 8.0 9.0\n"

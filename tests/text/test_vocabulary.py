@@ -14,8 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from transfer import ConfigError, DataError, data_folder
-from transfer_text.encoding import text_blocks as corpus
-from transfer_text.encoding import token_cache as pieces
+from transfer_text.encoding import text_blocks as corpus, token_cache as pieces
 from transfer_text.encoding.vocabulary import PADDING, TOKENIZERS, UNKNOWN, TokenizerName, Vocabulary
 
 TEXTS = ["A fine film, a fine cast.", "It isn't a film."]

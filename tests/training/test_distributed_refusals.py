@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from transfer import UserError
-from transfer.experiments import lr_finder as learning_rate
-from transfer.experiments import pretraining_gain as value
-from transfer.experiments import seeds as several
-from transfer.experiments import sweep as sweeping
+from transfer.experiments import (
+    lr_finder as learning_rate,
+    pretraining_gain as value,
+    seeds as several,
+    sweep as sweeping,
+)
 from transfer.system.ranks import Rank, lacks_a_launcher, rank_from_environment
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 

@@ -11,8 +11,7 @@ from typing import Any
 from transfer.config.option_schema import Block, options_model
 from transfer.errors import PluginError, unknown_name
 from transfer.registry.entry_points import Plugin, import_target, load, plugins
-from transfer.testing import backbones, components, datasets, freezing, heads, tasks
-from transfer.testing import configs as config_files
+from transfer.testing import backbones, components, configs as config_files, datasets, freezing, heads, tasks
 from transfer.testing.cases import Case, ConfigCase, Contract, ContractError, Promise
 
 Options = Mapping[str, Any]

@@ -13,8 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from transfer import __version__
 from transfer.deployment.serving.batching import Batcher, BusyError
-from transfer.deployment.serving.models import Prediction, RefusedError, ServedModel
-from transfer.deployment.serving.models import Request as Inputs
+from transfer.deployment.serving.models import Prediction, RefusedError, Request as Inputs, ServedModel
 from transfer.deployment.serving.reading import LIMITS, Limits, is_text, read_inputs
 
 _PAGE = {

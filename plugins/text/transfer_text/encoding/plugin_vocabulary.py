@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer as Library
-from tokenizers import models
+from tokenizers import Tokenizer as Library, models
 
 from transfer import DataError, PluginError
 from transfer_text.encoding.vocabulary import MIN_FREQUENCY, SPECIAL, UNKNOWN, UNKNOWN_TOKEN, Vocabulary
@@ -44,7 +43,7 @@ class PluginVocabulary(Vocabulary):
         requirement: Pip requirement of the tokenizer's package.
         tokenizer: The tokenizer.
         words: Words in the order of their indices, without the special tokens.
-        counts, lengths, extra: As of any vocabulary.
+        counts, lengths, extra: Counts, lengths and number of additional words; see :class:`Vocabulary`.
     """
 
     def __init__(
