@@ -28,7 +28,9 @@ def evaluate(
         bool,
         typer.Option("--images", help="Draw the most confident right and wrong predictions, and the least confident."),
     ] = False,
-    pictures: Annotated[bool, typer.Option("--pictures", hidden=True, help="Old name of --images.")] = False,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", hidden=True, help="Old name of --images.")
+    ] = False,  # codespell:ignore
     as_json: AsJSON = False,
 ) -> None:
     """Print the metrics of a run's model on a split."""
@@ -43,7 +45,7 @@ def evaluate(
         print(json.dumps({split: metrics}))  # noqa: T201
     else:
         Console().print(facts_table({"split": split, **{name: repr(value) for name, value in metrics.items()}}))
-    if images or pictures:
+    if images or pictures:  # codespell:ignore
         from transfer.reports.preview import preview_predictions
 
         path = preview_predictions(run, split).path

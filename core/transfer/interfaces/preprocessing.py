@@ -52,7 +52,7 @@ class Preprocessing(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # Plugins written for version 0.1 define the old names.
-        adopt_renamed_methods(cls, {"picture": "thumbnail", "show": "render_batch"})
+        adopt_renamed_methods(cls, {"picture": "thumbnail", "show": "render_batch"})  # codespell:ignore picture
 
     @property
     def keep_bytes(self) -> int | None:
