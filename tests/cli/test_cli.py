@@ -94,7 +94,7 @@ def test_a_mistake_is_a_panel_without_a_traceback(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert "Traceback" not in ended.stderr
-    for part in ("config file", "exists", "near.yaml", "fix", "did you mean"):
+    for part in ("config file", "available", "near.yaml", "fix", "did you mean"):
         assert part in ended.stderr
 
 
@@ -245,7 +245,7 @@ def test_show_describes_the_options(call: Any) -> None:
         "transfer.builtin.heads:Linear",
         "number >= 0 and < 1",
         "0.0",
-        "Share of the features that is dropped",
+        "Fraction of the features that is zeroed",
     ):
         assert part in out
 
@@ -297,7 +297,7 @@ def test_a_server_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> 
 def test_plugins_shows_names_and_descriptions_completely(
     call: Any, monkeypatch: pytest.MonkeyPatch, columns: int, has_version: bool
 ) -> None:
-    from transfer.registry.listing import catalogue
+    from transfer.registry.listing import catalog
 
     monkeypatch.setenv("COLUMNS", str(columns))
     _, out, _ = call("plugins")
@@ -307,7 +307,7 @@ def test_plugins_shows_names_and_descriptions_completely(
     assert ("version" in lines[0].split()) == has_version
     assert ["dataset", "torchvision_dataset", "transferkit"] in [line.split()[:3] for line in lines]
     words = " ".join(table.split())
-    (linear,) = [e for e in catalogue() if (e.plugin.kind, e.plugin.name) == ("head", "linear")]
+    (linear,) = [e for e in catalog() if (e.plugin.kind, e.plugin.name) == ("head", "linear")]
     start = lines[0].index("description")
     assert linear.description in " ".join(" ".join(line[start:].split()) for line in lines)
     assert "…" not in words

@@ -14,7 +14,7 @@ def test_the_cache_of_encoded_texts_changes_nothing(tmp_path: Path, monkeypatch:
     from transfer_text.encoding import text_blocks as corpus
 
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(corpus, "WORTH_KEEPING_CHARACTERS", 1)
+    monkeypatch.setattr(corpus, "MIN_CACHED_CHARACTERS", 1)
     first = transfer.run(CONFIGS["text"], output=tmp_path / "empty")
     assert list((tmp_path / "cache" / "text").iterdir())
     second = transfer.run(CONFIGS["text"], output=tmp_path / "filled")

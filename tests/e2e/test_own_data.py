@@ -109,7 +109,7 @@ def test_a_column_that_is_not_there(reviews, tmp_path):
 def test_vectors_of_another_width_than_asked_for(reviews, tmp_path):
     vectors = tmp_path / "three.txt"
     vectors.write_text("good 1 2 3\nbad 3 2 1\nfilm 1 2\n")
-    with pytest.raises(transfer.UserError, match="wide"):
+    with pytest.raises(transfer.UserError, match="has width 3"):
         transfer.run(config_of_texts(reviews), [f"backbone.vectors={vectors}"], output=tmp_path / "runs")
     overrides = [f"backbone.vectors={vectors}", "backbone.dimensions=null"]
     with pytest.raises(transfer.WeightsError) as caught:

@@ -173,7 +173,7 @@ def test_no_command_writes_through_a_linked_folder(
 
 def test_what_was_half_written_is_swept_but_not_what_a_link_leads_to(run: Path, outside: Path) -> None:
     (run / ".x.tmp").symlink_to(outside.parent)
-    RunDirectory.open(run).sweep()
+    RunDirectory.open(run).remove_temporary_files()
     assert not (run / ".x.tmp").is_symlink()
     assert outside.exists()
 
@@ -334,7 +334,7 @@ def test_a_line_of_json_that_no_reader_can_take_is_named(tmp_path: Path, line: s
         # Without mtime=0 the content, and with it the test's id, would depend on the time of collection.
         ("endless.txt.gz", gzip.compress(b"x" * (1 << 23), mtime=0), "longer than"),
         ("wide.bin", b"1 99999999999\nword " + b"\0" * 16, "wide"),
-        ("wide.txt", b"2 99999999999\nword 1 2\n", "holds 2 numbers"),
+        ("wide.txt", b"2 99999999999\nword 1 2\n", "contains 2 numbers"),
     ],
     ids=["endless.txt.gz", "wide.bin", "wide.txt"],
 )

@@ -108,7 +108,7 @@ def test_no_description_is_no_model(folder: Path) -> None:
 
 def test_an_option_that_was_edited_is_checked(folder: Path) -> None:
     edit(folder, lambda content: content["backbone"].update(width="wide"))
-    with pytest.raises(UserError, match=r'backbone\.width is "wide"') as caught:
+    with pytest.raises(UserError, match=r'backbone\.width is invalid: expected an integer, got "wide"') as caught:
         read_model(folder)
     assert caught.value.problems[0].where == str(folder / "model.json")
 

@@ -213,7 +213,7 @@ def test_help_lists_them_without_importing_any(call: Any) -> None:
     assert status == 0
     assert "Greet somebody." in out
     assert "A command of commanding." in out
-    assert "Train what CONFIG says" in out
+    assert "Train CONFIG" in out
     assert "command_plugin" not in sys.modules
 
 
@@ -222,7 +222,7 @@ def test_a_broken_subcommand_hurts_itself_alone(call: Any) -> None:
     status, _, err = call("gone")
     assert status == 2
     assert "command 'gone' cannot be imported: ModuleNotFoundError: No module named 'nowhere_plugin'" in err
-    assert "command 'number' is 3, which is neither a function nor a typer.Typer" in call("number")[2]
+    assert "command 'number' is wrong" in call("number")[2]
     assert call("plugins")[0] == 0
 
 

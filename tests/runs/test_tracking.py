@@ -250,7 +250,7 @@ class Wrong:
 """
     entries = {"transfer.trackers": ["lines = lines_plugin:Lines", "wrong = lines_plugin:Wrong"]}
     install("transfer-lines", "1", entries, lines_plugin=source)
-    with pytest.raises(ConfigError, match=r"no subclass of transfer\.interfaces\.tracker\.Tracker"):
+    with pytest.raises(ConfigError, match=r"no subclass of transfer\.Tracker"):
         load_config({**config, "trackers": ["wrong"]})
     run = transfer.run({**config, "trackers": ["lines"]}, output=tmp_path)
     lines = (run.folder / "lines.txt").read_text().split("\n")

@@ -428,8 +428,8 @@ class Floats(Points):
     ("cls", "contract", "found"),
     [
         (Unseeded, "loading is deterministic", "the field 'point' of the train split differs"),
-        (Beyond, "splits are complete and have typed targets", "from 1 to 2: expected 0 to 1"),
-        (Floats, "splits are complete and have typed targets", "float32 (120,): expected int64 (N,)"),
+        (Beyond, "splits are complete and have typed targets", "the number of classes, got 2"),
+        (Floats, "splits are complete and have typed targets", "(N, C) for labels and numbers"),
     ],
 )
 def test_a_broken_dataset_is_found(cls: type, contract: str, found: str) -> None:

@@ -118,7 +118,7 @@ def test_many_long_texts_are_explained_in_order(run: Path) -> None:
 def test_a_text_of_one_word_has_no_change(run: Path) -> None:
     (answer,) = explained(run, GOOD)
     assert answer["explanation"]["pieces"] == [{"piece": GOOD, "change": None}]
-    assert "no piece moves it" in explanation_text(answer["explanation"]).plain
+    assert "largest changes:  none" in explanation_text(answer["explanation"]).plain
 
 
 @pytest.mark.parametrize("task", ["labels", "number"])
@@ -159,7 +159,7 @@ def test_the_console_shows_the_text_and_its_strongest_words(
     command(monkeypatch, "predict", str(run), f"A long, {GOOD} film!", "--explain")
     shown = capsys.readouterr().out
     assert f"A long, {GOOD} film!\n" in shown
-    assert re.search(rf"good \d\.\d{{4}}, of which  {GOOD} \+0\.\d{{4}}", shown)
+    assert re.search(rf"good \d\.\d{{4}}; largest changes:  {GOOD} \+0\.\d{{4}}", shown)
 
 
 def test_json_holds_the_numbers(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +179,7 @@ def test_colours_follow_sign_and_strength() -> None:
         name: style for name, style in styles.items() if name not in ("superb", "and", "long")
     }
     regions = {"of": "cat", "score": 0.5, "pieces": [{"piece": [0, 0, 8, 8], "change": 0.2}]}
-    assert "cat 0.5000, of which  0, 0, 8, 8 +0.2000" in explanation_text(regions).plain
+    assert "cat 0.5000; largest changes:  0, 0, 8, 8 +0.2000" in explanation_text(regions).plain
 
 
 def test_a_backbone_that_cannot_is_refused_by_name(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_backbone_that_cannot_is_refused_by_name(tmp_path: Path) -> None:
         "train": {"phases": [{"epochs": 1}]},
     }
     folder = transfer.run(config, output=tmp_path, quick=True).folder
-    with pytest.raises(RunError, match="backbone 'resnet18' does not say how to take an input apart"):
+    with pytest.raises(RunError, match="backbone 'resnet18' cannot divide an input into pieces"):
         explained(folder, "picture.png")
 
 
