@@ -163,11 +163,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_files(folder: Path) -> None:
     """Write what a reader brings: pictures, texts, tables."""
     for number, (split, name) in enumerate(product(("train", "val"), ("ants", "bees"))):
-        pictures = folder / "pictures" / split / name
+        pictures = folder / "images" / split / name
         pictures.mkdir(parents=True)
         for shade in range(8):
             Image.new("RGB", (40, 36), (30 * shade, 60 * number, 90)).save(pictures / f"{shade}.jpg")
-    shutil.copy(folder / "pictures/train/ants/1.jpg", folder / "ant.jpg")
+    shutil.copy(folder / "images/train/ants/1.jpg", folder / "ant.jpg")
     for name, count in (("reviews.csv", 40), ("held_out.csv", 12)):
         rows = [f"a {word} film {number},{word}" for number, word in zip(range(count), cycle(("good", "bad")))]
         (folder / name).write_text("\n".join(["review,sentiment", *rows]) + "\n", encoding="utf-8")
