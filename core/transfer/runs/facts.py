@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from transfer.config.run_config import RunConfig
 from transfer.data.loader import Loader
 from transfer.registry.entry_points import IN_PROCESS
 from transfer.storage.environment import environment
-from transfer.system.devices import device_name, resolve_device
+from transfer.system.devices import device_name
 from transfer.training.build import BuiltExperiment
 from transfer.training.distributed import ProcessGroup
+from transfer.training.preflight import resolve_training_device
 
 MAX_CLASSES_SHOWN = 6
 """Maximum number of class names in the facts of a run."""
@@ -28,21 +28,12 @@ def length_quantiles(loader: Loader) -> dict[str, int]:
     return {name: round(float(length)) for name, length in zip(marks, lengths, strict=True)}
 
 
-def training_device(config: RunConfig) -> torch.device:
-    """Return the device that ``train.device`` names on this machine.
-
-    Raises:
-        UserError: This machine does not have the device.
-    """
-    return resolve_device(config.train.device, where=config.document.location(("train", "device")))
-
-
 def run_environment(config: RunConfig, processes: ProcessGroup) -> dict[str, Any]:
     """Return the environment that results may depend on: versions of packages and plugins, device, processes."""
     # Trackers are not listed, because they do not affect the results.
     plugins = [c.plugin for c in (config.data, config.backbone, config.head, config.task)]
     distributions = {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS}
-    return environment(device_name(training_device(config)), distributions, processes.rank.world_size)
+    return environment(device_name(resolve_training_device(config)), distributions, processes.rank.world_size)
 
 
 def run_facts(config: RunConfig, built: BuiltExperiment, device: str) -> dict[str, str]:

@@ -71,7 +71,7 @@ def preflight(config: RunConfig) -> CheckedParts:
         task, model = assemble(backbone, config.head, config.task, spec)
     shapes = _run_on_meta(config, backbone, task, model)
     phases = resolve_phases(config, model)
-    device = _resolve_training_device(config)
+    device = resolve_training_device(config)
     _refuse_dead_settings(config, backbone, model, phases, device)
     return CheckedParts(dataset, backbone, task, model, phases, device, shapes)
 
@@ -187,8 +187,13 @@ def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
     return tuple(phases)
 
 
-def _resolve_training_device(config: RunConfig) -> torch.device:
-    """Return the device that ``train.device`` names on this machine."""
+def resolve_training_device(config: RunConfig) -> torch.device:
+    """Return the device that ``train.device`` names on this machine.
+
+    Raises:
+        UserError: This machine does not have the device.
+        ConfigError: ``train.device`` names one GPU, and training is distributed.
+    """
     name, location = config.train.device, config.document.location(("train", "device"))
     if ":" in name and rank_from_environment().world_size > 1:
         raise ConfigError(
