@@ -180,7 +180,7 @@ def test_vectors_that_cannot_be_had_are_named(data_folder: Path, tmp_path: Path)
     with pytest.raises(WeightsError, match="is not there") as caught:
         read_vectors("torchtext/charngram.100d", ["film"])
     assert str(caught.value.problems[0].fix).startswith("download https://")
-    with pytest.raises(ConfigError, match="none is named") as unnamed:
+    with pytest.raises(ConfigError, match="needs the name of vectors") as unnamed:
         TextCNN(vectors="torchtext")
     assert "glove.6B.100d" in unnamed.value.problems[0].available
     with pytest.raises(ConfigError, match=r"no word vectors 'glove\.7B'"):
