@@ -183,7 +183,7 @@ def test_vectors_that_cannot_be_had_are_named(data_folder: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="needs the name of vectors") as unnamed:
         TextCNN(vectors="torchtext")
     assert "glove.6B.100d" in unnamed.value.problems[0].available
-    with pytest.raises(ConfigError, match=r"no word vectors 'glove\.7B'"):
+    with pytest.raises(ConfigError, match=r"unknown word vectors 'glove\.7B'"):
         TextCNN(vectors="torchtext/glove.7B")
     (tmp_path / "broken.txt").write_text("film 1 2 3\ncast 1 2\n", encoding="utf-8")
     with pytest.raises(WeightsError, match="torchtext cannot read"):

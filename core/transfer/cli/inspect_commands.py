@@ -28,8 +28,8 @@ def evaluate(
         bool,
         typer.Option("--images", help="Draw the most confident right and wrong predictions, and the least confident."),
     ] = False,
-    pictures: Annotated[
-        bool, typer.Option("--pictures", hidden=True, help="Old name of --images.")
+    pictures: Annotated[  # codespell:ignore
+        bool, typer.Option("--pictures", hidden=True, help="Old name of --images.")  # codespell:ignore
     ] = False,  # codespell:ignore
     as_json: AsJSON = False,
 ) -> None:
