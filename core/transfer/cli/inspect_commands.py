@@ -28,9 +28,7 @@ def evaluate(
         bool,
         typer.Option("--images", help="Draw the most confident right and wrong predictions, and the least confident."),
     ] = False,
-    pictures: Annotated[  # codespell:ignore
-        bool, typer.Option("--pictures", hidden=True, help="Old name of --images.")  # codespell:ignore
-    ] = False,  # codespell:ignore
+    old_images: Annotated[bool, typer.Option("--pictures", hidden=True)] = False,  # codespell:ignore
     as_json: AsJSON = False,
 ) -> None:
     """Print the metrics of a run's model on a split."""
@@ -45,10 +43,10 @@ def evaluate(
         print(json.dumps({split: metrics}))  # noqa: T201
     else:
         Console().print(facts_table({"split": split, **{name: repr(value) for name, value in metrics.items()}}))
-    if images or pictures:  # codespell:ignore
+    if images or old_images:
         from transfer.reports.preview import preview_predictions
 
-        path = preview_predictions(run, split).path
+        path = preview_predictions(run, split, device=device or "auto").path
         Console(stderr=as_json).print(f"predictions: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
