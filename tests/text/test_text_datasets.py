@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from transfer import ConfigError, DataError, data_folder
-from transfer.data.records import read_delimited
+from transfer.data.delimited import Dialect, read_delimited
 from transfer_text.data import datasets
 from transfer_text.data.datasets import IMDb, MiniReviews
 from transfer_text.data.folders import TextFolder
@@ -224,7 +224,7 @@ def test_quoting_is_that_of_python(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_is_left_half_way_lowers_no_limit(tmp_path: Path) -> None:
-    records = read_delimited(["text,label\n", "a,b\n", "c,d\n"], tmp_path / "short.csv", ",")
+    records = read_delimited(["text,label\n", "a,b\n", "c,d\n"], tmp_path / "short.csv", Dialect(","))
     next(records)
     assert csv.field_size_limit() >= 131_072
     records.close()  # type: ignore[attr-defined]  # a generator
@@ -351,8 +351,8 @@ def test_a_missing_column_lists_the_columns_and_the_nearest(tmp_path: Path) -> N
     assert "did you mean 'text'?" in message
 
 
-def test_a_table_with_another_delimiter_is_recognised(tmp_path: Path) -> None:
-    assert "set delimiter" in problem(tmp_path, "text;label\nabc;x\n")
+def test_a_table_with_an_unusual_delimiter_is_explained(tmp_path: Path) -> None:
+    assert "set delimiter" in problem(tmp_path, "text~label\nabc~x\n")
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_a_table_with_another_delimiter_is_recognised(tmp_path: Path) -> None:
         ("text,label\nfine,x\nslow, \n", "train.csv:3: column 'label' is empty"),
         ('text,label\n"a\nb",x\none,two,three\n', "train.csv:4: the row is malformed: expected 2 fields, got 3"),
         ("text,label\nfine,x\nslow\n", "train.csv:3: the row is malformed: expected 2 fields, got 1"),
-        ('text,label\nfine,x\n"never closed,y\nmore,x\n', "train.csv:3: the row cannot be parsed"),
+        ('text,label\n"fine, so",x\n"never closed,y\nmore,x\n', "train.csv:3: the row cannot be parsed"),
         (b"text,label\nfine,x\ncaf\xe9,y\n", "train.csv:3: byte 0xe9 is not utf-8-sig"),
         (b"\xef\xbb\xbftext,label\nfine,x\n\xe9,y\n", "train.csv:3: byte 0xe9 is not utf-8-sig"),
         ("text,label\nfine,x\nslow,x\n", "train.csv: column 'label' contains only the class 'x'"),

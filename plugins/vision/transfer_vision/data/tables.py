@@ -9,13 +9,13 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, Tables, TableTarget, find_file
+from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Quoting, Split, Tables, TableTarget, find_file
 from transfer_vision.images.image_sources import ImageColumn, ImageSource, open_source
 from transfer_vision.images.validation import BadFiles, decodable_images
 
 
 class _ImageTable(Dataset):
-    """Images whose paths a table lists.
+    r"""Images whose paths a table lists.
 
     The arguments below are the options that the subclasses have in common.
 
@@ -25,17 +25,23 @@ class _ImageTable(Dataset):
             test split, and the validation split is cut from ``train``.
         test: Path of the test table.
         root: Folder or zip archive to which the paths are relative; null: the folder of the training table.
-        label: Column of the label; for ``labels`` and ``number``, one column each.
+        label: Column of the label, by name or number; for ``labels`` and ``number``, one column each.
         target: ``class``: one class per example. ``labels``: one column of 0 and 1 per label. ``label_list``: one
             column with all labels of an example. ``number``: one column per number.
-        separator: Separator between the labels of a ``label_list``; JSON Lines may contain lists instead.
-        delimiter: Separator between the columns; null: a tab in a .tsv file, otherwise a comma.
+        separator: Separator between the labels of a ``label_list``. Lists in JSON or Python notation are read as lists.
+        delimiter: Separator between the columns; null chooses the one that gives the named columns.
         encoding: Character encoding of the tables.
         split: Column of ``train`` with the split of each row: train, val or test.
         group: Column of a group that must not be divided between splits (a patient, a camera).
         test_fraction: Fraction of ``train`` that becomes the test split if there is none, the same in every class.
         bad_files: Action for images that cannot be decoded: ``error`` refuses the data; ``skip`` leaves them out and
             logs a table of them.
+        header: Whether the first row of a delimited file contains the names of the columns. false numbers the columns
+            from 0 (``label: 1``); a list names the columns of a file without header.
+        quoting: Meaning of quotes in a delimited file. ``csv``: a field in quotes may contain delimiters, line ends
+            and doubled quotes. ``backslash``: the same with ``\"`` for a quote. ``none``: quotes are part of the text.
+            null chooses one by the content.
+        label_names: Names of the labels if a ``label_list`` contains a zero or one for each label (``[0, 1, 0]``).
     """
 
     def __init__(self, tables: Tables, root: str | None, bad_files: BadFiles) -> None:
@@ -70,7 +76,7 @@ class _ImageTable(Dataset):
 
 
 class ImageCSV(_ImageTable):
-    """Images and labels from a table: CSV, TSV, or JSON Lines (``.jsonl``), plain or ``.gz``.
+    """Images and labels from a table: CSV, TSV, JSON, JSON Lines or Parquet, plain or compressed (gz, bz2, xz, zip).
 
     Args:
         path: Column of the path of the image.
@@ -83,16 +89,19 @@ class ImageCSV(_ImageTable):
         val: str | None = None,
         test: str | None = None,
         root: str | None = None,
-        path: str = "path",
-        label: str | tuple[str, ...] = "label",
+        path: str | int = "path",
+        label: str | int | tuple[str | int, ...] = "label",
         target: TableTarget = "class",
         separator: str = ",",
         delimiter: str | None = None,
         encoding: str = "utf-8-sig",
-        split: str | None = None,
-        group: str | None = None,
+        split: str | int | None = None,
+        group: str | int | None = None,
         test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         bad_files: BadFiles = "error",
+        header: bool | tuple[str, ...] = True,
+        quoting: Quoting | None = None,
+        label_names: tuple[str, ...] = (),
     ) -> None:
         tables = Tables(
             train=train,
@@ -108,12 +117,15 @@ class ImageCSV(_ImageTable):
             split=split,
             group=group,
             test_fraction=test_fraction,
+            header=header,
+            quoting=quoting,
+            label_names=label_names,
         )
         super().__init__(tables, root, bad_files)
 
 
 class MultimodalCSV(_ImageTable):
-    """Images, texts and labels from a table: CSV, TSV, or JSON Lines, plain or ``.gz``.
+    """Images, texts and labels from a table: CSV, TSV, JSON, JSON Lines or Parquet, plain or compressed.
 
     Args:
         image: Column of the path of the image.
@@ -127,17 +139,20 @@ class MultimodalCSV(_ImageTable):
         val: str | None = None,
         test: str | None = None,
         root: str | None = None,
-        image: str = "image",
-        text: str = "text",
-        label: str | tuple[str, ...] = "label",
+        image: str | int = "image",
+        text: str | int = "text",
+        label: str | int | tuple[str | int, ...] = "label",
         target: TableTarget = "class",
         separator: str = ",",
         delimiter: str | None = None,
         encoding: str = "utf-8-sig",
-        split: str | None = None,
-        group: str | None = None,
+        split: str | int | None = None,
+        group: str | int | None = None,
         test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         bad_files: BadFiles = "error",
+        header: bool | tuple[str, ...] = True,
+        quoting: Quoting | None = None,
+        label_names: tuple[str, ...] = (),
     ) -> None:
         tables = Tables(
             train=train,
@@ -153,6 +168,9 @@ class MultimodalCSV(_ImageTable):
             split=split,
             group=group,
             test_fraction=test_fraction,
+            header=header,
+            quoting=quoting,
+            label_names=label_names,
             extra_fields={"text": text},
         )
         super().__init__(tables, root, bad_files)
