@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +13,12 @@ import numpy as np
 from pydantic import Field
 
 from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Quoting, Split, Tables, TableTarget, find_file
-from transfer_vision.images.image_sources import ImageColumn, ImageSource, open_source
+from transfer_vision.images.image_sources import (
+    ImageColumn,
+    ImageSource,
+    has_image_extension,
+    open_source,
+)
 from transfer_vision.images.validation import BadFiles, decodable_images
 
 
@@ -64,9 +72,15 @@ class _ImageTable(Dataset):
         """
         data = self._tables.read("image")
         source = self._source()
-        everything = [path for split in data.splits.values() for path in split.fields["image"]]
-        good = decodable_images(source, list(dict.fromkeys(everything)), self._bad_files)
-        return Data(data.spec, {name: _with_images(split, source, good, name) for name, split in data.splits.items()})
+        row_names: dict[str, str] = {}  # of the first row with each path
+        for split in data.splits.values():
+            for index, path in enumerate(split.fields["image"]):
+                if path not in row_names:
+                    row_names[path] = split.name(index)
+        files = find_images(source, row_names)
+        good = decodable_images(source, list(dict.fromkeys(files.values())), self._bad_files)
+        splits = {name: _with_images(split, source, files, good, name) for name, split in data.splits.items()}
+        return Data(data.spec, splits)
 
     def _source(self) -> ImageSource:
         if self._root is None:
@@ -79,7 +93,7 @@ class ImageCSV(_ImageTable):
     """Images and labels from a table: CSV, TSV, JSON, JSON Lines or Parquet, plain or compressed (gz, bz2, xz, zip).
 
     Args:
-        path: Column of the path of the image.
+        path: Column of the path of the image, relative to ``root``. The case and the extension may differ.
     """
 
     def __init__(
@@ -128,7 +142,7 @@ class MultimodalCSV(_ImageTable):
     """Images, texts and labels from a table: CSV, TSV, JSON, JSON Lines or Parquet, plain or compressed.
 
     Args:
-        image: Column of the path of the image.
+        image: Column of the path of the image, relative to ``root``. The case and the extension may differ.
         text: Column of the text.
     """
 
@@ -176,11 +190,63 @@ class MultimodalCSV(_ImageTable):
         super().__init__(tables, root, bad_files)
 
 
-def _with_images(split: Split, source: ImageSource, good: set[str], name: str) -> Split:
-    paths = split.fields["image"]
+def find_images(source: ImageSource, row_names: Mapping[str, str]) -> dict[str, str]:
+    """Return the path in the source of each path in a table.
+
+    A path that does not exist is compared with the files of the source without regard to blanks around it, backslashes,
+    case, and the extension. It is returned unchanged if no file fits.
+
+    Args:
+        source: The folder or archive that contains the images.
+        row_names: Name of the row of each path, for errors.
+
+    Raises:
+        transfer.DataError: A path is a URL, or several files fit.
+    """
+    missing = [path for path in row_names if not _exists(source, path)]
+    if urls := [path for path in missing if _URL.match(path)]:
+        raise DataError(
+            f"{len(urls)} of the images are URLs: expected paths of files, got {urls[0]!r}",
+            where=row_names[urls[0]],
+            fix="download the images, and write their paths into the table",
+        )
+    files: dict[str, list[str]] = {}
+    if missing:  # the source is only listed if necessary: it may contain millions of files
+        for folder, level in source.levels().items():
+            for path in (f"{folder}/{name}" if folder else name for name in level.files if has_image_extension(name)):
+                for key in (path.lower(), path.lower().rpartition(".")[0]):
+                    files.setdefault(key, []).append(path)
+    found = {path: path for path in row_names}
+    for path in missing:
+        # normpath removes "./" and double slashes.
+        fitting = files.get(posixpath.normpath(path.strip().replace("\\", "/").lower()), [])
+        if len(fitting) > 1:
+            raise DataError(
+                f"the image {path!r} is ambiguous: {len(fitting)} files fit",
+                where=row_names[path],
+                available=fitting,
+                fix="write the complete path of one of them",
+            )
+        found[path] = fitting[0] if fitting else path
+    return found
+
+
+_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def _exists(source: ImageSource, path: str) -> bool:
+    try:
+        source.identity(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _with_images(split: Split, source: ImageSource, files: Mapping[str, str], good: set[str], name: str) -> Split:
+    paths = [files[path] for path in split.fields["image"]]
     left = np.flatnonzero([path in good for path in paths])
     if not len(left):
         raise DataError(f"the {name} split has no good image", where=source.name(""), fix="repair some")
     remaining = split.select(left)
-    images = ImageColumn(source, list(remaining.fields["image"]))
+    images = ImageColumn(source, [paths[index] for index in left])
     return replace(remaining, fields={**remaining.fields, "image": images})
