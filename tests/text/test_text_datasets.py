@@ -458,7 +458,7 @@ def test_a_folder_for_each_class_is_read_in_order(tmp_path: Path) -> None:
     ("folders", "splits"),
     [
         (("train", "val", "test"), {"train": 2, "validation": 2, "test": 2}),
-        (("train", "valid"), {"train": 2, "test": 2}),
+        (("train", "valid"), {"train": 2, "validation": 2}),
         (("train", "test"), {"train": 2, "test": 2}),
         (("train",), {"train": 2}),
     ],
@@ -485,7 +485,7 @@ def test_without_folders_of_splits_a_part_of_each_class_is_the_test_split(tmp_pa
 def test_other_files_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = plant(tmp_path, "train/a/1.txt", "train/b/1.txt", "train/b/notes.md", "train/README", "train/a/.hidden.txt")
     assert sizes(root) == {"train": 2}
-    assert "skipped 2 files that are not texts: 1 without extension, 1 .md" in caplog.text
+    assert "skipped 2 files that are no texts: 1 without extension, 1 .md" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -494,9 +494,9 @@ def test_other_files_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogC
         (("1.txt",), {}, "contains 1 files but no class folder"),
         (("a/1.txt",), {}, "only one class, 'a'"),
         (("a/1.txt", "b/1.md"), {}, "class 'b' has no texts, only 1 .md"),
-        (("a/1.txt", "b/1.txt"), {}, "class 'a' has only one text"),
-        (("train/a/1.txt", "train/b/1.txt", "test/a/1.txt", "test/c/1.txt"), {}, "only in test: c"),
-        (("train/a/1.txt", "train/b/1.txt", "test/a/1.txt"), {}, "only in train: b"),
+        (("a/1.txt", "b/1.txt"), {}, "class 'a' has too few texts"),
+        (("train/a/1.txt", "train/b/1.txt", "test/a/1.txt", "test/c/1.txt"), {}, "unknown class 'c'"),
+        (("train/a/1.txt", "train/b/1.txt", "test/a/1.md"), {}, "the folder contains no texts"),
         (("train/a/1.txt", "train/b/1.txt"), {"test": "held_out"}, "there is no folder 'held_out'"),
         (("train/a/1.txt", "val/a/1.txt", "valid/a/1.txt"), {}, "can each be the val split"),
     ],

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from transfer import ConfigError, Data, DataError
+from transfer.data.splits import complete
 from transfer_vision.data import datasets as datasets_module
 from transfer_vision.data.datasets import HotDog, Hymenoptera, ImageFolder, PublishedImages, Shapes
 
@@ -64,11 +65,11 @@ def test_folders_of_splits(tmp_path: Path, val: str) -> None:
     assert data.splits["train"].targets.dtype == np.int64
 
 
-def test_val_without_test_is_the_test_split(tmp_path: Path) -> None:
-    put(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/2.png", "val/b/2.png")
+def test_val_without_test_becomes_the_test_split(tmp_path: Path) -> None:
+    put(tmp_path, *(f"train/{name}/{i}.png" for name in "ab" for i in range(2)), "val/a/9.png", "val/b/9.png")
     data = ImageFolder(root=str(tmp_path)).load()
-    assert set(data.splits) == {"train", "test"}
-    assert classes_of(data, "test") == {"a": ["2.png"], "b": ["2.png"]}
+    assert set(data.splits) == {"train", "validation"}
+    assert len(complete(data, validation=0.5, limit=None)["test"]) == 2
 
 
 def test_folders_of_splits_may_have_any_names(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_test_folder_without_classes_is_left_out_with_a_word(
 ) -> None:
     put(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png", "test/1.png")
     data = ImageFolder(root=str(tmp_path)).load()
-    assert data.splits["test"].name(0).endswith("val/a/1.png")
+    assert data.splits["validation"].name(0).endswith("val/a/1.png")
     assert f"{tmp_path}/test: not used" in caplog.text
 
 
@@ -154,23 +155,23 @@ def test_a_zip_archive_is_read_like_the_folder(tmp_path: Path) -> None:
     ("files", "options", "message"),
     [
         ([], {}, "is empty"),
-        (["1.png", "2.png"], {}, "holds 2 files but no folder of a class"),
+        (["1.png", "2.png"], {}, "contains 2 files but no class folder"),
         (["a/1.png"], {}, "only one class, 'a'"),
         (["a/1.png", "b/notes.txt", "b/2.heic"], {}, "class 'b' has no images, only 1 .heic, 1 .txt"),
         (["a/1.png", "b/.hidden.png"], {}, "class 'b' has no images"),
-        (["a/1.png", "b/1.png", "b/2.png"], {}, "class 'a' has a single image"),
-        (["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"], {}, "only in train: b; only in test: c"),
-        (["train/a/1.png", "train/b/1.png", "test/a/1.png"], {}, "only in train: b"),
+        (["a/1.png", "b/1.png", "b/2.png"], {}, "class 'a' has too few images"),
+        (["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"], {}, "unknown class 'c'"),
+        (["train/a/1.png", "train/b/1.png", "test/a/note.txt"], {}, "the folder contains no images"),
         (["Train/a/1.png", "Train/b/1.png", "Test/a/1.png", "Test/b/1.png"], {}, "no folder 'train'"),
-        (["train/1.png", "test/2.png"], {}, "no folder 'train' with a folder for each class"),
+        (["train/1.png", "test/2.png"], {}, "no folder 'train' with a folder per class"),
         (["train/a/1.png", "train/b/1.png"], {"val": "dev"}, "no folder 'dev'"),
         (
             ["train/a/1.png", "train/b/1.png", "test/1.png"],
             {"test": "test"},
-            "no folder 'test' with a folder for each class",
+            "no folder 'test' with a folder per class",
         ),
         (["a/1.png", "b/1.png"], {"train": "learn"}, "no folder 'learn'"),
-        ([f"{s}/{c}/1.png" for s in ("train", "val", "valid") for c in "ab"], {}, "val and valid could each be"),
+        ([f"{s}/{c}/1.png" for s in ("train", "val", "valid") for c in "ab"], {}, "val and valid can each be"),
     ],
 )
 def test_layouts_that_cannot_be_meant(tmp_path: Path, files: list[str], options: dict[str, str], message: str) -> None:
@@ -179,6 +180,23 @@ def test_layouts_that_cannot_be_meant(tmp_path: Path, files: list[str], options:
         ImageFolder(root=str(tmp_path), **options).load()
     assert str(tmp_path) in str(caught.value)
     assert "fix: " in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["val/c", "elsewhere"])
+def test_validation_split_may_lack_a_class(tmp_path: Path, folder: str) -> None:
+    put(tmp_path, *(f"train/{name}/1.png" for name in "abc"), "val/a/1.png", "val/b/2.png")
+    (tmp_path / folder).mkdir()
+    data = ImageFolder(root=str(tmp_path)).load()
+    assert data.spec.classes == ("a", "b", "c")
+    assert classes_of(data, "validation") == {"a": ["1.png"], "b": ["2.png"]}
+
+
+def test_message_names_the_folder_and_the_nearest_class(tmp_path: Path) -> None:
+    put(tmp_path, *(f"train/{name}/1.png" for name in ("cat", "dog")), "val/dogs/1.png")
+    with pytest.raises(DataError, match="unknown class 'dogs'") as caught:
+        ImageFolder(root=str(tmp_path)).load()
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.fix) == (f"{tmp_path}/val", "did you mean 'dog'?")
 
 
 def test_an_empty_class_folder_is_an_error(tmp_path: Path) -> None:
@@ -198,7 +216,7 @@ def test_a_root_that_is_none(tmp_path: Path, name: str, message: str) -> None:
 
 
 def test_one_folder_for_two_splits_is_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match="two splits cannot be one folder"):
+    with pytest.raises(ConfigError, match="two splits use the same folder"):
         ImageFolder(root="images", val="held_out", test="held_out")
 
 

@@ -8,27 +8,18 @@ import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
-from transfer import DataError
+from transfer import DataError, Level, folder_levels
 from transfer_vision.images.decoding import open_image
 
 # The extensions that torchvision's ImageFolder takes.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _MAX_MEMBER_BYTES = 1 << 29
-
-
-@dataclass
-class Level:
-    """Names directly in a folder, sorted, without hidden ones."""
-
-    folders: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
 
 
 class ImageSource(ABC):
@@ -74,16 +65,7 @@ class FolderSource(ImageSource):
     """A folder on disk."""
 
     def levels(self) -> Mapping[str, Level]:  # noqa: D102  # see the base class
-        levels = {}
-        try:
-            for folder, folders, files in os.walk(self.path, onerror=_raise, followlinks=True):
-                folders[:] = sorted(n for n in folders if not _hidden(n) and not _leads_back(Path(folder, n)))
-                relative = Path(folder).relative_to(self.path)
-                key = "" if relative == Path() else relative.as_posix()
-                levels[key] = Level(list(folders), sorted(name for name in files if not _hidden(name)))
-        except OSError as error:
-            raise DataError(f"this folder cannot be read: {error.strerror}", where=str(error.filename)) from error
-        return levels
+        return folder_levels(self.path)
 
     def identity(self, path: str) -> tuple[int, ...]:  # noqa: D102
         file = self.path / path
@@ -211,14 +193,6 @@ class ImageColumn(Sequence[Image.Image]):
         return hashlib.sha256(repr(identities).encode()).hexdigest()
 
 
-def walk(levels: Mapping[str, Level], folder: str) -> Iterator[str]:
-    """Yield the paths of all files below a folder, in order."""
-    level = levels[folder]
-    yield from (f"{folder}/{name}" if folder else name for name in level.files)
-    for name in level.folders:
-        yield from walk(levels, f"{folder}/{name}" if folder else name)
-
-
 def has_image_extension(path: str) -> bool:
     """Return whether a file has the extension of an image format."""
     return path.lower().endswith(EXTENSIONS)
@@ -273,14 +247,5 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX"))
 
 
-def _leads_back(folder: Path) -> bool:
-    """Return whether a folder is a link to one of its parents, which would make the walk endless."""
-    return folder.is_symlink() and folder.resolve() in folder.absolute().parent.resolve().joinpath("_").parents
-
-
 def _shown(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _raise(error: OSError) -> None:
-    raise error
