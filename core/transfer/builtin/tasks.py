@@ -62,18 +62,20 @@ class Classification(Task):
         class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None,
     ) -> None:
         self.classes = data.classes
-        self.out_features = len(data.classes)
         self.label_smoothing = label_smoothing
         self.balanced = class_weights == "balanced"
         self.weights: Tensor | None = None
         if isinstance(class_weights, dict):
-            if self.classes and set(class_weights) != set(self.classes):
+            if data.placeholders:
+                self.classes = tuple(class_weights)  # compared with the names of the data when it is read
+            if set(class_weights) != set(self.classes):
                 raise ConfigError(
                     f"class_weights names other classes: expected {sorted(self.classes)}, got {sorted(class_weights)}",
                     available=self.classes,
                     fix="give a weight for every class",
                 )
-            self.weights = torch.tensor([class_weights[name] for name in self.classes or class_weights])
+            self.weights = torch.tensor([class_weights[name] for name in self.classes])
+        self.out_features = len(self.classes)
 
     def prepare(self, targets: npt.NDArray[Any]) -> None:
         """Compute balanced weights from the classes of the training split."""

@@ -55,7 +55,7 @@ def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backb
             {
                 "format": FORMAT,
                 **{kind: dict(component.resolved) for kind, component in components.items()},
-                "data": asdict(data),
+                "data": {"fields": data.fields, "target": data.target, "classes": data.classes},
                 "features": asdict(backbone.features),
                 "preprocessing": dict(backbone.preprocessing.describe()),
                 "assets": sorted(assets),

@@ -63,6 +63,9 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     checked = preflight(config)
     data, splits = read_data(config)
     backbone_class: type[Backbone] = config.backbone.cls
+    # The names of the classes may be known only now. Options of the task that do not fit them are refused before the
+    # backbone downloads its weights.
+    config.task.make(data.spec)
     torch.manual_seed(config.seed)
     with error_location(config.backbone.where):
         values = splits["train"].column(*checked.backbone.fields)

@@ -64,7 +64,9 @@ def preflight(config: RunConfig) -> CheckedParts:
     for tracker in config.trackers:
         tracker.make()
     dataset: Dataset = config.data.make()
-    spec = dataset.spec if dataset.spec.classes else replace(dataset.spec, classes=PLACEHOLDER_CLASSES)
+    spec = dataset.spec
+    if not spec.classes:
+        spec = replace(spec, classes=PLACEHOLDER_CLASSES, placeholders=True)
     with torch.device("meta"):
         backbone: Backbone = config.backbone.make()
         _check_compatibility(config, spec, backbone)
