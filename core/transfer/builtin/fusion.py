@@ -82,9 +82,7 @@ class Fusion(Backbone):
     def from_data(cls, values: Sequence[Any], **options: Any) -> Self:
         """Build every part from its column of the training split."""
         blocks = _blocks(options["parts"])
-        # Take the column without reading it: a vocabulary does not need the images of the other part.
-        columns = values.columns if isinstance(values, Columns) else list(zip(*values, strict=True))
-        parts = zip(blocks.items(), columns, strict=True)
+        parts = zip(blocks.items(), _columns_of(values), strict=True)
         return cls._of({name: b.cls.from_data(column, **b.options) for (name, b), column in parts}, options)
 
     @classmethod
@@ -134,6 +132,11 @@ def _blocks(parts: Mapping[str, dict[str, Any]]) -> dict[str, Component]:
         if issubclass(block.cls, Fusion):
             raise ConfigError(f"the part {name!r} is itself a fusion", fix="name all its parts in one fusion")
     return blocks
+
+
+def _columns_of(values: Sequence[Any]) -> Sequence[Sequence[Any]]:
+    """Return the column of each part, without reading it: a vocabulary does not need the images of the other part."""
+    return values.columns if isinstance(values, Columns) else list(zip(*values, strict=True))
 
 
 class _BranchStage(nn.Sequential):
@@ -209,6 +212,12 @@ class _FusionPreprocessing(Preprocessing):
     def length(self, encoded: tuple[Any, ...]) -> int:
         """Return the length of the longest part."""
         return max(part.length(value) for part, value in zip(self.parts.values(), encoded, strict=True))
+
+    def warning(self, values: Sequence[Any]) -> str | None:
+        """Return the warnings of the parts, with their names."""
+        columns = _columns_of(values)
+        warnings = {n: p.warning(c) for (n, p), c in zip(self.parts.items(), columns, strict=True)}
+        return "; ".join(f"{name}: {text}" for name, text in warnings.items() if text) or None
 
     def read(self, source: str) -> tuple[Any, ...]:
         """Read a JSON object with one source per part: ``{"image": "a.jpg", "text": "a dog"}``."""
