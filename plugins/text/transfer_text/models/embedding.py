@@ -174,6 +174,11 @@ class TextBackbone(Backbone):
         return {"variant": "rand", "vectors": None, "dimensions": width_of(vectors), "vectors_vocabulary": False}
 
     @property
+    def unsized_stages(self) -> tuple[str, ...]:
+        """The embedding, as long as its vocabulary is a placeholder."""
+        return ("embedding",) if self.vocabulary.placeholder_note else ()
+
+    @property
     def features(self) -> FeatureSpec:
         """Layout and size of the features, as the options set them."""
         return self._features
