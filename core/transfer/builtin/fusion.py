@@ -38,7 +38,9 @@ class Fusion(Backbone):
         join: Literal["concatenate", "gate"] = "concatenate",
         size: Annotated[int, Field(gt=0)] = 128,
     ) -> None:
-        self._compose({name: block.make() for name, block in _blocks(parts).items()}, join, size)
+        built: dict[str, Backbone] = {name: block.make() for name, block in _blocks(parts).items()}
+        self._compose(built, join, size)
+        _refuse_shared_fields(built)
 
     def _compose(self, parts: dict[str, Backbone], join: str, size: int) -> None:
         vectors = {name: part.features.size for name, part in parts.items() if part.features.layout == "vector"}
@@ -67,6 +69,11 @@ class Fusion(Backbone):
     def fields(self) -> tuple[str, ...]:
         """The fields of all parts, in order."""
         return tuple(part.fields[0] for part in self.parts.values())
+
+    @property
+    def unsized_stages(self) -> tuple[str, ...]:
+        """The unsized stages of all parts."""
+        return tuple(f"{name}.{stage}" for name, part in self.parts.items() for stage in part.unsized_stages)
 
     @property
     def features(self) -> FeatureSpec:
@@ -132,6 +139,19 @@ def _blocks(parts: Mapping[str, dict[str, Any]]) -> dict[str, Component]:
         if issubclass(block.cls, Fusion):
             raise ConfigError(f"the part {name!r} is itself a fusion", fix="name all its parts in one fusion")
     return blocks
+
+
+def _refuse_shared_fields(parts: Mapping[str, Backbone]) -> None:
+    """Refuse parts that take the same field. Models that were saved before this check can still be loaded."""
+    by_field: dict[str, str] = {}
+    for name, part in parts.items():
+        field = part.fields[0]
+        if (other := by_field.setdefault(field, name)) != name:
+            raise ConfigError(
+                f"the parts {other!r} and {name!r} of a fusion take the same field {field!r}: expected one field each",
+                fix="use one backbone for each field; a text table combines the columns of a list into one text, "
+                "data.text: [premise, hypothesis]",
+            )
 
 
 def _columns_of(values: Sequence[Any]) -> Sequence[Sequence[Any]]:
@@ -213,12 +233,6 @@ class _FusionPreprocessing(Preprocessing):
         """Return the length of the longest part."""
         return max(part.length(value) for part, value in zip(self.parts.values(), encoded, strict=True))
 
-    def warning(self, values: Sequence[Any]) -> str | None:
-        """Return the warnings of the parts, with their names."""
-        columns = _columns_of(values)
-        warnings = {n: p.warning(c) for (n, p), c in zip(self.parts.items(), columns, strict=True)}
-        return "; ".join(f"{name}: {text}" for name, text in warnings.items() if text) or None
-
     def read(self, source: str) -> tuple[Any, ...]:
         """Read a JSON object with one source per part: ``{"image": "a.jpg", "text": "a dog"}``."""
         names = list(self.parts)
@@ -239,3 +253,9 @@ class _FusionPreprocessing(Preprocessing):
     def describe(self) -> Mapping[str, Any]:
         """Return the settings of each part."""
         return {name: dict(part.describe()) for name, part in self.parts.items()}
+
+    def warning(self, values: Sequence[Any]) -> str | None:
+        """Return the warnings of the parts, with their names."""
+        columns = _columns_of(values)
+        warnings = {n: p.warning(c) for (n, p), c in zip(self.parts.items(), columns, strict=True)}
+        return "; ".join(f"{name}: {text}" for name, text in warnings.items() if text) or None

@@ -23,6 +23,9 @@ import numpy.typing as npt
 from transfer import ConfigError, DataError, Occlusion, Preprocessing
 from transfer_text.encoding.tokenization import UNSPACED
 
+PAIR_SEPARATOR = " [SEP] "
+"""Separator between the texts of several columns in one example: visible, so that it can be typed for a prediction."""
+
 # Units of an explanation: tags, entities, characters of scripts without blanks between words, words with their hyphens
 # and apostrophes, runs of punctuation.
 _MARKUP = r"</?\w+\s*/?>|&#?\w+;"

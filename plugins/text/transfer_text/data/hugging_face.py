@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, encode_labels, find_file, multi_hot
+from transfer_text.interfaces import PAIR_SEPARATOR
 
 INSTALL = "pip install 'transferkit[huggingface]'"
 FORMATS = {
@@ -36,7 +37,8 @@ class HuggingFace(Dataset):
         val: Validation split, or the path of its file. null uses ``validation`` if it exists. If there is no test
             split, this split is the test split, and validation is split off from train.
         test: Test split, or the path of its file. null uses ``test`` if it exists.
-        text: Name of the column of the text.
+        text: Name of the column of the text. The texts of several columns, ``[premise, hypothesis]``, are joined by
+            ``[SEP]``.
         label: Name of the column of the label; several names for ``labels`` and ``number``.
         target: ``class``: one class per text. ``labels``: each column contains 0 or 1. ``label_list``: one column
             lists all labels of a text. ``number``: each column contains a number.
@@ -51,14 +53,16 @@ class HuggingFace(Dataset):
         train: str = "train",
         val: str | None = None,
         test: str | None = None,
-        text: str = "text",
+        text: str | tuple[str, ...] = "text",
         label: str | tuple[str, ...] = "label",
         target: Literal["class", "labels", "label_list", "number"] = "class",
     ) -> None:
         labels = (label,) if isinstance(label, str) else label
-        if not labels or len({text, *labels}) != len(labels) + 1:
+        texts = (text,) if isinstance(text, str) else text
+        if not labels or not texts or len({*texts, *labels}) != len(labels) + len(texts):
             raise ConfigError(
-                f"text {text!r} and label {', '.join(map(repr, labels)) or '()'} do not name different columns",
+                f"text {', '.join(map(repr, texts)) or '()'} and label {', '.join(map(repr, labels)) or '()'} "
+                "do not name different columns",
                 fix="name one column for the text and at least one other column for the label",
             )
         if target in ("class", "label_list") and len(labels) > 1:
@@ -78,7 +82,7 @@ class HuggingFace(Dataset):
         self.dataset = dataset
         self.subset = subset
         self.revision = revision
-        self.text = text
+        self.texts = texts
         self.labels = labels
         self.target = target
 
@@ -108,12 +112,14 @@ class HuggingFace(Dataset):
         classes = self._classes(tables["train"])
         splits = {}
         for name, rows in tables.items():
-            texts = list(rows[self.text])
-            for index, text in enumerate(texts):
-                if not isinstance(text, str) or not text.strip():
-                    raise DataError(
-                        f"column {self.text!r} contains {text!r}: expected a text", where=f"{name}[{index}]"
-                    )
+            columns = {column: list(rows[column]) for column in self.texts}
+            for column, values in columns.items():
+                for index, text in enumerate(values):
+                    if not isinstance(text, str) or not text.strip():
+                        raise DataError(
+                            f"column {column!r} contains {text!r}: expected a text", where=f"{name}[{index}]"
+                        )
+            texts = [PAIR_SEPARATOR.join(parts) for parts in zip(*columns.values(), strict=True)]
             targets = self._targets(rows, classes, lambda index, name=name: f"{name}[{index}]")  # type: ignore[misc]
             splits[name] = Split({"text": texts}, targets, _Names(name, len(texts)))
         spec = self.spec
@@ -163,7 +169,7 @@ class HuggingFace(Dataset):
         return tables
 
     def _check(self, name: str, rows: Any) -> None:
-        for column in (self.text, *self.labels):
+        for column in (*self.texts, *self.labels):
             if column not in rows.column_names:
                 raise DataError(
                     f"unknown column {column!r}",
