@@ -1,12 +1,12 @@
 # The public names of `transfer`, listed once: `__init__.py` reads this file, and so do type checkers and editors.
 from .builtin.tasks import MeanOf as MeanOf
-from .data.delimited import Quoting as Quoting
 from .data.class_folders import (
     ClassFolders as ClassFolders,
     FileListing as FileListing,
     Level as Level,
     folder_levels as folder_levels,
 )
+from .data.delimited import Quoting as Quoting
 from .data.splits import split_off as split_off
 from .data.tables import Tables as Tables, TableTarget as TableTarget
 from .data.targets import encode_labels as encode_labels, multi_hot as multi_hot

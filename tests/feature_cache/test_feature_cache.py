@@ -635,8 +635,8 @@ def test_mixed_training_examples_are_not_cached(config: dict[str, Any], tmp_path
 def test_reason_mentions_batch_norm_only_if_the_model_has_it(config: dict[str, Any], tmp_path: Path) -> None:
     phases = "train.phases=[{epochs: 1}]"
     for overrides, expected in (
-        ([], "nothing to cache: no leading stage is fully frozen (including batch-norm statistics) and worth caching"),
-        (["backbone={name: pair}"], "nothing to cache: no leading stage is fully frozen and worth caching"),
+        ([], "no leading stage is fully frozen (including batch-norm statistics) and worth caching"),
+        (["backbone={name: pair}"], "no leading stage is fully frozen and worth caching"),
     ):
         run = transfer.run(config, [*overrides, phases], output=tmp_path)
         assert {report["why"] for report in run.summary["cache"]} == {expected}

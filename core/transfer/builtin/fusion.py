@@ -38,7 +38,9 @@ class Fusion(Backbone):
         join: Literal["concatenate", "gate"] = "concatenate",
         size: Annotated[int, Field(gt=0)] = 128,
     ) -> None:
-        self._compose({name: block.make() for name, block in _blocks(parts).items()}, join, size)
+        built: dict[str, Backbone] = {name: block.make() for name, block in _blocks(parts).items()}
+        self._compose(built, join, size)
+        _refuse_shared_fields(built)
 
     def _compose(self, parts: dict[str, Backbone], join: str, size: int) -> None:
         vectors = {name: part.features.size for name, part in parts.items() if part.features.layout == "vector"}
@@ -69,6 +71,11 @@ class Fusion(Backbone):
         return tuple(part.fields[0] for part in self.parts.values())
 
     @property
+    def unsized_stages(self) -> tuple[str, ...]:
+        """The unsized stages of all parts."""
+        return tuple(f"{name}.{stage}" for name, part in self.parts.items() for stage in part.unsized_stages)
+
+    @property
     def features(self) -> FeatureSpec:
         """A vector: the concatenated features, or the output of the gates."""
         return FeatureSpec("vector", self._size)
@@ -82,9 +89,7 @@ class Fusion(Backbone):
     def from_data(cls, values: Sequence[Any], **options: Any) -> Self:
         """Build every part from its column of the training split."""
         blocks = _blocks(options["parts"])
-        # Take the column without reading it: a vocabulary does not need the images of the other part.
-        columns = values.columns if isinstance(values, Columns) else list(zip(*values, strict=True))
-        parts = zip(blocks.items(), columns, strict=True)
+        parts = zip(blocks.items(), _columns_of(values), strict=True)
         return cls._of({name: b.cls.from_data(column, **b.options) for (name, b), column in parts}, options)
 
     @classmethod
@@ -134,6 +139,24 @@ def _blocks(parts: Mapping[str, dict[str, Any]]) -> dict[str, Component]:
         if issubclass(block.cls, Fusion):
             raise ConfigError(f"the part {name!r} is itself a fusion", fix="name all its parts in one fusion")
     return blocks
+
+
+def _refuse_shared_fields(parts: Mapping[str, Backbone]) -> None:
+    """Refuse parts that take the same field. Models that were saved before this check can still be loaded."""
+    by_field: dict[str, str] = {}
+    for name, part in parts.items():
+        field = part.fields[0]
+        if (other := by_field.setdefault(field, name)) != name:
+            raise ConfigError(
+                f"the parts {other!r} and {name!r} of a fusion take the same field {field!r}: expected one field each",
+                fix="use one backbone for each field; a text table combines the columns of a list into one text, "
+                "data.text: [premise, hypothesis]",
+            )
+
+
+def _columns_of(values: Sequence[Any]) -> Sequence[Sequence[Any]]:
+    """Return the column of each part, without reading it: a vocabulary does not need the images of the other part."""
+    return values.columns if isinstance(values, Columns) else list(zip(*values, strict=True))
 
 
 class _BranchStage(nn.Sequential):
@@ -230,3 +253,9 @@ class _FusionPreprocessing(Preprocessing):
     def describe(self) -> Mapping[str, Any]:
         """Return the settings of each part."""
         return {name: dict(part.describe()) for name, part in self.parts.items()}
+
+    def warning(self, values: Sequence[Any]) -> str | None:
+        """Return the warnings of the parts, with their names."""
+        columns = _columns_of(values)
+        warnings = {n: p.warning(c) for (n, p), c in zip(self.parts.items(), columns, strict=True)}
+        return "; ".join(f"{name}: {text}" for name, text in warnings.items() if text) or None

@@ -52,6 +52,7 @@ def _written(config: RunConfig) -> str:
 def _stages(config: RunConfig, parts: CheckedParts) -> Iterator[Table]:
     """Yield tables of the treatment of each stage in each phase."""
     phases = list(enumerate(parts.phases, 1))
+    unsized = {*parts.backbone.unsized_stages, *(() if parts.dataset.spec.classes else ("head",))}
     for first in range(0, len(phases), MAX_PHASES_PER_TABLE):
         table = Table(title="stages" if not first else None, title_justify="left", box=None, padding=(0, 2, 0, 0))
         table.add_column("stage")
@@ -66,7 +67,9 @@ def _stages(config: RunConfig, parts: CheckedParts) -> Iterator[Table]:
             shapes = [parts.shapes[stage]] if parts.shapes else []
             treatments = [treatment(config, parts.model, phase, stage) for _, phase in shown]
             cells = [Text(text, style="green" if trained else "dim") for text, trained in treatments]
-            table.add_row(stage, f"{count:,}", *shapes, *cells)
+            # A placeholder was built for a stage whose size depends on the data: its count would be misleading.
+            size = "not known yet" if count and stage in unsized else f"{count:,}"
+            table.add_row(stage, size, *shapes, *cells)
         if config.optimizer_options.no_weight_decay:
             table.caption = f"* except parameters of kind {' and '.join(config.optimizer_options.no_weight_decay)}"
             table.caption_justify = "left"

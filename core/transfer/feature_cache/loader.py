@@ -139,7 +139,7 @@ def reason_not_cached(
     """
     if not stages:
         statistics = " (including batch-norm statistics)" if batch_norm else ""
-        return f"nothing to cache: no leading stage is fully frozen{statistics} and worth caching"
+        return f"no leading stage is fully frozen{statistics} and worth caching"
     if not cache:
         return "train.cache is off"
     if mixed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -74,6 +74,11 @@ class Backbone(nn.Module, ABC):
     def fields(self) -> tuple[str, ...]:
         """All fields that this backbone takes as input. With several, each example is a tuple of their values."""
         return (self.field,)
+
+    @property
+    def unsized_stages(self) -> Collection[str]:
+        """The names of stages whose number of parameters depends on data that was not read (a vocabulary)."""
+        return ()
 
     def __init__(self, stages: Mapping[str, nn.Module]) -> None:
         super().__init__()

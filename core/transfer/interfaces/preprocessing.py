@@ -108,6 +108,16 @@ class Preprocessing(ABC):
         """
         return np.fromiter(map(self.length, encoded), dtype=np.int64, count=len(encoded))
 
+    def warning(self, values: Sequence[Any]) -> str | None:
+        """Return a warning about raw values that can be encoded but mean little to the model; None by default.
+
+        An example are texts whose words are mostly unknown. Raw values may be slow to read: examine a sample.
+
+        Args:
+            values: Raw values of the validation split.
+        """
+        return None
+
     @abstractmethod
     def read(self, source: str) -> Any:
         """Return the raw value for an argument of the command line.

@@ -76,6 +76,8 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         observe(Note("learned from the training split", learned))
     if pretrained:
         observe(Note("pretrained weights", pretrained))
+    if (warning := backbone.preprocessing.warning(splits["validation"].column(*checked.backbone.fields))) is not None:
+        observe(Note(f"warning about the validation split: {warning}"))
     task, model = assemble(backbone, config.head, config.task, data.spec)
     task.prepare(splits["train"].targets)
     loaders = {

@@ -21,14 +21,27 @@ import numpy as np
 import numpy.typing as npt
 
 from transfer import ConfigError, DataError, Occlusion, Preprocessing
+from transfer_text.encoding.tokenization import UNSPACED
 
-# Units of an explanation: tags, entities, words with their hyphens and apostrophes, runs of punctuation.
+PAIR_SEPARATOR = " [SEP] "
+"""Separator between the texts of several columns in one example: visible, so that it can be typed for a prediction."""
+
+# Units of an explanation: tags, entities, characters of scripts without blanks between words, words with their hyphens
+# and apostrophes, runs of punctuation.
 _MARKUP = r"</?\w+\s*/?>|&#?\w+;"
+_UNSPACED = rf"[{UNSPACED}](?:(?!\w)[{UNSPACED}])*"  # `\w` does not match vowel signs, which follow their character
+_WORD = rf"[^\W{UNSPACED}]+"
 _PIECE = re.compile(
-    rf"{_MARKUP}|['\u2019](?:s|re|ve|ll|d|m)\b|\w+(?:[-'\u2019]\w+)*|(?:(?!{_MARKUP})[^\w\s])+", re.IGNORECASE
+    rf"{_MARKUP}|['\u2019](?:s|re|ve|ll|d|m)\b|{_UNSPACED}|{_WORD}(?:[-'\u2019]{_WORD})*"
+    rf"|(?:(?!{_MARKUP})[^\w\s{UNSPACED}])+",
+    re.IGNORECASE,
 )
 _PATH = re.compile(r"(?:~|\.{1,2})?/\S*/\S+|(?:~|\.{1,2})/\S+|\S+\.txt")
 """Strings that can only be paths of files."""
+MAX_TEXTS_SAMPLED = 1_000
+"""Number of texts of a split whose unknown tokens are counted."""
+MAX_UNKNOWN_FRACTION = 0.5
+"""Fraction of unknown tokens up to which there is no warning."""
 
 
 class TokenPreprocessing(Preprocessing):
@@ -42,6 +55,22 @@ class TokenPreprocessing(Preprocessing):
     @abstractmethod
     def tokenize(self, text: str) -> Sequence[str]:
         """Return the tokens of one text as strings."""
+
+    def count_unknown(self, texts: Sequence[str]) -> tuple[int, int]:
+        """Return the numbers of unknown tokens and of all tokens in texts; by default, no token is unknown."""
+        return 0, 0
+
+    def warning(self, values: Sequence[str]) -> str | None:
+        """Return a warning if most tokens of a sample of texts are unknown, otherwise None."""
+        step = -(-len(values) // MAX_TEXTS_SAMPLED) or 1
+        unknown, total = self.count_unknown([values[index] for index in range(0, len(values), step)])
+        if unknown <= MAX_UNKNOWN_FRACTION * total:
+            return None
+        return (
+            f"{unknown / total:.0%} of the tokens of these texts are unknown ({unknown:,} of {total:,}), and all "
+            "unknown tokens are the same to the model; add training texts, or choose another tokenizer, such as "
+            "multilingual for languages that are written without blanks between words"
+        )
 
     def length(self, encoded: Any) -> int:
         """Return the number of tokens."""

@@ -84,6 +84,11 @@ class TextPreprocessing(TokenPreprocessing):
         """Return the tokens of one text."""
         return self.vocabulary.tokenize(text)
 
+    def count_unknown(self, texts: Sequence[str]) -> tuple[int, int]:
+        """Return the numbers of words outside the vocabulary and of all words in texts."""
+        indices = self.vocabulary.encode(texts).indices
+        return int(np.count_nonzero(indices == self.vocabulary.unknown)), len(indices)
+
     def describe(self) -> Mapping[str, Any]:
         """Return the size and digest of the vocabulary, the maximum length and the truncation."""
         vocabulary = {
