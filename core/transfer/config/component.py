@@ -32,6 +32,7 @@ class Component:
         options: Checked options, with defaults filled in.
         resolved: Complete block as JSON values: the name, and the options with defaults filled in.
         where: Location of the block: file and line, or command-line override.
+        weights: Earlier run whose weights a backbone starts from, if the framework reads them and not the plugin.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Component:
     options: Mapping[str, Any]
     resolved: Mapping[str, Any]
     where: str
+    weights: str | None = None
 
     def make(self, *options_set_by_framework: Any) -> Any:
         """Build the component from the framework's arguments and the options; its errors name the block's location.
@@ -50,16 +52,17 @@ class Component:
         """
         with error_location(self.where), plugin_errors(f"{self.kind} {self.plugin.name!r} cannot be built"):
             component = self.cls(*options_set_by_framework, **self.options)
-            if (problem := _violation(self.kind, component)) is not None:
-                fix = f"correct the class {self.cls.__qualname__} of {self.plugin.distribution}"
-                raise PluginError(f"{self.kind} {self.plugin.name!r} is incomplete: {problem}", fix=fix)
+            require_complete(self, component)
             return component
 
     def without_pretrained(self) -> Component:
         """Return this backbone with the options that start it from random weights."""
         with error_location(self.where):
             changed = self.cls.without_pretrained(self.options)
-        return replace(self, options={**self.options, **changed}, resolved={**self.resolved, **changed})
+        options, resolved = {**self.options, **changed}, {**self.resolved, **changed}
+        if self.weights is not None:
+            del resolved["weights"]
+        return replace(self, options=options, resolved=resolved, weights=None)
 
 
 @contextmanager
@@ -110,6 +113,17 @@ def _line_of(error: Exception) -> str:
 
 
 _TORCH, _CORE = (f"{Path(file).parent}{os.sep}" for file in (str(torch.__file__), str(transfer.errors.__file__)))
+
+
+def require_complete(block: Component, component: Any) -> None:
+    """Require that a built component has the attributes of its kind.
+
+    Raises:
+        PluginError: An attribute is missing, or has a wrong type.
+    """
+    if (problem := _violation(block.kind, component)) is not None:
+        fix = f"correct the class {block.cls.__qualname__} of {block.plugin.distribution}"
+        raise PluginError(f"{block.kind} {block.plugin.name!r} is incomplete: {problem}", fix=fix)
 
 
 def _violation(kind: Kind, component: Any) -> str | None:

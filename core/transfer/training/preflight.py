@@ -17,6 +17,7 @@ from transfer.feature_cache.loader import reason_not_cached
 from transfer.interfaces import Backbone, Dataset, DataSpec, FeatureSpec, Task
 from transfer.models.assemble import assemble
 from transfer.models.model import BATCH_NORM, Model
+from transfer.models.saved_backbone import build_backbone
 from transfer.system.devices import resolve_device
 from transfer.system.ranks import cpu_is_requested, rank_from_environment
 from transfer.training import freezing
@@ -67,7 +68,7 @@ def preflight(config: RunConfig) -> CheckedParts:
     dataset: Dataset = config.data.make()
     spec = dataset.spec if dataset.spec.classes else replace(dataset.spec, classes=PLACEHOLDER_CLASSES)
     with torch.device("meta"):
-        backbone: Backbone = config.backbone.make()
+        backbone = build_backbone(config.backbone)
         _check_compatibility(config, spec, backbone)
         task, model = assemble(backbone, config.head, config.task, spec)
     _require_meta(config, model)
