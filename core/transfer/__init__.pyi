@@ -47,7 +47,11 @@ from .interfaces import (
     Tracker as Tracker,
 )
 from .models.layer_chain import find_chain as find_chain
-from .models.saved_backbone import SavedBackbone as SavedBackbone, saved_backbone as saved_backbone
+from .models.saved_backbone import (
+    SavedBackbone as SavedBackbone,
+    load_saved_backbone as load_saved_backbone,
+    saved_backbone as saved_backbone,
+)
 from .registry.entry_points import (
     find_plugin as find_plugin,
     load_plugin as load_plugin,

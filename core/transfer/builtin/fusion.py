@@ -138,6 +138,11 @@ def _blocks(parts: Mapping[str, dict[str, Any]]) -> dict[str, Component]:
     for name, block in blocks.items():
         if issubclass(block.cls, Fusion):
             raise ConfigError(f"the part {name!r} is itself a fusion", fix="name all its parts in one fusion")
+        if block.weights is not None:
+            raise ConfigError(
+                f"the part {name!r} cannot start from an earlier run: {block.plugin.name} has no own option weights",
+                fix="remove weights; a fusion can start from a run of the same fusion",
+            )
     return blocks
 
 

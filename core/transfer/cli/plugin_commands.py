@@ -119,7 +119,8 @@ def show(
     from rich.table import Table
     from rich.text import Text
 
-    from transfer.config.option_schema import describe_options
+    from transfer.config.check import block_base
+    from transfer.config.option_schema import describe_fields, describe_options
     from transfer.registry.entry_points import find, kinds, load
     from transfer.system.terminal import Console
 
@@ -135,7 +136,8 @@ def show(
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("option", "type", "default", "description"):
         table.add_column(heading, overflow="fold")
-    for option in describe_options(cls):
+    framework = [option for option in describe_fields(block_base(kind, cls)) if option.name != "name"]
+    for option in (*describe_options(cls), *framework):
         table.add_row(option.name, Text(option.type), Text(option.default), Text(option.description))
     console.print(table)
 

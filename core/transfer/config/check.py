@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from transfer.config.component import Component
-from transfer.config.option_schema import options_model, validate
+from transfer.config.option_schema import has_option, options_model, validate
 from transfer.config.recipes import WITHOUT_PRETRAINED
 from transfer.config.run_config import RunConfig, RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, TorchClass, options_set_by_framework
 from transfer.config.train_settings import (
     LEARNING_RATE,
+    BackboneOptions,
     DataOptions,
     NamedBlock,
     OptimizerOptions,
@@ -69,6 +70,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if isinstance(source, Mapping):
         return _ConfigValidator(make_document(source, overrides)).config()
     return _ConfigValidator(read_document(source, overrides)).config()
+
+
+def block_base(kind: Kind, cls: type, base: type[_NamedModel] = NamedBlock) -> type[_NamedModel]:  # type: ignore[assignment]
+    """Return the model of the framework's own options in a component's block."""
+    if kind == "backbone" and not has_option(cls, "weights"):
+        return BackboneOptions  # type: ignore[return-value]
+    return base
 
 
 class _ConfigValidator:
@@ -178,7 +186,7 @@ class _ConfigValidator:
             return None, None
         try:
             plugin, cls = entry_points.find(kind, name), entry_points.load(kind, name)
-            model = options_model(cls, base)
+            model = options_model(cls, block_base(kind, cls, base))
         except PluginError as error:
             where = self.document.location((*key, "name"))
             # An import error names the entry point; the config line that requested the plugin is added in front.
@@ -187,9 +195,13 @@ class _ConfigValidator:
         block = self.block(model, raw, key, f"{kind} {name!r}")
         if block is None:
             return None, None
-        options = {field: getattr(block, field) for field in model.model_fields if field not in base.model_fields}
-        where = self.document.location(key)
-        return Component(kind, plugin, cls, options, block.model_dump(mode="json"), where), block
+        framework = block_base(kind, cls, base).model_fields
+        options = {field: getattr(block, field) for field in model.model_fields if field not in framework}
+        resolved = block.model_dump(mode="json")
+        weights = resolved["weights"] if "weights" in framework else None
+        if "weights" in framework and weights is None:
+            del resolved["weights"]  # configs of runs without it stay readable by older versions
+        return Component(kind, plugin, cls, options, resolved, self.document.location(key), weights), block
 
     def training(
         self, train: TrainConfig

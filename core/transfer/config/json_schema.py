@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.json_schema import models_json_schema
 
+from transfer.config.check import block_base
 from transfer.config.option_schema import options_model, summary
 from transfer.config.run_config import RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, options_set_by_framework
@@ -91,7 +92,7 @@ def _plugins(kind: Kind, base: type[NamedBlock], problems: list[Problem]) -> lis
         names = [plugin.qualified_name] if claims[plugin.name] > 1 else [plugin.name, plugin.qualified_name]
         try:
             cls = entry_points.load(kind, plugin.qualified_name)
-            model = options_model(cls, base)
+            model = options_model(cls, block_base(kind, cls, base))
             model.model_json_schema()
         except PluginError as error:
             problems += error.problems

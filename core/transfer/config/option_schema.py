@@ -129,6 +129,12 @@ def options_model(component: type, base: type[_Model], *, skip: Iterable[str] = 
         raise PluginError(f"the options of {name} have no schema: {error}", where=where, fix=fix) from error
 
 
+def has_option(component: type, name: str) -> bool:
+    """Return whether the constructor of a plugin has an option of this name."""
+    parameter = inspect.signature(component).parameters.get(name)
+    return parameter is not None and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
 def _config_type(hint: Any) -> Any:
     """Return the part of one of torch's types that a config can contain.
 

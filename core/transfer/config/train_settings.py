@@ -81,6 +81,17 @@ class NamedBlock(Block):
     name: str
 
 
+class BackboneOptions(NamedBlock):
+    """Options of every backbone that has no option weights of its own, in addition to its own options.
+
+    Args:
+        weights: Earlier run of the same backbone (runs/NAME), or its model folder. The weights start from those of the
+            run, and a vocabulary or the like is the run's instead of learned. null does not read a run.
+    """
+
+    weights: str | None = None
+
+
 class DataOptions(NamedBlock):
     """Options of every dataset, in addition to its own.
 

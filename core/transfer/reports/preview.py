@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from transfer.config.check import load_config
-from transfer.config.component import error_location
 from transfer.config.run_config import Config
 from transfer.config.train_settings import MixupCutmix, Precision
 from transfer.data.encoding import encode
@@ -22,6 +21,7 @@ from transfer.errors import RunError, UserError
 from transfer.interfaces import Backbone, DataSpec, Split, Task
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
+from transfer.models.saved_backbone import build_backbone
 from transfer.models.saved_model import read_model
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import write_atomically
@@ -68,9 +68,7 @@ def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str 
     fields = preflight(checked).backbone.fields
     data, splits = read_data(checked)
     split = splits["train"]
-    backbone_class: type[Backbone] = checked.backbone.cls
-    with error_location(checked.backbone.where):
-        backbone = backbone_class.from_data(split.column(*fields), **checked.backbone.options)
+    backbone = build_backbone(checked.backbone, split.column(*fields))
     # The same order and augmentation as the first batch of a training run with this seed.
     batch = next(make_loader(checked, split, backbone, training=True).epoch(limit=1))
     captions = [describe(data.spec, target) for target in batch.targets]

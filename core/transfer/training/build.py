@@ -17,6 +17,7 @@ from transfer.data.splits import complete, count_classes, digest
 from transfer.interfaces import Backbone, Data, Dataset, DataSpec, Split, Task
 from transfer.models.assemble import assemble
 from transfer.models.model import Model
+from transfer.models.saved_backbone import build_backbone, load_pretrained
 from transfer.training.auto_batch_size import find_batch_size
 from transfer.training.events import Note, Observer
 from transfer.training.experiment import SMOKE_TEST_BATCHES, EngineOptions, Experiment, Phase
@@ -62,15 +63,12 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     """
     checked = preflight(config)
     data, splits = read_data(config)
-    backbone_class: type[Backbone] = config.backbone.cls
     # The names of the classes may be known only now. Options of the task that do not fit them are refused before the
     # backbone downloads its weights.
     config.task.make(data.spec)
     torch.manual_seed(config.seed)
-    with error_location(config.backbone.where):
-        values = splits["train"].column(*checked.backbone.fields)
-        backbone = backbone_class.from_data(values, **config.backbone.options)
-        pretrained = dict(backbone.load_pretrained()) if config.pretrained else {}
+    backbone = build_backbone(config.backbone, splits["train"].column(*checked.backbone.fields))
+    pretrained = load_pretrained(config.backbone, backbone) if config.pretrained else {}
     learned = dict(backbone.learned())
     if learned:
         observe(Note("learned from the training split", learned))

@@ -1,8 +1,11 @@
 """Every contract on small random checkpoints, saved and loaded like pretrained ones."""
 
+import shutil
+
 import pytest
 import torch
 import transfer
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transfer.testing import contracts
 from transfer.testing.cases import TEXTS
@@ -54,7 +57,8 @@ def test_contract(contract):
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_states_match_transformers_model(folder):
     backbone = Transformers(model=folder, readout="sequence")
-    assert backbone.load_pretrained() == {"weights": folder}
+    loaded = backbone.load_pretrained()
+    assert loaded == {"weights": folder, "tensors": len(backbone.stages.state_dict()), "left_out": []}
     tokens, mask = backbone.preprocessing.collate(backbone.preprocessing.encode(TEXTS))
     assert tokens[1].tolist()[0] == 2
     assert not mask.all()
@@ -84,6 +88,43 @@ def test_run_predicts_without_checkpoint(tmp_path, monkeypatch):
     assert [piece["piece"] for piece in prediction["explanation"]["pieces"]] == ["a ", "warm ", ", ", "funny ", "film"]
     with pytest.raises(transfer.DataError, match="the text file does not exist"):
         list(transfer.predict(run.folder, ["reviews/absent.txt"]))
+
+
+@pytest.mark.parametrize("change", ["prefix", "missing", "layer too many", "head"])
+def test_every_tensor_of_a_checkpoint_is_accounted_for(change, tmp_path):
+    folder = shutil.copytree("bert", tmp_path / "bert")
+    tensors = load_file(folder / "model.safetensors")
+    layer = "encoder.layer.1.output.dense.weight"
+    if change == "prefix":
+        tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    elif change == "missing":
+        del tensors[layer]
+    else:
+        name = {"head": "cls.predictions.bias", "layer too many": layer.replace("1", "2", 1)}[change]
+        tensors[name] = torch.zeros(8, 16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    backbone = Transformers(model=str(folder))
+    if change == "head":
+        assert backbone.load_pretrained()["left_out"] == ["cls.predictions.bias"]
+        return
+    with pytest.raises(transfer.WeightsError, match="lack|does not have"):
+        backbone.load_pretrained()
+
+
+def test_backbone_starts_from_an_earlier_run(tmp_path, monkeypatch):
+    config = {
+        "data": {"name": "mini_reviews", "limit": 8},
+        "backbone": {"name": "transformers", "model": "bert", "max_length": 12},
+        "train": {"phases": [{"epochs": 1}], "report": False},
+    }
+    first = transfer.run(config, output=tmp_path).folder
+    monkeypatch.chdir(tmp_path)  # the checkpoint is not needed
+    config["backbone"]["weights"] = str(first)
+    config["train"]["phases"][0]["freeze"] = "backbone"
+    run = transfer.run(config, output=tmp_path)
+    before, after = (transfer.saved_backbone(folder).tensors()[0] for folder in (first, run.folder))
+    assert run.summary["pretrained"]["tensors"] == len(before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_missing_model_and_pooler_are_reported(monkeypatch, tmp_path):

@@ -114,7 +114,12 @@ class Transformers(Backbone):
         return dict(self._saved)
 
     def load_pretrained(self) -> Mapping[str, Any]:
-        """Load the weights. Weights that do not cover all stages are an error."""
+        """Load the weights. Weights that do not cover all stages are an error.
+
+        Returns:
+            ``weights`` (the name), ``tensors`` (the number of loaded tensors) and ``left_out`` (the names of tensors that
+            the encoder does not have, such as those of a head for pretraining).
+        """
         if not self._pretrained:
             return {}
         try:
@@ -124,14 +129,21 @@ class Transformers(Backbone):
         missing = [name for name in report["missing_keys"] if self._readout == "pooler" or "pooler" not in name]
         if missing:
             raise WeightsError(f"the weights of {self._model} lack {', '.join(sorted(missing)[:5])}", fix=_FIX)
+        # Tensors of a head for pretraining are left out. Those of the encoder itself would be a part that is dropped.
+        unexpected = sorted(report["unexpected_keys"])
+        encoder = [name for name in unexpected if name.removeprefix(f"{network.base_model_prefix}.").startswith(_PARTS)]
+        if encoder:
+            raise WeightsError(f"the encoder of {self._model} does not have {', '.join(encoder[:5])}", fix=_FIX)
         # Submodule names must not contain dots; the state dict of the stages has the same keys.
         split = nn.Module()
         for name, stage in self._split(network).items():
             split.add_module(name.replace(".", "/"), stage)
         self.stages.load_state_dict(split.state_dict())
-        return {"weights": self._model}
+        return {"weights": self._model, "tensors": len(split.state_dict()), "left_out": unexpected}
 
 
+_PARTS = ("embeddings.", "encoder.", "layer.", "layers.", "transformer.")
+"""Prefixes of the tensors of an encoder, without the prefix of its model."""
 _FIX = "use a name on the Hugging Face Hub, or a folder written by save_pretrained"
 
 
