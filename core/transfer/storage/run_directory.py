@@ -23,7 +23,15 @@ from torch import Tensor
 
 from transfer.config.yaml_document import dump, read_plain
 from transfer.errors import ConfigError, RunError
-from transfer.system.atomic_files import parse_object, read_bytes, read_json, read_text, write_atomically, write_json
+from transfer.system.atomic_files import (
+    FileSchema,
+    parse_object,
+    read_bytes,
+    read_json,
+    read_text,
+    write_atomically,
+    write_json,
+)
 
 FORMAT = 1
 """Version of the layout of the folder. Other versions are refused."""
@@ -32,6 +40,19 @@ PREDICTIONS = "predictions.safetensors"
 TRACKED = "trackers.json"
 LOCK = "lock"
 """File that exists while a process writes into the folder; it contains the process id."""
+
+
+class EpochRecord(FileSchema):
+    """A line of ``metrics.jsonl``."""
+
+    phase: int
+    epoch: int
+    train: dict[str, float]
+    validation: dict[str, float]
+    lr: dict[str, float]
+    seconds: float
+    examples_per_second: float
+    waiting_for_data: float
 
 
 @dataclass(frozen=True)
