@@ -29,6 +29,7 @@ from transfer.system.atomic_files import (
     read_bytes,
     read_json,
     read_text,
+    refuse_special_entries,
     write_atomically,
     write_json,
 )
@@ -162,19 +163,12 @@ class RunDirectory:
             file.close()
 
     def refuse_links(self) -> None:
-        """Raise an error if the folder contains a link to the outside, through which files would be written there.
+        """Raise an error if the folder contains a link to the outside, a pipe, a device or a socket.
 
         Raises:
-            RunError: The folder contains such a link.
+            RunError: The folder contains such an entry.
         """
-        here = self.path.resolve()
-        for path in sorted(self.path.rglob("*")):
-            if path.is_symlink() and not path.resolve().is_relative_to(here):
-                raise RunError(
-                    f"this link leads out of the run directory, to {os.readlink(path)}, and is not followed",
-                    where=str(path),
-                    fix="replace the link by the file or folder it leads to",
-                )
+        refuse_special_entries(self.path)
 
     def _lock(self) -> TextIO:
         path = self.path / LOCK
