@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from transfer.errors import ConfigError, Problem, nearest
+from transfer.system.atomic_files import read_text
 
 Key = tuple[str | int, ...]
 """Path of a value in a document: keys of mappings and indices of lists."""
@@ -181,7 +182,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, not YAML, or contains no mapping.
     """
     try:
-        data, _ = _parse(path.read_text(encoding="utf-8"), str(path), lines=True, variables=False)
+        data, _ = _parse(read_text(path), str(path), lines=True, variables=False)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config cannot be read: {error}", where=str(path)) from error
     if not isinstance(data, dict):

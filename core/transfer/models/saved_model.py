@@ -19,7 +19,7 @@ from transfer.models.model import Model
 from transfer.models.model_json import DESCRIPTION, WEIGHTS, read_assets, read_description
 from transfer.registry.entry_points import Kind, Plugin
 from transfer.storage.run_directory import FORMAT, RunDirectory
-from transfer.storage.tensor_files import load_tensors, write_tensors
+from transfer.storage.tensor_files import load_tensors, require_same_layout, write_tensors
 from transfer.system.atomic_files import atomic_folder, write_atomically, write_json
 
 PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
@@ -104,16 +104,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _load_weights(model: Model, file: Path) -> None:
-    tensors, expected = load_tensors(file), model.state_dict()
+    tensors = load_tensors(file)
+    fix = "copy the folder again from the run that trained it"
     # load_state_dict would convert tensors of another dtype silently.
-    other = [name for name, tensor in tensors.items() if name in expected and tensor.dtype != expected[name].dtype]
-    try:
-        if other:
-            raise RuntimeError(f"{other[0]} has dtype {tensors[other[0]].dtype}")
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        fix = "copy the folder again from the run that trained it"
-        raise RunError(f"the weights do not fit the model: {error}", where=str(file), fix=fix) from error
+    require_same_layout(tensors, model.state_dict(), "the weights do not fit the model", str(file), fix)
+    model.load_state_dict(tensors)
 
 
 def read_task(folder: Path) -> Task:

@@ -23,7 +23,16 @@ from torch import Tensor
 
 from transfer.config.yaml_document import dump, read_plain
 from transfer.errors import ConfigError, RunError
-from transfer.system.atomic_files import parse_object, read_bytes, read_json, read_text, write_atomically, write_json
+from transfer.system.atomic_files import (
+    FileSchema,
+    parse_object,
+    read_bytes,
+    read_json,
+    read_text,
+    refuse_special_entries,
+    write_atomically,
+    write_json,
+)
 
 FORMAT = 1
 """Version of the layout of the folder. Other versions are refused."""
@@ -32,6 +41,19 @@ PREDICTIONS = "predictions.safetensors"
 TRACKED = "trackers.json"
 LOCK = "lock"
 """File that exists while a process writes into the folder; it contains the process id."""
+
+
+class EpochRecord(FileSchema):
+    """A line of ``metrics.jsonl``."""
+
+    phase: int
+    epoch: int
+    train: dict[str, float]
+    validation: dict[str, float]
+    lr: dict[str, float]
+    seconds: float
+    examples_per_second: float
+    waiting_for_data: float
 
 
 @dataclass(frozen=True)
@@ -141,19 +163,12 @@ class RunDirectory:
             file.close()
 
     def refuse_links(self) -> None:
-        """Raise an error if the folder contains a link to the outside, through which files would be written there.
+        """Raise an error if the folder contains a link to the outside, a pipe, a device or a socket.
 
         Raises:
-            RunError: The folder contains such a link.
+            RunError: The folder contains such an entry.
         """
-        here = self.path.resolve()
-        for path in sorted(self.path.rglob("*")):
-            if path.is_symlink() and not path.resolve().is_relative_to(here):
-                raise RunError(
-                    f"this link leads out of the run directory, to {os.readlink(path)}, and is not followed",
-                    where=str(path),
-                    fix="replace the link by the file or folder it leads to",
-                )
+        refuse_special_entries(self.path)
 
     def _lock(self) -> TextIO:
         path = self.path / LOCK

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transfer.errors import RunError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from transfer.errors import Problem, RunError
+
+
+class FileSchema(BaseModel):
+    """Base of the schemas of JSON files: a value of another type is an error, and never converted."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+MAX_TEXT_BYTES = 2**30
+"""Maximum size of a text file that is read."""
+MAX_PROBLEMS = 5
+"""Maximum number of problems of one file in an error."""
+_Schema = TypeVar("_Schema", bound=FileSchema)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -59,8 +75,40 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     return content
 
 
+def checked(
+    content: Mapping[str, Any],
+    schema: type[_Schema],
+    where: str,
+    what: str = "the file is damaged",
+    fix: str | None = None,
+) -> _Schema:
+    """Return plain data as an instance of its schema. Fields outside the schema are ignored.
+
+    Args:
+        content: Content of a file, which may have been edited or damaged.
+        schema: Names, types and ranges of the fields.
+        where: Path of the file, for errors.
+        what: Message of the errors, in front of the field and its problem.
+        fix: Instruction that solves the problem.
+
+    Raises:
+        RunError: A field is missing or has another type; the error contains all problems.
+    """
+    try:
+        # As JSON, because in strict mode pydantic takes a dataclass or a tuple only from JSON.
+        return schema.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        problems = [
+            Problem(f"{what}: {'.'.join(map(str, e['loc'])) or 'content'}: {e['msg']}", where, (), fix)
+            for e in error.errors(include_url=False)
+        ]
+        raise RunError.of(problems[:MAX_PROBLEMS]) from error
+
+
 def read_text(path: Path) -> str:
     """Read a file in UTF-8; raise OSError for anything but a regular file (a pipe may never end)."""
+    if path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
+        raise OSError(f"{path.name} is too large: expected at most {MAX_TEXT_BYTES} bytes")
     return read_bytes(path).decode("utf-8")
 
 
@@ -69,6 +117,43 @@ def read_bytes(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise OSError(f"{path.name} is not a regular file")
     return path.read_bytes()
+
+
+def refuse_special_entries(folder: Path) -> None:
+    """Raise an error for links that lead out of a folder, and for pipes, devices and sockets in it.
+
+    Files would be written through such a link, and a pipe blocks its reader and its writer. The folder may come from
+    somebody else, or contain links to the user's own files.
+
+    Raises:
+        RunError: The folder contains such an entry.
+    """
+    here = Path(os.path.realpath(folder))
+    for path in sorted(folder.rglob("*")):
+        # realpath instead of Path.resolve, which raises an error for links that lead to themselves.
+        if path.is_symlink() and not (path.exists() and Path(os.path.realpath(path)).is_relative_to(here)):
+            raise RunError(
+                f"this link leads out of the run directory, to {os.readlink(path)}, and is not followed",
+                where=str(path),
+                fix="replace the link by the file or folder it leads to",
+            )
+        if not (path.is_file() or path.is_dir()) and path.exists():
+            raise RunError(
+                "this is no regular file, but a pipe, a device or a socket", where=str(path), fix="remove it"
+            )
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error or one of its causes is that of a full disk or an exceeded quota."""
+    while error is not None:
+        # safetensors and SQLite report it only in the text of their errors.
+        text = str(error)
+        if "No space left" in text or "disk is full" in text or "quota exceeded" in text:
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _refuse_constant(name: str) -> None:
