@@ -115,8 +115,8 @@ def test_residuals_equal_torchmetrics() -> None:
 ODD = {
     "one point": charts.lines("a", {"x": [(1.0, 0.5)]}),
     "all alike": charts.lines("a", {"x": [(1.0, 0.5), (2.0, 0.5)], "y": [(1.0, 0.5)]}),
-    "tiny rates": charts.lines("a", {"x": [(1.0, 1e-9), (2.0, 1e-3)]}, log=True),
-    "one rate": charts.lines("a", {"x": [(1.0, 1e-9)]}, log=True),
+    "tiny rates": charts.lines("a", {"x": [(1.0, 1e-9), (2.0, 1e-3)]}, log_y=True),
+    "one rate": charts.lines("a", {"x": [(1.0, 1e-9)]}, log_y=True),
     "many lines": charts.lines("a", {f"layer {i}": [(1.0, i), (2.0, -i)] for i in range(30)}),
     "one number": charts.scatter("<a>", [(2.0, 2.0)], "x", "y"),
     "many numbers": charts.scatter("a", [(i * 1.0, -i * 1e6) for i in range(9000)], "x", "y"),

@@ -45,47 +45,15 @@ _BUILTIN_CALLABLES = (
     types.MemberDescriptorType,
 )
 # State of a module that does not change its output in eval mode, or that is keyed by counters of this process.
-_MODULE_BOOKKEEPING = frozenset(
-    {
-        "training",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_compiled_call_impl",
-        "_forward_hooks_always_called",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-        "_is_full_backward_hook",
-        "_is_torch_compile",
-        "_load_state_dict_post_hooks",
-        "_load_state_dict_pre_hooks",
-        "_non_persistent_buffers_set",
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
-    }
-)
+_MODULE_CONTENT = frozenset({"_buffers", "_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters"})
+_MODULE_BOOKKEEPING = vars(nn.Module()).keys() - _MODULE_CONTENT | {"_compiled_call_impl", "_is_torch_compile"}
 _CLASS_BOOKKEEPING = frozenset(
-    {
-        "__abstractmethods__",
-        "__annotate__",
-        "__annotate_func__",
-        "__annotations__",
-        "__annotations_cache__",
-        "__dataclass_fields__",
-        "__dataclass_params__",
-        "__dict__",
-        "__doc__",
-        "__firstlineno__",
-        "__match_args__",
-        "__module__",
-        "__orig_bases__",
-        "__parameters__",
-        "__qualname__",
-        "__signature__",
-        "__static_attributes__",
-        "__type_params__",
-        "__weakref__",
-        "_abc_impl",
-    }
+    (
+        *("__annotate__", "__annotate_func__", "__annotations__", "__annotations_cache__", "__signature__"),
+        *("__orig_bases__", "__parameters__", "__type_params__", "__abstractmethods__", "_abc_impl"),
+        *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__dict__", "__weakref__"),
+        *("__doc__", "__firstlineno__", "__module__", "__qualname__", "__static_attributes__"),
+    )
 )
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the flag that types written in C as static structures lack
 _FRAMEWORK = "transfer"

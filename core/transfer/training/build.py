@@ -113,18 +113,7 @@ def make_experiment(
     device: torch.device,
     quick: bool,
 ) -> Experiment:
-    """Return the input of the engine.
-
-    Args:
-        config: Checked config.
-        model: Model with its pretrained weights.
-        task: Task: loss and metrics.
-        backbone: Backbone of the model.
-        loaders: Loader of each split.
-        phases: Phases, resolved for the model.
-        device: Device to train on.
-        quick: Whether to use only a few batches of each split.
-    """
+    """Return the input of the engine."""
     return Experiment(
         model,
         task,

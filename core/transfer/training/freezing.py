@@ -31,11 +31,6 @@ class Frozen:
 def resolve(model: Model, policy: Freeze, batch_norm: BatchNorm = "frozen") -> Frozen:
     """Resolve a freeze policy for a model on any device, including meta.
 
-    Args:
-        model: Model whose stages and parameters the policy names.
-        policy: Freeze policy of the config.
-        batch_norm: Mode of frozen batch-norm layers.
-
     Raises:
         ConfigError: A stage does not exist, a pattern matches no parameter, or nothing is left to train. Or
             ``batch_norm: train`` is set, and no batch-norm layer is frozen.
@@ -137,10 +132,6 @@ def _in_stage(stage: str, names: list[str]) -> list[str]:
 
 def members(name: str, stages: Sequence[str]) -> list[str]:
     """Return the stage of that name, or all stages of a group (``image`` of ``image.stem``, ``image.layer1``).
-
-    Args:
-        name: Name of a stage or of a group.
-        stages: Names of all stages.
 
     Raises:
         ConfigError: There is no such stage or group.

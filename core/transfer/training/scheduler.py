@@ -93,11 +93,7 @@ class Schedule:
             self.scheduler.step()
 
     def after_epoch(self, metric: float) -> None:
-        """Update the learning rates after an epoch.
-
-        Args:
-            metric: Value of the primary metric on the validation split.
-        """
+        """Update the learning rates after an epoch."""
         warming, self.warming = self.warming, False
         if warming or self.scheduler is None or isinstance(self.scheduler, _STEPPED_PER_BATCH):
             return

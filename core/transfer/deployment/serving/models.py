@@ -48,11 +48,6 @@ class ServedModel:
     def read(cls, name: str, run: str | Path, device: str = "auto") -> ServedModel:
         """Read the model of a run, or an exported model.
 
-        Args:
-            name: Name of the model in URLs.
-            run: Run directory or model folder.
-            device: Device to compute on.
-
         Raises:
             transfer.UserError: There is no model, it is damaged, or the device is not available.
         """
