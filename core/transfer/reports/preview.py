@@ -72,7 +72,7 @@ def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str 
     with error_location(checked.backbone.where):
         backbone = backbone_class.from_data(split.column(*fields), **checked.backbone.options)
     # The same order and augmentation as the first batch of a training run with this seed.
-    batch = next(make_loader(checked, split, backbone, training=True).epoch(limit=1))
+    batch = next(make_loader(checked, split, backbone, training=True).epoch(limit=1)).to(torch.device("cpu"))
     captions = [describe(data.spec, target) for target in batch.targets]
     inputs = batch.inputs
     if checked.train.mix is not None:
@@ -122,7 +122,8 @@ def preview_predictions(run: str | Path, split: str = "test", *, device: str = "
     captions = [_caption(loaded.data, examples.targets[i], predictions[i]) for i in indices]
     preprocessing = loaded.backbone.preprocessing
     column = examples.column(*loaded.backbone.fields)
-    inputs = preprocessing.collate(encode(preprocessing, column, indices, examples.name))
+    encoded = encode(preprocessing, column, indices, examples.name)
+    inputs = preprocessing.model_inputs(encoded)
     content = _render(loaded.backbone, inputs, [column[i] for i in indices], captions, positions)
     suffix = "png" if isinstance(content, bytes) else "txt"
     return _write(content, directory.path / "plots" / f"predictions.{suffix}")

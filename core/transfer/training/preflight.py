@@ -10,7 +10,6 @@ import torch
 
 from transfer.config.run_config import RunConfig
 from transfer.config.yaml_document import Key
-from transfer.data.batch import move
 from transfer.errors import ConfigError, PluginError, Problem, UserError
 from transfer.feature_cache.loader import reason_not_cached
 from transfer.interfaces import Backbone, Dataset, DataSpec, FeatureSpec, Task
@@ -114,7 +113,7 @@ def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model
     if example is None:
         return {}
     encoded = backbone.preprocessing.encode([example, example])
-    value = move(backbone.preprocessing.collate(encoded), torch.device("meta"))
+    value = backbone.preprocessing.model_inputs(encoded, torch.device("meta"))
     if config.train.mix is not None:
         with config.at("train", "mix"):
             check_mixable(value, config.train.mix)
