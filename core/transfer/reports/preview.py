@@ -14,7 +14,7 @@ from torch import Tensor
 from transfer.config.check import load_config
 from transfer.config.component import error_location
 from transfer.config.run_config import Config
-from transfer.config.train_settings import MixupCutmix, Precision
+from transfer.config.train_settings import MixupCutmix, TrainConfig
 from transfer.data.encoding import encode
 from transfer.data.loader import Loader
 from transfer.data.targets import describe
@@ -22,6 +22,7 @@ from transfer.errors import RunError, UserError
 from transfer.interfaces import Backbone, DataSpec, Split, Task
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
+from transfer.models.precision import place, resolve_precision
 from transfer.models.saved_model import read_model
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import write_atomically
@@ -112,7 +113,7 @@ def preview_predictions(run: str | Path, split: str = "test", *, device: str = "
         raise RunError(f"the data has no split {split!r}", where=str(directory.path), available=list(splits))
     examples = splits[split]
     loader = make_loader(config, examples, loaded.backbone)
-    outputs = _outputs(loaded.model, loader, config.train.precision, resolve_device(device))
+    outputs = _outputs(loaded.model, loader, config.train, resolve_device(device))
     predictions = loaded.task.interpret(outputs)
     groups = _groups(loaded.task, loaded.data, examples, outputs, predictions)
     indices = [index for group in groups.values() for index in group]
@@ -180,9 +181,10 @@ def _write(content: bytes | str, path: Path | None) -> Preview:
     return Preview(content, path)
 
 
-def _outputs(model: Model, loader: Loader, precision: Precision, device: torch.device) -> Tensor:
+def _outputs(model: Model, loader: Loader, train: TrainConfig, device: torch.device) -> Tensor:
     """Return the outputs for every example of a split, float32 (N, C) on the CPU, in the order of the split."""
-    model.to(device)
+    place(model, device, deterministic=train.deterministic)
+    precision = resolve_precision(train.precision, device)
     outputs, indices = [], []
     for batch, values in forward_batches(model, loader.epoch(), device=device, precision=precision):
         outputs.append(values.float())
