@@ -282,7 +282,7 @@ def direct(prefix: FrozenPrefix, loader: Loader, indices: Any, *, view: int | No
         parts = [inputs[int(i)] for i in indices]
         value: Any = torch.cat(parts)
     else:
-        value = preprocessing.collate(encoded)
+        value = preprocessing.model_inputs(encoded)
     prefix.model.eval()
     for stage in list(prefix.model)[: prefix.count]:
         value = stage(value)

@@ -234,6 +234,10 @@ class _FusionPreprocessing(Preprocessing):
         """Return a tuple with the input of each part."""
         return tuple(p.collate(c) for p, c in zip(self.parts.values(), zip(*encoded, strict=True), strict=True))
 
+    def to_device(self, inputs: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+        """Move and complete the input of each part."""
+        return tuple(p.to_device(part, device) for p, part in zip(self.parts.values(), inputs, strict=True))
+
     def length(self, encoded: tuple[Any, ...]) -> int:
         """Return the length of the longest part."""
         return max(part.length(value) for part, value in zip(self.parts.values(), encoded, strict=True))

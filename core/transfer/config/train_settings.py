@@ -209,7 +209,10 @@ class TrainConfig(Block):
         accumulate: Number of batches whose gradients are accumulated for one step of the optimizer.
         clip_norm: Maximum norm of the gradient; a larger gradient is scaled down to it. null disables clipping.
         device: Device to train on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
-        precision: Floating-point type of the forward and backward pass; weights are kept in fp32.
+        precision: Floating-point type of the forward and backward pass: auto, fp32, bf16 or fp16; weights are kept in
+            fp32. auto: bf16 on a GPU that computes in it (Ampere or later), otherwise fp32.
+        deterministic: Whether a GPU uses only kernels that give the same result in every run, without TF32. This is
+            slower, and has no effect on the CPU, whose results are always reproducible.
         compile: Whether the model is compiled with torch.compile, which starts slowly and speeds up many models.
         ema: Decay per step of an exponential moving average of the weights, which is then evaluated and saved instead
             of the weights; null disables it.
@@ -242,7 +245,8 @@ class TrainConfig(Block):
         Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")],
         one_of("auto, cpu, cuda, cuda:N (the GPU with index N) or mps"),
     ] = "auto"
-    precision: Precision = "fp32"
+    precision: Precision | Literal["auto"] = "auto"
+    deterministic: bool = False
     compile: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     mix: MixupCutmix | None = None

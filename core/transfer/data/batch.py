@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from transfer.interfaces.preprocessing import move
+
 Shard = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 """Function from the indices of a batch to those that this rank computes, in data-parallel training."""
 
@@ -25,25 +27,21 @@ class Batch:
         targets: Targets, int64 (B,) or float32 (B, C).
         indices: Indices of the examples in their split, int64 (B,).
         global_indices: Indices of the complete batch if this one is the shard of a rank, otherwise None.
+        to_device: Function that moves the inputs to a device and completes them there
+            (:meth:`transfer.Preprocessing.to_device`). None only moves them.
     """
 
     inputs: Any
     targets: Tensor
     indices: npt.NDArray[np.int64]
     global_indices: npt.NDArray[np.int64] | None = None
+    to_device: Callable[[Any, torch.device], Any] | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on another device, copied asynchronously from pinned memory."""
-        return Batch(
-            move(self.inputs, device), self.targets.to(device, non_blocking=True), self.indices, self.global_indices
-        )
-
-
-def move(inputs: Any, device: torch.device) -> Any:
-    """Return a backbone's input, a tensor or a tuple of tensors, on another device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
-    return tuple(move(item, device) for item in inputs)
+        """Return the batch on a device, ready for the model; copied asynchronously from pinned memory."""
+        inputs = (self.to_device or move)(self.inputs, device)
+        targets = self.targets.to(device, non_blocking=True)
+        return Batch(inputs, targets, self.indices, self.global_indices)
 
 
 class TimedIterator(Iterator[Batch]):

@@ -118,7 +118,11 @@ class Loader:
             lengths = self.preprocessing.lengths(self.examples.encoded)
         # A stable sort keeps the result independent of NumPy's sorting algorithm.
         order = np.arange(len(self.split)) if lengths is None else np.argsort(-lengths, kind="stable")
-        return self.examples.batch([(0, int(index)) for index in order[:count]])
+        return self.batch([(0, int(index)) for index in order[:count]])
+
+    def batch(self, pairs: list[tuple[int, int]]) -> Batch:
+        """Return the batch of some (epoch, example index) pairs, loaded in this process."""
+        return replace(self.examples.batch(pairs), to_device=self.preprocessing.to_device)
 
     @property
     def augments(self) -> bool:
@@ -169,6 +173,8 @@ class Loader:
         for number, batch in enumerate(loader):
             if isinstance(batch, DataError):
                 raise batch
+            # Here, because loader processes would send the preprocessing with every batch.
+            batch = replace(batch, to_device=self.preprocessing.to_device)
             yield batch if shard is None else replace(batch, global_indices=global_batches[number])
 
     @property

@@ -226,7 +226,8 @@ def _batches(preprocessing: Preprocessing, encoded: Sequence[Any]) -> list[Any]:
     """Return a batch of all examples and one of only the shortest: they differ in batch size and in length."""
     # torch.export treats a size of one as a constant, so the batch to record with has at least two examples.
     together = list(encoded) * (2 if len(encoded) == 1 else 1)
-    return [preprocessing.collate(together), preprocessing.collate([min(encoded, key=preprocessing.length)])]
+    batches = (together, [min(encoded, key=preprocessing.length)])
+    return [preprocessing.model_inputs(batch) for batch in batches]
 
 
 def _compare(chosen: Format, path: Path, loaded: LoadedModel, examples: Examples) -> tuple[float, int, frozenset[str]]:

@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 
 from transfer.config.train_settings import Precision
-from transfer.data.batch import move
 from transfer.data.loader import Loader
 from transfer.data.randomness import preserve_rng_state
 from transfer.feature_cache.content_digest import content_digest
+from transfer.interfaces.preprocessing import move
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
 from transfer.system.directory_cache import KEY_DIGITS
@@ -104,7 +104,7 @@ class FrozenPrefix:
         """Return the digest of the inputs and the features of the first examples by index, without augmentation."""
         if not len(loader.split):
             return ""
-        batch = loader.in_fixed_order(SAMPLE_EXAMPLES, augment=False).examples.batch(_sample_of(loader, 0))
+        batch = loader.in_fixed_order(SAMPLE_EXAMPLES, augment=False).batch(_sample_of(loader, 0))
         device = next(self.model.parameters()).device
         with preserve_rng_state(), _reproducible(device):
             ((_, features),) = forward_batches(

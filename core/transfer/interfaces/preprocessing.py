@@ -31,12 +31,23 @@ class Occlusion:
     rest: Any
 
 
+_CPU = torch.device("cpu")
+
+
+def move(inputs: Any, device: torch.device) -> Any:
+    """Return a tensor or a tuple of tensors on another device, copied asynchronously from pinned memory."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    return tuple(move(item, device) for item in inputs)
+
+
 class Preprocessing(ABC):
     """Conversion of raw values of a field to the input of a backbone.
 
     Preprocessing belongs to the backbone, because it must match the pretraining. It has a deterministic step
-    (:meth:`encode`), which can be done once, and a random one (:meth:`augment`). Objects are small and picklable:
-    loader processes get a copy.
+    (:meth:`encode`), which can be done once, a random one (:meth:`augment`), and two for batches: :meth:`collate` makes
+    a compact batch on the CPU, and :meth:`to_device` completes it on the device of the model. Objects are small and
+    picklable: loader processes get a copy.
     """
 
     encode_once: ClassVar[bool] = False
@@ -91,11 +102,26 @@ class Preprocessing(ABC):
         The default stacks tensors, or tuples of tensors, whose shapes are the same in every example.
 
         Returns:
-            Input of the backbone: a tensor or a tuple of tensors, batch first.
+            A tensor or a tuple of tensors, batch first, in the smallest type that holds the values (uint8 images).
         """
         if isinstance(encoded[0], Tensor):
             return torch.stack(list(encoded))
         return tuple(torch.stack(column) for column in zip(*encoded, strict=True))
+
+    def to_device(self, inputs: Any, device: torch.device) -> Any:
+        """Move the output of :meth:`collate` to a device, and complete it there: convert and normalize, for example.
+
+        By default the tensors are only moved. An override must not wait for the device: copy with ``non_blocking``, and
+        keep constants on the device.
+
+        Returns:
+            Input of the backbone: a tensor or a tuple of tensors, batch first, on the device.
+        """
+        return move(inputs, device)
+
+    def model_inputs(self, encoded: Sequence[Any], device: torch.device = _CPU) -> Any:
+        """Return the input of the backbone for encoded values: :meth:`collate`, then :meth:`to_device`."""
+        return self.to_device(self.collate(encoded), device)
 
     def length(self, encoded: Any) -> int:
         """Return the length of an encoded value, to which a batch is padded; by default 1."""
@@ -156,7 +182,7 @@ class Preprocessing(ABC):
         """Render the examples of a batch as the model receives them.
 
         Args:
-            inputs: Output of :meth:`collate`; a training batch may be augmented and mixed.
+            inputs: Output of :meth:`to_device`; a training batch may be augmented and mixed.
             values: Raw values of the examples.
             captions: Caption of each example, in one or more lines.
             groups: Indices of the examples under each heading, in order.

@@ -433,7 +433,7 @@ def _setup(material: Material) -> dict[str, Any]:
         "scheduler": ", then ".join(dict.fromkeys(schedulers)),
         **({"recipe": train.recipe.name} if train.recipe else {}),
         **({"warm-up": f"{train.warmup_epochs:g} epochs"} if train.warmup_epochs else {}),
-        **({"precision": train.precision} if train.precision != "fp32" else {}),
+        **({"precision": precision} if (precision := material.summary.get("precision", "fp32")) != "fp32" else {}),
         **({"mix": train.mix.model_dump(exclude_none=True)} if train.mix else {}),
         "preprocessing": dict(material.trained.backbone.preprocessing.describe()),
         **_caches(material.summary),

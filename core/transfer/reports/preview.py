@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transfer.config.check import load_config
 from transfer.config.run_config import Config
-from transfer.config.train_settings import MixupCutmix, Precision
+from transfer.config.train_settings import MixupCutmix, TrainConfig
 from transfer.data.encoding import encode
 from transfer.data.loader import Loader
 from transfer.data.targets import describe
@@ -21,6 +21,7 @@ from transfer.errors import RunError, UserError
 from transfer.interfaces import Backbone, DataSpec, Split, Task
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
+from transfer.models.precision import place, resolve_precision
 from transfer.models.saved_backbone import build_backbone
 from transfer.models.saved_model import read_model
 from transfer.storage.run_directory import RunDirectory
@@ -70,7 +71,7 @@ def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str 
     split = splits["train"]
     backbone = build_backbone(checked.backbone, split.column(*fields))
     # The same order and augmentation as the first batch of a training run with this seed.
-    batch = next(make_loader(checked, split, backbone, training=True).epoch(limit=1))
+    batch = next(make_loader(checked, split, backbone, training=True).epoch(limit=1)).to(torch.device("cpu"))
     captions = [describe(data.spec, target) for target in batch.targets]
     inputs = batch.inputs
     if checked.train.mix is not None:
@@ -110,7 +111,7 @@ def preview_predictions(run: str | Path, split: str = "test", *, device: str = "
         raise RunError(f"the data has no split {split!r}", where=str(directory.path), available=list(splits))
     examples = splits[split]
     loader = make_loader(config, examples, loaded.backbone)
-    outputs = _outputs(loaded.model, loader, config.train.precision, resolve_device(device))
+    outputs = _outputs(loaded.model, loader, config.train, resolve_device(device))
     predictions = loaded.task.interpret(outputs)
     groups = _groups(loaded.task, loaded.data, examples, outputs, predictions)
     indices = [index for group in groups.values() for index in group]
@@ -120,7 +121,8 @@ def preview_predictions(run: str | Path, split: str = "test", *, device: str = "
     captions = [_caption(loaded.data, examples.targets[i], predictions[i]) for i in indices]
     preprocessing = loaded.backbone.preprocessing
     column = examples.column(*loaded.backbone.fields)
-    inputs = preprocessing.collate(encode(preprocessing, column, indices, examples.name))
+    encoded = encode(preprocessing, column, indices, examples.name)
+    inputs = preprocessing.model_inputs(encoded)
     content = _render(loaded.backbone, inputs, [column[i] for i in indices], captions, positions)
     suffix = "png" if isinstance(content, bytes) else "txt"
     return _write(content, directory.path / "plots" / f"predictions.{suffix}")
@@ -177,9 +179,10 @@ def _write(content: bytes | str, path: Path | None) -> Preview:
     return Preview(content, path)
 
 
-def _outputs(model: Model, loader: Loader, precision: Precision, device: torch.device) -> Tensor:
+def _outputs(model: Model, loader: Loader, train: TrainConfig, device: torch.device) -> Tensor:
     """Return the outputs for every example of a split, float32 (N, C) on the CPU, in the order of the split."""
-    model.to(device)
+    place(model, device, deterministic=train.deterministic)
+    precision = resolve_precision(train.precision, device)
     outputs, indices = [], []
     for batch, values in forward_batches(model, loader.epoch(), device=device, precision=precision):
         outputs.append(values.float())

@@ -7,6 +7,7 @@ from pathlib import Path
 from transfer.config.check import load_config
 from transfer.errors import RunError, unknown_name
 from transfer.interfaces import SPLITS
+from transfer.models.precision import place
 from transfer.models.saved_model import read_model
 from transfer.runs.inference_device import inference_device
 from transfer.storage.run_directory import RunDirectory
@@ -40,7 +41,7 @@ def evaluate(
     if split not in splits:
         raise RunError.of([unknown_name("split", split, splits, where=str(directory.path))])
     torch_device = inference_device(device, config.train.device, observe)
-    loaded.model.to(torch_device)
+    place(loaded.model, torch_device, deterministic=config.train.deterministic)
     loader = make_loader(config, splits[split], loaded.backbone)
     # Only this split is encoded: the experiment needs a loader for each split, but only one is read.
     loaders = dict.fromkeys(SPLITS, loader)
@@ -56,5 +57,5 @@ def evaluate(
         quick=quick,
     )
     source = experiment.batches_for(loader, experiment.frozen_prefix_length())
-    precision = config.train.precision
+    precision = experiment.options.precision
     return score(loaded.model, loaded.task, source, precision, observe, split, experiment.max_batches)

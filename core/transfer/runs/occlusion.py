@@ -52,7 +52,10 @@ def outputs_of_encoded(loaded: LoadedModel, encoded: Sequence[Any]) -> Tensor:
     """
     device = next(loaded.model.parameters()).device
     count = len(encoded)
-    batch = Batch(loaded.backbone.preprocessing.collate(encoded), torch.empty(count), np.arange(count))
+    preprocessing = loaded.backbone.preprocessing
+    batch = Batch(
+        preprocessing.collate(encoded), torch.empty(count), np.arange(count), to_device=preprocessing.to_device
+    )
     ((_, outputs),) = forward_batches(loaded.model, [batch], device=device)
     on_cpu: Tensor = outputs.float().cpu()
     return on_cpu

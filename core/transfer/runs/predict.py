@@ -11,6 +11,7 @@ from typing import Any
 from transfer.errors import DataError, RunError
 from transfer.interfaces import Preprocessing
 from transfer.models.model_json import DESCRIPTION
+from transfer.models.precision import place
 from transfer.models.saved_model import LoadedModel, find_model, read_model
 from transfer.runs.inference_device import inference_device
 from transfer.runs.occlusion import explain_output, outputs_of
@@ -58,7 +59,7 @@ def predict(
         name = read_json(folder / DESCRIPTION, "there is no model here")["backbone"]["name"]
         fix = "predict without an explanation"
         raise RunError(f"backbone {name!r} cannot divide an input into pieces", where=str(folder), fix=fix)
-    loaded.model.to(inference_device(device, _device_of_run(Path(run), folder), observe))
+    place(loaded.model, inference_device(device, _device_of_run(Path(run), folder), observe))
     names: list[str] = []
     for name in _expand(sources):
         names.append(name)

@@ -19,7 +19,7 @@ from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
 from transfer.models.forward import explain_out_of_memory, forward_batches
 from transfer.models.model import Model
-from transfer.models.precision import autocast
+from transfer.models.precision import autocast, place
 from transfer.storage.checkpoint import digest
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.memory import peak_memory_bytes
@@ -111,7 +111,7 @@ class Trainer:
         self.device = self.options.device
         self.observe, self.processes = observe, processes
         self.signals = signals or Signals()
-        self.model.to(self.device)
+        place(self.model, self.device, deterministic=self.options.deterministic)
         average = None
         if self.options.ema is not None:
             ema = get_ema_multi_avg_fn(self.options.ema)  # type: ignore[no-untyped-call]
@@ -439,6 +439,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "cache": caches,
             "device": str(self.device),
+            "precision": self.options.precision,
         }
 
 

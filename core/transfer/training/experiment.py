@@ -16,6 +16,7 @@ from transfer.feature_cache.prefix import FrozenPrefix
 from transfer.feature_cache.store import FeatureCache
 from transfer.interfaces import Task
 from transfer.models.model import Model
+from transfer.models.precision import resolve_precision
 from transfer.training import freezing
 from transfer.training.freezing import Frozen
 from transfer.training.optimizer import ParameterGroup
@@ -51,6 +52,7 @@ class EngineOptions:
     Args:
         device: Device to train on.
         precision: Precision of the forward and the backward pass.
+        deterministic: Whether a GPU uses only kernels that give the same result in every run.
         compile: Whether the model is compiled (``torch.compile``).
         accumulate: Number of batches per optimizer step.
         clip_norm: Maximum norm of the gradient. None disables clipping.
@@ -65,6 +67,7 @@ class EngineOptions:
 
     device: torch.device
     precision: Precision
+    deterministic: bool
     compile: bool
     accumulate: int
     clip_norm: float | None
@@ -87,7 +90,8 @@ class EngineOptions:
         """
         return cls(
             device,
-            train.precision,
+            resolve_precision(train.precision, device),
+            train.deterministic,
             train.compile,
             train.accumulate,
             train.clip_norm,

@@ -11,7 +11,6 @@ import torch
 from transfer.config.component import error_location, plugin_errors
 from transfer.config.run_config import RunConfig
 from transfer.config.yaml_document import Key
-from transfer.data.batch import move
 from transfer.errors import ConfigError, PluginError, Problem, UserError
 from transfer.feature_cache.loader import reason_not_cached
 from transfer.interfaces import Backbone, Dataset, DataSpec, FeatureSpec, Task
@@ -134,7 +133,7 @@ def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model
     name = f"backbone {config.backbone.plugin.name!r}"
     with error_location(config.backbone.where), plugin_errors(f"{name} cannot encode the example of its preprocessing"):
         encoded = backbone.preprocessing.encode([example, example])
-        value = move(backbone.preprocessing.collate(encoded), torch.device("meta"))
+        value = backbone.preprocessing.model_inputs(encoded, torch.device("meta"))
     if config.train.mix is not None:
         with config.at("train", "mix"):
             check_mixable(value, config.train.mix)

@@ -11,6 +11,7 @@ import torch
 
 from transfer.errors import DataError
 from transfer.interfaces import Preprocessing
+from transfer.models.precision import place
 from transfer.models.saved_model import LoadedModel, find_model, read_model
 from transfer.runs.occlusion import outputs_of_encoded
 from transfer.system.devices import resolve_device
@@ -42,7 +43,7 @@ class ServedModel:
     def __init__(self, name: str, loaded: LoadedModel, device: str = "auto") -> None:
         self.name = name
         self.loaded = loaded
-        loaded.model.to(resolve_device(device, where="--device"))
+        place(loaded.model, resolve_device(device, where="--device"))
 
     @classmethod
     def read(cls, name: str, run: str | Path, device: str = "auto") -> ServedModel:

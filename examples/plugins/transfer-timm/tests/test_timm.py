@@ -159,7 +159,7 @@ def test_images_are_cropped_as_in_timm(crop_mode, size):
     expected = timm.data.create_transform(**config, is_training=False)(image)
     preprocessing = ImagePreprocessing(**preprocessing_of(network, None))
     assert preprocessing.describe()["crop_mode"] == crop_mode
-    made = preprocessing.collate(preprocessing.encode([image]))[0]
+    made = preprocessing.model_inputs(preprocessing.encode([image]))[0]
     std = torch.tensor(config["std"]).view(3, 1, 1)
     assert ((made - expected) * std).abs().max() * 255 <= 3  # Pillow and torch round differently
 
@@ -186,7 +186,7 @@ def test_weights_from_a_file_give_what_timm_gives(model, tmp_path):
     facts = backbone.load_pretrained()
     assert facts["tensors"] == len(backbone.state_dict())
     assert facts["left_out"] == sorted(name for name in network.state_dict() if name not in backbone_names(model))
-    inputs = backbone.preprocessing.collate(backbone.preprocessing.encode([backbone.preprocessing.example()]))
+    inputs = backbone.preprocessing.model_inputs(backbone.preprocessing.encode([backbone.preprocessing.example()]))
     with torch.no_grad():
         expected = network.forward_head(network.forward_features(inputs), pre_logits=True)
         torch.testing.assert_close(backbone.eval()(inputs), expected)
@@ -199,7 +199,7 @@ def test_images_are_prepared_as_timm_evaluates_the_model(model):
         preprocessing = Timm(model=model, weights=None).preprocessing
     config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
     expected = timm.data.create_transform(**config, is_training=False)(image)
-    made = preprocessing.collate(preprocessing.encode([image]))[0]
+    made = preprocessing.model_inputs(preprocessing.encode([image]))[0]
     std = torch.tensor(config["std"]).view(3, 1, 1)
     assert ((made - expected) * std).abs().max() * 255 <= 3  # Pillow and torch round differently
 
