@@ -99,12 +99,11 @@ class Foreign(Format):
         super().__init__(loaded)
         self.network = network
         self.library = network.factory.partition(".")[0]
-        head = loaded.model.stages["head"]
-        self.output = head.as_linear()  # type: ignore[operator]
+        self.output = loaded.model.head_as_linear()
         if self.output is None:
+            head = type(loaded.model.stages["head"]).__name__
             raise ExportError(
-                f"head {type(head).__name__} does not fit {network.factory.replace(':', '.')}: expected one linear "
-                "layer, got more",
+                f"head {head} does not fit {network.factory.replace(':', '.')}: expected one linear layer, got more",
                 available=tuple(FORMATS),
                 fix="choose a format that supports any head, or train with head: {name: linear}",
             )
@@ -113,6 +112,7 @@ class Foreign(Format):
         """Write the state dict: as safetensors, or as a pickle if the name of the file ends in .pth or .pt."""
         backbone, head = self.loaded.backbone, f"{self.network.output}."
         weights = {self.network.names[name]: value for name, value in backbone.state_dict().items()}
+        assert self.output is not None
         weights |= {f"{head}{name}": value for name, value in self.output.state_dict().items()}
         if path.suffix == ".safetensors":
             _save(weights, path)

@@ -39,6 +39,7 @@ class _Described(_Strict):
     backbone: dict[str, Any]
     head: dict[str, Any]
     task: dict[str, Any]
+    task_state: dict[str, Any] = {}
     data: _Data
     preprocessing: dict[str, Any]
     assets: list[str]
@@ -57,7 +58,7 @@ def read_description(folder: Path, missing: str, fix: str) -> dict[str, Any]:
         RunError: The file is missing, has another format, or has invalid content.
     """
     file = folder / DESCRIPTION
-    described = read_json(file, missing, fix)
+    described = {"task_state": {}, **read_json(file, missing, fix)}  # older versions wrote no state
     if described.get("format") != FORMAT:
         raise RunError(
             f"the model has format {described.get('format')!r}",

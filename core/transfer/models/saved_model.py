@@ -42,7 +42,7 @@ class LoadedModel:
     data: DataSpec
 
 
-def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backbone, model: Model) -> None:
+def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backbone, task: Task, model: Model) -> None:
     """Write a trained model atomically, in place of an older one: weights, config blocks, classes, preprocessing."""
     components = {"backbone": config.backbone, "head": config.head, "task": config.task}
     with atomic_folder(folder, make_room=lambda: shutil.rmtree(folder, ignore_errors=True)) as temporary:
@@ -55,6 +55,7 @@ def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backb
             {
                 "format": FORMAT,
                 **{kind: dict(component.resolved) for kind, component in components.items()},
+                "task_state": task.state(),
                 "data": {"fields": data.fields, "target": data.target, "classes": data.classes},
                 "features": asdict(backbone.features),
                 "preprocessing": dict(backbone.preprocessing.describe()),
@@ -88,9 +89,12 @@ def read_model(folder: Path) -> LoadedModel:
     backbone_class: type[Backbone] = backbone_block.cls
     again = "copy the folder again from the run that trained it"
     # A plugin may raise any exception if somebody has edited its files.
-    with damaged("the model cannot be built", str(file), again), error_location(str(file)):
-        backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
-        the_task, model = assemble(backbone, head, task, spec)
+    with damaged("the model cannot be built", str(file), again):
+        with error_location(str(file)):
+            backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
+            the_task, model = assemble(backbone, head, task, spec)
+        the_task.load_state(described["task_state"])
+        model.scale_outputs(the_task.output_scaling())
     _load_weights(model, folder / WEIGHTS)
     model.eval()
     return LoadedModel(model, backbone, the_task, spec)

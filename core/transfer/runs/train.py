@@ -205,7 +205,14 @@ def _train(
             # An interruption between the model and the summary would leave a complete run that looks incomplete.
             with signals.deferred():
                 if processes.is_main:
-                    write_model(directory.model, config, built.data, built.backbone, built.experiment.model)
+                    write_model(
+                        directory.model,
+                        config,
+                        built.data,
+                        built.backbone,
+                        built.experiment.task,
+                        built.experiment.model,
+                    )
                     directory.write_summary(summary)
                 processes.barrier()
         except BaseException as error:

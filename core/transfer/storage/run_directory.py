@@ -217,6 +217,10 @@ class RunDirectory:
             plain = read_plain(self.path / "config.yaml")
         except ConfigError as error:
             raise RunError.of(error.problems) from error
+        task = plain.get("task")
+        if isinstance(task, dict) and str(task.get("name")).rpartition(":")[2] == "regression":
+            # A resolved config contains every option: a run without this one was trained before it existed.
+            task.setdefault("standardize", False)
         return plain if trackers else {name: value for name, value in plain.items() if name != "trackers"}
 
     def summary(self) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         observe(Note(f"warning about the validation split: {warning}"))
     task, model = assemble(backbone, config.head, config.task, data.spec)
     task.prepare(splits["train"].targets)
+    model.scale_outputs(task.output_scaling())
     loaders = {
         name: make_loader(config, split, backbone, training=name == "train", repeated=name != "test")
         for name, split in splits.items()
