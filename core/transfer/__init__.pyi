@@ -63,6 +63,7 @@ from .reports.report import report as report
 from .runs.check import check as check
 from .runs.evaluate import evaluate as evaluate
 from .runs.predict import predict as predict
+from .runs.predictor import Predictor as Predictor, load as load
 from .runs.train import Run as Run, resume as resume, run as run
 from .system.directory_cache import DirectoryCache as DirectoryCache
 from .system.downloads import download as download, find_file as find_file

@@ -243,16 +243,38 @@ class _FusionPreprocessing(Preprocessing):
         return max(part.length(value) for part, value in zip(self.parts.values(), encoded, strict=True))
 
     def read(self, source: str) -> tuple[Any, ...]:
-        """Read a JSON object with one source per part: ``{"image": "a.jpg", "text": "a dog"}``."""
-        names = list(self.parts)
-        fix = f"write a JSON object with {' and '.join(names)}"
+        """Read a JSON object with one source per part: ``{"image": "a.jpg", "text": "a dog"}``.
+
+        The source of an image is its path. The source of a text is the text itself.
+        """
+        fix = f"write a JSON object with {' and '.join(self.parts)}"
         try:
             sources = json.loads(source)
         except ValueError as error:
             raise DataError(f"{source!r} is no JSON object", fix=fix) from error
-        if not isinstance(sources, dict) or sorted(sources) != sorted(names):
-            raise DataError(f"{source!r} has not exactly one source for each part", available=names, fix=fix)
-        return tuple(part.read(str(sources[name])) for name, part in self.parts.items())
+        if not isinstance(sources, dict):
+            raise DataError(f"{source!r} is no JSON object", fix=fix)
+        return self.read_value(sources)
+
+    def read_bytes(self, content: bytes) -> tuple[Any, ...]:
+        """Read a JSON object in UTF-8."""
+        return self.read(content.decode("utf-8-sig"))
+
+    def read_value(self, source: Any) -> tuple[Any, ...]:
+        """Return the raw value for a JSON object, or for a mapping or tuple with one source per part."""
+        if isinstance(source, tuple) and len(source) == len(self.parts):
+            source = dict(zip(self.parts, source, strict=True))
+        if not isinstance(source, Mapping):
+            value: tuple[Any, ...] = super().read_value(source)
+            return value
+        if sorted(source) != sorted(self.parts):
+            fix = f"write a JSON object with {' and '.join(self.parts)}"
+            raise DataError(f"{source!r} has not exactly one source for each part", available=self.parts, fix=fix)
+        return tuple(part.read_value(source[name]) for name, part in self.parts.items())
+
+    def unknown_fraction(self, encoded: tuple[Any, ...]) -> float:
+        """Return the smallest fraction of the parts: a value is known if one of its parts is."""
+        return min(part.unknown_fraction(value) for part, value in zip(self.parts.values(), encoded, strict=True))
 
     def example(self) -> tuple[Any, ...] | None:
         """Return a tuple with an example of each part; None if a part has none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from transfer.interfaces.preprocessing import move
+from transfer.interfaces.preprocessing import Preprocessing, move
 
 Shard = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 """Function from the indices of a batch to those that this rank computes, in data-parallel training."""
@@ -36,6 +36,19 @@ class Batch:
     indices: npt.NDArray[np.int64]
     global_indices: npt.NDArray[np.int64] | None = None
     to_device: Callable[[Any, torch.device], Any] | None = None
+
+    @classmethod
+    def without_targets(cls, preprocessing: Preprocessing, encoded: Sequence[Any]) -> Batch:
+        """Return a batch of encoded values for prediction.
+
+        Args:
+            preprocessing: Preprocessing that encoded the values.
+            encoded: B encoded values.
+        """
+        count = len(encoded)
+        return cls(
+            preprocessing.collate(encoded), torch.empty(count), np.arange(count), to_device=preprocessing.to_device
+        )
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device, ready for the model; copied asynchronously from pinned memory."""

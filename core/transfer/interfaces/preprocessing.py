@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from transfer.errors import DataError
 from transfer.interfaces.renamed import adopt_renamed_methods
 
 
@@ -56,6 +58,9 @@ class Preprocessing(ABC):
     media_type: ClassVar[str] = "text/plain"
     """MIME type of the input on the demo page: a text box for ``text/plain``, a file picker for anything else
     (``image/*``)."""
+
+    file_suffixes: ClassVar[tuple[str, ...]] = ()
+    """Suffixes, in lower case, of the files in a folder that a prediction reads. Empty: all files."""
 
     parts: Mapping[str, Preprocessing] = {}
     """Preprocessing of each input by name, if there are several; a raw value is then a tuple with one value each."""
@@ -171,6 +176,37 @@ class Preprocessing(ABC):
             path = Path(folder) / "content"
             path.write_bytes(content)
             return self.read(str(path))
+
+    def read_value(self, source: Any) -> Any:
+        """Return the raw value for an item of a list, a line of standard input, or the path of a file.
+
+        A string is a value and never a path if :attr:`media_type` is a text: a text may be equal to the name of a file.
+        For any other media type, a string is the path of a file.
+
+        Args:
+            source: String, ``pathlib.Path`` of a file, bytes of a file, or raw value, which is returned unchanged.
+
+        Raises:
+            transfer.DataError, ValueError, OSError: The source cannot be read; the framework then names it.
+        """
+        # Plugins that define only `read` receive every string there.
+        has_content_reader = type(self).read_bytes is not Preprocessing.read_bytes
+        is_text = self.media_type.startswith("text/") and has_content_reader
+        if isinstance(source, str):
+            return self.read_bytes(source.encode()) if is_text else self.read(source)
+        if isinstance(source, os.PathLike):
+            path = Path(source).expanduser()
+            if not path.is_file():  # a device or pipe may never end
+                raise DataError("it is no regular file" if path.exists() else "there is no such file", where=str(path))
+            return self.read_bytes(path.read_bytes()) if is_text else self.read(str(path))
+        return self.read_bytes(source) if isinstance(source, bytes) else source
+
+    def unknown_fraction(self, encoded: Any) -> float:
+        """Return the fraction of an encoded value that is outside the vocabulary, from 0 to 1; by default 0.
+
+        There is no prediction for a value that is completely unknown.
+        """
+        return 0.0
 
     def example(self) -> Any:
         """Return a typical raw value to check shapes with before data is read; None if there is none."""

@@ -101,6 +101,13 @@ class TokenPreprocessing(Preprocessing):
         """Decode a text from UTF-8."""
         return content.decode("utf-8-sig")
 
+    def read_value(self, source: Any) -> str:
+        """Return the string itself, or the content of the file at a ``pathlib.Path``."""
+        value = super().read_value(source)
+        if not isinstance(value, str):
+            raise ValueError(f"expected a text, got {type(value).__name__}")
+        return value
+
     def occlusions(self, value: str) -> Iterator[Occlusion]:
         """Yield each word and run of punctuation, with the characters up to the next one, and the text without it."""
         matches = list(_PIECE.finditer(value))

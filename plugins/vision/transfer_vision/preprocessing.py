@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 from transfer import ConfigError, DataError, Preprocessing
 from transfer_vision.images.decoding import CropMode, Interpolation, decode, open_image, resized_size
 from transfer_vision.images.image_grid import draw_grid
+from transfer_vision.images.image_sources import EXTENSIONS
 from transfer_vision.suggestions import unknown_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -116,6 +117,7 @@ class ImagePreprocessing(Preprocessing):
     """
 
     media_type: ClassVar[str] = "image/*"
+    file_suffixes: ClassVar[tuple[str, ...]] = EXTENSIONS
 
     def __init__(
         self,

@@ -58,6 +58,10 @@ class TextPreprocessing(TokenPreprocessing):
         """Return the number of tokens of each text, int64 (N,)."""
         return encoded.lengths if isinstance(encoded, EncodedTexts) else super().lengths(encoded)
 
+    def unknown_fraction(self, encoded: npt.NDArray[np.int32]) -> float:
+        """Return the fraction of the words of a text that are outside the vocabulary."""
+        return float((encoded == UNKNOWN).mean())
+
     def render_batch(
         self, inputs: Tensor, values: Sequence[str], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
     ) -> str:
