@@ -122,7 +122,9 @@ def resume_seeds(folder: str | Path, *, observe: Observer = ignore_events) -> Ru
 def _read_manifest(folder: Path) -> _Manifest:
     fix = "give the folder that `transfer run --seeds` printed last"
     content = read_json(folder / MANIFEST, f"{folder} is not a folder of seeds", fix)
-    return checked(content, _Manifest, str(folder / MANIFEST))
+    manifest = checked(content, _Manifest, str(folder / MANIFEST))
+    manifest.config = content["config"]  # with paths as they are, which need not be UTF-8
+    return manifest
 
 
 def seeds_of(config: RunConfig, count: int) -> list[int]:

@@ -18,6 +18,7 @@ from transfer.models.assemble import assemble
 from transfer.models.model import Model
 from transfer.models.model_json import DESCRIPTION, WEIGHTS, read_assets, read_description
 from transfer.registry.entry_points import Kind, Plugin
+from transfer.registry.requirements import install_hint
 from transfer.storage.run_directory import FORMAT, RunDirectory
 from transfer.storage.tensor_files import load_tensors, require_same_layout, write_tensors
 from transfer.system.atomic_files import atomic_folder, write_atomically, write_json
@@ -133,6 +134,6 @@ def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:
         return load_component(kind, described[kind], str(file))
     except PluginError as error:
         package = Plugin(**described["plugins"][kind]).requirement
-        fix = f"pip install {shlex.quote(package)}" if package else "register it first, as the training script did"
+        fix = install_hint(package, "register it first, as the training script did")
         problems = [Problem(p.message, p.where, p.available, fix) for p in error.problems]
         raise RunError.of(problems) from error

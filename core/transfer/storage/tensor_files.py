@@ -22,7 +22,10 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     Raises:
         OSError, SafetensorError: The file cannot be written.
     """
+    path.touch()
+    mode = path.stat().st_mode  # that of the umask; safetensors replaces the file by one with the mode 0600
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -95,8 +95,9 @@ def checked(
         RunError: A field is missing or has another type; the error contains all problems.
     """
     try:
-        # As JSON, because in strict mode pydantic takes a dataclass or a tuple only from JSON.
-        return schema.model_validate_json(json.dumps(content))
+        # As JSON, because in strict mode pydantic takes a dataclass or a tuple only from JSON. Paths that are not UTF-8
+        # contain surrogates, which Python's JSON has and pydantic's refuses.
+        return schema.model_validate_json(json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
     except ValidationError as error:
         problems = [
             Problem(f"{what}: {'.'.join(map(str, e['loc'])) or 'content'}: {e['msg']}", where, (), fix)

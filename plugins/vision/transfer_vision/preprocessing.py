@@ -45,6 +45,10 @@ Augmentation = (
 CacheImages = Literal["auto", "off"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+_Size = Annotated[int, Field(ge=1, le=2**16)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 @dataclass(frozen=True)
 class Preset:
     """Preprocessing with which weights were evaluated.
@@ -57,11 +61,11 @@ class Preset:
         std: Standard deviation of each channel in the pretraining data, for values in [0, 1].
     """
 
-    image_size: int
-    resize: int
+    image_size: _Size
+    resize: _Size
     interpolation: Interpolation
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[_Finite, ...]
+    std: tuple[_Finite, ...]
 
     @classmethod
     def of(cls, weights: WeightsEnum) -> Self:
