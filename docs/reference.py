@@ -110,7 +110,8 @@ def _commands() -> Iterator[str]:
     for name, command in commands.items():
         arguments = [p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument"]
         yield f"### `{' '.join(['transfer', name, *arguments])}`\n\n{command.help}\n"
-        rows = [_parameter(parameter) for parameter in command.params if parameter.name != "help"]
+        shown = [p for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
+        rows = [_parameter(parameter) for parameter in shown]
         if rows:
             yield "| argument or option | default | |\n|---|---|---|"
             yield from rows

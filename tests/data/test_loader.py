@@ -465,3 +465,19 @@ def test_timed_iterator_measures_waiting() -> None:
     timed = TimedIterator(slow())
     assert len(list(timed)) == 3
     assert 0.03 <= timed.seconds < 1
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_memory_is_pinned_only_for_a_gpu(monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
+    options: dict[str, Any] = {}
+
+    def record(*_: Any, **given: Any) -> list[Batch]:
+        options.update(given)
+        return []
+
+    monkeypatch.setattr(loading, "DataLoader", record)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loader = Loader(Split({"list": [[1.0], [2.0]]}, np.array([0, 1])), ("list",), Ragged(), batch_size=2)
+    loader.pin_memory = loader.pin_memory or pinned
+    assert list(loader.epoch()) == []
+    assert options["pin_memory"] is pinned

@@ -28,13 +28,13 @@ def test_bf16_computes_in_bf16_and_keeps_the_weights() -> None:
     assert layer.weight.dtype == torch.float32
 
 
-def test_the_inner_context_decides() -> None:
+def test_inner_autocast_context_applies() -> None:
     with autocast("bf16", CPU), autocast("fp32", CPU):
         assert torch.nn.Linear(3, 2)(torch.randn(4, 3)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
-def test_a_run_in_bf16_is_close_to_one_in_fp32(config: dict[str, Any], tmp_path: Path, cache: str) -> None:
+def test_bf16_run_is_close_to_fp32_run(config: dict[str, Any], tmp_path: Path, cache: str) -> None:
     phases = "train.phases=[{epochs: 1, freeze: {until: first}}, {epochs: 2}]"
     exact, rounded = (
         transfer.run(config, [phases, f"train.cache={cache}", f"train.precision={precision}"], output=tmp_path)

@@ -11,8 +11,9 @@ from rich.text import Text
 from transfer.cli.tables import facts_table
 from transfer.config.run_config import RunConfig
 from transfer.feature_cache.loader import reason_not_cached
+from transfer.training.experiment import views_of_phase
 from transfer.training.freezing import prefix_length
-from transfer.training.preflight import PLACEHOLDER_CLASSES, CheckedParts, treatment
+from transfer.training.preflight import PLACEHOLDER_CLASSES, CheckedParts, describe_preprocessing, treatment
 
 MAX_PHASES_PER_TABLE = 3
 """More phases are shown in further tables, because a console of 80 columns has no room for them."""
@@ -31,7 +32,7 @@ def render(config: RunConfig, parts: CheckedParts) -> Iterator[RenderableType]:
             "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
             "training": f"{optimizer}, {train.step}" + (f", recipe {train.recipe.name}" if train.recipe else ""),
             **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
-            **{f"preprocessing: {k}": v for k, v in parts.backbone.preprocessing.describe().items()},
+            **{f"preprocessing: {k}": v for k, v in describe_preprocessing(config, parts.backbone).items()},
         }
     )
     yield from _stages(config, parts)
@@ -82,7 +83,7 @@ def _cache(config: RunConfig, parts: CheckedParts) -> Table:
     for heading in ("phase", "training examples", "validation examples"):
         table.add_column(heading, overflow="fold")
     train, stages = config.train, list(parts.model.stages)
-    augments = parts.backbone.preprocessing.augments
+    augments = parts.backbone.preprocessing.augments and train.augment
     for number, phase in enumerate(parts.phases, 1):
         count = prefix_length(parts.model, phase.frozen)
         cells = []
@@ -95,7 +96,7 @@ def _cache(config: RunConfig, parts: CheckedParts) -> Table:
                 mixed=train.mix is not None and training,
                 batch_norm=parts.model.has_batch_norm,
             )
-            views = f", {train.views} views each" if augments and training else ""
+            views = f", {views_of_phase(train.views, phase.epochs)} views each" if augments and training else ""
             cells.append(Text(f"no: {reason}") if reason else Text(f"after {stages[count - 1]}{views}", style="green"))
         table.add_row(str(number), *cells)
     return table

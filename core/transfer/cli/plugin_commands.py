@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from transfer.registry.entry_points import Plugin
     from transfer.registry.listing import Entry
 
-MIN_DESCRIPTION_WIDTH = 40
-"""On a narrower console, the table of plugins has no column for the version."""
+MIN_DESCRIPTION_WIDTH = 30
+"""If less remains for the descriptions, the table of plugins has no columns for the version and the distribution."""
 
 
 def plugins(
@@ -68,7 +68,7 @@ def _print_table(entries: Sequence[Entry]) -> None:
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     columns = len(headings)
     # Each column is followed by a padding of two characters.
-    if console.width - sum(width + 2 for width in widths) < MIN_DESCRIPTION_WIDTH:
+    while columns > 2 and console.width - sum(width + 2 for width in widths[:columns]) < MIN_DESCRIPTION_WIDTH:
         columns -= 1
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading, width in list(zip(headings, widths, strict=True))[:columns]:

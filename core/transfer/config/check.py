@@ -16,6 +16,7 @@ from transfer.config.run_config import RunConfig, RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, TorchClass, options_set_by_framework
 from transfer.config.train_settings import (
     LEARNING_RATE,
+    OPTIMIZER,
     BackboneOptions,
     DataOptions,
     NamedBlock,
@@ -109,7 +110,7 @@ class _ConfigValidator:
         train = self.block(TrainConfig, raw["train"], ("train",), "train") if isinstance(raw["train"], dict) else None
         optimizer, optimizer_options, schedulers = self.training(train) if train else (None, None, ())
         if train is None and isinstance(raw["train"], dict) and isinstance(raw["train"].get("optimizer"), dict):
-            self.optimizer(raw["train"]["optimizer"])  # only to collect its problems too
+            self.optimizer({"name": OPTIMIZER} | raw["train"]["optimizer"])  # only to collect its problems too
         if self.problems:
             # Phases share the run's scheduler, and each of them has reported its problems: keep one of each.
             raise ConfigError.of(list(dict.fromkeys(self.problems)))

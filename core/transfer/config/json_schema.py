@@ -15,7 +15,14 @@ from transfer.config.check import block_base
 from transfer.config.option_schema import options_model, summary
 from transfer.config.run_config import RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, options_set_by_framework
-from transfer.config.train_settings import DataOptions, NamedBlock, OptimizerOptions, PhaseSettings, TrainConfig
+from transfer.config.train_settings import (
+    OPTIMIZER,
+    DataOptions,
+    NamedBlock,
+    OptimizerOptions,
+    PhaseSettings,
+    TrainConfig,
+)
 from transfer.errors import PluginError, Problem
 from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
@@ -63,6 +70,12 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     for name, members in alternatives.items():
         choices = [(names, references[model, "validation"], description) for names, model, description in members]
         definitions[name] = _choice(definitions, choices)
+    # A block without a name is that of the default optimizer.
+    del definitions["optimizer"]["required"]
+    for case in definitions["optimizer"]["allOf"]:
+        if OPTIMIZER in case["if"]["properties"]["name"]["enum"]:
+            del case["if"]["required"]
+            definitions[case["then"]["$ref"].removeprefix("#/$defs/")]["required"].remove("name")
     top = _definition(definitions, references[RunConfigSchema, "validation"])
     train = _definition(definitions, references[TrainConfig, "validation"])
     phase = definitions[PhaseSettings.__name__]

@@ -11,8 +11,12 @@ from transfer.config.option_schema import Block
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+OPTIMIZER = "adam"
+"""Optimizer of a config that names none."""
 LEARNING_RATE = 1e-3
 """Learning rate of a config that sets none."""
+DEFAULT_EPOCHS = 5
+"""Number of epochs of a config that sets neither epochs nor phases nor a recipe."""
 BATCH_SIZE = 32
 """Batch size of a config that sets none."""
 
@@ -60,6 +64,10 @@ class Parameters(Block):
 Freeze = Annotated[
     Literal["none", "backbone"] | Until | Parameters | Names,
     one_of("none, backbone, {until: STAGE}, a list of stages, or {parameters: [REGEX, ...]}"),
+]
+# `train.optimizer.lr=0.01` on the command line needs no name.
+Optimizer = Annotated[
+    dict[str, Any], BeforeValidator(lambda value: {"name": OPTIMIZER} | value if isinstance(value, dict) else value)
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LearningRate = Annotated[
@@ -144,9 +152,10 @@ class Recipe(Block):
     Args:
         name: Name of the recipe. feature_extraction: train only the head. fine_tune: train everything, the backbone at
             a tenth of the head's learning rate. lp_ft: train only the head for the first half, then everything at a
-            tenth of the learning rate (Kumar et al. 2022). gradual: unfreeze one more stage per phase, from the output
-            on, with lower learning rates for lower stages (Howard and Ruder 2018). scratch: train everything from
-            random weights. random_features: train only the head, on a backbone with random weights.
+            tenth of the learning rate (Kumar et al. 2022). gradual: unfreeze one more stage per phase (several if there
+            are fewer epochs than stages), from the output on, with lower learning rates for lower stages (Howard and
+            Ruder 2018). scratch: train everything from random weights. random_features: train only the head, on a
+            backbone with random weights.
         epochs: Number of epochs of all phases together.
     """
 
@@ -196,11 +205,13 @@ class TrainConfig(Block):
         max_tokens: Alternative to batch_size for text: fill each batch up to this many tokens, padding included. A
             longer text forms a batch of its own.
         evaluation_batch_size: Examples per step in evaluation; null uses twice the batch size, or max_tokens.
-        optimizer: Name of one of torch's optimizers in lower case, with its options. The option lr may differ by group.
+        optimizer: Name of one of torch's optimizers in lower case, with its options; without a name it is adam. The
+            option lr may differ by group.
         scheduler: Name of one of torch's schedulers in lower case, with its options; null keeps the learning rates.
         warmup_epochs: Epochs (fractions are allowed) at the start of each phase in which the learning rates rise
             linearly from zero. The scheduler starts after them.
-        phases: Phases of training, in order; null trains everything for 5 epochs, unless recipe is set.
+        epochs: Number of epochs if neither phases nor a recipe are set: everything is trained; null is 5.
+        phases: Phases of training, in order, each with its number of epochs.
         recipe: Named sequence of phases, as an alternative to phases.
         augment: Whether training examples are augmented at random, as the backbone's preprocessing defines it.
         bucket: Whether examples of similar length share a batch, which saves padding in texts. A number sets how many
@@ -231,9 +242,10 @@ class TrainConfig(Block):
     batch_size: Annotated[Count | Literal["auto"] | None, one_of("an integer of 1 or more, or auto")] = BATCH_SIZE
     max_tokens: Count | None = None
     evaluation_batch_size: Count | None = None
-    optimizer: dict[str, Any] = Field(default_factory=lambda: {"name": "adam", "lr": LEARNING_RATE})
+    optimizer: Optimizer = Field(default_factory=lambda: {"name": OPTIMIZER, "lr": LEARNING_RATE})
     scheduler: dict[str, Any] | None = None
     warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    epochs: Count | None = None
     phases: Annotated[tuple[PhaseSettings, ...], Field(min_length=1)] | None = None
     recipe: Recipe | None = None
     augment: bool = True
@@ -278,4 +290,8 @@ class TrainConfig(Block):
     def _phases_or_recipe(self) -> TrainConfig:
         if self.phases is not None and self.recipe is not None:
             raise ValueError("set phases or recipe, not both; train.phases=null removes the phases")
+        if self.epochs is not None and self.phases is not None:
+            raise ValueError("set the epochs of each phase (train.phases.0.epochs), not train.epochs")
+        if self.epochs is not None and self.recipe is not None:
+            raise ValueError("set train.recipe.epochs, not train.epochs")
         return self

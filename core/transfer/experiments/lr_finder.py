@@ -192,10 +192,7 @@ def _assignment(config: RunConfig, groups: Sequence[ParameterGroup], rate: float
         return float(f"{value * factor:.2g}")
 
     new = {k: v if k == "layer_decay" else scaled(v) for k, v in lr.items()} if isinstance(lr, Mapping) else scaled(lr)
-    if has_phase_rate or config.document.is_set(("train", "optimizer")):
-        return f"{'train.phases.0.lr' if has_phase_rate else 'train.optimizer.lr'}={json.dumps(new)}"
-    # The config has no optimizer block to override: set the default optimizer by name.
-    return f"train.optimizer={json.dumps({'name': config.optimizer.name, 'lr': new})}"
+    return f"{'train.phases.0.lr' if has_phase_rate else 'train.optimizer.lr'}={json.dumps(new)}"
 
 
 def draw(result: RangeTest, title: str) -> str:

@@ -130,6 +130,7 @@ class _Digester:
             return self._module(value)
         if type(value) in (tuple, list):
             return _join(type(value).__name__, *self._items(value))
+        # A dictionary counts in its order, which is part of its content: it may be the order of the classes.
         if type(value) in (dict, types.MappingProxyType):
             return _join("dict", *self._items(value.keys()), *self._items(value.values()))
         if type(value) in (set, frozenset):
@@ -275,6 +276,7 @@ class _Digester:
         return _join("library", module.__name__.encode())
 
     def _class(self, cls: type) -> bytes:
+        # All base classes: a method that is inherited is code of the object, too.
         bases = [self._class_reference(base) for base in cls.__mro__[1:]]
         parts = [self._class_reference(type(cls))]
         for name, member in sorted(vars(cls).items()):
@@ -286,6 +288,8 @@ class _Digester:
         code = function.__code__
         parts = [_code(code), self._value(function.__defaults__), self._value(function.__kwdefaults__)]
         parts += [self._cell(cell) for cell in function.__closure__ or ()]
+        # Compiled code lists the names of globals and attributes together. Those that exist as globals are digested:
+        # the digest may cover more than the function uses.
         names = sorted(_names_in(code))
         parts += self._globals(names, function.__globals__)
         for module in _imported_in(code, function.__globals__):
@@ -391,6 +395,7 @@ def _imported_in(code: types.CodeType, namespace: Mapping[str, Any]) -> list[typ
 
 def _library_of_class(cls: type) -> str | None:
     """Return the installed package that defines a class; None of the user's own code and that of plugins."""
+    # `__module__` is a claim that any class can make: it is believed if the name leads back to the class.
     module = sys.modules.get(cls.__module__)
     value: Any = module
     for name in cls.__qualname__.split("."):

@@ -87,13 +87,18 @@ def lines(
     points = [point for line in series.values() for point in line]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     axes = _Axes((min(xs), max(xs)), (min(ys), max(ys)), log_x=log_x, log_y=log_y)
-    parts = [*axes.draw(x_label, integers=True)]
+    parts = [*axes.draw(x_label, integers=not log_x)]
+    occupied: list[Point] = []
     for x, label in marks.items():
-        middle = axes.to_x(x)
-        on_the_left = middle > WIDTH - 90  # a label near the right edge would leave the chart
+        middle, width = axes.to_x(x), LEGEND_CHARACTER_WIDTH * len(label)
+        on_the_left = middle + width > WIDTH - RIGHT  # a label near the right edge would leave the chart
         offset, anchor = (-4, "end") if on_the_left else (4, "start")
-        parts.append(_tag("path", class_="mark", d=f"M{middle:.1f} {TOP}V{HEIGHT - BOTTOM}"))
-        parts.append(_text(middle + offset, TOP - 3, label, anchor, "label"))
+        start = middle + offset - (width if on_the_left else 0)
+        parts.append(_tag("path", _tag("title", label), class_="mark", d=f"M{middle:.1f} {TOP}V{HEIGHT - BOTTOM}"))
+        # A label that would overlap an earlier one is only a tooltip.
+        if all(start + width < left or start > right for left, right in occupied):
+            occupied.append((start, start + width))
+            parts.append(_text(middle + offset, TOP - 3, label, anchor, "label"))
     for number, (name, values) in enumerate(series.items()):
         # More lines than colors repeat the colors, dashed.
         line_style = f"line c{number % NUM_COLORS}" + (" dashed" if number >= NUM_COLORS else "")

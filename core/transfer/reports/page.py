@@ -36,7 +36,7 @@ from transfer.storage.run_directory import Predictions
 from transfer.system.formatting import format_count, format_duration, format_value
 from transfer.system.templates import environment
 from transfer.training.experiment import Phase
-from transfer.training.preflight import treatment
+from transfer.training.preflight import describe_preprocessing, treatment
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 MAX_DRAWN_CLASSES = 40
@@ -435,7 +435,7 @@ def _setup(material: Material) -> dict[str, Any]:
         **({"warm-up": f"{train.warmup_epochs:g} epochs"} if train.warmup_epochs else {}),
         **({"precision": precision} if (precision := material.summary.get("precision", "fp32")) != "fp32" else {}),
         **({"mix": train.mix.model_dump(exclude_none=True)} if train.mix else {}),
-        "preprocessing": dict(material.trained.backbone.preprocessing.describe()),
+        "preprocessing": describe_preprocessing(config, material.trained.backbone),
         **_caches(material.summary),
     }
     return {"phases": list(map(_phase_length, material.phases)), "stages": stages, "facts": facts}

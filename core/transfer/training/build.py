@@ -115,6 +115,8 @@ def make_experiment(
     quick: bool,
 ) -> Experiment:
     """Return the input of the engine."""
+    for loader in loaders.values():
+        loader.pin_memory = device.type == "cuda"
     return Experiment(
         model,
         task,

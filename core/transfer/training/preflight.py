@@ -335,3 +335,19 @@ def treatment(config: RunConfig, model: Model, phase: Phase, stage: str) -> tupl
     if sum(len(group.parameters) for group in groups) < parameters:
         text += ", partly frozen"
     return text, True
+
+
+def describe_preprocessing(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
+    """Return the settings of the preprocessing for a table; ``train.augment: false`` disables the augmentation."""
+
+    def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: effective(value)
+            if isinstance(value, Mapping)
+            else "none (train.augment: false)"
+            if name == "augmentation" and not config.train.augment
+            else value
+            for name, value in settings.items()
+        }
+
+    return effective(backbone.preprocessing.describe())
