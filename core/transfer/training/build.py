@@ -164,7 +164,7 @@ def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
     with error_location(config.data.where):
         data = dataset.load()
         options = config.data_options
-        return data, complete(data, validation=options.validation, limit=options.limit)
+        return data, complete(data, validation=options.validation, limit=options.limit, limits_test=config.quick_try)
 
 
 def make_loader(
