@@ -6,6 +6,7 @@ from .data.class_folders import (
     Level as Level,
     folder_levels as folder_levels,
 )
+from .data.delimited import Quoting as Quoting
 from .data.splits import split_off as split_off
 from .data.tables import Tables as Tables, TableTarget as TableTarget
 from .data.targets import encode_labels as encode_labels, multi_hot as multi_hot

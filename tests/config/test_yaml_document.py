@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +257,42 @@ def test_plain_data_with_other_types_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         make_document({"a": {"b": object(), "c": [{1, 2}]}, "d": {5: "x"}})
     assert [p.where for p in caught.value.problems] == ["config: a.b", "config: a.c.0", "config: d"]
+
+
+@pytest.mark.parametrize(
+    "value", ["#", " #", "a #b", "[1] # two", "|", ">", "&", "*", "!", "%", "@", "`", "-", "?", ":", ",", " "]
+)
+def test_override_with_special_character_asks_for_quotes(read: Any, value: str) -> None:
+    with pytest.raises(ConfigError, match="special character of YAML") as caught:
+        read("data: {separator: x}\n", f"data.separator={value}")
+    fix = str(caught.value.problems[0].fix)
+    assert fix.startswith("quote the value: ")
+    (quoted,) = shlex.split(fix.removeprefix("quote the value: "))
+    assert read("data: {separator: x}\n", quoted).data == {"data": {"separator": value}}
+
+
+@pytest.mark.parametrize("value", ["[", "'", '"', "{", "]", "}", "a: b: c"])
+def test_override_that_is_no_yaml_asks_for_quotes(read: Any, value: str) -> None:
+    with pytest.raises(ConfigError, match="not YAML") as caught:
+        read("data: {separator: x}\n", f"data.separator={value}")
+    (quoted,) = shlex.split(str(caught.value.problems[0].fix).removeprefix("quote the value: "))
+    assert read("data: {separator: x}\n", quoted).data == {"data": {"separator": value}}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("", None), ("~", None), ("a#b", "a#b"), (";", ";"), ('"#"', "#"), ("-1", -1)]
+)
+def test_override_without_special_character_is_taken(read: Any, value: str, expected: object) -> None:
+    assert read("data: {separator: x}\n", f"data.separator={value}").data == {"data": {"separator": expected}}
+
+
+def test_bare_hash_in_a_file_is_reported(read: Any) -> None:
+    with pytest.raises(ConfigError, match="separator has no value: # starts a comment") as caught:
+        read("data:\n  separator: #\n  label: x\n")
+    problem = caught.value.problems[0]
+    assert str(problem.where).endswith("file.yaml:2")
+    assert 'separator: "#"' in str(problem.fix)
+
+
+def test_comments_in_a_file_stay_comments(read: Any) -> None:
+    assert read("a: # none\nb: #\n  c: 1 #\nd:\n#\ne: '#'\n").data == {"a": None, "b": {"c": 1}, "d": None, "e": "#"}

@@ -140,9 +140,12 @@ def test_complete_refuses_unknown_splits(splits: dict[str, list[int]]) -> None:
     assert caught.value.problems[0].available == ("train", "validation", "test")
 
 
-def test_count_classes_of_classes_and_numbers() -> None:
-    assert count_classes(split([0, 2, 2]), ("a", "b", "c")) == {"a": 1, "b": 0, "c": 2}
-    assert count_classes(split(np.zeros((3, 1), dtype=np.float32)), ("x",)) == {}
+def test_count_classes_of_classes_labels_and_numbers() -> None:
+    classes, labels, numbers = (DataSpec(("x",), kind, ("a", "b", "c")) for kind in ("class", "labels", "number"))
+    rows = np.array([[1, 0, 1], [0, 0, 1]], dtype=np.float32)
+    assert count_classes(split([0, 2, 2]), classes) == {"a": 1, "b": 0, "c": 2}
+    assert count_classes(split(rows), labels) == {"a": 1, "b": 0, "c": 2}
+    assert count_classes(split(rows), numbers) == {}
 
 
 def grouped(targets: list[int], groups: list[int]) -> Split:

@@ -9,13 +9,14 @@ import logging
 import pickle
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from transfer import ConfigError, DataError, data_folder
-from transfer.data.records import read_delimited
+from transfer.data.delimited import Dialect, read_delimited
 from transfer_text.data import datasets
 from transfer_text.data.datasets import IMDb, MiniReviews
 from transfer_text.data.folders import TextFolder
@@ -224,7 +225,7 @@ def test_quoting_is_that_of_python(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_is_left_half_way_lowers_no_limit(tmp_path: Path) -> None:
-    records = read_delimited(["text,label\n", "a,b\n", "c,d\n"], tmp_path / "short.csv", ",")
+    records = read_delimited(["text,label\n", "a,b\n", "c,d\n"], tmp_path / "short.csv", Dialect(","))
     next(records)
     assert csv.field_size_limit() >= 131_072
     records.close()  # type: ignore[attr-defined]  # a generator
@@ -351,8 +352,8 @@ def test_a_missing_column_lists_the_columns_and_the_nearest(tmp_path: Path) -> N
     assert "did you mean 'text'?" in message
 
 
-def test_a_table_with_another_delimiter_is_recognised(tmp_path: Path) -> None:
-    assert "set delimiter" in problem(tmp_path, "text;label\nabc;x\n")
+def test_a_table_with_an_unusual_delimiter_is_explained(tmp_path: Path) -> None:
+    assert "set delimiter" in problem(tmp_path, "text~label\nabc~x\n")
 
 
 @pytest.mark.parametrize(
@@ -362,7 +363,7 @@ def test_a_table_with_another_delimiter_is_recognised(tmp_path: Path) -> None:
         ("text,label\nfine,x\nslow, \n", "train.csv:3: column 'label' is empty"),
         ('text,label\n"a\nb",x\none,two,three\n', "train.csv:4: the row is malformed: expected 2 fields, got 3"),
         ("text,label\nfine,x\nslow\n", "train.csv:3: the row is malformed: expected 2 fields, got 1"),
-        ('text,label\nfine,x\n"never closed,y\nmore,x\n', "train.csv:3: the row cannot be parsed"),
+        ('text,label\n"fine, so",x\n"never closed,y\nmore,x\n', "train.csv:3: the row cannot be parsed"),
         (b"text,label\nfine,x\ncaf\xe9,y\n", "train.csv:3: byte 0xe9 is not utf-8-sig"),
         (b"\xef\xbb\xbftext,label\nfine,x\n\xe9,y\n", "train.csv:3: byte 0xe9 is not utf-8-sig"),
         ("text,label\nfine,x\nslow,x\n", "train.csv: column 'label' contains only the class 'x'"),
@@ -572,7 +573,7 @@ def test_files_are_read_by_the_library(library: Any, tmp_path: Path, suffix: str
     assert data.spec.classes == ("x", "y")
     assert data.splits["test"].fields["text"] == ["one, two", "three", "four"]
     assert data.splits["train"].targets.tolist() == [0, 1, 0]
-    assert data.splits["train"].name(2) == "train[2]"
+    assert data.splits["train"].name(2) == (f"{path}[2]" if suffix == "parquet" else f"{path}:{4 - (suffix != 'csv')}")
 
 
 def test_a_saved_dataset_keeps_its_classes_and_splits(library: Any, tmp_path: Path) -> None:
@@ -582,7 +583,7 @@ def test_a_saved_dataset_keeps_its_classes_and_splits(library: Any, tmp_path: Pa
     data = HuggingFace(dataset=str(tmp_path / "saved")).load()
     assert (list(data.splits), data.spec.classes) == (["train", "test"], ("neg", "pos"))
     assert data.splits["train"].targets.tolist() == [1, 0]
-    with pytest.raises(DataError, match="no split 'held_out'") as caught:
+    with pytest.raises(DataError, match="unknown split 'held_out'") as caught:
         HuggingFace(dataset=str(tmp_path / "saved"), test="held_out").load()
     assert caught.value.problems[0].available == ("train", "test", "unsupervised")
 
@@ -598,7 +599,7 @@ def test_lists_of_labels_and_numbers_are_targets(library: Any, tmp_path: Path) -
     numbers = HuggingFace(train=path, label="stars", target="number").load()
     assert numbers.splits["train"].targets.tolist() == [[1.5], [-2]]
     assert HuggingFace(train=path, label="good", target="labels").load().splits["train"].targets.tolist() == [[1], [0]]
-    with pytest.raises(DataError, match="neither 0 nor 1"):
+    with pytest.raises(DataError, match="expected 0 or 1"):
         HuggingFace(train=path, label="stars", target="labels").load()
 
 
@@ -609,7 +610,7 @@ def test_unlabelled_rows_and_missing_columns_are_named(library: Any, tmp_path: P
     with pytest.raises(DataError, match="class '-1' is not") as caught:
         HuggingFace(dataset=str(tmp_path / "saved")).load()
     assert caught.value.problems[0].where == "train[1]"
-    with pytest.raises(DataError, match="no column 'review'"):
+    with pytest.raises(DataError, match="unknown column 'review'"):
         HuggingFace(dataset=str(tmp_path / "saved"), text="review").load()
 
 
@@ -618,3 +619,79 @@ def test_a_broken_file_is_named(library: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read") as caught:
         HuggingFace(train=str(tmp_path / "broken.parquet")).load()
     assert caught.value.problems[0].where == str(tmp_path / "broken.parquet")
+
+
+# The tests below need no library: this one returns the given splits.
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows of one split in the interface of the library."""
+
+    features: dict[str, Any] = {}
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self[0])
+
+    def select_columns(self, names: list[str]) -> Rows:
+        return Rows({name: row[name] for name in names} for row in self)
+
+    def iter(self, batch_size: int) -> Any:
+        for start in range(0, len(self), batch_size):
+            batch = self[start : start + batch_size]
+            yield {name: [row[name] for row in batch] for name in batch[0]}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rows]:
+    splits: dict[str, Rows] = {}
+    library = SimpleNamespace(load_dataset=lambda *_, **__: splits)
+    monkeypatch.setattr(importlib, "import_module", {"datasets": library}.__getitem__)
+    return splits
+
+
+def test_dataset_of_the_hub_is_read_by_the_rules_of_tables(hub: dict[str, Rows]) -> None:
+    hub["train"] = Rows({"text": f"text {i}", "label": i % 2, "image": b""} for i in range(2500))
+    hub["train"].features = {"label": SimpleNamespace(names=["neg", "pos"])}
+    hub["test"] = hub["train"]
+    data = HuggingFace(dataset="a/b").load()
+    assert (list(data.splits), data.spec.classes) == (["train", "test"], ("neg", "pos"))
+    assert data.splits["train"].targets.tolist() == [0, 1] * 1250
+    assert data.splits["train"].fields["text"][2499] == "text 2499"
+    assert data.splits["test"].name(2) == "test[2]"
+    with pytest.raises(DataError, match="unknown column 'review'") as caught:
+        HuggingFace(dataset="a/b", text="review").load()
+    assert caught.value.problems[0].available == ("text", "label", "image")
+    hub["train"][1]["label"] = -1
+    with pytest.raises(DataError, match="class '-1' is not in the training data") as caught:
+        HuggingFace(dataset="a/b").load()
+    assert caught.value.problems[0].where == "train[1]"
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+@pytest.mark.parametrize("target", ["class", "label_list", "number", "labels"])
+def test_null_label_of_the_hub_is_refused(hub: dict[str, Rows], missing: object, target: str) -> None:
+    values = [["a"], ["b"], missing] if target == "label_list" else [0.0, 1.0, missing]
+    hub["train"] = Rows({"text": "a text", "label": value} for value in values)
+    with pytest.raises(DataError, match="column 'label' is") as caught:
+        HuggingFace(dataset="a/b", target=target).load()  # type: ignore[arg-type]
+    assert caught.value.problems[0].where == "train[2]"
+    hub["train"].pop()
+    classes = ("a", "b") if target == "label_list" else ("0", "1") if target == "class" else ("label",)
+    assert HuggingFace(dataset="a/b", target=target).load().spec.classes == classes  # type: ignore[arg-type]
+
+
+def test_multi_hot_rows_of_the_hub_need_names(hub: dict[str, Rows]) -> None:
+    hub["train"] = Rows({"text": "a text", "label": row} for row in ([0, 0, 1], [1, 0, 1]))
+    with pytest.raises(DataError, match="rows of zeros and ones"):
+        HuggingFace(dataset="a/b", target="label_list").load()
+    data = HuggingFace(dataset="a/b", target="label_list", label_names=("a", "b", "c")).load()
+    assert data.splits["train"].targets.tolist() == [[0, 0, 1], [1, 0, 1]]
+
+
+def test_local_files_are_read_without_the_library(tmp_path: Path) -> None:
+    rows = "".join(f"sentence {number}\t{('NA', 'yes')[number % 2]}\n" for number in range(8))
+    path = write(tmp_path, "text\tlabel\n" + rows + '"Hello he said\tNA\nand smiled"\tyes\n', "train.tsv")
+    data = HuggingFace(train=path).load()
+    assert data.spec.classes == ("NA", "yes")
+    assert data.splits["train"].fields["text"][8:] == ['"Hello he said', 'and smiled"']

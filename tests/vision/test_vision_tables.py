@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +161,63 @@ def test_a_row_without_a_text_is_refused(folder: Path) -> None:
     assert caught.value.problems[0].where == f"{folder}/table.csv:4"
     with pytest.raises(ConfigError, match="image 'image', text 'image' and label 'label' do not name different"):
         MultimodalCSV(train="table.csv", text="image")
+
+
+# ------------------------------------------------------------------------------------------- notations of paths
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda number: str(number),
+        lambda number: f"images/{number}",
+        lambda number: f"images\\{number}.png",
+        lambda number: f"./images//{number}.png",
+        lambda number: f"Images/{number}.PNG",
+        lambda number: f" images/{number}.png ",
+    ],
+    ids=["id", "id in a folder", "backslashes", "dots", "other case", "blanks"],
+)
+@pytest.mark.parametrize("archive", [False, True], ids=["folder", "archive"])
+def test_paths_are_found_in_every_notation(folder: Path, write: Callable[[int], str], archive: bool) -> None:
+    rows = [(write(number), "ab"[number % 2]) for number in range(24)]
+    root = folder / "images" if write(0) == "0" else folder
+    if archive:
+        with zipfile.ZipFile(folder / "all.zip", "w") as file:
+            for number in range(24):
+                file.write(folder / "images" / f"{number}.png", f"{'' if write(0) == '0' else 'images/'}{number}.png")
+            file.writestr("readme", "read me")  # otherwise the only folder would be the root
+        root = folder / "all.zip"
+    data = ImageCSV(train=table(folder, "path,label", rows), root=str(root)).load()
+    assert paths(data, "train") == [f"images/{number}.png" for number in range(24)]
+
+
+def test_json_numbers_are_ids(folder: Path) -> None:
+    rows = [json.dumps({"path": number, "label": "ab"[number % 2]}) for number in range(4)]
+    (folder / "table.jsonl").write_text("\n".join(rows))
+    data = ImageCSV(train=str(folder / "table.jsonl"), root=str(folder / "images")).load()
+    assert paths(data, "train") == [f"images/{number}.png" for number in range(4)]
+
+
+def test_existing_path_wins_over_a_similar_one(folder: Path) -> None:
+    for name, red in (("a", 0), ("A", 10), ("a.png", 20)):
+        Image.new("RGB", (8, 6), (red, 0, 0)).save(folder / name, format="png")
+    data = ImageCSV(train=table(folder, "path,label", [("a", "x"), ("A", "y"), ("a.png", "x")])).load()
+    assert paths(data, "train") == [f"images/{number}.png" for number in range(3)]
+
+
+def test_id_of_two_files_is_refused(folder: Path) -> None:
+    Image.new("RGB", (8, 6)).save(folder / "images" / "3.jpg")
+    with pytest.raises(DataError, match="'images/3' is ambiguous: 2 files fit") as caught:
+        ImageCSV(train=table(folder, "path,label", [*ROWS, ("images/3", "a")])).load()
+    problem = caught.value.problems[0]
+    assert (problem.where, problem.available) == (f"{folder}/table.csv:26", ("images/3.jpg", "images/3.png"))
+
+
+@pytest.mark.parametrize("url", ["https://example.org/1.png", "s3://bucket/1.png", "file:///1.png"])
+def test_urls_are_refused(folder: Path, url: str) -> None:
+    with pytest.raises(DataError, match="1 of the images are URLs") as caught:
+        ImageCSV(train=table(folder, "path,label", [*ROWS, (url, "a")]), bad_files="skip").load()
+    problem = caught.value.problems[0]
+    assert problem.where == f"{folder}/table.csv:26"
+    assert "download the images" in str(problem.fix)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +89,15 @@ class Document:
             raise ConfigError(
                 "the override is malformed: expected key=value", where=where, fix="for example train.batch_size=128"
             )
-        value, locations = _parse(text, where, lines=False)
+        # YAML gives these a meaning of its own, and the shell removes quotes: `#` would be null.
+        fix = f"quote the value: {path}={shlex.quote(json.dumps(text, ensure_ascii=False))}"
+        if _INDICATOR.fullmatch(text) or _comment_in(text):
+            raise ConfigError(
+                f"the value {text!r} contains a special character of YAML",
+                where=where,
+                fix=fix,
+            )
+        value, locations = _parse(text, where, lines=False, fix=fix)
         node: Any = self.data
         key: Key = ()
         for depth, part in enumerate(parts):
@@ -249,7 +259,26 @@ def _apply(document: Document, overrides: Sequence[str]) -> None:
         raise ConfigError.of(problems)
 
 
-def _parse(text: str, source: str, *, lines: bool, variables: bool = True) -> tuple[Any, dict[Key, str]]:
+_INDICATOR = re.compile(r"\s*[#|>&*!%@`?:,-]\s*|\s+")
+
+
+def _comment_in(text: str) -> bool:
+    """Return whether YAML would ignore the end of a text as a comment."""
+    try:
+        node = _Loader(text).get_single_node()
+    except (yaml.YAMLError, RecursionError):
+        return False  # the error is reported when the text is parsed
+    return text[node.end_mark.index if node else 0 :].lstrip().startswith("#")
+
+
+def _parse(
+    text: str,
+    source: str,
+    *,
+    lines: bool,
+    variables: bool = True,
+    fix: str = "check indentation, quotes and brackets",
+) -> tuple[Any, dict[Key, str]]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()  # composed only: constructing would lose the lines, and resolve tags
@@ -260,12 +289,21 @@ def _parse(text: str, source: str, *, lines: bool, variables: bool = True) -> tu
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None and lines else source
         what = "too deeply nested" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
-        raise ConfigError(
-            f"the text is not YAML: {what}", where=where, fix="check indentation, quotes and brackets"
-        ) from error
+        raise ConfigError(f"the text is not YAML: {what}", where=where, fix=fix) from error
     if reader.problems:
         raise ConfigError.of(reader.problems)
     return data, reader.locations
+
+
+def _is_bare_hash(key: yaml.Node, value: yaml.Node) -> bool:
+    """Return whether the line of a key without a value ends in ``: #``, as if the character were the value."""
+    if not isinstance(value, yaml.ScalarNode) or value.value or value.style is not None:
+        return False
+    mark = key.end_mark  # of text that is a str, a mark contains all of it
+    return mark.buffer is not None and bool(_BARE_HASH.match(mark.buffer, mark.pointer))
+
+
+_BARE_HASH = re.compile(r"[ \t]*:[ \t]+#[ \t]*(?=[\r\n\0]|$)")
 
 
 class _Reader:
@@ -309,6 +347,9 @@ class _Reader:
                     self.problems.append(Problem("a key is invalid: expected text, got a list or mapping", where))
                 elif name.value in data:
                     self.problems.append(Problem(f"the key {name.value!r} is duplicated", where, fix="remove one"))
+                elif _is_bare_hash(name, item):
+                    problem = f"{name.value} has no value: # starts a comment"
+                    self.problems.append(Problem(problem, where, fix=f'write {name.value}: "#" or {name.value}: null'))
                 else:
                     data[name.value] = self.value(item, (*key, name.value), where)
             return data

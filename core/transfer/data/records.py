@@ -1,126 +1,205 @@
-"""Records of CSV, TSV and JSON Lines files with their line numbers."""
+"""Records of tables by the content of the file: compression, JSON, JSON Lines, Parquet and Arrow."""
 
 from __future__ import annotations
 
+import bz2
 import codecs
-import csv
 import gzip
+import importlib
 import io
 import json
+import lzma
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from transfer.errors import DataError
 
 MAX_TABLE_BYTES = 1 << 32
 """Maximum size of a decompressed table: a larger one is refused, because it may be a decompression bomb."""
-MAX_FIELD_CHARACTERS = 2**31 - 1
-"""Maximum length of a field: the largest limit that the csv module accepts on all platforms."""
 JSON_LINES = (".jsonl", ".ndjson")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """Byte order marks of UTF-16."""
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
+"""Exceptions of the file system and of damaged or encrypted archives (zipfile raises RuntimeError)."""
 
-Record = dict[str, str | list[str]]
-"""Values of a row by column; only JSON Lines can contain lists."""
+Record = Mapping[str, object]
+"""Values of a row by column: text in a delimited file, and plain data in JSON and Parquet."""
 
-
-def table_suffix(path: Path) -> str:
-    """Return the suffix of a table's file name, ignoring ``.gz``."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+_TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".txt", ".json", *JSON_LINES, ".parquet")
+_COMPRESSED: Mapping[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # with and without files
+_PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+_SAVE_AS_CSV = "save the sheet as CSV and give that file"
+# Files that users pass as tables by mistake, by their first bytes.
+_NOT_TABLES = {
+    b"\xd0\xcf\x11\xe0": ("an Excel workbook (.xls) or another Office file", _SAVE_AS_CSV),
+    b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", "decompress it first"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it first"),
+    b"Rar!": ("a RAR archive", "unpack it first"),
+    b"%PDF": ("a PDF document", "give a table"),
+    b"SQLite format 3": ("an SQLite database", "export the table as CSV"),
+    b"version https://git-lfs": ("a Git LFS pointer, without the data", "download the file: git lfs pull"),
+    b"<!doctype html": ("a web page", "download the file itself instead of the page that shows it"),
+}
 
 
 def open_table(path: Path) -> BinaryIO:
-    """Open a table for reading; a gzip file is decompressed into memory."""
-    return io.BytesIO(_unpacked(path)) if path.name.lower().endswith(".gz") else path.open("rb")
+    """Open a table for reading. A compressed file, recognized by its content, is decompressed into memory.
+
+    Raises:
+        DataError: The content is not a table: a workbook, an archive of several files, a document.
+        OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError: The file is missing or damaged.
+    """
+    with ExitStack() as stack:
+        file: BinaryIO = stack.enter_context(path.open("rb"))
+        if not file.seekable():  # a pipe: the table is read more than once
+            file = io.BytesIO(_limited(file))
+        head = _head(file)
+        for magic, opener in _COMPRESSED.items():
+            if head.startswith(magic):
+                file = io.BytesIO(_limited(stack.enter_context(opener(file))))
+        if head.startswith(_ZIP):
+            file = io.BytesIO(_unzipped(file, path))
+        head = _head(file)
+        if head.startswith((*_ZIP, *_COMPRESSED)):
+            raise DataError("the table is compressed twice", where=str(path), fix="decompress it once")
+        tar = (b"ustar", ("a tar archive", "unpack it, and give the path of one table"))
+        for magic, (what, fix) in [*_NOT_TABLES.items(), tar]:
+            if (head[257:] if magic == b"ustar" else head.lower()).startswith(magic.lower()):
+                raise DataError(f"the file is not a table: it is {what}", where=str(path), fix=fix)
+        if not isinstance(file, io.BytesIO):
+            stack.pop_all()  # the caller closes the file
+        return file
 
 
-def _unpacked(path: Path) -> bytes:
-    with gzip.open(path) as file:
-        content = file.read(MAX_TABLE_BYTES)  # never decompresses more than the limit
+def _head(file: BinaryIO) -> bytes:
+    head = file.read(512)
+    file.seek(0)
+    return head
+
+
+def _limited(file: IO[bytes] | Any) -> bytes:
+    content: bytes = file.read(MAX_TABLE_BYTES)  # never decompresses more than the limit
     if len(content) == MAX_TABLE_BYTES:
         raise OSError(f"it would unpack to {MAX_TABLE_BYTES / 2**30:.0f} GiB or more; decompress it yourself")
     return content
 
 
-class LineNames(Sequence[str]):
-    """Names ``path:line`` of the rows of a table, formatted on access.
+def _unzipped(file: BinaryIO, path: Path) -> bytes:
+    """Return the content of the only table in a zip archive."""
+    with zipfile.ZipFile(file) as archive:
+        names = [m.filename for m in archive.infolist() if not m.is_dir()]
+        if "xl/workbook.xml" in names or "[Content_Types].xml" in names or "content.xml" in names:
+            raise DataError("the file is a spreadsheet, not a text table", where=str(path), fix=_SAVE_AS_CSV)
+        # Archives made on macOS contain a hidden copy of the metadata of each file.
+        names = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+        tables = [name for name in names if name.lower().endswith(_TABLE_SUFFIXES)]
+        if len(tables or names) != 1:
+            raise DataError(
+                f"the archive is ambiguous: expected one table, got {len(tables or names)} files",
+                where=str(path),
+                available=(tables or names)[:20],
+                fix="unpack it, and give the path of one table",
+            )
+        with archive.open((tables or names)[0]) as member:
+            return _limited(member)
+
+
+class RowNames(Sequence[str]):
+    """Names ``path:line`` or ``path[index]`` of the rows of a table, formatted on access.
 
     Args:
         path: Path of the table.
-        lines: First line of each row, counted from 1.
+        positions: First line of each row, counted from 1, or index of each row, counted from 0.
+        by_line: Whether the positions are lines.
     """
 
-    def __init__(self, path: Path, lines: Sequence[int]) -> None:
+    def __init__(self, path: Path, positions: Sequence[int], *, by_line: bool) -> None:
         self._path = path
-        self._lines = lines
+        self._positions = positions
+        self._by_line = by_line
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._positions)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return LineNames(self._path, self._lines[index])
-        return f"{self._path}:{self._lines[index]}"
+            return RowNames(self._path, self._positions[index], by_line=self._by_line)
+        return row_name(self._path, self._positions[index], by_line=self._by_line)
 
 
-def read_delimited(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[int, Record]]:
-    """Yield the first line and the record of each row of a delimited table with a header.
-
-    Args:
-        lines: Lines of the file.
-        path: Path of the file, for errors.
-        delimiter: Character between two columns.
-
-    Raises:
-        DataError: A row cannot be parsed or has another number of fields than the header, or two columns have one name.
-    """
-    # The csv module limits fields to 131,072 characters by default, and a text may be longer. The limit is global, so
-    # it is restored at the end. It is never lowered, because an abandoned generator restores it late.
-    limit = csv.field_size_limit()
-    csv.field_size_limit(max(MAX_FIELD_CHARACTERS, limit))
-    # Strict: otherwise an unclosed quote silently turns the rest of the file into one field.
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    first_line = 1
-    try:
-        header = next(reader, [])
-        if repeated := [name for name, count in Counter(header).items() if count > 1]:
-            raise DataError(f"two columns are called {repeated[0]!r}", where=f"{path}:1", fix="rename one of them")
-        first_line = reader.line_num + 1
-        for fields in reader:
-            line, first_line = first_line, reader.line_num + 1
-            if len(fields) == len(header):
-                yield line, dict(zip(header, fields, strict=True))
-            elif fields:  # blank lines are skipped
-                raise DataError(
-                    f"the row is malformed: expected {len(header)} fields, got {len(fields)}",
-                    where=f"{path}:{line}",
-                    fix=f"quote a field that contains {delimiter!r}, or set delimiter",
-                )
-    except csv.Error as error:
-        raise DataError(
-            f"the row cannot be parsed: {error}", where=f"{path}:{first_line}", fix='write a quote within quotes as ""'
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
+def row_name(path: Path, position: int, *, by_line: bool) -> str:
+    """Return the name of a row by its line or index."""
+    return f"{path}:{position}" if by_line else f"{path}[{position}]"
 
 
-def read_json_lines(lines: Iterable[str], path: Path, column: str | None, example: str) -> Iterator[tuple[int, Record]]:
-    """Yield the line and the record of each object in a JSON Lines file.
+# ---------------------------------------------------------------------------------------------------------------- JSON
 
-    Numbers and booleans become text, as JSON writes them.
+
+def is_json(start: str, suffix: str) -> bool:
+    """Return whether a file contains JSON, from its first characters; no table in CSV starts with ``{"key":``."""
+    start = start.lstrip()
+    return bool(_OBJECT.match(start)) or suffix in (".json", *JSON_LINES)
+
+
+_OBJECT = re.compile(r'(?:\[\s*)?\{\s*"(?:[^"\\]|\\.)*"\s*:')
+
+
+def read_json(
+    lines: io.TextIOBase, path: Path, example: str, *, is_lines: bool
+) -> tuple[Iterator[tuple[int, Record]], bool]:
+    """Return the rows of a JSON file with their positions, and whether the positions are lines.
+
+    A file contains one object on each line (JSON Lines), a list of objects, several objects after another, an object
+    with such a list under one key, or an object of columns as pandas writes it.
 
     Args:
-        lines: Lines of the file.
+        lines: Lines of the file; must be seekable.
         path: Path of the file, for errors.
-        column: Name of the column of the example, which must not contain a list or object; None skips that check.
         example: Name of an example in errors (``text``).
+        is_lines: Whether the suffix is that of JSON Lines: then a list is the only other form.
 
     Raises:
-        DataError: A line is not a JSON object, or its text is malformed.
+        DataError: The content is not JSON, or not a table; also while the rows are read.
     """
+    filled = (line for line in lines if line.strip())
+    first, second = next(filled, ""), next(filled, "")
+    lines.seek(0)
+    # A file of one line may be an object of columns.
+    if (is_lines and not first.lstrip().startswith("[")) or (second and _is_object(first)):
+        return _json_lines(lines, path, example), True
+    text = lines.read()
+    start = _skip_blanks(text, 0)
+    if start == len(text):
+        return iter(()), True
+    if text.startswith("[", start):
+        return _json_items(text, start + 1, path, in_list=True), True
+    try:
+        content, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(error, path) from error
+    if _skip_blanks(text, end) < len(text):
+        return _json_items(text, start, path, in_list=False), True
+    return enumerate(_columns_or_rows(content, path)), False
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_lines(lines: Iterable[str], path: Path, example: str) -> Iterator[tuple[int, Record]]:
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         if not line.strip():  # blank lines are skipped
@@ -137,39 +216,164 @@ def read_json_lines(lines: Iterable[str], path: Path, column: str | None, exampl
                 where=where,
                 fix=f'write one object on each line: {{"{example}": ..., "label": ...}}',
             )
-        if column is not None and isinstance(record.get(column), list | dict):
-            got = type(record[column]).__name__
+        _refuse_surrogates(line, record, where)
+        yield number, record
+
+
+def _json_items(text: str, start: int, path: Path, *, in_list: bool) -> Iterator[tuple[int, Record]]:
+    """Yield the line and the record of each object in a list, or of objects after another, from ``start``."""
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0
+    position = _skip_blanks(text, start)
+    while position < len(text) and not (in_list and text.startswith("]", position)):
+        line += text.count("\n", counted, position)
+        counted = position
+        where = f"{path}:{line}"
+        try:
+            record, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(error, path) from error
+        if not isinstance(record, dict):
             raise DataError(
-                f"column {column!r} is wrong: expected {example}, got {got}",
+                f"the JSON is not a table: expected a list of objects, got a list of {type(record).__name__}",
                 where=where,
-                fix=f"give one {example} per row",
+                fix='write [{"text": ..., "label": ...}, ...]',
             )
-        # The search is fast and rarely matches; most surrogates are valid pairs, so the record is then encoded.
-        if _SURROGATE.search(line) and _lone_surrogate(record):
-            raise DataError(
-                "a text contains an unpaired surrogate (\\ud800 to \\udfff)",
-                where=where,
-                fix="remove it, or the row",
-            )
-        yield number, {key: _as_text(value) for key, value in record.items()}
+        _refuse_surrogates(text[position:end], record, where)
+        yield line, record
+        position = _skip_blanks(text, end)
+        if in_list and text.startswith(",", position):
+            position = _skip_blanks(text, position + 1)
+        elif in_list and not text.startswith("]", position):
+            raise DataError("the JSON is malformed: expected ',' or ']' after an object", where=where)
+    if in_list and position == len(text):
+        raise DataError("the list of JSON objects does not end: expected ']'", where=str(path), fix="repair the file")
+
+
+def _columns_or_rows(content: object, path: Path) -> Sequence[Record]:
+    """Return the rows in a JSON object: those of the only list of objects in it, or of its columns."""
+    if isinstance(content, dict):
+        lists = [v for v in content.values() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)]
+        if len(lists) == 1:
+            return list(lists[0])
+        columns = list(content.values())
+        if columns and all(isinstance(c, list) for c in columns) and len({len(c) for c in columns}) == 1:
+            return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
+        # pandas writes a data frame as {"column": {"index": value}}.
+        if columns and all(isinstance(c, dict) for c in columns) and len({tuple(c) for c in columns}) == 1:
+            return [{name: column[key] for name, column in content.items()} for key in columns[0]]
+        if any(isinstance(value, str) for value in columns):
+            return [content]  # a table of one row
+    raise DataError(
+        "the JSON is not a table: expected a list of objects",
+        where=str(path),
+        fix='write [{"text": ..., "label": ...}, ...], or one object on each line',
+    )
+
+
+def _skip_blanks(text: str, position: int) -> int:
+    match = _BLANKS.match(text, position)
+    assert match is not None, "the pattern matches the empty string"
+    return match.end()
+
+
+_BLANKS = re.compile(r"\s*")
+
+
+def _not_json(error: Exception, path: Path) -> DataError:
+    where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+    return DataError(f"the file is not JSON: {error}", where=where, fix="write a list of objects, or one on each line")
 
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def _lone_surrogate(record: Mapping[str, object]) -> bool:
-    """Return whether a value contains an unpaired surrogate, which JSON escapes allow and no encoding can represent."""
+def _refuse_surrogates(text: str, record: Record, where: str) -> None:
+    """Refuse an unpaired surrogate, which JSON escapes allow and no encoding can represent."""
+    # The search is fast and rarely matches; most surrogates are valid pairs, so the record is then encoded.
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                "a text contains an unpaired surrogate (\\ud800 to \\udfff)", where=where, fix="remove it, or the row"
+            ) from None
+
+
+# --------------------------------------------------------------------------------------------------- Parquet and Arrow
+
+
+def is_parquet_or_arrow(file: BinaryIO) -> bool:
+    """Return whether a file is Parquet or Arrow, from its first bytes."""
+    return _head(file).startswith((_PARQUET, _ARROW_FILE, _ARROW_STREAM))
+
+
+def read_arrow(
+    file: BinaryIO, path: Path, columns: Collection[str] | None
+) -> tuple[Iterator[tuple[int, Record]], Mapping[str, Sequence[str]]]:
+    """Return the rows of a Parquet or Arrow file with their indices, and the class names of its columns.
+
+    The class names are those that the ``datasets`` library stores in the metadata of the file.
+
+    Args:
+        file: Content of the file.
+        path: Path of the file, for errors.
+        columns: Names of the columns to read; None reads all. A missing one is left out.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file is damaged; also while the rows are read.
+    """
     try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+        parquet, ipc = (importlib.import_module(f"pyarrow.{name}") for name in ("parquet", "ipc"))
+    except ImportError as error:
+        raise DataError(
+            "Parquet and Arrow files need the library `pyarrow`, which is not installed",
+            where=str(path),
+            fix="pip install 'transferkit[huggingface]', or save the table as CSV",
+        ) from error
+    head = _head(file)
+    try:
+        if head.startswith(_PARQUET):
+            table = parquet.ParquetFile(file)
+            schema = table.schema_arrow
+            read = [name for name in schema.names if columns is None or name in columns]
+            batches = table.iter_batches(columns=read)
+        elif head.startswith(_ARROW_FILE):
+            table = ipc.open_file(file)
+            schema = table.schema
+            batches = (table.get_batch(index) for index in range(table.num_record_batches))
+        else:
+            batches = ipc.open_stream(file)
+            schema = batches.schema
+    except (OSError, ValueError) as error:  # pyarrow's exceptions for damaged files derive from ValueError
+        raise _damaged(error, path) from error
+    return _arrow_rows(batches, path), _class_names(schema)
 
 
-def _as_text(value: object) -> str | list[str]:
-    """Return a JSON value as text; a list becomes a list of texts."""
-    if isinstance(value, list):
-        return [item if isinstance(item, str) else json.dumps(item) for item in value]
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value)
+def _arrow_rows(batches: Iterable[Any], path: Path) -> Iterator[tuple[int, Record]]:
+    index = 0
+    try:
+        for batch in batches:
+            for record in batch.to_pylist():
+                yield index, record
+                index += 1
+    except (OSError, ValueError) as error:
+        raise _damaged(error, path) from error
+
+
+def _damaged(error: Exception, path: Path) -> DataError:
+    return DataError(f"the table cannot be read: {error}", where=str(path), fix="write the file again")
+
+
+def _class_names(schema: Any) -> Mapping[str, Sequence[str]]:
+    """Return the class names by column from the metadata of an Arrow schema; empty if there are none."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        # A list of labels is {"feature": {...}, "_type": "Sequence"} or {"feature": ..., "_type": "List"}, or [{...}].
+        inner = {
+            name: (f[0] if isinstance(f, list) and f else f.get("feature", f) if isinstance(f, dict) else {})
+            for name, f in features.items()
+        }
+        return {name: f["names"] for name, f in inner.items() if isinstance(f, dict) and f.get("names")}
+    except (KeyError, ValueError, TypeError, AttributeError):  # written by another program
+        return {}

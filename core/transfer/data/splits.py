@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfer.errors import DataError
-from transfer.interfaces import SPLITS, Data, Split
+from transfer.interfaces import SPLITS, Data, DataSpec, Split
 
 # Splits do not depend on the seed of the run, so that runs with different seeds are evaluated on the same examples.
 _SEED = 20_140_825
@@ -145,9 +145,10 @@ def digest(splits: Mapping[str, Split]) -> str:
     return content.hexdigest()
 
 
-def count_classes(split: Split, classes: tuple[str, ...]) -> Mapping[str, int]:
-    """Return the number of examples of each class, for tables; empty for labels and numbers."""
-    if np.issubdtype(split.targets.dtype, np.integer):
-        counts = np.bincount(split.targets, minlength=len(classes))
-        return dict(zip(classes, counts.tolist(), strict=True))
-    return {}
+def count_classes(split: Split, spec: DataSpec) -> Mapping[str, int]:
+    """Return the number of examples of each class or label, for tables; empty for numbers."""
+    if spec.target == "number":
+        return {}
+    targets = split.targets
+    counts = np.bincount(targets, minlength=len(spec.classes)) if spec.target == "class" else targets.sum(0, np.int64)
+    return dict(zip(spec.classes, counts.tolist(), strict=True))

@@ -1,13 +1,15 @@
-"""Datasets from tables with examples and labels: CSV, TSV, JSON Lines."""
+"""Datasets from tables with examples and labels: CSV, TSV, JSON, JSON Lines, Parquet."""
 
 from __future__ import annotations
 
 import codecs
 import io
+import json
 import math
-import zlib
+import re
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +17,30 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from transfer.data.delimited import Quoting, choose_dialect, read_delimited
 from transfer.data.records import (
     JSON_LINES,
+    UNREADABLE,
     UTF_16,
-    LineNames,
     Record,
+    RowNames,
+    is_json,
+    is_parquet_or_arrow,
     open_table,
-    read_delimited,
-    read_json_lines,
-    table_suffix,
+    read_arrow,
+    read_json,
+    row_name,
 )
 from transfer.data.splits import split_off
-from transfer.data.targets import encode_labels, multi_hot
+from transfer.data.targets import (
+    as_text,
+    encode_labels,
+    from_multi_hot,
+    is_multi_hot,
+    label_text,
+    multi_hot,
+    parse_label_list,
+)
 from transfer.errors import ConfigError, DataError, unknown_name
 from transfer.interfaces import Data, DataSpec, Split
 from transfer.system.downloads import find_file
@@ -34,27 +48,39 @@ from transfer.system.downloads import find_file
 TableTarget = Literal["class", "labels", "label_list", "number"]
 """``class``: one column contains the class. ``labels``: each column contains 0 or 1. ``label_list``: one column
 contains the names of all labels. ``number``: each column contains a number."""
+MAX_START_BYTES = 1 << 16
+"""Number of bytes by which JSON is recognized."""
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
 class Tables:
-    """Reader of examples and labels in tables: CSV, TSV, or JSON Lines (``.jsonl``), plain or ``.gz``.
+    r"""Reader of examples and labels in tables: CSV, TSV, JSON, JSON Lines, or Parquet, plain or compressed.
+
+    The format, the compression, the delimiter and the quoting are recognized by the content of the file. The suffix
+    only decides if several delimiters fit. Parquet needs pyarrow, which the extra ``huggingface`` installs.
 
     Args:
         train: Path of the table to train on, or its name in the data folder.
         val: Path of the table to select the best epoch on; None if there is none.
         test: Path of the table to test on; None if there is none.
         example: Name of an example in messages, and of the option that names its column (``text``).
-        column: Name of the column of the example. None makes an example a dict of all columns that are not named here.
+        column: Name of the column of the example, or its number if there is no header. None makes an example a dict of
+            all columns that are not named here.
         label: Name of the column of the label; for ``labels`` and ``number``, the names of several columns.
         target: Content of the label columns: class, labels, label_list or number.
-        separator: Separator of the labels in a ``label_list``. JSON Lines may contain lists instead.
-        delimiter: Character between columns; None uses a tab in .tsv files and a comma otherwise.
+        separator: Separator of the labels in a ``label_list``. Lists in JSON or Python notation are read as lists.
+        delimiter: Character between columns; None chooses the one that gives the named columns.
         encoding: Character encoding of the files.
         split: Name of the column with the split of each row, if there is only one table.
         group: Name of the column with the group of each row (a patient, an author). No group is in two splits.
         test_fraction: Fraction of ``train`` to use for testing if there is no test split; 0 uses none.
         extra_fields: Columns of further fields of an example, by field (``{"text": "caption"}``).
+        header: Whether the first row of a delimited file contains the names of the columns. False numbers the columns
+            from 0; a list contains the names of the columns of a file without header.
+        quoting: Meaning of quotes in a delimited file. ``csv``: a field in quotes may contain delimiters, line ends
+            and doubled quotes. ``backslash``: the same with ``\"`` for a quote. ``none``: quotes are part of the text.
+            None chooses one by the content.
+        label_names: Names of the labels if a ``label_list`` contains a zero or one for each label (``[0, 1, 0]``).
 
     Raises:
         ConfigError: The options are inconsistent.
@@ -67,20 +93,26 @@ class Tables:
         val: str | None = None,
         test: str | None = None,
         example: str,
-        column: str | None,
-        label: str | tuple[str, ...],
+        column: str | int | None,
+        label: str | int | tuple[str | int, ...],
         target: TableTarget = "class",
         separator: str = ",",
         delimiter: str | None = None,
         encoding: str = "utf-8-sig",
-        split: str | None = None,
-        group: str | None = None,
+        split: str | int | None = None,
+        group: str | int | None = None,
         test_fraction: float = 0.0,
-        extra_fields: Mapping[str, str] | None = None,
+        extra_fields: Mapping[str, str | int] | None = None,
+        header: bool | tuple[str, ...] = True,
+        quoting: Quoting | None = None,
+        label_names: tuple[str, ...] = (),
     ) -> None:
-        labels = (label,) if isinstance(label, str) else label
+        # Columns of a file without header have their numbers as names.
+        labels = tuple(map(str, label if isinstance(label, tuple) else (label,)))
+        column, split, group = (None if name is None else str(name) for name in (column, split, group))
+        further = {name: str(written) for name, written in (extra_fields or {}).items()}
         # Every column may have only one meaning.
-        columns = ({} if column is None else {example: column}) | dict(extra_fields or {})
+        columns = ({} if column is None else {example: column}) | further
         if not labels or len({*columns.values(), *labels}) != len(columns) + len(labels):
             named = ", ".join(f"{what} {name!r}" for what, name in columns.items()) + (" and " if columns else "")
             one_for_each = "".join(f"one column for the {what} and " for what in columns)
@@ -99,6 +131,17 @@ class Tables:
             raise ConfigError(
                 f"delimiter is wrong: expected one character, got {delimiter!r}", fix=r'write ";" or "\t"'
             )
+        if label_names and target != "label_list":
+            raise ConfigError(
+                f"label_names names the values of a label_list, but target is {target}", fix="remove label_names"
+            )
+        if len(set(label_names)) < len(label_names):
+            raise ConfigError("label_names contains a name twice", fix="give each label its own name")
+        if not isinstance(header, bool) and (not header or len(set(header)) < len(header)):
+            raise ConfigError(
+                "header is wrong: expected different names of columns",
+                fix="name every column of the file in order, or write header: false and use numbers",
+            )
         try:
             codecs.lookup(encoding)
         except LookupError:
@@ -116,7 +159,7 @@ class Tables:
         paths = {"train": train, "validation": val, "test": test}
         self.paths = {name: path for name, path in paths.items() if path is not None}
         self.example = example
-        self.column = column
+        self.column: str | None = column
         self.labels = labels
         self.target: TableTarget = target
         self.separator = separator
@@ -125,7 +168,10 @@ class Tables:
         self.split = split
         self.group = group
         self.test_fraction = test_fraction
-        self.extra_fields = dict(extra_fields or {})
+        self.extra_fields = further
+        self.header = header
+        self.quoting = quoting
+        self.label_names = label_names
 
     def spec(self, field: str) -> DataSpec:
         """Return the spec of data with examples in ``field``, as far as the options determine it."""
@@ -133,7 +179,7 @@ class Tables:
         if self.target == "class":
             return DataSpec(fields, "class")
         if self.target == "label_list":
-            return DataSpec(fields, "labels")
+            return DataSpec(fields, "labels", self.label_names)
         return DataSpec(fields, self.target, self.labels)
 
     def read(self, field: str) -> Data:
@@ -148,6 +194,28 @@ class Tables:
         tables = {name: self._read(path) for name, path in self.paths.items()}
         if self.split is not None:
             tables = _by_split(tables["train"], self.split)
+        return self._data(field, tables)
+
+    def read_records(
+        self, field: str, splits: Mapping[str, Iterable[Record]], class_names: Mapping[str, Sequence[str]]
+    ) -> Data:
+        """Read rows that another library has read, by the same rules as tables.
+
+        Args:
+            field: Name of the field for the examples (``text``).
+            splits: Rows of each split, as mappings from column to value.
+            class_names: Names of the classes of columns that contain class indices, by column.
+
+        Raises:
+            DataError: A row is malformed; the error names the split and the index of the row.
+        """
+        tables = {
+            name: self._table(enumerate(rows), Path(name), by_line=False, class_names=class_names)
+            for name, rows in splits.items()
+        }
+        return self._data(field, tables)
+
+    def _data(self, field: str, tables: Mapping[str, _Table]) -> Data:
         spec, targets = self._targets(field, tables)
         codes = _group_codes(tables, self.group)
         splits = {
@@ -165,20 +233,32 @@ class Tables:
         train = tables["train"]
         if self.target == "class":
             columns = {name: [row[0] for row in table.labels] for name, table in tables.items()}
-            classes = tuple(sorted(set(columns["train"])))
+            _drop_zero_decimals(columns)
+            classes = train.class_names or tuple(sorted(set(columns["train"])))
             if len(classes) < 2:
                 raise DataError(
                     f"column {self.labels[0]!r} contains only the class {classes[0]!r}",
-                    where=self.paths["train"],
+                    where=str(train.path),
                     fix="add examples of another class",
                 )
             return replace(self.spec(field), classes=classes), {
                 name: encode_labels(columns[name], classes, table.names.__getitem__) for name, table in tables.items()
             }
         if self.target == "label_list":
-            classes = tuple(sorted({name for row in train.labels for name in row}))
+            if self.label_names:
+                return self.spec(field), {
+                    name: from_multi_hot(table.labels, self.label_names, table.names.__getitem__)
+                    for name, table in tables.items()
+                }
+            if is_multi_hot(train.labels):
+                raise DataError(
+                    f"column {self.labels[0]!r} contains rows of zeros and ones, and their labels have no names",
+                    where=train.names[0],
+                    fix=f"set label_names to a list of {len(train.labels[0])} names, in the order of the values",
+                )
+            classes = train.class_names or tuple(sorted({name for row in train.labels for name in row}))
             if not classes:
-                raise DataError(f"column {self.labels[0]!r} contains no label", where=self.paths["train"])
+                raise DataError(f"column {self.labels[0]!r} contains no label", where=str(train.path))
             return replace(self.spec(field), classes=classes), {
                 name: multi_hot(table.labels, classes, table.names.__getitem__) for name, table in tables.items()
             }
@@ -193,41 +273,81 @@ class Tables:
     def _read(self, written: str) -> _Table:
         path = self.find(written)
         try:
-            # The csv module must see the line ends, which may be part of a quoted field. JSON Lines end at "\n" only.
-            newline = "\n" if table_suffix(path) in JSON_LINES else ""
-            with open_table(path) as file, io.TextIOWrapper(file, self.encoding, newline=newline) as lines:
-                return self._rows(lines, path)
+            with open_table(path) as file:
+                if is_parquet_or_arrow(file):
+                    rows, class_names = read_arrow(file, path, None if self.column is None else self._columns())
+                    return self._table(rows, path, by_line=False, class_names=class_names)
+                start = codecs.getincrementaldecoder(self.encoding)("ignore").decode(file.read(MAX_START_BYTES))
+                file.seek(0)
+                # The csv module must see the line ends, which may be part of a quoted field. JSON ends lines at "\n".
+                suffix = _suffix(path)
+                newline = "\n" if is_json(start, suffix) else ""
+                with io.TextIOWrapper(file, self.encoding, newline=newline) as lines:
+                    if newline:
+                        rows, by_line = read_json(lines, path, self.example, is_lines=suffix in JSON_LINES)
+                        return self._table(rows, path, by_line=by_line)
+                    # Closed here: while a reader is open, a limit of the csv module is changed for all readers.
+                    with closing(self._delimited(lines, path)) as rows:
+                        return self._table(rows, path, is_delimited=True)
         except UnicodeError:  # not UnicodeDecodeError: UTF-16 without a byte order mark raises the base class
             raise self._wrong_encoding(path) from None
-        except (OSError, EOFError, zlib.error) as error:
+        except UNREADABLE as error:
             raise DataError(
                 f"the table cannot be read: {getattr(error, 'strerror', None) or error}",
                 where=str(path),
-                fix="give the path of a .csv, .tsv or .jsonl file",
+                fix="give the path of a table: CSV, TSV, JSON, JSON Lines or Parquet",
             ) from error
 
-    def _rows(self, lines: Iterable[str], path: Path) -> _Table:
+    def _columns(self) -> tuple[str, ...]:
+        """Return the names of the columns that are read: of the example, the labels, and those with one text each."""
+        return (*(() if self.column is None else (self.column,)), *self.labels, *self._single_columns())
+
+    def _single_columns(self) -> tuple[str, ...]:
+        return tuple(column for column in (self.split, self.group, *self.extra_fields.values()) if column is not None)
+
+    def _delimited(self, lines: io.TextIOWrapper, path: Path) -> Generator[tuple[int, Record], None, None]:
+        columns = self._columns()
+        # Lists of labels differ from row to row, so they do not show whether a line is a row.
+        labels = () if self.target == "label_list" else self.labels
+        dialect = choose_dialect(
+            lines,
+            path,
+            header=self.header,
+            columns=columns,
+            labels=labels,
+            delimiter=self.delimiter,
+            quoting=self.quoting,
+        )
+        read = columns if self.column is not None else None
+        return read_delimited(lines, path, dialect, header=self.header, columns=read, labels=labels)
+
+    def _table(
+        self,
+        rows: Iterator[tuple[int, Record]],
+        path: Path,
+        *,
+        by_line: bool = True,
+        is_delimited: bool = False,
+        class_names: Mapping[str, Sequence[str]] | None = None,
+    ) -> _Table:
         """Read a table row by row, so that memory contains only the values that are kept."""
-        suffix = table_suffix(path)
-        if suffix in JSON_LINES:
-            records = read_json_lines(lines, path, self.column, self.example)
-        else:
-            records = read_delimited(lines, path, self.delimiter or ("\t" if suffix == ".tsv" else ","))
-        table = _Table(path)
-        example_columns = () if self.column is None else (self.column,)
-        single = tuple(column for column in (self.split, self.group, *self.extra_fields.values()) if column is not None)
+        single, columns = self._single_columns(), self._columns()
+        table = _Table(path, by_line, tuple((class_names or {}).get(self.labels[0], ())))
         # Equal labels share one tuple: a million rows of two classes need two objects.
         unique: dict[tuple[str, ...], tuple[str, ...]] = {}
-        for line, record in records:
-            where = f"{path}:{line}"
-            for column in (*example_columns, *self.labels, *single):
+        for position, record in rows:
+            where = row_name(path, position, by_line=by_line)
+            for column in columns:
                 if column not in record:
-                    options = f"{self.example} and label" if example_columns else "label"
-                    raise _missing_column(column, record, where, options, json_lines=suffix in JSON_LINES)
-            labels = self._label_list(record) if self.target == "label_list" else _single(record, self.labels, where)
+                    raise self._missing_column(column, record, where, is_delimited=is_delimited)
+            if table.class_names and self.target in ("class", "label_list"):
+                record = {**record, self.labels[0]: _named(record[self.labels[0]], table.class_names)}
+            labels = (
+                self._label_list(record, where) if self.target == "label_list" else _single(record, self.labels, where)
+            )
             table.values.append(self._example(record, where))
             table.labels.append(unique.setdefault(labels, labels))
-            table.lines.append(line)
+            table.positions.append(position)
             if single:  # most tables have no such columns: save a dict per row
                 table.extra.append(dict(zip(single, _single(record, single, where), strict=True)))
         if not table.values:
@@ -236,21 +356,42 @@ class Tables:
 
     def _example(self, record: Record, where: str) -> Any:
         if self.column is None:
-            named = {*self.labels, self.split, self.group, *self.extra_fields.values()}
-            row = {name: value for name, value in record.items() if name not in named}
+            named = {*self._columns()}
+            row = {name: _as_cell(value) for name, value in record.items() if name not in named}
             if not row:
                 raise DataError(f"the {self.example} is empty: every column is used for something else", where=where)
             return row
         value = record[self.column]
-        assert isinstance(value, str)
-        if not value.strip():
+        text = as_text(value)
+        if text is None:
+            raise DataError(
+                f"column {self.column!r} is wrong: expected {self.example}, got {type(value).__name__}",
+                where=where,
+                fix=f"give one {self.example} per row",
+            )
+        if not text.strip():
             raise DataError(f"column {self.column!r} is empty", where=where, fix="fill it, or remove the row")
-        return value
+        return text
 
-    def _label_list(self, record: Record) -> tuple[str, ...]:
+    def _label_list(self, record: Record, where: str) -> tuple[str, ...]:
         value = record[self.labels[0]]
-        names = value.split(self.separator) if isinstance(value, str) else value
-        return tuple(stripped for name in names if (stripped := name.strip()))
+        try:
+            return parse_label_list(value, self.separator)
+        except ValueError as error:
+            raise DataError(
+                f"column {self.labels[0]!r} is wrong: expected {error}, got {value!r}",
+                where=where,
+                fix="write [] for an example without labels",
+            ) from None
+
+    def _missing_column(self, column: str, record: Record, where: str, *, is_delimited: bool) -> DataError:
+        options = "label" if self.column is None else f"{self.example} and label"
+        fix = f"set {options} to the names of the columns"
+        if is_delimited and len(record) == 1:
+            fix = "there is only one column; set delimiter to the character between columns"
+        elif is_delimited and self.header is True:
+            fix += ", or header: false if the first row contains no names"
+        return DataError.of([unknown_name("column", column, record, where=where, fix=fix)])
 
     def _wrong_encoding(self, path: Path) -> DataError:
         """Return the error of a table in another encoding, with the line of the first wrong byte.
@@ -280,21 +421,45 @@ class _Table:
 
     Args:
         path: Path of the table.
-        lines: First line of each row.
+        by_line: Whether the positions of the rows are lines.
+        class_names: Names of the classes in the metadata of the file, in the order of their indices; may be empty.
+        positions: First line of each row, or its index.
         values: Raw value of each row.
         labels: Labels of each row.
         extra: Values of the columns for split, group and further fields, by column.
     """
 
     path: Path
-    lines: array[int] = field(default_factory=lambda: array("q"))
+    by_line: bool
+    class_names: tuple[str, ...] = ()
+    positions: array[int] = field(default_factory=lambda: array("q"))
     values: list[Any] = field(default_factory=list)
     labels: list[tuple[str, ...]] = field(default_factory=list)
     extra: list[dict[str, str]] = field(default_factory=list)
 
     @property
-    def names(self) -> LineNames:
-        return LineNames(self.path, self.lines)
+    def names(self) -> RowNames:
+        return RowNames(self.path, self.positions, by_line=self.by_line)
+
+
+def _as_cell(value: object) -> str | list[str]:
+    """Return a value as the cell of a row: text, or a list of texts."""
+    if isinstance(value, list):
+        return [str(as_text(item) or json.dumps(item, default=str)) for item in value]
+    text = as_text(value)
+    return json.dumps(value, default=str) if text is None else text
+
+
+def _suffix(path: Path) -> str:
+    """Return the suffix of a table's file name, ignoring that of a compression."""
+    return Path(re.sub(r"\.(gz|bz2|xz|zip)$", "", path.name.lower())).suffix
+
+
+def _named(value: object, names: Sequence[str]) -> object:
+    """Return a class index, or a list of them, as the names of the classes. Other values stay."""
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _single(record: Record, columns: Sequence[str], where: str) -> tuple[str, ...]:
@@ -302,33 +467,47 @@ def _single(record: Record, columns: Sequence[str], where: str) -> tuple[str, ..
     values = []
     for column in columns:
         value = record[column]
-        if not isinstance(value, str):
+        text = label_text(value)
+        if text is None:
+            got = "a list" if isinstance(value, list) else type(value).__name__
             fix = "set target: label_list, or give one value per row"
-            raise DataError(f"column {column!r} is wrong: expected one value, got a list", where=where, fix=fix)
-        if not value.strip():
+            raise DataError(f"column {column!r} is wrong: expected one value, got {got}", where=where, fix=fix)
+        if not text:
             raise DataError(f"column {column!r} is empty", where=where, fix="fill it, or remove the row")
-        values.append(value.strip())
+        values.append(text)
     return tuple(values)
 
 
 def _by_split(table: _Table, column: str) -> dict[str, _Table]:
     """Divide a table by the column with the split of each row."""
     tables: dict[str, _Table] = {}
-    for line, value, labels, extra in zip(table.lines, table.values, table.labels, table.extra, strict=True):
+    rows = zip(table.positions, table.values, table.labels, table.extra, strict=True)
+    for position, value, labels, extra in rows:
         name = SPLIT_NAMES.get(extra[column].lower())
         if name is None:
-            where, fix = f"{table.path}:{line}", "write one of the available names"
+            where = row_name(table.path, position, by_line=table.by_line)
+            fix = "write one of the available names"
             raise DataError.of(
                 [unknown_name("split", extra[column], SPLIT_NAMES, owner=f"column {column!r}", where=where, fix=fix)]
             )
-        part = tables.setdefault(name, _Table(table.path))
-        part.lines.append(line)
+        part = tables.setdefault(name, _Table(table.path, table.by_line, table.class_names))
+        part.positions.append(position)
         part.values.append(value)
         part.labels.append(labels)
         part.extra.append(extra)
     if "train" not in tables:
         raise DataError(f"column {column!r} assigns no row to the split train", where=str(table.path))
     return tables
+
+
+def _drop_zero_decimals(columns: Mapping[str, list[str]]) -> None:
+    """Write the labels 0.0 and 1.0 as 0 and 1, in place: tools add the decimals if a value in the column is missing."""
+    if all(_INTEGRAL.fullmatch(label) for labels in columns.values() for label in set(labels)):
+        for labels in columns.values():
+            labels[:] = [label.partition(".")[0] for label in labels]
+
+
+_INTEGRAL = re.compile(r"-?\d+(\.0+)?")
 
 
 def _group_codes(tables: Mapping[str, _Table], column: str | None) -> dict[str, npt.NDArray[np.int64]]:
@@ -349,14 +528,6 @@ def _group_codes(tables: Mapping[str, _Table], column: str | None) -> dict[str, 
                 )
         codes[name] = np.array([numbers.setdefault(e[column], len(numbers)) for e in table.extra], dtype=np.int64)
     return codes
-
-
-def _missing_column(column: str, record: Record, where: str, options: str, *, json_lines: bool) -> DataError:
-    if len(record) == 1 and not json_lines:
-        fix = "there is only one column; set delimiter to the character between columns"
-    else:
-        fix = f"set {options} to the names of the columns"
-    return DataError.of([unknown_name("column", column, record, where=where, fix=fix)])
 
 
 def _floats(table: _Table, columns: Sequence[str], parse: Callable[[str], float]) -> npt.NDArray[np.float32]:

@@ -47,7 +47,5 @@ def check_data(config: RunConfig, parts: CheckedParts) -> tuple[dict[str, Mappin
     data, splits = read_data(config)
     with error_location(config.data.where):
         warnings = inspect_data(data, splits, parts.backbone.fields)
-    counts = {
-        name: count_classes(split, data.spec.classes) or {"examples": len(split)} for name, split in splits.items()
-    }
+    counts = {name: count_classes(split, data.spec) or {"examples": len(split)} for name, split in splits.items()}
     return counts, warnings

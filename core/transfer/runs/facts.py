@@ -43,7 +43,7 @@ def run_facts(config: RunConfig, built: BuiltExperiment, device: str) -> dict[st
     total = sum(p.numel() for p in model.parameters())
     return {
         "data": f"{config.data.plugin.name}: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()),
-        "classes": ", ".join(built.data.classes[:MAX_CLASSES_SHOWN])
+        "classes": ", ".join(_with_counts(built)[:MAX_CLASSES_SHOWN])
         + (f" and {more} more" if (more := len(built.data.classes) - MAX_CLASSES_SHOWN) > 0 else ""),
         "model": f"{config.backbone.plugin.name} ({' > '.join(list(model.stages)[:-1])}) + {config.head.plugin.name}",
         "parameters": f"{total:,}",
@@ -55,3 +55,9 @@ def run_facts(config: RunConfig, built: BuiltExperiment, device: str) -> dict[st
         "device": device,
         **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
     }
+
+
+def _with_counts(built: BuiltExperiment) -> list[str]:
+    """Return the names of the classes or labels, with their numbers of training examples if they have them."""
+    counts = built.classes["train"]
+    return [f"{name} ({counts[name]:,})" if name in counts else name for name in built.data.classes]

@@ -97,7 +97,7 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         config = config.with_batch_size(find_batch_size(experiment, observe, config.train.evaluation_batch_size))
         for name, loader in loaders.items():
             loader.batch_size = _examples_per_step(config.train, training=name == "train")
-    counts = {name: dict(count_classes(split, data.spec.classes)) for name, split in splits.items()}
+    counts = {name: dict(count_classes(split, data.spec)) for name, split in splits.items()}
     return BuiltExperiment(config, experiment, loaders, backbone, data.spec, learned, pretrained, counts, data_warnings)
 
 

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Split, encode_labels, find_file, multi_hot
+from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Quoting, Tables, TableTarget, find_file
 
 INSTALL = "pip install 'transferkit[huggingface]'"
-FORMATS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-}
+FORMATS = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
+BATCH_ROWS = 1000
+"""Number of rows that are converted to Python objects together."""
 
 
 class HuggingFace(Dataset):
-    """Texts and labels read by the ``datasets`` library; install it with ``pip install 'transferkit[huggingface]'``.
+    r"""Texts and labels of a dataset on the Hugging Face Hub, or of files.
+
+    A dataset is read by the library ``datasets``, and files are read like those of ``text_csv``. The command
+    ``pip install 'transferkit[huggingface]'`` installs the library.
 
     Args:
         dataset: Name on the Hub (``stanfordnlp/imdb``), or path of a folder that ``save_to_disk`` wrote or that
@@ -40,6 +35,10 @@ class HuggingFace(Dataset):
         label: Name of the column of the label; several names for ``labels`` and ``number``.
         target: ``class``: one class per text. ``labels``: each column contains 0 or 1. ``label_list``: one column
             lists all labels of a text. ``number``: each column contains a number.
+        quoting: Meaning of quotes in .csv and .tsv files. ``csv``: a field in quotes may contain delimiters, line ends
+            and doubled quotes. ``backslash``: the same with ``\"`` for a quote. ``none``: quotes are part of the text.
+            null chooses one by the content.
+        label_names: Names of the labels if a ``label_list`` contains a zero or one for each label (``[0, 1, 0]``).
     """
 
     def __init__(
@@ -53,43 +52,40 @@ class HuggingFace(Dataset):
         test: str | None = None,
         text: str = "text",
         label: str | tuple[str, ...] = "label",
-        target: Literal["class", "labels", "label_list", "number"] = "class",
+        target: TableTarget = "class",
+        quoting: Quoting | None = None,
+        label_names: tuple[str, ...] = (),
     ) -> None:
-        labels = (label,) if isinstance(label, str) else label
-        if not labels or len({text, *labels}) != len(labels) + 1:
-            raise ConfigError(
-                f"text {text!r} and label {', '.join(map(repr, labels)) or '()'} do not name different columns",
-                fix="name one column for the text and at least one other column for the label",
-            )
-        if target in ("class", "label_list") and len(labels) > 1:
-            raise ConfigError(
-                f"target {target!r} uses one column, but label names {len(labels)}: {', '.join(labels)}",
-                fix="name one column, or set target: labels (zeros and ones) or target: number",
-            )
         self.splits = {"train": train, "validation": val, "test": test}
         if dataset is None:
             for written in filter(None, self.splits.values()):
                 if Path(written).suffix.lower() not in FORMATS:
                     raise ConfigError(
                         f"{written!r} is not the path of a supported file",
-                        available=tuple(FORMATS),
+                        available=FORMATS,
                         fix="set dataset to a name on the Hub, or train to the path of a file",
                     )
         self.dataset = dataset
         self.subset = subset
         self.revision = revision
-        self.text = text
-        self.labels = labels
-        self.target = target
+        self.columns = (text, *((label,) if isinstance(label, str) else label))
+        # Every dataset, from the Hub or from files, has the same rules for columns and labels.
+        self._tables = Tables(
+            train=train,
+            val=val,
+            test=test,
+            example="text",
+            column=text,
+            label=label,
+            target=target,
+            quoting=quoting,
+            label_names=label_names,
+        )
 
     @property
     def spec(self) -> DataSpec:
         """Field ``text`` and its target; class names are read from the data."""
-        if self.target == "class":
-            return DataSpec(("text",), "class")
-        if self.target == "label_list":
-            return DataSpec(("text",), "labels")
-        return DataSpec(("text",), self.target, self.labels)
+        return self._tables.spec("text")
 
     def load(self) -> Data:
         """Read the splits, or download them into the cache folder of the library.
@@ -98,40 +94,27 @@ class HuggingFace(Dataset):
             transfer.DataError: The library is not installed or cannot read the data, or a split, column or value is
                 invalid.
         """
+        if self.dataset is None:
+            return self._tables.read("text")
         try:
             library = importlib.import_module("datasets")
         except ImportError as error:
             raise DataError("the library `datasets` is not installed", fix=INSTALL) from error
-        tables = self._read_files(library) if self.dataset is None else self._choose(self._read(library, self.dataset))
-        for name, rows in tables.items():
-            self._check(name, rows)
-        classes = self._classes(tables["train"])
-        splits = {}
-        for name, rows in tables.items():
-            texts = list(rows[self.text])
-            for index, text in enumerate(texts):
-                if not isinstance(text, str) or not text.strip():
+        splits = self._choose(self._read(library, self.dataset))
+        for name, rows in splits.items():
+            for column in self.columns:
+                if column not in rows.column_names:
                     raise DataError(
-                        f"column {self.text!r} contains {text!r}: expected a text", where=f"{name}[{index}]"
+                        f"unknown column {column!r}",
+                        where=name,
+                        available=rows.column_names,
+                        fix="set text and label to names of columns",
                     )
-            targets = self._targets(rows, classes, lambda index, name=name: f"{name}[{index}]")  # type: ignore[misc]
-            splits[name] = Split({"text": texts}, targets, _Names(name, len(texts)))
-        spec = self.spec
-        return Data(DataSpec(spec.fields, spec.target, classes), splits)
-
-    def _read_files(self, library: Any) -> dict[str, Any]:
-        tables = {}
-        for name, written in self.splits.items():
-            if written is None:
-                continue
-            path = Path(written).expanduser()
-            path = path if path.is_file() else find_file(written) or path
-            if not path.is_file():
-                raise DataError("the file does not exist", where=str(path), fix=f"set the path of the {name} file")
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-            files = {name: str(path)}
-            tables[name] = _load(library, FORMATS[path.suffix.lower()], data_files=files, split=name, **options)
-        return tables
+        names = {column: _class_names(feature) for column, feature in splits["train"].features.items()}
+        class_names = {column: classes for column, classes in names.items() if classes}
+        return self._tables.read_records(
+            "text", {n: _rows(rows, self.columns) for n, rows in splits.items()}, class_names
+        )
 
     def _read(self, library: Any, dataset: str) -> Mapping[str, Any]:
         folder = Path(dataset).expanduser()
@@ -162,79 +145,18 @@ class HuggingFace(Dataset):
                 )
         return tables
 
-    def _check(self, name: str, rows: Any) -> None:
-        for column in (self.text, *self.labels):
-            if column not in rows.column_names:
-                raise DataError(
-                    f"unknown column {column!r}",
-                    where=name,
-                    available=rows.column_names,
-                    fix="set text and label to names of columns",
-                )
 
-    def _classes(self, rows: Any) -> tuple[str, ...]:
-        if self.target in ("labels", "number"):
-            return self.labels
-        (column,) = self.labels
-        feature = rows.features[column]
-        if (names := getattr(getattr(feature, "feature", feature), "names", None)) is not None:
-            return tuple(names)
-        values = list(rows[column])
-        if self.target == "label_list":
-            values = [item for value in values for item in value or ()]
-        classes = tuple(sorted({_written(value) for value in values}))
-        if len(classes) < (2 if self.target == "class" else 1):
-            raise DataError(
-                f"column {column!r} contains {'one class' if classes else 'no label'}: expected two or more classes",
-                where="train",
-                available=classes,
-                fix="choose another label column, or add examples of other classes",
-            )
-        return classes
-
-    def _targets(self, rows: Any, classes: Sequence[str], where: Callable[[int], str]) -> npt.NDArray[Any]:
-        if self.target in ("class", "label_list"):
-            (column,) = self.labels
-            feature = rows.features[column]
-            names = getattr(getattr(feature, "feature", feature), "names", None)
-            values = list(rows[column])
-            if self.target == "class":
-                return encode_labels([_label(value, names) for value in values], classes, where)
-            return multi_hot([[_label(item, names) for item in value or ()] for value in values], classes, where)
-        targets = np.empty((len(rows), len(self.labels)), dtype=np.float32)
-        for position, column in enumerate(self.labels):
-            try:
-                targets[:, position] = np.array(list(rows[column]), dtype=np.float32)
-            except (ValueError, TypeError) as error:
-                raise DataError(
-                    f"column {column!r} contains a value that is not a number: {error}", where=where(0)
-                ) from error
-            bad = ~np.isfinite(targets[:, position])
-            if self.target == "labels":
-                bad = ~np.isin(targets[:, position], (0, 1))
-            if bad.any():
-                index = int(np.flatnonzero(bad)[0])
-                expected = "0 or 1" if self.target == "labels" else "a finite number"
-                raise DataError(
-                    f"column {column!r} contains {rows[column][index]!r}: expected {expected}", where=where(index)
-                )
-        return targets
+def _class_names(feature: Any) -> tuple[str, ...]:
+    """Return the class names of a column of class indices, or of lists of them; empty for other columns."""
+    return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())
 
 
-class _Names(Sequence[str]):
-    """The names ``train[0]``, ``train[1]`` and so on, computed on access."""
-
-    def __init__(self, split: str, count: int) -> None:
-        self._split = split
-        self._indices = range(count)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in self._indices[index]]
-        return f"{self._split}[{self._indices[index]}]"
+def _rows(rows: Any, columns: Sequence[str]) -> Iterator[Mapping[str, object]]:
+    """Yield the rows of a dataset of the library with some of its columns."""
+    # Other columns may contain images, which would be decoded. Batches are faster than rows one by one.
+    for batch in rows.select_columns(list(columns)).iter(batch_size=BATCH_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
 
 
 def _load(library: Any, *arguments: Any, **options: Any) -> Any:
@@ -247,14 +169,3 @@ def _load(library: Any, *arguments: Any, **options: Any) -> Any:
             where=str(named),
             fix="check the name on the Hub, the subset and the connection, or use the path of a file or folder",
         ) from error
-
-
-def _label(value: object, names: Sequence[str] | None) -> str:
-    """Return the name of a label; a value without a name, such as -1 for unlabeled texts, as text."""
-    if names is not None and isinstance(value, int):
-        return names[value] if 0 <= value < len(names) else str(value)
-    return _written(value)
-
-
-def _written(value: object) -> str:
-    return value.strip() if isinstance(value, str) else str(value)

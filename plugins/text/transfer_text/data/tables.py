@@ -6,27 +6,33 @@ from typing import Annotated
 
 from pydantic import Field
 
-from transfer import Data, Dataset, DataSpec, Tables, TableTarget
+from transfer import Data, Dataset, DataSpec, Quoting, Tables, TableTarget
 
 
 class TextCSV(Dataset):
-    """Texts and labels from a table: CSV, TSV or JSON Lines (``.jsonl``), plain or ``.gz``.
+    r"""Texts and labels from a table: CSV, TSV, JSON, JSON Lines or Parquet, plain or compressed (gz, bz2, xz, zip).
 
     Args:
         train: Path of the training table, or its name in the data folder.
         val: Path of the validation table. null splits validation off from ``train``. If there is no test table, this
             table is the test split, and validation is split off from ``train``.
         test: Path of the test table.
-        text: Name of the column of the text.
-        label: Name of the column of the label; several names for ``labels`` and ``number``.
+        text: Name of the column of the text, or its number if there is no header.
+        label: Name or number of the column of the label; several for ``labels`` and ``number``.
         target: ``class``: one class per text. ``labels``: each column contains 0 or 1. ``label_list``: one column
             lists all labels of a text. ``number``: each column contains a number.
-        separator: Separator of the labels of a ``label_list``; JSON Lines may contain lists instead.
-        delimiter: Separator of the columns. null means a tab in a .tsv file and a comma otherwise.
+        separator: Separator of the labels of a ``label_list``. Lists in JSON or Python notation are read as lists.
+        delimiter: Separator of the columns. null chooses the one that gives the named columns.
         encoding: Character encoding of the files.
         split: Name of a column with the split of each row of ``train``: train, val or test.
         group: Name of a column of groups (an author, a film). Rows of one group are always in the same split.
         test_fraction: Fraction of ``train`` that becomes the test split if there is none; the same in every class.
+        header: Whether the first row of a delimited file contains the names of the columns. false numbers the columns
+            from 0 (``text: 1``); a list names the columns of a file without header.
+        quoting: Meaning of quotes in a delimited file. ``csv``: a field in quotes may contain delimiters, line ends
+            and doubled quotes. ``backslash``: the same with ``\"`` for a quote. ``none``: quotes are part of the text.
+            null chooses one by the content.
+        label_names: Names of the labels if a ``label_list`` contains a zero or one for each label (``[0, 1, 0]``).
     """
 
     def __init__(
@@ -35,15 +41,18 @@ class TextCSV(Dataset):
         train: str,
         val: str | None = None,
         test: str | None = None,
-        text: str = "text",
-        label: str | tuple[str, ...] = "label",
+        text: str | int = "text",
+        label: str | int | tuple[str | int, ...] = "label",
         target: TableTarget = "class",
         separator: str = ",",
         delimiter: str | None = None,
         encoding: str = "utf-8-sig",
-        split: str | None = None,
-        group: str | None = None,
+        split: str | int | None = None,
+        group: str | int | None = None,
         test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        header: bool | tuple[str, ...] = True,
+        quoting: Quoting | None = None,
+        label_names: tuple[str, ...] = (),
     ) -> None:
         self._tables = Tables(
             train=train,
@@ -59,6 +68,9 @@ class TextCSV(Dataset):
             split=split,
             group=group,
             test_fraction=test_fraction,
+            header=header,
+            quoting=quoting,
+            label_names=label_names,
         )
 
     @property
