@@ -103,14 +103,15 @@ def test_limit_takes_first_examples_per_class() -> None:
     completed = complete(given, validation=0.1, limit=2)
     assert ids(completed["train"]) == [0, 1, 3, 4, 5]
     assert ids(completed["validation"]) == [10, 11, 12, 13]
-    assert ids(completed["test"]) == [20, 21]
+    assert ids(completed["test"]) == [20, 21, 22]
+    quick = complete(given, validation=0.1, limit=2, limits_test=True)
+    assert ids(quick["test"]) == [20, 21]
 
 
 def test_limit_of_numbers_is_per_split() -> None:
     targets = np.zeros((9, 3), dtype=np.float32)
     completed = complete(data("number", train=split(targets), validation=split(targets)), validation=0.5, limit=4)
-    assert ids(completed["test"]) == [0, 1, 2, 3]
-    assert len(completed["train"]) == 4
+    assert {name: len(part) for name, part in completed.items()} == {"train": 4, "validation": 4, "test": 9}
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "test"])

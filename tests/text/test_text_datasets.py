@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import logging
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from transfer import ConfigError, DataError, data_folder
 from transfer.data.delimited import Dialect, read_delimited
 from transfer_text.data import datasets
 from transfer_text.data.datasets import IMDb, MiniReviews
+from transfer_text.data.empty_texts import is_empty
 from transfer_text.data.folders import TextFolder
 from transfer_text.data.hugging_face import HuggingFace
 from transfer_text.data.tables import TextCSV
@@ -518,9 +520,77 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
         TextFolder(root=root).load()
     assert caught.value.problems[0].where == f"{root}/train/b/1.txt"
     assert TextFolder(root=root, encoding="latin-1").load().splits["train"].fields["text"][1] == "caf\xe9"
-    (tmp_path / "train/b/1.txt").write_text(" ")
-    with pytest.raises(DataError, match="the text is empty"):
+
+
+def test_empty_texts_of_a_folder_are_named_together_or_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = plant(tmp_path, *(f"train/{label}/{number}.txt" for label in "ab" for number in range(3)))
+    for name, content in {"a/1": " ", "b/0": "<br />", "b/2": "&nbsp;\u200b"}.items():
+        (tmp_path / f"train/{name}.txt").write_text(content)
+    with pytest.raises(DataError) as caught:
         TextFolder(root=root).load()
+    table = "3 of 6 texts are empty:\n  train/a/1.txt\n  train/b/0.txt\n  train/b/2.txt"
+    assert caught.value.problems[0].message == table
+    assert "bad_texts: skip" in (caught.value.problems[0].fix or "")
+    train = TextFolder(root=root, bad_texts="skip").load().splits["train"]
+    assert (len(train), train.targets.tolist(), train.name(2)) == (3, [0, 0, 1], f"{root}/train/b/1.txt")
+    assert table in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "count"),
+    [
+        (["10101", "10102.eml"], {}, 4),
+        (["1.md", "2.text", "image.bin"], {}, 4),
+        (["1.txt", "2.md"], {}, 2),
+        (["1.txt", "2.md"], {"extensions": (".MD", ".txt")}, 4),
+        (["1", "2.md"], {"extensions": ("",)}, 2),
+    ],
+)
+def test_texts_of_a_folder_may_have_any_extension(
+    tmp_path: Path, names: list[str], options: dict[str, Any], count: int
+) -> None:
+    root = plant(tmp_path, "README.txt", *(f"{label}/{name}" for label in "ab" for name in names))
+    for binary in tmp_path.glob("*/*.bin"):
+        binary.write_bytes(b"\x89\0\0")
+    assert sizes(root, test_fraction=0.0, **options) == {"train": count}
+
+
+def test_pipe_among_texts_is_refused(tmp_path: Path) -> None:
+    root = plant(tmp_path, "train/a/1.txt", "train/b/1.txt")
+    os.mkfifo(tmp_path / "train/b/2.txt")
+    with pytest.raises(DataError, match="it is no regular file"):
+        TextFolder(root=root).load()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", True), (" \n\t", True), ("<br /><P>", True), ("&nbsp;", True), ("\u200b\ufeff", True), ("\ufeffa", False)]
+    + [(text, False) for text in (":)", "!", "&amp;", "<3", "<user>", "你", "<b>a</b>")],
+)
+def test_empty_text(text: str, expected: bool) -> None:
+    assert is_empty(text) == expected
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_empty_texts_of_a_table_are_named_together_or_left_out(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [("one", "a"), (" ", "b"), ("two", "b"), ("<br />", "a"), ("three", "a")]
+    path = tmp_path / f"train.{suffix}"
+    if suffix == "csv":
+        path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    else:
+        path.write_text("".join(json.dumps({"text": text or None, "label": label}) + "\n" for text, label in rows))
+    lines = "lines 3, 5" if suffix == "csv" else "lines 2, 4"
+    with pytest.raises(DataError, match=f"column 'text' is empty in 2 of 5 rows: {lines}") as caught:
+        TextCSV(train=str(path)).load()
+    assert "bad_texts: skip" in (caught.value.problems[0].fix or "")
+    train = TextCSV(train=str(path), bad_texts="skip").load().splits["train"]
+    assert list(train.fields["text"]) == ["one", "two", "three"]
+    assert train.name(2) == f"{path}:{6 if suffix == 'csv' else 5}"
+    assert f"left out: column 'text' is empty in 2 of 5 rows: {lines}" in caplog.text
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -124,6 +124,12 @@ def test_parameters_are_counted(config: dict[str, Any], tmp_path: Path) -> None:
     assert run.summary["parameters"] == {"total": total + 18, "trainable": 18}
 
 
+def halves(split: Split) -> dict[str, Split]:
+    """Return the first half of a split as validation, and the second half as test."""
+    validation, test = np.split(np.arange(len(split)), 2)
+    return {"validation": split.select(validation), "test": split.select(test)}
+
+
 class Faulty(Points):
     """Points with an infinite one in the split ``where``."""
 
@@ -139,7 +145,7 @@ class Faulty(Points):
         points[0] = [math.inf] * POINT_SIZE
         splits[self.where] = Split({"point": points}, splits[self.where].targets)
         if self.where == "train":
-            splits["validation"] = splits["test"]
+            splits |= halves(splits["test"])
         return Data(data.spec, splits)
 
 
@@ -196,7 +202,7 @@ def test_evaluation_that_is_not_finite_raises_training_error(
             data = super().load()
             splits = dict(data.splits)
             if split == "validation":
-                splits["validation"] = splits["test"]
+                splits |= halves(splits["test"])
             return Data(data.spec, splits)
 
     register("dataset", "spoiled")(Spoiled)

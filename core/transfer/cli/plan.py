@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import RenderableType
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from transfer.cli.tables import facts_table
 from transfer.config.run_config import RunConfig
+from transfer.data.inspection import DATA_WARNINGS_TITLE
 from transfer.feature_cache.loader import reason_not_cached
 from transfer.training.experiment import views_of_phase
 from transfer.training.freezing import prefix_length
 from transfer.training.preflight import PLACEHOLDER_CLASSES, CheckedParts, describe_preprocessing, treatment
 
+MAX_CLASSES_SHOWN = 8
+"""Maximum number of classes in a row of the table of the data."""
 MAX_PHASES_PER_TABLE = 3
 """More phases are shown in further tables, because a console of 80 columns has no room for them."""
 
@@ -37,6 +41,27 @@ def render(config: RunConfig, parts: CheckedParts) -> Iterator[RenderableType]:
     )
     yield from _stages(config, parts)
     yield _cache(config, parts)
+
+
+def render_data(counts: Mapping[str, Mapping[str, int]], warnings: Mapping[str, str]) -> Iterator[RenderableType]:
+    """Yield the table of the examples in each split, and the warnings about the data if there are any.
+
+    Args:
+        counts: Number of examples by class, by split.
+        warnings: Warnings by subject.
+    """
+    table = Table(title="data", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("split")
+    table.add_column("examples", justify="right")
+    table.add_column("by class", overflow="fold")
+    for split, by_class in counts.items():
+        shown = [f"{name} {count:,}" for name, count in list(by_class.items())[:MAX_CLASSES_SHOWN]]
+        more = len(by_class) - len(shown)
+        by_class_text = ", ".join(shown) + (f" and {more} more" if more else "") if len(by_class) > 1 else ""
+        table.add_row(split, f"{sum(by_class.values()):,}", Text(by_class_text))
+    yield table
+    if warnings:
+        yield Panel(facts_table(warnings), title=DATA_WARNINGS_TITLE, title_align="left")
 
 
 def _written(config: RunConfig) -> str:

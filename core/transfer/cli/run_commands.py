@@ -56,12 +56,22 @@ def resume(run: RunFolder) -> None:
         follow_run(lambda observe: resume_run(run, observe=observe))
 
 
-def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Show the setup of CONFIG stage by stage, without reading data or weights."""
-    from transfer.cli.plan import render
-    from transfer.runs.check import check as check_config
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    data: Annotated[
+        bool,
+        typer.Option("--data", help="Read the data as well: examples per class, duplicates, contradictory labels."),
+    ] = False,
+) -> None:
+    """Show the setup of CONFIG stage by stage, without reading weights; data is read only with --data."""
+    from transfer.cli.plan import render, render_data
+    from transfer.runs.check import check as check_config, check_data
     from transfer.system.terminal import Console
 
     checked, parts = check_config(config, overrides or [])
     for table in render(checked, parts):
         Console().print(table)
+    if data:
+        for table in render_data(*check_data(checked, parts)):
+            Console().print(table)

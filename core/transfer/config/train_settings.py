@@ -105,7 +105,8 @@ class DataOptions(NamedBlock):
 
     Args:
         validation: Fraction of the training split that is used for validation if the dataset has no split for it.
-        limit: Maximum number of examples per class in each split; null uses all examples.
+        limit: Maximum number of examples per class in the training and validation splits; null uses all examples. The
+            test split is never limited.
     """
 
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1

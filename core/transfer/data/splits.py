@@ -17,7 +17,7 @@ from transfer.interfaces import SPLITS, Data, DataSpec, Split
 _SEED = 20_140_825
 
 
-def complete(data: Data, *, validation: float, limit: int | None) -> dict[str, Split]:
+def complete(data: Data, *, validation: float, limit: int | None, limits_test: bool = False) -> dict[str, Split]:
     """Return the splits ``train``, ``validation`` and, if the dataset has a second split, ``test``.
 
     ``validation`` selects the best epoch, so results on it are optimistic, and it must not be the reported split. If a
@@ -26,7 +26,9 @@ def complete(data: Data, *, validation: float, limit: int | None) -> dict[str, S
     Args:
         data: Data with the splits of the dataset.
         validation: Fraction of ``train`` to use for validation if the dataset has no split for it.
-        limit: Maximum number of examples per class in each split; None uses all.
+        limit: Maximum number of examples per class in the training and validation splits; None uses all.
+        limits_test: Whether ``limit`` also applies to the test split (in quick runs). Otherwise, metrics with and
+            without a limit are of the same examples.
 
     Raises:
         DataError: A split is empty or has an unknown name, or the training split is too small or has one class.
@@ -48,7 +50,8 @@ def complete(data: Data, *, validation: float, limit: int | None) -> dict[str, S
         if not len(split):
             raise DataError(f"the {name} split is empty", fix="add examples to it, or cut a larger fraction from train")
     if limit is not None:
-        splits = {name: split.select(_first(split.targets, limit)) for name, split in splits.items()}
+        limited = [name for name in splits if name != "test" or limits_test]
+        splits |= {name: splits[name].select(_first(splits[name].targets, limit)) for name in limited}
     present = np.unique(splits["train"].targets) if data.spec.target == "class" else None
     if present is not None and len(present) < 2:
         raise DataError(

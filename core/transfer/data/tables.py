@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import logging
 import math
 import re
 from array import array
@@ -45,9 +46,13 @@ from transfer.errors import ConfigError, DataError, unknown_name
 from transfer.interfaces import Data, DataSpec, Split
 from transfer.system.downloads import find_file
 
+logger = logging.getLogger(__name__)
+
 TableTarget = Literal["class", "labels", "label_list", "number"]
 """``class``: one column contains the class. ``labels``: each column contains 0 or 1. ``label_list``: one column
 contains the names of all labels. ``number``: each column contains a number."""
+MAX_POSITIONS_SHOWN = 30
+"""Maximum number of lines in the message about empty examples."""
 MAX_START_BYTES = 1 << 16
 """Number of bytes by which JSON is recognized."""
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
@@ -81,6 +86,9 @@ class Tables:
             and doubled quotes. ``backslash``: the same with ``\"`` for a quote. ``none``: quotes are part of the text.
             None chooses one by the content.
         label_names: Names of the labels if a ``label_list`` contains a zero or one for each label (``[0, 1, 0]``).
+        bad_examples: Action for empty examples: ``error`` refuses the table; ``skip`` leaves them out and logs their
+            lines. The messages call the option ``bad_texts`` if ``example`` is ``text``. None has no such option.
+        is_empty: Function that returns whether an example is empty. By default, only whitespace is.
 
     Raises:
         ConfigError: The options are inconsistent.
@@ -106,6 +114,8 @@ class Tables:
         header: bool | tuple[str, ...] = True,
         quoting: Quoting | None = None,
         label_names: tuple[str, ...] = (),
+        bad_examples: Literal["error", "skip"] | None = None,
+        is_empty: Callable[[str], bool] = lambda text: not text.strip(),
     ) -> None:
         # Columns of a file without header have their numbers as names.
         labels = tuple(map(str, label if isinstance(label, tuple) else (label,)))
@@ -172,6 +182,8 @@ class Tables:
         self.header = header
         self.quoting = quoting
         self.label_names = label_names
+        self.bad_examples = bad_examples
+        self.is_empty = is_empty
 
     def spec(self, field: str) -> DataSpec:
         """Return the spec of data with examples in ``field``, as far as the options determine it."""
@@ -335,24 +347,46 @@ class Tables:
         table = _Table(path, by_line, tuple((class_names or {}).get(self.labels[0], ())))
         # Equal labels share one tuple: a million rows of two classes need two objects.
         unique: dict[tuple[str, ...], tuple[str, ...]] = {}
+        empty: list[int] = []
         for position, record in rows:
             where = row_name(path, position, by_line=by_line)
             for column in columns:
                 if column not in record:
                     raise self._missing_column(column, record, where, is_delimited=is_delimited)
+            value = self._example(record, where)
+            if isinstance(value, str) and self.is_empty(value):
+                empty.append(position)
+                continue
             if table.class_names and self.target in ("class", "label_list"):
                 record = {**record, self.labels[0]: _named(record[self.labels[0]], table.class_names)}
             labels = (
                 self._label_list(record, where) if self.target == "label_list" else _single(record, self.labels, where)
             )
-            table.values.append(self._example(record, where))
+            table.values.append(value)
             table.labels.append(unique.setdefault(labels, labels))
             table.positions.append(position)
             if single:  # most tables have no such columns: save a dict per row
                 table.extra.append(dict(zip(single, _single(record, single, where), strict=True)))
+        if empty:
+            self._report_empty(empty, table)
         if not table.values:
             raise DataError("the table contains no rows", where=str(path))
         return table
+
+    def _report_empty(self, positions: Sequence[int], table: _Table) -> None:
+        """Refuse or log the rows with an empty example, all in one message."""
+        shown = ", ".join(map(str, positions[:MAX_POSITIONS_SHOWN]))
+        more = len(positions) - MAX_POSITIONS_SHOWN
+        message = (
+            f"column {self.column!r} is empty in {len(positions):,} of {len(positions) + len(table.values):,} rows: "
+            f"{'line' if table.by_line else 'row'}{'s' * (len(positions) > 1)} {shown}"
+            + (f" and {more:,} more" if more > 0 else "")
+        )
+        if self.bad_examples != "skip":
+            option = f", or set bad_{self.example}s: skip to leave them out" if self.bad_examples else ""
+            where = row_name(table.path, positions[0], by_line=table.by_line)
+            raise DataError(message, where=where, fix=f"fill or remove them{option}")
+        logger.warning("%s: left out: %s", table.path, message)
 
     def _example(self, record: Record, where: str) -> Any:
         if self.column is None:
@@ -369,8 +403,6 @@ class Tables:
                 where=where,
                 fix=f"give one {self.example} per row",
             )
-        if not text.strip():
-            raise DataError(f"column {self.column!r} is empty", where=where, fix="fill it, or remove the row")
         return text
 
     def _label_list(self, record: Record, where: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence, Set as AbstractSet
+from collections.abc import Hashable, Mapping, Sequence, Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,26 @@ def fingerprint(column: Sequence[Any]) -> str:
             # The length separates the values: otherwise ("ab", "c") and ("a", "bc") would have one digest.
             digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
+
+
+def content_keys(column: Sequence[Any]) -> Sequence[Hashable] | None:
+    """Return a key of each value that is equal for equal values, or None if that would mean to read or draw them.
+
+    Texts are compared without surrounding whitespace. A column may define a method ``content_keys()``.
+    """
+    if isinstance(column, Selection):
+        keys = content_keys(column._column)
+        return None if keys is None else [keys[index] for index in column._indices.tolist()]
+    if isinstance(column, Columns):
+        columns = [content_keys(part) for part in column.columns]
+        present = [keys for keys in columns if keys is not None]
+        return list(zip(*present, strict=True)) if len(present) == len(columns) else None
+    if callable(own_keys := getattr(column, "content_keys", None)):
+        return own_keys()  # type: ignore[no-any-return]
+    if not isinstance(column, list | tuple | np.ndarray | Tensor):
+        return None  # a column of another type may read a file per value
+    # Python caches the hash of a text, and a text without surrounding whitespace is not copied.
+    return [value.strip() if isinstance(value, str) else hashlib.sha256(_content(value)).digest() for value in column]
 
 
 def _content(value: Any) -> bytes:

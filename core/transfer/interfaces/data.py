@@ -148,6 +148,9 @@ class Split:
 
         A column may define a method ``fingerprint() -> str`` that is cheaper than reading all values (names, sizes and
         modification times of files). For any other column, every value is read.
+
+        A method ``content_keys()``, which returns a hashable key of the content of each value, allows duplicates to be
+        found in a column that reads its values lazily.
         """
         return fingerprint(self.column(*fields))
 

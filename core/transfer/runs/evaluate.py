@@ -35,7 +35,9 @@ def evaluate(
         UserError: The run or its data are damaged, or the split or the device does not exist.
     """
     directory = RunDirectory.open(run)
+    quick = bool(directory.summary().get("quick"))
     config = load_config(directory.config())
+    config = config.quick() if quick else config
     loaded = read_model(directory.model)
     _, splits = read_data(config)
     if split not in splits:
@@ -45,7 +47,6 @@ def evaluate(
     loader = make_loader(config, splits[split], loaded.backbone)
     # Only this split is encoded: the experiment needs a loader for each split, but only one is read.
     loaders = dict.fromkeys(SPLITS, loader)
-    quick = bool(directory.summary().get("quick"))
     experiment = make_experiment(
         config,
         loaded.model,

@@ -194,6 +194,7 @@ def _train(
             summary = {"status": "complete", "quick": quick, **fitted}
             summary |= {"examples": {name: len(loader.split) for name, loader in built.loaders.items()}}
             summary |= {"data": built.classes, "learned": built.learned, "pretrained": built.pretrained}
+            summary |= {"data_warnings": built.data_warnings}
             summary |= {
                 "lengths": {
                     name: length_quantiles(loader)

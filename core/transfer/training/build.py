@@ -12,6 +12,7 @@ import torch
 from transfer.config.component import error_location
 from transfer.config.run_config import RunConfig
 from transfer.config.train_settings import BATCH_SIZE, TrainConfig
+from transfer.data.inspection import DATA_WARNINGS_TITLE, inspect_data
 from transfer.data.loader import Loader
 from transfer.data.splits import complete, count_classes, digest
 from transfer.interfaces import Backbone, Data, Dataset, DataSpec, Split, Task
@@ -37,6 +38,7 @@ class BuiltExperiment:
         learned: Summary of the assets that the backbone learned from the training split, for example a vocabulary.
         pretrained: Summary of the pretrained weights that were read.
         classes: Number of examples per class in each split.
+        data_warnings: Possible problems of the data, by subject.
     """
 
     config: RunConfig
@@ -47,6 +49,7 @@ class BuiltExperiment:
     learned: dict[str, Any]
     pretrained: dict[str, Any]
     classes: dict[str, dict[str, int]]
+    data_warnings: dict[str, str]
 
 
 def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> BuiltExperiment:
@@ -63,6 +66,10 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     """
     checked = preflight(config)
     data, splits = read_data(config)
+    with error_location(config.data.where):
+        data_warnings = inspect_data(data, splits, checked.backbone.fields)
+    if data_warnings:
+        observe(Note(DATA_WARNINGS_TITLE, data_warnings))
     # The names of the classes may be known only now. Options of the task that do not fit them are refused before the
     # backbone downloads its weights.
     config.task.make(data.spec)
@@ -95,7 +102,7 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         for name, loader in loaders.items():
             loader.batch_size = _examples_per_step(config.train, training=name == "train")
     counts = {name: dict(count_classes(split, data.spec)) for name, split in splits.items()}
-    return BuiltExperiment(config, experiment, loaders, backbone, data.spec, learned, pretrained, counts)
+    return BuiltExperiment(config, experiment, loaders, backbone, data.spec, learned, pretrained, counts, data_warnings)
 
 
 def with_found_batch_size(config: RunConfig, observe: Observer) -> RunConfig:
@@ -152,7 +159,7 @@ def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
     with error_location(config.data.where):
         data = dataset.load()
         options = config.data_options
-        return data, complete(data, validation=options.validation, limit=options.limit)
+        return data, complete(data, validation=options.validation, limit=options.limit, limits_test=config.quick_try)
 
 
 def make_loader(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Quoting, Tables, TableTarget, find_file
+from transfer_text.data.empty_texts import BadTexts, is_empty
 from transfer_text.data.tables import join_texts
 
 INSTALL = "pip install 'transferkit[huggingface]'"
@@ -42,6 +43,8 @@ class HuggingFace(Dataset):
             and doubled quotes. ``backslash``: the same with ``\"`` for a quote. ``none``: quotes are part of the text.
             null chooses one by the content.
         label_names: Names of the labels if a ``label_list`` contains a zero or one for each label (``[0, 1, 0]``).
+        bad_texts: Action for texts that are empty after cleaning (whitespace, markup): ``error`` refuses the data;
+            ``skip`` leaves them out and logs their rows.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class HuggingFace(Dataset):
         target: TableTarget = "class",
         quoting: Quoting | None = None,
         label_names: tuple[str, ...] = (),
+        bad_texts: BadTexts = "error",
     ) -> None:
         self.splits = {"train": train, "validation": val, "test": test}
         if dataset is None:
@@ -86,6 +90,8 @@ class HuggingFace(Dataset):
             target=target,
             quoting=quoting,
             label_names=label_names,
+            bad_examples=bad_texts,
+            is_empty=is_empty,
         )
 
     @property

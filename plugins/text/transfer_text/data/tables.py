@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from transfer import ConfigError, Data, Dataset, DataSpec, Quoting, Tables, TableTarget
+from transfer_text.data.empty_texts import BadTexts, is_empty
 from transfer_text.interfaces import PAIR_SEPARATOR
 
 
@@ -36,6 +37,8 @@ class TextCSV(Dataset):
             and doubled quotes. ``backslash``: the same with ``\"`` for a quote. ``none``: quotes are part of the text.
             null chooses one by the content.
         label_names: Names of the labels if a ``label_list`` contains a zero or one for each label (``[0, 1, 0]``).
+        bad_texts: Action for texts that are empty after cleaning (whitespace, markup): ``error`` refuses the data;
+            ``skip`` leaves them out and logs their lines.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class TextCSV(Dataset):
         header: bool | tuple[str, ...] = True,
         quoting: Quoting | None = None,
         label_names: tuple[str, ...] = (),
+        bad_texts: BadTexts = "error",
     ) -> None:
         columns = text if isinstance(text, tuple) else (text,)
         if not columns:
@@ -78,6 +82,8 @@ class TextCSV(Dataset):
             header=header,
             quoting=quoting,
             label_names=label_names,
+            bad_examples=bad_texts,
+            is_empty=is_empty,
         )
 
     @property

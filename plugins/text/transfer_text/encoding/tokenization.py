@@ -29,7 +29,7 @@ MAX_TEXTS_EXAMINED = 2_000
 
 WEB_TEXT: frozenset[TokenizerName] = frozenset({"glove", "multilingual"})
 """Tokenizers that clean up web text; on ASCII text they are equal."""
-_TAGS = "br|p|i|b|u|em|strong|hr|div|span|ul|ol|li"
+TAGS = "br|p|i|b|u|em|strong|hr|div|span|ul|ol|li"
 
 
 def assemble(name: TokenizerName, model: models.Model) -> Tokenizer:
@@ -82,7 +82,7 @@ def with_safe_whitespace(name: TokenizerName, text: str) -> bytes:
 
 # Whitespace characters of Unicode, in UTF-8.
 _BLANK = rb"(?:\s|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
-_BLANK_IN_TAG = re.compile(rb"<(/?(?:" + _TAGS.encode() + rb"))" + _BLANK + rb"+(/?)>", re.IGNORECASE)
+_BLANK_IN_TAG = re.compile(rb"<(/?(?:" + TAGS.encode() + rb"))" + _BLANK + rb"+(/?)>", re.IGNORECASE)
 _BREAK = re.compile(rb"<br />", re.IGNORECASE)
 
 
@@ -135,7 +135,7 @@ Replacements = tuple[tuple[str | re.Pattern[str], str], ...]
 # Clean-up of web text: tags, entities, typographic punctuation and its Windows code points. Common entities are
 # replaced by their characters, other entities by a blank.
 _WEB_TEXT: Replacements = (
-    (re.compile(rf"</?(?:{_TAGS})\s*/?>", re.ASCII), " "),
+    (re.compile(rf"</?(?:{TAGS})\s*/?>", re.ASCII), " "),
     ("&amp;", "&"),
     ("&lt;", "<"),
     ("&gt;", ">"),

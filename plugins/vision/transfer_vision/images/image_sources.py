@@ -31,6 +31,15 @@ class ImageSource(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.digests: dict[str, str] = {}
+        """Digests of the contents of files that have been read, by path."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"digests": {}}  # loader processes need no digests
+
+    def digest(self, path: str) -> str:
+        """Return the digest of a file's content; the file is read if its digest is not recorded."""
+        return self.digests.get(path) or content_digest(self.read(path))
 
     def name(self, path: str) -> str:
         """Return the name of a file or folder in messages; bytes that are not UTF-8 are escaped."""
@@ -141,7 +150,7 @@ class ArchiveSource(ImageSource):
         return self._opened[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
+        return super().__getstate__() | {"_opened": None}
 
 
 def open_source(path: Path) -> ImageSource:
@@ -191,6 +200,15 @@ class ImageColumn(Sequence[Image.Image]):
         """Return a digest that changes if a file changes, without reading the files."""
         identities = [(path, *self._source.identity(path)) for path in self._paths]
         return hashlib.sha256(repr(identities).encode()).hexdigest()
+
+    def content_keys(self) -> list[str]:
+        """Return the digest of the content of each file."""
+        return [self._source.digest(path) for path in self._paths]
+
+
+def content_digest(content: bytes) -> str:
+    """Return the digest by which files with the same content are found."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def has_image_extension(path: str) -> bool:

@@ -18,13 +18,13 @@ from rich.progress import track
 
 from transfer import DataError, cache_folder
 from transfer_vision.images.decoding import check_image
-from transfer_vision.images.image_sources import ImageSource
+from transfer_vision.images.image_sources import ImageSource, content_digest
 
 logger = logging.getLogger(__name__)
 
 BadFiles = Literal["error", "skip"]
 
-FORMAT = 1
+FORMAT = 2
 MAX_SHOWN = 30
 _SHOW_PROGRESS_FROM = 2000
 
@@ -55,7 +55,8 @@ def scan(source: ImageSource, paths: Sequence[str]) -> dict[str, str]:
     """Return the problem of each image that cannot be decoded, by its path.
 
     The result for a file is recorded with its size and time (in an archive: size and checksum) in ``$TRANSFER_CACHE``
-    or the user's cache folder, so that a file is only decoded again if it has changed.
+    or the user's cache folder, so that a file is only decoded again if it has changed. The record also contains a
+    digest of the file's content, which the source receives: duplicates are found without reading a file again.
     """
     record = _record(source)
     recorded = _read(record)
@@ -65,31 +66,36 @@ def scan(source: ImageSource, paths: Sequence[str]) -> dict[str, str]:
         try:
             identity = list(source.identity(path))
         except (ValueError, OSError) as error:  # a link to a missing file
-            results[path] = [[], str(error)]
+            results[path] = [[], str(error), ""]
             continue
         previous = recorded.get(path)
         if previous is not None and previous[0] == identity:
             results[path] = previous
         else:
-            results[path] = [identity, None]
+            results[path] = [identity, None, ""]
             new.append(path)
     if new:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            answers: Iterable[str | None] = pool.map(lambda path: _problem(source, path), new)
+            answers: Iterable[tuple[str | None, str]] = pool.map(lambda path: _examine(source, path), new)
             if len(new) >= _SHOW_PROGRESS_FROM:
                 answers = track(answers, f"decoding {len(new):,} images once", len(new), transient=True)
-            for path, problem in zip(new, answers, strict=True):
-                results[path][1] = problem
+            for path, answer in zip(new, answers, strict=True):
+                results[path][1:] = answer
         _write(record, recorded | results)
-    return {path: str(problem) for path, (_, problem) in results.items() if problem is not None}
+    source.digests |= {path: str(digest) for path, (_, _, digest) in results.items()}
+    return {path: str(problem) for path, (_, problem, _) in results.items() if problem is not None}
 
 
-def _problem(source: ImageSource, path: str) -> str | None:
+def _examine(source: ImageSource, path: str) -> tuple[str | None, str]:
+    """Return the problem of an image, None if it can be decoded, and the digest of its content."""
+    digest = ""
     try:
-        check_image(source.read(path), source.name(path))
+        content = source.read(path)
+        digest = content_digest(content)
+        check_image(content, source.name(path))
     except (ValueError, OSError, MemoryError) as error:
-        return str(error) or type(error).__name__
-    return None
+        return str(error) or type(error).__name__, digest
+    return None, digest
 
 
 def _table(source: ImageSource, problems: dict[str, str]) -> str:
@@ -115,7 +121,7 @@ def _read(record: Path) -> dict[str, list[object]]:
     except (OSError, ValueError):  # missing or damaged: the images are decoded again
         return {}
     pairs = entries.items() if isinstance(entries, dict) else ()
-    return {path: entry for path, entry in pairs if isinstance(entry, list) and len(entry) == 2}
+    return {path: entry for path, entry in pairs if isinstance(entry, list) and len(entry) == 3}
 
 
 def _write(record: Path, results: dict[str, list[object]]) -> None:
