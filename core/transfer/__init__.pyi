@@ -61,6 +61,7 @@ from .registry.entry_points import (
 from .reports.preview import preview_batch as preview_batch, preview_predictions as preview_predictions
 from .reports.report import report as report
 from .runs.check import check as check
+from .runs.clean import clean as clean
 from .runs.evaluate import evaluate as evaluate
 from .runs.predict import predict as predict
 from .runs.predictor import Predictor as Predictor, load as load

@@ -17,6 +17,7 @@ from torch import nn
 
 import transfer
 from transfer.cli.tables import prediction_cell
+from transfer.deployment.serving.models import ServedModel
 from transfer.registry import entry_points as registry
 from transfer_vision.preprocessing import ImagePreprocessing
 
@@ -127,6 +128,15 @@ def test_text_of_unknown_words_has_no_label(call: Any, text_run: Path, monkeypat
     assert known["unknown_fraction"] == pytest.approx(1 / 3)
     assert (blank["line"], blank["label"], blank["note"]) == (3, None, "the input is blank")
     assert "no answer for 2 of 3 inputs:" in err
+
+
+def test_server_gives_no_label_to_unknown_words(text_run: Path) -> None:
+    served = ServedModel.read("reviews", text_run, device="cpu")
+    unknown, known = served.predict([{"text": b"zzxx qqyy"}, {"text": b"a film"}])
+    assert isinstance(unknown, dict)
+    assert isinstance(known, dict)
+    assert (unknown["label"], "note" in unknown) == (None, True)
+    assert known["label"] in ("positive", "negative")
 
 
 def test_table_gives_an_answer_for_each_row(call: Any, text_run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands that use a trained model: evaluate, predict."""
+"""Commands for a complete run: evaluate, predict, clean."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from transfer.cli.arguments import AsJSON, Device, RunFolder
+from transfer.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from transfer.training.events import Event
@@ -154,3 +155,26 @@ def _standard_input() -> Iterable[str]:
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     return sys.stdin
+
+
+def clean(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories of complete runs.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the sizes of the checkpoints without removing them.")
+    ] = False,
+) -> None:
+    """Remove the checkpoints of complete runs. Their models and results stay."""
+    from transfer.runs.clean import clean as clean_run
+    from transfer.system.terminal import Console
+
+    problems: list[Problem] = []
+    for run in runs:
+        try:
+            megabytes = clean_run(run, dry_run=dry_run) / 1e6
+        except UserError as error:
+            problems += error.problems
+            continue
+        line = f"{run}: {'would free' if dry_run else 'freed'} {megabytes:,.1f} MB"
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        raise UserError.of(problems)

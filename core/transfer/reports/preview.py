@@ -24,11 +24,13 @@ from transfer.models.model import Model
 from transfer.models.precision import place, resolve_precision
 from transfer.models.saved_backbone import build_backbone
 from transfer.models.saved_model import read_model
+from transfer.runs.data import changed_split, read_splits
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import write_atomically
 from transfer.system.devices import resolve_device
 from transfer.system.formatting import format_value
 from transfer.training.build import make_loader, read_data
+from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.mixup import mix_batch
 from transfer.training.preflight import preflight
 
@@ -88,7 +90,9 @@ def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str 
     return _write(content, path)
 
 
-def preview_predictions(run: str | Path, split: str = "test", *, device: str = "auto") -> Preview:
+def preview_predictions(
+    run: str | Path, split: str = "test", *, device: str = "auto", observe: Observer = ignore_events
+) -> Preview:
     """Render predictions of a run's model: the most confident correct and wrong ones, and the least certain ones.
 
     If the task does not predict one label per example, those with the smallest and the largest loss are rendered. The
@@ -98,18 +102,22 @@ def preview_predictions(run: str | Path, split: str = "test", *, device: str = "
         run: Run directory.
         split: Name of the split: ``train``, ``validation`` or ``test``.
         device: Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
+        observe: Function that is called with a note if the split has changed since the training.
 
     Raises:
-        UserError: The run or its data is invalid, the split does not exist, or the backbone cannot render its field.
+        UserError: The run or its data is invalid, the data has a class that the model does not have, the split does not
+            exist, or the backbone cannot render its field.
     """
     directory = RunDirectory.open(run)
     directory.refuse_links()
     config = load_config(directory.config())
     loaded = read_model(directory.model)
-    _, splits = read_data(config)
+    splits = read_splits(config, loaded.data)
     if split not in splits:
         raise RunError(f"the data has no split {split!r}", where=str(directory.path), available=list(splits))
     examples = splits[split]
+    if (note := changed_split(directory.summary(), split, examples)) is not None:
+        observe(Note(note))
     loader = make_loader(config, examples, loaded.backbone)
     outputs = _outputs(loaded.model, loader, config.train, resolve_device(device))
     predictions = loaded.task.interpret(outputs)

@@ -14,6 +14,7 @@ from transfer.interfaces import Preprocessing
 from transfer.models.precision import place
 from transfer.models.saved_model import LoadedModel, find_model, read_model
 from transfer.runs.occlusion import outputs_of_encoded
+from transfer.runs.predictor import answers_of
 from transfer.system.devices import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -132,4 +133,4 @@ class ServedModel:
         outputs = outputs_of_encoded(self.loaded, encoded)
         if not bool(torch.isfinite(outputs).all()):
             raise ValueError("the outputs of the model are not finite")
-        return self.loaded.task.interpret(outputs)
+        return answers_of(self.loaded, encoded, outputs)
