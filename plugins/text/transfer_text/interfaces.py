@@ -12,7 +12,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfer import ConfigError, DataError, Occlusion, Preprocessing
+from transfer_text.encoding.encoded_texts import EncodedTexts as EncodedTexts  # for plugins
 from transfer_text.encoding.tokenization import UNSPACED
 
 PAIR_SEPARATOR = " [SEP] "
@@ -47,7 +48,8 @@ MAX_UNKNOWN_FRACTION = 0.5
 class TokenPreprocessing(Preprocessing):
     """Base class of preprocessing of texts into tokens: reading raw texts, and leaving out words for explanations.
 
-    A subclass defines :meth:`encode` and :meth:`collate`. Encoded texts are one-dimensional.
+    A subclass defines :meth:`encode` and :meth:`collate`. Encoded texts are one-dimensional; :class:`EncodedTexts`
+    stores millions of them in two arrays.
     """
 
     encode_once: ClassVar[bool] = True
@@ -118,9 +120,25 @@ class TokenPreprocessing(Preprocessing):
             rest = f"{value[: match.start()]} {value[match.end() :]}" if sum(tokens) > tokens[index] else None
             yield Occlusion(value[starts[index] : starts[index + 1]], rest)
 
+    def render_batch(
+        self, inputs: Any, values: Sequence[str], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
+    ) -> str:
+        """Return the tokens of each text of a batch, under the heading of its group."""
+        return render_tokens([self.tokenize(value) for value in values], captions, groups)
+
     def example(self) -> str:
         """Return a short text."""
         return "An example of a text that is longer than any kernel is wide."
+
+
+def render_tokens(tokens: Sequence[Sequence[str]], captions: Sequence[str], groups: Mapping[str, Sequence[int]]) -> str:
+    """Return the tokens of each text of a batch as lines, each below its caption and under the heading of its group."""
+    lines = []
+    for heading, indices in groups.items():
+        lines += [heading, ""]
+        for index in indices:
+            lines += [" | ".join(captions[index].split("\n")), f"    {' '.join(tokens[index])}", ""]
+    return "\n".join(lines)
 
 
 class _NamedSource:

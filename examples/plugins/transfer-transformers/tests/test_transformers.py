@@ -82,6 +82,8 @@ def test_run_predicts_without_checkpoint(tmp_path, monkeypatch):
     _, parts = transfer.check(config)
     assert parts.phases[0].frozen.stages == {"embeddings", "layer.0", "layer.1"}
     run = transfer.run(config, output=tmp_path, quick=True)
+    described = dict(transfer.check(config)[1].backbone.preprocessing.describe())
+    assert (described["tokenizer"], described["max_length"]) == ("WordPiece", 12)
     monkeypatch.chdir(tmp_path)
     (prediction,) = transfer.predict(run.folder, ["a warm , funny film"], explain=True)
     assert prediction["label"] in ("positive", "negative")
@@ -125,6 +127,45 @@ def test_backbone_starts_from_an_earlier_run(tmp_path, monkeypatch):
     before, after = (transfer.saved_backbone(folder).tensors()[0] for folder in (first, run.folder))
     assert run.summary["pretrained"]["tensors"] == len(before)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_encoded_texts_are_compact_and_complete():
+    preprocessing = Transformers(model="bert").preprocessing
+    texts = [TEXTS[index % len(TEXTS)] for index in range(3000)]
+    encoded = preprocessing.encode(texts)
+    assert len(encoded) == 3000
+    assert encoded.indices.dtype == "int32"
+    expected = [encoding.ids for encoding in preprocessing.tokenizer.encode_batch(texts)]
+    assert [tokens.tolist() for tokens in encoded] == expected
+    assert preprocessing.lengths(encoded).tolist() == [len(ids) for ids in expected]
+    tokens, mask = preprocessing.collate(encoded[:5])
+    assert (tokens[~mask] == 0).all()
+    assert tokens[0][mask[0]].tolist() == expected[0]
+
+
+def test_pair_of_texts_is_encoded_as_in_pretraining():
+    preprocessing = Transformers(model="bert").preprocessing
+    first, second = TEXTS[:2]
+    (pair,) = preprocessing.encode([f"{first} [SEP] {second}"])
+    assert pair.tolist() == preprocessing.tokenizer.encode(first, second).ids
+
+
+def test_mostly_unknown_tokens_are_reported():
+    preprocessing = Transformers(model="bert").preprocessing
+    assert preprocessing.warning(TEXTS) is None
+    assert "100% of the tokens" in preprocessing.warning(["жизнь хороша"])
+
+
+def test_preview_shows_tokens_and_truncation():
+    config = {
+        "data": {"name": "mini_reviews", "limit": 20},
+        "backbone": {"name": "transformers", "model": "bert", "max_length": 8},
+        "train": {"batch_size": 4},
+    }
+    content = transfer.preview_batch(config).content
+    assert "[CLS]" in content
+    assert "[more tokens cut]" in content
+    assert "8 tokens at most" in content
 
 
 def test_missing_model_and_pooler_are_reported(monkeypatch, tmp_path):
