@@ -467,17 +467,36 @@ def test_timed_iterator_measures_waiting() -> None:
     assert 0.03 <= timed.seconds < 1
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-def test_memory_is_pinned_only_for_a_gpu(monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
-    options: dict[str, Any] = {}
+def test_loader_processes_live_through_several_epochs() -> None:
+    kept = loader(Lazy(), workers=2)
+    plain = loader(Lazy(), workers=0)
+    assert same(batches(kept, 0), batches(plain, 0))
+    running = kept._running
+    assert running is not None
+    processes = [worker.pid for worker in running._iterator._workers]
+    for epoch in (1, 2):
+        assert same(batches(kept, epoch), batches(plain, epoch))
+    next(iter(kept.epoch(3)))  # an epoch that is not read to its end
+    assert same(batches(kept, 4), batches(plain, 4))
+    assert kept._running is running
+    assert [worker.pid for worker in running._iterator._workers] == processes
 
-    def record(*_: Any, **given: Any) -> list[Batch]:
-        options.update(given)
-        return []
 
-    monkeypatch.setattr(loading, "DataLoader", record)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    loader = Loader(Split({"list": [[1.0], [2.0]]}, np.array([0, 1])), ("list",), Ragged(), batch_size=2)
-    loader.pin_memory = loader.pin_memory or pinned
-    assert list(loader.epoch()) == []
-    assert options["pin_memory"] is pinned
+@pytest.mark.parametrize(
+    ("device", "cores", "ranks", "expected"),
+    [("cpu", 8, 1, 0), ("cuda", 8, 1, 7), ("cuda", 64, 1, 16), ("cuda", 64, 8, 7), ("cuda", 1, 1, 0)],
+)
+def test_auto_workers_follow_device_cores_and_ranks(
+    device: str, cores: int, ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transfer.data.loader.available_cores", lambda: cores)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    automatic, given = loader(Lazy(), workers="auto"), loader(Lazy(), workers=3)
+    for one in (automatic, given):
+        one.prepare_for(torch.device(device))
+    assert (automatic.workers, given.workers) == (expected, 3)
+    assert automatic.pin_memory == given.pin_memory == (device == "cuda")

@@ -217,7 +217,8 @@ class TrainConfig(Block):
         augment: Whether training examples are augmented at random, as the backbone's preprocessing defines it.
         bucket: Whether examples of similar length share a batch, which saves padding in texts. A number sets how many
             random batches are sorted by length together; true means 50, false means plain shuffling.
-        workers: Number of loader processes; 0 loads in the training process.
+        workers: Number of loader processes; 0 loads in the training process. auto: one less than the number of cores
+            per process when training on a GPU, 0 when training on the CPU, which needs all cores itself.
         accumulate: Number of batches whose gradients are accumulated for one step of the optimizer.
         clip_norm: Maximum norm of the gradient; a larger gradient is scaled down to it. null disables clipping.
         device: Device to train on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
@@ -251,7 +252,9 @@ class TrainConfig(Block):
     recipe: Recipe | None = None
     augment: bool = True
     bucket: Annotated[bool | Count, one_of("true, false, or a number of batches of 1 or more")] = True
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], one_of("an integer of 0 or more, or auto")] = (
+        "auto"
+    )
     accumulate: Count = 1
     clip_norm: Positive | None = None
     device: Annotated[

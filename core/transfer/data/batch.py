@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,33 @@ class Batch:
         inputs = (self.to_device or move)(self.inputs, device)
         targets = self.targets.to(device, non_blocking=True)
         return Batch(inputs, targets, self.indices, self.global_indices)
+
+
+def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches, on a CUDA device copied there on a stream of their own; on others, as they are.
+
+    The copy and the normalization of a batch then overlap with the computation of the batch before it, which the device
+    still works on when Python asks for the next batch.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            moved = batch.to(device)
+        computation.wait_stream(copies)
+        # The memory was allocated on the other stream: it must not be reused before the computation has ended.
+        _record_stream((moved.inputs, moved.targets), computation)
+        yield moved
+
+
+def _record_stream(tensors: Any, stream: torch.cuda.Stream) -> None:
+    if isinstance(tensors, Tensor):
+        tensors.record_stream(stream)
+        return
+    for item in tensors:
+        _record_stream(item, stream)
 
 
 class TimedIterator(Iterator[Batch]):

@@ -6,7 +6,7 @@ import copy
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,13 @@ from transfer.data.memory_cache import MemoryCache
 from transfer.data.randomness import preserve_rng_state, seed_all
 from transfer.errors import DataError
 from transfer.interfaces import Preprocessing, Split
+from transfer.system.devices import available_cores
+from transfer.system.ranks import rank_from_environment
 
 BUCKET_BATCHES = 50
 """Number of batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
+MAX_AUTO_WORKERS = 16
+"""Maximum number of loader processes that ``auto`` chooses."""
 MEASURED_EXAMPLES = 8
 """Number of examples from whose size the loader decides whether the encoded values of a split fit into memory."""
 
@@ -42,7 +46,8 @@ class Loader:
         augment: Whether to augment in training; False only shuffles.
         bucket: Whether examples of similar length share a batch, or the number of batches whose examples are sorted by
             length together (True: 50). Has no effect without ``encode_once``.
-        workers: Number of loader processes; 0 loads in this process. While the memory cache is filled, this process
+        workers: Number of loader processes, which live until the loader is deleted; 0 loads in this process. ``auto``
+            uses none until :meth:`prepare_for` has chosen a number. While the memory cache is filled, this process
             encodes (in threads, if the preprocessing uses them), and loader processes start afterwards.
         repeated: Whether the split is iterated more than once, so that keeping encoded values may be worthwhile.
 
@@ -62,7 +67,7 @@ class Loader:
         training: bool = False,
         augment: bool = True,
         bucket: bool | int = True,
-        workers: int = 0,
+        workers: int | Literal["auto"] = 0,
         repeated: bool = True,
     ) -> None:
         self.split = split
@@ -72,7 +77,6 @@ class Loader:
         self.max_tokens = max_tokens
         self.bucket_batches = BUCKET_BATCHES if bucket is True else int(bucket)
         self.seed = seed
-        # Set for a run on a GPU: pinned memory takes time to allocate, and only copies to a GPU profit from it.
         self.pin_memory = False
         self.training = training
         self.examples = _BatchDataset(
@@ -82,7 +86,21 @@ class Loader:
         if self.examples.encoded is not None and (bucket or max_tokens):
             self.lengths = preprocessing.lengths(self.examples.encoded)
         # Loader processes have nothing to do if values are encoded already and not augmented.
-        self.workers = 0 if self.examples.encoded is not None and not self.examples.augments else workers
+        self._workers = 0 if self.examples.encoded is not None and not self.examples.augments else workers
+        self.workers = 0 if self._workers == "auto" else self._workers
+        self._running: _TorchLoader | None = None
+
+    def prepare_for(self, device: torch.device) -> None:
+        """Pin memory and choose the number of loader processes for a device, if it is ``auto``.
+
+        A GPU takes a batch in less time than one core needs to decode it, so that every core has to work. A CPU that
+        trains has no core left for loader processes: the preprocessing may encode a batch in threads.
+        """
+        # Pinned memory takes time to allocate, and only copies to a GPU profit from it.
+        self.pin_memory = device.type == "cuda"
+        if self._workers == "auto":
+            cores = available_cores() // rank_from_environment().local_world_size
+            self.workers = min(MAX_AUTO_WORKERS, max(0, cores - 1)) if self.pin_memory else 0
 
     def __len__(self) -> int:
         """Return the number of batches in the first epoch."""
@@ -141,6 +159,7 @@ class Loader:
         """
         # Shallow copies: both loaders share the encoded values and the memory cache.
         other = copy.copy(self)
+        other._running = None
         other.batch_size, other.max_tokens, other.training = batch_size, None, False
         other.examples = copy.copy(self.examples)
         other.examples.augments = augment
@@ -162,17 +181,15 @@ class Loader:
         batches = global_batches if shard is None else [shard(batch) for batch in global_batches]
         # Before loader processes start, so that they get the decision.
         self.examples.measure()
-        loader: DataLoader[Any] = DataLoader(
-            self.examples,
-            # A generator builds the (epoch, index) pairs of one batch at a time: a list of all would take much memory.
-            batch_sampler=([(epoch, int(i)) for i in batch] for batch in batches),
-            collate_fn=_identity_collate,  # type: ignore[arg-type]  # __getitems__ has collated already
-            # Loader processes cannot fill the cache of this process.
-            num_workers=0 if self.examples.is_filling_cache else min(self.workers, len(batches)),
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # DataLoader draws a seed: not from the generator of the model
-            worker_init_fn=_ignore_signals,
-        )
+        # Loader processes cannot fill the cache of this process.
+        workers = 0 if self.examples.is_filling_cache else min(self.workers, len(batches))
+        if not workers:
+            loader = _TorchLoader(self.examples, 0, pin_memory=self.pin_memory)
+        elif self._running is not None and self._running.num_workers >= workers:
+            loader = self._running
+        else:
+            loader = self._running = _TorchLoader(self.examples, workers, pin_memory=self.pin_memory)
+        loader.plan.start_epoch(epoch, batches)
         for number, batch in enumerate(loader):
             if isinstance(batch, DataError):
                 raise batch
@@ -204,6 +221,40 @@ class Loader:
             batches.append(order[start : start + size])
             start += size
         return batches
+
+
+class _EpochPlan:
+    """Batch sampler: the (epoch, example index) pairs of each batch of the current epoch."""
+
+    def __init__(self) -> None:
+        self._epoch, self._batches = 0, list[npt.NDArray[np.int64]]()
+
+    def start_epoch(self, epoch: int, batches: list[npt.NDArray[np.int64]]) -> None:
+        self._epoch, self._batches = epoch, batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # The pairs of one batch at a time: a list of all would take much memory.
+        epoch, batches = self._epoch, self._batches
+        return ([(epoch, int(i)) for i in batch] for batch in batches)
+
+
+class _TorchLoader(DataLoader[Any]):
+    """Torch's loader of a dataset of batches; its processes, if any, work through any number of epochs."""
+
+    def __init__(self, examples: _BatchDataset, workers: int, *, pin_memory: bool) -> None:
+        plan = _EpochPlan()
+        super().__init__(
+            examples,
+            batch_sampler=plan,
+            collate_fn=_identity_collate,  # type: ignore[arg-type]  # __getitems__ has collated already
+            num_workers=workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # DataLoader draws a seed: not from the generator of the model
+            worker_init_fn=_ignore_signals,
+            # Starting processes takes longer than an epoch of a small split.
+            persistent_workers=workers > 0,
+        )
+        self.plan = plan
 
 
 def _ignore_signals(_: int) -> None:

@@ -124,6 +124,7 @@ def select_stage_inputs(
         entries.append(entry)
     size = sum(tensor.numel() * tensor.element_size() for entry in entries for tensor in entry.tensors)
     report = {"cached": True, "stages": prefix.stages, "views": len(entries) if loader.augments else None}
+    entries = [entry.on_device(prefix.device) for entry in entries]
     return StageInputs(CachedLoader(loader, entries), prefix.count, report | {"bytes": size})
 
 

@@ -14,12 +14,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from transfer.config.train_settings import Precision
 from transfer.data.loader import Loader
 from transfer.errors import TrainingError, TransferError
 from transfer.feature_cache.prefix import BATCH_SIZE, FORMAT, FrozenPrefix
 from transfer.system.atomic_files import read_json, write_json
 from transfer.system.directory_cache import DirectoryCache
 from transfer.system.user_folders import cache_folder
+
+VERIFY_TOLERANCE: Mapping[Precision, float] = {"fp32": 5e-3, "fp16": 1e-2, "bf16": 5e-2}
+"""Largest difference of recomputed features, relative to the largest feature, if the bits are not compared. In fp32, a
+GPU multiplies in TF32 (10 bits of mantissa), and each process may choose other kernels."""
+DEVICE_MEMORY_FRACTION = 0.25
+"""Fraction of the free memory of a GPU that the features of one split may take to be kept there."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,25 @@ class Entry:
         # Features are stored in the order of computation (longest texts first); `rows` maps indices to that order.
         rows = self.rows[indices]
         if self.offsets is None:
-            tensors = tuple(tensor[torch.from_numpy(rows)] for tensor in self.tensors)
+            index = torch.from_numpy(rows).to(self.tensors[0].device, non_blocking=True)
+            tensors = tuple(tensor[index] for tensor in self.tensors)
             return tensors if self.is_tuple else tensors[0]
         return pad([self.steps(index) for index in indices])
+
+    def on_device(self, device: torch.device) -> Entry:
+        """Return the entry with its tensors on a GPU if they fit well, so that batches need no copy.
+
+        Args:
+            device: Device of the model.
+        """
+        # Sequences stay on the CPU: padding a batch of them would start a kernel for each example.
+        if device.type != "cuda" or self.offsets is not None:
+            return self
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        free, _ = torch.cuda.mem_get_info(device)
+        if size > DEVICE_MEMORY_FRACTION * free:
+            return self
+        return replace(self, tensors=tuple(tensor.to(device) for tensor in self.tensors))
 
     def steps(self, index: int) -> Tensor:
         """Return the real steps (T, ...) of one example of an entry of sequences."""
@@ -200,7 +223,8 @@ class FeatureCache:
             if equal and exact:
                 equal = torch.equal(one, other)
             elif equal:
-                equal = torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-5)
+                one, other = one.float(), other.float()
+                equal = bool((one - other).abs().max() <= VERIFY_TOLERANCE[prefix.precision] * one.abs().max())
             if not equal:
                 raise TrainingError(
                     "cached features differ from the current output of the frozen stages",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from transfer.config.train_settings import Precision
-from transfer.data.batch import Batch
+from transfer.data.batch import Batch, copied_ahead
 from transfer.errors import MemoryRanOut
 from transfer.models.model import Model
 from transfer.models.precision import autocast
@@ -50,15 +50,15 @@ def forward_batches(
     training = model.training
     model.eval()
     try:
-        for cpu_batch in batches:
+        for loaded in copied_ahead(batches, device):
             # The contexts end before the yield: the caller's code must not run in inference mode or under autocast.
             with (
                 torch.inference_mode(),
-                explain_out_of_memory(len(cpu_batch.indices), out_of_memory_fix),
+                explain_out_of_memory(len(loaded.indices), out_of_memory_fix),
                 autocast(precision, device),
             ):
                 # Inside the context, because this copy may be the one that finds no memory.
-                batch = cpu_batch.to(device)
+                batch = loaded.to(device)
                 value = batch.inputs
                 for stage in stages:
                     value = stage(value)

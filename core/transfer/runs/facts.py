@@ -53,6 +53,7 @@ def run_facts(config: RunConfig, built: BuiltExperiment, device: str) -> dict[st
         ),
         "optimizer": f"{config.optimizer.name}, {config.train.step}",
         "device": f"{device}, {built.experiment.options.precision}",
+        **({"loader": f"{workers} processes"} if (workers := built.experiment.train.workers) else {}),
         **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
     }
 

@@ -40,6 +40,11 @@ def resolve_device(name: str = "auto", *, where: str | None = None) -> torch.dev
     return torch.device(name)
 
 
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def device_name(device: torch.device) -> str:
     """Return the name of a device for people and records: the model of a GPU, otherwise ``cpu`` or ``mps``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -123,7 +123,7 @@ def make_experiment(
 ) -> Experiment:
     """Return the input of the engine."""
     for loader in loaders.values():
-        loader.pin_memory = device.type == "cuda"
+        loader.prepare_for(device)
     return Experiment(
         model,
         task,

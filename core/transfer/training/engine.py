@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from transfer.data.batch import Batch, TimedIterator
+from transfer.data.batch import Batch, TimedIterator, copied_ahead
 from transfer.data.loader import Loader
 from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
@@ -236,7 +236,8 @@ class Trainer:
         started = last_progress = time.perf_counter()
         shard = self.processes.shard if self.processes.is_distributed else None
         remaining = len(sizes) - sums.batches
-        batches = TimedIterator(train.loader.epoch(progress.epochs, start=sums.batches, limit=remaining, shard=shard))
+        loaded = train.loader.epoch(progress.epochs, start=sums.batches, limit=remaining, shard=shard)
+        batches = TimedIterator(copied_ahead(loaded, self.device))
 
         for batch in batches:  # a signal may interrupt the wait for it: no step is in progress
             with self.signals.deferred():
@@ -272,7 +273,7 @@ class Trainer:
         """Make one optimizer step from the gradients of one or more batches.
 
         Args:
-            batches: Batches of the step, on the CPU. Their gradients are accumulated.
+            batches: Batches of the step, on any device. Their gradients are accumulated.
             examples: Total number of examples in these batches, over all processes.
             first_stage: Index of the stage that takes the inputs of the batches.
 
@@ -288,9 +289,8 @@ class Trainer:
         rates, step_losses = learning_rates(state.optimizer), list[BatchLoss]()
 
         # ---- forward and backward
-        for cpu_batch in batches:
-            # The copy is asynchronous if the loader has pinned the memory.
-            batch = cpu_batch.to(self.device)
+        for loaded in batches:
+            batch = loaded.to(self.device)
             # Dropout depends on the seed and the batch number only: a resumed run draws the same numbers.
             number = state.progress.batches + sums.batches + 1
             seed_generators(self.device, self.experiment.seed, number, processes.rank.index)
