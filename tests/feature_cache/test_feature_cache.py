@@ -638,8 +638,10 @@ def test_progress_of_computing_features_is_reported(config: dict[str, Any], tmp_
         (total,) = {steps_of_split for name, _, steps_of_split in steps if name == split}
         assert numbers == list(range(1, total + 1))
     events.clear()
-    transfer.run(config, overrides, output=tmp_path, observe=events.append)
+    run = transfer.run(config, overrides, output=tmp_path, observe=events.append)
     assert not any(isinstance(event, CachingStep) for event in events)
+    transfer.evaluate(run.folder, "train", observe=events.append)
+    assert {event.split for event in events if isinstance(event, CachingStep)} == {"train"}
 
 
 def test_random_augmentation_without_views_is_not_cached(config: dict[str, Any], tmp_path: Path) -> None:

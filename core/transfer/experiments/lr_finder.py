@@ -127,7 +127,7 @@ def _rise(experiment: Experiment, rates: Sequence[float], observe: Observer) -> 
     phase, accumulate = experiment.phases[0], experiment.options.accumulate
     trainer = Trainer(experiment)
     stages = freezing.prefix_length(experiment.model, phase.frozen)
-    source = experiment.batches_for(experiment.train, stages, training=True)
+    source = experiment.batches_for(experiment.train, stages, training=True, observe=observe)
     if stages:
         observe(Note(f"training examples {source}"))
     trainer.prepare_phase(phase)

@@ -63,6 +63,6 @@ def evaluate(
         device=torch_device,
         quick=quick,
     )
-    source = experiment.batches_for(loader, experiment.frozen_prefix_length())
+    source = experiment.batches_for(loader, experiment.frozen_prefix_length(), split=split, observe=observe)
     precision = experiment.options.precision
     return score(loaded.model, loaded.task, source, precision, observe, split, experiment.max_batches)

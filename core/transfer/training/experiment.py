@@ -14,7 +14,7 @@ from transfer.data.loader import Loader
 from transfer.feature_cache.loader import StageInputs, select_stage_inputs
 from transfer.feature_cache.prefix import FrozenPrefix
 from transfer.feature_cache.store import FeatureCache
-from transfer.interfaces import Task
+from transfer.interfaces import SPLITS, Task
 from transfer.models.model import Model
 from transfer.models.precision import resolve_precision
 from transfer.training import freezing
@@ -148,6 +148,7 @@ class Experiment:
         *,
         training: bool = False,
         epochs: int | None = None,
+        split: str | None = None,
         observe: Observer = ignore_events,
     ) -> StageInputs:
         """Return the batches of a split, from the feature cache if possible.
@@ -157,6 +158,7 @@ class Experiment:
             stages: Number of stages, from the input on, that are frozen.
             training: Whether the batches are trained on: mixup and CutMix prevent caching of these.
             epochs: Number of epochs that use the batches. No more augmented views are cached. None caches all.
+            split: Name of the split for the progress. None uses the name of the loader in this experiment.
             observe: Function that is called with the progress of computing features.
         """
         options = self.options
@@ -167,11 +169,11 @@ class Experiment:
         prefix = FrozenPrefix(self.model, stages, self.assets, options.precision)
         cache = None
         if options.cache != "off":
-            split = next(name for name in ("train", "validation", "test") if getattr(self, name) is loader)
+            name = split or next(name for name in SPLITS if getattr(self, name) is loader)
             cache = FeatureCache(
                 int(options.cache_limit_gib * 2**30),
                 verify=options.cache == "verify",
-                progress=lambda step, steps: observe(CachingStep(split, step, steps)),
+                progress=lambda step, steps: observe(CachingStep(name, step, steps)),
             )
         mixed = training and options.mix is not None
         return select_stage_inputs(cache, prefix, loader, views=views_of_phase(options.views, epochs), mixed=mixed)
