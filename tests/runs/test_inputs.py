@@ -151,7 +151,15 @@ def test_table_without_column_names_the_option_and_the_columns() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "content"), [("t.csv", b'text\n"open'), ("t.jsonl", b"[1]\n"), ("t.csv", b"\xff\n")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b'text\n"open'),
+        ("t.jsonl", b"[1]\n"),
+        ("t.csv", b"\xff\n"),
+        ("t.csv.gz", gzip.compress(b"text\na")[:-9]),
+    ],
+)
 def test_damaged_table_is_named(name: str, content: bytes) -> None:
     Path(name).write_bytes(content)
     assert "the table cannot be read" in reason(next(argument_inputs(name, TEXTS, "text")))

@@ -7,6 +7,7 @@ import glob
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from transfer.interfaces import Preprocessing
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 """Suffixes of files that are refused unless a column is named: as one text, they would get one prediction."""
 DELIMITERS = (",", "\t", ";", "|")
+_UNREADABLE = (OSError, ValueError, EOFError, zlib.error)
+"""Exceptions of the file system, of damaged compressed files, and of content that is not UTF-8 or no table."""
 MAX_NAME_CHARACTERS = 60
 """Maximum length of the part of a text that is shown in an error."""
 
@@ -169,7 +172,7 @@ def _is_table(path: Path) -> bool:
 def _table_without_column(path: Path) -> DataError:
     try:
         _, columns, _ = _read_table(path, None)
-    except (OSError, ValueError, EOFError):
+    except (DataError, *_UNREADABLE):
         columns = []
     one_of = f" ({', '.join(columns)})" if columns else ""
     return DataError(f"this is a table: name the column with the inputs by --column{one_of}", where=str(path))
@@ -179,7 +182,10 @@ def _table_inputs(path: Path, column: str, preprocessing: Preprocessing) -> Iter
     """Yield the cells of a column. A cell that names a file is relative to the working folder or to the table."""
     try:
         rows, columns, cells = _read_table(path, column)
-    except (OSError, ValueError, EOFError) as error:
+    except DataError as error:
+        yield _failed_input(str(path), error)
+        return
+    except _UNREADABLE as error:
         reason = getattr(error, "strerror", None) or error
         yield _failed_input(str(path), DataError(f"the table cannot be read: {reason}"))
         return
@@ -203,7 +209,7 @@ def _read_table(path: Path, column: str | None) -> tuple[list[int], Sequence[str
         column: Name of the column. None returns no cells.
 
     Raises:
-        OSError, ValueError, EOFError: The file is missing, damaged, or not UTF-8.
+        DataError, OSError, ValueError, EOFError, zlib.error: The file is missing, damaged, not UTF-8, or no table.
     """
     is_json = ".jsonl" in path.name.lower() or ".ndjson" in path.name.lower()
     with open_table(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="\n" if is_json else "") as lines:
