@@ -70,7 +70,7 @@ def choose_dialect(
     """
     sample = list(islice(lines, SAMPLE_LINES))
     lines.seek(0)
-    with _long_fields():
+    with long_fields():
         if delimiter is None:
             delimiter = _choose_delimiter(sample, path, header, columns)
         if quoting is not None or (delimiter == _BLANK and header is not True):
@@ -92,6 +92,8 @@ def _choose_delimiter(sample: Sequence[str], path: Path, header: bool | Sequence
     names = path.name.lower()
     usual = "," if ".csv" in names else "\t" if ".tsv" in names or ".tab" in names else None
     candidates = sorted(_DELIMITERS, key=lambda delimiter: delimiter != usual)  # stable: the usual one first
+    if header is True and not columns:
+        return max(candidates, key=lambda delimiter: len(next(csv.reader(sample, delimiter=delimiter), [])))
     for delimiter in candidates:
         rows = [row for row in csv.reader(sample, delimiter=delimiter) if row]
         if header is True:
@@ -185,7 +187,7 @@ def _by_parsing(lines: TextIO, delimiter: str) -> Quoting:
     for quoting in ("csv", "backslash"):
         lines.seek(0)
         try:
-            for _ in _reader(lines, Dialect(delimiter, quoting)):
+            for _ in delimited_reader(lines, Dialect(delimiter, quoting)):
                 pass
         except csv.Error:
             continue
@@ -217,7 +219,7 @@ def read_delimited(
         DataError: A row cannot be parsed or has another number of fields than the first, two of the columns that are
             read have one name, or a field seems to contain rows.
     """
-    with _long_fields():
+    with long_fields():
         first_line, delimiter = 1, dialect.delimiter
         names = None if isinstance(header, bool) else list(header)
         if delimiter == _BLANK and header is not True:
@@ -226,7 +228,7 @@ def read_delimited(
             blanks = len(names) - 1 if names else last
             lines = (line.replace(_BLANK, _UNIT_SEPARATOR, blanks) if blanks else line for line in lines)
             dialect = Dialect(_UNIT_SEPARATOR, dialect.quoting)
-        reader = _reader(lines, dialect)
+        reader = delimited_reader(lines, dialect)
         try:
             if header is True:
                 names = next(reader, [])
@@ -262,7 +264,7 @@ def read_delimited(
 
 
 @contextmanager
-def _long_fields() -> Iterator[None]:
+def long_fields() -> Iterator[None]:
     """Raise the csv module's limit of a field, 131,072 characters, inside the block: a text may be longer."""
     # The limit is global, so it is restored at the end. It is never lowered, because an abandoned generator restores it
     # late.
@@ -274,7 +276,8 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _reader(lines: Iterable[str], dialect: Dialect) -> Any:
+def delimited_reader(lines: Iterable[str], dialect: Dialect) -> Any:
+    """Return a csv reader of lines in a dialect."""
     if dialect.quoting == "none":
         return csv.reader(lines, delimiter=dialect.delimiter, quoting=csv.QUOTE_NONE)
     if dialect.quoting == "backslash":

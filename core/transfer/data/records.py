@@ -12,8 +12,9 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -22,6 +23,8 @@ from transfer.errors import DataError, unknown_name
 MAX_TABLE_BYTES = 1 << 32
 """Maximum size of a decompressed table: a larger one is refused, because it may be a decompression bomb."""
 JSON_LINES = (".jsonl", ".ndjson")
+MAX_START_BYTES = 1 << 16
+"""Number of bytes by which JSON is recognized."""
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """Byte order marks of UTF-16."""
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
@@ -79,6 +82,70 @@ def open_table(path: Path) -> BinaryIO:
         if not isinstance(file, io.BytesIO):
             stack.pop_all()  # the caller closes the file
         return file
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an open table.
+
+    Args:
+        records: Position and record of each row.
+        by_line: Whether the positions are lines, counted from 1; otherwise indices, counted from 0.
+        is_delimited: Whether the table is a delimited file.
+        class_names: Names of the classes in the metadata of the file, by column.
+    """
+
+    records: Iterator[tuple[int, Record]]
+    by_line: bool = True
+    is_delimited: bool = False
+    class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+@contextmanager
+def open_rows(
+    path: Path,
+    read_delimited: Callable[[io.TextIOWrapper], Generator[tuple[int, Record], None, None]],
+    *,
+    columns: Collection[str] | None,
+    encoding: str = "utf-8-sig",
+    example: str = "text",
+) -> Iterator[Rows]:
+    """Open a table of any format.
+
+    Args:
+        path: Path of the table.
+        read_delimited: Function that reads the rows of a delimited file from its lines.
+        columns: Names of the columns to read from Parquet; None reads all.
+        encoding: Character encoding of text.
+        example: Name of an example in errors.
+
+    Raises:
+        DataError: The content is not a table.
+        UnicodeError, or one of :data:`UNREADABLE`: The file is missing, damaged or in another encoding.
+    """
+    with open_table(path) as file:
+        if _head(file).startswith((_PARQUET, _ARROW_FILE, _ARROW_STREAM)):
+            records, class_names = read_arrow(file, path, columns)
+            yield Rows(records, by_line=False, class_names=class_names)
+            return
+        start = codecs.getincrementaldecoder(encoding)("ignore").decode(file.read(MAX_START_BYTES))
+        file.seek(0)
+        suffix = table_suffix(path)
+        is_json = bool(_OBJECT.match(start.lstrip())) or suffix in (".json", *JSON_LINES)
+        # The csv module must see the line ends, which may be part of a quoted field. JSON ends lines at "\n".
+        with io.TextIOWrapper(file, encoding, newline="\n" if is_json else "") as lines:
+            if is_json:
+                records, by_line = read_json(lines, path, example, is_lines=suffix in JSON_LINES)
+                yield Rows(records, by_line=by_line)
+            else:
+                # Closed here: while a reader is open, a limit of the csv module is changed for all readers.
+                with closing(read_delimited(lines)) as delimited:
+                    yield Rows(delimited, is_delimited=True)
+
+
+def table_suffix(path: Path) -> str:
+    """Return the suffix of a table's file name, ignoring that of a compression."""
+    return Path(re.sub(r"\.(gz|bz2|xz|zip)$", "", path.name.lower())).suffix
 
 
 def _head(file: BinaryIO) -> bytes:
@@ -145,12 +212,7 @@ def row_name(path: Path, position: int, *, by_line: bool) -> str:
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-def is_json(start: str, suffix: str) -> bool:
-    """Return whether a file contains JSON, from its first characters; no table in CSV starts with ``{"key":``."""
-    start = start.lstrip()
-    return bool(_OBJECT.match(start)) or suffix in (".json", *JSON_LINES)
-
-
+# No table in CSV starts with {"key":
 _OBJECT = re.compile(r'(?:\[\s*)?\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
@@ -301,11 +363,6 @@ def _refuse_surrogates(text: str, record: Record, where: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- Parquet and Arrow
-
-
-def is_parquet_or_arrow(file: BinaryIO) -> bool:
-    """Return whether a file is Parquet or Arrow, from its first bytes."""
-    return _head(file).startswith((_PARQUET, _ARROW_FILE, _ARROW_STREAM))
 
 
 def read_arrow(

@@ -10,8 +10,8 @@ import math
 import re
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +20,12 @@ import numpy.typing as npt
 
 from transfer.data.delimited import Quoting, choose_dialect, read_delimited
 from transfer.data.records import (
-    JSON_LINES,
     UNREADABLE,
     UTF_16,
     Record,
     RowNames,
-    is_json,
-    is_parquet_or_arrow,
+    open_rows,
     open_table,
-    read_arrow,
-    read_json,
     row_name,
 )
 from transfer.data.splits import split_off
@@ -53,8 +49,6 @@ TableTarget = Literal["class", "labels", "label_list", "number"]
 contains the names of all labels. ``number``: each column contains a number."""
 MAX_POSITIONS_SHOWN = 30
 """Maximum number of lines in the message about empty examples."""
-MAX_START_BYTES = 1 << 16
-"""Number of bytes by which JSON is recognized."""
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
@@ -298,22 +292,16 @@ class Tables:
     def _read(self, written: str) -> _Table:
         path = self.find(written)
         try:
-            with open_table(path) as file:
-                if is_parquet_or_arrow(file):
-                    rows, class_names = read_arrow(file, path, None if self.column is None else self._columns())
-                    return self._table(rows, path, by_line=False, class_names=class_names)
-                start = codecs.getincrementaldecoder(self.encoding)("ignore").decode(file.read(MAX_START_BYTES))
-                file.seek(0)
-                # The csv module must see the line ends, which may be part of a quoted field. JSON ends lines at "\n".
-                suffix = _suffix(path)
-                newline = "\n" if is_json(start, suffix) else ""
-                with io.TextIOWrapper(file, self.encoding, newline=newline) as lines:
-                    if newline:
-                        rows, by_line = read_json(lines, path, self.example, is_lines=suffix in JSON_LINES)
-                        return self._table(rows, path, by_line=by_line)
-                    # Closed here: while a reader is open, a limit of the csv module is changed for all readers.
-                    with closing(self._delimited(lines, path)) as rows:
-                        return self._table(rows, path, is_delimited=True)
+            columns = None if self.column is None else self._columns()
+            read = partial(self._delimited, path=path)
+            with open_rows(path, read, columns=columns, encoding=self.encoding, example=self.example) as rows:
+                return self._table(
+                    rows.records,
+                    path,
+                    by_line=rows.by_line,
+                    is_delimited=rows.is_delimited,
+                    class_names=rows.class_names,
+                )
         except UnicodeError:  # not UnicodeDecodeError: UTF-16 without a byte order mark raises the base class
             raise self._wrong_encoding(path) from None
         except UNREADABLE as error:
@@ -493,11 +481,6 @@ def _as_cell(value: object) -> str | list[str]:
         return [str(as_text(item) or json.dumps(item, default=str)) for item in value]
     text = as_text(value)
     return json.dumps(value, default=str) if text is None else text
-
-
-def _suffix(path: Path) -> str:
-    """Return the suffix of a table's file name, ignoring that of a compression."""
-    return Path(re.sub(r"\.(gz|bz2|xz|zip)$", "", path.name.lower())).suffix
 
 
 def _named(value: object, names: Sequence[str]) -> object:

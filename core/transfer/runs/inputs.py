@@ -7,20 +7,23 @@ import glob
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from transfer.data.records import open_table
+from transfer.data.delimited import choose_dialect, delimited_reader, long_fields
+from transfer.data.records import UNREADABLE, open_rows, table_suffix
 from transfer.errors import DataError
 from transfer.interfaces import Preprocessing
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 """Suffixes of files that are refused unless a column is named: as one text, they would get one prediction."""
-DELIMITERS = (",", "\t", ";", "|")
+_UNREADABLE = (*UNREADABLE, ValueError)
+"""Exceptions of the file system, of damaged compressed files, and of content that is not UTF-8 or no table."""
 MAX_NAME_CHARACTERS = 60
 """Maximum length of the part of a text that is shown in an error."""
 
@@ -163,13 +166,13 @@ def _folder_inputs(folder: Path, preprocessing: Preprocessing, column: str | Non
 
 
 def _is_table(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith(TABLE_SUFFIXES)
+    return table_suffix(path) in TABLE_SUFFIXES
 
 
 def _table_without_column(path: Path) -> DataError:
     try:
         _, columns, _ = _read_table(path, None)
-    except (OSError, ValueError, EOFError):
+    except (DataError, *_UNREADABLE):
         columns = []
     one_of = f" ({', '.join(columns)})" if columns else ""
     return DataError(f"this is a table: name the column with the inputs by --column{one_of}", where=str(path))
@@ -179,7 +182,10 @@ def _table_inputs(path: Path, column: str, preprocessing: Preprocessing) -> Iter
     """Yield the cells of a column. A cell that names a file is relative to the working folder or to the table."""
     try:
         rows, columns, cells = _read_table(path, column)
-    except (OSError, ValueError, EOFError) as error:
+    except DataError as error:
+        yield _failed_input(str(path), error)
+        return
+    except _UNREADABLE as error:
         reason = getattr(error, "strerror", None) or error
         yield _failed_input(str(path), DataError(f"the table cannot be read: {reason}"))
         return
@@ -203,52 +209,36 @@ def _read_table(path: Path, column: str | None) -> tuple[list[int], Sequence[str
         column: Name of the column. None returns no cells.
 
     Raises:
-        OSError, ValueError, EOFError: The file is missing, damaged, or not UTF-8.
+        DataError, OSError, ValueError, EOFError, zlib.error: The file is missing, damaged, not UTF-8, or no table.
     """
-    is_json = ".jsonl" in path.name.lower() or ".ndjson" in path.name.lower()
-    with open_table(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="\n" if is_json else "") as lines:
-        return _json_cells(lines, column) if is_json else _delimited_cells(lines, column)
+    names: list[str] = []
+    read = partial(_delimited_cells, path=path, column=column, names=names)
+    positions, cells = [], []
+    with open_rows(path, read, columns=None if column is None else (column,)) as rows:
+        for position, record in rows.records:
+            if not rows.is_delimited:
+                names += [name for name in record if name not in names]
+            value = record.get(column) if column is not None else None
+            positions.append(position if rows.by_line else position + 1)
+            cells.append(value if isinstance(value, str) else "" if value is None else json.dumps(value))
+    return positions, names, cells
 
 
-def _delimited_cells(lines: io.TextIOWrapper, column: str | None) -> tuple[list[int], Sequence[str], list[str]]:
-    first_line = lines.readline()
-    lines.seek(0)
-    headers = {delimiter: next(csv.reader([first_line], delimiter=delimiter), []) for delimiter in DELIMITERS}
-    # The delimiter that gives the column; of several or none, the one that gives the most columns.
-    delimiter = max(headers, key=lambda delimiter: (column in headers[delimiter], len(headers[delimiter])))
-    # The csv module limits fields to 131,072 characters by default, and a text may be longer.
-    limit = csv.field_size_limit(2**31 - 1)
-    numbers, cells = [], []
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, [])
-        index = header.index(column) if column in header else len(header)
-        number = reader.line_num + 1
-        for row in reader if column in header else ():
-            if row:  # blank lines are no rows
-                numbers.append(number)
-                cells.append(row[index] if index < len(row) else "")
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-    return numbers, [name for name in header if name], cells
-
-
-def _json_cells(lines: Iterable[str], column: str | None) -> tuple[list[int], Sequence[str], list[str]]:
-    numbers, columns, cells = [], dict[str, None](), []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+def _delimited_cells(
+    lines: io.TextIOWrapper, path: Path, column: str | None, names: list[str]
+) -> Generator[tuple[int, dict[str, object]], None, None]:
+    """Yield the line and the cell of each row of a delimited file, and add the names of its columns to ``names``."""
+    columns = () if column is None else (column,)
+    dialect = choose_dialect(lines, path, header=True, columns=columns, labels=(), delimiter=None, quoting=None)
+    with long_fields():
+        reader = delimited_reader(lines, dialect)
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"line {number} is not a JSON object")
-        columns |= dict.fromkeys(record)
-        value = record.get(column) if column is not None else None
-        numbers.append(number)
-        cells.append(value if isinstance(value, str) else "" if value is None else json.dumps(value))
-    return numbers, list(columns), cells
+            header: list[str] = next(reader, [])
+            names += [name for name in header if name]
+            number = reader.line_num + 1
+            for row in reader if column in header else ():
+                if row:  # blank lines are no rows
+                    yield number, dict(zip(header, row, strict=False))
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from error
