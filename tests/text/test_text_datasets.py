@@ -738,6 +738,22 @@ def test_dataset_of_the_hub_is_read_by_the_rules_of_tables(hub: dict[str, Rows])
     assert caught.value.problems[0].where == "train[1]"
 
 
+def test_unlabeled_test_split_of_the_hub_is_not_used(hub: dict[str, Rows], caplog: pytest.LogCaptureFixture) -> None:
+    for name, labels in {"train": [0, 1], "validation": [1, 0], "test": [-1, -1]}.items():
+        hub[name] = Rows({"text": f"{name} {index}", "label": label} for index, label in enumerate(labels))
+        hub[name].features = {"label": SimpleNamespace(names=["no", "yes"])}
+    data = HuggingFace(dataset="glue").load()
+    assert list(data.splits) == ["train", "validation"]
+    assert "glue: the split 'test' is not used: all its labels are -1 or null" in caplog.text
+    with pytest.raises(DataError, match="the split 'test' has no labels") as caught:
+        HuggingFace(dataset="glue", test="test").load()
+    assert "test: validation" in (caught.value.problems[0].fix or "")
+    assert list(HuggingFace(dataset="glue", test="validation").load().splits) == ["train", "test"]
+    hub["test"][1]["label"] = 1
+    with pytest.raises(DataError, match="class '-1'"):
+        HuggingFace(dataset="glue").load()
+
+
 @pytest.mark.parametrize("missing", [None, float("nan")])
 @pytest.mark.parametrize("target", ["class", "label_list", "number", "labels"])
 def test_null_label_of_the_hub_is_refused(hub: dict[str, Rows], missing: object, target: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Quoting, Tables, TableTarget, find_file
 from transfer_text.data.empty_texts import BadTexts, is_empty
 
+logger = logging.getLogger(__name__)
+
 INSTALL = "pip install 'transferkit[huggingface]'"
 FORMATS = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
+UNLABELED = (-1, None)
 BATCH_ROWS = 1000
 """Number of rows that are converted to Python objects together."""
 
@@ -29,9 +33,10 @@ class HuggingFace(Dataset):
         revision: Commit, tag or branch of a dataset on the Hub; fixes the version of the data.
         train: Training split, or the path of its file (``.parquet``, ``.arrow``, ``.csv``, ``.tsv``, ``.json``,
             ``.jsonl``).
-        val: Validation split, or the path of its file. null uses ``validation`` if it exists. If there is no test
-            split, this split is the test split, and validation is split off from train.
-        test: Test split, or the path of its file. null uses ``test`` if it exists.
+        val: Validation split, or the path of its file. null uses ``validation`` if it exists and is not named by
+            another option. If there is no test split, this split is the test split, and validation is split off from
+            train.
+        test: Test split, or the path of its file. null uses ``test`` if it exists and has labels.
         text: Name of the column of the text.
         label: Name of the column of the label; several names for ``labels`` and ``number``.
         target: ``class``: one class per text. ``labels``: each column contains 0 or 1. ``label_list``: one column
@@ -136,13 +141,16 @@ class HuggingFace(Dataset):
         return splits
 
     def _choose(self, available: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the splits that the options name, and those with the default names."""
+        """Return the splits that the options name, and those with the default names that contain labels."""
         tables = {}
+        asked_names = set(filter(None, self.splits.values()))
         for name, asked in self.splits.items():
             wanted = asked if asked is not None else name
-            if wanted in available:
+            if asked is None and wanted in asked_names:
+                continue  # with `test: validation`, the validation split is not also used for validation
+            if wanted in available and not self._is_unlabeled(available[wanted], wanted, by_default=asked is None):
                 tables[name] = available[wanted]
-            elif asked is not None:
+            elif wanted not in available and asked is not None:
                 raise DataError(
                     f"unknown split {asked!r}",
                     where=self.dataset,
@@ -150,6 +158,26 @@ class HuggingFace(Dataset):
                     fix="use one of the available splits",
                 )
         return tables
+
+    def _is_unlabeled(self, rows: Any, name: str, *, by_default: bool) -> bool:
+        """Return whether a split that no option names has no label; refuse such a split if an option names it.
+
+        Benchmarks such as GLUE publish test splits whose labels are -1 or null.
+        """
+        columns = [column for column in self.columns[1:] if column in rows.column_names]
+        if not columns or not len(rows):
+            return False
+        # The first label ends the search.
+        if any(value not in UNLABELED for row in _rows(rows, columns) for value in row.values()):
+            return False
+        if by_default:
+            logger.warning("%s: the split %r is not used: all its labels are -1 or null", self.dataset, name)
+            return True
+        raise DataError(
+            f"the split {name!r} has no labels: all are -1 or null",
+            where=self.dataset,
+            fix="use a split with labels, such as test: validation, or remove the option",
+        )
 
 
 def _class_names(feature: Any) -> tuple[str, ...]:
