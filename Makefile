@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: schema reference demo test slow torchtext soak plugins check format clean
+.PHONY: schema reference demo test slow torchtext soak fuzz plugins check format clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
@@ -41,6 +41,9 @@ torchtext: .venv-torchtext/ready  ## compare with torchtext; test texts, engine 
 
 soak: .venv/ready  ## kill and resume runs two hundred times; takes many minutes
 	$(BIN)/python tests/e2e/kill_harness.py --kills 200
+
+fuzz: .venv/ready  ## damage run directories a few thousand times; takes an hour
+	TRANSFER_MUTATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/hostile/test_fuzzed_runs.py
 
 # transfer does not depend on timm and transformers: they get a separate environment on top of the packages of .venv.
 PLUGINS := $(patsubst %/tests,%,$(wildcard examples/plugins/*/tests))

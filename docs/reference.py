@@ -15,6 +15,7 @@ from transfer.config.option_schema import Option, describe_fields, describe_opti
 from transfer.config.run_config import RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, options_set_by_framework
 from transfer.config.train_settings import (
+    BackboneOptions,
     Checkpoint,
     DataOptions,
     MixupCutmix,
@@ -68,6 +69,9 @@ def _plugins() -> Iterator[str]:
         if kind == "dataset":
             yield "Every `data` block takes these options in addition to those of the dataset:\n"
             yield from _options(_without_name(describe_fields(DataOptions)))
+        if kind == "backbone":
+            yield "Every `backbone` block takes this option, unless the backbone has its own option `weights`:\n"
+            yield from _options(_without_name(describe_fields(BackboneOptions)))
         for plugin in registry.plugins(kind):
             if plugin.distribution == CORE_DISTRIBUTION:
                 cls = registry.load(kind, plugin.qualified_name)
@@ -106,7 +110,8 @@ def _commands() -> Iterator[str]:
     for name, command in commands.items():
         arguments = [p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument"]
         yield f"### `{' '.join(['transfer', name, *arguments])}`\n\n{command.help}\n"
-        rows = [_parameter(parameter) for parameter in command.params if parameter.name != "help"]
+        shown = [p for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
+        rows = [_parameter(parameter) for parameter in shown]
         if rows:
             yield "| argument or option | default | |\n|---|---|---|"
             yield from rows

@@ -38,6 +38,10 @@ class BytesOf(transfer.Preprocessing):
         """Return the content of the file, or the text itself if there is no such file."""
         return Path(source).read_text(encoding="utf-8") if len(source) < 256 and Path(source).is_file() else source
 
+    def read_bytes(self, content: bytes) -> str:
+        """Return a text from a Python list, a line of standard input or a request: never a path."""
+        return content.decode()
+
     def example(self) -> str:
         """Return a text for checking shapes."""
         return "a text"

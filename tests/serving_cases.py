@@ -15,7 +15,8 @@ import torch
 
 from transfer import DataSpec
 from transfer.config.check import load_component
-from transfer.deployment.serving.app import BATCHING, Batching, make_app
+from transfer.deployment.serving.app import make_app
+from transfer.deployment.serving.batching import BATCHING, Batching
 from transfer.deployment.serving.models import ServedModel
 from transfer.deployment.serving.reading import LIMITS, Limits
 from transfer.deployment.serving.server import make_server

@@ -47,7 +47,11 @@ from .interfaces import (
     Tracker as Tracker,
 )
 from .models.layer_chain import find_chain as find_chain
-from .models.saved_backbone import SavedBackbone as SavedBackbone, saved_backbone as saved_backbone
+from .models.saved_backbone import (
+    SavedBackbone as SavedBackbone,
+    load_saved_backbone as load_saved_backbone,
+    saved_backbone as saved_backbone,
+)
 from .registry.entry_points import (
     find_plugin as find_plugin,
     load_plugin as load_plugin,
@@ -57,8 +61,10 @@ from .registry.entry_points import (
 from .reports.preview import preview_batch as preview_batch, preview_predictions as preview_predictions
 from .reports.report import report as report
 from .runs.check import check as check
+from .runs.clean import clean as clean
 from .runs.evaluate import evaluate as evaluate
 from .runs.predict import predict as predict
+from .runs.predictor import Predictor as Predictor, load as load
 from .runs.train import Run as Run, resume as resume, run as run
 from .system.directory_cache import DirectoryCache as DirectoryCache
 from .system.downloads import download as download, find_file as find_file

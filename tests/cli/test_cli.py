@@ -132,8 +132,7 @@ def test_a_line_that_is_not_utf_8_is_named(call: Any, folder: Path, monkeypatch:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1,2,3,4\ncaf\xe9\n"), "utf-8", errors="strict"))
     status, _, err = call("predict", folder, "-")
     assert status == 2
-    assert "standard input, line 2" in err
-    assert "the line is not UTF-8" in err
+    assert "line 2: the line is not UTF-8" in err
 
 
 def test_run_prints_the_folder_last(call: Any, config_file: Path, tmp_path: Path) -> None:
@@ -222,7 +221,9 @@ def test_predict_as_json(call: Any, folder: Path) -> None:
 def test_predict_reads_lines(call: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("1,2,3,4\n\n5,6,7,8\n"))
     _, out, _ = call("predict", folder, "-", "--json")
-    assert [json.loads(line)["input"] for line in out.splitlines()] == ["1,2,3,4", "5,6,7,8"]
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["line"], row["input"]) for row in rows] == [(1, "1,2,3,4"), (2, ""), (3, "5,6,7,8")]
+    assert (rows[1]["label"], rows[1]["note"]) == (None, "the input is blank")
 
 
 def test_predict_for_people(call: Any, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transfer.cli.plan import render
 from transfer.cli.progress import RunConsole
 from transfer.cli.tables import error_panel, facts_table, metrics_text
 from transfer.errors import Problem
-from transfer.training.events import EpochStarted, Note, StepEnded
+from transfer.training.events import CachingStep, EpochEnded, EpochStarted, Note, RunStarted, StepEnded
 
 
 def shown(*parts: Any, width: int = 100) -> str:
@@ -102,3 +103,51 @@ def test_the_plan_is_shown_stage_by_stage(config: dict[str, Any]) -> None:
     assert "lr 0.5" in rows["second"]
     assert rows["head"].count("lr") == 2
     assert "phase 2: 2 epochs" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 200])
+def test_line_of_an_epoch_fits_the_terminal(width: int) -> None:
+    metrics = {"loss": 0.6931, "accuracy": 0.5}
+    record = {"epoch": 12, "phase": 1, "train": metrics, "validation": metrics, "seconds": 12.3}
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    observe = RunConsole(console)
+    observe(RunStarted(Path("runs/a"), {}, 20, "accuracy"))
+    observe(EpochStarted(12, 20, 1, 2, 50))
+    observe(EpochEnded(record | {"examples_per_second": 1234.0}, best=True))
+    observe.progress.stop()
+    (line,) = [line.rstrip() for line in file.getvalue().splitlines() if "validation loss" in line]
+    line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)[-width:]
+    assert "validation loss 0.6931  accuracy 0.5000" in line
+    assert line.endswith("best")
+    assert ("examples/s" in line) == (width == 200)
+    assert ("train" in line) == (width > 80)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_of_cached_features_is_shown(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    monkeypatch.setattr("transfer.cli.progress.PLAIN_LINE_SECONDS", 0.0)
+    file = io.StringIO()
+    with RunConsole(Console(file=file, width=200, force_terminal=terminal)) as observe:
+        for split in ("train", "validation"):
+            for step in (1, 2, 3):
+                observe(CachingStep(split, step, 3))
+    for split in ("train", "validation"):
+        assert f"computing features: {split}" in file.getvalue()
+    if not terminal:
+        assert "computing features: train  2/3\n" in file.getvalue()
+
+
+def test_plan_caches_training_examples_without_augmentation() -> None:
+    config = {
+        "data": {"name": "shapes", "image_size": 32},
+        "backbone": {"name": "torchvision", "model": "squeezenet1_1", "weights": None, "image_size": 32},
+    }
+    frozen = "train.phases=[{epochs: 2, freeze: backbone}]"
+    for overrides, expected in (
+        ([], "no: random augmentation"),
+        (["train.augment=false"], "after pool"),
+        (["train.views=4"], "after pool, 2 views each"),
+    ):
+        text = shown(*render(*transfer.check(config, [frozen, *overrides])), width=250)
+        assert expected in text.partition("feature cache")[2]

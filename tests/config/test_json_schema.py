@@ -149,3 +149,9 @@ def test_schema_command_writes_file(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("schema.json\n", "")
     jsonschema.Draft202012Validator.check_schema(json.loads((tmp_path / "schema.json").read_text(encoding="utf-8")))
+
+
+def test_schema_allows_an_optimizer_without_a_name(validator: Any) -> None:
+    validator.validate(config(train={"optimizer": {"lr": 0.1, "amsgrad": True}}))
+    assert not validator.is_valid(config(train={"optimizer": {"momentum": 0.9}}))
+    assert validator.is_valid(config(train={"optimizer": {"name": "sgd", "momentum": 0.9}}))

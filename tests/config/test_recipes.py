@@ -58,11 +58,27 @@ def test_learning_rates_by_group_are_used_in_every_phase(name: str) -> None:
     assert all(lr == given for _, _, lr in phases(name, 8, given))
 
 
-@pytest.mark.parametrize(("name", "count"), [("lp_ft", 2), ("gradual", 4)])
-def test_fewer_epochs_than_phases_are_refused(name: str, count: int) -> None:
-    assert [epochs for epochs, _, _ in phases(name, count)] == [1] * count
-    with pytest.raises(ConfigError, match=f"recipe '{name}' has {count} phases on this model and {count - 1} epochs"):
-        phases(name, count - 1)
+@pytest.mark.parametrize("name", ["lp_ft", "gradual"])
+def test_one_epoch_is_refused_by_recipes_of_several_phases(name: str) -> None:
+    assert [epochs for epochs, _, _ in phases(name, 2)] == [1, 1]
+    with pytest.raises(ConfigError, match=f"recipe '{name}' has 2 phases on this model and 1 epochs"):
+        phases(name, 1)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "frozen"), [(4, ["top", "body", "stem", "none"]), (3, ["top", "stem", "none"]), (2, ["top", "none"])]
+)
+def test_gradual_unfreezes_several_stages_with_few_epochs(epochs: int, frozen: list[str]) -> None:
+    assert [policy for _, policy, _ in phases("gradual", epochs)] == frozen
+
+
+@pytest.mark.parametrize(("count", "decay"), [(1, 1 / 2.6), (5, 1 / 2.6), (14, (1 / 2.6) ** (4 / 13))])
+def test_gradual_decay_depends_on_the_number_of_stages(count: int, decay: float) -> None:
+    last = expand(Recipe(name="gradual", epochs=count + 1), 0.1, [f"block{i}" for i in range(count)])[-1]
+    assert isinstance(last.lr, dict)
+    assert last.lr["layer_decay"] == pytest.approx(decay)
+    # The first stage never trains at less than 1 / 46 of the rate of the last one.
+    assert last.lr["layer_decay"] ** (count - 1) >= 0.99 / 2.6**4
 
 
 def test_recipe_expands_to_stages_of_model(config: dict[str, Any]) -> None:
@@ -81,9 +97,9 @@ def test_recipe_expands_to_stages_of_model(config: dict[str, Any]) -> None:
 
 def test_recipe_with_too_few_epochs_names_line(config: dict[str, Any]) -> None:
     del config["train"]["phases"]
-    with pytest.raises(ConfigError, match="4 phases on this model and 3 epochs") as caught:
-        transfer.check(config, ["train.recipe={name: gradual, epochs: 3}"])
-    assert caught.value.problems[0].where == "override 'train.recipe={name: gradual, epochs: 3}'"
+    with pytest.raises(ConfigError, match="2 phases on this model and 1 epochs") as caught:
+        transfer.check(config, ["train.recipe={name: gradual, epochs: 1}"])
+    assert caught.value.problems[0].where == "override 'train.recipe={name: gradual, epochs: 1}'"
 
 
 def test_phases_and_recipe_are_refused_together(config: dict[str, Any]) -> None:

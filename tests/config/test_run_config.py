@@ -179,7 +179,7 @@ def test_plugin_with_reserved_option_names_config_line(config: dict[str, Any]) -
     [
         ("train.optimizer={name: sgdd}", "unknown optimizer 'sgdd'"),
         ("train.optimizer={name: lbfgs}", "unknown optimizer 'lbfgs'"),
-        ("train.optimizer={lr: 0.1}", "optimizer has no name"),
+        ("train.scheduler={gamma: 0.1}", "scheduler has no name"),
         ("train.optimizer={name: sgd, betas: [0.9, 0.9]}", "unknown option 'betas' of optimizer 'sgd'"),
         ("train.optimizer={name: sgd, params: []}", "unknown option 'params' of optimizer 'sgd'"),
         ("train.optimizer.momentum=high", 'train.optimizer.momentum is invalid: expected a number, got "high"'),
@@ -318,3 +318,30 @@ def test_load_component_refuses_other_blocks(tiny: None, block: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         load_component("backbone", block, "model.json")
     assert caught.value.problems[0].where == "model.json"
+
+
+def test_optimizer_without_a_name_is_the_default(config: dict[str, Any]) -> None:
+    del config["train"]["optimizer"]
+    checked = load_config(config, ["train.optimizer.lr=0.02"])
+    assert (checked.optimizer.name, checked.optimizer_options.lr) == ("adam", 0.02)
+    assert checked.resolved["train"]["optimizer"] == {"name": "adam", "lr": 0.02}
+    (problem,) = problems_of(config, "train.optimizer.rate=0.02")
+    assert problem.message == "unknown option 'rate' of optimizer 'adam'"
+
+
+def test_epochs_without_phases(config: dict[str, Any]) -> None:
+    del config["train"]["phases"]
+    for overrides, epochs in ([], 5), (["train.epochs=3"], 3):
+        assert [phase.epochs for phase in load_config(config, overrides).phases(STAGES)] == [epochs]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "set the epochs of each phase (train.phases.0.epochs), not train.epochs"),
+        (["train.phases=null", "train.recipe={name: lp_ft, epochs: 2}"], "set train.recipe.epochs, not train.epochs"),
+    ],
+)
+def test_epochs_with_phases_or_recipe_are_refused(config: dict[str, Any], overrides: list[str], message: str) -> None:
+    (problem,) = problems_of(config, "train.epochs=3", *overrides)
+    assert message in problem.message

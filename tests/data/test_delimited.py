@@ -90,6 +90,13 @@ def test_field_whose_lines_have_the_delimiters_of_rows_by_chance_stays(tmp_path:
     assert texts(data)[-1] == "Hello, world\nfine"
 
 
+def test_quote_of_unknown_meaning_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="starts with a quote that is not closed in its line") as caught:
+        read(tmp_path / "a.tsv", 'text\tlabel\n"one\tx\ntwo"\ty\n')
+    problem = caught.value.problems[0]
+    assert (problem.where, "quoting: none" in str(problem.fix)) == (f"{tmp_path}/a.tsv:2", True)
+
+
 def test_wrong_row_of_a_csv_file_is_named(tmp_path: Path) -> None:
     content = '"text","label"\n"one ""two""","x"\n"three "four" five","y"\n'
     with pytest.raises(DataError, match="cannot be parsed") as caught:
@@ -171,3 +178,15 @@ def test_delimiter_is_chosen_by_content(tmp_path: Path, name: str, delimiter: st
 def test_header_of_equal_or_no_names_is_refused(header: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="header is wrong"):
         Tables(train="a.csv", example="text", column="text", label="label", header=header)
+
+
+@pytest.mark.parametrize("header", [False, ("label", "text")])
+def test_last_column_after_blanks_is_the_rest_of_the_line(tmp_path: Path, header: Any) -> None:
+    content = 'DESC:manner How did "serfdom develop ?\nNUM:count How many , in all ?\n'
+    columns = {"column": 1, "label": 0} if header is False else {}
+    data = read(tmp_path / "TREC.txt", content, header=header, delimiter=" ", **columns)
+    assert texts(data) == ['How did "serfdom develop ?', "How many , in all ?"]
+    assert labels(data) == ["DESC:manner", "NUM:count"]
+    with pytest.raises(DataError, match="expected 2 fields, got 1") as caught:
+        read(tmp_path / "TREC.txt", content + "NUM\n", header=header, delimiter=" ", **columns)
+    assert caught.value.problems[0].where == f"{tmp_path}/TREC.txt:3"

@@ -17,7 +17,7 @@ from torch import Tensor
 from transfer import DataError, Preprocessing, Split
 from transfer.data import loader as loading, memory_cache
 from transfer.data.batch import Batch, TimedIterator, move
-from transfer.data.encoding import encode
+from transfer.data.encoding import MAX_PROBLEMS, encode
 from transfer.data.loader import Loader
 
 
@@ -465,3 +465,29 @@ def test_timed_iterator_measures_waiting() -> None:
     timed = TimedIterator(slow())
     assert len(list(timed)) == 3
     assert 0.03 <= timed.seconds < 1
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_memory_is_pinned_only_for_a_gpu(monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
+    options: dict[str, Any] = {}
+
+    def record(*_: Any, **given: Any) -> list[Batch]:
+        options.update(given)
+        return []
+
+    monkeypatch.setattr(loading, "DataLoader", record)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loader = Loader(Split({"list": [[1.0], [2.0]]}, np.array([0, 1])), ("list",), Ragged(), batch_size=2)
+    loader.pin_memory = loader.pin_memory or pinned
+    assert list(loader.epoch()) == []
+    assert options["pin_memory"] is pinned
+
+
+def test_encoding_error_names_every_bad_example() -> None:
+    values = [[1.0], [-1.0], [2.0], *([-1.0] for _ in range(MAX_PROBLEMS))]
+    with pytest.raises(DataError) as caught:
+        encode(Ragged(), values, range(len(values)), "row {}".format)
+    problems = caught.value.problems
+    assert [problem.where for problem in problems[:2]] == ["row 1", "row 3"]
+    assert len(problems) == MAX_PROBLEMS + 1
+    assert problems[-1].message == "1 more cannot be read"

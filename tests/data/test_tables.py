@@ -187,3 +187,19 @@ def test_wrong_multi_hot_row_is_named(tmp_path: Path) -> None:
 def test_label_names_without_use_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="label_names"):
         Tables(**{"train": "a", "example": "text", "column": "text", "label": "b", "label_names": ("a",)} | options)
+
+
+@pytest.mark.parametrize("names", [("['a', 'b']", "['a']"), ("[0, 1]", "[1, 0]")])
+def test_lists_are_no_classes(tmp_path: Path, names: tuple[str, str]) -> None:
+    with pytest.raises(DataError, match="contains lists of labels") as caught:
+        read(tmp_path / "a.csv", f'text,label\none,"{names[0]}"\ntwo,"{names[1]}"\n')
+    assert caught.value.problems[0].fix == "set target: label_list"
+    assert read(tmp_path / "a.csv", "text,label\none,[NEUTRAL]\ntwo,[GOOD]\n").spec.classes == ("[GOOD]", "[NEUTRAL]")
+
+
+def test_another_separator_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read(tmp_path / "a.csv", "text,label\none,a|b\ntwo,c\n", target="label_list")
+    assert "some labels contain '|': set separator" in caplog.text
+    caplog.clear()
+    read(tmp_path / "a.csv", "text,label\none,a|b\ntwo,c\n", target="label_list", separator="|")
+    assert not caplog.text

@@ -92,7 +92,7 @@ def loaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def inputs(loaded: LoadedModel, count: int) -> Any:
     preprocessing = loaded.backbone.preprocessing
-    return preprocessing.collate(preprocessing.encode([preprocessing.example()] * count))
+    return preprocessing.model_inputs(preprocessing.encode([preprocessing.example()] * count))
 
 
 def front_matter(card: Path) -> dict[str, Any]:
@@ -398,7 +398,7 @@ def example_bytes(run: Path) -> list[bytes]:
     preprocessing = loaded.backbone.preprocessing
     values = [value for split in splits.values() for value in split.column(*loaded.backbone.fields)]
     raw = [value.encode() for value in values if isinstance(value, str)]
-    return raw + [preprocessing.collate([one]).numpy().tobytes() for one in preprocessing.encode(values)]
+    return raw + [preprocessing.model_inputs([one]).numpy().tobytes() for one in preprocessing.encode(values)]
 
 
 EXPORTS = [

@@ -29,8 +29,7 @@ from serving_cases import Running, loaded_model, running
 
 import transfer
 from transfer import UserError
-from transfer.deployment.serving.app import Batching
-from transfer.deployment.serving.batching import Batcher, BusyError
+from transfer.deployment.serving.batching import Batcher, Batching, BusyError
 from transfer.deployment.serving.models import RefusedError, ServedModel
 from transfer.deployment.serving.reading import Limits
 from transfer.deployment.serving.server import is_loopback, listen, name_runs
@@ -60,7 +59,7 @@ def batched(items: Sequence[int], **options: Any) -> tuple[list[Any], list[list[
 
     async def submit() -> list[Any]:
         settings = {"max_size": 4, "wait_seconds": 0.0, "max_waiting": 100} | options
-        async with Batcher(work, **settings) as batcher:
+        async with Batcher(work, Batching(**settings)) as batcher:
             return await asyncio.gather(*map(batcher.submit, items), return_exceptions=True)
 
     return asyncio.run(submit()), batches
@@ -91,7 +90,7 @@ def test_batcher_continues_after_a_failed_batch() -> None:
         return list(batch)
 
     async def submit() -> list[Any]:
-        async with Batcher(work, max_size=2, wait_seconds=0.0, max_waiting=9) as batcher:
+        async with Batcher(work, Batching(max_size=2, wait_seconds=0.0, max_waiting=9)) as batcher:
             return await asyncio.gather(*map(batcher.submit, range(4)), return_exceptions=True)
 
     first, second, *others = asyncio.run(submit())

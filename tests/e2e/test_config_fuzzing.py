@@ -18,8 +18,9 @@ from transfer.cli import app as cli
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-MUTATIONS = int(os.environ.get("TRANSFER_MUTATIONS", "60"))
-"""Mutated configs per shipped one; TRANSFER_MUTATIONS=5000 for a long search."""
+MUTATIONS = int(os.environ.get("TRANSFER_MUTATIONS", "300"))
+"""Mutated configs per shipped one in the slow search; TRANSFER_MUTATIONS=5000 for a long one."""
+COUNTS = [12, pytest.param(MUTATIONS, marks=pytest.mark.slow)]
 
 Rank = tuple[Any, ...]
 
@@ -114,27 +115,26 @@ def answer(config: Any, folder: Path, *command: str) -> str:
     return printed
 
 
+def search(config: dict[str, Any], folder: Path, count: int, *command: str) -> None:
+    """Pass ``count`` mutations of a config to a command."""
+
+    @seed(0)
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(mutated(config))
+    def check(changed: dict[str, Any]) -> None:
+        answer(changed, folder, *command)
+
+    check()
+
+
+@pytest.mark.parametrize("count", COUNTS, ids=["few", "many"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_check_takes_or_refuses_any_mutation(path, tmp_path):
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-
-    @seed(0)
-    @settings(max_examples=MUTATIONS, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(mutated(config))
-    def search(changed: dict[str, Any]) -> None:
-        answer(changed, tmp_path, "check")
-
-    search()
+def test_check_accepts_or_refuses_mutated_config(path, count, tmp_path):
+    search(yaml.safe_load(path.read_text(encoding="utf-8")), tmp_path, count, "check")
 
 
+@pytest.mark.parametrize("count", COUNTS, ids=["few", "many"])
 @pytest.mark.parametrize("name", ["quickstart_text", "quickstart_vision"])
-def test_a_quick_run_takes_or_refuses_any_mutation(name, tmp_path):
+def test_quick_run_accepts_or_refuses_mutated_config(name, count, tmp_path):
     config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
-
-    @seed(0)
-    @settings(max_examples=MUTATIONS // 3, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(mutated(config))
-    def search(changed: dict[str, Any]) -> None:
-        answer(changed, tmp_path, "run", "--quick", "--output", str(tmp_path / "runs"))
-
-    search()
+    search(config, tmp_path, count, "run", "--quick", "--output", str(tmp_path / "runs"))

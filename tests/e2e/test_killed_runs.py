@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL at random moments end the same: the short version of ``make soak``."""
+"""Runs that are killed with SIGKILL at random moments and resumed: the short versions of ``make soak``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import time
 from pathlib import Path
 
 import kill_harness
+import pytest
 
-KILLS = {"text": 9, "vision": 7, "vision, two loader processes": 4}
+KILLS = {"text": 4, "vision": 3, "vision, two loader processes": 2}
+MORE_KILLS = {"text": 9, "vision": 7, "vision, two loader processes": 4}
 
 
-def test_killed_runs_end_the_same_to_the_last_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(MORE_KILLS, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_killed_runs_end_with_identical_bits(tmp_path: Path, kills: dict[str, int]) -> None:
     seed = int(os.environ.get("TRANSFER_KILL_SEED") or time.time())
-    report = kill_harness.kill(tmp_path, seed, KILLS)
-    print(report)  # noqa: T201  # shown where the test fails: TRANSFER_KILL_SEED=... draws the same moments
+    report = kill_harness.kill(tmp_path, seed, kills)
+    print(report)  # noqa: T201  # shown if the test fails: TRANSFER_KILL_SEED=... draws the same moments
     assert not report.differences
-    assert report.kills == KILLS
-    assert report.total >= 20
-    assert report.counts["compared"] >= len(KILLS)
-    assert report.counts["fresh processes"] >= 2
+    assert report.kills == kills
+    assert report.counts["compared"] >= len(kills)
+    assert report.counts["fresh processes"] >= 1

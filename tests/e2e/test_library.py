@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,20 +25,24 @@ def test_a_custom_task_is_a_script_of_under_40_lines():
     assert len(SCRIPT.read_text().splitlines()) < 40
 
 
-def test_the_script_trains_its_task(tmp_path):
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """Return a function that executes an example as ``python SCRIPT`` does, and returns its run directory."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    answer = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        cwd=tmp_path,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert "'accuracy':" in answer.stdout
-    (run,) = (tmp_path / "runs").iterdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_registered", {})
+
+    def execute(script):
+        runpy.run_path(str(script), run_name="__main__")
+        (run,) = (tmp_path / "runs").iterdir()
+        return run
+
+    return execute
+
+
+def test_custom_task_script_trains(run_script, capsys):
+    run = run_script(SCRIPT)
+    assert "'accuracy':" in capsys.readouterr().out
     assert '"name": "hinge"' in (run / "model/model.json").read_text()
 
 
@@ -47,12 +51,8 @@ OPTIONS = {"backbone": {"width": 8}}
 
 
 @pytest.mark.parametrize("kind", ["backbone", "dataset", "head"])
-def test_the_script_of_each_kind_trains(kind, tmp_path):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    command = [sys.executable, str(ROOT / f"examples/custom_{kind}.py")]
-    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert answer.returncode == 0, answer.stderr
-    (run,) = (tmp_path / "runs").iterdir()
+def test_custom_component_script_trains(kind, run_script):
+    run = run_script(ROOT / f"examples/custom_{kind}.py")
     assert json.loads((run / "summary.json").read_text())["test"]["accuracy"] > 0.6
     assert PARTS[kind] in (run / "config.yaml").read_text()
 

@@ -50,18 +50,19 @@ def test_it_learns(text_run):
     assert summary["test"]["accuracy"] > 0.7  # chance is 0.5 on 104 reviews
 
 
-def test_evaluate_gives_the_figures_of_the_summary_exactly(text_run):
-    folder, run = text_run
-    answer = command_line("evaluate", str(run), "--json", cwd=folder)
-    assert json.loads(answer.stdout) == {"test": json.loads((run / "summary.json").read_text())["test"]}
+def test_evaluate_prints_exactly_the_metrics_of_the_summary(text_run, call):
+    _, run = text_run
+    status, out, _ = call("evaluate", run, "--json")
+    assert status == 0
+    assert json.loads(out) == {"test": json.loads((run / "summary.json").read_text())["test"]}
 
 
-def test_predict_reads_arguments_files_and_standard_input(text_run, tmp_path):
-    folder, run = text_run
+def test_predict_reads_arguments_files_and_standard_input(text_run, tmp_path, call):
+    _, run = text_run
     review = tmp_path / "review.txt"
     review.write_text("a film I would gladly watch again")
-    answer = command_line("predict", str(run), "a film I would gladly watch again", str(review), "--json", cwd=folder)
-    first, second = map(json.loads, answer.stdout.splitlines())
+    _, out, _ = call("predict", run, "a film I would gladly watch again", review, "--json")
+    first, second = map(json.loads, out.splitlines())
     assert first["probabilities"] == second["probabilities"]
     assert first["label"] in ("positive", "negative")
     command = [sys.executable, "-m", "transfer", "predict", str(run), "-", "--json"]
@@ -69,22 +70,22 @@ def test_predict_reads_arguments_files_and_standard_input(text_run, tmp_path):
     assert [json.loads(line)["input"] for line in piped.stdout.splitlines()] == ["one line", "another line"]
 
 
-def test_an_empty_text_is_refused_in_one_panel(text_run):
-    folder, run = text_run
-    answer = command_line("predict", str(run), "   ", cwd=folder)
-    assert answer.returncode == 2
-    assert "empty" in answer.stderr
-    assert "Traceback" not in answer.stderr
+def test_predict_refuses_an_empty_text_in_one_panel(text_run, call):
+    _, run = text_run
+    status, _, err = call("predict", run, "   ")
+    assert status == 2
+    assert "empty" in err
+    assert "Traceback" not in err
 
 
-def test_a_quick_try_runs_every_part_of_the_vision_config(tmp_path):
-    answer = command_line("run", str(ROOT / "configs/quickstart_vision.yaml"), "--quick", cwd=tmp_path)
-    assert answer.returncode == 0, answer.stderr
-    run = tmp_path / answer.stdout.splitlines()[-1]
+def test_quick_run_of_the_vision_config_can_be_evaluated(tmp_path, call):
+    status, out, err = call("run", ROOT / "configs/quickstart_vision.yaml", "--quick", "--output", tmp_path)
+    assert status == 0, err
+    run = Path(out.splitlines()[-1])
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["quick"], summary["epochs"]) == (True, 1)
-    again = command_line("evaluate", str(run), "--json", cwd=tmp_path)
-    assert json.loads(again.stdout) == {"test": summary["test"]}
+    _, out, _ = call("evaluate", run, "--json")
+    assert json.loads(out) == {"test": summary["test"]}
 
 
 @pytest.mark.parametrize(

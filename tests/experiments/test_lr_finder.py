@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -83,20 +81,16 @@ def test_a_wrong_config_is_told_as_ever(config: dict[str, Any]) -> None:
         find_learning_rate(config, ["train.batch_size=none"])
 
 
-def find_lr(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    options = ["data.limit=40", "--steps", "12", "--highest", "1"]
-    command = [sys.executable, "-m", "transfer", "find-lr", str(config), *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+def test_find_lr_command_refuses_a_missing_config(tmp_path: Path, call: Any) -> None:
+    assert call("find-lr", tmp_path / "missing.yaml")[0] == 2
 
 
-def test_find_lr_command_refuses_a_missing_config(tmp_path: Path) -> None:
-    assert find_lr(tmp_path / "missing.yaml", tmp_path).returncode == 2
-
-
-def test_find_lr_command_prints_the_next_command(tmp_path: Path) -> None:
-    ended = find_lr(Path(__file__).parents[2] / "configs" / "quickstart_text.yaml", tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert "falls fastest" in ended.stdout
-    assert "data.limit=40 train.optimizer.lr=" in ended.stdout
-    assert ended.stdout.splitlines()[-1] == "quickstart_text-find-lr.svg"
+def test_find_lr_command_prints_the_next_command(tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).parents[2] / "configs" / "quickstart_text.yaml"
+    status, out, err = call("find-lr", config, "data.limit=40", "--steps", "12", "--highest", "1")
+    assert status == 0, err
+    assert "falls fastest" in out
+    assert "data.limit=40 train.optimizer.lr=" in out
+    assert out.splitlines()[-1] == "quickstart_text-find-lr.svg"
     assert (tmp_path / "quickstart_text-find-lr.svg").is_file()

@@ -204,7 +204,7 @@ def test_different_code_has_different_digests(name: str, module: str) -> None:
     assert content_digest(one) != content_digest(other)
 
 
-def test_helper_in_a_module_counts_if_it_is_named() -> None:
+def test_digest_contains_named_helper_of_a_module() -> None:
     def function(helper: str, unused: str = "0") -> str:
         module = types.ModuleType("some_helpers")
         exec(f"def h(x): return {helper}\ndef unused(x): return {unused}", vars(module))
@@ -214,7 +214,7 @@ def test_helper_in_a_module_counts_if_it_is_named() -> None:
     assert function("x") != function("-x")
 
 
-def test_helper_that_is_imported_in_a_function_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_contains_helper_imported_in_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     def function(helper: str) -> str:
         module = types.ModuleType("some_package.helpers")
         exec(f"def h(x): return {helper}", vars(module))
@@ -245,14 +245,14 @@ def test_equal_content_has_equal_digests() -> None:
         assert content_digest(one) == content_digest(other)
 
 
-def test_graph_module_of_many_nodes_is_digested() -> None:
+def test_digest_of_graph_module_of_many_nodes() -> None:
     def traced() -> nn.Module:
         return torch.fx.symbolic_trace(nn.Sequential(*(nn.ReLU() for _ in range(1000))))
 
     assert content_digest(traced()) == content_digest(traced())
 
 
-def test_compiled_function_counts_as_the_function() -> None:
+def test_compiled_function_has_the_digest_of_the_function() -> None:
     def compiled(source: str) -> str:
         return content_digest(torch.compile(execute(source)["f"]))
 
@@ -261,7 +261,7 @@ def test_compiled_function_counts_as_the_function() -> None:
     assert content_digest(torch.compile(nn.Dropout(0.1))) == content_digest(nn.Dropout(0.1))
 
 
-def test_memos_do_not_count() -> None:
+def test_digest_ignores_memos() -> None:
     lazy, memo = Lazy(), Memo(1.0)
     before = content_digest([lazy, memo])
     assert lazy.table
@@ -269,13 +269,13 @@ def test_memos_do_not_count() -> None:
     assert content_digest([lazy, memo]) == before
 
 
-def test_objects_without_a_content_are_digested() -> None:
+def test_digest_of_objects_without_content() -> None:
     variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
     values = [threading.Lock(), variable, (n for n in [1]), sys.stdout, torch, np.random.default_rng(0)]
     assert content_digest(values) == content_digest(values)
 
 
-def test_cycles_end() -> None:
+def test_digest_of_cyclic_references() -> None:
     def cycle(value: int) -> Plain:
         one = Plain(value=value)
         one.other = [Plain(one=one)]
@@ -285,7 +285,7 @@ def test_cycles_end() -> None:
     assert content_digest(cycle(1)) != content_digest(cycle(2))
 
 
-def test_long_chains_of_functions_are_digested() -> None:
+def test_digest_of_long_chain_of_functions() -> None:
     def chain(last: str) -> str:
         lines = [f"def f{i}(x): return f{i + 1}(x)" for i in range(2000)]
         return content_digest(execute("\n".join([*lines, f"def f2000(x): return {last}"]))["f0"])
@@ -446,7 +446,7 @@ class Random(Activation):
         return super().forward(points) + torch.rand(3)
 
 
-def test_key_changes_neither_the_mode_nor_the_random_numbers_of_the_run() -> None:
+def test_key_preserves_mode_and_random_state() -> None:
     prefix, loader = prefix_and_loader(Random(), UnlistedNoise(), training=True)
     prefix.model.train()
     state = torch.get_rng_state()
@@ -455,7 +455,7 @@ def test_key_changes_neither_the_mode_nor_the_random_numbers_of_the_run() -> Non
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_attributes_that_are_nested_too_deeply_are_a_reason_not_to_cache(tmp_path: Path) -> None:
+def test_deeply_nested_attributes_are_not_cached(tmp_path: Path) -> None:
     nested: list[Any] = []
     for _ in range(sys.getrecursionlimit()):
         nested = [nested]

@@ -29,8 +29,10 @@ from transfer.feature_cache import store
 from transfer.feature_cache.loader import CachedLoader, select_stage_inputs
 from transfer.feature_cache.prefix import SAMPLE_EXAMPLES, FrozenPrefix
 from transfer.feature_cache.store import Entry, FeatureCache
+from transfer.interfaces import SPLITS
 from transfer.models.model import Model
 from transfer.system.directory_cache import STALE_SECONDS, DirectoryCache
+from transfer.training.events import CachingStep, Event
 
 HERE = Path(__file__).parent
 PLENTY = 2**30
@@ -282,7 +284,7 @@ def direct(prefix: FrozenPrefix, loader: Loader, indices: Any, *, view: int | No
         parts = [inputs[int(i)] for i in indices]
         value: Any = torch.cat(parts)
     else:
-        value = preprocessing.collate(encoded)
+        value = preprocessing.model_inputs(encoded)
     prefix.model.eval()
     for stage in list(prefix.model)[: prefix.count]:
         value = stage(value)
@@ -335,7 +337,7 @@ RUNS: Mapping[str, list[str]] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_cached_and_uncached_training_are_the_same(config: dict[str, Any], tmp_path: Path, name: str) -> None:
+def test_cached_training_equals_uncached_training(config: dict[str, Any], tmp_path: Path, name: str) -> None:
     cached, again, uncached = (
         transfer.run(config, [*RUNS[name], f"train.cache={mode}"], output=tmp_path)
         for mode in ("auto", "verify", "off")
@@ -377,7 +379,7 @@ def test_second_run_computes_the_sample_of_the_key_only(
 # ------------------------------------------------------------------------------------------------------------ entries
 
 
-def test_an_entry_holds_what_the_stages_give(cache_folder: Path) -> None:
+def test_entry_contains_the_output_of_the_stages(cache_folder: Path) -> None:
     prefix, loader = small()
     entry = entry_of(FeatureCache(PLENTY), prefix, loader)
     indices = np.array([7, 0, 49, 7])
@@ -409,7 +411,7 @@ def test_prefix_features_are_bit_identical_to_a_plain_loop(made: Callable[..., t
             assert torch.equal(one, other)
 
 
-def test_the_cached_loader_keeps_order_targets_and_indices() -> None:
+def test_cached_loader_keeps_order_targets_and_indices() -> None:
     prefix, loader = small(training=True, seed=0)
     cached = CachedLoader(loader, [entry_of(FeatureCache(PLENTY), prefix, loader)])
     assert len(cached) == len(loader)
@@ -419,7 +421,7 @@ def test_the_cached_loader_keeps_order_targets_and_indices() -> None:
         torch.testing.assert_close(one.inputs, direct(prefix, loader, one.indices))
 
 
-def test_sequences_come_back_with_their_masks() -> None:
+def test_entry_of_sequences_restores_masks() -> None:
     prefix, loader = ragged()
     entry = entry_of(FeatureCache(PLENTY), prefix, loader)
     for indices in (np.array([3, 50, 0, 3]), np.array([11])):
@@ -432,7 +434,7 @@ def test_sequences_come_back_with_their_masks() -> None:
     assert stored == 4 * 4 * sum(map(len, lists().fields["list"]))  # no padding
 
 
-def test_a_pair_of_tensors_comes_back_with_its_types() -> None:
+def test_entry_of_tuple_restores_dtypes() -> None:
     torch.manual_seed(0)
     backbone = Pair()
     prefix = FrozenPrefix(Model(backbone, Linear(backbone.features, 2)), 1, {}, "fp32")
@@ -445,7 +447,7 @@ def test_a_pair_of_tensors_comes_back_with_its_types() -> None:
     assert positions.dtype == torch.int64
 
 
-def test_features_in_bf16_stay_bf16() -> None:
+def test_entry_keeps_bf16() -> None:
     prefix, loader = small(count=1)
     prefix = FrozenPrefix(prefix.model, 1, {}, "bf16")
     prefix.model.first = nn.Linear(POINT_SIZE, 5)
@@ -454,9 +456,7 @@ def test_features_in_bf16_stay_bf16() -> None:
     torch.testing.assert_close(features.float(), direct(prefix, loader, range(4)), rtol=0.02, atol=0.02)
 
 
-def test_shapes_that_vary_without_a_mask_are_not_cached(
-    config: dict[str, Any], tmp_path: Path, cache_folder: Path
-) -> None:
+def test_varying_shapes_without_mask_are_not_cached(config: dict[str, Any], tmp_path: Path, cache_folder: Path) -> None:
     overrides = ["data={name: lists}", "backbone={name: varying}", "train.phases=[{epochs: 1, freeze: backbone}]"]
     run = transfer.run(config, overrides, output=tmp_path)
     first = run.summary["cache"][0]
@@ -480,7 +480,7 @@ def test_padding_before_the_steps_is_not_cached() -> None:
     )
 
 
-def test_extracting_leaves_the_mode_and_the_randomness_alone() -> None:
+def test_computing_features_preserves_mode_and_random_state() -> None:
     prefix, loader = small(training=True)
     prefix.model.train()
     state = torch.get_rng_state()
@@ -553,7 +553,7 @@ def test_key_changes_with_everything_that_determines_the_features() -> None:
     assert len(set(keys.values())) == len(keys), keys
 
 
-def test_key_changes_with_nothing_else() -> None:
+def test_key_ignores_everything_else() -> None:
     prefix, loader = small()
     key = prefix.key(loader, None)
     assert small(batch_size=3, training=True, workers=2)[0].key(small(batch_size=3, training=True)[1], None) == key
@@ -573,7 +573,7 @@ def test_key_changes_with_nothing_else() -> None:
 # -------------------------------------------------------------------------------------------------------------- views
 
 
-def test_each_epoch_draws_one_of_the_views_of_each_example() -> None:
+def test_epoch_draws_one_view_of_each_example() -> None:
     prefix, _ = small(count=1)
     loader = Loader(points(), ("point",), NoisyPoints(), batch_size=8, seed=3, training=True)
     made = select_stage_inputs(FeatureCache(PLENTY), prefix, loader, views=2, mixed=False)
@@ -593,7 +593,7 @@ def test_each_epoch_draws_one_of_the_views_of_each_example() -> None:
     assert not np.array_equal(*drawn)
 
 
-def test_views_of_sequences_of_different_lengths_are_put_together() -> None:
+def test_views_of_sequences_of_different_lengths() -> None:
     prefix, loader = ragged(NoisyRagged, seed=3, training=True)
     cache = FeatureCache(PLENTY)
     entries = [entry_of(cache, prefix, loader, view) for view in (0, 1)]
@@ -605,8 +605,10 @@ def test_views_of_sequences_of_different_lengths_are_put_together() -> None:
             assert torch.equal(values[row][mask[row]], expected)
 
 
-def test_more_views_keep_those_there_are(config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]) -> None:
-    overrides = ["backbone={name: noisy}", FREEZE_FIRST]
+def test_additional_views_reuse_existing_entries(
+    config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]
+) -> None:
+    overrides = ["backbone={name: noisy}", FREEZE_FIRST, "train.phases.0.epochs=3"]
     transfer.run(config, [*overrides, "train.views=2"], output=tmp_path)
     assert len(prefix_runs) == 4  # two views, validation, test
     del prefix_runs[:]
@@ -614,6 +616,30 @@ def test_more_views_keep_those_there_are(config: dict[str, Any], tmp_path: Path,
     assert len(prefix_runs) == 1
     assert run.summary["cache"][0]["views"] == 3
     assert run.summary["cache"][1]["views"] is None
+
+
+def test_short_phase_caches_no_more_views_than_epochs(
+    config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]
+) -> None:
+    overrides = ["backbone={name: noisy}", FREEZE_FIRST, "train.views=4", "train.phases.0.epochs=1"]
+    run = transfer.run(config, overrides, output=tmp_path)
+    assert len(prefix_runs) == 3  # one view, validation, test
+    assert run.summary["cache"][0]["views"] == 1
+
+
+def test_progress_of_computing_features_is_reported(config: dict[str, Any], tmp_path: Path) -> None:
+    events: list[Event] = []
+    overrides = ["backbone={name: noisy}", FREEZE_FIRST, "train.views=2"]
+    transfer.run(config, overrides, output=tmp_path, observe=events.append)
+    steps = [(e.split, e.step, e.steps) for e in events if isinstance(e, CachingStep)]
+    assert [split for split, _, _ in steps] == sorted((split for split, _, _ in steps), key=SPLITS.index)
+    for split in SPLITS:
+        numbers = [step for name, step, _ in steps if name == split]
+        (total,) = {steps_of_split for name, _, steps_of_split in steps if name == split}
+        assert numbers == list(range(1, total + 1))
+    events.clear()
+    transfer.run(config, overrides, output=tmp_path, observe=events.append)
+    assert not any(isinstance(event, CachingStep) for event in events)
 
 
 def test_random_augmentation_without_views_is_not_cached(config: dict[str, Any], tmp_path: Path) -> None:
@@ -635,8 +661,8 @@ def test_mixed_training_examples_are_not_cached(config: dict[str, Any], tmp_path
 def test_reason_mentions_batch_norm_only_if_the_model_has_it(config: dict[str, Any], tmp_path: Path) -> None:
     phases = "train.phases=[{epochs: 1}]"
     for overrides, expected in (
-        ([], "nothing to cache: no leading stage is fully frozen (including batch-norm statistics) and worth caching"),
-        (["backbone={name: pair}"], "nothing to cache: no leading stage is fully frozen and worth caching"),
+        ([], "no leading stage is fully frozen (including batch-norm statistics) and worth caching"),
+        (["backbone={name: pair}"], "no leading stage is fully frozen and worth caching"),
     ):
         run = transfer.run(config, [*overrides, phases], output=tmp_path)
         assert {report["why"] for report in run.summary["cache"]} == {expected}
@@ -662,7 +688,7 @@ def test_quick_run_writes_nothing(config: dict[str, Any], tmp_path: Path, cache_
 TWO_PHASES = "train.phases=[{epochs: 2, freeze: backbone}, {epochs: 2, freeze: {until: first}}]"
 
 
-def test_a_phase_that_unfreezes_moves_the_boundary(config: dict[str, Any], tmp_path: Path) -> None:
+def test_unfreezing_phase_moves_the_boundary(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, [TWO_PHASES], output=tmp_path)
     whole = ["first", "second", "third"]
     found = [(report.get("phase"), report["split"], report["stages"]) for report in run.summary["cache"]]
@@ -695,10 +721,10 @@ def test_evaluate_returns_the_metrics_of_the_summary_with_and_without_the_cache(
 # ------------------------------------------------------------------------------------------------------------- verify
 
 
-def alter(entry: Entry) -> None:
+def alter(entry: Entry, change: Callable[[Any], Any] = lambda values: values + np.float32(0.01)) -> None:
     """Change the content of an entry, and its digest too."""
     file = entry.folder / "0.bin"
-    content = np.fromfile(file, dtype=np.float32) + 0.01
+    content = change(np.fromfile(file, dtype=np.float32))
     content.tofile(file)
     described = json.loads((entry.folder / "entry.json").read_text(encoding="utf-8"))
     described["sha256"]["0.bin"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -706,7 +732,7 @@ def alter(entry: Entry) -> None:
 
 
 @pytest.mark.parametrize("made", [small, ragged])
-def test_verify_passes_what_is_right_and_refuses_what_was_altered(
+def test_verify_accepts_equal_and_refuses_altered_features(
     made: Callable[[], tuple[FrozenPrefix, Loader]],
 ) -> None:
     prefix, loader = made()
@@ -720,7 +746,15 @@ def test_verify_passes_what_is_right_and_refuses_what_was_altered(
     assert caught.value.problems[0].where == str(entry.folder)
 
 
-def test_verify_refuses_a_stage_that_is_random_at_once() -> None:
+def test_verify_compares_bits_on_the_cpu() -> None:
+    prefix, loader = small()
+    entry = entry_of(FeatureCache(PLENTY), prefix, loader)
+    alter(entry, lambda values: np.nextafter(values, np.float32(np.inf)))
+    with pytest.raises(TrainingError, match="cached features differ"):
+        FeatureCache(PLENTY, verify=True).load_or_compute(prefix, loader)
+
+
+def test_verify_refuses_random_stage() -> None:
     class Random(nn.Module):
         def forward(self, inputs: Tensor) -> Tensor:
             return inputs + torch.rand_like(inputs)
@@ -731,7 +765,7 @@ def test_verify_refuses_a_stage_that_is_random_at_once() -> None:
         FeatureCache(PLENTY, verify=True).load_or_compute(prefix, loader)
 
 
-def test_a_run_that_verifies_fails_on_an_altered_entry(config: dict[str, Any], tmp_path: Path) -> None:
+def test_run_with_verify_refuses_altered_entry(config: dict[str, Any], tmp_path: Path) -> None:
     transfer.run(config, [FREEZE_FIRST], output=tmp_path)
     for listed in FeatureCache(PLENTY).entries():
         alter(Entry(store.cache_folder("features") / listed["key"], (), np.array([]), None, is_tuple=False))
@@ -770,7 +804,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("damage", "name"), DAMAGE)
-def test_a_damaged_entry_is_noticed_and_made_again(
+def test_damaged_entry_is_computed_again(
     damage: Callable[[Path], None], name: str, prefix_runs: list[str], cache_folder: Path
 ) -> None:
     prefix, loader = ragged()
@@ -788,7 +822,7 @@ def test_a_damaged_entry_is_noticed_and_made_again(
 
 
 @pytest.mark.parametrize("damage", [truncate, garble, Path.unlink])
-def test_another_entry_that_is_damaged_stops_nobody(damage: Callable[[Path], None]) -> None:
+def test_damaged_entry_of_another_key_is_ignored(damage: Callable[[Path], None]) -> None:
     cache = FeatureCache(PLENTY)
     damage(entry_of(cache, *small(1)).folder / "entry.json")
     entry = entry_of(cache, *small(2))
@@ -799,7 +833,7 @@ class _Crash(Exception):
     pass
 
 
-def test_an_exception_while_writing_leaves_nothing(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
+def test_exception_while_writing_leaves_no_entry(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     def crash(*_: Any) -> None:
         raise _Crash
 
@@ -836,7 +870,7 @@ def child(folder: Path, body: str = "") -> subprocess.Popen[str]:
     )
 
 
-def test_a_process_that_is_killed_while_writing_leaves_nothing_in_use(tmp_path: Path) -> None:
+def test_killed_writer_leaves_no_entry(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     kill = "import os, signal; store.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     process = child(folder, kill)
@@ -857,7 +891,7 @@ def test_a_process_that_is_killed_while_writing_leaves_nothing_in_use(tmp_path: 
     assert sorted(folder.iterdir()) == sorted([entry.folder, other.folder])
 
 
-def test_two_processes_that_write_one_entry_both_end_well(tmp_path: Path) -> None:
+def test_two_processes_write_the_same_entry(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     folder.mkdir()
     # Each waits with its renaming until the other has everything written too.
@@ -881,7 +915,7 @@ store._write_features = write
     assert entry.name == ragged()[0].key(ragged()[1], None)
 
 
-def test_entry_that_another_process_drops_at_once_is_still_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_dropped_by_another_process_stays_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     prefix, loader = small()
     monkeypatch.setattr(DirectoryCache, "_evict", lambda self, keep: shutil.rmtree(self.folder / keep))
     entry = entry_of(FeatureCache(PLENTY), prefix, loader)
@@ -908,7 +942,7 @@ def test_least_recently_used_entry_is_evicted_first() -> None:
     torch.testing.assert_close(second.take(np.arange(5)), direct(*small(2), np.arange(5)))
 
 
-def test_the_entry_just_written_stays() -> None:
+def test_new_entry_is_not_evicted() -> None:
     cache = FeatureCache(PLENTY)
     entry_of(cache, *small(1))
     features = 50 * 8 * 4
@@ -927,7 +961,7 @@ def test_features_beyond_the_limit_are_not_cached(config: dict[str, Any], tmp_pa
     assert list(cache_folder.iterdir()) == []
 
 
-def test_views_that_are_too_large_together_are_not_cached() -> None:
+def test_views_beyond_the_common_limit_are_not_cached() -> None:
     prefix, _ = small(count=1)
     loader = Loader(points(), ("point",), NoisyPoints(), batch_size=8, seed=3, training=True)
     size = sum(tensor.nbytes for tensor in entry_of(FeatureCache(PLENTY), prefix, loader, view=0).tensors)
@@ -937,7 +971,7 @@ def test_views_that_are_too_large_together_are_not_cached() -> None:
     assert select_stage_inputs(FeatureCache(PLENTY), prefix, loader, views=3, mixed=False).report["cached"]
 
 
-def test_long_examples_do_not_make_the_rest_too_large() -> None:
+def test_long_first_examples_do_not_exceed_the_limit() -> None:
     prefix, loader = ragged()
     size = sum(file.stat().st_size for file in entry_of(FeatureCache(PLENTY), prefix, loader).folder.glob("*.bin"))
     FeatureCache(PLENTY).clear()
@@ -958,7 +992,7 @@ def test_unwritable_folder_does_not_stop_a_run(
     assert all("cannot be written" in report["why"] for report in run.summary["cache"])
 
 
-def test_clear_drops_entries_and_remains_and_nothing_else(cache_folder: Path) -> None:
+def test_clear_removes_only_entries_and_temporary_folders(cache_folder: Path) -> None:
     cache = FeatureCache(PLENTY)
     entries = [entry_of(cache, *small(seed)) for seed in (1, 2)]
     remains = cache_folder / f".{'a' * 40}.{'b' * 32}"
@@ -989,7 +1023,7 @@ def test_other_folders_are_neither_swept_nor_evicted(cache_folder: Path) -> None
     assert hidden.exists()
 
 
-def test_no_folder_is_an_empty_cache(tmp_path: Path) -> None:
+def test_missing_folder_is_an_empty_cache(tmp_path: Path) -> None:
     cache = FeatureCache(PLENTY, folder=tmp_path / "nothing")
     assert (cache.entries(), cache.clear()) == ([], 0)
     assert not (tmp_path / "nothing").exists()

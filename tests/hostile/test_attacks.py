@@ -210,6 +210,91 @@ def test_only_an_installed_entry_point_is_imported(run: Path, tmp_path: Path, mo
     assert "evil" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("distribution", "version", "extras"),
+    [
+        ("git+https://example.org/evil", "1", []),
+        ("--index-url=https://example.org", "1", []),
+        ("evil @ https://example.org/evil.whl", "1", []),
+        ("evil", "1; touch x", []),
+        ("evil", "", []),
+        ("evil", "1", ["x] --pre [y"]),
+        (ESCAPE, "1", []),
+    ],
+)
+def test_install_hint_repeats_no_address_of_a_file(
+    run: Path, distribution: str, version: str, extras: list[str]
+) -> None:
+    plugin = {"kind": "head", "name": "evil", "distribution": distribution, "version": version, "target": "evil:Evil"}
+
+    def change(content: dict[str, Any]) -> None:
+        content["plugins"]["head"] = {**plugin, "extras": extras}
+        content["head"] = {"name": "evil"}
+
+    edit(run / "model" / "model.json", change)
+    with pytest.raises(RunError, match="unknown head 'evil'") as caught:
+        read_model(run / "model")
+    assert "the file does not name a valid one" in str(caught.value.problems[0].fix)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("summary.json", {"validation": []}, "validation"),
+        ("summary.json", {"primary_metric": None}, "primary_metric"),
+        ("summary.json", {"examples": {"test": "x"}}, "examples.test"),
+        ("environment.json", {"format": 2}, "the run has format 2"),
+        ("environment.json", {"versions": []}, "versions"),
+        ("metrics.jsonl", {"lr": 5}, "lr"),
+        ("metrics.jsonl", {"epoch": "\ud800"}, "epoch"),
+        ("model/model.json", {"preprocessing": 5}, "preprocessing"),
+    ],
+)
+def test_field_of_another_type_is_refused(run: Path, file: str, change: dict[str, Any], message: str) -> None:
+    edit(run / file, lambda content: content.update(change))
+    with pytest.raises(RunError, match=message):
+        transfer.report(run)
+
+
+@pytest.mark.parametrize(
+    "change", [{"mean": "abc"}, {"std": [None]}, {"image_size": "32"}, {"resize": 0}, {"interpolation": 5}, {"mean": 1}]
+)
+def test_preprocessing_of_another_type_is_refused(change: dict[str, Any]) -> None:
+    preset = {"image_size": 32, "resize": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
+    assets = {"preprocessing.json": json.dumps(preset | change)}
+    with pytest.raises(ValueError, match=next(iter(change))):
+        load("backbone", "torchvision").from_assets(assets, model="shufflenet_v2_x0_5", weights=None)
+
+
+def test_files_of_a_run_have_the_mode_of_the_umask(config: dict[str, Any], tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run = transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path / "runs").folder
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in run.rglob("*")}
+    assert {path.suffix: oct(mode) for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "checkpoints/pipe"])
+def test_pipe_in_a_run_is_refused(run: Path, name: str) -> None:
+    (run / "summary.json").unlink()
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(RunError, match="no regular file"):
+        transfer.resume(run)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/last", "model", "loop"])
+def test_link_to_itself_is_refused(run: Path, name: str) -> None:
+    (run / "summary.json").unlink()
+    if (run / name).exists():
+        shutil.rmtree(run / name)
+    (run / name).symlink_to(Path(name).name)
+    with pytest.raises(RunError, match="leads out"):
+        transfer.resume(run)
+
+
 @pytest.mark.parametrize("name", ["model.json", "weights.safetensors"])
 def test_a_file_without_an_end_is_not_read(run: Path, name: str) -> None:
     (run / "model" / name).unlink()
@@ -228,7 +313,7 @@ def test_a_picture_that_is_none_is_refused(source: str) -> None:
 def test_numbers_of_another_type_are_not_taken_for_weights(run: Path) -> None:
     file = run / "model" / "weights.safetensors"
     save_file({name: tensor.to(torch.int32) for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(RunError, match=r"has dtype torch\.int32"):
+    with pytest.raises(RunError, match=r"wrong dtype: expected torch\.float32, got torch\.int32"):
         read_model(run / "model")
 
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import os
 import shutil
+import signal
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
+from safetensors.torch import load, save
 
 import transfer
 from transfer.cli import app as cli
+from transfer.deployment.serving.models import ServedModel
+from transfer.errors import UserError
 from transfer.storage import checkpoint
 
 MUTATIONS = int(os.environ.get("TRANSFER_MUTATIONS", "15"))
@@ -117,11 +124,96 @@ def tree(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def search(run: Path, folder: Path, command: Callable[[Path], list[str]], files: list[str], examples: int) -> None:
-    """Give a command many damaged copies of a run: it says something, and writes nowhere else."""
+def hostile_tensors(draw: st.DrawFn, path: Path) -> bytes:
+    """Change the dtype, shape, name or values of one tensor of a file."""
+    tensors = load(path.read_bytes())
+    if not tensors:
+        return path.read_bytes()
+    name = draw(st.sampled_from(sorted(tensors)))
+    tensor = tensors.pop(name)
+    match draw(st.sampled_from(["dtype", "cut", "shape", "drop", "rename", "nan", "large"])):
+        case "dtype":
+            tensors[name] = tensor.to(draw(st.sampled_from([torch.float64, torch.int8, torch.bool, torch.float16])))
+        case "cut":
+            tensors[name] = tensor.reshape(-1)[:1].clone()
+        case "shape":
+            tensors[name] = tensor.unsqueeze(0)
+        case "rename":
+            tensors[draw(st.sampled_from(["x", "", name + "x", *tensors]))] = tensor
+        case "nan" if tensor.is_floating_point():
+            tensors[name] = torch.full_like(tensor, torch.nan)
+        case "large":
+            tensors[name] = tensor.new_full(tensor.shape, 100)
+    return save(tensors)
+
+
+def refresh_digests(checkpoint_folder: Path) -> None:
+    """Write the digests of a checkpoint again, as somebody would who wants it to be taken."""
+    path = checkpoint_folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        state.pop("own_sha256", None)
+        state["sha256"] |= {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in checkpoint_folder.glob("*.safetensors")
+        }
+        path.write_text(json.dumps({**state, "own_sha256": checkpoint._digest_of(state)}), encoding="utf-8")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return  # damaged beyond that
+
+
+def mutate(draw: st.DrawFn, path: Path) -> None:
+    """Damage a file, or put a link, a pipe or a folder in its place."""
+    if not path.is_file() or path.is_symlink():
+        return  # an earlier mutation
+    match draw(st.sampled_from(["content"] * 9 + ["tensors"] * 3 + ["missing", "pipe", "loop", "link", "folder"])):
+        case "missing":
+            path.unlink()
+        case "pipe":
+            path.unlink()
+            os.mkfifo(path)
+        case "loop" | "link" | "folder" as kind:
+            path.unlink()
+            if kind == "folder":
+                path.mkdir()
+            else:
+                target = path.name if kind == "loop" else draw(st.sampled_from(["/dev/zero", "../../keep.txt", "."]))
+                path.symlink_to(target)
+        case "tensors" if path.suffix == ".safetensors":
+            path.write_bytes(hostile_tensors(draw, path))
+        case _:
+            path.write_bytes(draw(damaged(path)))
+
+
+class HangError(BaseException):
+    """A command did not end."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise HangError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+Act = Callable[[Path], tuple[int, str]]
+
+
+def search(run: Path, folder: Path, act: Act, files: list[str], examples: int) -> None:
+    """Give a command many damaged copies of a run: it ends, prints a reason, and writes nowhere else.
+
+    All mutations are tried, and the failures are reported together.
+    """
     folder.mkdir()
     (folder / "around").mkdir()
     (folder / "around" / "keep.txt").write_text("mine", encoding="utf-8")
+    failures: dict[str, int] = {}
 
     @seed(0)
     @settings(
@@ -137,17 +229,39 @@ def search(run: Path, folder: Path, command: Callable[[Path], list[str]], files:
         shutil.rmtree(copied, ignore_errors=True)
         shutil.copytree(run, copied)
         before = {path: time for path, time in tree(folder).items() if not path.startswith("around/run")}
-        name = data.draw(st.sampled_from(files))
-        (copied / name).write_bytes(data.draw(damaged(copied / name)))
-        status, printed = exit_status(*command(copied))
-        assert status in (0, 1, 2), printed
-        assert printed.strip(), "nothing was said"
-        assert not set(printed) & {chr(code) for code in range(32)} - {"\n"}, repr(printed)
+        names = data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=draw_count(data), unique=True))
+        for name in names:
+            data.draw(st.composite(mutate)(copied / name))
+        if data.draw(st.booleans()):
+            for state in copied.glob("checkpoints/*/state.json"):
+                refresh_digests(state.parent)
+        try:
+            with time_limit(120):
+                status, printed = act(copied)
+            assert status in (0, 1, 2), printed
+            assert printed.strip(), "nothing was printed"
+            assert not set(printed) & {chr(code) for code in range(32)} - {"\n"}, repr(printed)
+        except (Exception, HangError) as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {str(error)[:120]} at {frame.filename}:{frame.lineno}, after {names}"
+            failures[what] = failures.get(what, 0) + 1
         after = {path: time for path, time in tree(folder).items() if not path.startswith("around/run")}
         # The folder that holds the run may have had a temporary folder in it.
         assert {k: v for k, v in after.items() if k != "around"} == {k: v for k, v in before.items() if k != "around"}
 
     attack()
+    assert not failures, "\n".join(f"{count} x {what}" for what, count in sorted(failures.items()))
+
+
+def draw_count(data: st.DataObject) -> int:
+    """Return the maximum number of files that are damaged together: mostly one."""
+    return data.draw(st.sampled_from([1, 1, 1, 3]))
+
+
+def command(*arguments: str) -> Act:
+    """Return a function that runs a command with a run as its first argument."""
+    first, *options = arguments
+    return lambda run: exit_status(first, str(run), *options)
 
 
 def files_of(run: Path, *leave_out: str) -> list[str]:
@@ -163,6 +277,23 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"batch_size": 32, "phases": [{"epochs": 1}]},
     }
     return transfer.run(config, output=tmp_path_factory.mktemp("text"), quick=True).folder
+
+
+@pytest.fixture(scope="module")
+def image_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run of a small image model, with its preprocessing."""
+    config = {
+        "data": {"name": "shapes", "image_size": 32, "limit": 60},
+        "backbone": {
+            "name": "torchvision",
+            "model": "shufflenet_v2_x0_5",
+            "weights": None,
+            "image_size": 32,
+            "resize": 32,
+        },
+        "train": {"batch_size": 32, "phases": [{"epochs": 1}]},
+    }
+    return transfer.run(config, output=tmp_path_factory.mktemp("image"), quick=True).folder
 
 
 @pytest.fixture(scope="module")
@@ -200,17 +331,17 @@ def stopped_run(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_predict_takes_or_refuses_any_model_folder(text_run: Path, tmp_path: Path) -> None:
     files = [name for name in files_of(text_run) if name.startswith("model/")]
-    search(text_run, tmp_path / "attacks", lambda run: ["predict", str(run), "a good film"], files, MUTATIONS)
+    search(text_run, tmp_path / "attacks", command("predict", "a good film"), files, MUTATIONS)
 
 
 def test_evaluate_takes_or_refuses_any_run(text_run: Path, tmp_path: Path) -> None:
     files = files_of(text_run, "keep.txt")
-    search(text_run, tmp_path / "attacks", lambda run: ["evaluate", str(run)], files, MUTATIONS // 2)
+    search(text_run, tmp_path / "attacks", command("evaluate"), files, MUTATIONS // 2)
 
 
 def test_report_takes_or_refuses_any_run(scored_text_run: Path, tmp_path: Path) -> None:
     files = [name for name in files_of(scored_text_run) if not name.startswith("checkpoints/")]
-    search(scored_text_run, tmp_path / "attacks", lambda run: ["report", str(run)], files, MUTATIONS)
+    search(scored_text_run, tmp_path / "attacks", command("report"), files, MUTATIONS)
 
 
 def test_export_takes_or_refuses_any_run(text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,11 +351,79 @@ def test_export_takes_or_refuses_any_run(text_run: Path, tmp_path: Path, monkeyp
     search(
         text_run,
         tmp_path / "attacks",
-        lambda run: ["export", str(run), "--format", "safetensors"],
+        command("export", "--format", "safetensors"),
         files,
         MUTATIONS // 2,
     )
 
 
 def test_resume_takes_or_refuses_any_run(stopped_run: Path, tmp_path: Path) -> None:
-    search(stopped_run, tmp_path / "attacks", lambda run: ["resume", str(run)], files_of(stopped_run), MUTATIONS)
+    search(stopped_run, tmp_path / "attacks", command("resume"), files_of(stopped_run), MUTATIONS)
+
+
+def served(run: Path) -> tuple[int, str]:
+    """Read a model and warm it up as ``transfer serve`` does, and send it a request."""
+    try:
+        model = ServedModel.read("model", run)
+        model.describe()
+        model.example()
+    except UserError as error:
+        return 2, str(error)
+    return 0, str(model.predict([dict.fromkeys(model.inputs, b"a good film")]))
+
+
+def test_serve_takes_or_refuses_any_model_folder(text_run: Path, tmp_path: Path) -> None:
+    files = [name for name in files_of(text_run) if name.startswith("model/")]
+    search(text_run, tmp_path / "attacks", served, files, MUTATIONS)
+
+
+def test_serve_takes_or_refuses_any_image_model(image_run: Path, tmp_path: Path) -> None:
+    files = [name for name in files_of(image_run) if name.startswith("model/")]
+    search(image_run, tmp_path / "attacks", served, files, MUTATIONS)
+
+
+def test_compare_takes_or_refuses_any_run(scored_text_run: Path, tmp_path: Path) -> None:
+    files = [name for name in files_of(scored_text_run) if not name.startswith("checkpoints/")]
+    act = lambda run: exit_status("compare", str(run), str(scored_text_run))  # noqa: E731
+    search(scored_text_run, tmp_path / "attacks", act, files, MUTATIONS // 2)
+
+
+@pytest.fixture
+def folder_of_seeds(config: dict[str, Any], tmp_path: Path) -> Path:
+    """Return a folder of two seeds, of which the second is missing its summary."""
+    folder = transfer.run_seeds(config, ["train.phases=[{epochs: 1}]"], seeds=2, output=tmp_path / "runs").folder
+    (folder / "summary.json").unlink()
+    (folder / "seed-4" / "summary.json").unlink()
+    return folder
+
+
+def test_resume_takes_or_refuses_any_folder_of_seeds(folder_of_seeds: Path, tmp_path: Path) -> None:
+    files = files_of(folder_of_seeds) + ["seeds.json"] * 20
+    search(folder_of_seeds, tmp_path / "attacks", command("resume"), files, MUTATIONS // 2)
+
+
+@pytest.fixture
+def folder_of_sweep(config_file: Path, tmp_path: Path) -> Path:
+    """Return the folder of a sweep with two trials."""
+    pytest.importorskip("optuna")
+    space = tmp_path / "space.yaml"
+    text = "sweep: {trials: 2, sampler: {name: random, seed: 1}, pruner: {name: none}}\ntrain.batch_size: [16, 32]\n"
+    space.write_text(text, encoding="utf-8")
+    folder = transfer.sweep(config_file, space, ["train.phases=[{epochs: 1}]"], output=tmp_path / "sweeps").folder
+    space.write_text(text.replace("trials: 2", "trials: 3"), encoding="utf-8")
+    return folder
+
+
+def test_sweep_takes_or_refuses_any_folder(folder_of_sweep: Path, config_file: Path, tmp_path: Path) -> None:
+    def act(run: Path) -> tuple[int, str]:
+        (run.parent / folder_of_sweep.name).unlink(missing_ok=True)
+        # The name of the folder is that of the config and of the space.
+        run.rename(run.parent / folder_of_sweep.name)
+        try:
+            files = str(config_file), str(tmp_path / "space.yaml")
+            return exit_status("sweep", *files, "train.phases=[{epochs: 1}]", "--output", str(run.parent))
+        finally:
+            (run.parent / folder_of_sweep.name).rename(run)
+
+    files = files_of(folder_of_sweep) + ["study.db", "sweep.yaml", "sweep.json", "study.lock"] * 20
+    search(folder_of_sweep, tmp_path / "attacks", act, files, MUTATIONS // 2)

@@ -69,7 +69,7 @@ def test_mode_is_restored_after_an_exception(model: Model) -> None:
     assert model.training
 
 
-def test_outputs_are_inference_tensors_and_the_caller_is_outside_of_the_contexts(model: Model) -> None:
+def test_outputs_are_inference_tensors_outside_of_the_contexts(model: Model) -> None:
     for _, outputs in forward_batches(model, batches(4), device=CPU, precision="bf16"):
         assert outputs.is_inference()
         assert outputs.dtype == torch.bfloat16

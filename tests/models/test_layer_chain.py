@@ -51,7 +51,7 @@ def found(network: nn.Module, *, any_input: bool = False) -> tuple[str, ...] | N
         ("changed output", None),
     ],
 )
-def test_a_chain_is_looked_up(way: str, names: tuple[str, ...] | None) -> None:
+def test_chain_of_sequential_layers(way: str, names: tuple[str, ...] | None) -> None:
     network = Network(way)
     assert found(network) == names
     assert not any(module._forward_hooks for module in network.modules())
@@ -65,14 +65,14 @@ class Told(nn.Module):
 
 
 @pytest.mark.parametrize(("told", "names"), [({}, ("0", "1")), ({"cached": False}, ("0", "1")), ({"mask": 1}, None)])
-def test_a_layer_that_is_told_more_is_no_link(told: dict[str, Any], names: tuple[str, ...] | None) -> None:
+def test_layer_with_more_arguments_breaks_the_chain(told: dict[str, Any], names: tuple[str, ...] | None) -> None:
     layers = nn.ModuleList([Told(), Told()])
     inputs = torch.ones(2)
     modules = dict(layers.named_children())
     assert find_chain(modules, lambda: layers[1](layers[0](inputs)[0], **told)[0], inputs) == names
 
 
-def test_where_the_chain_begins_may_be_left_open() -> None:
+def test_chain_with_any_first_input() -> None:
     assert found(Network("changed inputs"), any_input=True) is None  # the first is called twice
     network = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     assert find_chain(dict(network.named_children()), lambda: network(torch.ones(1, 3) * 2)) == ("0", "1")

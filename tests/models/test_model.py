@@ -12,7 +12,7 @@ from transfer.builtin.heads import Linear
 from transfer.models.model import Model
 
 
-def test_a_model_is_its_stages_and_the_head() -> None:
+def test_model_runs_stages_and_head() -> None:
     backbone = Dense()
     head = Linear(backbone.features, 3)
     model = Model(backbone, head).eval()
@@ -22,7 +22,7 @@ def test_a_model_is_its_stages_and_the_head() -> None:
     assert {name.split(".")[0] for name in model.state_dict()} == set(model.stages)
 
 
-def test_a_sequence_goes_through_with_its_mask() -> None:
+def test_model_passes_sequence_with_mask() -> None:
     backbone = Steps()
     assert Model(backbone, MeanOfSteps(backbone.features, 2))(torch.randn(5, 4)).shape == (5, 2)
 
@@ -34,7 +34,7 @@ def test_parameters_outside_the_stages_are_refused() -> None:
         Model(backbone, Linear(backbone.features, 3))
 
 
-def test_kept_modules_ignore_train() -> None:
+def test_modules_in_keep_in_eval_ignore_train() -> None:
     backbone = Dense()
     model = Model(backbone, Linear(backbone.features, 3))
     model.keep_in_eval((model.stages["first"],))

@@ -31,7 +31,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
-def test_a_model_comes_back(folder: Path) -> None:
+def test_saved_model_round_trip(folder: Path) -> None:
     loaded = read_model(folder)
     assert loaded.data.classes == ("near", "far")
     assert loaded.task.out_features == 2
@@ -40,13 +40,13 @@ def test_a_model_comes_back(folder: Path) -> None:
     assert torch.equal(first, second)
 
 
-def test_a_model_folder_can_be_moved(folder: Path, tmp_path: Path) -> None:
+def test_moved_model_folder(folder: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
     shutil.rmtree(folder)
     assert read_model(moved).data.classes == ("near", "far")
 
 
-def test_the_folder_says_what_is_in_it(folder: Path) -> None:
+def test_model_json_describes_the_model(folder: Path) -> None:
     content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     assert content["data"] == {"fields": ["point"], "target": "class", "classes": ["near", "far"]}
     assert content["features"] == {"layout": "vector", "size": 8}
@@ -55,7 +55,7 @@ def test_the_folder_says_what_is_in_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["format", "backbone", "head", "task", "data", "assets"])
-def test_a_missing_key_is_an_error(folder: Path, key: str) -> None:
+def test_missing_key_is_refused(folder: Path, key: str) -> None:
     edit(folder, lambda content: content.pop(key))
     with pytest.raises(RunError) as caught:
         read_model(folder)
@@ -66,54 +66,54 @@ def test_a_missing_key_is_an_error(folder: Path, key: str) -> None:
     ("key", "value"),
     [("backbone", None), ("backbone", "dense"), ("backbone", []), ("data", None), ("data", []), ("assets", 5)],
 )
-def test_a_key_of_another_type_is_an_error(folder: Path, key: str, value: Any) -> None:
+def test_key_of_another_type_is_refused(folder: Path, key: str, value: Any) -> None:
     edit(folder, lambda content: content.update({key: value}))
     with pytest.raises(UserError) as caught:
         read_model(folder)
     assert str(folder) in str(caught.value.problems[0].where)
 
 
-def test_another_format_is_refused(folder: Path) -> None:
+def test_unknown_format_is_refused(folder: Path) -> None:
     edit(folder, lambda content: content.update(format=99))
     with pytest.raises(RunError, match="format 99") as caught:
         read_model(folder)
     assert caught.value.problems[0].available == ("1",)
 
 
-def test_missing_weights_are_an_error(folder: Path) -> None:
+def test_missing_weights_are_refused(folder: Path) -> None:
     (folder / "weights.safetensors").unlink()
     with pytest.raises(RunError, match="tensors cannot be read") as caught:
         read_model(folder)
     assert caught.value.problems[0].where == str(folder / "weights.safetensors")
 
 
-def test_damaged_weights_are_an_error(folder: Path) -> None:
+def test_damaged_weights_are_refused(folder: Path) -> None:
     file = folder / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(RunError, match="tensors cannot be read"):
         read_model(folder)
 
 
-def test_weights_of_another_shape_are_an_error(folder: Path) -> None:
+def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     edit(folder, lambda content: content["backbone"].update(width=4))
     with pytest.raises(RunError, match="do not fit the model"):
         read_model(folder)
 
 
-def test_no_description_is_no_model(folder: Path) -> None:
+def test_missing_model_json_is_refused(folder: Path) -> None:
     (folder / "model.json").unlink()
     with pytest.raises(RunError, match="no model here"):
         read_model(folder)
 
 
-def test_an_option_that_was_edited_is_checked(folder: Path) -> None:
+def test_edited_option_is_checked(folder: Path) -> None:
     edit(folder, lambda content: content["backbone"].update(width="wide"))
     with pytest.raises(UserError, match=r'backbone\.width is invalid: expected an integer, got "wide"') as caught:
         read_model(folder)
     assert caught.value.problems[0].where == str(folder / "model.json")
 
 
-def test_an_asset_that_names_a_path_does_not_lead_out_of_the_folder(folder: Path) -> None:
+def test_asset_path_outside_of_the_folder_is_refused(folder: Path) -> None:
     (folder.parent / "secret.txt").write_text("secret", encoding="utf-8")
     edit(folder, lambda content: content.update(assets=["../secret.txt"]))
     with pytest.raises(RunError, match="incomplete"):
@@ -142,7 +142,7 @@ class Learning(Dense):
         return {"mean.txt": repr(self.mean)}
 
 
-def test_what_was_learned_from_the_data_comes_back(config: dict[str, Any], tmp_path: Path) -> None:
+def test_learned_assets_round_trip(config: dict[str, Any], tmp_path: Path) -> None:
     register("backbone", "learning")(Learning)
     overrides = ["backbone={name: learning}", "train.phases=[{epochs: 1}]"]
     run = transfer.run(config, overrides, output=tmp_path)
@@ -156,7 +156,7 @@ def test_what_was_learned_from_the_data_comes_back(config: dict[str, Any], tmp_p
         read_model(run.folder / "model")
 
 
-def test_a_plugin_that_is_not_installed_is_asked_for(folder: Path) -> None:
+def test_missing_plugin_names_its_package(folder: Path) -> None:
     del registry._registered["backbone", "dense"]
     edit(folder, lambda content: content["plugins"]["backbone"].update(distribution="dense-package", version="1.2"))
     with pytest.raises(UserError, match="unknown backbone 'dense'") as caught:

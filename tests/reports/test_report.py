@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -115,8 +116,8 @@ def test_residuals_equal_torchmetrics() -> None:
 ODD = {
     "one point": charts.lines("a", {"x": [(1.0, 0.5)]}),
     "all alike": charts.lines("a", {"x": [(1.0, 0.5), (2.0, 0.5)], "y": [(1.0, 0.5)]}),
-    "tiny rates": charts.lines("a", {"x": [(1.0, 1e-9), (2.0, 1e-3)]}, log=True),
-    "one rate": charts.lines("a", {"x": [(1.0, 1e-9)]}, log=True),
+    "tiny rates": charts.lines("a", {"x": [(1.0, 1e-9), (2.0, 1e-3)]}, log_y=True),
+    "one rate": charts.lines("a", {"x": [(1.0, 1e-9)]}, log_y=True),
     "many lines": charts.lines("a", {f"layer {i}": [(1.0, i), (2.0, -i)] for i in range(30)}),
     "one number": charts.scatter("<a>", [(2.0, 2.0)], "x", "y"),
     "many numbers": charts.scatter("a", [(i * 1.0, -i * 1e6) for i in range(9000)], "x", "y"),
@@ -138,6 +139,20 @@ def test_chart_is_xml_and_stays_inside_its_frame(svg: str) -> None:
         assert float(element.attrib.get("x", "0").rstrip("%")) <= width
     assert all(0 <= number <= max(width, height) for number in numbers)
     assert "nan" not in svg
+
+
+def test_labels_of_marks_do_not_overlap() -> None:
+    marks = {float(i): f"phase {i}" for i in range(1, 30)} | {2.0: "best"}
+    root = ET.fromstring(charts.standalone(charts.lines("a", {"x": [(1.0, 0.5), (30.0, 0.5)]}, marks=marks)))
+    namespace = "{http://www.w3.org/2000/svg}"
+    texts = [e for e in root.iter(f"{namespace}text") if str(e.text).startswith(("phase", "best"))]
+    assert len(texts) > 3
+    left_aligned = [(float(e.attrib["x"]), len(str(e.text))) for e in texts if e.attrib["text-anchor"] == "start"]
+    for (x, length), (following, _) in itertools.pairwise(sorted(left_aligned)):
+        assert x + charts.LEGEND_CHARACTER_WIDTH * length <= following
+    # Every mark has its name as a tooltip.
+    tooltips = [e.findtext(f"{namespace}title") for e in root.iter(f"{namespace}path")]
+    assert set(marks.values()) <= set(tooltips)
 
 
 # --------------------------------------------------------------------------------------------------------------- runs

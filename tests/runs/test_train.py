@@ -153,15 +153,6 @@ def test_an_input_that_cannot_be_read_is_named(run: Run) -> None:
     assert caught.value.problems[0].where == "1,2,x"
 
 
-def test_a_pattern_stands_for_the_files_it_matches(tmp_path: Path) -> None:
-    from transfer.runs.predict import _expand
-
-    for name in ("b.txt", "a.txt", "c.csv"):
-        (tmp_path / name).touch()
-    found = list(_expand([f"{tmp_path}/*.txt", "is this good?", f"{tmp_path}/*.jpg"]))
-    assert found == [f"{tmp_path}/a.txt", f"{tmp_path}/b.txt", "is this good?", f"{tmp_path}/*.jpg"]
-
-
 def test_a_quick_try_proves_a_config(config: dict[str, Any], tmp_path: Path) -> None:
     overrides = ["train.phases=[{epochs: 50, freeze: backbone}, {epochs: 50}]", "train.batch_size=4"]
     run = transfer.run(config, overrides, output=tmp_path, quick=True)
@@ -280,15 +271,15 @@ def test_predict_and_evaluate_use_the_requested_device(config: dict[str, Any], t
 def test_predict_moves_the_model_to_the_device(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transfer.runs import predict
+    from transfer.runs import predictor
 
-    outputs_of, devices = predict.outputs_of, []
+    outputs_of, devices = predictor.outputs_of_encoded, []
 
     def recorded(loaded: LoadedModel, *arguments: Any) -> Any:
         devices.append({parameter.device.type for parameter in loaded.model.parameters()})
         return outputs_of(loaded, *arguments)
 
-    monkeypatch.setattr(predict, "outputs_of", recorded)
+    monkeypatch.setattr(predictor, "outputs_of_encoded", recorded)
     run = transfer.run(config, output=tmp_path)
     list(transfer.predict(run.folder, ["1,2,3,4"]))
     list(transfer.predict(run.folder, ["1,2,3,4"], device="cpu"))

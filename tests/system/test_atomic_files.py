@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from transfer import RunError
-from transfer.system.atomic_files import atomic_folder, read_json, write_atomically, write_json
+from transfer.system.atomic_files import atomic_folder, is_disk_full, read_json, write_atomically, write_json
+from transfer.system.file_schema import FileSchema, checked
 
 
 def test_file_is_replaced_and_no_temporary_file_is_left(tmp_path: Path) -> None:
@@ -73,3 +74,32 @@ def test_temporary_folder_of_a_crash_is_replaced(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", "first")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["file"]
+
+
+class Shape(FileSchema):
+    size: int
+    name: str = ""
+
+
+@pytest.mark.parametrize("content", [{}, {"size": "1"}, {"size": 1.5}, {"size": True}, {"size": None}])
+def test_content_of_another_type_is_refused(content: dict[str, object]) -> None:
+    with pytest.raises(RunError, match="size"):
+        checked(content, Shape, "shape.json")
+
+
+def test_content_with_a_path_that_is_not_utf8_is_accepted() -> None:
+    assert checked({"size": 1, "folder": "\udc80"}, Shape, "shape.json").size == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (ValueError("database or disk is full"), True),
+        (OSError(2, "x"), False),
+    ],
+)
+def test_full_disk_is_recognized_by_its_cause(error: Exception, expected: bool) -> None:
+    outer = RuntimeError("outer")
+    outer.__cause__ = error
+    assert is_disk_full(outer) == expected

@@ -34,7 +34,7 @@ def build(source: str | None = None, variant: str = "rand", **options: Any) -> B
 
 
 def inputs(backbone: BiLSTM, texts: list[str]) -> Tensor:
-    return backbone.preprocessing.collate(backbone.preprocessing.encode(texts))
+    return backbone.preprocessing.model_inputs(backbone.preprocessing.encode(texts))
 
 
 def vector(features: Any) -> Tensor:

@@ -194,7 +194,7 @@ def test_an_entry_that_another_run_made_first_is_taken(folder: Path) -> None:
 
 
 def test_a_batch_is_padded_to_its_longest_text(preprocessing: TextPreprocessing) -> None:
-    batch = preprocessing.collate(preprocessing.encode(["a", "a b", "c"]))
+    batch = preprocessing.model_inputs(preprocessing.encode(["a", "a b", "c"]))
     assert batch.dtype == torch.int64
     assert batch.tolist() == [[2, 0], [2, 3], [4, 0]]
 

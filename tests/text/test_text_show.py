@@ -13,7 +13,7 @@ VOCABULARY = Vocabulary.build(["a b c d e f"])
 
 def shown(text: str, max_length: int | None = None, truncation: Truncation = "head") -> list[str]:
     preprocessing = TextPreprocessing(VOCABULARY, max_length, truncation)
-    inputs = preprocessing.collate(preprocessing.encode([text, "a"]))
+    inputs = preprocessing.model_inputs(preprocessing.encode([text, "a"]))
     return preprocessing.render_batch(inputs, [text, "a"], ["true: x\nsaid: y", "z"], {"heading": [0, 1]}).splitlines()
 
 

@@ -40,7 +40,7 @@ def build(source: str, variant: str = "multichannel", **options: Any) -> TextCNN
 
 
 def inputs(backbone: TextCNN, texts: list[str]) -> Tensor:
-    return backbone.preprocessing.collate(backbone.preprocessing.encode(texts))
+    return backbone.preprocessing.model_inputs(backbone.preprocessing.encode(texts))
 
 
 def vector(source: str, word: str) -> Tensor:

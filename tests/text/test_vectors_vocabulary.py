@@ -53,7 +53,7 @@ def build(source: str, cls: type[TextBackbone] = TextCNN, **options: Any) -> Tex
 
 
 def inputs(backbone: TextBackbone, texts: list[str]) -> Tensor:
-    return backbone.preprocessing.collate(backbone.preprocessing.encode(texts))
+    return backbone.preprocessing.model_inputs(backbone.preprocessing.encode(texts))
 
 
 def table(backbone: TextBackbone, word: str) -> Tensor:

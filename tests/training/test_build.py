@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from conftest import Dense
 
 import transfer
 from transfer import ConfigError, PluginError, register
+from transfer.config.check import load_config
+from transfer.training.preflight import describe_preprocessing
 
 
 def test_views_without_augmentation_are_refused(config: dict[str, Any]) -> None:
@@ -53,3 +56,11 @@ def test_checked_model_is_on_the_meta_device(config: dict[str, Any]) -> None:
     _, parts = transfer.check(config)
     assert {parameter.device for parameter in parts.model.parameters()} == {torch.device("meta")}
     assert parts.shapes["head"] == "(B, 2)"
+
+
+@pytest.mark.parametrize(("augment", "shown"), [("true", "default"), ("false", "none (train.augment: false)")])
+def test_described_augmentation_follows_train_augment(config: dict[str, Any], augment: str, shown: str) -> None:
+    settings = {"image_size": 32, "image": {"augmentation": "default"}}
+    backbone: Any = SimpleNamespace(preprocessing=SimpleNamespace(describe=lambda: settings))
+    described = describe_preprocessing(load_config(config, [f"train.augment={augment}"]), backbone)
+    assert described == {"image_size": 32, "image": {"augmentation": shown}}

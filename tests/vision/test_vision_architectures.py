@@ -264,6 +264,6 @@ def test_an_exported_graph_takes_batches_of_any_size(name: str) -> None:
 def test_images_of_other_channels_go_through(channels: int) -> None:
     backbone = Torchvision(model="shufflenet_v2_x0_5", weights=None, image_size=32, in_channels=channels).eval()
     preprocessing = backbone.preprocessing
-    inputs = preprocessing.collate(preprocessing.encode([preprocessing.example()]))
+    inputs = preprocessing.model_inputs(preprocessing.encode([preprocessing.example()]))
     assert inputs.shape == (1, channels, 32, 32)
     assert backbone(inputs).shape == (1, 1024)

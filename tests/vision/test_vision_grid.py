@@ -61,7 +61,7 @@ def test_a_batch_is_shown_in_its_own_colors_and_the_same_every_time() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     preprocessing = ImagePreprocessing(image_size=128, resize=128)
     image = Image.fromarray(pixels)
-    inputs = preprocessing.collate(preprocessing.encode([image]))
+    inputs = preprocessing.model_inputs(preprocessing.encode([image]))
     content = preprocessing.render_batch(inputs, [image], ["noise"], {"": [0]})
     top, left = GAP_PIXELS + HEADING_PIXELS, GAP_PIXELS
     assert np.array_equal(opened(content)[top : top + 128, left : left + 128], pixels)
@@ -72,6 +72,6 @@ def test_a_batch_is_shown_in_its_own_colors_and_the_same_every_time() -> None:
 def test_other_numbers_of_channels_are_drawn_too(channels: int, drawn: list[int]) -> None:
     preprocessing = ImagePreprocessing(image_size=32, resize=32, mean=(0.5,) * channels, std=(0.5,) * channels)
     value = np.full((32, 32, channels), [200, 150, 100, 50, 0][:channels], dtype=np.uint8)
-    inputs = preprocessing.collate(preprocessing.encode([value]))
+    inputs = preprocessing.model_inputs(preprocessing.encode([value]))
     content = preprocessing.render_batch(inputs, [value], [""], {"": [0]})
     assert opened(content)[GAP_PIXELS + HEADING_PIXELS, GAP_PIXELS].tolist() == drawn

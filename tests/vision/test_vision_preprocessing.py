@@ -60,13 +60,13 @@ def test_crop_mode_decides_which_sides_are_resized(
     image = make_image(*size)
     assert one(preprocessing, image).shape == (3, *expected)
     assert preprocessing.encode([np.asarray(image)])[0].shape == (3, *expected)
-    assert preprocessing.collate(preprocessing.encode([image])).shape == (1, 3, 40, 40)
+    assert preprocessing.model_inputs(preprocessing.encode([image])).shape == (1, 3, 40, 40)
     assert preprocessing.describe()["crop_mode"] == crop_mode
 
 
 def test_border_has_the_mean_color() -> None:
     preprocessing = ImagePreprocessing(image_size=40, resize=40, augmentation="none", crop_mode="border")
-    white = preprocessing.collate(preprocessing.encode([Image.new("RGB", (80, 40), "white")]))[0]
+    white = preprocessing.model_inputs(preprocessing.encode([Image.new("RGB", (80, 40), "white")]))[0]
     assert white[:, :10].abs().max() < 0.01  # the mean, rounded to 8 bits
     assert white[:, 30:].abs().max() < 0.01
     assert (white[:, 10:30] > 2).all()
@@ -93,7 +93,7 @@ def test_evaluation_input_is_what_torchvisions_own_preset_makes(size: tuple[int,
     preset = ResNet50_Weights.IMAGENET1K_V2.transforms()
     ours = ImagePreprocessing(image_size=224, resize=232)
     image = make_image(*size)
-    torch.testing.assert_close(ours.collate(ours.encode([image])), preset(image)[None], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.model_inputs(ours.encode([image])), preset(image)[None], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16"])
@@ -266,7 +266,7 @@ def test_a_jpeg_has_the_pixels_that_pillow_gives(decoder: str, monkeypatch: pyte
 
 
 def test_batches_are_channels_last(small: ImagePreprocessing) -> None:
-    batch = small.collate(small.encode([make_image(), make_image()]))
+    batch = small.model_inputs(small.encode([make_image(), make_image()]))
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -321,7 +321,7 @@ def test_no_augmentation_changes_nothing(small: ImagePreprocessing) -> None:
 def test_collate_crops_the_centre_and_pads_what_is_smaller(small: ImagePreprocessing) -> None:
     wide, tiny = torch.zeros(3, 32, 64, dtype=torch.uint8), torch.full((3, 16, 16), 255, dtype=torch.uint8)
     wide[:, :, 16:48] = 255
-    batch = small.collate([wide, tiny])
+    batch = small.model_inputs([wide, tiny])
     assert batch.shape == (2, 3, 32, 32)
     assert batch.dtype == torch.float32
     white = (1 - torch.tensor(small.mean)) / torch.tensor(small.std)
@@ -442,7 +442,7 @@ def test_augmentations_of_torchvision_by_name(steps: Any) -> None:
     drawn = []
     for seed in (*range(5), 0):
         torch.manual_seed(seed)
-        drawn.append(preprocessing.collate([preprocessing.augment(encoded)]))
+        drawn.append(preprocessing.model_inputs([preprocessing.augment(encoded)]))
     assert drawn[0].shape == (1, 3, 32, 32)
     assert torch.equal(drawn[0], drawn[-1])
     assert any(not torch.equal(drawn[0], other) for other in drawn[1:])
@@ -475,7 +475,7 @@ def test_every_mode_becomes_grey_where_the_backbone_wants_grey(mode: str) -> Non
     encoded = one(gray, image if mode in ("L", "I") else image.convert("RGB").convert(mode))
     assert encoded.shape == (1, 37, 55)
     assert (encoded.float() - expected).abs().mean() < (5 if mode == "P" else 3)  # a palette has few colors
-    assert gray.collate([gray.augment(encoded)]).shape == (1, 1, 32, 32)
+    assert gray.model_inputs([gray.augment(encoded)]).shape == (1, 1, 32, 32)
 
 
 def test_arrays_of_many_channels() -> None:
@@ -486,7 +486,7 @@ def test_arrays_of_many_channels() -> None:
     for band in (0, 5):
         alone = ImagePreprocessing(image_size=32, mean=(0.5,), std=(0.25,)).encode([array[:, :, band]])[0]
         assert torch.equal(alone[0], encoded[band])
-    assert bands.collate([bands.augment(encoded)]).shape == (1, 6, 32, 32)
+    assert bands.model_inputs([bands.augment(encoded)]).shape == (1, 6, 32, 32)
     assert bands.example().shape == (37, 37, 6)
 
 
@@ -518,3 +518,14 @@ def test_a_image_for_a_page_is_a_small_one(value: Any, channels: int, size: tupl
     preprocessing = ImagePreprocessing(image_size=42, resize=48, mean=stats, std=stats)
     image = Image.open(io.BytesIO(preprocessing.thumbnail(value)))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size)
+
+
+def test_batch_travels_as_bytes_and_is_normalized_on_the_device() -> None:
+    preprocessing = ImagePreprocessing(image_size=16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
+    batch = preprocessing.collate(preprocessing.encode([make_image(), make_image()]))
+    assert (batch.dtype, batch.shape) == (torch.uint8, (2, 3, 16, 16))
+    inputs = preprocessing.to_device(batch, torch.device("cpu"))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ((0.1, 0.2, 0.3), (0.5, 0.4, 0.3)))
+    torch.testing.assert_close(inputs, (batch / 255 - mean) / std)
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    assert preprocessing.to_device(batch, torch.device("meta")).device.type == "meta"

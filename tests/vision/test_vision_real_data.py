@@ -50,7 +50,7 @@ def test_pretrained_features_tell_ants_from_bees_better_than_random_ones() -> No
         features = {}
         with torch.no_grad():
             for name, split in data.splits.items():
-                features[name] = backbone(preprocessing.collate(preprocessing.encode(split.fields["image"])))
+                features[name] = backbone(preprocessing.model_inputs(preprocessing.encode(split.fields["image"])))
         mean, std = features["train"].mean(0), features["train"].std(0) + 1e-6
         train, test = ((features[name] - mean) / std for name in ("train", "test"))
         signs = torch.as_tensor(data.splits["train"].targets).float() * 2 - 1

@@ -38,7 +38,9 @@ class Fusion(Backbone):
         join: Literal["concatenate", "gate"] = "concatenate",
         size: Annotated[int, Field(gt=0)] = 128,
     ) -> None:
-        self._compose({name: block.make() for name, block in _blocks(parts).items()}, join, size)
+        built: dict[str, Backbone] = {name: block.make() for name, block in _blocks(parts).items()}
+        self._compose(built, join, size)
+        _refuse_shared_fields(built)
 
     def _compose(self, parts: dict[str, Backbone], join: str, size: int) -> None:
         vectors = {name: part.features.size for name, part in parts.items() if part.features.layout == "vector"}
@@ -69,6 +71,11 @@ class Fusion(Backbone):
         return tuple(part.fields[0] for part in self.parts.values())
 
     @property
+    def unsized_stages(self) -> tuple[str, ...]:
+        """The unsized stages of all parts."""
+        return tuple(f"{name}.{stage}" for name, part in self.parts.items() for stage in part.unsized_stages)
+
+    @property
     def features(self) -> FeatureSpec:
         """A vector: the concatenated features, or the output of the gates."""
         return FeatureSpec("vector", self._size)
@@ -82,9 +89,7 @@ class Fusion(Backbone):
     def from_data(cls, values: Sequence[Any], **options: Any) -> Self:
         """Build every part from its column of the training split."""
         blocks = _blocks(options["parts"])
-        # Take the column without reading it: a vocabulary does not need the images of the other part.
-        columns = values.columns if isinstance(values, Columns) else list(zip(*values, strict=True))
-        parts = zip(blocks.items(), columns, strict=True)
+        parts = zip(blocks.items(), _columns_of(values), strict=True)
         return cls._of({name: b.cls.from_data(column, **b.options) for (name, b), column in parts}, options)
 
     @classmethod
@@ -133,7 +138,30 @@ def _blocks(parts: Mapping[str, dict[str, Any]]) -> dict[str, Component]:
     for name, block in blocks.items():
         if issubclass(block.cls, Fusion):
             raise ConfigError(f"the part {name!r} is itself a fusion", fix="name all its parts in one fusion")
+        if block.weights is not None:
+            raise ConfigError(
+                f"the part {name!r} cannot start from an earlier run: {block.plugin.name} has no own option weights",
+                fix="remove weights; a fusion can start from a run of the same fusion",
+            )
     return blocks
+
+
+def _refuse_shared_fields(parts: Mapping[str, Backbone]) -> None:
+    """Refuse parts that take the same field. Models that were saved before this check can still be loaded."""
+    by_field: dict[str, str] = {}
+    for name, part in parts.items():
+        field = part.fields[0]
+        if (other := by_field.setdefault(field, name)) != name:
+            raise ConfigError(
+                f"the parts {other!r} and {name!r} of a fusion take the same field {field!r}: expected one field each",
+                fix="use one backbone for each field; a text table combines the columns of a list into one text, "
+                "data.text: [premise, hypothesis]",
+            )
+
+
+def _columns_of(values: Sequence[Any]) -> Sequence[Sequence[Any]]:
+    """Return the column of each part, without reading it: a vocabulary does not need the images of the other part."""
+    return values.columns if isinstance(values, Columns) else list(zip(*values, strict=True))
 
 
 class _BranchStage(nn.Sequential):
@@ -206,21 +234,47 @@ class _FusionPreprocessing(Preprocessing):
         """Return a tuple with the input of each part."""
         return tuple(p.collate(c) for p, c in zip(self.parts.values(), zip(*encoded, strict=True), strict=True))
 
+    def to_device(self, inputs: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+        """Move and complete the input of each part."""
+        return tuple(p.to_device(part, device) for p, part in zip(self.parts.values(), inputs, strict=True))
+
     def length(self, encoded: tuple[Any, ...]) -> int:
         """Return the length of the longest part."""
         return max(part.length(value) for part, value in zip(self.parts.values(), encoded, strict=True))
 
     def read(self, source: str) -> tuple[Any, ...]:
-        """Read a JSON object with one source per part: ``{"image": "a.jpg", "text": "a dog"}``."""
-        names = list(self.parts)
-        fix = f"write a JSON object with {' and '.join(names)}"
+        """Read a JSON object with one source per part: ``{"image": "a.jpg", "text": "a dog"}``.
+
+        The source of an image is its path. The source of a text is the text itself.
+        """
+        fix = f"write a JSON object with {' and '.join(self.parts)}"
         try:
             sources = json.loads(source)
         except ValueError as error:
             raise DataError(f"{source!r} is no JSON object", fix=fix) from error
-        if not isinstance(sources, dict) or sorted(sources) != sorted(names):
-            raise DataError(f"{source!r} has not exactly one source for each part", available=names, fix=fix)
-        return tuple(part.read(str(sources[name])) for name, part in self.parts.items())
+        if not isinstance(sources, dict):
+            raise DataError(f"{source!r} is no JSON object", fix=fix)
+        return self.read_value(sources)
+
+    def read_bytes(self, content: bytes) -> tuple[Any, ...]:
+        """Read a JSON object in UTF-8."""
+        return self.read(content.decode("utf-8-sig"))
+
+    def read_value(self, source: Any) -> tuple[Any, ...]:
+        """Return the raw value for a JSON object, or for a mapping or tuple with one source per part."""
+        if isinstance(source, tuple) and len(source) == len(self.parts):
+            source = dict(zip(self.parts, source, strict=True))
+        if not isinstance(source, Mapping):
+            value: tuple[Any, ...] = super().read_value(source)
+            return value
+        if sorted(source) != sorted(self.parts):
+            fix = f"write a JSON object with {' and '.join(self.parts)}"
+            raise DataError(f"{source!r} has not exactly one source for each part", available=self.parts, fix=fix)
+        return tuple(part.read_value(source[name]) for name, part in self.parts.items())
+
+    def unknown_fraction(self, encoded: tuple[Any, ...]) -> float:
+        """Return the smallest fraction of the parts: a value is known if one of its parts is."""
+        return min(part.unknown_fraction(value) for part, value in zip(self.parts.values(), encoded, strict=True))
 
     def example(self) -> tuple[Any, ...] | None:
         """Return a tuple with an example of each part; None if a part has none."""
@@ -230,3 +284,9 @@ class _FusionPreprocessing(Preprocessing):
     def describe(self) -> Mapping[str, Any]:
         """Return the settings of each part."""
         return {name: dict(part.describe()) for name, part in self.parts.items()}
+
+    def warning(self, values: Sequence[Any]) -> str | None:
+        """Return the warnings of the parts, with their names."""
+        columns = _columns_of(values)
+        warnings = {n: p.warning(c) for (n, p), c in zip(self.parts.items(), columns, strict=True)}
+        return "; ".join(f"{name}: {text}" for name, text in warnings.items() if text) or None

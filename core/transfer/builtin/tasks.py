@@ -39,7 +39,26 @@ class MeanOf(MeanMetric):
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]  # as the engine calls it
         """Add a batch."""
-        super().update(self._function(predictions, targets))
+        # Not MeanMetric's own update: it looks for NaN, for which it waits for the device. The engine reports a mean
+        # that is not finite.
+        values = self._function(predictions, targets).to(self.dtype)
+        self.mean_value += values.sum()
+        self.weight += values.numel()
+
+
+class _MacroF1(MulticlassF1Score):
+    """Macro F1 without ``torch.bincount``, whose output size depends on the data: a GPU would wait at every step."""
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add a batch of classes, int64 (B,)."""
+        assert self.num_classes is not None
+        hits = (predictions == targets).long()
+        correct, predicted, actual = (hits.new_zeros(self.num_classes) for _ in range(3))
+        correct.index_add_(0, targets, hits)
+        predicted.index_add_(0, predictions, torch.ones_like(hits))
+        actual.index_add_(0, targets, torch.ones_like(hits))
+        wrong, missed = predicted - correct, actual - correct
+        self._update_state(correct, wrong, len(targets) - correct - wrong - missed, missed)
 
 
 class Classification(Task):
@@ -62,18 +81,20 @@ class Classification(Task):
         class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None,
     ) -> None:
         self.classes = data.classes
-        self.out_features = len(data.classes)
         self.label_smoothing = label_smoothing
         self.balanced = class_weights == "balanced"
         self.weights: Tensor | None = None
         if isinstance(class_weights, dict):
-            if self.classes and set(class_weights) != set(self.classes):
+            if data.placeholders:
+                self.classes = tuple(class_weights)  # compared with the names of the data when it is read
+            if set(class_weights) != set(self.classes):
                 raise ConfigError(
                     f"class_weights names other classes: expected {sorted(self.classes)}, got {sorted(class_weights)}",
                     available=self.classes,
                     fix="give a weight for every class",
                 )
-            self.weights = torch.tensor([class_weights[name] for name in self.classes or class_weights])
+            self.weights = torch.tensor([class_weights[name] for name in self.classes])
+        self.out_features = len(self.classes)
 
     def prepare(self, targets: npt.NDArray[Any]) -> None:
         """Compute balanced weights from the classes of the training split."""
@@ -82,6 +103,15 @@ class Classification(Task):
             # A class without training examples has no weight: it does not occur in the loss.
             weights = np.where(counts > 0, len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0.0)
             self.weights = torch.tensor(weights, dtype=torch.float32)
+
+    def state(self) -> dict[str, Any]:
+        """Return the balanced weights."""
+        return {"class_weights": self.weights.tolist()} if self.balanced and self.weights is not None else {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the balanced weights, so that an evaluation has the loss of the training."""
+        if self.balanced and "class_weights" in state:
+            self.weights = _numbers(state, "class_weights", self.out_features)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy in nats, float (B,) of logits (B, C) and int64 targets (B,), weighted by class."""
@@ -93,7 +123,7 @@ class Classification(Task):
         classes = self.out_features
         return {
             "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
-            "f1_macro": MulticlassF1Score(classes, average="macro", validate_args=False),
+            "f1_macro": _MacroF1(classes, average="macro", validate_args=False),
         }
 
     def predictions(self, outputs: Tensor) -> Tensor:
@@ -177,6 +207,8 @@ class Regression(Task):
 
     Args:
         loss: Squared error, absolute error, or Huber's (1964), which is squared near zero and absolute beyond it.
+        standardize: Whether the loss is computed on targets with a mean of 0 and a standard deviation of 1 over the
+            training split. Predictions and metrics keep the units of the targets.
     """
 
     targets: ClassVar[frozenset[TargetKind]] = frozenset({"number"})
@@ -187,16 +219,50 @@ class Regression(Task):
         data: DataSpec,
         *,
         loss: Literal["squared", "absolute", "huber"] = "squared",
+        standardize: bool = True,
     ) -> None:
         self.names = data.classes
         self.out_features = len(data.classes)
         self.kind = loss
+        self.standardize = standardize
+        # Mean and standard deviation of each number in the training split, (C,); None leaves outputs as they are.
+        self.scaling: tuple[Tensor, Tensor] | None = None
+
+    def prepare(self, targets: npt.NDArray[Any]) -> None:
+        """Compute mean and standard deviation of each number in the training split."""
+        if self.standardize:
+            mean, deviation = targets.mean(0, dtype=np.float64), targets.std(0, dtype=np.float64)
+            # A number that is the same in all examples is not scaled: rounding may give it a tiny deviation.
+            deviation[targets.min(0) == targets.max(0)] = 1.0
+            self.scaling = torch.tensor(mean, dtype=torch.float32), torch.tensor(deviation, dtype=torch.float32)
+
+    def state(self) -> dict[str, Any]:
+        """Return mean and standard deviation of each number in the training split."""
+        return (
+            {} if self.scaling is None else dict(zip(("mean", "deviation"), map(_as_list, self.scaling), strict=True))
+        )
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore mean and standard deviation; older versions trained on the numbers as they are."""
+        if state:
+            mean, deviation = (_numbers(state, name, self.out_features) for name in ("mean", "deviation"))
+            if not bool((deviation > 0).all()):
+                raise ValueError(f"the standard deviations are wrong: expected positive numbers, got {deviation}")
+            self.scaling = mean, deviation
+
+    def output_scaling(self) -> tuple[Tensor, Tensor] | None:
+        """Return mean and standard deviation: the head predicts standardized numbers."""
+        return self.scaling
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the error, averaged over the numbers, float (B,), of outputs and targets (B, C)."""
+        """Return the standardized error, averaged over the numbers, float (B,), of outputs and targets (B, C)."""
+        # The mean cancels out in the difference, in which large numbers lose no digits.
+        errors = outputs - targets.to(outputs.dtype)
+        if self.scaling is not None:
+            errors = errors / self.scaling[1].to(outputs.device)
         functions: dict[str, Callable[..., Tensor]]
         functions = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
-        return functions[self.kind](outputs, targets.to(outputs.dtype), reduction="none").mean(dim=1)
+        return functions[self.kind](errors, torch.zeros_like(errors), reduction="none").mean(dim=1)
 
     def metrics(self) -> Mapping[str, Metric]:
         """Return mean absolute and mean squared error, in the units of the targets and their square."""
@@ -205,3 +271,22 @@ class Regression(Task):
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
         """Return the predicted numbers by name."""
         return [dict(zip(self.names, row, strict=True)) for row in outputs.float().tolist()]
+
+
+def _numbers(state: Mapping[str, Any], name: str, count: int) -> Tensor:
+    """Return saved numbers as float32 (count,).
+
+    Raises:
+        ValueError: They are missing, not finite, or have another length.
+    """
+    values = state.get(name)
+    if isinstance(values, list) and len(values) == count and all(type(value) in (int, float) for value in values):
+        numbers = torch.tensor(values, dtype=torch.float32)
+        if bool(numbers.isfinite().all()):
+            return numbers
+    raise ValueError(f"{name} of the task is wrong: expected {count} finite numbers, got {values!r:.60}")
+
+
+def _as_list(numbers: Tensor) -> list[float]:
+    values: list[float] = numbers.tolist()
+    return values

@@ -34,7 +34,7 @@ def serve(
 
     if problem := unmet(CORE_DISTRIBUTION, ("serve",)):
         raise UserError(f"the server needs an extra: {problem.message}", fix=problem.fix)
-    from transfer.deployment.serving.app import Batching
+    from transfer.deployment.serving.batching import Batching
     from transfer.deployment.serving.reading import MEBIBYTE, Limits
     from transfer.deployment.serving.server import serve as serve_models
     from transfer.system.signals import Interrupted

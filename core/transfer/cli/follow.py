@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from transfer.runs.train import Run
     from transfer.training.events import Observer
 
@@ -17,11 +19,7 @@ _T = TypeVar("_T")
 
 
 def follow_run(start: Callable[[Observer], Run]) -> None:
-    """Train a run with progress on the console, and print the commands to continue with.
-
-    Args:
-        start: Function that trains, given the observer to report to.
-    """
+    """Train a run with progress on the console, and print the commands to continue with."""
     from transfer.system.ranks import rank_from_environment
     from transfer.system.terminal import Console
 
@@ -39,30 +37,24 @@ def follow_run(start: Callable[[Observer], Run]) -> None:
 
 
 def follow_seeds(start: Callable[[Observer], Run]) -> None:
-    """Train several seeds with progress on the console, and print mean and standard deviation of the metrics.
-
-    Args:
-        start: Function that trains, given the observer to report to.
-    """
+    """Train several seeds with progress on the console, and print mean and standard deviation of the metrics."""
     from transfer.cli.tables import seeds_table
-    from transfer.system.terminal import Console
 
-    run = _with_progress(start)
-    Console().print(seeds_table(run.summary))
-    _print_folder(run.folder)
+    _follow(start, seeds_table)
 
 
 def follow_arms(start: Callable[[Observer], Run]) -> None:
-    """Train the arms of a comparison with progress on the console, and print the gain of pretraining.
-
-    Args:
-        start: Function that trains, given the observer to report to.
-    """
+    """Train the arms of a comparison with progress on the console, and print the gain of pretraining."""
     from transfer.cli.tables import pretraining_gain_table
+
+    _follow(start, pretraining_gain_table)
+
+
+def _follow(start: Callable[[Observer], Run], table: Callable[[Mapping[str, Any]], RenderableType]) -> None:
     from transfer.system.terminal import Console
 
     run = _with_progress(start)
-    Console().print(pretraining_gain_table(run.summary))
+    Console().print(table(run.summary))
     _print_folder(run.folder)
 
 

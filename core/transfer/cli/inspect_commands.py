@@ -1,23 +1,20 @@
-"""Commands that use a trained model: evaluate, predict."""
+"""Commands for a complete run: evaluate, predict, clean."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from transfer.cli.arguments import AsJSON, Device, RunFolder
-from transfer.errors import DataError
+from transfer.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from transfer.training.events import Event
-
-DIGITS = 6
-"""Significant digits of predicted numbers: a regression may predict large values."""
 
 
 def evaluate(
@@ -54,8 +51,26 @@ def predict(
     run: RunFolder,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT", help="Path, pattern of paths, text, or - for lines on standard input."),
+        typer.Argument(
+            metavar="INPUT",
+            help="Path of a file or folder, pattern of paths, text, or - for lines on standard input: each is a text, "
+            "or the path of an image.",
+        ),
     ],
+    column: Annotated[
+        str | None,
+        typer.Option(
+            "--column", show_default=False, help="Column with the inputs: every file is a table, and each row an input."
+        ),
+    ] = None,
+    on_error: Annotated[
+        Literal["fail", "skip"],
+        typer.Option(
+            "--on-error",
+            help="Whether to stop at the first input that cannot be read (fail), or to predict the others and list "
+            "it (skip). The exit status is 2 in both cases.",
+        ),
+    ] = "skip",
     device: Device = None,
     as_json: AsJSON = False,
     explain: Annotated[
@@ -63,42 +78,67 @@ def predict(
     ] = False,
 ) -> None:
     """Predict inputs with a run's model."""
-    from transfer.runs.predict import predict as predict_with
+    from transfer.cli.tables import unanswered_text
+    from transfer.runs.inputs import Input, argument_inputs, line_inputs
+    from transfer.runs.predictor import load
+    from transfer.system.terminal import Console
 
-    predictions = predict_with(run, _lines(inputs), explain=explain, device=device, observe=_print_note)
+    predictor = load(run, device=device, observe=_print_note)
+
+    def read() -> Iterator[Input]:
+        for argument in inputs:
+            if argument == "-":
+                yield from line_inputs(_standard_input(), predictor.preprocessing)
+            else:
+                yield from argument_inputs(argument, predictor.preprocessing, column)
+
+    unanswered: list[dict[str, Any]] = []
+    total = 0
+
+    def count(answers: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        nonlocal total
+        for answer in answers:
+            total += 1
+            if "error" in answer or "note" in answer:
+                unanswered.append(answer)
+            yield answer
+
+    answers = count(predictor.answers(read(), explain=explain, on_error=on_error))
     if as_json:
-        for prediction in predictions:
-            print(json.dumps(prediction, ensure_ascii=False), flush=True)  # noqa: T201
+        for answer in answers:
+            print(json.dumps(answer, ensure_ascii=False), flush=True)  # noqa: T201
     elif explain:
-        _print_explained(predictions)
+        _print_explained(answers)
     else:
-        _print_table(predictions)
+        _print_table(answers)
+    if unanswered:
+        Console(stderr=True).print(unanswered_text(unanswered, total), soft_wrap=True)
+    if any("error" in answer for answer in unanswered):
+        raise typer.Exit(2)
 
 
-def _print_explained(predictions: Iterable[dict[str, Any]]) -> None:
-    from transfer.cli.tables import explanation_text, facts_table
+def _print_explained(answers: Iterable[dict[str, Any]]) -> None:
+    from transfer.cli.tables import explanation_text, facts_table, prediction_cell
     from transfer.system.terminal import Console
 
-    for prediction in predictions:
-        explanation = prediction.pop("explanation")
-        Console().print(facts_table(prediction, digits=DIGITS))
-        Console().print(explanation_text(explanation))
+    for answer in answers:
+        explanation = answer.pop("explanation", None)
+        shown = {name: prediction_cell(name, value) for name, value in answer.items()}
+        Console().print(facts_table(shown))
+        Console().print("" if explanation is None else explanation_text(explanation))
 
 
-def _print_table(predictions: Iterable[Mapping[str, Any]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from transfer.system.formatting import format_value
+def _print_table(answers: Iterator[dict[str, Any]]) -> None:
+    from transfer.cli.tables import predictions_table
     from transfer.system.terminal import Console
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for number, prediction in enumerate(predictions):
-        if not number:
-            for name in prediction:
-                table.add_column(name, overflow="fold")
-        table.add_row(*(Text(format_value(value, digits=DIGITS)) for value in prediction.values()))
-    Console().print(table)
+    complete: list[dict[str, Any]] = []
+    try:
+        complete.extend(answers)
+    finally:
+        # With --on-error fail, the predictions before the error are printed too.
+        if any("error" not in answer for answer in complete):
+            Console().print(predictions_table(complete))
 
 
 def _print_note(event: Event) -> None:
@@ -110,22 +150,31 @@ def _print_note(event: Event) -> None:
         Console(stderr=True).print(event.text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def _lines(inputs: list[str]) -> Iterator[str]:
-    """Yield the inputs, with ``-`` replaced by the lines of standard input that are not empty.
+def _standard_input() -> Iterable[str]:
+    """Return the lines of standard input, decoded as UTF-8 like command-line arguments, whatever the locale is."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
 
-    Raises:
-        DataError: A line is not UTF-8.
-    """
-    for source in inputs:
-        if source != "-":
-            yield source
+
+def clean(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories of complete runs.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the sizes of the checkpoints without removing them.")
+    ] = False,
+) -> None:
+    """Remove the checkpoints of complete runs. Their models and results stay."""
+    from transfer.runs.clean import clean as clean_run
+    from transfer.system.terminal import Console
+
+    problems: list[Problem] = []
+    for run in runs:
+        try:
+            megabytes = clean_run(run, dry_run=dry_run) / 1e6
+        except UserError as error:
+            problems += error.problems
             continue
-        if isinstance(sys.stdin, TextIOWrapper):  # always UTF-8, like command-line arguments, whatever the locale is
-            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-        for number, line in enumerate(sys.stdin, 1):
-            # The error handler surrogateescape decodes an invalid byte to a character of this range.
-            if any("\udc80" <= character <= "\udcff" for character in line):
-                where = f"standard input, line {number}"
-                raise DataError("the line is not UTF-8", where=where, fix="convert the input to UTF-8")
-            if line.strip():
-                yield line.rstrip("\n")
+        line = f"{run}: {'would free' if dry_run else 'freed'} {megabytes:,.1f} MB"
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        raise UserError.of(problems)

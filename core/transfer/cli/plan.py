@@ -13,8 +13,9 @@ from transfer.cli.tables import facts_table
 from transfer.config.run_config import RunConfig
 from transfer.data.inspection import DATA_WARNINGS_TITLE
 from transfer.feature_cache.loader import reason_not_cached
+from transfer.training.experiment import views_of_phase
 from transfer.training.freezing import prefix_length
-from transfer.training.preflight import PLACEHOLDER_CLASSES, CheckedParts, treatment
+from transfer.training.preflight import PLACEHOLDER_CLASSES, CheckedParts, describe_preprocessing, treatment
 
 MAX_CLASSES_SHOWN = 8
 """Maximum number of classes in a row of the table of the data."""
@@ -35,7 +36,7 @@ def render(config: RunConfig, parts: CheckedParts) -> Iterator[RenderableType]:
             "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
             "training": f"{optimizer}, {train.step}" + (f", recipe {train.recipe.name}" if train.recipe else ""),
             **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
-            **{f"preprocessing: {k}": v for k, v in parts.backbone.preprocessing.describe().items()},
+            **{f"preprocessing: {k}": v for k, v in describe_preprocessing(config, parts.backbone).items()},
         }
     )
     yield from _stages(config, parts)
@@ -77,6 +78,7 @@ def _written(config: RunConfig) -> str:
 def _stages(config: RunConfig, parts: CheckedParts) -> Iterator[Table]:
     """Yield tables of the treatment of each stage in each phase."""
     phases = list(enumerate(parts.phases, 1))
+    unsized = {*parts.backbone.unsized_stages, *(() if parts.dataset.spec.classes else ("head",))}
     for first in range(0, len(phases), MAX_PHASES_PER_TABLE):
         table = Table(title="stages" if not first else None, title_justify="left", box=None, padding=(0, 2, 0, 0))
         table.add_column("stage")
@@ -91,7 +93,9 @@ def _stages(config: RunConfig, parts: CheckedParts) -> Iterator[Table]:
             shapes = [parts.shapes[stage]] if parts.shapes else []
             treatments = [treatment(config, parts.model, phase, stage) for _, phase in shown]
             cells = [Text(text, style="green" if trained else "dim") for text, trained in treatments]
-            table.add_row(stage, f"{count:,}", *shapes, *cells)
+            # A placeholder was built for a stage whose size depends on the data: its count would be misleading.
+            size = "not known yet" if count and stage in unsized else f"{count:,}"
+            table.add_row(stage, size, *shapes, *cells)
         if config.optimizer_options.no_weight_decay:
             table.caption = f"* except parameters of kind {' and '.join(config.optimizer_options.no_weight_decay)}"
             table.caption_justify = "left"
@@ -104,7 +108,7 @@ def _cache(config: RunConfig, parts: CheckedParts) -> Table:
     for heading in ("phase", "training examples", "validation examples"):
         table.add_column(heading, overflow="fold")
     train, stages = config.train, list(parts.model.stages)
-    augments = parts.backbone.preprocessing.augments
+    augments = parts.backbone.preprocessing.augments and train.augment
     for number, phase in enumerate(parts.phases, 1):
         count = prefix_length(parts.model, phase.frozen)
         cells = []
@@ -117,7 +121,7 @@ def _cache(config: RunConfig, parts: CheckedParts) -> Table:
                 mixed=train.mix is not None and training,
                 batch_norm=parts.model.has_batch_norm,
             )
-            views = f", {train.views} views each" if augments and training else ""
+            views = f", {views_of_phase(train.views, phase.epochs)} views each" if augments and training else ""
             cells.append(Text(f"no: {reason}") if reason else Text(f"after {stages[count - 1]}{views}", style="green"))
         table.add_row(str(number), *cells)
     return table

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from transfer.registry.entry_points import Plugin
     from transfer.registry.listing import Entry
 
-MIN_DESCRIPTION_WIDTH = 40
-"""On a narrower console, the table of plugins has no column for the version."""
+MIN_DESCRIPTION_WIDTH = 30
+"""If less remains for the descriptions, the table of plugins has no columns for the version and the distribution."""
 
 
 def plugins(
@@ -68,7 +68,7 @@ def _print_table(entries: Sequence[Entry]) -> None:
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     columns = len(headings)
     # Each column is followed by a padding of two characters.
-    if console.width - sum(width + 2 for width in widths) < MIN_DESCRIPTION_WIDTH:
+    while columns > 2 and console.width - sum(width + 2 for width in widths[:columns]) < MIN_DESCRIPTION_WIDTH:
         columns -= 1
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading, width in list(zip(headings, widths, strict=True))[:columns]:
@@ -119,7 +119,8 @@ def show(
     from rich.table import Table
     from rich.text import Text
 
-    from transfer.config.option_schema import describe_options
+    from transfer.config.check import block_base
+    from transfer.config.option_schema import describe_fields, describe_options
     from transfer.registry.entry_points import find, kinds, load
     from transfer.system.terminal import Console
 
@@ -135,7 +136,8 @@ def show(
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("option", "type", "default", "description"):
         table.add_column(heading, overflow="fold")
-    for option in describe_options(cls):
+    framework = [option for option in describe_fields(block_base(kind, cls)) if option.name != "name"]
+    for option in (*describe_options(cls), *framework):
         table.add_row(option.name, Text(option.type), Text(option.default), Text(option.description))
     console.print(table)
 

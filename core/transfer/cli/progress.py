@@ -14,6 +14,7 @@ from transfer.cli.tables import facts_table, metrics_text
 from transfer.system.formatting import format_duration
 from transfer.system.terminal import Console
 from transfer.training.events import (
+    CachingStep,
     EpochEnded,
     EpochStarted,
     EvaluationStarted,
@@ -54,7 +55,7 @@ class RunConsole:
         self.steps: TaskID | None = None
         self.primary_metric = ""
         self.epoch: EpochStarted | None = None
-        self.split: EvaluationStarted | None = None
+        self.caching: str | None = None
         self.last_line_seconds = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -80,6 +81,8 @@ class RunConsole:
                 self.console.print(Panel(facts_table(event.facts), title=str(event.folder), title_align="left"))
                 self.primary_metric = event.primary_metric
                 self.epochs = self.progress.add_task("epochs", total=event.epochs, metrics="")
+            case CachingStep():
+                self._caching_step(event)
             case EpochStarted():
                 self.epoch = event
                 if self.epochs is not None:  # a resumed run starts at a later epoch
@@ -88,7 +91,6 @@ class RunConsole:
             case StepEnded():
                 self._step(event)
             case EvaluationStarted():
-                self.split = event
                 self._bar(f"evaluating {event.split}", event.steps)
             case EvaluationStep():
                 self._advance(event.step, "")
@@ -114,15 +116,29 @@ class RunConsole:
         if self.steps is not None:
             self.progress.update(self.steps, completed=step, metrics=metrics)
 
+    def _caching_step(self, event: CachingStep) -> None:
+        text = f"computing features: {event.split}"
+        if self.caching != event.split:
+            self.caching = event.split
+            self._bar(text, event.steps)
+        self._advance(event.step, "")
+        self._print_if_due(f"{text}  {event.step}/{event.steps}")
+        if event.step == event.steps:
+            self.caching = None
+
     def _step(self, event: StepEnded) -> None:
         name, value = event.metric
         metrics = f"loss {event.loss:.4f}  {name} {value:.4f}  {event.examples_per_second:,.0f} examples/s"
         self._advance(event.step, metrics)
-        due = time.monotonic() - self.last_line_seconds >= PLAIN_LINE_SECONDS
-        if not self.live and due and self.epoch:
-            self.last_line_seconds = time.monotonic()
+        if self.epoch:
             at = f"epoch {self.epoch.epoch}/{self.epoch.epochs}  step {event.step}/{self.epoch.steps}"
-            self.console.print(f"{at}  {metrics}", highlight=False, soft_wrap=True)
+            self._print_if_due(f"{at}  {metrics}")
+
+    def _print_if_due(self, text: str) -> None:
+        """Print a line of progress if the output is not a terminal and the last line is old enough."""
+        if not self.live and time.monotonic() - self.last_line_seconds >= PLAIN_LINE_SECONDS:
+            self.last_line_seconds = time.monotonic()
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def _epoch_ended(self, event: EpochEnded) -> None:
         record = event.record
@@ -133,13 +149,22 @@ class RunConsole:
             metrics_text({name: value for name, value in record[split].items() if name in short})
             for split in ("train", "validation")
         )
-        line = Text(f"epoch {record['epoch']}/{self.epoch.epochs}")
-        if self.epoch.phases > 1:
-            line.append(f"  phase {record['phase']}/{self.epoch.phases}")
-        line.append(f"  train {train}", style="dim").append(f"  validation {validation}")
-        line.append(f"  {record['seconds']:.1f} s  {record['examples_per_second']:,.0f} examples/s", style="dim")
-        if event.best:
-            line.append("  best", style="green")
+        # The parts with the style that they have, and the order in which a narrow terminal leaves them out.
+        parts = [
+            (f"epoch {record['epoch']}/{self.epoch.epochs}", "", 0),
+            (f"phase {record['phase']}/{self.epoch.phases}" if self.epoch.phases > 1 else "", "", 2),
+            (f"train {train}", "dim", 3),
+            (f"validation {validation}", "", 0),
+            (f"{record['seconds']:.1f} s", "dim", 1),
+            (f"{record['examples_per_second']:,.0f} examples/s", "dim", 1),
+            ("best" if event.best else "", "green", 0),
+        ]
+        line = Text()
+        for omitted in range(4):
+            shown = [(text, style) for text, style, order in parts if text and not 0 < order <= omitted]
+            line = Text("  ").join(Text(text, style=style) for text, style in shown)
+            if not self.live or line.cell_len <= self.console.width:
+                break
         self.console.print(line, soft_wrap=True)
         if self.epochs is not None:
             self.progress.advance(self.epochs)

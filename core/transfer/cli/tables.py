@@ -22,6 +22,12 @@ MAX_PIECES_SHOWN = 5
 """Maximum number of pieces that are listed below an explained input."""
 MAX_STEPS_SHOWN = 12
 """Maximum number of steps in the table of a range test."""
+MAX_UNANSWERED_SHOWN = 20
+"""Maximum number of inputs without an answer that are listed."""
+DIGITS = 6
+"""Significant digits of predicted numbers: a regression may predict large values."""
+MIN_PROBABILITY = 0.0001
+"""Smallest probability that is printed as a number; smaller ones are ``<0.0001``."""
 NO_CHANGE_FRACTION, STRONG_FRACTION, STRONGEST_FRACTION = 1 / 10, 1 / 3, 2 / 3
 """Fractions of the largest change at which a piece is colored, printed bold, and printed inverted."""
 
@@ -126,6 +132,49 @@ def range_test_table(rates: Sequence[float], losses: Sequence[float], smoothed: 
     for step in sorted({round(i * (len(rates) - 1) / max(1, shown - 1)) for i in range(shown)}):
         table.add_row(f"{rates[step]:.1e}", f"{losses[step]:.4f}", f"{smoothed[step]:.4f}")
     return table
+
+
+def predictions_table(answers: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table with a row for each answer (:func:`transfer.runs.predict.predict`)."""
+    names = dict.fromkeys(name for answer in answers for name in answer if name not in ("error", "note"))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_column(name.removesuffix("_fraction").replace("_", " "), overflow="fold")
+    for answer in answers:
+        table.add_row(*(Text(prediction_cell(name, answer.get(name))) for name in names))
+    return table
+
+
+def prediction_cell(name: str, value: Any) -> str:
+    """Return a value of an answer as text: probabilities with four decimals, other numbers with six digits."""
+    if value is None:
+        return "-"
+    if name in ("probability", "probabilities"):
+        pairs = value.items() if isinstance(value, Mapping) else [("", value)]
+        return ", ".join(f"{key} {_probability(number)}".strip() for key, number in pairs)
+    return f"{value:.0%}" if name == "unknown_fraction" else format_value(value, digits=DIGITS)
+
+
+def _probability(value: float) -> str:
+    return f"<{MIN_PROBABILITY}" if 0 < value < MIN_PROBABILITY else f"{value:.4f}"
+
+
+def unanswered_text(answers: Sequence[Mapping[str, Any]], total: int) -> Text:
+    """Return the list of inputs without an answer, with the reasons.
+
+    Args:
+        answers: Answers with an ``error`` or a ``note``.
+        total: Number of all inputs.
+    """
+    text = Text(f"no answer for {len(answers):,} of {total:,} inputs:")
+    for answer in answers[:MAX_UNANSWERED_SHOWN]:
+        reason, style = (answer["error"], "red") if "error" in answer else (answer["note"], "dim")
+        file = f"{answer['file']}, " if "file" in answer else ""
+        where = f"{file}line {answer['line']}" if "line" in answer else answer["input"] or "(empty input)"
+        text.append("\n  ").append(where).append(f": {reason}", style=style)
+    if len(answers) > MAX_UNANSWERED_SHOWN:
+        text.append(f"\n  and {len(answers) - MAX_UNANSWERED_SHOWN:,} more")
+    return text
 
 
 def explanation_text(explanation: Mapping[str, Any]) -> Text:

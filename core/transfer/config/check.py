@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from transfer.config.component import Component
-from transfer.config.option_schema import options_model, validate
+from transfer.config.option_schema import has_option, options_model, validate
 from transfer.config.recipes import WITHOUT_PRETRAINED
 from transfer.config.run_config import RunConfig, RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, TorchClass, options_set_by_framework
 from transfer.config.train_settings import (
     LEARNING_RATE,
+    OPTIMIZER,
+    BackboneOptions,
     DataOptions,
     NamedBlock,
     OptimizerOptions,
@@ -71,6 +73,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     return _ConfigValidator(read_document(source, overrides)).config()
 
 
+def block_base(kind: Kind, cls: type, base: type[_NamedModel] = NamedBlock) -> type[_NamedModel]:  # type: ignore[assignment]
+    """Return the model of the framework's own options in a component's block."""
+    if kind == "backbone" and not has_option(cls, "weights"):
+        return BackboneOptions  # type: ignore[return-value]
+    return base
+
+
 class _ConfigValidator:
     """Checks a document block by block and collects the problems.
 
@@ -101,7 +110,7 @@ class _ConfigValidator:
         train = self.block(TrainConfig, raw["train"], ("train",), "train") if isinstance(raw["train"], dict) else None
         optimizer, optimizer_options, schedulers = self.training(train) if train else (None, None, ())
         if train is None and isinstance(raw["train"], dict) and isinstance(raw["train"].get("optimizer"), dict):
-            self.optimizer(raw["train"]["optimizer"])  # only to collect its problems too
+            self.optimizer({"name": OPTIMIZER} | raw["train"]["optimizer"])  # only to collect its problems too
         if self.problems:
             # Phases share the run's scheduler, and each of them has reported its problems: keep one of each.
             raise ConfigError.of(list(dict.fromkeys(self.problems)))
@@ -178,7 +187,7 @@ class _ConfigValidator:
             return None, None
         try:
             plugin, cls = entry_points.find(kind, name), entry_points.load(kind, name)
-            model = options_model(cls, base)
+            model = options_model(cls, block_base(kind, cls, base))
         except PluginError as error:
             where = self.document.location((*key, "name"))
             # An import error names the entry point; the config line that requested the plugin is added in front.
@@ -187,9 +196,13 @@ class _ConfigValidator:
         block = self.block(model, raw, key, f"{kind} {name!r}")
         if block is None:
             return None, None
-        options = {field: getattr(block, field) for field in model.model_fields if field not in base.model_fields}
-        where = self.document.location(key)
-        return Component(kind, plugin, cls, options, block.model_dump(mode="json"), where), block
+        framework = block_base(kind, cls, base).model_fields
+        options = {field: getattr(block, field) for field in model.model_fields if field not in framework}
+        resolved = block.model_dump(mode="json")
+        weights = resolved["weights"] if "weights" in framework else None
+        if "weights" in framework and weights is None:
+            del resolved["weights"]  # configs of runs without it stay readable by older versions
+        return Component(kind, plugin, cls, options, resolved, self.document.location(key), weights), block
 
     def training(
         self, train: TrainConfig

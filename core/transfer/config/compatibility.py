@@ -26,14 +26,11 @@ class Table:
 
     Args:
         title: Title of the table.
-        rows: Names of the plugins of the first kind.
-        columns: Names of the plugins of the second kind.
-        cells: Compatibility by row and column: ``yes``, the option that makes the two compatible, or an empty string.
+        cells: Compatibility by the names of both plugins: ``yes``, the option that makes them compatible, or an empty
+            string.
     """
 
     title: str
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
     cells: Mapping[str, Mapping[str, str]]
 
 
@@ -143,7 +140,7 @@ def _table(
     title: str, rows: Mapping[str, Variants], columns: Mapping[str, Variants], fits: Callable[[Any, Any], bool]
 ) -> Table:
     cells = {row: {column: _cell(rows[row], columns[column], fits) for column in columns} for row in rows}
-    return Table(title, tuple(rows), tuple(columns), cells)
+    return Table(title, cells)
 
 
 def _cell(row: Variants, column: Variants, fits: Callable[[Any, Any], bool]) -> str:

@@ -11,10 +11,18 @@ from pydantic import BaseModel
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.json_schema import models_json_schema
 
+from transfer.config.check import block_base
 from transfer.config.option_schema import options_model, summary
 from transfer.config.run_config import RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, options_set_by_framework
-from transfer.config.train_settings import DataOptions, NamedBlock, OptimizerOptions, PhaseSettings, TrainConfig
+from transfer.config.train_settings import (
+    OPTIMIZER,
+    DataOptions,
+    NamedBlock,
+    OptimizerOptions,
+    PhaseSettings,
+    TrainConfig,
+)
 from transfer.errors import PluginError, Problem
 from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
@@ -62,6 +70,12 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     for name, members in alternatives.items():
         choices = [(names, references[model, "validation"], description) for names, model, description in members]
         definitions[name] = _choice(definitions, choices)
+    # A block without a name is that of the default optimizer.
+    del definitions["optimizer"]["required"]
+    for case in definitions["optimizer"]["allOf"]:
+        if OPTIMIZER in case["if"]["properties"]["name"]["enum"]:
+            del case["if"]["required"]
+            definitions[case["then"]["$ref"].removeprefix("#/$defs/")]["required"].remove("name")
     top = _definition(definitions, references[RunConfigSchema, "validation"])
     train = _definition(definitions, references[TrainConfig, "validation"])
     phase = definitions[PhaseSettings.__name__]
@@ -91,7 +105,7 @@ def _plugins(kind: Kind, base: type[NamedBlock], problems: list[Problem]) -> lis
         names = [plugin.qualified_name] if claims[plugin.name] > 1 else [plugin.name, plugin.qualified_name]
         try:
             cls = entry_points.load(kind, plugin.qualified_name)
-            model = options_model(cls, base)
+            model = options_model(cls, block_base(kind, cls, base))
             model.model_json_schema()
         except PluginError as error:
             problems += error.problems

@@ -129,6 +129,12 @@ def options_model(component: type, base: type[_Model], *, skip: Iterable[str] = 
         raise PluginError(f"the options of {name} have no schema: {error}", where=where, fix=fix) from error
 
 
+def has_option(component: type, name: str) -> bool:
+    """Return whether the constructor of a plugin has an option of this name."""
+    parameter = inspect.signature(component).parameters.get(name)
+    return parameter is not None and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
 def _config_type(hint: Any) -> Any:
     """Return the part of one of torch's types that a config can contain.
 
@@ -217,41 +223,32 @@ def _problem(model: type[BaseModel], one: Any, at: Key, document: Document, key:
     return Problem(f"{path or what} is invalid: {expected}{got}", where, fix="quote the value" if quote else None)
 
 
+# Expected values by pydantic's type of error, in terms of YAML instead of Python and JSON.
+_EXPECTED = {
+    **dict.fromkeys(("tuple_type", "list_type", "set_type", "frozen_set_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping"),
+    **dict.fromkeys(("int_type", "int_from_float"), "an integer"),
+    "string_type": "text",
+    "bool_type": "true or false",
+    "float_type": "a number",
+    "greater_than": "a number > {gt:g}",
+    "greater_than_equal": "a number >= {ge:g}",
+    "less_than": "a number < {lt:g}",
+    "less_than_equal": "a number <= {le:g}",
+    "too_short": "at least {min_length} item(s)",
+    "too_long": "at most {max_length} item(s)",
+    "missing": "more items",
+}
+
+
 def _expected(one: Any) -> str:
-    """Return the expected value of one of pydantic's errors, in terms of YAML instead of Python and JSON."""
+    """Return the expected value of one of pydantic's errors."""
+    if one["type"] not in _EXPECTED:
+        return re.sub(r"^Input should be", "expected", re.sub(r"^Value error, ", "", one["msg"]))
     context = one.get("ctx", {})
-    match one["type"]:
-        case "tuple_type" | "list_type" | "set_type" | "frozen_set_type":
-            return "expected a list"
-        case "dict_type" | "model_type" | "model_attributes_type":
-            return "expected a mapping"
-        case "string_type":
-            return "expected text"
-        case "bool_type":
-            return "expected true or false"
-        case "int_type" | "int_from_float":
-            return "expected an integer"
-        case "float_type":
-            return "expected a number"
-        case "greater_than":
-            return f"expected a number > {context['gt']:g}"
-        case "greater_than_equal":
-            return f"expected a number >= {context['ge']:g}"
-        case "less_than":
-            return f"expected a number < {context['lt']:g}"
-        case "less_than_equal":
-            return f"expected a number <= {context['le']:g}"
-        case "too_short":
-            return f"expected at least {_items(context['min_length'])}"
-        case "too_long":
-            return f"expected at most {_items(context['max_length'])}"
-        case "missing":
-            return "expected more items"
-    return re.sub(r"^Input should be", "expected", re.sub(r"^Value error, ", "", one["msg"]))
-
-
-def _items(count: int) -> str:
-    return f"{count} item" if count == 1 else f"{count} items"
+    count = context.get("min_length", context.get("max_length"))
+    text = _EXPECTED[one["type"]].format(**context)
+    return "expected " + text.replace("item(s)", "item" if count == 1 else "items")
 
 
 def _json(value: Any) -> str:

@@ -13,6 +13,9 @@ BACKBONE_LR_FACTOR = 0.1
 """Learning rate of the backbone relative to the head's: pretrained weights should change less than new ones."""
 STAGE_DECAY = 1 / 2.6
 """Factor of the learning rate from a stage to the one before it (Howard and Ruder 2018, section 3.2)."""
+MAX_DECAY_STEPS = 4
+"""Number of these factors between the last and the first stage of the backbone. In a deeper network each factor is
+closer to 1: otherwise the first of 14 stages would train at 1 / 250,000 of the rate of the last."""
 
 
 def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[PhaseSettings, ...]:
@@ -24,7 +27,7 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
         stages: Names of the backbone's stages that have parameters, from input to output.
 
     Raises:
-        ConfigError: The recipe has fewer epochs than phases.
+        ConfigError: The recipe has two phases or more, and one epoch.
     """
     by_group = {"head": lr, "backbone": lr * BACKBONE_LR_FACTOR} if not isinstance(lr, Mapping) else lr
     if recipe.name in ("feature_extraction", "random_features"):
@@ -42,12 +45,15 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
             else lr
         )
         return (PhaseSettings(epochs=probe, freeze="backbone", lr=lr), PhaseSettings(epochs=tune, lr=slow))
-    decayed = by_group if isinstance(lr, Mapping) else {**by_group, "layer_decay": STAGE_DECAY}
+    decay = STAGE_DECAY ** min(1.0, MAX_DECAY_STEPS / max(1, len(stages) - 1))
+    decayed = by_group if isinstance(lr, Mapping) else {**by_group, "layer_decay": decay}
     # Gradual unfreezing: the head first, then one more stage per phase from the output on, finally everything.
-    frozen = [Until(until=stage) for stage in reversed(stages)]
-    epochs = _split_epochs(recipe, len(stages) + 1)
-    policies: list[Freeze] = [*frozen, "none"]
-    rates: list[LearningRate] = [lr, *[decayed] * len(stages)]
+    policies: list[Freeze] = [*(Until(until=stage) for stage in reversed(stages)), "none"]
+    # With fewer epochs than stages, each phase unfreezes several of them.
+    count = max(2, min(len(policies), recipe.epochs))
+    policies = [policies[round(index * (len(policies) - 1) / (count - 1))] for index in range(count)]
+    epochs = _split_epochs(recipe, count)
+    rates: list[LearningRate] = [lr, *[decayed] * (count - 1)]
     return tuple(PhaseSettings(epochs=e, freeze=f, lr=r) for e, f, r in zip(epochs, policies, rates, strict=True))
 
 

@@ -16,6 +16,7 @@ from transfer.config.option_schema import Block
 from transfer.config.recipes import WITHOUT_PRETRAINED, expand
 from transfer.config.torch_classes import TorchClass
 from transfer.config.train_settings import (
+    DEFAULT_EPOCHS,
     DataOptions,
     OptimizerOptions,
     PhaseSettings,
@@ -27,8 +28,6 @@ from transfer.config.yaml_document import Document, Key
 Config = str | Path | Mapping[str, Any]
 """Path of a YAML file, or the config as nested dicts."""
 
-DEFAULT_EPOCHS = 5
-"""Number of epochs of a config that sets neither phases nor a recipe."""
 QUICK_EXAMPLES = 64
 """Maximum number of examples per class of each split in a quick run."""
 
@@ -122,7 +121,7 @@ class RunConfig:
             ConfigError: The recipe does not fit the model.
         """
         recipe, lr = self.train.recipe, self.optimizer_options.lr
-        listed = self.train.phases or (PhaseSettings(epochs=DEFAULT_EPOCHS),)
+        listed = self.train.phases or (PhaseSettings(epochs=self.train.epochs or DEFAULT_EPOCHS),)
         if recipe is not None:
             if self.quick_try:
                 # Enough epochs for the recipe with the most phases, one per stage and one more; each is cut to 1 below.

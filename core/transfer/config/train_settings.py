@@ -11,8 +11,12 @@ from transfer.config.option_schema import Block
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+OPTIMIZER = "adam"
+"""Optimizer of a config that names none."""
 LEARNING_RATE = 1e-3
 """Learning rate of a config that sets none."""
+DEFAULT_EPOCHS = 5
+"""Number of epochs of a config that sets neither epochs nor phases nor a recipe."""
 BATCH_SIZE = 32
 """Batch size of a config that sets none."""
 
@@ -61,6 +65,10 @@ Freeze = Annotated[
     Literal["none", "backbone"] | Until | Parameters | Names,
     one_of("none, backbone, {until: STAGE}, a list of stages, or {parameters: [REGEX, ...]}"),
 ]
+# `train.optimizer.lr=0.01` on the command line needs no name.
+Optimizer = Annotated[
+    dict[str, Any], BeforeValidator(lambda value: {"name": OPTIMIZER} | value if isinstance(value, dict) else value)
+]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LearningRate = Annotated[
     Positive | Annotated[dict[str, Positive], Field(min_length=1)],
@@ -79,6 +87,17 @@ class NamedBlock(Block):
     """
 
     name: str
+
+
+class BackboneOptions(NamedBlock):
+    """Options of every backbone that has no option weights of its own, in addition to its own options.
+
+    Args:
+        weights: Earlier run of the same backbone (runs/NAME), or its model folder. The weights start from those of the
+            run, and a vocabulary or the like is the run's instead of learned. null does not read a run.
+    """
+
+    weights: str | None = None
 
 
 class DataOptions(NamedBlock):
@@ -134,9 +153,10 @@ class Recipe(Block):
     Args:
         name: Name of the recipe. feature_extraction: train only the head. fine_tune: train everything, the backbone at
             a tenth of the head's learning rate. lp_ft: train only the head for the first half, then everything at a
-            tenth of the learning rate (Kumar et al. 2022). gradual: unfreeze one more stage per phase, from the output
-            on, with lower learning rates for lower stages (Howard and Ruder 2018). scratch: train everything from
-            random weights. random_features: train only the head, on a backbone with random weights.
+            tenth of the learning rate (Kumar et al. 2022). gradual: unfreeze one more stage per phase (several if there
+            are fewer epochs than stages), from the output on, with lower learning rates for lower stages (Howard and
+            Ruder 2018). scratch: train everything from random weights. random_features: train only the head, on a
+            backbone with random weights.
         epochs: Number of epochs of all phases together.
     """
 
@@ -186,11 +206,13 @@ class TrainConfig(Block):
         max_tokens: Alternative to batch_size for text: fill each batch up to this many tokens, padding included. A
             longer text forms a batch of its own.
         evaluation_batch_size: Examples per step in evaluation; null uses twice the batch size, or max_tokens.
-        optimizer: Name of one of torch's optimizers in lower case, with its options. The option lr may differ by group.
+        optimizer: Name of one of torch's optimizers in lower case, with its options; without a name it is adam. The
+            option lr may differ by group.
         scheduler: Name of one of torch's schedulers in lower case, with its options; null keeps the learning rates.
         warmup_epochs: Epochs (fractions are allowed) at the start of each phase in which the learning rates rise
             linearly from zero. The scheduler starts after them.
-        phases: Phases of training, in order; null trains everything for 5 epochs, unless recipe is set.
+        epochs: Number of epochs if neither phases nor a recipe are set: everything is trained; null is 5.
+        phases: Phases of training, in order, each with its number of epochs.
         recipe: Named sequence of phases, as an alternative to phases.
         augment: Whether training examples are augmented at random, as the backbone's preprocessing defines it.
         bucket: Whether examples of similar length share a batch, which saves padding in texts. A number sets how many
@@ -199,7 +221,10 @@ class TrainConfig(Block):
         accumulate: Number of batches whose gradients are accumulated for one step of the optimizer.
         clip_norm: Maximum norm of the gradient; a larger gradient is scaled down to it. null disables clipping.
         device: Device to train on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
-        precision: Floating-point type of the forward and backward pass; weights are kept in fp32.
+        precision: Floating-point type of the forward and backward pass: auto, fp32, bf16 or fp16; weights are kept in
+            fp32. auto: bf16 on a GPU that computes in it (Ampere or later), otherwise fp32.
+        deterministic: Whether a GPU uses only kernels that give the same result in every run, without TF32. This is
+            slower, and has no effect on the CPU, whose results are always reproducible.
         compile: Whether the model is compiled with torch.compile, which starts slowly and speeds up many models.
         ema: Decay per step of an exponential moving average of the weights, which is then evaluated and saved instead
             of the weights; null disables it.
@@ -218,9 +243,10 @@ class TrainConfig(Block):
     batch_size: Annotated[Count | Literal["auto"] | None, one_of("an integer of 1 or more, or auto")] = BATCH_SIZE
     max_tokens: Count | None = None
     evaluation_batch_size: Count | None = None
-    optimizer: dict[str, Any] = Field(default_factory=lambda: {"name": "adam", "lr": LEARNING_RATE})
+    optimizer: Optimizer = Field(default_factory=lambda: {"name": OPTIMIZER, "lr": LEARNING_RATE})
     scheduler: dict[str, Any] | None = None
     warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    epochs: Count | None = None
     phases: Annotated[tuple[PhaseSettings, ...], Field(min_length=1)] | None = None
     recipe: Recipe | None = None
     augment: bool = True
@@ -232,7 +258,8 @@ class TrainConfig(Block):
         Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")],
         one_of("auto, cpu, cuda, cuda:N (the GPU with index N) or mps"),
     ] = "auto"
-    precision: Precision = "fp32"
+    precision: Precision | Literal["auto"] = "auto"
+    deterministic: bool = False
     compile: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     mix: MixupCutmix | None = None
@@ -264,4 +291,8 @@ class TrainConfig(Block):
     def _phases_or_recipe(self) -> TrainConfig:
         if self.phases is not None and self.recipe is not None:
             raise ValueError("set phases or recipe, not both; train.phases=null removes the phases")
+        if self.epochs is not None and self.phases is not None:
+            raise ValueError("set the epochs of each phase (train.phases.0.epochs), not train.epochs")
+        if self.epochs is not None and self.recipe is not None:
+            raise ValueError("set train.recipe.epochs, not train.epochs")
         return self

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from transfer.errors import ConfigError, Problem, nearest
+from transfer.system.atomic_files import read_text
 
 Key = tuple[str | int, ...]
 """Path of a value in a document: keys of mappings and indices of lists."""
@@ -138,9 +139,6 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     ``${NAME}`` is replaced by the value of the environment variable, and ``${NAME:-default}`` by the default if the
     variable is unset or empty. An unquoted value is then parsed as YAML (``${EPOCHS:-5}`` is a number).
 
-    Args:
-        path: Path of the YAML file.
-        overrides: Assignments ``path.to.key=value``.
 
     Raises:
         ConfigError: The file is missing or not YAML, a variable is not set, a key is duplicated, or an override is
@@ -181,7 +179,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, not YAML, or contains no mapping.
     """
     try:
-        data, _ = _parse(path.read_text(encoding="utf-8"), str(path), lines=True, variables=False)
+        data, _ = _parse(read_text(path), str(path), lines=True, variables=False)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config cannot be read: {error}", where=str(path)) from error
     if not isinstance(data, dict):
@@ -191,11 +189,6 @@ def read_plain(path: Path) -> dict[str, Any]:
 
 def make_document(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Document:
     """Return a document of a config that is plain data already, as in a script or notebook.
-
-    Args:
-        data: Config as nested dicts; it is copied.
-        overrides: Assignments ``path.to.key=value``.
-        source: Name of the data in errors.
 
     Raises:
         ConfigError: A value cannot be represented in YAML, or an override is wrong.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from transfer.interfaces.preprocessing import Preprocessing, move
 
 Shard = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 """Function from the indices of a batch to those that this rank computes, in data-parallel training."""
@@ -25,25 +27,34 @@ class Batch:
         targets: Targets, int64 (B,) or float32 (B, C).
         indices: Indices of the examples in their split, int64 (B,).
         global_indices: Indices of the complete batch if this one is the shard of a rank, otherwise None.
+        to_device: Function that moves the inputs to a device and completes them there
+            (:meth:`transfer.Preprocessing.to_device`). None only moves them.
     """
 
     inputs: Any
     targets: Tensor
     indices: npt.NDArray[np.int64]
     global_indices: npt.NDArray[np.int64] | None = None
+    to_device: Callable[[Any, torch.device], Any] | None = None
 
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on another device, copied asynchronously from pinned memory."""
-        return Batch(
-            move(self.inputs, device), self.targets.to(device, non_blocking=True), self.indices, self.global_indices
+    @classmethod
+    def without_targets(cls, preprocessing: Preprocessing, encoded: Sequence[Any]) -> Batch:
+        """Return a batch of encoded values for prediction.
+
+        Args:
+            preprocessing: Preprocessing that encoded the values.
+            encoded: B encoded values.
+        """
+        count = len(encoded)
+        return cls(
+            preprocessing.collate(encoded), torch.empty(count), np.arange(count), to_device=preprocessing.to_device
         )
 
-
-def move(inputs: Any, device: torch.device) -> Any:
-    """Return a backbone's input, a tensor or a tuple of tensors, on another device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
-    return tuple(move(item, device) for item in inputs)
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device, ready for the model; copied asynchronously from pinned memory."""
+        inputs = (self.to_device or move)(self.inputs, device)
+        targets = self.targets.to(device, non_blocking=True)
+        return Batch(inputs, targets, self.indices, self.global_indices)
 
 
 class TimedIterator(Iterator[Batch]):

@@ -25,6 +25,8 @@ SAMPLE_LINES = 100
 """Number of lines that the delimiter is chosen by."""
 
 _DELIMITERS = ("\t", ",", ";", "|")
+_BLANK = " "
+_UNIT_SEPARATOR = "\x1f"
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _BACKSLASHED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -71,13 +73,13 @@ def choose_dialect(
     with _long_fields():
         if delimiter is None:
             delimiter = _choose_delimiter(sample, path, header, columns)
-        if quoting is not None:
-            return Dialect(delimiter, quoting)
+        if quoting is not None or (delimiter == _BLANK and header is not True):
+            return Dialect(delimiter, quoting or "none")
         names = list(header) if not isinstance(header, bool) else next(csv.reader(sample, delimiter=delimiter), [])
         if header is False:
             names = [str(number) for number in range(len(names))]
         positions = [names.index(label) for label in labels if label in names]
-        quoting = _choose_quoting(lines, delimiter, positions, has_header=header is True)
+        quoting = _choose_quoting(lines, path, delimiter, positions, has_header=header is True)
         lines.seek(0)
     if quoting != "csv":
         how = "as part of the text" if quoting == "none" else 'as CSV with \\" for a quote'
@@ -108,7 +110,7 @@ def _choose_delimiter(sample: Sequence[str], path: Path, header: bool | Sequence
     return usual or ","
 
 
-def _choose_quoting(lines: TextIO, delimiter: str, labels: Sequence[int], *, has_header: bool) -> Quoting:
+def _choose_quoting(lines: TextIO, path: Path, delimiter: str, labels: Sequence[int], *, has_header: bool) -> Quoting:
     """Return the quoting that a file was written with.
 
     A writer of CSV quotes fields that contain delimiters, line ends or quotes. A corpus written without quoting has the
@@ -117,15 +119,19 @@ def _choose_quoting(lines: TextIO, delimiter: str, labels: Sequence[int], *, has
 
     Args:
         lines: Lines of the file.
+        path: Path of the file, for errors.
         delimiter: Character between two columns.
         labels: Positions of the columns whose values occur in many rows; empty if there are none.
         has_header: Whether the first line contains the names of the columns.
+
+    Raises:
+        DataError: Both readings are possible, and the labels do not show which one is right.
     """
     count, quoted_header = None, False
-    stray: list[list[str]] = []  # rows with a field that starts with a quote and is not a quoted field
-    values: set[tuple[str, ...]] = set()  # labels of the other rows
+    stray: dict[int, list[str]] = {}  # rows with a field that starts with a quote and is not a quoted field, by line
     doubled, backslashed = 0, True
-    for number, row in enumerate(lines):
+    before_quote = delimiter + '"'
+    for number, row in enumerate(lines, 1):
         line = row.rstrip("\r\n")
         if not line:
             continue
@@ -134,15 +140,15 @@ def _choose_quoting(lines: TextIO, delimiter: str, labels: Sequence[int], *, has
             quoted_header = has_header and line.startswith('"')
         elif line.count(delimiter) != count:
             return _by_parsing(lines, delimiter)
+        if not (line[0] == '"' or before_quote in line):
+            continue
         fields = line.split(delimiter)
-        quoted = [field for field in fields if field.startswith('"')] if '"' in line else []
+        quoted = [field for field in fields if field.startswith('"')]
         wrong = [field for field in quoted if not _QUOTED.fullmatch(field)]
         doubled += sum('""' in field[1:-1] for field in quoted) if not wrong else 0
         if wrong:
-            stray.append(fields)
+            stray[number] = fields
             backslashed = backslashed and all(_BACKSLASHED.fullmatch(field) for field in wrong)
-        elif number or not has_header:
-            values.add(tuple(fields[position].strip('"') for position in labels))
     if not stray:
         return "csv"
     if backslashed:
@@ -151,9 +157,24 @@ def _choose_quoting(lines: TextIO, delimiter: str, labels: Sequence[int], *, has
     if quoted_header or doubled >= len(stray):
         return "csv"
     # By chance, each line of a field over several lines may have the delimiters of a row. Its label is then no label.
-    rows = [tuple(row[position] for position in labels) for row in stray]
+    lines.seek(0)
+    filled = ((number, line.rstrip("\r\n").split(delimiter)) for number, line in enumerate(lines, 1) if line.strip())
+    values = {
+        tuple(fields[position].strip('"') for position in labels)
+        for number, fields in islice(filled, int(has_header), None)
+        if number not in stray
+    }
+    rows = [tuple(fields[position] for position in labels) for fields in stray.values()]
     plausible = sum(row in values or all(map(_NUMBER.fullmatch, row)) for row in rows)
-    return "none" if 2 * plausible >= len(rows) else "csv"
+    if 2 * plausible >= len(rows):
+        return "none"
+    if len(values) < 2:
+        raise DataError(
+            "a field starts with a quote that is not closed in its line: it is part of the text, or lines are missing",
+            where=f"{path}:{min(stray)}",
+            fix="set quoting: none if quotes are part of the text, or quoting: csv if the field spans lines",
+        )
+    return "csv"
 
 
 def _by_parsing(lines: TextIO, delimiter: str) -> Quoting:
@@ -197,9 +218,15 @@ def read_delimited(
             read have one name, or a field seems to contain rows.
     """
     with _long_fields():
-        reader = _reader(lines, dialect)
-        first_line = 1
+        first_line, delimiter = 1, dialect.delimiter
         names = None if isinstance(header, bool) else list(header)
+        if delimiter == _BLANK and header is not True:
+            # Corpora with lines such as "LABEL some text": the last column is the rest of the line.
+            last = max((int(name) for name in columns or () if name.isdigit()), default=0)
+            blanks = len(names) - 1 if names else last
+            lines = (line.replace(_BLANK, _UNIT_SEPARATOR, blanks) if blanks else line for line in lines)
+            dialect = Dialect(_UNIT_SEPARATOR, dialect.quoting)
+        reader = _reader(lines, dialect)
         try:
             if header is True:
                 names = next(reader, [])
@@ -219,7 +246,7 @@ def read_delimited(
                     raise DataError(
                         f"the row is malformed: expected {len(names)} fields, got {len(fields)}",
                         where=f"{path}:{line}",
-                        fix=f"quote a field that contains {dialect.delimiter!r}, or set delimiter",
+                        fix=f"quote a field that contains {delimiter!r}, or set delimiter",
                     )
                 if swallowed:
                     swallowed.add(line, fields, is_one_line=reader.line_num == line)

@@ -72,6 +72,8 @@ class Loader:
         self.max_tokens = max_tokens
         self.bucket_batches = BUCKET_BATCHES if bucket is True else int(bucket)
         self.seed = seed
+        # Set for a run on a GPU: pinned memory takes time to allocate, and only copies to a GPU profit from it.
+        self.pin_memory = False
         self.training = training
         self.examples = _BatchDataset(
             split, fields, preprocessing, seed=seed, augments=training and augment, caches_in_memory=repeated
@@ -92,6 +94,7 @@ class Loader:
 
     def batch_indices(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """Return the example indices of each batch in an epoch, a function of only the seed and the epoch."""
+        # Everything random comes from this generator, so that a resumed run and every rank make the same batches.
         num_examples = len(self.split)
         generator = np.random.default_rng((self.seed, epoch))
         lengths = self.lengths if self.bucket_batches else None
@@ -118,7 +121,11 @@ class Loader:
             lengths = self.preprocessing.lengths(self.examples.encoded)
         # A stable sort keeps the result independent of NumPy's sorting algorithm.
         order = np.arange(len(self.split)) if lengths is None else np.argsort(-lengths, kind="stable")
-        return self.examples.batch([(0, int(index)) for index in order[:count]])
+        return self.batch([(0, int(index)) for index in order[:count]])
+
+    def batch(self, pairs: list[tuple[int, int]]) -> Batch:
+        """Return the batch of some (epoch, example index) pairs, loaded in this process."""
+        return replace(self.examples.batch(pairs), to_device=self.preprocessing.to_device)
 
     @property
     def augments(self) -> bool:
@@ -162,13 +169,15 @@ class Loader:
             collate_fn=_identity_collate,  # type: ignore[arg-type]  # __getitems__ has collated already
             # Loader processes cannot fill the cache of this process.
             num_workers=0 if self.examples.is_filling_cache else min(self.workers, len(batches)),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pin_memory,
             generator=torch.Generator(),  # DataLoader draws a seed: not from the generator of the model
             worker_init_fn=_ignore_signals,
         )
         for number, batch in enumerate(loader):
             if isinstance(batch, DataError):
                 raise batch
+            # Here, because loader processes would send the preprocessing with every batch.
+            batch = replace(batch, to_device=self.preprocessing.to_device)
             yield batch if shard is None else replace(batch, global_indices=global_batches[number])
 
     @property
@@ -288,6 +297,7 @@ class _BatchDataset(Dataset[Any]):
         if self.augments:
             with preserve_rng_state():
                 for position, (epoch, index) in enumerate(pairs):
+                    # Seeded for each example: the augmentation depends neither on the batch nor on the loader process.
                     seed_all(self.seed, epoch, index)
                     value = encoded[position]
                     if self.encoded is not None or index in self.memory_cache.values:

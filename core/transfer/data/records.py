@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from transfer.errors import DataError
+from transfer.errors import DataError, unknown_name
 
 MAX_TABLE_BYTES = 1 << 32
 """Maximum size of a decompressed table: a larger one is refused, because it may be a decompression bomb."""
@@ -318,10 +318,10 @@ def read_arrow(
     Args:
         file: Content of the file.
         path: Path of the file, for errors.
-        columns: Names of the columns to read; None reads all. A missing one is left out.
+        columns: Names of the columns to read; None reads all.
 
     Raises:
-        DataError: pyarrow is not installed, or the file is damaged; also while the rows are read.
+        DataError: pyarrow is not installed, a column is missing, or the file is damaged; also while the rows are read.
     """
     try:
         parquet, ipc = (importlib.import_module(f"pyarrow.{name}") for name in ("parquet", "ipc"))
@@ -336,8 +336,8 @@ def read_arrow(
         if head.startswith(_PARQUET):
             table = parquet.ParquetFile(file)
             schema = table.schema_arrow
-            read = [name for name in schema.names if columns is None or name in columns]
-            batches = table.iter_batches(columns=read)
+            # Columns that are not used may contain images, which would fill the memory.
+            batches = table.iter_batches(columns=[n for n in schema.names if columns is None or n in columns])
         elif head.startswith(_ARROW_FILE):
             table = ipc.open_file(file)
             schema = table.schema
@@ -347,6 +347,10 @@ def read_arrow(
             schema = batches.schema
     except (OSError, ValueError) as error:  # pyarrow's exceptions for damaged files derive from ValueError
         raise _damaged(error, path) from error
+    for name in columns or ():
+        if name not in schema.names:
+            fix = "set the options that name columns to names in the table"
+            raise DataError.of([unknown_name("column", name, schema.names, where=str(path), fix=fix)])
     return _arrow_rows(batches, path), _class_names(schema)
 
 

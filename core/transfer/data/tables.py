@@ -247,6 +247,13 @@ class Tables:
             columns = {name: [row[0] for row in table.labels] for name, table in tables.items()}
             _drop_zero_decimals(columns)
             classes = train.class_names or tuple(sorted(set(columns["train"])))
+            for name in classes:
+                if _LIST.match(name):
+                    raise DataError(
+                        f"column {self.labels[0]!r} contains lists of labels: expected one class, got {name}",
+                        where=train.names[columns["train"].index(name)] if name in columns["train"] else None,
+                        fix="set target: label_list",
+                    )
             if len(classes) < 2:
                 raise DataError(
                     f"column {self.labels[0]!r} contains only the class {classes[0]!r}",
@@ -271,6 +278,12 @@ class Tables:
             classes = train.class_names or tuple(sorted({name for row in train.labels for name in row}))
             if not classes:
                 raise DataError(f"column {self.labels[0]!r} contains no label", where=str(train.path))
+            others = [s for s in "|;," if s != self.separator and any(s in name for name in classes)]
+            if others and all(len(row) <= 1 for row in train.labels):
+                message = (
+                    "%s: no example has several labels, but some labels contain %r: set separator if it divides them"
+                )
+                logger.warning(message, train.path, others[0])
             return replace(self.spec(field), classes=classes), {
                 name: multi_hot(table.labels, classes, table.names.__getitem__) for name, table in tables.items()
             }
@@ -539,6 +552,7 @@ def _drop_zero_decimals(columns: Mapping[str, list[str]]) -> None:
             labels[:] = [label.partition(".")[0] for label in labels]
 
 
+_LIST = re.compile(r"""\[(?=.*[,'"]).*\]$""", re.DOTALL)
 _INTEGRAL = re.compile(r"-?\d+(\.0+)?")
 
 

@@ -40,6 +40,8 @@ class Format(ABC):
     """Suffixes of a single exported file; empty if the format needs a folder."""
     library: str
     """Library that loads the export, by the name that Hugging Face's hub has for it."""
+    loader: ClassVar[str]
+    """Function in :mod:`transfer.deployment.verify_export` that loads the export."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -56,9 +58,9 @@ class Format(ABC):
             ExportError: The format cannot contain this model.
         """
 
-    @abstractmethod
-    def job(self) -> Mapping[str, Any]:
-        """Return the JSON values that :mod:`transfer.deployment.verify_export` needs to load the export."""
+    def job(self) -> dict[str, Any]:
+        """Return the JSON values that the loader needs."""
+        return {"loader": self.loader}
 
     @abstractmethod
     def usage(self, file: str) -> str:
@@ -70,14 +72,11 @@ class Safetensors(Format):
 
     file = "weights.safetensors"
     library = "transfer"
+    loader = "own"
 
     def write(self, path: Path, inputs: Any) -> None:
         """Write the weights."""
         _save(self.loaded.model.state_dict(), path)
-
-    def job(self) -> Mapping[str, Any]:
-        """Return the name of the loader."""
-        return {"loader": "own"}
 
     def usage(self, file: str) -> str:
         """Return code that predicts with this package."""
@@ -94,17 +93,17 @@ class Foreign(Format):
 
     file = "model.safetensors"
     suffixes = (".safetensors", ".pth", ".pt")
+    loader = "foreign"
 
     def __init__(self, loaded: LoadedModel, network: ForeignModel) -> None:
         super().__init__(loaded)
         self.network = network
         self.library = network.factory.partition(".")[0]
-        head = loaded.model.stages["head"]
-        self.output = head.as_linear()  # type: ignore[operator]
+        self.output = loaded.model.head_as_linear()
         if self.output is None:
+            head = type(loaded.model.stages["head"]).__name__
             raise ExportError(
-                f"head {type(head).__name__} does not fit {network.factory.replace(':', '.')}: expected one linear "
-                "layer, got more",
+                f"head {head} does not fit {network.factory.replace(':', '.')}: expected one linear layer, got more",
                 available=tuple(FORMATS),
                 fix="choose a format that supports any head, or train with head: {name: linear}",
             )
@@ -113,15 +112,16 @@ class Foreign(Format):
         """Write the state dict: as safetensors, or as a pickle if the name of the file ends in .pth or .pt."""
         backbone, head = self.loaded.backbone, f"{self.network.output}."
         weights = {self.network.names[name]: value for name, value in backbone.state_dict().items()}
+        assert self.output is not None
         weights |= {f"{head}{name}": value for name, value in self.output.state_dict().items()}
         if path.suffix == ".safetensors":
             _save(weights, path)
         else:
             torch.save({name: value.cpu() for name, value in weights.items()}, path)
 
-    def job(self) -> Mapping[str, Any]:
+    def job(self) -> dict[str, Any]:
         """Return the name of the loader, and the function that builds the network."""
-        return {"loader": "foreign", "factory": self.network.factory, "options": dict(self.network.options)}
+        return super().job() | {"factory": self.network.factory, "options": dict(self.network.options)}
 
     def usage(self, file: str) -> str:
         """Return code that builds the network and loads the state dict."""
@@ -146,6 +146,7 @@ class TorchExport(Format):
     file = "model.pt2"
     suffixes = (".pt2",)
     library = "torch"
+    loader = "torch_export"
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__(loaded)
@@ -189,10 +190,6 @@ class TorchExport(Format):
                 fix=_OTHERS,
             )
 
-    def job(self) -> Mapping[str, Any]:
-        """Return the name of the loader."""
-        return {"loader": "torch_export"}
-
     def usage(self, file: str) -> str:
         """Return code that loads the program."""
         return f'import torch\n\nmodel = torch.export.load("{file}").module()'
@@ -204,6 +201,7 @@ class Onnx(TorchExport):
     file = "model.onnx"
     suffixes = (".onnx",)
     library = "onnx"
+    loader = "onnx"
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__(loaded)
@@ -234,10 +232,6 @@ class Onnx(TorchExport):
             # An ONNX file is one protobuf message, which cannot exceed 2 GiB.
             program.save(str(path), external_data=size > MAX_ONNX_BYTES)
 
-    def job(self) -> Mapping[str, Any]:
-        """Return the name of the loader."""
-        return {"loader": "onnx"}
-
     def usage(self, file: str) -> str:
         """Return code that loads the graph into onnxruntime."""
         return f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{file}")'
@@ -254,10 +248,6 @@ _OTHERS = "choose another format: onnx supports recurrent layers, safetensors su
 
 def find_format(name: str, loaded: LoadedModel) -> Format:
     """Return a format for a model.
-
-    Args:
-        name: Name of the format.
-        loaded: The trained model.
 
     Raises:
         ExportError: The format does not exist for this backbone, or cannot contain this model.

@@ -154,11 +154,7 @@ def resamples(count: int, times: int) -> list[npt.NDArray[np.int64]]:
 
 
 def standard_error(resampled: Sequence[float]) -> float:
-    """Return the bootstrap standard error of a statistic.
-
-    Args:
-        resampled: Value of the statistic on each resample.
-    """
+    """Return the bootstrap standard error of a statistic."""
     return float(np.std(np.asarray(resampled, dtype=np.float64), ddof=1))
 
 

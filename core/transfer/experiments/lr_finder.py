@@ -17,6 +17,7 @@ from transfer.config.run_config import RunConfig
 from transfer.data.batch import Batch
 from transfer.errors import RunError, TrainingError
 from transfer.feature_cache.loader import StageInputs
+from transfer.reports import charts
 from transfer.system.atomic_files import write_atomically
 from transfer.system.ranks import refuse_several
 from transfer.training import freezing
@@ -191,52 +192,20 @@ def _assignment(config: RunConfig, groups: Sequence[ParameterGroup], rate: float
         return float(f"{value * factor:.2g}")
 
     new = {k: v if k == "layer_decay" else scaled(v) for k, v in lr.items()} if isinstance(lr, Mapping) else scaled(lr)
-    if has_phase_rate or config.document.is_set(("train", "optimizer")):
-        return f"{'train.phases.0.lr' if has_phase_rate else 'train.optimizer.lr'}={json.dumps(new)}"
-    # The config has no optimizer block to override: set the default optimizer by name.
-    return f"train.optimizer={json.dumps({'name': config.optimizer.name, 'lr': new})}"
-
-
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 400, 64, 40, 16, 48
+    return f"{'train.phases.0.lr' if has_phase_rate else 'train.optimizer.lr'}={json.dumps(new)}"
 
 
 def draw(result: RangeTest, title: str) -> str:
     """Return the curve as SVG: the loss of each step, the smoothed loss, and the two suggested rates."""
-    low, high = math.log10(result.rates[0]), math.log10(result.rates[-1])
     # If training diverged, single losses are huge: the y axis fits the smoothed curve up to its minimum.
     bottom = min(result.losses)
     top = min(max(result.losses), 2 * max(result.smoothed[: int(np.argmin(result.smoothed)) + 1]) - bottom)
-    top = top if top > bottom else bottom + 1
-
-    def x(rate: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (math.log10(rate) - low) / (high - low)
-
-    def y(loss: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (min(loss, top) - bottom) / (top - bottom)
-
-    def line(values: Sequence[float], style: str) -> str:
-        points = " ".join(f"{x(r):.1f},{y(v):.1f}" for r, v in zip(result.rates, values, strict=True))
-        return f'<polyline points="{points}" fill="none" {style}/>'
-
-    def text(left: float, base: float, label: str, anchor: str = "middle", color: str = "#444") -> str:
-        label = label.replace("&", "&amp;").replace("<", "&lt;")
-        return f'<text x="{left:.1f}" y="{base:.1f}" text-anchor="{anchor}" fill="{color}">{label}</text>'
-
-    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', text(WIDTH / 2, 20, title)]
-    for power in range(math.ceil(low), math.floor(high) + 1):
-        at = x(10.0**power)
-        parts.append(f'<path d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#ddd"/>')
-        parts.append(text(at, HEIGHT - BOTTOM + 16, f"1e{power}"))
-    for loss in np.linspace(bottom, top, 5).tolist():
-        parts.append(f'<path d="M{LEFT} {y(loss):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        parts.append(text(LEFT - 6, y(loss) + 4, f"{loss:.3g}", "end"))
-    parts += [line(result.losses, 'stroke="#bbb"'), line(result.smoothed, 'stroke="#1f5fa8" stroke-width="2"')]
-    marks = ((result.steepest, "#b03a2e", "steepest"), (result.tenth_of_lowest, "#2e7d32", "lowest / 10"))
-    for height, (rate, color, name) in enumerate(marks, 1):
-        if result.rates[0] <= rate <= result.rates[-1]:
-            at = x(rate)
-            parts.append(f'<path d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="{color}" stroke-dasharray="4 3"/>')
-            parts.append(text(at + 4, TOP + 14 * height, f"{name} {rate:.2g}", "start", color))
-    parts.append(text(WIDTH / 2, HEIGHT - 12, "learning rate"))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
-    return "\n".join([f'{head} font-size="11">', *parts, "</svg>\n"])
+    series = {
+        name: [(rate, min(loss, top)) for rate, loss in zip(result.rates, losses, strict=True)]
+        for name, losses in (("loss", result.losses), ("smoothed", result.smoothed))
+    }
+    suggested = {result.steepest: "steepest", result.tenth_of_lowest: "lowest / 10"}
+    marks = {
+        rate: f"{name} {rate:.2g}" for rate, name in suggested.items() if result.rates[0] <= rate <= result.rates[-1]
+    }
+    return charts.standalone(charts.lines(title, series, x_label="learning rate", marks=marks, log_x=True))

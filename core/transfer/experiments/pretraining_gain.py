@@ -13,14 +13,22 @@ from torch import Tensor
 
 from transfer.config.check import load_config
 from transfer.config.run_config import Config, RunConfig
-from transfer.errors import UserError
+from transfer.errors import RunError, UserError
 from transfer.experiments.comparison import Row, compare, higher_is_better
-from transfer.experiments.intervals import metric_bounds, spread
-from transfer.experiments.seeds import recorded_outcome, removed_if_nothing_ran, seeds_of, spread_json, train_seeds
+from transfer.experiments.intervals import Spread, metric_bounds, spread
+from transfer.experiments.seeds import (
+    Seeds,
+    recorded_outcome,
+    removed_if_nothing_ran,
+    seeds_of,
+    spread_json,
+    train_seeds,
+)
 from transfer.interfaces import Task
 from transfer.runs.train import Run
 from transfer.storage.run_directory import FORMAT, RunDirectory
 from transfer.system.atomic_files import read_json, write_json
+from transfer.system.file_schema import FileSchema, checked
 from transfer.system.ranks import refuse_several
 from transfer.training.build import BuiltExperiment, build, with_found_batch_size
 from transfer.training.events import Note, Observer, ignore_events
@@ -114,13 +122,57 @@ def resume_pretraining_gain(folder: str | Path, *, observe: Observer = ignore_ev
     refuse_several("transfer pretraining-gain")
     path = Path(folder)
     fix = "give the folder that `transfer pretraining-gain` printed last"
-    manifest = read_json(path / VALUE, f"{path} is not a folder of `transfer pretraining-gain`", fix)
-    if manifest["status"] == "complete":
+    content = read_json(path / VALUE, f"{path} is not a folder of `transfer pretraining-gain`", fix)
+    manifest = checked(content, _Manifest, str(path / VALUE))
+    if manifest.status == "complete":
+        _require_printable(content, path / VALUE)
         observe(Note(f"{path} is already complete"))
-        return Run(path, manifest)
-    config = load_config(manifest["config"])
+        return Run(path, content)
+    config = load_config(content["config"])
     built = build(config, observe)
-    return _measure(RunDirectory(path), config, _arms(config, preflight(config)), manifest["seeds"], built, observe)
+    return _measure(RunDirectory(path), config, _arms(config, preflight(config)), manifest.seeds, built, observe)
+
+
+class _Manifest(FileSchema):
+    """The file ``value.json`` of a comparison, complete or not."""
+
+    status: str
+    seeds: Seeds
+    config: dict[str, Any]
+
+
+class _Difference(FileSchema):
+    mean: float
+    interval: tuple[float, float]
+    verdict: str
+
+
+class _Arm(FileSchema):
+    seconds: float = 0.0
+    to_from_scratch: _Difference | None = None
+
+
+class _Result(FileSchema):
+    """The part of the file of a complete comparison that the command prints."""
+
+    metric: str
+    split: str
+    arms: dict[str, dict[str, Any]]
+    notes: list[str]
+    sentence: str
+
+
+class _Spreads(FileSchema):
+    spreads: dict[str, Spread]
+
+
+def _require_printable(content: Mapping[str, Any], path: Path) -> None:
+    """Require that the file of a complete comparison has everything that the command prints."""
+    result = checked(content, _Result, str(path))
+    for arm in result.arms.values():
+        checked(arm, _Arm, str(path))
+        if result.metric not in checked({"spreads": arm.get(result.split)}, _Spreads, str(path)).spreads:
+            raise RunError(f"the file is damaged: an arm has no {result.metric}", where=str(path))
 
 
 def _measure(

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from transfer.config.check import load_config
 from transfer.config.run_config import Config, RunConfig
@@ -23,6 +25,7 @@ from transfer.models.saved_model import read_task
 from transfer.runs.train import Run, resume, run_in
 from transfer.storage.run_directory import FORMAT, RunDirectory
 from transfer.system.atomic_files import read_json, write_json
+from transfer.system.file_schema import FileSchema, checked
 from transfer.system.ranks import refuse_several
 from transfer.training.build import with_found_batch_size
 from transfer.training.events import Note, Observer, ignore_events
@@ -30,6 +33,19 @@ from transfer.training.preflight import preflight
 
 MANIFEST = "seeds.json"
 """File in a folder of seeds that lists its seeds and contains their config."""
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=2)]
+"""Seeds in the file of a folder of runs."""
+
+
+class _Manifest(FileSchema):
+    """The file ``seeds.json``."""
+
+    format: Literal[1]
+    seeds: Seeds
+    quick: bool
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,11 +116,16 @@ def resume_seeds(folder: str | Path, *, observe: Observer = ignore_events) -> Ru
     """
     refuse_several("training with several seeds")
     path = Path(folder)
+    manifest = _read_manifest(path)
+    return train_seeds(load_config(manifest.config), manifest.seeds, path, quick=manifest.quick, observe=observe)
+
+
+def _read_manifest(folder: Path) -> _Manifest:
     fix = "give the folder that `transfer run --seeds` printed last"
-    manifest = read_json(path / MANIFEST, f"{path} is not a folder of seeds", fix)
-    return train_seeds(
-        load_config(manifest["config"]), manifest["seeds"], path, quick=bool(manifest["quick"]), observe=observe
-    )
+    content = read_json(folder / MANIFEST, f"{folder} is not a folder of seeds", fix)
+    manifest = checked(content, _Manifest, str(folder / MANIFEST))
+    manifest.config = content["config"]  # with paths as they are, which need not be UTF-8
+    return manifest
 
 
 def seeds_of(config: RunConfig, count: int) -> list[int]:
@@ -166,11 +187,12 @@ def open_runs(path: str | Path) -> Runs:
     if (path / MANIFEST).is_file():
         return _open_seeds(path)
     directory = RunDirectory.open(path)
-    return Runs(path, (directory,), (int(directory.config().get("seed", 0)),), (_summary(directory, path),))
+    summary = _summary(directory, path)
+    return Runs(path, (directory,), (load_config(directory.config()).seed,), (summary,))
 
 
 def _open_seeds(path: Path) -> Runs:
-    seeds = tuple(read_json(path / MANIFEST, f"{path} is not a folder of seeds")["seeds"])
+    seeds = tuple(_read_manifest(path).seeds)
     directories = tuple(RunDirectory(path / f"seed-{seed}") for seed in seeds)
     return Runs(path, directories, seeds, tuple(_summary(directory, path) for directory in directories))
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
+from transfer.config.yaml_document import dump, read_plain
 from transfer.errors import ConfigError, RunError, StoppedByObserver, TrainingError
 from transfer.experiments.search_space import (
     DECIDED,
@@ -32,10 +32,11 @@ from transfer.experiments.search_space import (
     read_space,
     trial_overrides,
 )
+from transfer.experiments.study import STUDY, study_errors, trial_folder
 from transfer.experiments.sweep_report import short, write_sweep_report
 from transfer.runs import train
 from transfer.runs.check import check
-from transfer.system.atomic_files import write_atomically
+from transfer.system.atomic_files import is_disk_full, refuse_special_entries, write_atomically
 from transfer.system.ranks import refuse_several
 from transfer.training.events import EpochEnded, Event, Note, Observer, RunStarted
 
@@ -115,11 +116,12 @@ def _claim(folder: Path, config: str | Path, space: Space, overrides: Sequence[s
     plain = {"config": checked.resolved, "space": space.document.data}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_special_entries(folder)
         path = folder / "sweep.yaml"
         with _lock(folder / "study.lock"):
             if not path.exists():
-                write_atomically(path, yaml.safe_dump(plain, sort_keys=False))
-            elif _without_trials(yaml.safe_load(path.read_text(encoding="utf-8"))) != _without_trials(plain):
+                write_atomically(path, dump(plain))
+            elif _without_trials(read_plain(path)) != _without_trials(plain):
                 fix = "choose another --output, or another name for the space file"
                 raise RunError(f"{folder} contains a sweep of another config or space", where=str(path), fix=fix)
     except OSError as error:
@@ -127,10 +129,13 @@ def _claim(folder: Path, config: str | Path, space: Space, overrides: Sequence[s
     return checked.train.device
 
 
-def _without_trials(plain: Any) -> Any:
+def _without_trials(plain: Mapping[str, Any]) -> Any:
     """Return the settings of a sweep without the number of trials, which may be raised later."""
-    space = {key: value for key, value in plain["space"].items() if key != "sweep"}
-    settings = {key: value for key, value in (plain["space"].get("sweep") or {}).items() if key != "trials"}
+    written = plain.get("space")
+    written = written if isinstance(written, dict) else {}  # the file may have been edited
+    settings = written.get("sweep") or {}
+    space = {key: value for key, value in written.items() if key != "sweep"}
+    settings = {key: value for key, value in settings.items() if key != "trials"} if isinstance(settings, dict) else {}
     # JSON makes tuples and lists equal, and keeps the order of the keys, which the sampler depends on.
     return json.loads(json.dumps({**plain, "space": [list(space.items()), settings]}))
 
@@ -214,9 +219,9 @@ class Worker:
     optuna: Any
 
     def __post_init__(self) -> None:
-        url = f"sqlite:///{self.folder.resolve() / 'study.db'}"
-        storage = self.optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-        with _lock(self.folder / "study.lock"):
+        url = f"sqlite:///{self.folder.resolve() / STUDY}"
+        with _lock(self.folder / "study.lock"), study_errors(self.folder):
+            storage = self.optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
             self.study = self.optuna.create_study(
                 storage=storage,
                 study_name="sweep",
@@ -224,6 +229,8 @@ class Worker:
                 pruner=make_pruner(self.space),
                 load_if_exists=True,
             )
+            for trial in self.study.get_trials(deepcopy=False):
+                trial_folder(trial)
 
     def work(self) -> None:
         """Run trials until the study is complete."""
@@ -242,7 +249,7 @@ class Worker:
         """Return an unfinished trial or a new one, with its lock; None if the study has enough trials."""
         locks = self.folder / "locks"
         locks.mkdir(exist_ok=True)
-        with _lock(self.folder / "study.lock"):
+        with _lock(self.folder / "study.lock"), study_errors(self.folder):
             trials = self.study.get_trials(deepcopy=False)
             unfinished = [trial for trial in trials if trial.state == self.optuna.trial.TrialState.RUNNING]
             for frozen in unfinished:
@@ -267,11 +274,12 @@ class Worker:
 
     def _run(self, trial: optuna.Trial) -> None:
         """Run or resume a trial, and record its result in the study."""
-        values = self.space.draw(trial)
+        with study_errors(self.folder):
+            values = self.space.draw(trial)
         name = f"trial {trial.number + 1}/{self.space.settings.trials}"
         drawn = "  ".join(f"{key}={short(value)}" for key, value in values.items())
         states = self.optuna.trial.TrialState
-        previous = trial.user_attrs.get(FOLDER)
+        previous = trial_folder(trial)
         try:
             if previous is not None and (self.folder / previous / "config.yaml").is_file():
                 self.observe(Note(f"{name} resumes: {drawn}"))
@@ -285,33 +293,43 @@ class Worker:
                     observe=lambda event: self._watch(trial, event),
                 )
         except StoppedByObserver as stopped:
-            self._record_reason(trial, str(stopped))
-            self.study.tell(trial, state=states.PRUNED)
+            self._tell(trial, reason=str(stopped), state=states.PRUNED)
             self.observe(Note(f"{name} pruned: {stopped}"))
         # Other errors, such as wrong data, would fail every trial: they end the sweep.
         except (ConfigError, TrainingError) as error:
-            self._record_reason(trial, error.problems[0].message)
-            self.study.tell(trial, state=states.FAIL)
+            if is_disk_full(error):  # so would a full disk; the same command resumes this trial
+                raise
+            self._tell(trial, reason=error.problems[0].message, state=states.FAIL)
             self.observe(Note(f"{name} failed: {error.problems[0].message}"))
         else:
             value = run.summary["validation"][self.metric]
-            trial.set_user_attr(FOLDER, str(run.folder.relative_to(self.folder)))
-            self.study.tell(trial, value)
+            self._tell(trial, folder=run.folder, values=value)
             self.observe(Note(f"{name}: validation {self.metric} {value:.4f}, best so far {self.study.best_value:.4f}"))
 
-    def _record_reason(self, trial: optuna.Trial, reason: str) -> None:
-        trial.set_user_attr(DECIDED, reason)
+    def _tell(
+        self, trial: optuna.Trial, *, reason: str | None = None, folder: Path | None = None, **result: Any
+    ) -> None:
+        """Record the end of a trial in the study."""
+        with study_errors(self.folder):
+            if reason is not None:
+                trial.set_user_attr(DECIDED, reason)
+            if folder is not None:
+                trial.set_user_attr(FOLDER, str(folder.relative_to(self.folder)))
+            self.study.tell(trial, **result)
 
     def _watch(self, trial: optuna.Trial, event: Event) -> None:
         """Record the folder of the trial, report its epochs, and stop it if the pruner decides so."""
         if isinstance(event, RunStarted):
-            trial.set_user_attr(FOLDER, str(event.folder.relative_to(self.folder)))
+            with study_errors(self.folder):
+                trial.set_user_attr(FOLDER, str(event.folder.relative_to(self.folder)))
         if not isinstance(event, EpochEnded):
             return
         epoch = int(event.record["epoch"])
-        reported = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        if epoch not in reported:  # a killed process may have reported the epoch before
-            trial.report(event.record["validation"][self.metric], epoch)
-        if trial.should_prune():
+        with study_errors(self.folder):
+            reported = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+            if epoch not in reported:  # a killed process may have reported the epoch before
+                trial.report(event.record["validation"][self.metric], epoch)
+            should_prune = trial.should_prune()
+        if should_prune:
             pruner = self.space.settings.pruner["name"]
             raise StoppedByObserver(f"after epoch {epoch}, by the pruner {pruner}")

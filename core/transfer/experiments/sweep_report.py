@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transfer.errors import RunError, TrainingError
-from transfer.experiments.search_space import DECIDED, FOLDER, Space
+from transfer.experiments.search_space import DECIDED, Space
+from transfer.experiments.study import study_errors, trial_folder
 from transfer.runs.evaluate import evaluate
+from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json, write_atomically, write_json
+from transfer.system.file_schema import FileSchema, checked
 from transfer.system.templates import environment
 from transfer.training.events import Note, Observer
 
 if TYPE_CHECKING:
+    import optuna
+
     from transfer.experiments.sweep import Worker
+
+
+REPORT = "sweep.json"
 
 
 def short(value: Any) -> str:
@@ -34,7 +42,23 @@ def write_sweep_report(worker: Worker) -> dict[str, Any]:
     Raises:
         TrainingError: All trials failed.
     """
-    optuna, study, folder = worker.optuna, worker.study, worker.folder
+    with study_errors(worker.folder):
+        best, run = _best_trial(worker)
+    previous = _previous_best(worker.folder / REPORT)
+    if previous is not None and previous.trial == best.number:  # an earlier call has scored the test split
+        test = previous.test
+    else:
+        test = _score_test(worker.folder / run, worker.observe)
+    with study_errors(worker.folder):
+        report = _report(worker, best, run, test)
+    write_json(worker.folder / REPORT, report)
+    write_atomically(worker.folder / "report.md", _markdown(report))
+    return report
+
+
+def _best_trial(worker: Worker) -> tuple[optuna.trial.FrozenTrial, str]:
+    """Return the best trial and the folder of its run."""
+    optuna, study = worker.optuna, worker.study
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
     if not complete:
@@ -42,38 +66,60 @@ def write_sweep_report(worker: Worker) -> dict[str, Any]:
         last = next(filter(None, reversed(reasons)), "unknown")
         raise TrainingError(f"all {len(trials)} trials failed or were pruned; the last reason: {last}")
     best = study.best_trial
-    path = folder / "sweep.json"
-    previous = read_json(path, "there is no report yet") if path.exists() else {}
-    if previous.get("best", {}).get("trial") == best.number:  # an earlier call has scored the test split
-        test = previous["best"]["test"]
-    else:
-        test = _score_test(folder / best.user_attrs[FOLDER], worker.observe)
-    report = {
+    run = trial_folder(best)
+    if run is None:
+        raise RunError(
+            f"the study is damaged: trial {best.number} is complete and has no run", where=str(worker.folder)
+        )
+    return best, run
+
+
+def _report(
+    worker: Worker, best: optuna.trial.FrozenTrial, run: str, test: Mapping[str, float] | None
+) -> dict[str, Any]:
+    study, trials = worker.study, worker.study.get_trials(deepcopy=False)
+    return {
         "metric": worker.metric,
         "best": {
             "trial": best.number,
-            "run": best.user_attrs[FOLDER],
+            "run": run,
             "values": _values(worker.space, best),
             "validation": best.value,
             "test": test,
         },
-        "importance": _importance(optuna, study),
+        "importance": _importance(worker.optuna, study),
         "trials": [
             {
                 "trial": trial.number,
                 "state": trial.state.name.lower(),
-                "validation": trial.value if trial in complete else None,
+                "validation": trial.value if trial.state == worker.optuna.trial.TrialState.COMPLETE else None,
                 "epochs": len(trial.intermediate_values),
                 "values": _values(worker.space, trial),
-                "run": trial.user_attrs.get(FOLDER),
+                "run": trial_folder(trial),
                 "why": trial.user_attrs.get(DECIDED),
             }
             for trial in trials
         ],
     }
-    write_json(path, report)
-    write_atomically(folder / "report.md", _markdown(report))
-    return report
+
+
+class _Best(FileSchema):
+    trial: int
+    test: dict[str, float] | None
+
+
+class _Report(FileSchema):
+    """The part of ``sweep.json`` that is read."""
+
+    best: _Best
+
+
+def _previous_best(path: Path) -> _Best | None:
+    """Return the best trial of the previous report; None if there is none, or the file is damaged."""
+    try:
+        return checked(read_json(path, "there is no report yet"), _Report, str(path)).best
+    except RunError:
+        return None
 
 
 def _values(space: Space, trial: Any) -> dict[str, Any]:
@@ -84,11 +130,10 @@ def _values(space: Space, trial: Any) -> dict[str, Any]:
 
 
 def _score_test(run: Path, observe: Observer) -> dict[str, float] | None:
-    try:
-        return evaluate(run, "test", observe=lambda _: None)
-    except RunError:  # the data has no test split
+    if "test" not in RunDirectory(run).summary().get("examples", {}):
         observe(Note("the data has no test split; only validation metrics are reported"))
         return None
+    return evaluate(run, "test", observe=lambda _: None)
 
 
 def _importance(optuna: Any, study: Any) -> dict[str, float] | None:

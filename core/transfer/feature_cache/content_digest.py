@@ -45,47 +45,15 @@ _BUILTIN_CALLABLES = (
     types.MemberDescriptorType,
 )
 # State of a module that does not change its output in eval mode, or that is keyed by counters of this process.
-_MODULE_BOOKKEEPING = frozenset(
-    {
-        "training",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_compiled_call_impl",
-        "_forward_hooks_always_called",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-        "_is_full_backward_hook",
-        "_is_torch_compile",
-        "_load_state_dict_post_hooks",
-        "_load_state_dict_pre_hooks",
-        "_non_persistent_buffers_set",
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
-    }
-)
+_MODULE_CONTENT = frozenset({"_buffers", "_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters"})
+_MODULE_BOOKKEEPING = vars(nn.Module()).keys() - _MODULE_CONTENT | {"_compiled_call_impl", "_is_torch_compile"}
 _CLASS_BOOKKEEPING = frozenset(
-    {
-        "__abstractmethods__",
-        "__annotate__",
-        "__annotate_func__",
-        "__annotations__",
-        "__annotations_cache__",
-        "__dataclass_fields__",
-        "__dataclass_params__",
-        "__dict__",
-        "__doc__",
-        "__firstlineno__",
-        "__match_args__",
-        "__module__",
-        "__orig_bases__",
-        "__parameters__",
-        "__qualname__",
-        "__signature__",
-        "__static_attributes__",
-        "__type_params__",
-        "__weakref__",
-        "_abc_impl",
-    }
+    (
+        *("__annotate__", "__annotate_func__", "__annotations__", "__annotations_cache__", "__signature__"),
+        *("__orig_bases__", "__parameters__", "__type_params__", "__abstractmethods__", "_abc_impl"),
+        *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__dict__", "__weakref__"),
+        *("__doc__", "__firstlineno__", "__module__", "__qualname__", "__static_attributes__"),
+    )
 )
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the flag that types written in C as static structures lack
 _FRAMEWORK = "transfer"
@@ -162,6 +130,7 @@ class _Digester:
             return self._module(value)
         if type(value) in (tuple, list):
             return _join(type(value).__name__, *self._items(value))
+        # A dictionary counts in its order, which is part of its content: it may be the order of the classes.
         if type(value) in (dict, types.MappingProxyType):
             return _join("dict", *self._items(value.keys()), *self._items(value.values()))
         if type(value) in (set, frozenset):
@@ -307,6 +276,7 @@ class _Digester:
         return _join("library", module.__name__.encode())
 
     def _class(self, cls: type) -> bytes:
+        # All base classes: a method that is inherited is code of the object, too.
         bases = [self._class_reference(base) for base in cls.__mro__[1:]]
         parts = [self._class_reference(type(cls))]
         for name, member in sorted(vars(cls).items()):
@@ -318,6 +288,8 @@ class _Digester:
         code = function.__code__
         parts = [_code(code), self._value(function.__defaults__), self._value(function.__kwdefaults__)]
         parts += [self._cell(cell) for cell in function.__closure__ or ()]
+        # Compiled code lists the names of globals and attributes together. Those that exist as globals are digested:
+        # the digest may cover more than the function uses.
         names = sorted(_names_in(code))
         parts += self._globals(names, function.__globals__)
         for module in _imported_in(code, function.__globals__):
@@ -423,6 +395,7 @@ def _imported_in(code: types.CodeType, namespace: Mapping[str, Any]) -> list[typ
 
 def _library_of_class(cls: type) -> str | None:
     """Return the installed package that defines a class; None of the user's own code and that of plugins."""
+    # `__module__` is a claim that any class can make: it is believed if the name leads back to the class.
     module = sys.modules.get(cls.__module__)
     value: Any = module
     for name in cls.__qualname__.split("."):

@@ -48,6 +48,7 @@ class CachedLoader:
         self, epoch: int = 0, *, start: int = 0, limit: int | None = None, shard: Shard | None = None
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch, as :meth:`transfer.data.loader.Loader.epoch`."""
+        # A function of seed, epoch and index, like the augmentation that it replaces.
         views = np.zeros(len(self.split), dtype=np.int64)
         if len(self.views) > 1:
             views = np.random.default_rng((self.loader.seed, epoch, 1)).integers(len(self.views), size=len(self.split))
@@ -110,12 +111,14 @@ def select_stage_inputs(
         mixed=mixed,
         batch_norm=prefix.model.has_batch_norm,
     )
+    # Without a cache there is always a reason; the second condition is for the type checker.
     if reason is not None or cache is None:
         return StageInputs(loader, 0, {"cached": False, "why": reason})
     entries = []
     wanted = range(views or 1) if loader.augments else (None,)
     for view in wanted:
         entry = cache.load_or_compute(prefix, loader, view=view, views=len(wanted))
+        # Some views without the others would change the augmentation, so all of them are cached or none.
         if isinstance(entry, str):
             return StageInputs(loader, 0, {"cached": False, "why": entry})
         entries.append(entry)
@@ -139,7 +142,7 @@ def reason_not_cached(
     """
     if not stages:
         statistics = " (including batch-norm statistics)" if batch_norm else ""
-        return f"nothing to cache: no leading stage is fully frozen{statistics} and worth caching"
+        return f"no leading stage is fully frozen{statistics} and worth caching"
     if not cache:
         return "train.cache is off"
     if mixed:

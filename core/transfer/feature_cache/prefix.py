@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 
 from transfer.config.train_settings import Precision
-from transfer.data.batch import move
 from transfer.data.loader import Loader
 from transfer.data.randomness import preserve_rng_state
 from transfer.feature_cache.content_digest import content_digest
+from transfer.interfaces.preprocessing import move
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
 from transfer.system.directory_cache import KEY_DIGITS
@@ -53,6 +53,11 @@ class FrozenPrefix:
         """Names of the stages."""
         return list(self.model.stages)[: self.count]
 
+    @property
+    def device(self) -> torch.device:
+        """Device that the stages compute on."""
+        return next(self.model.parameters()).device
+
     def key(self, loader: Loader, view: int | None) -> str:
         """Return the digest of everything that determines the features of a split.
 
@@ -72,6 +77,7 @@ class FrozenPrefix:
         facts = self._facts[id(loader)][1]
         if view is not None:
             facts = facts | {"view": view, "seed": loader.seed, "augmented": self._augmented_sample(loader, view)}
+        # Sorted, because mappings of plugins may be in any order.
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
 
@@ -84,7 +90,7 @@ class FrozenPrefix:
         sample = self._sample(loader)
         return {
             "format": FORMAT,
-            "device": next(self.model.parameters()).device.type,
+            "device": self.device.type,
             "precision": self.precision,
             "fields": loader.fields,
             "examples": loader.split.fingerprint(*loader.fields),
@@ -98,17 +104,17 @@ class FrozenPrefix:
     @functools.cached_property
     def digest(self) -> str:
         """Digest of the stages: weights, buffers, attributes and code."""
+        # Only the stages of the prefix: other heads and other upper stages use the same features.
         return content_digest({name: self.model.stages[name] for name in self.stages})
 
     def _sample(self, loader: Loader) -> str:
         """Return the digest of the inputs and the features of the first examples by index, without augmentation."""
         if not len(loader.split):
             return ""
-        batch = loader.in_fixed_order(SAMPLE_EXAMPLES, augment=False).examples.batch(_sample_of(loader, 0))
-        device = next(self.model.parameters()).device
-        with preserve_rng_state(), _reproducible(device):
+        batch = loader.in_fixed_order(SAMPLE_EXAMPLES, augment=False).batch(_sample_of(loader, 0))
+        with preserve_rng_state(), _reproducible(self.device):
             ((_, features),) = forward_batches(
-                self.model, [batch], device=device, precision=self.precision, end_stage=self.count
+                self.model, [batch], device=self.device, precision=self.precision, end_stage=self.count
             )
         return content_digest((batch.inputs, features))
 
@@ -131,11 +137,12 @@ class FrozenPrefix:
         for batch, features in forward_batches(
             self.model,
             islice(batches, limit),
-            device=next(self.model.parameters()).device,
+            device=self.device,
             precision=self.precision,
             end_stage=self.count,
             out_of_memory_fix=f"set train.cache: off (cached features are computed in batches of {BATCH_SIZE})",
         ):
+            # Moved to the CPU batch by batch: the features of a split may not fit into the memory of a GPU.
             yield batch.indices, move(features, torch.device("cpu"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transfer.data.loader import Loader
 from transfer.errors import TrainingError, TransferError
-from transfer.feature_cache.prefix import FORMAT, FrozenPrefix
+from transfer.feature_cache.prefix import BATCH_SIZE, FORMAT, FrozenPrefix
 from transfer.system.atomic_files import read_json, write_json
 from transfer.system.directory_cache import DirectoryCache
 from transfer.system.user_folders import cache_folder
@@ -43,6 +43,7 @@ class Entry:
 
     def take(self, indices: npt.NDArray[np.int64]) -> Any:
         """Return the features of some examples as the input of the next stage: a tensor or a tuple of tensors."""
+        # Features are stored in the order of computation (longest texts first); `rows` maps indices to that order.
         rows = self.rows[indices]
         if self.offsets is None:
             tensors = tuple(tensor[torch.from_numpy(rows)] for tensor in self.tensors)
@@ -75,11 +76,21 @@ class FeatureCache:
         verify: Whether to recompute a sample of each entry that is used, and to raise an error if it differs.
         folder: Folder of the entries. None uses ``$TRANSFER_CACHE``, or ``transfer/features`` in the user's cache
             folder.
+        progress: Function that is called after each computed batch with its number, from 1, and the number of batches
+            of all views.
     """
 
-    def __init__(self, limit_bytes: int, *, verify: bool = False, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        *,
+        verify: bool = False,
+        folder: Path | None = None,
+        progress: Callable[[int, int], None] = lambda step, steps: None,
+    ) -> None:
         self.limit_bytes = limit_bytes
         self.verify = verify
+        self.progress = progress
         self.folder = folder or cache_folder("features")
         self._folders = DirectoryCache(self.folder, limit_bytes)
 
@@ -105,7 +116,7 @@ class FeatureCache:
         entry: Entry | str | None = self._open(self.folder / key)
         if entry is None:
             try:
-                entry = self._compute(key, prefix, loader, view, self.limit_bytes // views)
+                entry = self._compute(key, prefix, loader, view, views)
             except OSError as error:  # a full disk or a read-only folder: training continues without the cache
                 return f"{error.filename or self.folder} cannot be written: {error.strerror}"
         if self.verify and isinstance(entry, Entry):
@@ -140,6 +151,7 @@ class FeatureCache:
             return None
         try:
             described = read_json(path / "entry.json", "the entry is incomplete")
+            # All files are read once to check them. This warms the page cache, which training then reads from.
             for name, digest in described["sha256"].items():
                 with (path / Path(name).name).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
@@ -152,14 +164,18 @@ class FeatureCache:
         self._folders.get(path.name)  # marks the entry as used
         return entry
 
-    def _compute(
-        self, key: str, prefix: FrozenPrefix, loader: Loader, view: int | None, limit_bytes: int
-    ) -> Entry | str:
+    def _compute(self, key: str, prefix: FrozenPrefix, loader: Loader, view: int | None, views: int) -> Entry | str:
         entry: Entry | None = None
+        steps = math.ceil(len(loader.split) / BATCH_SIZE)
+
+        def batches() -> Iterator[tuple[npt.NDArray[np.int64], Any]]:
+            for number, batch in enumerate(prefix.run(loader, view), 1):
+                yield batch
+                self.progress((view or 0) * steps + number, views * steps)
 
         def write(folder: Path) -> None:
             nonlocal entry
-            described = _write_features(folder, prefix, loader, view, limit_bytes)
+            described = _write_features(folder, prefix, loader, view, self.limit_bytes // views, batches())
             write_json(folder / "entry.json", described)
             # Mapped before the rename: after it, another process may evict the entry at any time.
             entry = replace(_map(folder, described), folder=self.folder / key)
@@ -172,12 +188,20 @@ class FeatureCache:
         return entry or self._open(self.folder / key) or "another process has dropped the entry"
 
     def _compare(self, entry: Entry, prefix: FrozenPrefix, loader: Loader, view: int | None) -> None:
+        # The first batch of the same size and order as when the entry was written: another one would round differently.
         ((indices, features),) = prefix.run(loader, view, limit=1)
         stored, fresh = _as_tuple(entry.take(indices)), _as_tuple(features)
         if entry.offsets is not None:  # outputs at padding are not stored
             stored, fresh = ((values[mask],) for values, mask in (stored, fresh))
+        # On a CPU the same batch in float32 gives the same bits. A GPU may add in another order.
+        exact = prefix.precision == "fp32" and prefix.device.type == "cpu"
         for one, other in zip(stored, fresh, strict=True):
-            if one.shape != other.shape or not torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-5):
+            equal = one.shape == other.shape and one.dtype == other.dtype
+            if equal and exact:
+                equal = torch.equal(one, other)
+            elif equal:
+                equal = torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-5)
+            if not equal:
                 raise TrainingError(
                     "cached features differ from the current output of the frozen stages",
                     where=str(entry.folder),
@@ -190,7 +214,12 @@ class _NotCacheableError(Exception):
 
 
 def _write_features(
-    folder: Path, prefix: FrozenPrefix, loader: Loader, view: int | None, limit_bytes: int
+    folder: Path,
+    prefix: FrozenPrefix,
+    loader: Loader,
+    view: int | None,
+    limit_bytes: int,
+    batches: Iterable[tuple[npt.NDArray[np.int64], Any]],
 ) -> dict[str, Any]:
     """Write the features of all examples into a folder; return the content of ``entry.json``.
 
@@ -207,10 +236,11 @@ def _write_features(
     is_tuple = is_sequence = False
     written = 0
     try:
-        for indices, features in prefix.run(loader, view):
+        for indices, features in batches:
             tensors = _as_tuple(features)
             if not all(isinstance(tensor, Tensor) for tensor in tensors):
                 raise _NotCacheableError(f"{output} is neither a tensor nor a tuple of tensors")
+            # The first batch determines the layout of the entry; later batches must have the same.
             if not order:
                 is_tuple = isinstance(features, tuple)
                 is_sequence = _is_sequence(tensors)
@@ -224,6 +254,7 @@ def _write_features(
                 steps = mask.sum(1)
                 if not torch.equal(mask, _mask(steps, mask.shape[1])):
                     raise _NotCacheableError(f"{output} has padding before the last step of a sequence")
+                # Padding is not stored: (B, T, D) and the mask (B, T) become (sum of steps, D), and the lengths (B,).
                 lengths.append(steps.numpy())
                 rows: tuple[Tensor, ...] = (values[mask],)
             else:
@@ -231,6 +262,7 @@ def _write_features(
             for tensor, shape, file in zip(rows, shapes, files, strict=True):
                 if list(tensor.shape[1:]) != shape or (not is_sequence and len(tensor) != len(indices)):
                     raise _NotCacheableError(f"{output} differs in shape between batches")
+                # Through bytes, because NumPy has no bfloat16.
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 written += tensor.numel() * tensor.element_size()
             # The longest sequences come first, so an estimate from them would be too high.
@@ -254,6 +286,7 @@ def _write_features(
 
 
 def _map(folder: Path, described: Mapping[str, Any]) -> Entry:
+    # allow_pickle=False: a file in the cache folder must not be able to run code.
     order = np.load(folder / "order.npy", allow_pickle=False)
     rows = np.empty_like(order)
     rows[order] = np.arange(len(order))
@@ -265,6 +298,7 @@ def _map(folder: Path, described: Mapping[str, Any]) -> Entry:
     tensors = []
     for number, (shape, dtype) in enumerate(zip(described["shapes"], described["dtypes"], strict=True)):
         size = count * math.prod(shape)
+        # Memory-mapped: the features may be larger than the memory, and processes share the pages.
         flat = torch.from_file(str(folder / f"{number}.bin"), size=size, dtype=getattr(torch, dtype))
         tensors.append(flat.view(count, *shape))
     return Entry(folder, tuple(tensors), rows, offsets, bool(described["is_tuple"]))

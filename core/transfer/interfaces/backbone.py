@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -75,13 +75,28 @@ class Backbone(nn.Module, ABC):
         """All fields that this backbone takes as input. With several, each example is a tuple of their values."""
         return (self.field,)
 
+    @property
+    def unsized_stages(self) -> Collection[str]:
+        """The names of stages whose number of parameters depends on data that was not read (a vocabulary)."""
+        return ()
+
     def __init__(self, stages: Mapping[str, nn.Module]) -> None:
         super().__init__()
+        if not isinstance(stages, Mapping) or not all(isinstance(stage, nn.Module) for stage in stages.values()):
+            raise TypeError(f"the stages are invalid: expected modules by name, got {stages!r}")
         # "head" is the stage that follows the backbone in a model, and dots separate groups: no part may be empty.
         if not stages or any(name.split(".")[0] == "head" or not all(name.split(".")) for name in stages):
             raise ValueError(
                 f"the names of the stages are invalid: expected names other than 'head', got {list(stages)}"
             )
+        for name, module in stages.items():
+            if other := next(
+                (o for o in stages if o != name and (o.startswith(f"{name}.") or stages[o] is module)), None
+            ):
+                reason = (
+                    "are the same module" if stages[other] is module else "overlap: a dot separates group and stage"
+                )
+                raise ValueError(f"the stages {name!r} and {other!r} {reason}")
         self.stages = nn.Sequential()
         for name, module in stages.items():
             # torch does not allow dots in the names of modules.

@@ -32,11 +32,14 @@ class DataSpec:
             ones, shape (C,)), or a ``number`` (float32, shape (C,)).
         classes: Names of the classes, labels or numbers, in the order of the model's outputs. Empty until the data has
             been read, unless the options determine them.
+        placeholders: Whether ``classes`` are placeholders, because the data has not been read. Their names and their
+            number are unrelated to the data, so options that name classes must not be compared with them.
     """
 
     fields: tuple[str, ...]
     target: TargetKind
     classes: tuple[str, ...] = ()
+    placeholders: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from transfer.errors import DataError
 from transfer.interfaces.renamed import adopt_renamed_methods
 
 
@@ -31,12 +33,23 @@ class Occlusion:
     rest: Any
 
 
+_CPU = torch.device("cpu")
+
+
+def move(inputs: Any, device: torch.device) -> Any:
+    """Return a tensor or a tuple of tensors on another device, copied asynchronously from pinned memory."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    return tuple(move(item, device) for item in inputs)
+
+
 class Preprocessing(ABC):
     """Conversion of raw values of a field to the input of a backbone.
 
     Preprocessing belongs to the backbone, because it must match the pretraining. It has a deterministic step
-    (:meth:`encode`), which can be done once, and a random one (:meth:`augment`). Objects are small and picklable:
-    loader processes get a copy.
+    (:meth:`encode`), which can be done once, a random one (:meth:`augment`), and two for batches: :meth:`collate` makes
+    a compact batch on the CPU, and :meth:`to_device` completes it on the device of the model. Objects are small and
+    picklable: loader processes get a copy.
     """
 
     encode_once: ClassVar[bool] = False
@@ -45,6 +58,9 @@ class Preprocessing(ABC):
     media_type: ClassVar[str] = "text/plain"
     """MIME type of the input on the demo page: a text box for ``text/plain``, a file picker for anything else
     (``image/*``)."""
+
+    file_suffixes: ClassVar[tuple[str, ...]] = ()
+    """Suffixes, in lower case, of the files in a folder that a prediction reads. Empty: all files."""
 
     parts: Mapping[str, Preprocessing] = {}
     """Preprocessing of each input by name, if there are several; a raw value is then a tuple with one value each."""
@@ -91,11 +107,26 @@ class Preprocessing(ABC):
         The default stacks tensors, or tuples of tensors, whose shapes are the same in every example.
 
         Returns:
-            Input of the backbone: a tensor or a tuple of tensors, batch first.
+            A tensor or a tuple of tensors, batch first, in the smallest type that holds the values (uint8 images).
         """
         if isinstance(encoded[0], Tensor):
             return torch.stack(list(encoded))
         return tuple(torch.stack(column) for column in zip(*encoded, strict=True))
+
+    def to_device(self, inputs: Any, device: torch.device) -> Any:
+        """Move the output of :meth:`collate` to a device, and complete it there: convert and normalize, for example.
+
+        By default the tensors are only moved. An override must not wait for the device: copy with ``non_blocking``, and
+        keep constants on the device.
+
+        Returns:
+            Input of the backbone: a tensor or a tuple of tensors, batch first, on the device.
+        """
+        return move(inputs, device)
+
+    def model_inputs(self, encoded: Sequence[Any], device: torch.device = _CPU) -> Any:
+        """Return the input of the backbone for encoded values: :meth:`collate`, then :meth:`to_device`."""
+        return self.to_device(self.collate(encoded), device)
 
     def length(self, encoded: Any) -> int:
         """Return the length of an encoded value, to which a batch is padded; by default 1."""
@@ -107,6 +138,16 @@ class Preprocessing(ABC):
         Override it if the sequence stores all lengths: a split may contain millions of values.
         """
         return np.fromiter(map(self.length, encoded), dtype=np.int64, count=len(encoded))
+
+    def warning(self, values: Sequence[Any]) -> str | None:
+        """Return a warning about raw values that can be encoded but mean little to the model; None by default.
+
+        An example are texts whose words are mostly unknown. Raw values may be slow to read: examine a sample.
+
+        Args:
+            values: Raw values of the validation split.
+        """
+        return None
 
     @abstractmethod
     def read(self, source: str) -> Any:
@@ -136,6 +177,37 @@ class Preprocessing(ABC):
             path.write_bytes(content)
             return self.read(str(path))
 
+    def read_value(self, source: Any) -> Any:
+        """Return the raw value for an item of a list, a line of standard input, or the path of a file.
+
+        A string is a value and never a path if :attr:`media_type` is a text: a text may be equal to the name of a file.
+        For any other media type, a string is the path of a file.
+
+        Args:
+            source: String, ``pathlib.Path`` of a file, bytes of a file, or raw value, which is returned unchanged.
+
+        Raises:
+            transfer.DataError, ValueError, OSError: The source cannot be read; the framework then names it.
+        """
+        # Plugins that define only `read` receive every string there.
+        has_content_reader = type(self).read_bytes is not Preprocessing.read_bytes
+        is_text = self.media_type.startswith("text/") and has_content_reader
+        if isinstance(source, str):
+            return self.read_bytes(source.encode()) if is_text else self.read(source)
+        if isinstance(source, os.PathLike):
+            path = Path(source).expanduser()
+            if not path.is_file():  # a device or pipe may never end
+                raise DataError("it is no regular file" if path.exists() else "there is no such file", where=str(path))
+            return self.read_bytes(path.read_bytes()) if is_text else self.read(str(path))
+        return self.read_bytes(source) if isinstance(source, bytes) else source
+
+    def unknown_fraction(self, encoded: Any) -> float:
+        """Return the fraction of an encoded value that is outside the vocabulary, from 0 to 1; by default 0.
+
+        There is no prediction for a value that is completely unknown.
+        """
+        return 0.0
+
     def example(self) -> Any:
         """Return a typical raw value to check shapes with before data is read; None if there is none."""
         return None
@@ -146,7 +218,7 @@ class Preprocessing(ABC):
         """Render the examples of a batch as the model receives them.
 
         Args:
-            inputs: Output of :meth:`collate`; a training batch may be augmented and mixed.
+            inputs: Output of :meth:`to_device`; a training batch may be augmented and mixed.
             values: Raw values of the examples.
             captions: Caption of each example, in one or more lines.
             groups: Indices of the examples under each heading, in order.

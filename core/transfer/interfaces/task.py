@@ -75,3 +75,27 @@ class Task(ABC):
     def prepare(self, targets: npt.NDArray[Any]) -> None:
         """Process the targets of the training split once before training (class weights); by default do nothing."""
         return
+
+    def state(self) -> dict[str, Any]:
+        """Return the JSON values that :meth:`prepare` computed, which are saved with the model; by default none."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the values of :meth:`state` in a saved model; by default do nothing.
+
+        Args:
+            state: The saved values; empty if the model was saved by a version without them.
+
+        Raises:
+            ValueError: The values do not fit the task.
+        """
+        return
+
+    def output_scaling(self) -> tuple[Tensor, Tensor] | None:
+        """Return offset and scale, float32 (out_features,) each, of the model's outputs; None, the default, for none.
+
+        The model returns ``offset + scale * x`` for the outputs x of the head, in training, predictions and exports. It
+        is called after :meth:`prepare` or :meth:`load_state`. Regression returns the mean and the standard deviation of
+        the training targets: the head then learns numbers around 0, while outputs have the units of the targets.
+        """
+        return None

@@ -45,6 +45,7 @@ def forward_batches(
     Raises:
         MemoryRanOut: Memory ran out; the error states the batch size.
     """
+    # Read once: the model looks every stage up by its name.
     stages = list(model)[first_stage:end_stage]
     training = model.training
     model.eval()
@@ -56,6 +57,7 @@ def forward_batches(
                 explain_out_of_memory(len(cpu_batch.indices), out_of_memory_fix),
                 autocast(precision, device),
             ):
+                # Inside the context, because this copy may be the one that finds no memory.
                 batch = cpu_batch.to(device)
                 value = batch.inputs
                 for stage in stages:

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from transfer.errors import PluginError
 from transfer.interfaces import Backbone, Head
 
 BATCH_NORM = nn.modules.batchnorm._NormBase
 """Layers with running statistics: batch norm of any dimension, synchronized or not, and tracked instance norm."""
+
+
+_SCALING = ("_output_offset", "_output_scale")
+"""Names of the head's buffers with the scaling of its outputs."""
+
+
+def _scale(head: nn.Module, inputs: Any, outputs: Tensor) -> Tensor:
+    offset, scale = (head.get_buffer(name) for name in _SCALING)
+    return offset + scale * outputs
 
 
 class Model(nn.Module):
@@ -89,6 +99,40 @@ class Model(nn.Module):
         self._frozen = frozen
         self._batch_norm_stays = batch_norm
         self.train(self.training)
+
+    def scale_outputs(self, scaling: tuple[Tensor, Tensor] | None) -> None:
+        """Return ``offset + scale * x`` for the outputs x of the head from now on.
+
+        Args:
+            scaling: Offset and scale, float32 (out_features,) each; None changes nothing.
+        """
+        if scaling is None:
+            return
+        head, device = self.stages["head"], next(self.parameters()).device
+        # Buffers move with the model and become constants of exported programs. They are not persistent, because the
+        # task stores the values: names and content of weight files are those of the head.
+        for name, value in zip(_SCALING, scaling, strict=True):
+            head.register_buffer(name, value.to(device), persistent=False)
+        # A hook instead of a wrapper, which would change the names of the head's parameters.
+        head.register_forward_hook(_scale)
+
+    @property
+    def output_scaling(self) -> tuple[Tensor, Tensor] | None:
+        """Offset and scale of the outputs (:meth:`scale_outputs`); None if they are not scaled."""
+        buffers = dict(self.stages["head"].named_buffers(recurse=False))
+        return (buffers[_SCALING[0]], buffers[_SCALING[1]]) if _SCALING[0] in buffers else None
+
+    def head_as_linear(self) -> nn.Linear | None:
+        """Return the linear layer that the head and the scaling of its outputs are equivalent to; None if none is."""
+        linear: nn.Linear | None = self.stages["head"].as_linear()  # type: ignore[operator]
+        if linear is None or self.output_scaling is None:
+            return linear
+        offset, scale = self.output_scaling
+        scaled = nn.Linear(linear.in_features, linear.out_features, device=offset.device)
+        with torch.no_grad():
+            scaled.weight.copy_(linear.weight * scale[:, None])
+            scaled.bias.copy_(offset if linear.bias is None else linear.bias * scale + offset)
+        return scaled
 
     def train(self, mode: bool = True) -> Model:
         """Set the mode of all modules but the frozen ones, which stay in eval mode."""

@@ -5,28 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from transfer.errors import Problem, RunError
+from transfer.errors import RunError
 from transfer.interfaces import TargetKind
 from transfer.storage.run_directory import FORMAT
 from transfer.system.atomic_files import read_json, read_text
+from transfer.system.file_schema import FileSchema, checked
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Data(_Strict):
+class _Data(FileSchema):
     fields: list[str]
     target: TargetKind
     classes: list[str]
 
 
-class _Plugin(_Strict):
+class _Plugin(FileSchema):
     kind: str
     name: str
     distribution: str
@@ -35,10 +30,11 @@ class _Plugin(_Strict):
     extras: list[str] = []
 
 
-class _Described(_Strict):
+class _Described(FileSchema):
     backbone: dict[str, Any]
     head: dict[str, Any]
     task: dict[str, Any]
+    task_state: dict[str, Any] = {}
     data: _Data
     preprocessing: dict[str, Any]
     assets: list[str]
@@ -57,7 +53,7 @@ def read_description(folder: Path, missing: str, fix: str) -> dict[str, Any]:
         RunError: The file is missing, has another format, or has invalid content.
     """
     file = folder / DESCRIPTION
-    described = read_json(file, missing, fix)
+    described = {"task_state": {}, **read_json(file, missing, fix)}  # older versions wrote no state
     if described.get("format") != FORMAT:
         raise RunError(
             f"the model has format {described.get('format')!r}",
@@ -66,17 +62,7 @@ def read_description(folder: Path, missing: str, fix: str) -> dict[str, Any]:
             fix="use the version of transfer that wrote it",
         )
     again = "copy the folder again from the run that trained it"
-    try:
-        _Described.model_validate(described)
-    except ValidationError as error:
-        raise RunError.of(
-            [
-                Problem(
-                    f"the model folder is incomplete: {'.'.join(map(str, e['loc']))}: {e['msg']}", str(file), (), again
-                )
-                for e in error.errors(include_url=False)
-            ]
-        ) from error
+    checked(described, _Described, str(file), "the model folder is incomplete", again)
     for name in described["assets"]:
         if not name or Path(name).name != name or name in (DESCRIPTION, WEIGHTS) or name.startswith("."):
             raise RunError(f"the model folder is incomplete: {name!r} is no file of it", where=str(file), fix=again)

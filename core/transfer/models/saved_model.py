@@ -18,8 +18,9 @@ from transfer.models.assemble import assemble
 from transfer.models.model import Model
 from transfer.models.model_json import DESCRIPTION, WEIGHTS, read_assets, read_description
 from transfer.registry.entry_points import Kind, Plugin
+from transfer.registry.requirements import install_hint
 from transfer.storage.run_directory import FORMAT, RunDirectory
-from transfer.storage.tensor_files import load_tensors, write_tensors
+from transfer.storage.tensor_files import load_tensors, require_same_layout, write_tensors
 from transfer.system.atomic_files import atomic_folder, write_atomically, write_json
 
 PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
@@ -42,7 +43,7 @@ class LoadedModel:
     data: DataSpec
 
 
-def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backbone, model: Model) -> None:
+def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backbone, task: Task, model: Model) -> None:
     """Write a trained model atomically, in place of an older one: weights, config blocks, classes, preprocessing."""
     components = {"backbone": config.backbone, "head": config.head, "task": config.task}
     with atomic_folder(folder, make_room=lambda: shutil.rmtree(folder, ignore_errors=True)) as temporary:
@@ -55,7 +56,8 @@ def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backb
             {
                 "format": FORMAT,
                 **{kind: dict(component.resolved) for kind, component in components.items()},
-                "data": asdict(data),
+                "task_state": task.state(),
+                "data": {"fields": data.fields, "target": data.target, "classes": data.classes},
                 "features": asdict(backbone.features),
                 "preprocessing": dict(backbone.preprocessing.describe()),
                 "assets": sorted(assets),
@@ -88,9 +90,12 @@ def read_model(folder: Path) -> LoadedModel:
     backbone_class: type[Backbone] = backbone_block.cls
     again = "copy the folder again from the run that trained it"
     # A plugin may raise any exception if somebody has edited its files.
-    with damaged("the model cannot be built", str(file), again), error_location(str(file)):
-        backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
-        the_task, model = assemble(backbone, head, task, spec)
+    with damaged("the model cannot be built", str(file), again):
+        with error_location(str(file)):
+            backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
+            the_task, model = assemble(backbone, head, task, spec)
+        the_task.load_state(described["task_state"])
+        model.scale_outputs(the_task.output_scaling())
     _load_weights(model, folder / WEIGHTS)
     model.eval()
     return LoadedModel(model, backbone, the_task, spec)
@@ -104,16 +109,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _load_weights(model: Model, file: Path) -> None:
-    tensors, expected = load_tensors(file), model.state_dict()
+    tensors = load_tensors(file)
+    fix = "copy the folder again from the run that trained it"
     # load_state_dict would convert tensors of another dtype silently.
-    other = [name for name, tensor in tensors.items() if name in expected and tensor.dtype != expected[name].dtype]
-    try:
-        if other:
-            raise RuntimeError(f"{other[0]} has dtype {tensors[other[0]].dtype}")
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        fix = "copy the folder again from the run that trained it"
-        raise RunError(f"the weights do not fit the model: {error}", where=str(file), fix=fix) from error
+    require_same_layout(tensors, model.state_dict(), "the weights do not fit the model", str(file), fix)
+    model.load_state_dict(tensors)
 
 
 def read_task(folder: Path) -> Task:
@@ -134,6 +134,6 @@ def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:
         return load_component(kind, described[kind], str(file))
     except PluginError as error:
         package = Plugin(**described["plugins"][kind]).requirement
-        fix = f"pip install {shlex.quote(package)}" if package else "register it first, as the training script did"
+        fix = install_hint(package, "register it first, as the training script did")
         problems = [Problem(p.message, p.where, p.available, fix) for p in error.problems]
         raise RunError.of(problems) from error

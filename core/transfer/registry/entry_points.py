@@ -228,6 +228,14 @@ def _check(cls: Any, kind: Kind, name: str, where: str) -> None:
             where=where,
             fix=f"define every abstract method of {_public_name(base)}",
         )
+    # The check of a config reads these attributes from the class, before an object exists.
+    attribute = {"head": "layouts", "task": "targets"}.get(kind)
+    if attribute and not isinstance(value := getattr(cls, attribute, None), frozenset | set):
+        raise PluginError(
+            f"the class attribute {attribute} of {kind} {name!r} is {value!r}: expected a frozenset",
+            where=where,
+            fix=f"write {attribute} = frozenset({{...}}) in the class {cls.__name__}",
+        )
 
 
 def _describe(kind: Kind, entry_point: EntryPoint) -> Plugin:

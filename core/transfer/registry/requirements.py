@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from functools import cache
@@ -15,6 +16,24 @@ if TYPE_CHECKING:
 
 CORE_DISTRIBUTION = "transferkit"
 """The distribution that contains the package ``transfer``."""
+
+
+_PINNED = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(\[[A-Za-z0-9._,-]+\])?==[0-9][0-9A-Za-z.+!-]*")
+
+
+def install_hint(requirement: str, otherwise: str) -> str:
+    """Return the command that installs the package of a plugin, as a file names it.
+
+    Args:
+        requirement: Requirement from a file, which may have been edited: anything but a name with a version, such as an
+            address or an option of pip, is not repeated. Empty if the plugin was registered by a script.
+        otherwise: Text if the requirement is empty.
+    """
+    if not requirement:
+        return otherwise
+    if not _PINNED.fullmatch(requirement):
+        return "ask for the package of the plugin where the folder comes from: the file does not name a valid one"
+    return f"pip install {shlex.quote(requirement)}"
 
 
 @cache

@@ -35,19 +35,19 @@ class _Axes:
 
     Args:
         x, y: Lowest and highest value on each axis.
-        log: Whether the y axis is logarithmic.
+        log_x, log_y: Whether each axis is logarithmic.
     """
 
-    def __init__(self, x: Point, y: Point, *, log: bool = False) -> None:
-        self.x, self.log = _widened(x), log
-        # A twentieth of a power of ten keeps the lowest and the highest point off the edges of the chart.
-        self.y = _widened(y) if not log else (math.log10(y[0]) - 0.05, math.log10(y[1]) + 0.05)
+    def __init__(self, x: Point, y: Point, *, log_x: bool = False, log_y: bool = False) -> None:
+        self.log_x, self.log_y = log_x, log_y
+        self.x, self.y = _extent(x, log=log_x), _extent(y, log=log_y)
 
     def to_x(self, value: float) -> float:
+        value = math.log10(value) if self.log_x else value
         return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.x[0]) / (self.x[1] - self.x[0])
 
     def to_y(self, value: float) -> float:
-        value = math.log10(value) if self.log else value
+        value = math.log10(value) if self.log_y else value
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - self.y[0]) / (self.y[1] - self.y[0])
 
     def to_point(self, point: Point) -> str:
@@ -55,11 +55,11 @@ class _Axes:
 
     def draw(self, x_label: str, *, integers: bool = False) -> Iterator[Markup]:
         """Yield grid lines, numbers at round values, and the label of the x axis."""
-        for value in _log_ticks(*self.y) if self.log else _ticks(*self.y):
+        for value in _log_ticks(*self.y) if self.log_y else _ticks(*self.y):
             y = self.to_y(value)
             yield _tag("path", class_="grid", d=f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}")
             yield _text(LEFT - 6, y + 4, f"{value:g}", "end")
-        for value in _ticks(*self.x, integers=integers):
+        for value in _log_ticks(*self.x) if self.log_x else _ticks(*self.x, integers=integers):
             yield _text(self.to_x(value), HEIGHT - BOTTOM + 17, f"{value:g}", "middle")
         yield _tag("path", class_="axis", d=f"M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}")
         yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "middle")
@@ -71,7 +71,8 @@ def lines(
     *,
     x_label: str = "epoch",
     marks: Mapping[float, str] = {},
-    log: bool = False,
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> Markup:
     """Return a line chart.
 
@@ -80,18 +81,24 @@ def lines(
         series: Points (x, y) of each line, by the line's name.
         x_label: Label of the x axis.
         marks: Labels of vertical lines, by their x.
-        log: Whether the y axis is logarithmic.
+        log_x: Whether the x axis is logarithmic.
+        log_y: Whether the y axis is logarithmic.
     """
     points = [point for line in series.values() for point in line]
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    axes = _Axes((min(xs), max(xs)), (min(ys), max(ys)), log=log)
-    parts = [*axes.draw(x_label, integers=True)]
+    axes = _Axes((min(xs), max(xs)), (min(ys), max(ys)), log_x=log_x, log_y=log_y)
+    parts = [*axes.draw(x_label, integers=not log_x)]
+    occupied: list[Point] = []
     for x, label in marks.items():
-        middle = axes.to_x(x)
-        on_the_left = middle > WIDTH - 90  # a label near the right edge would leave the chart
+        middle, width = axes.to_x(x), LEGEND_CHARACTER_WIDTH * len(label)
+        on_the_left = middle + width > WIDTH - RIGHT  # a label near the right edge would leave the chart
         offset, anchor = (-4, "end") if on_the_left else (4, "start")
-        parts.append(_tag("path", class_="mark", d=f"M{middle:.1f} {TOP}V{HEIGHT - BOTTOM}"))
-        parts.append(_text(middle + offset, TOP - 3, label, anchor, "label"))
+        start = middle + offset - (width if on_the_left else 0)
+        parts.append(_tag("path", _tag("title", label), class_="mark", d=f"M{middle:.1f} {TOP}V{HEIGHT - BOTTOM}"))
+        # A label that would overlap an earlier one is only a tooltip.
+        if all(start + width < left or start > right for left, right in occupied):
+            occupied.append((start, start + width))
+            parts.append(_text(middle + offset, TOP - 3, label, anchor, "label"))
     for number, (name, values) in enumerate(series.items()):
         # More lines than colors repeat the colors, dashed.
         line_style = f"line c{number % NUM_COLORS}" + (" dashed" if number >= NUM_COLORS else "")
@@ -160,13 +167,7 @@ def stacked_bar(title: str, parts: Mapping[str, float], unit: str) -> Markup:
 
 
 def confusion_matrix(title: str, counts: Sequence[Sequence[int]], names: Sequence[str]) -> Markup:
-    """Return a confusion matrix: a row for every true class, a column for every predicted class.
-
-    Args:
-        title: Title of the chart.
-        counts: Number of examples by true and predicted class.
-        names: Names of the classes.
-    """
+    """Return a confusion matrix: a row for every true class, a column for every predicted class."""
     # Forty classes, the most that the page draws, fit into its width.
     size = max(18, min(64, 620 // len(names)))
     short = [name if len(name) <= MAX_NAME_CHARACTERS else f"{name[: MAX_NAME_CHARACTERS - 1]}…" for name in names]
@@ -264,9 +265,12 @@ def _amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else format_value(float(value), digits=3)
 
 
-def _widened(bounds: Point) -> Point:
-    """Return bounds with a distance between them, also if all values are equal."""
+def _extent(bounds: Point, *, log: bool) -> Point:
+    """Return the ends of an axis, as decimal logarithms if it is logarithmic; they differ also for equal bounds."""
     low, high = bounds
+    if log:
+        # A twentieth of a power of ten keeps the lowest and the highest point off the edges of the chart.
+        return math.log10(low) - 0.05, math.log10(high) + 0.05
     return (low, high) if high > low else (low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5)
 
 

@@ -36,7 +36,7 @@ from transfer.storage.run_directory import Predictions
 from transfer.system.formatting import format_count, format_duration, format_value
 from transfer.system.templates import environment
 from transfer.training.experiment import Phase
-from transfer.training.preflight import treatment
+from transfer.training.preflight import describe_preprocessing, treatment
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 MAX_DRAWN_CLASSES = 40
@@ -221,7 +221,7 @@ def _learning_rates(records: Sequence[Mapping[str, Any]], marks: Mapping[float, 
     series = {_join_stages(names, stages): points for points, names in stages_by_rates.items()}
     rates = [rate for points in stages_by_rates for _, rate in points]
     log = min(rates) > 0 and max(rates) / min(rates) > MIN_LOG_SCALE_RATIO
-    return charts.lines("learning rate at the start of the epoch", series, marks=marks, log=log)
+    return charts.lines("learning rate at the start of the epoch", series, marks=marks, log_y=log)
 
 
 def _join_stages(names: Sequence[str], stages: Sequence[str]) -> str:
@@ -433,9 +433,9 @@ def _setup(material: Material) -> dict[str, Any]:
         "scheduler": ", then ".join(dict.fromkeys(schedulers)),
         **({"recipe": train.recipe.name} if train.recipe else {}),
         **({"warm-up": f"{train.warmup_epochs:g} epochs"} if train.warmup_epochs else {}),
-        **({"precision": train.precision} if train.precision != "fp32" else {}),
+        **({"precision": precision} if (precision := material.summary.get("precision", "fp32")) != "fp32" else {}),
         **({"mix": train.mix.model_dump(exclude_none=True)} if train.mix else {}),
-        "preprocessing": dict(material.trained.backbone.preprocessing.describe()),
+        "preprocessing": describe_preprocessing(config, material.trained.backbone),
         **_caches(material.summary),
     }
     return {"phases": list(map(_phase_length, material.phases)), "stages": stages, "facts": facts}
@@ -472,10 +472,11 @@ def _data(material: Material) -> dict[str, Any]:
         extremes = {*ranked[: MAX_LISTED_CLASSES // 2], *ranked[-MAX_LISTED_CLASSES // 2 :]}
         # Imbalance shows at both ends; the classes between them are left out.
         listed, note = [name for name in names if name in extremes], f"The smallest and largest of {len(names):,}."
-    classes = [
-        {"name": name, "counts": [_Count(by_class[split].get(name, 0), size) for split, size in sizes.items()]}
+    # A class without an example has a count of 0 of a split that may be empty too.
+    classes = {
+        name: [(count := by_class[split].get(name, 0), count / max(size, 1)) for split, size in sizes.items()]
         for name in listed
-    ]
+    }
     lengths = None
     if by_split := summary.get("lengths"):
         statistics = list(next(iter(by_split.values())))
@@ -490,23 +491,6 @@ def _data(material: Material) -> dict[str, Any]:
         "learned": summary.get("learned"),
         "pretrained": summary.get("pretrained"),
     }
-
-
-@dataclass(frozen=True)
-class _Count:
-    """The number of examples of a class in a split.
-
-    Args:
-        count: Number of examples of the class.
-        size: Number of examples of the split.
-    """
-
-    count: int
-    size: int
-
-    @property
-    def fraction(self) -> float:
-        return self.count / self.size if self.size else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------- environment

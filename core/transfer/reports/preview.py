@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from transfer.config.check import load_config
-from transfer.config.component import error_location
 from transfer.config.run_config import Config
-from transfer.config.train_settings import MixupCutmix, Precision
+from transfer.config.train_settings import MixupCutmix, TrainConfig
 from transfer.data.encoding import encode
 from transfer.data.loader import Loader
 from transfer.data.targets import describe
@@ -22,12 +21,16 @@ from transfer.errors import RunError, UserError
 from transfer.interfaces import Backbone, DataSpec, Split, Task
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
+from transfer.models.precision import place, resolve_precision
+from transfer.models.saved_backbone import build_backbone
 from transfer.models.saved_model import read_model
+from transfer.runs.data import changed_split, read_splits
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import write_atomically
 from transfer.system.devices import resolve_device
 from transfer.system.formatting import format_value
 from transfer.training.build import make_loader, read_data
+from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.mixup import mix_batch
 from transfer.training.preflight import preflight
 
@@ -68,11 +71,9 @@ def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str 
     fields = preflight(checked).backbone.fields
     data, splits = read_data(checked)
     split = splits["train"]
-    backbone_class: type[Backbone] = checked.backbone.cls
-    with error_location(checked.backbone.where):
-        backbone = backbone_class.from_data(split.column(*fields), **checked.backbone.options)
+    backbone = build_backbone(checked.backbone, split.column(*fields))
     # The same order and augmentation as the first batch of a training run with this seed.
-    batch = next(make_loader(checked, split, backbone, training=True).epoch(limit=1))
+    batch = next(make_loader(checked, split, backbone, training=True).epoch(limit=1)).to(torch.device("cpu"))
     captions = [describe(data.spec, target) for target in batch.targets]
     inputs = batch.inputs
     if checked.train.mix is not None:
@@ -89,7 +90,9 @@ def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str 
     return _write(content, path)
 
 
-def preview_predictions(run: str | Path, split: str = "test", *, device: str = "auto") -> Preview:
+def preview_predictions(
+    run: str | Path, split: str = "test", *, device: str = "auto", observe: Observer = ignore_events
+) -> Preview:
     """Render predictions of a run's model: the most confident correct and wrong ones, and the least certain ones.
 
     If the task does not predict one label per example, those with the smallest and the largest loss are rendered. The
@@ -99,20 +102,24 @@ def preview_predictions(run: str | Path, split: str = "test", *, device: str = "
         run: Run directory.
         split: Name of the split: ``train``, ``validation`` or ``test``.
         device: Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
+        observe: Function that is called with a note if the split has changed since the training.
 
     Raises:
-        UserError: The run or its data is invalid, the split does not exist, or the backbone cannot render its field.
+        UserError: The run or its data is invalid, the data has a class that the model does not have, the split does not
+            exist, or the backbone cannot render its field.
     """
     directory = RunDirectory.open(run)
     directory.refuse_links()
     config = load_config(directory.config())
     loaded = read_model(directory.model)
-    _, splits = read_data(config)
+    splits = read_splits(config, loaded.data)
     if split not in splits:
         raise RunError(f"the data has no split {split!r}", where=str(directory.path), available=list(splits))
     examples = splits[split]
+    if (note := changed_split(directory.summary(), split, examples)) is not None:
+        observe(Note(note))
     loader = make_loader(config, examples, loaded.backbone)
-    outputs = _outputs(loaded.model, loader, config.train.precision, resolve_device(device))
+    outputs = _outputs(loaded.model, loader, config.train, resolve_device(device))
     predictions = loaded.task.interpret(outputs)
     groups = _groups(loaded.task, loaded.data, examples, outputs, predictions)
     indices = [index for group in groups.values() for index in group]
@@ -122,7 +129,8 @@ def preview_predictions(run: str | Path, split: str = "test", *, device: str = "
     captions = [_caption(loaded.data, examples.targets[i], predictions[i]) for i in indices]
     preprocessing = loaded.backbone.preprocessing
     column = examples.column(*loaded.backbone.fields)
-    inputs = preprocessing.collate(encode(preprocessing, column, indices, examples.name))
+    encoded = encode(preprocessing, column, indices, examples.name)
+    inputs = preprocessing.model_inputs(encoded)
     content = _render(loaded.backbone, inputs, [column[i] for i in indices], captions, positions)
     suffix = "png" if isinstance(content, bytes) else "txt"
     return _write(content, directory.path / "plots" / f"predictions.{suffix}")
@@ -179,9 +187,10 @@ def _write(content: bytes | str, path: Path | None) -> Preview:
     return Preview(content, path)
 
 
-def _outputs(model: Model, loader: Loader, precision: Precision, device: torch.device) -> Tensor:
+def _outputs(model: Model, loader: Loader, train: TrainConfig, device: torch.device) -> Tensor:
     """Return the outputs for every example of a split, float32 (N, C) on the CPU, in the order of the split."""
-    model.to(device)
+    place(model, device, deterministic=train.deterministic)
+    precision = resolve_precision(train.precision, device)
     outputs, indices = [], []
     for batch, values in forward_batches(model, loader.epoch(), device=device, precision=precision):
         outputs.append(values.float())

@@ -8,18 +8,17 @@ from typing import Any
 
 from transfer.config.check import load_config
 from transfer.config.run_config import RunConfig
-from transfer.data.splits import digest
 from transfer.errors import RunError, UserError, damaged
-from transfer.interfaces import Split
+from transfer.interfaces import DataSpec, Split
 from transfer.models.saved_model import read_model
 from transfer.reports.charts import standalone
 from transfer.reports.page import Material, render
 from transfer.reports.top_losses import Example, top_losses
 from transfer.runs.artifacts import CompletedRun
+from transfer.runs.data import changed_split, read_splits
 from transfer.storage.run_directory import Predictions, RunDirectory
 from transfer.system.atomic_files import write_atomically
 from transfer.system.downloads import no_downloads
-from transfer.training.build import read_data
 from transfer.training.preflight import resolve_phases
 
 REPORT = "report.html"
@@ -54,7 +53,7 @@ def report(run: str | Path) -> Path:
     config = config.quick() if summary.get("quick") else config
     trained = read_model(directory.model)
     with directory.locked():
-        test, missing_reason = _test_split(config, summary)
+        test, missing_reason = _test_split(config, summary, trained.data)
         return write_report(
             CompletedRun(directory, config, resolve_phases(config, trained.model), trained, test, missing_reason)
         )
@@ -108,17 +107,16 @@ def write_report(run: CompletedRun, max_seconds: float | None = None) -> Path:
     return directory.path / REPORT
 
 
-def _test_split(config: RunConfig, summary: Mapping[str, Any]) -> tuple[Split | None, str]:
+def _test_split(config: RunConfig, summary: Mapping[str, Any], trained: DataSpec) -> tuple[Split | None, str]:
     """Return the test split of a run, or None and the reason why it is not available."""
     try:
         with no_downloads():
-            _, splits = read_data(config)
+            splits = read_splits(config, trained)
     except UserError as error:
         return None, f"the data is not available: {error.problems[0].message}"
     if "test" not in splits:
         return None, "the data has no test split"
-    digests: Any = summary.get("digests")
-    if isinstance(digests, Mapping) and digests.get("test") != digest({"test": splits["test"]}):
+    if changed_split(summary, "test", splits["test"]) is not None:
         return None, "the data has changed since the run was scored"
     return splits["test"], ""
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from transfer.config.check import load_config
 from transfer.errors import RunError, unknown_name
 from transfer.interfaces import SPLITS
+from transfer.models.precision import place
 from transfer.models.saved_model import read_model
+from transfer.runs.data import changed_split, read_splits
 from transfer.runs.inference_device import inference_device
 from transfer.storage.run_directory import RunDirectory
-from transfer.training.build import make_experiment, make_loader, read_data
+from transfer.training.build import make_experiment, make_loader
 from transfer.training.evaluation import evaluate as score
-from transfer.training.events import Observer, ignore_events
+from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.preflight import resolve_phases
 
 
@@ -21,7 +23,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the loss and the metrics of a run's model on a split.
 
-    On the machine and the device of the training, they are exactly those in the summary of the run.
+    On the machine and the device of the training, they are exactly those in the summary of the run. A note is reported
+    if the split has changed since the training. Classes are compared by name: their order may change.
 
     Args:
         run: Run directory.
@@ -31,18 +34,22 @@ def evaluate(
         observe: Function that is called with the events of the evaluation.
 
     Raises:
-        UserError: The run or its data are damaged, or the split or the device does not exist.
+        UserError: The run or its data are damaged, the data has a class that the model does not have, or the split or
+            the device does not exist.
     """
     directory = RunDirectory.open(run)
-    quick = bool(directory.summary().get("quick"))
+    summary = directory.summary()
+    quick = bool(summary.get("quick"))
     config = load_config(directory.config())
     config = config.quick() if quick else config
     loaded = read_model(directory.model)
-    _, splits = read_data(config)
+    splits = read_splits(config, loaded.data)
     if split not in splits:
         raise RunError.of([unknown_name("split", split, splits, where=str(directory.path))])
+    if (note := changed_split(summary, split, splits[split])) is not None:
+        observe(Note(note))
     torch_device = inference_device(device, config.train.device, observe)
-    loaded.model.to(torch_device)
+    place(loaded.model, torch_device, deterministic=config.train.deterministic)
     loader = make_loader(config, splits[split], loaded.backbone)
     # Only this split is encoded: the experiment needs a loader for each split, but only one is read.
     loaders = dict.fromkeys(SPLITS, loader)
@@ -57,5 +64,5 @@ def evaluate(
         quick=quick,
     )
     source = experiment.batches_for(loader, experiment.frozen_prefix_length())
-    precision = config.train.precision
+    precision = experiment.options.precision
     return score(loaded.model, loaded.task, source, precision, observe, split, experiment.max_batches)

@@ -52,7 +52,7 @@ def run_facts(config: RunConfig, built: BuiltExperiment, device: str) -> dict[st
             for phase in built.experiment.phases
         ),
         "optimizer": f"{config.optimizer.name}, {config.train.step}",
-        "device": device,
+        "device": f"{device}, {built.experiment.options.precision}",
         **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
     }
 

@@ -9,8 +9,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from transfer.data.batch import Batch
@@ -36,11 +34,24 @@ def outputs_of(loaded: LoadedModel, values: Sequence[Any], name: Callable[[int],
     """
     encoded = encode(loaded.backbone.preprocessing, values, range(len(values)), name)
     outputs = outputs_of_encoded(loaded, encoded)
+    refuse_non_finite(outputs, name)
+    return outputs
+
+
+def refuse_non_finite(outputs: Tensor, name: Callable[[int], str]) -> None:
+    """Raise an error if outputs (N, C) contain NaN or infinity.
+
+    Args:
+        outputs: Outputs of the model, on the CPU.
+        name: Function that returns the name of a value, by index, for error messages.
+
+    Raises:
+        RunError: An output is not finite.
+    """
     finite = outputs.flatten(1).isfinite().all(1).tolist()
     if not all(finite):
         fix = "the weights may be damaged: copy the model again from the machine it was trained on"
         raise RunError("the outputs of the model are not finite", where=name(finite.index(False)), fix=fix)
-    return outputs
 
 
 def outputs_of_encoded(loaded: LoadedModel, encoded: Sequence[Any]) -> Tensor:
@@ -51,8 +62,7 @@ def outputs_of_encoded(loaded: LoadedModel, encoded: Sequence[Any]) -> Tensor:
         encoded: N values as the preprocessing's ``encode`` returns them; they form one batch.
     """
     device = next(loaded.model.parameters()).device
-    count = len(encoded)
-    batch = Batch(loaded.backbone.preprocessing.collate(encoded), torch.empty(count), np.arange(count))
+    batch = Batch.without_targets(loaded.backbone.preprocessing, encoded)
     ((_, outputs),) = forward_batches(loaded.model, [batch], device=device)
     on_cpu: Tensor = outputs.float().cpu()
     return on_cpu

@@ -18,7 +18,7 @@ from transfer.runs.facts import length_quantiles, run_environment, run_facts
 from transfer.runs.tracking import Tracking
 from transfer.storage.environment import environment_diff
 from transfer.storage.run_directory import RunDirectory
-from transfer.system.devices import device_name
+from transfer.system.devices import busy_cores_warning, device_name
 from transfer.system.ranks import lacks_a_launcher
 from transfer.system.signals import Signals
 from transfer.training.build import BuiltExperiment, build
@@ -188,6 +188,8 @@ def _train(
     if processes.is_main:
         observe = tracking
     observe(RunStarted(directory.path, run_facts(config, built, device), epochs, primary_metric))
+    if (warning := busy_cores_warning(built.experiment.options.device)) is not None:
+        observe(Note(f"warning: {warning}"))
     with Signals(processes.all_reduce_max if processes.is_distributed else None) as signals:
         try:
             fitted = fit(built.experiment, directory, observe, signals, resume=resume, processes=processes)
@@ -206,7 +208,14 @@ def _train(
             # An interruption between the model and the summary would leave a complete run that looks incomplete.
             with signals.deferred():
                 if processes.is_main:
-                    write_model(directory.model, config, built.data, built.backbone, built.experiment.model)
+                    write_model(
+                        directory.model,
+                        config,
+                        built.data,
+                        built.backbone,
+                        built.experiment.task,
+                        built.experiment.model,
+                    )
                     directory.write_summary(summary)
                 processes.barrier()
         except BaseException as error:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transfer.errors import Problem, RunError, TrainingError
 from transfer.storage.tensor_files import Tensors, load_tensors, write_tensors
 from transfer.system.atomic_files import atomic_folder, read_json, write_json
+from transfer.system.file_schema import FileSchema, checked
 
 FORMAT = 3
 """Version of the content of a checkpoint. Other versions are refused."""
@@ -111,6 +112,12 @@ def _age(folder: Path) -> int:
     return int(match[1] or 1) if match else 0
 
 
+class _Files(FileSchema):
+    """The part of ``state.json`` that every checkpoint has: digests by file name."""
+
+    sha256: dict[str, str]
+
+
 def _load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     state = read_json(folder / STATE, "there is no complete checkpoint here")
     if state.get("format") != FORMAT:
@@ -124,7 +131,7 @@ def _load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             where=str(folder / STATE),
         )
     tensors = {}
-    for name, digest in state["sha256"].items():
+    for name, digest in checked(state, _Files, str(folder / STATE)).sha256.items():
         file = folder / Path(name).name  # a name, never a path: the file may have been edited by hand
         if not file.is_file() or _digest(file) != digest:
             raise RunError("the file is damaged: its digest is not the one that was written", where=str(file))

@@ -20,7 +20,7 @@ def environment(device: str, distributions: Mapping[str, str], processes: int = 
         distributions: Versions of the plugin distributions by name.
         processes: Number of processes.
     """
-    names = ("torch", "torchvision", "accelerate", "numpy", "tokenizers", "safetensors", "torchmetrics")
+    names = ("torch", "torchvision", "numpy", "tokenizers", "safetensors", "torchmetrics")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

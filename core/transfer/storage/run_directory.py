@@ -23,7 +23,16 @@ from torch import Tensor
 
 from transfer.config.yaml_document import dump, read_plain
 from transfer.errors import ConfigError, RunError
-from transfer.system.atomic_files import parse_object, read_bytes, read_json, read_text, write_atomically, write_json
+from transfer.system.atomic_files import (
+    parse_object,
+    read_bytes,
+    read_json,
+    read_text,
+    refuse_special_entries,
+    write_atomically,
+    write_json,
+)
+from transfer.system.file_schema import FileSchema, checked
 
 FORMAT = 1
 """Version of the layout of the folder. Other versions are refused."""
@@ -32,6 +41,51 @@ PREDICTIONS = "predictions.safetensors"
 TRACKED = "trackers.json"
 LOCK = "lock"
 """File that exists while a process writes into the folder; it contains the process id."""
+
+
+class EpochRecord(FileSchema):
+    """A line of ``metrics.jsonl``."""
+
+    phase: int
+    epoch: int
+    train: dict[str, float]
+    validation: dict[str, float]
+    lr: dict[str, float]
+    seconds: float
+    examples_per_second: float
+    waiting_for_data: float
+
+
+class _Summary(FileSchema):
+    """The file ``summary.json``."""
+
+    status: str
+
+
+class _CompleteSummary(_Summary):
+    """The part of the summary of a complete run that other commands read."""
+
+    best_epoch: int
+    epochs: int
+    validation: dict[str, float]
+    test: dict[str, float] | None
+    primary_metric: str
+    parameters: dict[str, int]
+    seconds: float
+    examples_per_second: float
+    quick: bool = False
+    examples: dict[str, int] = {}
+    data: dict[str, dict[str, int]] = {}
+    cache: list[dict[str, Any]] = []
+    digests: dict[str, str] = {}
+
+
+class _Environment(FileSchema):
+    """The file ``environment.json``."""
+
+    quick: bool = False
+    versions: dict[str, str] = {}
+    resumed: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -141,19 +195,12 @@ class RunDirectory:
             file.close()
 
     def refuse_links(self) -> None:
-        """Raise an error if the folder contains a link to the outside, through which files would be written there.
+        """Raise an error if the folder contains a link to the outside, a pipe, a device or a socket.
 
         Raises:
-            RunError: The folder contains such a link.
+            RunError: The folder contains such an entry.
         """
-        here = self.path.resolve()
-        for path in sorted(self.path.rglob("*")):
-            if path.is_symlink() and not path.resolve().is_relative_to(here):
-                raise RunError(
-                    f"this link leads out of the run directory, to {os.readlink(path)}, and is not followed",
-                    where=str(path),
-                    fix="replace the link by the file or folder it leads to",
-                )
+        refuse_special_entries(self.path)
 
     def _lock(self) -> TextIO:
         path = self.path / LOCK
@@ -202,6 +249,10 @@ class RunDirectory:
             plain = read_plain(self.path / "config.yaml")
         except ConfigError as error:
             raise RunError.of(error.problems) from error
+        task = plain.get("task")
+        if isinstance(task, dict) and str(task.get("name")).rpartition(":")[2] == "regression":
+            # A resolved config contains every option: a run without this one was trained before it existed.
+            task.setdefault("standardize", False)
         return plain if trackers else {name: value for name, value in plain.items() if name != "trackers"}
 
     def summary(self) -> dict[str, Any]:
@@ -210,7 +261,10 @@ class RunDirectory:
         Raises:
             RunError: The run did not end, or the file is damaged.
         """
-        return read_json(self.path / "summary.json", "the run has no summary: it did not end")
+        path = self.path / "summary.json"
+        content = read_json(path, "the run has no summary: it did not end")
+        checked(content, _CompleteSummary if content.get("status") == "complete" else _Summary, str(path))
+        return content
 
     @property
     def complete(self) -> bool:
@@ -236,9 +290,16 @@ class RunDirectory:
         Raises:
             RunError: The file is missing or damaged.
         """
-        content = read_json(self.path / "environment.json", "the run has no environment.json")
-        if not isinstance(content.get("versions", {}), dict) or not isinstance(content.get("resumed", []), list):
-            raise RunError("the file is damaged", where=str(self.path / "environment.json"))
+        path = self.path / "environment.json"
+        content = read_json(path, "the run has no environment.json")
+        if content.get("format", FORMAT) != FORMAT:
+            raise RunError(
+                f"the run has format {content['format']!r}",
+                where=str(path),
+                available=[str(FORMAT)],
+                fix="use the version of transfer that wrote it",
+            )
+        checked(content, _Environment, str(path))
         return content
 
     def note_resume(self, changes: Sequence[str]) -> None:
@@ -297,7 +358,11 @@ class RunDirectory:
             lines = read_text(path).splitlines()
         except (OSError, ValueError) as error:
             raise RunError(f"the metrics cannot be read: {error}", where=str(path)) from error
-        return [parse_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+        records = {f"{path}:{number}": line for number, line in enumerate(lines, 1)}
+        parsed = {where: parse_object(line, where) for where, line in records.items()}
+        for where, record in parsed.items():
+            checked(record, EpochRecord, where)
+        return list(parsed.values())
 
     def write_predictions(self, scored: Predictions) -> None:
         """Write the predictions for the test split."""
@@ -312,10 +377,13 @@ class RunDirectory:
         """
         path = self.path / PREDICTIONS
         try:
-            return Predictions(**load(read_bytes(path)))
+            predictions = Predictions(**load(read_bytes(path)))
+            if len({len(tensor) for tensor in vars(predictions).values() if tensor is not None}) != 1:
+                raise ValueError("the tensors differ in length")
+            return predictions
         except FileNotFoundError:
             return None
-        except (OSError, TypeError, SafetensorError) as error:
+        except (OSError, TypeError, ValueError, SafetensorError) as error:
             raise RunError(f"the predictions cannot be read: {error}", where=str(path)) from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

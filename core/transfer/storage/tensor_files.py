@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +22,10 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     Raises:
         OSError, SafetensorError: The file cannot be written.
     """
+    path.touch()
+    mode = path.stat().st_mode  # that of the umask; safetensors replaces the file by one with the mode 0600
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -38,3 +42,52 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"the tensors cannot be read: {error}", where=str(path)) from error
+
+
+def require_same_layout(
+    tensors: Tensors,
+    expected: Tensors,
+    what: str,
+    where: str,
+    fix: str | None = None,
+    *,
+    allow_infinite: bool = False,
+) -> None:
+    """Require that tensors have the names, dtypes and shapes of other tensors, and finite values.
+
+    The files of a run may have been edited. Kernels of torch trust the layout of the tensors that they get, and a wrong
+    one can overwrite memory.
+
+    Args:
+        tensors: Tensors that were read.
+        expected: Tensors that they are copied to. Non-finite values are allowed only in tensors that are equal to them,
+            such as a buffer with an attention mask.
+        what: Message of the error, in front of the name and the problem (``the weights do not fit the model``).
+        where: Path of the file, for the error.
+        fix: Instruction that solves the problem.
+        allow_infinite: Whether infinite values are allowed in all tensors. NaN is not.
+
+    Raises:
+        RunError: A tensor is missing, unknown, or has another dtype or shape, or its values are not finite.
+    """
+    problem = next(_layout_problems(tensors, expected, torch.isnan if allow_infinite else _not_finite), None)
+    if problem is not None:
+        raise RunError(f"{what}: {problem}", where=where, fix=fix)
+
+
+def _not_finite(tensor: Tensor) -> Tensor:
+    return ~torch.isfinite(tensor)
+
+
+def _layout_problems(tensors: Tensors, expected: Tensors, is_invalid: Callable[[Tensor], Tensor]) -> Iterator[str]:
+    for name in expected.keys() - tensors.keys():
+        yield f"{name} is missing"
+    for name, tensor in tensors.items():
+        if name not in expected:
+            yield f"{name} is unknown"
+        elif tensor.dtype != expected[name].dtype:
+            yield f"{name} has the wrong dtype: expected {expected[name].dtype}, got {tensor.dtype}"
+        elif tensor.shape != expected[name].shape:
+            yield f"{name} has the wrong shape: expected {list(expected[name].shape)}, got {list(tensor.shape)}"
+        elif bool(is_invalid(tensor).any()) and not torch.equal(tensor, expected[name].cpu()):
+            yield f"{name} has values that are not finite"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from transfer.errors import RunError
+
+MAX_TEXT_BYTES = 2**30
+"""Maximum size of a text file that is read."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -61,6 +65,8 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
 
 def read_text(path: Path) -> str:
     """Read a file in UTF-8; raise OSError for anything but a regular file (a pipe may never end)."""
+    if path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
+        raise OSError(f"{path.name} is too large: expected at most {MAX_TEXT_BYTES} bytes")
     return read_bytes(path).decode("utf-8")
 
 
@@ -69,6 +75,43 @@ def read_bytes(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise OSError(f"{path.name} is not a regular file")
     return path.read_bytes()
+
+
+def refuse_special_entries(folder: Path) -> None:
+    """Raise an error for links that lead out of a folder, and for pipes, devices and sockets in it.
+
+    Files would be written through such a link, and a pipe blocks its reader and its writer. The folder may come from
+    somebody else, or contain links to the user's own files.
+
+    Raises:
+        RunError: The folder contains such an entry.
+    """
+    here = Path(os.path.realpath(folder))
+    for path in sorted(folder.rglob("*")):
+        # realpath instead of Path.resolve, which raises an error for links that lead to themselves.
+        if path.is_symlink() and not (path.exists() and Path(os.path.realpath(path)).is_relative_to(here)):
+            raise RunError(
+                f"this link leads out of the run directory, to {os.readlink(path)}, and is not followed",
+                where=str(path),
+                fix="replace the link by the file or folder it leads to",
+            )
+        if not (path.is_file() or path.is_dir()) and path.exists():
+            raise RunError(
+                "this is no regular file, but a pipe, a device or a socket", where=str(path), fix="remove it"
+            )
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error or one of its causes is that of a full disk or an exceeded quota."""
+    while error is not None:
+        # safetensors and SQLite report it only in the text of their errors.
+        text = str(error)
+        if "No space left" in text or "disk is full" in text or "quota exceeded" in text:
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _refuse_constant(name: str) -> None:

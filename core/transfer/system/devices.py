@@ -43,3 +43,28 @@ def resolve_device(name: str = "auto", *, where: str | None = None) -> torch.dev
 def device_name(device: torch.device) -> str:
     """Return the name of a device for people and records: the model of a GPU, otherwise ``cpu`` or ``mps``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def busy_cores_warning(device: torch.device) -> str | None:
+    """Return a warning if other programs use the cores that torch's threads need, otherwise None.
+
+    The threads of OpenMP wait for each other in a busy loop. If a thread has no core, the others only burn time.
+
+    Args:
+        device: Device to compute on; on a GPU, the threads of the CPU matter little.
+    """
+    is_set = any(variable in os.environ for variable in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"))
+    if device.type != "cpu" or is_set or torch.get_num_threads() == 1 or not hasattr(os, "getloadavg"):
+        return None
+    try:
+        load = os.getloadavg()[0]
+    except OSError:  # the system does not measure it
+        return None
+    # All cores of the machine, not those of this process: the load is that of the machine.
+    cores = os.cpu_count() or 1
+    if load <= cores:
+        return None
+    return (
+        f"other programs use the cores: the load average is {load:.1f} on {cores} cores; training may be many times "
+        "faster with OMP_WAIT_POLICY=passive or OMP_NUM_THREADS=1 in the environment"
+    )

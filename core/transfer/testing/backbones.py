@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer.data.batch import move
 from transfer.interfaces import Backbone, FeatureSpec, Head, Preprocessing
+from transfer.interfaces.preprocessing import move
 from transfer.models.model import Model
 from transfer.testing.cases import BATCH, TEXTS, Broken, Case, promise, require
 from transfer.testing.values import images, unchanged, variants
@@ -65,7 +65,7 @@ class Subject:
     def batch(self, backbone: Backbone, values: Sequence[Any] | None = None) -> Any:
         """Return a batch of raw values for a backbone; None: of the first four values of the case."""
         preprocessing = backbone.preprocessing
-        return preprocessing.collate(preprocessing.encode(self.values[:BATCH] if values is None else values))
+        return preprocessing.model_inputs(preprocessing.encode(self.values[:BATCH] if values is None else values))
 
     def model(self) -> Model:
         """Return the backbone with a head."""
@@ -183,7 +183,7 @@ def features_are_as_declared_on_the_meta_device(case: Case) -> None:
     if example is None:
         raise unittest.SkipTest("the preprocessing has no example")
     # Encoding runs outside of the meta device: only the forward pass is checked without memory.
-    inputs = backbone.preprocessing.collate(backbone.preprocessing.encode([example] * BATCH))
+    inputs = backbone.preprocessing.model_inputs(backbone.preprocessing.encode([example] * BATCH))
     require_as_declared(backbone, outputs(backbone, move(inputs, torch.device("meta"))))
 
 
@@ -283,7 +283,9 @@ def preprocessing_is_deterministic(case: Case) -> None:
     preprocessing = built.backbone.preprocessing
     # Workers encode other groups of values than the cache, so the grouping must not matter.
     one_by_one = [preprocessing.encode([value])[0] for value in built.values[:BATCH]]
-    require(same(preprocessing.collate(one_by_one), built.inputs), "encoding values one by one makes another batch")
+    require(
+        same(preprocessing.model_inputs(one_by_one), built.inputs), "encoding values one by one makes another batch"
+    )
 
 
 @promise("interfaces.Preprocessing", "weights")
@@ -293,7 +295,7 @@ def preprocessing_survives_pickling(case: Case) -> None:
     original = built.backbone.preprocessing
     pickled: Preprocessing = pickle.loads(pickle.dumps(original))  # noqa: S301  # pickled on this line
     values = built.values[:BATCH]
-    require(same(pickled.collate(pickled.encode(values)), built.inputs), "the copy makes another batch")
+    require(same(pickled.model_inputs(pickled.encode(values)), built.inputs), "the copy makes another batch")
     require(pickled.describe() == original.describe(), "the copy has another description")
     lengths = [[p.length(value) for value in p.encode(values)] for p in (pickled, original)]
     require(lengths[0] == lengths[1], f"the lengths are {lengths[0]} in the copy and {lengths[1]} in the original")
@@ -312,7 +314,7 @@ def the_same_seed_gives_the_same_augmentation(case: Case) -> None:
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         encoded = preprocessing.encode(built.values[:BATCH])
-        drawn.append(preprocessing.collate([preprocessing.augment(value) for value in encoded]))
+        drawn.append(preprocessing.model_inputs([preprocessing.augment(value) for value in encoded]))
     require(same(drawn[0], drawn[1]), "the same seed results in another augmentation")
     require(not same(drawn[0], drawn[2]), "another seed results in the same augmentation: augments should be False")
 

@@ -8,8 +8,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from transfer.data.batch import move
 from transfer.interfaces import FeatureSpec, Head, Layout
+from transfer.interfaces.preprocessing import move
 from transfer.testing.cases import BATCH, Case, promise, require
 
 SIZE = 8

@@ -39,6 +39,14 @@ def _tasks(case: Case) -> Iterator[tuple[Task, Tensor, Tensor]]:
         yield task, outputs, torch.as_tensor(targets)
 
 
+@promise("interfaces.DataSpec", "quick")
+def names_of_classes_may_be_unknown(case: Case) -> None:
+    """The constructor compares no option with ``DataSpec.classes`` if they are ``placeholders``."""
+    component = case.component()
+    for kind in sorted(component.cls.targets):
+        component.make(DataSpec(("text",), kind, ("(class 1)", "(class 2)"), placeholders=True))
+
+
 @promise("interfaces.Task", "quick")
 def the_loss_is_one_finite_number_per_example(case: Case) -> None:
     """``loss`` returns finite values (B,) with finite gradients for outputs (B, out_features); the engine averages."""

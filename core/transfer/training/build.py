@@ -18,6 +18,7 @@ from transfer.data.splits import complete, count_classes, digest
 from transfer.interfaces import Backbone, Data, Dataset, DataSpec, Split, Task
 from transfer.models.assemble import assemble
 from transfer.models.model import Model
+from transfer.models.saved_backbone import build_backbone, load_pretrained
 from transfer.training.auto_batch_size import find_batch_size
 from transfer.training.events import Note, Observer
 from transfer.training.experiment import SMOKE_TEST_BATCHES, EngineOptions, Experiment, Phase
@@ -69,19 +70,22 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         data_warnings = inspect_data(data, splits, checked.backbone.fields)
     if data_warnings:
         observe(Note(DATA_WARNINGS_TITLE, data_warnings))
-    backbone_class: type[Backbone] = config.backbone.cls
+    # The names of the classes may be known only now. Options of the task that do not fit them are refused before the
+    # backbone downloads its weights.
+    config.task.make(data.spec)
     torch.manual_seed(config.seed)
-    with error_location(config.backbone.where):
-        values = splits["train"].column(*checked.backbone.fields)
-        backbone = backbone_class.from_data(values, **config.backbone.options)
-        pretrained = dict(backbone.load_pretrained()) if config.pretrained else {}
+    backbone = build_backbone(config.backbone, splits["train"].column(*checked.backbone.fields))
+    pretrained = load_pretrained(config.backbone, backbone) if config.pretrained else {}
     learned = dict(backbone.learned())
     if learned:
         observe(Note("learned from the training split", learned))
     if pretrained:
         observe(Note("pretrained weights", pretrained))
+    if (warning := backbone.preprocessing.warning(splits["validation"].column(*checked.backbone.fields))) is not None:
+        observe(Note(f"warning about the validation split: {warning}"))
     task, model = assemble(backbone, config.head, config.task, data.spec)
     task.prepare(splits["train"].targets)
+    model.scale_outputs(task.output_scaling())
     loaders = {
         name: make_loader(config, split, backbone, training=name == "train", repeated=name != "test")
         for name, split in splits.items()
@@ -117,18 +121,9 @@ def make_experiment(
     device: torch.device,
     quick: bool,
 ) -> Experiment:
-    """Return the input of the engine.
-
-    Args:
-        config: Checked config.
-        model: Model with its pretrained weights.
-        task: Task: loss and metrics.
-        backbone: Backbone of the model.
-        loaders: Loader of each split.
-        phases: Phases, resolved for the model.
-        device: Device to train on.
-        quick: Whether to use only a few batches of each split.
-    """
+    """Return the input of the engine."""
+    for loader in loaders.values():
+        loader.pin_memory = device.type == "cuda"
     return Experiment(
         model,
         task,

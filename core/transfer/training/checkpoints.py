@@ -7,10 +7,11 @@ from typing import Any
 
 from transfer.storage import checkpoint
 from transfer.storage.run_directory import RunDirectory
+from transfer.system.file_schema import checked
 from transfer.training.distributed import ProcessGroup
 from transfer.training.events import Note, Observer
 from transfer.training.experiment import EngineOptions
-from transfer.training.state import TrainingState
+from transfer.training.state import BestCheckpointState, TrainingState, load_weights
 
 
 class Checkpoints:
@@ -104,10 +105,12 @@ class Checkpoints:
     def load_best(self) -> dict[str, Any]:
         """Load the weights of the best epoch into the model, and return their epoch and validation metrics."""
         best = self._state.progress.best
-        tensors, loaded = self._processes.broadcast_object(lambda: checkpoint.load(self.run.checkpoints / "best"))
+        folder = self.run.checkpoints / "best"
+        tensors, loaded = self._processes.broadcast_object(lambda: checkpoint.load(folder))
+        checked(loaded, BestCheckpointState, str(folder))
         if best is None or loaded["epoch"] != best["epoch"]:
             text = f"the weights of the best epoch are damaged: those of epoch {loaded['epoch']} are taken"
             self._observe(Note(f"{text}: {loaded.get('recovered')}"))
-        # Checkpoints leave out the stages that no phase changes.
-        self._state.model.load_state_dict(tensors["model"], strict=False)
+        model = self._state.model
+        load_weights(model, tensors.get("model", {}), self._state.changed_weights(model), folder)
         return loaded

@@ -51,6 +51,8 @@ class ProcessGroup:
 
     def __init__(self, rank: Rank | None = None, barrier_group: Any = None, store: Any = None) -> None:
         self.rank = rank or Rank()
+        # A separate group, because the timeout of a collective belongs to its group: barriers wait for days, gradients
+        # for minutes.
         self._barrier_group = barrier_group
         self._store = store
 
@@ -70,6 +72,7 @@ class ProcessGroup:
         Shards are contiguous, differ by at most one example and have two or more. If the batch is too small for that,
         the last ranks have empty shards.
         """
+        # Rounding each end spreads the remainder over the ranks.
         shards = min(self.rank.world_size, max(1, batch_size // MIN_SHARD_EXAMPLES))
         ends = [0, *((number + 1) * batch_size // shards for number in range(shards))]
         return [*pairwise(ends), *[(batch_size, batch_size)] * (self.rank.world_size - shards)]
@@ -106,6 +109,7 @@ class ProcessGroup:
         rows = [shard[:size].detach() for shard in shards]
         rows = [(row if row.dim() > 1 else row[:, None]).flatten(1).contiguous() for row in rows]
         packed = torch.cat([row.view(torch.uint8) for row in rows], dim=1)
+        # Every rank knows all bounds, so no collective is needed to agree on the size.
         sent = packed.new_zeros(max(end - start for start, end in bounds), packed.shape[1])
         sent[:size] = packed
         received = [torch.empty_like(sent) for _ in bounds]
@@ -126,6 +130,7 @@ class ProcessGroup:
         of running statistics is linear: the mean of the updated statistics equals an update with the mean of the
         ranks' batch statistics.
         """
+        # Frozen batch norm is in eval mode: its statistics do not change and are equal on all ranks.
         norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.training]
         statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
         self.all_reduce([parameter for parameter in model.parameters() if parameter.requires_grad], statistics)
@@ -140,6 +145,7 @@ class ProcessGroup:
         with _raise_if_process_lost():
             dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
         with torch.no_grad():
+            # A rank whose examples did not reach a parameter (a rare word) contributes zeros to the sum.
             for parameter, on_any_rank in zip(parameters, has_gradient.tolist(), strict=True):
                 if on_any_rank and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -202,6 +208,7 @@ class ProcessGroup:
         """
         if not self.is_distributed:
             return
+        # Compared on every rank, so that all of them raise: one that continued would wait for the others.
         facts_by_rank: list[Any] = [None] * self.rank.world_size
         with _raise_if_process_lost():
             dist.all_gather_object(facts_by_rank, dict(facts), group=self._barrier_group)
@@ -218,6 +225,7 @@ class ProcessGroup:
         if self._store is None:
             return True
         try:
+            # The store adds atomically: only one process gets the 1.
             return int(self._store.add("error_reports", 1)) == 1
         except RuntimeError:  # the process that hosts the store has ended
             return True
@@ -261,6 +269,7 @@ class ProcessLostError(TrainingError):
 
 def _join(rank: Rank) -> ProcessGroup:
     use_gpus = torch.cuda.is_available() and not cpu_is_requested()
+    # Before the group is made: NCCL would otherwise put every process of a machine on its first GPU.
     if use_gpus:
         torch.cuda.set_device(rank.local_rank)
     try:

@@ -19,7 +19,7 @@ from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
 from transfer.models.forward import explain_out_of_memory, forward_batches
 from transfer.models.model import Model
-from transfer.models.precision import autocast
+from transfer.models.precision import autocast, place
 from transfer.storage.checkpoint import digest
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.memory import peak_memory_bytes
@@ -111,25 +111,29 @@ class Trainer:
         self.device = self.options.device
         self.observe, self.processes = observe, processes
         self.signals = signals or Signals()
-        self.model.to(self.device)
+        place(self.model, self.device, deterministic=self.options.deterministic)
         average = None
         if self.options.ema is not None:
             ema = get_ema_multi_avg_fn(self.options.ema)  # type: ignore[no-untyped-call]
             average = AveragedModel(self.model, multi_avg_fn=ema)
         # The model that is validated and kept: the moving average if there is one.
         self.scored_model = self.model if average is None else cast("Model", average.module)
+        # Only training uses the compiled model: evaluation runs the stages one by one, as the feature cache does, so
+        # that cached and uncached features are the same.
         self.forward: Callable[..., Tensor] = torch.compile(self.model) if self.options.compile else self.model
         # Only fp16 gradients underflow; a disabled scaler passes losses and steps through.
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.precision == "fp16")
         metrics = device_metrics(experiment.task, self.device)
         unchanged, weights = experiment.unchanged_stages(), self.model.state_dict()
+        # A resumed run reads the unchanged stages from their source again: checkpoints do not contain them, so their
+        # digest must be the same.
         base = {name: tensor for name, tensor in weights.items() if self.model.stage_of(name) in unchanged}
         origin = {**experiment.origin, "base weights": digest(base)}
         if processes.is_distributed:
             processes.require_equal({**origin, "initial weights": digest(weights)})
         self.state = TrainingState(self.model, unchanged, origin, average, scaler, metrics)
         self.checkpoints = Checkpoints(run, self.state, self.options, processes, observe)
-        self._pending: list[BatchLoss] = []
+        self._pending: list[BatchLoss] = []  # losses of the last step, which the device may still compute
         self._has_unsaved_steps = False
 
     def prepare_phase(self, phase: Phase) -> None:
@@ -149,14 +153,17 @@ class Trainer:
         try:
             for number in range(self.state.progress.phase, len(self.experiment.phases) + 1):
                 self.train_phase(number)
+            # The last epochs may have been too short for a checkpoint each.
             if self._has_unsaved_steps:
                 with self.signals.deferred():
                     self._save_checkpoint()
         except Interrupted as interruption:
+            # The second Ctrl-C ends the run without writing: the user may be waiting for a full or slow disk.
             if self._has_unsaved_steps and not interruption.at_once:
                 self._save_checkpoint()
             raise
         except RuntimeError as error:
+            # torch raises a plain RuntimeError if the kernel kills a loader process.
             if "DataLoader worker" not in str(error):
                 raise
             raise TrainingError(
@@ -173,7 +180,7 @@ class Trainer:
         # ---- freeze, and compute the frozen prefix once
         self._freeze(phase)
         prefix = freezing.prefix_length(self.model, phase.frozen)
-        train = self._batches_for(experiment.train, prefix, training=True)
+        train = self._batches_for(experiment.train, prefix, training=True, epochs=phase.epochs)
         validation = self._batches_for(experiment.validation, prefix)
         if progress.record_caches(number, {"train": train.report, "validation": validation.report}):
             text = "the feature cache contains other splits than before the interruption"
@@ -184,6 +191,7 @@ class Trainer:
         # ---- optimizer and schedule
         is_new = number > progress.phase  # not resumed within the phase
         first_epoch = progress.epochs - (0 if is_new else progress.phase_epochs)
+        # With max_tokens the number of batches differs between epochs, and the schedule counts optimizer steps.
         limit = experiment.max_batches or sys.maxsize
         batches_per_epoch = [min(experiment.train.count(first_epoch + i), limit) for i in range(phase.epochs)]
         optimizer = build_optimizer(self.model, phase.groups, experiment.optimizer, previous=self.state.optimizer)
@@ -223,7 +231,7 @@ class Trainer:
             sums.rates = learning_rates(self.state.optimizer)
             for metric in metrics.values():
                 metric.reset()
-        self.model.train()
+        self.model.train()  # evaluation leaves it in eval mode; frozen modules stay there
         seconds_before, waiting_before, examples_before = sums.seconds, sums.waiting_seconds, sums.examples
         started = last_progress = time.perf_counter()
         shard = self.processes.shard if self.processes.is_distributed else None
@@ -248,6 +256,7 @@ class Trainer:
                 if self.checkpoints.is_due(sums.batches) and sums.batches < len(sizes):
                     self._save_checkpoint()
             # ---- once in a while: progress for the observers
+            # The pending losses are not in the sum yet, so the mean is over the examples before them.
             recorded = sums.examples - sum(len(loss.indices) for loss in self._pending)
             if recorded and now - last_progress >= PROGRESS_INTERVAL_SECONDS:
                 last_progress = now
@@ -280,6 +289,7 @@ class Trainer:
 
         # ---- forward and backward
         for cpu_batch in batches:
+            # The copy is asynchronous if the loader has pinned the memory.
             batch = cpu_batch.to(self.device)
             # Dropout depends on the seed and the batch number only: a resumed run draws the same numbers.
             number = state.progress.batches + sums.batches + 1
@@ -291,6 +301,7 @@ class Trainer:
                 state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
             # ---- metrics, over the examples of all ranks
+            # Detached, because metrics keep their inputs: otherwise they would keep the graph of every batch alive.
             losses, predictions = losses.detach(), self.experiment.task.predictions(outputs.detach())
             targets, indices = batch.targets, batch.indices
             if batch.global_indices is not None:
@@ -307,6 +318,7 @@ class Trainer:
         if self.options.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)  # the norm is that of the true gradients
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        # The scaler skips a step whose fp16 gradients are not finite, and then lowers its scale.
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
@@ -362,10 +374,12 @@ class Trainer:
         if self.state.average is not None:
             _copy_frozen_to_ema(self.state.average, self.model, phase.frozen.parameters)
 
-    def _batches_for(self, loader: Loader, stages: int, *, training: bool = False) -> StageInputs:
+    def _batches_for(
+        self, loader: Loader, stages: int, *, training: bool = False, epochs: int | None = None
+    ) -> StageInputs:
         """Return the batches of a split. Local rank 0 fills the feature cache, then the other ranks read it."""
         with self.signals.immediate(), self.processes.local_main_first():
-            return self.experiment.batches_for(loader, stages, training=training)
+            return self.experiment.batches_for(loader, stages, training=training, epochs=epochs, observe=self.observe)
 
     def _losses(self, batch: Batch, first_stage: int) -> tuple[Tensor, Tensor]:
         """Return the losses (B,) and the outputs (B, out_features) of a batch, float32."""
@@ -375,9 +389,11 @@ class Trainer:
             inputs = mixed.inputs
         with autocast(self.options.precision, self.device):
             outputs = self.forward(inputs, first_stage)
+        # Losses are computed in float32: exponentials and sums over classes lose too much in 16 bits.
         outputs = outputs.float()
         losses = task.loss(outputs, batch.targets)
         if mixed is not None:
+            # The loss of a mixture is the mixture of the losses, which works for any task.
             losses = mixed.loss(losses, task.loss(outputs, batch.targets[mixed.permutation]))
         if batch.global_indices is not None:
             # A rank without a shard computes a few examples of another one, which must not count.
@@ -422,6 +438,7 @@ class Trainer:
         if experiment.test is not None:
             source = self._batches_for(experiment.test, experiment.frozen_prefix_length())
             caches = [*caches, {"split": "test", **source.report}]
+            # A quick run scores a few batches only, so its predictions would not fit the split.
             collector = PredictionCollector() if self.processes.is_main and experiment.max_batches is None else None
             test = self._evaluate(self.model, source, "test", collector)
             if collector is not None:
@@ -439,6 +456,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "cache": caches,
             "device": str(self.device),
+            "precision": self.options.precision,
         }
 
 

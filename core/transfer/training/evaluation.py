@@ -34,10 +34,13 @@ class PredictionCollector:
     def append(self, indices: npt.NDArray[np.int64], *tensors: Tensor) -> None:
         """Append a batch: the indices of its examples, and (B, ...) for each field of :class:`Predictions`."""
         self._indices.append(indices)
-        self._batches.append(tuple(tensor.cpu() for tensor in tensors))
+        # Copied to pinned memory without waiting for the device.
+        self._batches.append(tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors))
 
     def in_split_order(self) -> Predictions:
         """Return all batches in the order of the split; buckets by length permute the examples."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies may not have ended
         order = torch.from_numpy(np.concatenate(self._indices)).argsort()
         return Predictions(*(torch.cat(tensors)[order] for tensors in zip(*self._batches, strict=True)))
 

@@ -39,6 +39,21 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class CachingStep:
+    """A batch of the features that are computed for the feature cache.
+
+    Args:
+        split: Name of the split.
+        step: Number of the batch, from 1.
+        steps: Number of batches of the split, in all augmented views.
+    """
+
+    split: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class EpochStarted:
     """The start of an epoch.
 
@@ -124,7 +139,17 @@ class RunEnded:
     summary: Mapping[str, Any]
 
 
-Event = Note | RunStarted | EpochStarted | StepEnded | EvaluationStarted | EvaluationStep | EpochEnded | RunEnded
+Event = (
+    Note
+    | RunStarted
+    | CachingStep
+    | EpochStarted
+    | StepEnded
+    | EvaluationStarted
+    | EvaluationStep
+    | EpochEnded
+    | RunEnded
+)
 Observer = Callable[[Event], None]
 
 

@@ -16,7 +16,9 @@ from transfer.feature_cache.prefix import FrozenPrefix
 from transfer.feature_cache.store import FeatureCache
 from transfer.interfaces import Task
 from transfer.models.model import Model
+from transfer.models.precision import resolve_precision
 from transfer.training import freezing
+from transfer.training.events import CachingStep, Observer, ignore_events
 from transfer.training.freezing import Frozen
 from transfer.training.optimizer import ParameterGroup
 
@@ -51,6 +53,7 @@ class EngineOptions:
     Args:
         device: Device to train on.
         precision: Precision of the forward and the backward pass.
+        deterministic: Whether a GPU uses only kernels that give the same result in every run.
         compile: Whether the model is compiled (``torch.compile``).
         accumulate: Number of batches per optimizer step.
         clip_norm: Maximum norm of the gradient. None disables clipping.
@@ -65,6 +68,7 @@ class EngineOptions:
 
     device: torch.device
     precision: Precision
+    deterministic: bool
     compile: bool
     accumulate: int
     clip_norm: float | None
@@ -87,7 +91,8 @@ class EngineOptions:
         """
         return cls(
             device,
-            train.precision,
+            resolve_precision(train.precision, device),
+            train.deterministic,
             train.compile,
             train.accumulate,
             train.clip_norm,
@@ -99,6 +104,11 @@ class EngineOptions:
             train.views,
             train.cache_limit_gib,
         )
+
+
+def views_of_phase(views: int | None, epochs: int | None) -> int | None:
+    """Return the number of augmented views to cache for a phase: computing more than it has epochs would be wasted."""
+    return views if views is None or epochs is None else min(views, epochs)
 
 
 @dataclass(frozen=True)
@@ -131,13 +141,23 @@ class Experiment:
     origin: Mapping[str, str]
     max_batches: int | None = None
 
-    def batches_for(self, loader: Loader, stages: int, *, training: bool = False) -> StageInputs:
+    def batches_for(
+        self,
+        loader: Loader,
+        stages: int,
+        *,
+        training: bool = False,
+        epochs: int | None = None,
+        observe: Observer = ignore_events,
+    ) -> StageInputs:
         """Return the batches of a split, from the feature cache if possible.
 
         Args:
             loader: Loader of the split.
             stages: Number of stages, from the input on, that are frozen.
             training: Whether the batches are trained on: mixup and CutMix prevent caching of these.
+            epochs: Number of epochs that use the batches. No more augmented views are cached. None caches all.
+            observe: Function that is called with the progress of computing features.
         """
         options = self.options
         if self.max_batches is not None:
@@ -147,9 +167,14 @@ class Experiment:
         prefix = FrozenPrefix(self.model, stages, self.assets, options.precision)
         cache = None
         if options.cache != "off":
-            cache = FeatureCache(int(options.cache_limit_gib * 2**30), verify=options.cache == "verify")
+            split = next(name for name in ("train", "validation", "test") if getattr(self, name) is loader)
+            cache = FeatureCache(
+                int(options.cache_limit_gib * 2**30),
+                verify=options.cache == "verify",
+                progress=lambda step, steps: observe(CachingStep(split, step, steps)),
+            )
         mixed = training and options.mix is not None
-        return select_stage_inputs(cache, prefix, loader, views=options.views, mixed=mixed)
+        return select_stage_inputs(cache, prefix, loader, views=views_of_phase(options.views, epochs), mixed=mixed)
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters: ``total``, and ``trainable`` in some phase."""

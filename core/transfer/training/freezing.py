@@ -31,11 +31,6 @@ class Frozen:
 def resolve(model: Model, policy: Freeze, batch_norm: BatchNorm = "frozen") -> Frozen:
     """Resolve a freeze policy for a model on any device, including meta.
 
-    Args:
-        model: Model whose stages and parameters the policy names.
-        policy: Freeze policy of the config.
-        batch_norm: Mode of frozen batch-norm layers.
-
     Raises:
         ConfigError: A stage does not exist, a pattern matches no parameter, or nothing is left to train. Or
             ``batch_norm: train`` is set, and no batch-norm layer is frozen.
@@ -59,6 +54,8 @@ def resolve(model: Model, policy: Freeze, batch_norm: BatchNorm = "frozen") -> F
     return frozen
 
 
+# Layers without parameters whose output depends on nothing else than their input. Dropout is not among them: in train
+# mode its output is random.
 _STATELESS = (
     nn.Sequential,
     nn.Identity,
@@ -79,6 +76,7 @@ def prefix_length(model: Model, frozen: Frozen) -> int:
     stage, for example an embedding, has an attribute ``recompute``.
     """
     count = 0
+    # Only leading stages count: the input of a frozen stage behind a trained one changes with every step.
     for name, stage in model.stages.items():
         norms = [inner for inner in stage.modules() if isinstance(inner, BATCH_NORM)]
         # Without running statistics, batch norm depends on the other examples of the batch, even in eval mode.
@@ -96,6 +94,7 @@ def prefix_length(model: Model, frozen: Frozen) -> int:
 
 def apply(model: Model, frozen: Frozen) -> None:
     """Freeze exactly these parameters, and keep the modules without a trained parameter in eval mode."""
+    # Every parameter is set, because an earlier phase may have frozen others.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen.parameters)
         if name in frozen.parameters:
@@ -126,6 +125,7 @@ def _select(model: Model, names: list[str], policy: Freeze) -> tuple[frozenset[s
                     fix=f"parameter names start with the name of a stage, for example {names[0]}",
                 )
             frozen.update(matched)
+        # A stage without parameters is not complete: no pattern has named it.
         complete = [s for s in all_stages if (inside := _in_stage(s, names)) and frozen.issuperset(inside)]
         return frozenset(frozen), frozenset(complete)
     return frozenset(name for stage in stages for name in _in_stage(stage, names)), frozenset(stages)
@@ -137,10 +137,6 @@ def _in_stage(stage: str, names: list[str]) -> list[str]:
 
 def members(name: str, stages: Sequence[str]) -> list[str]:
     """Return the stage of that name, or all stages of a group (``image`` of ``image.stem``, ``image.layer1``).
-
-    Args:
-        name: Name of a stage or of a group.
-        stages: Names of all stages.
 
     Raises:
         ConfigError: There is no such stage or group.
@@ -158,6 +154,8 @@ def members(name: str, stages: Sequence[str]) -> list[str]:
 
 def _frozen_modules(model: Model, frozen: Frozen) -> list[nn.Module]:
     """Return the outermost modules without a trained parameter."""
+    # Outermost, because eval() and train() apply to all modules inside. Layers inside a partly trained stage count too:
+    # frozen batch norm would otherwise update its statistics.
     outermost: list[nn.Module] = [model.stages[stage] for stage in model.stages if stage in frozen.stages]
     covered = {id(inner) for module in outermost for inner in module.modules()}
     # named_modules yields a module before the modules inside it, so the outermost comes first.

@@ -39,10 +39,6 @@ class MixedBatch:
 def check_mixable(inputs: object, mix: MixupCutmix) -> Tensor:
     """Return the backbone's input if its examples can be mixed. The meta device is supported.
 
-    Args:
-        inputs: Input of the backbone.
-        mix: Options of mixup and CutMix.
-
     Raises:
         ConfigError: The input is not a float tensor, or not a batch of images (B, C, H, W) for CutMix.
     """

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from transfer.config.component import error_location, plugin_errors
 from transfer.config.run_config import RunConfig
 from transfer.config.yaml_document import Key
-from transfer.data.batch import move
 from transfer.errors import ConfigError, PluginError, Problem, UserError
 from transfer.feature_cache.loader import reason_not_cached
 from transfer.interfaces import Backbone, Dataset, DataSpec, FeatureSpec, Task
 from transfer.models.assemble import assemble
 from transfer.models.model import BATCH_NORM, Model
+from transfer.models.saved_backbone import build_backbone
 from transfer.system.devices import resolve_device
 from transfer.system.ranks import cpu_is_requested, rank_from_environment
 from transfer.training import freezing
@@ -64,11 +65,14 @@ def preflight(config: RunConfig) -> CheckedParts:
     for tracker in config.trackers:
         tracker.make()
     dataset: Dataset = config.data.make()
-    spec = dataset.spec if dataset.spec.classes else replace(dataset.spec, classes=PLACEHOLDER_CLASSES)
+    spec = dataset.spec
+    if not spec.classes:
+        spec = replace(spec, classes=PLACEHOLDER_CLASSES, placeholders=True)
     with torch.device("meta"):
-        backbone: Backbone = config.backbone.make()
+        backbone = build_backbone(config.backbone)
         _check_compatibility(config, spec, backbone)
         task, model = assemble(backbone, config.head, config.task, spec)
+    _require_meta(config, model)
     shapes = _run_on_meta(config, backbone, task, model)
     phases = resolve_phases(config, model)
     device = resolve_training_device(config)
@@ -108,13 +112,28 @@ def _check_compatibility(config: RunConfig, data: DataSpec, backbone: Backbone) 
         raise ConfigError.of(problems)
 
 
+def _require_meta(config: RunConfig, model: Model) -> None:
+    """Refuse parameters that existed before the constructor ran, such as those of a global module."""
+    for name, stage in model.stages.items():
+        if outside := [key for key, parameter in stage.named_parameters() if not parameter.is_meta]:
+            block = config.head if name == "head" else config.backbone
+            raise PluginError(
+                f"{block.kind} {block.plugin.name!r} contains parameters that its constructor did not create: expected "
+                f"all on the meta device, where a config is checked, got {', '.join(outside[:5])} of {name!r}",
+                where=block.where,
+                fix="create modules in the constructor, without a device; copy existing weights in load_pretrained",
+            )
+
+
 def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model) -> dict[str, str]:
     """Run two typical examples through the stages on the meta device; check the shapes, and return them by stage."""
     example = backbone.preprocessing.example()
     if example is None:
         return {}
-    encoded = backbone.preprocessing.encode([example, example])
-    value = move(backbone.preprocessing.collate(encoded), torch.device("meta"))
+    name = f"backbone {config.backbone.plugin.name!r}"
+    with error_location(config.backbone.where), plugin_errors(f"{name} cannot encode the example of its preprocessing"):
+        encoded = backbone.preprocessing.encode([example, example])
+        value = backbone.preprocessing.model_inputs(encoded, torch.device("meta"))
     if config.train.mix is not None:
         with config.at("train", "mix"):
             check_mixable(value, config.train.mix)
@@ -125,7 +144,7 @@ def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model
         for name, stage in model.stages.items():
             if name == "head":
                 _check_features(config, value, spec)
-            value = stage(value)
+            value = _run_stage(config, name, stage, value)
             shapes[name] = _shape(value)
     if not isinstance(value, torch.Tensor) or value.shape != (2, task.out_features):
         raise PluginError(
@@ -135,6 +154,14 @@ def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model
             fix="a head returns a float tensor (B, out_features)",
         )
     return shapes
+
+
+def _run_stage(config: RunConfig, name: str, stage: torch.nn.Module, value: Any) -> Any:
+    """Run one stage, or the head, on the meta device; an exception becomes a PluginError."""
+    block = config.head if name == "head" else config.backbone
+    part = f"{block.kind} {block.plugin.name!r}" + ("" if name == "head" else f", stage {name!r},")
+    with error_location(block.where), plugin_errors(f"{part} cannot process the shape {_shape(value)}"):
+        return stage(value)
 
 
 def _check_features(config: RunConfig, value: Any, spec: FeatureSpec) -> None:
@@ -308,3 +335,19 @@ def treatment(config: RunConfig, model: Model, phase: Phase, stage: str) -> tupl
     if sum(len(group.parameters) for group in groups) < parameters:
         text += ", partly frozen"
     return text, True
+
+
+def describe_preprocessing(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
+    """Return the settings of the preprocessing for a table; ``train.augment: false`` disables the augmentation."""
+
+    def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: effective(value)
+            if isinstance(value, Mapping)
+            else "none (train.augment: false)"
+            if name == "augmentation" and not config.train.augment
+            else value
+            for name, value in settings.items()
+        }
+
+    return effective(backbone.preprocessing.describe())

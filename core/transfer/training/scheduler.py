@@ -93,11 +93,7 @@ class Schedule:
             self.scheduler.step()
 
     def after_epoch(self, metric: float) -> None:
-        """Update the learning rates after an epoch.
-
-        Args:
-            metric: Value of the primary metric on the validation split.
-        """
+        """Update the learning rates after an epoch."""
         warming, self.warming = self.warming, False
         if warming or self.scheduler is None or isinstance(self.scheduler, _STEPPED_PER_BATCH):
             return
@@ -120,11 +116,36 @@ class Schedule:
         return {"warmup_steps": self.warmup_steps, "warming": self.warming, **states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that :meth:`state_dict` returned."""
-        self.warmup_steps, self.warming = state["warmup_steps"], state["warming"]
+        """Restore the state that :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: The state is that of another schedule.
+        """
+        self.warmup_steps, self.warming = int(state["warmup_steps"]), bool(state["warming"])
         for name, scheduler in {"scheduler": self.scheduler, "warmup": self.warmup}.items():
             if scheduler is not None:
-                scheduler.load_state_dict(scheduler.state_dict() | state[name])
+                fresh = scheduler.state_dict()
+                # torch would set attributes of any name to any value.
+                for key, value in state[name].items():
+                    fits = value == fresh.get(key)
+                    if key in _VARIABLE:
+                        fits = _is_number(value) and (key != "T_i" or value > 0)
+                    elif not type(scheduler).__module__.startswith("torch."):
+                        fits = key in fresh
+                    if not fits:
+                        raise ValueError(f"{key} of the {name} is {value!r}, and the config has {fresh.get(key)!r}")
+                scheduler.load_state_dict(fresh | state[name])
+
+
+_VARIABLE = {"last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"}
+"""Attributes of torch's schedulers that change during training. The config determines all others."""
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a finite number or a list of them."""
+    if isinstance(value, list):
+        return all(map(_is_number, value))
+    return isinstance(value, int | float) and abs(value) < 2**31
 
 
 def _is_json(value: object) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -17,10 +18,17 @@ from transfer.errors import RunError, TrainingError, damaged
 from transfer.interfaces import PrimaryMetric
 from transfer.models.model import Model
 from transfer.storage import checkpoint
+from transfer.storage.run_directory import EpochRecord
+from transfer.storage.tensor_files import require_same_layout
+from transfer.system.file_schema import FileSchema, checked
 from transfer.training import optimizer_state
 from transfer.training.scheduler import Schedule
 
 _FIX_MISMATCH = "restore the original files, or start a new run with: transfer run"
+_MISMATCH = "the checkpoint does not fit the run"
+
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -36,11 +44,11 @@ class EpochSums:
         rates: Learning rates at the start of the epoch, by stage.
     """
 
-    batches: int = 0
-    examples: int = 0
+    batches: Count = 0
+    examples: Count = 0
     loss_sum: float = 0.0
-    seconds: float = 0.0
-    waiting_seconds: float = 0.0
+    seconds: Seconds = 0.0
+    waiting_seconds: Seconds = 0.0
     rates: dict[str, float] = field(default_factory=dict)
 
 
@@ -63,13 +71,13 @@ class Progress:
         epoch: Counts and sums over the current epoch.
     """
 
-    phase: int = 1
-    phase_epochs: int = 0
-    batches: int = 0
-    trained_examples: int = 0
-    trained_seconds: float = 0.0
-    waiting_seconds: float = 0.0
-    seconds: float = 0.0
+    phase: Annotated[int, Field(ge=1)] = 1
+    phase_epochs: Count = 0
+    batches: Count = 0
+    trained_examples: Count = 0
+    trained_seconds: Seconds = 0.0
+    waiting_seconds: Seconds = 0.0
+    seconds: Seconds = 0.0
     records: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     phase_best: dict[str, Any] | None = None
@@ -80,11 +88,6 @@ class Progress:
     def epochs(self) -> int:
         """Number of completed epochs."""
         return len(self.records)
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Progress:
-        """Return the progress that ``dataclasses.asdict`` turned into plain data."""
-        return cls(**{**plain, "epoch": EpochSums(**plain["epoch"])})
 
     def end_epoch(
         self,
@@ -149,6 +152,38 @@ def _is_better(primary: PrimaryMetric, new: Mapping[str, float], old: Mapping[st
     return new["loss"] < old["loss"]
 
 
+class _BestEpoch(FileSchema):
+    epoch: Count
+    validation: dict[str, float]
+
+
+class _CacheReport(FileSchema):
+    phase: int
+    split: str
+    cached: bool
+
+
+class _MetricUpdates(FileSchema):
+    updates: Count
+    lengths: dict[str, Count]
+
+
+class _CheckpointState(FileSchema):
+    """The file ``state.json`` of the checkpoint ``last``."""
+
+    origin: dict[str, str]
+    progress: Progress
+    optimizer: dict[str, bool | int | float | str | None]
+    groups: list[dict[str, Any]]
+    schedule: dict[str, Any]
+    metric_updates: dict[str, _MetricUpdates]
+    scaler: dict[str, float] | None
+
+
+class BestCheckpointState(_BestEpoch):
+    """The file ``state.json`` of the checkpoint ``best``."""
+
+
 @dataclass
 class TrainingState:
     """Everything that training changes.
@@ -178,16 +213,17 @@ class TrainingState:
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
     # A restored checkpoint whose optimizer and schedule wait for the start of their phase.
-    _restored: tuple[dict[str, dict[str, Tensor]], dict[str, Any], Path] | None = None
+    _restored: tuple[dict[str, dict[str, Tensor]], _CheckpointState, Path] | None = None
 
     def start_phase(self, optimizer: Optimizer, schedule: Schedule) -> None:
         """Set the optimizer and the schedule of a phase; load their state if a checkpoint was restored."""
         if self._restored is not None:
             (tensors, state, folder), self._restored = self._restored, None
-            with damaged("the checkpoint does not fit the run", str(folder), _FIX_MISMATCH):
-                groups = state["groups"]
-                optimizer_state.load_optimizer(self.model, optimizer, tensors["optimizer"], state["optimizer"], groups)
-                schedule.load_state_dict(state["schedule"])
+            with damaged(_MISMATCH, str(folder), _FIX_MISMATCH):
+                optimizer_state.load_optimizer(
+                    self.model, optimizer, tensors["optimizer"], state.optimizer, state.groups, str(folder)
+                )
+                schedule.load_state_dict(state.schedule)
         self.optimizer, self.schedule = optimizer, schedule
 
     def save(self, folder: Path, keep: int) -> None:
@@ -245,30 +281,59 @@ class TrainingState:
         Raises:
             RunError: The checkpoint belongs to a run with other data or other base weights.
         """
-        with damaged("the checkpoint does not fit the run", str(folder), _FIX_MISMATCH):
-            self._restore(tensors, state, folder)
+        where = str(folder)
+        with damaged(_MISMATCH, where, _FIX_MISMATCH):
+            self._restore(tensors, checked(state, _CheckpointState, where, _MISMATCH, _FIX_MISMATCH), folder)
         recovered: str | None = state.get("recovered")
         return recovered
 
-    def _restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], folder: Path) -> None:
-        different = [name for name, value in self.origin.items() if state["origin"].get(name) != value]
+    def _restore(self, tensors: dict[str, dict[str, Tensor]], state: _CheckpointState, folder: Path) -> None:
+        different = [name for name, value in self.origin.items() if state.origin.get(name) != value]
         if different:
             raise RunError(
                 f"the run began with other {' and other '.join(different)}, so its checkpoint does not fit",
                 where=str(folder),
                 fix=_FIX_MISMATCH,
             )
+        self._require_consistent(state.progress, str(folder))
         load_weights(self.model, tensors["model"], self.changed_weights(self.model), folder)
         if self.average is not None:
             averaged = dict(tensors["average"])
-            self.average.n_averaged.copy_(averaged.pop("n_averaged"))
+            count = {"n_averaged": averaged.pop("n_averaged")}
+            require_same_layout(count, {"n_averaged": self.average.n_averaged}, _MISMATCH, str(folder), _FIX_MISMATCH)
+            self.average.n_averaged.copy_(count["n_averaged"])
             load_weights(self.average.module, averaged, self.changed_weights(self.average.module), folder)
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress.from_plain(state["progress"])
+            self.scaler.load_state_dict(state.scaler or {})
+        self.progress = state.progress
+        paths = [path for path, _ in named_metrics(self.metrics)]
+        if paths != list(state.metric_updates):
+            raise RunError(f"{_MISMATCH}: it has other metrics", where=str(folder), fix=_FIX_MISMATCH)
         for path, metric in named_metrics(self.metrics):
-            _restore_metric(metric, path, tensors["metrics"], state["metric_updates"][path])
+            _restore_metric(metric, path, tensors["metrics"], state.metric_updates[path])
+        for metric in self.metrics.values():
+            if metric.update_count:
+                float(metric.compute())  # raises if the restored tensors do not fit together
         self._restored = tensors, state, folder
+
+    def _require_consistent(self, progress: Progress, where: str) -> None:
+        """Require that the parts of a restored progress fit together: the engine relies on them."""
+        for record in progress.records:
+            checked(record, EpochRecord, where, _MISMATCH, _FIX_MISMATCH)
+        for report in progress.caches:
+            checked(report, _CacheReport, where, _MISMATCH, _FIX_MISMATCH)
+        best = [
+            checked(b, _BestEpoch, where, _MISMATCH, _FIX_MISMATCH) for b in (progress.best, progress.phase_best) if b
+        ]
+        consistent = (
+            all(epoch.validation.keys() >= {"loss", *self.metrics} for epoch in best)
+            and bool(progress.best) == bool(progress.records)
+            and progress.phase_epochs <= progress.epochs
+            and bool(progress.epoch.batches) == bool(progress.epoch.examples)
+            and (progress.trained_seconds > 0 if progress.records else progress.phase == 1)
+        )
+        if not consistent:
+            raise RunError(f"{_MISMATCH}: its counts contradict each other", where=where, fix=_FIX_MISMATCH)
 
     def changed_weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
         """Return the weights and buffers of the stages that some phase changes.
@@ -306,9 +371,8 @@ def load_weights(
     Raises:
         RunError: The checkpoint contains the weights of another model.
     """
-    same = tensors.keys() == expected.keys() and all(tensors[n].shape == t.shape for n, t in expected.items())
-    if not same:
-        raise RunError("the checkpoint is of another model than the run's config describes", where=str(folder))
+    what = "the checkpoint is of another model than the run's config describes"
+    require_same_layout(tensors, expected, what, str(folder), _FIX_MISMATCH)
     module.load_state_dict(tensors, strict=False)  # checkpoints leave out the stages that no phase changes
 
 
@@ -336,12 +400,19 @@ def _metric_states(metrics: Mapping[str, Metric]) -> tuple[dict[str, Any], dict[
     return updates, tensors
 
 
-def _restore_metric(metric: Metric, path: str, tensors: Mapping[str, Tensor], updates: Mapping[str, Any]) -> None:
+def _restore_metric(metric: Metric, path: str, tensors: Mapping[str, Tensor], saved: _MetricUpdates) -> None:
     metric.reset()
-    for name in metric.metric_state:
-        if name in updates["lengths"]:
-            items = [tensors[f"{path}/{name}/{index}"] for index in range(updates["lengths"][name])]
+    for name, default in metric._defaults.items():
+        if isinstance(default, list):
+            items = [tensors[f"{path}/{name}/{index}"] for index in range(saved.lengths[name])]
+            if len({(item.dtype, item.shape[1:]) for item in items}) > 1:  # metrics concatenate them
+                raise ValueError(f"the parts of the metric {path}/{name} differ in dtype or shape")
             getattr(metric, name).extend(item.clone().to(metric.device) for item in items)
-        else:
-            setattr(metric, name, tensors[f"{path}/{name}"].clone().to(metric.device))
-    metric._update_count = updates["updates"]
+            continue
+        value = tensors[f"{path}/{name}"]
+        # A state that starts as a single number may take the shape of the first batch's outputs.
+        same_shape = value.shape == default.shape or default.numel() == 1
+        if not same_shape or value.is_floating_point() != default.is_floating_point():
+            raise ValueError(f"the metric {path}/{name} has the dtype {value.dtype} and the shape {list(value.shape)}")
+        setattr(metric, name, value.clone().to(metric.device))
+    metric._update_count = saved.updates

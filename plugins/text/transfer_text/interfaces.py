@@ -12,7 +12,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,20 +21,35 @@ import numpy as np
 import numpy.typing as npt
 
 from transfer import ConfigError, DataError, Occlusion, Preprocessing
+from transfer_text.encoding.encoded_texts import EncodedTexts as EncodedTexts  # for plugins
+from transfer_text.encoding.tokenization import UNSPACED
 
-# Units of an explanation: tags, entities, words with their hyphens and apostrophes, runs of punctuation.
+PAIR_SEPARATOR = " [SEP] "
+"""Separator between the texts of several columns in one example: visible, so that it can be typed for a prediction."""
+
+# Units of an explanation: tags, entities, characters of scripts without blanks between words, words with their hyphens
+# and apostrophes, runs of punctuation.
 _MARKUP = r"</?\w+\s*/?>|&#?\w+;"
+_UNSPACED = rf"[{UNSPACED}](?:(?!\w)[{UNSPACED}])*"  # `\w` does not match vowel signs, which follow their character
+_WORD = rf"[^\W{UNSPACED}]+"
 _PIECE = re.compile(
-    rf"{_MARKUP}|['\u2019](?:s|re|ve|ll|d|m)\b|\w+(?:[-'\u2019]\w+)*|(?:(?!{_MARKUP})[^\w\s])+", re.IGNORECASE
+    rf"{_MARKUP}|['\u2019](?:s|re|ve|ll|d|m)\b|{_UNSPACED}|{_WORD}(?:[-'\u2019]{_WORD})*"
+    rf"|(?:(?!{_MARKUP})[^\w\s{UNSPACED}])+",
+    re.IGNORECASE,
 )
 _PATH = re.compile(r"(?:~|\.{1,2})?/\S*/\S+|(?:~|\.{1,2})/\S+|\S+\.txt")
 """Strings that can only be paths of files."""
+MAX_TEXTS_SAMPLED = 1_000
+"""Number of texts of a split whose unknown tokens are counted."""
+MAX_UNKNOWN_FRACTION = 0.5
+"""Fraction of unknown tokens up to which there is no warning."""
 
 
 class TokenPreprocessing(Preprocessing):
     """Base class of preprocessing of texts into tokens: reading raw texts, and leaving out words for explanations.
 
-    A subclass defines :meth:`encode` and :meth:`collate`. Encoded texts are one-dimensional.
+    A subclass defines :meth:`encode` and :meth:`collate`. Encoded texts are one-dimensional; :class:`EncodedTexts`
+    stores millions of them in two arrays.
     """
 
     encode_once: ClassVar[bool] = True
@@ -42,6 +57,22 @@ class TokenPreprocessing(Preprocessing):
     @abstractmethod
     def tokenize(self, text: str) -> Sequence[str]:
         """Return the tokens of one text as strings."""
+
+    def count_unknown(self, texts: Sequence[str]) -> tuple[int, int]:
+        """Return the numbers of unknown tokens and of all tokens in texts; by default, no token is unknown."""
+        return 0, 0
+
+    def warning(self, values: Sequence[str]) -> str | None:
+        """Return a warning if most tokens of a sample of texts are unknown, otherwise None."""
+        step = -(-len(values) // MAX_TEXTS_SAMPLED) or 1
+        unknown, total = self.count_unknown([values[index] for index in range(0, len(values), step)])
+        if unknown <= MAX_UNKNOWN_FRACTION * total:
+            return None
+        return (
+            f"{unknown / total:.0%} of the tokens of these texts are unknown ({unknown:,} of {total:,}), and all "
+            "unknown tokens are the same to the model; add training texts, or choose another tokenizer, such as "
+            "multilingual for languages that are written without blanks between words"
+        )
 
     def length(self, encoded: Any) -> int:
         """Return the number of tokens."""
@@ -72,6 +103,13 @@ class TokenPreprocessing(Preprocessing):
         """Decode a text from UTF-8."""
         return content.decode("utf-8-sig")
 
+    def read_value(self, source: Any) -> str:
+        """Return the string itself, or the content of the file at a ``pathlib.Path``."""
+        value = super().read_value(source)
+        if not isinstance(value, str):
+            raise ValueError(f"expected a text, got {type(value).__name__}")
+        return value
+
     def occlusions(self, value: str) -> Iterator[Occlusion]:
         """Yield each word and run of punctuation, with the characters up to the next one, and the text without it."""
         matches = list(_PIECE.finditer(value))
@@ -82,9 +120,25 @@ class TokenPreprocessing(Preprocessing):
             rest = f"{value[: match.start()]} {value[match.end() :]}" if sum(tokens) > tokens[index] else None
             yield Occlusion(value[starts[index] : starts[index + 1]], rest)
 
+    def render_batch(
+        self, inputs: Any, values: Sequence[str], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
+    ) -> str:
+        """Return the tokens of each text of a batch, under the heading of its group."""
+        return render_tokens([self.tokenize(value) for value in values], captions, groups)
+
     def example(self) -> str:
         """Return a short text."""
         return "An example of a text that is longer than any kernel is wide."
+
+
+def render_tokens(tokens: Sequence[Sequence[str]], captions: Sequence[str], groups: Mapping[str, Sequence[int]]) -> str:
+    """Return the tokens of each text of a batch as lines, each below its caption and under the heading of its group."""
+    lines = []
+    for heading, indices in groups.items():
+        lines += [heading, ""]
+        for index in indices:
+            lines += [" | ".join(captions[index].split("\n")), f"    {' '.join(tokens[index])}", ""]
+    return "\n".join(lines)
 
 
 class _NamedSource:

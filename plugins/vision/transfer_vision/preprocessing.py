@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import typing
@@ -25,6 +26,7 @@ from torchvision.transforms import v2
 from transfer import ConfigError, DataError, Preprocessing
 from transfer_vision.images.decoding import CropMode, Interpolation, decode, open_image, resized_size
 from transfer_vision.images.image_grid import draw_grid
+from transfer_vision.images.image_sources import EXTENSIONS
 from transfer_vision.suggestions import unknown_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -43,6 +45,10 @@ Augmentation = (
 CacheImages = Literal["auto", "off"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+_Size = Annotated[int, Field(ge=1, le=2**16)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 @dataclass(frozen=True)
 class Preset:
     """Preprocessing with which weights were evaluated.
@@ -55,11 +61,11 @@ class Preset:
         std: Standard deviation of each channel in the pretraining data, for values in [0, 1].
     """
 
-    image_size: int
-    resize: int
+    image_size: _Size
+    resize: _Size
     interpolation: Interpolation
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[_Finite, ...]
+    std: tuple[_Finite, ...]
 
     @classmethod
     def of(cls, weights: WeightsEnum) -> Self:
@@ -115,6 +121,7 @@ class ImagePreprocessing(Preprocessing):
     """
 
     media_type: ClassVar[str] = "image/*"
+    file_suffixes: ClassVar[tuple[str, ...]] = EXTENSIONS
 
     def __init__(
         self,
@@ -209,22 +216,32 @@ class ImagePreprocessing(Preprocessing):
         return augmented
 
     def collate(self, encoded: Sequence[Tensor]) -> Tensor:
-        """Crop the center, stack and normalize. Smaller images are padded with black, or the mean color of a border.
+        """Crop the center and stack. Smaller images are padded with black, or the mean color of a border.
 
         Args:
             encoded: B uint8 tensors (C, H, W), of any sizes.
 
         Returns:
-            A float32 tensor (B, C, image_size, image_size), channels last in memory.
+            A uint8 tensor (B, C, image_size, image_size), channels last in memory.
         """
         size, channels = self.image_size, self.channels
         batch = torch.empty((len(encoded), size, size, channels), dtype=torch.uint8)
         for target, pixels in zip(batch, encoded, strict=True):
             target.copy_(v2.functional.center_crop(self._padded(pixels), [size, size]).permute(1, 2, 0))
+        return batch.permute(0, 3, 1, 2)
+
+    def to_device(self, inputs: Tensor, device: torch.device) -> Tensor:
+        """Move a uint8 batch (B, C, S, S) to a device and normalize it there; a copy of bytes is four times as fast.
+
+        Returns:
+            A float32 tensor (B, C, S, S), channels last in memory.
+        """
+        pixels = inputs.to(device, non_blocking=True).permute(0, 2, 3, 1)
+        count, height, width, channels = pixels.shape
         # With a complete row of pixels as the last dimension, the CPU uses vector instructions.
-        mean, std = (torch.tensor(values).mul(255).repeat(size) for values in (self.mean, self.std))
-        rows = batch.view(len(encoded), size, size * channels).float().sub_(mean).div_(std)
-        return rows.view(batch.shape).permute(0, 3, 1, 2)
+        mean, std = _normalization(self.mean, self.std, width, device)
+        rows = pixels.reshape(count, height, width * channels).float().sub_(mean).div_(std)
+        return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
 
     def _padded(self, pixels: Tensor) -> Tensor:
         """Pad an image (C, H, W) to the input size with the mean color in the crop mode ``border``."""
@@ -243,7 +260,7 @@ class ImagePreprocessing(Preprocessing):
         Only the first three channels are drawn; fewer than three are drawn as the gray values of the first.
         """
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        # Inverse of the normalization in collate().
+        # Inverse of the normalization in to_device().
         pixels = inputs.cpu().float().mul(std).add_(mean).mul_(255).round_().clamp_(0, 255).byte()
         pixels = pixels[:, :3] if self.channels >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
         images = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in pixels]
@@ -303,6 +320,16 @@ class ImagePreprocessing(Preprocessing):
             "augmentation": self.augmentation,
             "crop_mode": self.crop_mode,
         }
+
+
+@functools.lru_cache(maxsize=16)
+def _normalization(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the values of a row of pixels, (width * C,); copied to a device once."""
+    with torch.device("cpu"):  # the caller may be building on the meta device
+        row_mean, row_std = (torch.tensor(values).mul(255).repeat(width) for values in (mean, std))
+    return row_mean.to(device), row_std.to(device)
 
 
 def _current_name(augmentation: Augmentation | str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -12,7 +11,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from transfer import __version__
-from transfer.deployment.serving.batching import Batcher, BusyError
+from transfer.deployment.serving.batching import BATCHING, Batcher, Batching, BusyError
 from transfer.deployment.serving.models import Prediction, RefusedError, Request as Inputs, ServedModel
 from transfer.deployment.serving.reading import LIMITS, Limits, is_text, read_inputs
 
@@ -39,24 +38,6 @@ _REFUSALS = {
 }
 
 
-@dataclass(frozen=True)
-class Batching:
-    """Settings of the batches that requests are collected into.
-
-    Args:
-        max_size: Maximum number of requests in a batch.
-        wait_seconds: Time that the first request of a batch waits for others.
-        max_waiting: Maximum number of requests that wait for a model; more are refused.
-    """
-
-    max_size: int = 32
-    wait_seconds: float = 0.002
-    max_waiting: int = 128
-
-
-BATCHING = Batching()
-
-
 def make_app(
     models: Sequence[ServedModel],
     *,
@@ -74,13 +55,7 @@ def make_app(
             that resolves its own name to this machine (DNS rebinding).
     """
     batchers: dict[str, Batcher[Inputs, Prediction]] = {
-        model.name: Batcher(
-            model.predict,
-            max_size=batching.max_size,
-            wait_seconds=batching.wait_seconds,
-            max_waiting=batching.max_waiting,
-        )
-        for model in models
+        model.name: Batcher(model.predict, batching) for model in models
     }
 
     @asynccontextmanager

@@ -6,11 +6,30 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Settings of the batches that items are collected into.
+
+    Args:
+        max_size: Maximum number of items in a batch.
+        wait_seconds: Time that the first item of a batch waits for others.
+        max_waiting: Maximum number of items that wait for a batch; more are refused.
+    """
+
+    max_size: int = 32
+    wait_seconds: float = 0.002
+    max_waiting: int = 128
+
+
+BATCHING = Batching()
 
 
 class BusyError(Exception):
@@ -26,23 +45,15 @@ class Batcher(Generic[Item, Result]):
 
     Args:
         work: Function that returns, for each item of a batch in order, its result or the exception to raise.
-        max_size: Maximum number of items in a batch.
-        wait_seconds: Time that the first item of a batch waits for others.
-        max_waiting: Maximum number of items that wait for a batch; more are refused.
+        settings: Settings of the batches.
     """
 
     def __init__(
-        self,
-        work: Callable[[Sequence[Item]], Sequence[Result | Exception]],
-        *,
-        max_size: int,
-        wait_seconds: float,
-        max_waiting: int,
+        self, work: Callable[[Sequence[Item]], Sequence[Result | Exception]], settings: Batching = BATCHING
     ) -> None:
         self.work = work
-        self.max_size = max_size
-        self.wait_seconds = wait_seconds
-        self._queue: asyncio.Queue[tuple[Item, asyncio.Future[Result]]] = asyncio.Queue(max_waiting)
+        self.settings = settings
+        self._queue: asyncio.Queue[tuple[Item, asyncio.Future[Result]]] = asyncio.Queue(settings.max_waiting)
 
     @property
     def waiting(self) -> int:
@@ -97,7 +108,7 @@ class Batcher(Generic[Item, Result]):
     async def _collect(self) -> list[tuple[Item, asyncio.Future[Result]]]:
         batch = [await self._queue.get()]
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.wait_seconds):
-                while len(batch) < self.max_size:
+            async with asyncio.timeout(self.settings.wait_seconds):
+                while len(batch) < self.settings.max_size:
                     batch.append(await self._queue.get())
         return batch

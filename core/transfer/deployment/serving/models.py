@@ -11,8 +11,10 @@ import torch
 
 from transfer.errors import DataError
 from transfer.interfaces import Preprocessing
+from transfer.models.precision import place
 from transfer.models.saved_model import LoadedModel, find_model, read_model
 from transfer.runs.occlusion import outputs_of_encoded
+from transfer.runs.predictor import answers_of
 from transfer.system.devices import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -42,16 +44,11 @@ class ServedModel:
     def __init__(self, name: str, loaded: LoadedModel, device: str = "auto") -> None:
         self.name = name
         self.loaded = loaded
-        loaded.model.to(resolve_device(device, where="--device"))
+        place(loaded.model, resolve_device(device, where="--device"))
 
     @classmethod
     def read(cls, name: str, run: str | Path, device: str = "auto") -> ServedModel:
         """Read the model of a run, or an exported model.
-
-        Args:
-            name: Name of the model in URLs.
-            run: Run directory or model folder.
-            device: Device to compute on.
 
         Raises:
             transfer.UserError: There is no model, it is damaged, or the device is not available.
@@ -136,4 +133,4 @@ class ServedModel:
         outputs = outputs_of_encoded(self.loaded, encoded)
         if not bool(torch.isfinite(outputs).all()):
             raise ValueError("the outputs of the model are not finite")
-        return self.loaded.task.interpret(outputs)
+        return answers_of(self.loaded, encoded, outputs)

@@ -14,7 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from transfer.deployment.serving.app import BATCHING, Batching, make_app
+from transfer.deployment.serving.app import make_app
+from transfer.deployment.serving.batching import BATCHING, Batching
 from transfer.deployment.serving.models import ServedModel
 from transfer.deployment.serving.reading import LIMITS, Limits
 from transfer.errors import UserError
@@ -124,9 +125,6 @@ class TimelyProtocol(H11Protocol):
 def name_runs(runs: Sequence[str]) -> dict[str, str]:
     """Return the path of each run by the name of its model: the given one, or the name of the folder.
 
-    Args:
-        runs: Run directories, each ``RUN`` or ``NAME=RUN``.
-
     Raises:
         UserError: A name is not allowed in a URL, or two are equal.
     """
@@ -158,10 +156,6 @@ def is_loopback(host: str) -> bool:
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens on an address.
-
-    Args:
-        host: Address to listen on.
-        port: Port to listen on; 0 selects a free one.
 
     Raises:
         UserError: The address or port cannot be used.

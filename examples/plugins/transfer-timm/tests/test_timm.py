@@ -47,6 +47,81 @@ def test_stages_are_timms_groups(model, stages):
         assert list(Timm(model=model, weights=None).stage_names) == stages
 
 
+def test_parameters_have_the_names_of_timm():
+    backbone = Timm(model="test_resnet", weights=None, image_size=32)
+    stages = {f"{stage}.{name}" for stage, module in backbone.stages.named_children() for name in module.state_dict()}
+    assert {name.partition(".")[2] for name in stages} == backbone_names("test_resnet")
+    assert {"stem.bn1.weight", "stage1.layer1.0.conv1.weight"} <= stages
+    assert sorted(name for name in stages if re.search(r"^stem.*bn", name) and name.endswith(("weight", "bias"))) == [
+        "stem.bn1.bias",
+        "stem.bn1.weight",
+    ]
+
+
+def old_names(backbone):
+    """Return the state dict of a backbone under the names of version 0.1.0 of this package."""
+    old = {}
+    for stage, module in backbone.stages.named_children():
+        paths = getattr(module, "paths", None)
+        for name, tensor in module.state_dict().items():
+            if paths is None:
+                old[f"stages.{stage}.network.{name}"] = tensor
+            else:
+                number = next(n for n, path in enumerate(paths) if name.startswith(f"{path}."))
+                old[f"stages.{stage}.{number}.{name.removeprefix(f'{paths[number]}.')}"] = tensor
+    return old
+
+
+@pytest.mark.parametrize(("model", "size"), [("test_resnet", 32), ("test_vit", 32), ("eva02_tiny_patch14_224", 28)])
+def test_weights_with_the_names_of_old_runs_are_loaded(model, size):
+    one, other = (Timm(model=model, weights=None, image_size=size) for _ in range(2))
+    names = old_names(one)
+    assert names.keys() != one.state_dict().keys()
+    other.load_state_dict(names)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+
+
+def shapes(**backbone):
+    return {
+        "data": {"name": "shapes", "per_class": 8, "image_size": 32},
+        "backbone": {"name": "timm", "model": "test_resnet", **backbone},
+        "train": {"phases": [{"epochs": 1}], "report": False},
+    }
+
+
+def test_backbone_starts_from_an_earlier_run(tmp_path):
+    first = transfer.run(shapes(weights=None, image_size=48), output=tmp_path)
+    config = shapes(weights=str(first.folder))
+    second = transfer.run(config, ["train.phases=[{epochs: 1, freeze: backbone}]"], output=tmp_path)
+    assert second.summary["pretrained"]["left_out"] == ["head.output.bias", "head.output.weight"]
+    before, after = (transfer.saved_backbone(run.folder) for run in (first, second))
+    assert after.preprocessing["image_size"] == 48
+    assert all(torch.equal(tensor, after.tensors()[0][name]) for name, tensor in before.tensors()[0].items())
+    with pytest.raises(transfer.WeightsError, match="do not fit: missing"):
+        transfer.run(shapes(model="test_vit", image_size=48, weights=str(first.folder)), output=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        ("resnet18.a1_in1kk", None, "timm has no weights 'a1_in1kk' for resnet18"),
+        ("resnet19.a1_in1k", None, "timm has no model called 'resnet19'"),
+        ("vit_tiny_patch16_224", 100, "expected a multiple of 16, got 100\n  fix: set image_size: 112 or 96"),
+        ("test_vit", 30, "expected a multiple of 16, got 30"),
+        ("mixer_b16_224", 100, "expected a multiple of 16, got 100"),
+        ("xcit_nano_12_p16_224", 100, "does not support images of 100 x 100 pixels: `patch_size` should divide"),
+        ("coatnet_0_rw_224", 100, "does not support images of 100 x 100 pixels"),
+    ],
+)
+def test_unknown_tag_and_unsupported_size_are_refused(model, size, message):
+    with torch.device("meta"), pytest.raises(transfer.ConfigError) as caught:
+        Timm(model=model, weights=None, image_size=size)
+    assert message in str(caught.value)
+    if "weights" in message:
+        assert "resnet18.a1_in1k" in caught.value.problems[0].available
+
+
 def backbone_names(model):
     return set(timm.create_model(model, num_classes=0).state_dict())
 
@@ -84,7 +159,7 @@ def test_images_are_cropped_as_in_timm(crop_mode, size):
     expected = timm.data.create_transform(**config, is_training=False)(image)
     preprocessing = ImagePreprocessing(**preprocessing_of(network, None))
     assert preprocessing.describe()["crop_mode"] == crop_mode
-    made = preprocessing.collate(preprocessing.encode([image]))[0]
+    made = preprocessing.model_inputs(preprocessing.encode([image]))[0]
     std = torch.tensor(config["std"]).view(3, 1, 1)
     assert ((made - expected) * std).abs().max() * 255 <= 3  # Pillow and torch round differently
 
@@ -111,7 +186,7 @@ def test_weights_from_a_file_give_what_timm_gives(model, tmp_path):
     facts = backbone.load_pretrained()
     assert facts["tensors"] == len(backbone.state_dict())
     assert facts["left_out"] == sorted(name for name in network.state_dict() if name not in backbone_names(model))
-    inputs = backbone.preprocessing.collate(backbone.preprocessing.encode([backbone.preprocessing.example()]))
+    inputs = backbone.preprocessing.model_inputs(backbone.preprocessing.encode([backbone.preprocessing.example()]))
     with torch.no_grad():
         expected = network.forward_head(network.forward_features(inputs), pre_logits=True)
         torch.testing.assert_close(backbone.eval()(inputs), expected)
@@ -124,7 +199,7 @@ def test_images_are_prepared_as_timm_evaluates_the_model(model):
         preprocessing = Timm(model=model, weights=None).preprocessing
     config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
     expected = timm.data.create_transform(**config, is_training=False)(image)
-    made = preprocessing.collate(preprocessing.encode([image]))[0]
+    made = preprocessing.model_inputs(preprocessing.encode([image]))[0]
     std = torch.tensor(config["std"]).view(3, 1, 1)
     assert ((made - expected) * std).abs().max() * 255 <= 3  # Pillow and torch round differently
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,16 @@ from pydantic import Field
 from timm.data import resolve_data_config
 from timm.models import VisionTransformer, group_parameters, load_state_dict
 from torch import Tensor, nn
-from transfer import Backbone, ConfigError, FeatureSpec, WeightsError, find_chain
+from transfer import (
+    Backbone,
+    ConfigError,
+    FeatureSpec,
+    ForeignModel,
+    WeightsError,
+    find_chain,
+    load_saved_backbone,
+    saved_backbone,
+)
 from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing, Interpolation
 
 MAX_NAMES = 6
@@ -26,12 +36,14 @@ class Timm(Backbone):
     """Any model of timm (https://huggingface.co/docs/timm), by its name there.
 
     The stages are timm's layer groups, ``stem``, ``stage1``, ``stage2`` ..., and ``pool``. A model that is no chain of
-    its layer groups has one stage, ``network``.
+    its layer groups has one stage, ``network``. Parameters are named STAGE.NAME with timm's name:
+    ``stem.bn1.weight``, ``stage1.layer1.0.conv1.weight``.
 
     Args:
         model: Name of the model in timm, optionally with the tag of its weights: ``resnet50.a1_in1k``.
         weights: ``pretrained`` for the weights of the name, from the Hugging Face Hub; a file with timm's names, with
-            or without a classifier; or null for random initialization.
+            or without a classifier; an earlier run of the same model (``runs/NAME``); or null for random
+            initialization.
         image_size: Height and width of the model's input, in pixels; null: from timm's configuration of the model.
         augmentation: Random augmentation of training images: ``default`` (a random resized crop and a horizontal
             flip), ``strong`` (with TrivialAugment and random erasing), ``none``, or a list of torchvision.transforms.v2
@@ -52,24 +64,32 @@ class Timm(Backbone):
         augmentation: Augmentation = "default",
         cache_images: CacheImages = "auto",
     ) -> None:
-        if not timm.is_model(model):
-            close = timm.list_models(f"*{model.split('.')[0]}*")[:10] or timm.list_models(f"{model[:4]}*")[:10]
-            raise ConfigError(f"timm has no model called {model!r}", available=close)
+        require_model(model)
         self._name, self._weights, self._size = model, weights, image_size
-        network = self._create()
+        with size_errors(model, image_size):
+            network = self._create()
+        if settings is None and weights is not None and is_run(weights):
+            settings = json.loads(saved_backbone(weights).assets.get("preprocessing.json", "null"))
+            if settings is not None and image_size not in (None, settings["image_size"]):
+                settings = None  # the config asks for another size than that of the run
         self._settings = settings or preprocessing_of(network, image_size)
         size = self._settings["image_size"]
-        with torch.device("meta"):
-            self._chain = chain(self._create(), torch.empty(2, 3, size, size))
+        with size_errors(model, size), torch.device("meta"):
+            on_meta = self._create()
+            require_whole_patches(on_meta, size)
+            self._chain = chain(on_meta, torch.empty(2, 3, size, size))
         super().__init__(split(network, self._chain))
         self._features = int(getattr(network, "head_hidden_size", None) or network.num_features)
         self._loading: dict[str, Any] = {"augmentation": augmentation, "cache_images": cache_images}
 
     def _create(self, **options: Any) -> nn.Module:
-        fixed = getattr(timm.get_pretrained_cfg(self._name), "fixed_input_size", False)
-        size = {"img_size": self._size} if self._size and fixed else {}
-        network: nn.Module = timm.create_model(self._name, num_classes=0, **size, **options)
+        network: nn.Module = timm.create_model(self._name, num_classes=0, **self._sized(), **options)
         return network
+
+    def _sized(self) -> dict[str, int]:
+        """Return the argument of timm's constructor that sets the image size; empty if the model takes any size."""
+        fixed = getattr(timm.get_pretrained_cfg(self._name), "fixed_input_size", False)
+        return {"img_size": self._size} if self._size and fixed else {}
 
     @property
     def features(self) -> FeatureSpec:
@@ -102,6 +122,9 @@ class Timm(Backbone):
         """
         if self._weights is None:
             return {}
+        if is_run(self._weights):
+            loaded = load_saved_backbone(self, saved_backbone(self._weights))
+            return {"weights": self._weights, "timm": timm.__version__, **loaded}
         file = None if self._weights == "pretrained" else self._weights
         if file is not None and not Path(file).is_file():
             raise WeightsError(f"there are no weights {file!r}", fix="give a file with timm's names, or pretrained")
@@ -119,6 +142,74 @@ class Timm(Backbone):
         self.stages.load_state_dict(nn.ModuleDict(split(network, self._chain)).state_dict())
         facts = {"weights": self._weights, "timm": timm.__version__, "tensors": load.tensors}
         return {**facts, "left_out": sorted(left_out)}
+
+    def foreign_models(self, out_features: int) -> Mapping[str, ForeignModel]:
+        """Return timm's model under ``timm``, if its classifier is one linear layer over the features."""
+        options: dict[str, Any] = {"model_name": self._name, "num_classes": out_features, **self._sized()}
+        with torch.device("meta"):
+            network = timm.create_model(**options)
+        output = network.pretrained_cfg.get("classifier")
+        names = {
+            f"stages.{stage}.{name}": name
+            for stage, module in self.stages.named_children()
+            for name in module.state_dict()
+        }
+        last = dict(network.named_modules()).get(output) if isinstance(output, str) else None
+        if not isinstance(last, nn.Linear) or last.in_features != self._features:
+            return {}
+        others = {name for name in network.state_dict() if not name.startswith(f"{output}.")}
+        return (
+            {"timm": ForeignModel("timm:create_model", options, names, output)} if others == set(names.values()) else {}
+        )
+
+
+def is_run(weights: str) -> bool:
+    """Return whether ``weights`` names an earlier run: a folder that contains one, or a path without a suffix."""
+    path = Path(weights)
+    return path.is_dir() or ("/" in weights and not path.suffix)
+
+
+def require_model(model: str) -> None:
+    """Require that timm has a model, and that the tag of its weights exists.
+
+    Raises:
+        ConfigError: The name or the tag is unknown; the error lists similar ones.
+    """
+    name, _, tag = model.partition(".")
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name}*")[:10] or timm.list_models(f"{name[:4]}*")[:10]
+        raise ConfigError(f"timm has no model called {name!r}", available=close)
+    tagged = timm.list_pretrained(name)
+    if tag and model not in tagged:
+        fix = f"choose one of these, or {name} without a tag"
+        raise ConfigError(f"timm has no weights {tag!r} for {name}", available=tagged, fix=fix)
+
+
+@contextmanager
+def size_errors(model: str, size: int | None) -> Iterator[None]:
+    """Convert an error of timm for an image size that a model does not support."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        what = f"images of {size} x {size} pixels" if size else "the image size of its weights"
+        raise ConfigError(f"{model} does not support {what}: {reason}", fix="set another image_size") from error
+
+
+def require_whole_patches(network: nn.Module, size: int) -> None:
+    """Refuse an image size that is no multiple of the patch size: timm would ignore the border of every image."""
+    embedding = getattr(network, "patch_embed", None) or getattr(network, "stem", None)
+    patch = getattr(embedding, "patch_size", None)
+    side = max(patch) if isinstance(patch, tuple) else patch
+    if not isinstance(side, int) or size % side == 0 or getattr(embedding, "dynamic_img_pad", False):
+        return
+    below, above = size // side * side, (size // side + 1) * side
+    raise ConfigError(
+        f"image_size is not divisible by the patch size: expected a multiple of {side}, got {size}",
+        fix=f"set image_size: {above}" + (f" or {below}" if below else ""),
+    )
 
 
 @dataclass(frozen=True)
@@ -183,7 +274,7 @@ def require_complete(model: str, load: Load, left_out: Collection[str], file: st
         return
     problems = {"missing": load.missing, "left over": left_over}
     names = "; ".join(f"{kind}: {_abbreviated(found)}" for kind, found in problems.items() if found)
-    fix = "give a file with timm's names, without a prefix; weights of a run of transfer have other names"
+    fix = "give a file with timm's names, without a prefix; to start from a run, name its folder (weights: runs/NAME)"
     total = len(load.module.state_dict())
     raise WeightsError(f"{load.tensors} of {total} tensors of {model} were loaded; {names}", where=file, fix=fix)
 
@@ -254,15 +345,82 @@ def _layers(network: nn.Module, groups: Mapping[str, float]) -> list[str]:
 
 
 def split(network: nn.Module, stages: Chain | None) -> dict[str, nn.Module]:
-    """Split a network into stages; without a chain it is a single stage."""
+    """Split a network into stages, whose tensors keep timm's names; without a chain it is a single stage."""
     if stages is None:
-        return {"network": _Part(network, [name for name, _ in network.named_children()], _complete)}
+        children = [name for name, _ in network.named_children()]
+        return {"network": _reduced(network, children, _complete)}
     embeds = isinstance(network, VisionTransformer)
-    parts = {name: nn.Sequential(*map(network.get_submodule, paths)) for name, paths in stages.items()}
+    parts: dict[str, nn.Module] = {name: _Layers(network, paths) for name, paths in stages.items()}
     used = {path.split(".")[0] for paths in stages.values() for path in paths}
     left = [name for name, _ in network.named_children() if name not in used]
-    stem = {"stem": _Part(network, _STEM, _embed)} if embeds else {}
-    return {**parts, **stem, "pool": _Part(network, left, _pool, tensors=not embeds)}
+    stem = {"stem": _reduced(network, _STEM, _embed)} if embeds else {}
+    return {**parts, **stem, "pool": _reduced(network, left, _pool, tensors=not embeds)}
+
+
+class _Layers(nn.Module):
+    """Layers of a network, run in order, under their paths in the network (``blocks.3``).
+
+    Args:
+        network: Complete network.
+        paths: Paths of the layers.
+    """
+
+    def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
+        super().__init__()
+        self.paths = tuple(paths)
+        for path in paths:
+            *parents, name = path.split(".")
+            holder: nn.Module = self
+            for parent in parents:
+                if parent not in holder._modules:
+                    holder.add_module(parent, nn.Module())
+                holder = holder._modules[parent]
+            holder.add_module(name, network.get_submodule(path))
+        # Runs of older versions numbered the layers of a stage.
+        numbered = {f"{number}.": f"{path}." for number, path in enumerate(paths)}
+        self._register_load_state_dict_pre_hook(_Renamed(numbered))
+
+    def forward(self, values: Any) -> Any:
+        for path in self.paths:
+            values = self.get_submodule(path)(values)
+        return values
+
+
+class _Renamed:
+    """Hook that renames tensors of runs of older versions before they are loaded.
+
+    Args:
+        prefixes: New prefix by old prefix, inside the stage.
+    """
+
+    def __init__(self, prefixes: Mapping[str, str]) -> None:
+        self.prefixes = prefixes
+
+    def __call__(self, state_dict: dict[str, Tensor], stage: str, *_: Any) -> None:
+        for name in list(state_dict):
+            inside = name.removeprefix(stage)
+            old = next((old for old in self.prefixes if name.startswith(stage) and inside.startswith(old)), None)
+            if old is not None:
+                state_dict[stage + self.prefixes[old] + inside.removeprefix(old)] = state_dict.pop(name)
+
+
+def _reduced(network: nn.Module, children: Collection[str], function: Any, *, tensors: bool = True) -> nn.Module:
+    """Return a shallow copy of a network that contains only some of its children and computes only a function.
+
+    Args:
+        network: Complete network.
+        children: Names of the children that the function needs.
+        function: Function of the reduced network and its input.
+        tensors: Whether the copy contains the parameters and buffers of the network itself, such as ``cls_token``.
+    """
+    reduced = copy.copy(network)
+    reduced._modules = {name: network.get_submodule(name) for name in children}
+    if not tensors:
+        reduced._parameters, reduced._buffers = {}, {}
+    reduced.forward = types.MethodType(function, reduced)  # torch calls the attribute of the object, if there is one
+    reduced._load_state_dict_pre_hooks = copy.copy(network._load_state_dict_pre_hooks)
+    reduced._register_load_state_dict_pre_hook(_Renamed({"network.": ""}))  # as in runs of older versions
+    return reduced
 
 
 def _complete(network: Any, images: Tensor) -> Any:
@@ -275,24 +433,3 @@ def _embed(network: Any, images: Tensor) -> Any:
 
 def _pool(network: Any, features: Tensor) -> Any:
     return network.forward_head(features, pre_logits=True)
-
-
-class _Part(nn.Module):
-    """A function of a network that contains only some of its children.
-
-    Args:
-        network: The complete network, of which a shallow copy is made.
-        children: Names of the children that the function needs.
-        function: Function of the reduced network and its input.
-        tensors: Whether the copy contains the parameters and buffers of the network itself.
-    """
-
-    def __init__(self, network: nn.Module, children: Collection[str], function: Any, *, tensors: bool = True) -> None:
-        super().__init__()
-        self.network, self.function = copy.copy(network), function
-        self.network._modules = {name: network.get_submodule(name) for name in children}
-        if not tensors:
-            self.network._parameters, self.network._buffers = {}, {}
-
-    def forward(self, values: Tensor) -> Any:
-        return self.function(self.network, values)

@@ -1,8 +1,11 @@
 """Every contract on small random checkpoints, saved and loaded like pretrained ones."""
 
+import shutil
+
 import pytest
 import torch
 import transfer
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transfer.testing import contracts
 from transfer.testing.cases import TEXTS
@@ -54,7 +57,8 @@ def test_contract(contract):
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_states_match_transformers_model(folder):
     backbone = Transformers(model=folder, readout="sequence")
-    assert backbone.load_pretrained() == {"weights": folder}
+    loaded = backbone.load_pretrained()
+    assert loaded == {"weights": folder, "tensors": len(backbone.stages.state_dict()), "left_out": []}
     tokens, mask = backbone.preprocessing.collate(backbone.preprocessing.encode(TEXTS))
     assert tokens[1].tolist()[0] == 2
     assert not mask.all()
@@ -78,12 +82,90 @@ def test_run_predicts_without_checkpoint(tmp_path, monkeypatch):
     _, parts = transfer.check(config)
     assert parts.phases[0].frozen.stages == {"embeddings", "layer.0", "layer.1"}
     run = transfer.run(config, output=tmp_path, quick=True)
+    described = dict(transfer.check(config)[1].backbone.preprocessing.describe())
+    assert (described["tokenizer"], described["max_length"]) == ("WordPiece", 12)
     monkeypatch.chdir(tmp_path)
     (prediction,) = transfer.predict(run.folder, ["a warm , funny film"], explain=True)
     assert prediction["label"] in ("positive", "negative")
     assert [piece["piece"] for piece in prediction["explanation"]["pieces"]] == ["a ", "warm ", ", ", "funny ", "film"]
     with pytest.raises(transfer.DataError, match="the text file does not exist"):
         list(transfer.predict(run.folder, ["reviews/absent.txt"]))
+
+
+@pytest.mark.parametrize("change", ["prefix", "missing", "layer too many", "head"])
+def test_every_tensor_of_a_checkpoint_is_accounted_for(change, tmp_path):
+    folder = shutil.copytree("bert", tmp_path / "bert")
+    tensors = load_file(folder / "model.safetensors")
+    layer = "encoder.layer.1.output.dense.weight"
+    if change == "prefix":
+        tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    elif change == "missing":
+        del tensors[layer]
+    else:
+        name = {"head": "cls.predictions.bias", "layer too many": layer.replace("1", "2", 1)}[change]
+        tensors[name] = torch.zeros(8, 16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    backbone = Transformers(model=str(folder))
+    if change == "head":
+        assert backbone.load_pretrained()["left_out"] == ["cls.predictions.bias"]
+        return
+    with pytest.raises(transfer.WeightsError, match="lack|does not have"):
+        backbone.load_pretrained()
+
+
+def test_backbone_starts_from_an_earlier_run(tmp_path, monkeypatch):
+    config = {
+        "data": {"name": "mini_reviews", "limit": 8},
+        "backbone": {"name": "transformers", "model": "bert", "max_length": 12},
+        "train": {"phases": [{"epochs": 1}], "report": False},
+    }
+    first = transfer.run(config, output=tmp_path).folder
+    monkeypatch.chdir(tmp_path)  # the checkpoint is not needed
+    config["backbone"]["weights"] = str(first)
+    config["train"]["phases"][0]["freeze"] = "backbone"
+    run = transfer.run(config, output=tmp_path)
+    before, after = (transfer.saved_backbone(folder).tensors()[0] for folder in (first, run.folder))
+    assert run.summary["pretrained"]["tensors"] == len(before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_encoded_texts_are_compact_and_complete():
+    preprocessing = Transformers(model="bert").preprocessing
+    texts = [TEXTS[index % len(TEXTS)] for index in range(3000)]
+    encoded = preprocessing.encode(texts)
+    assert len(encoded) == 3000
+    assert encoded.indices.dtype == "int32"
+    expected = [encoding.ids for encoding in preprocessing.tokenizer.encode_batch(texts)]
+    assert [tokens.tolist() for tokens in encoded] == expected
+    assert preprocessing.lengths(encoded).tolist() == [len(ids) for ids in expected]
+    tokens, mask = preprocessing.collate(encoded[:5])
+    assert (tokens[~mask] == 0).all()
+    assert tokens[0][mask[0]].tolist() == expected[0]
+
+
+def test_pair_of_texts_is_encoded_as_in_pretraining():
+    preprocessing = Transformers(model="bert").preprocessing
+    first, second = TEXTS[:2]
+    (pair,) = preprocessing.encode([f"{first} [SEP] {second}"])
+    assert pair.tolist() == preprocessing.tokenizer.encode(first, second).ids
+
+
+def test_mostly_unknown_tokens_are_reported():
+    preprocessing = Transformers(model="bert").preprocessing
+    assert preprocessing.warning(TEXTS) is None
+    assert "100% of the tokens" in preprocessing.warning(["жизнь хороша"])
+
+
+def test_preview_shows_tokens_and_truncation():
+    config = {
+        "data": {"name": "mini_reviews", "limit": 20},
+        "backbone": {"name": "transformers", "model": "bert", "max_length": 8},
+        "train": {"batch_size": 4},
+    }
+    content = transfer.preview_batch(config).content
+    assert "[CLS]" in content
+    assert "[more tokens cut]" in content
+    assert "8 tokens at most" in content
 
 
 def test_missing_model_and_pooler_are_reported(monkeypatch, tmp_path):

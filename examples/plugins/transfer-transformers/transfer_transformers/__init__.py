@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transfer import Backbone, FeatureSpec, WeightsError, find_chain
-from transfer_text.interfaces import TokenPreprocessing
+from transfer_text.interfaces import PAIR_SEPARATOR, EncodedTexts, TokenPreprocessing, render_tokens
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 Readout = Literal["first", "mean", "pooler", "sequence"]
+BLOCK_TEXTS = 1024
+"""Number of texts that are tokenized at a time."""
 
 
 class PiecePreprocessing(TokenPreprocessing):
     """Encode texts as token ids with the tokenizer of the model, including special tokens.
+
+    A text with ``[SEP]`` between blanks is a pair of texts, which the tokenizer joins as in pretraining.
 
     Args:
         tokenizer: The tokenizer as JSON, with truncation enabled.
@@ -32,18 +39,75 @@ class PiecePreprocessing(TokenPreprocessing):
         """Return the tokens of one text, without special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False).tokens
 
-    def encode(self, values: Sequence[str]) -> list[Tensor]:
-        """Return an int64 tensor (number of tokens,) of token ids for each text."""
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(values))]
-        if not all(ids):
-            raise ValueError("the text has no token")
-        return [torch.tensor(tokens) for tokens in ids]
+    def encode(self, values: Sequence[str]) -> EncodedTexts:
+        """Return the token ids of each text, int32 (number of tokens,), as a sequence over one flat array."""
+        return EncodedTexts.of(self._blocks(values))
 
-    def collate(self, encoded: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _blocks(self, values: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        # In blocks: the library's result for a text takes a hundred times the memory of its token ids.
+        encode = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)  # tokenizers >= 0.20
+        for start in range(0, len(values), BLOCK_TEXTS):
+            block = [_pair(text) for text in values[start : start + BLOCK_TEXTS]]
+            ids = [encoding.ids for encoding in encode(block)]
+            if not all(ids):
+                raise ValueError("the text has no token")
+            flat = np.fromiter(chain.from_iterable(ids), dtype=np.int32)
+            yield flat, np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+
+    def lengths(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the number of tokens of each text, int64 (N,)."""
+        return encoded.lengths if isinstance(encoded, EncodedTexts) else super().lengths(encoded)
+
+    def collate(self, encoded: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Return the token ids, int64 (B, T), and the mask, bool (B, T), False at padding."""
-        lengths = torch.tensor([len(tokens) for tokens in encoded])
-        tokens = nn.utils.rnn.pad_sequence(list(encoded), batch_first=True, padding_value=self.padding)
-        return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
+        lengths = np.array([len(tokens) for tokens in encoded])
+        tokens = np.full((len(encoded), lengths.max()), self.padding, dtype=np.int64)
+        mask = np.arange(tokens.shape[1]) < lengths[:, None]
+        tokens[mask] = np.concatenate(encoded)
+        return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+    def count_unknown(self, texts: Sequence[str]) -> tuple[int, int]:
+        """Return the numbers of unknown tokens and of all tokens in texts."""
+        token = getattr(self.tokenizer.model, "unk_token", None)
+        unknown = None if token is None else self.tokenizer.token_to_id(token)
+        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return sum(encoding.ids.count(unknown) for encoding in encodings), sum(map(len, encodings))
+
+    def render_batch(
+        self,
+        inputs: tuple[Tensor, Tensor],
+        values: Sequence[str],
+        captions: Sequence[str],
+        groups: Mapping[str, Sequence[int]],
+    ) -> str:
+        """Return the tokens of a batch as text, with special tokens and a mark at truncated texts."""
+        shown = []
+        for row, mask, value in zip(*inputs, values, strict=True):
+            tokens = [self.tokenizer.id_to_token(index) for index in row[mask].tolist()]
+            is_cut = bool(self.tokenizer.encode(*_as_arguments(_pair(value))).overflowing)
+            shown.append([*tokens, "[more tokens cut]"] if is_cut else tokens)
+        padding = 1 - float(inputs[1].float().mean())
+        summary = f"{inputs[0].shape[1]} tokens at most; {padding:.0%} of the batch is padding"
+        return f"{render_tokens(shown, captions, groups)}\n{summary}\n"
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return the kind and size of the tokenizer, the maximum length and a digest of the tokenizer."""
+        return {
+            "tokenizer": type(self.tokenizer.model).__name__,
+            "vocabulary_size": self.tokenizer.get_vocab_size(),
+            "max_length": self.tokenizer.truncation["max_length"],
+            "tokenizer_sha256": hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest(),
+        }
+
+
+def _pair(text: str) -> str | tuple[str, str]:
+    """Return the two texts of a pair as a tuple, any other text unchanged."""
+    first, separator, second = text.partition(PAIR_SEPARATOR)
+    return (first, second) if separator else text
+
+
+def _as_arguments(text: str | tuple[str, str]) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else text
 
 
 class Transformers(Backbone):
@@ -114,7 +178,12 @@ class Transformers(Backbone):
         return dict(self._saved)
 
     def load_pretrained(self) -> Mapping[str, Any]:
-        """Load the weights. Weights that do not cover all stages are an error."""
+        """Load the weights. Weights that do not cover all stages are an error.
+
+        Returns:
+            ``weights`` (the name), ``tensors`` (the number of loaded tensors) and ``left_out`` (the names of tensors that
+            the encoder does not have, such as those of a head for pretraining).
+        """
         if not self._pretrained:
             return {}
         try:
@@ -124,14 +193,21 @@ class Transformers(Backbone):
         missing = [name for name in report["missing_keys"] if self._readout == "pooler" or "pooler" not in name]
         if missing:
             raise WeightsError(f"the weights of {self._model} lack {', '.join(sorted(missing)[:5])}", fix=_FIX)
+        # Tensors of a head for pretraining are left out. Those of the encoder itself would be a part that is dropped.
+        unexpected = sorted(report["unexpected_keys"])
+        encoder = [name for name in unexpected if name.removeprefix(f"{network.base_model_prefix}.").startswith(_PARTS)]
+        if encoder:
+            raise WeightsError(f"the encoder of {self._model} does not have {', '.join(encoder[:5])}", fix=_FIX)
         # Submodule names must not contain dots; the state dict of the stages has the same keys.
         split = nn.Module()
         for name, stage in self._split(network).items():
             split.add_module(name.replace(".", "/"), stage)
         self.stages.load_state_dict(split.state_dict())
-        return {"weights": self._model}
+        return {"weights": self._model, "tensors": len(split.state_dict()), "left_out": unexpected}
 
 
+_PARTS = ("embeddings.", "encoder.", "layer.", "layers.", "transformer.")
+"""Prefixes of the tensors of an encoder, without the prefix of its model."""
 _FIX = "use a name on the Hugging Face Hub, or a folder written by save_pretrained"
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Quoting, Tables, TableTarget, find_file
 from transfer_text.data.empty_texts import BadTexts, is_empty
+from transfer_text.data.tables import join_texts
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ class HuggingFace(Dataset):
             another option. If there is no test split, this split is the test split, and validation is split off from
             train.
         test: Test split, or the path of its file. null uses ``test`` if it exists and has labels.
-        text: Name of the column of the text.
+        text: Name of the column of the text. The texts of several columns, ``[premise, hypothesis]``, are joined by
+            ``[SEP]``.
         label: Name of the column of the label; several names for ``labels`` and ``number``.
         target: ``class``: one class per text. ``labels``: each column contains 0 or 1. ``label_list``: one column
             lists all labels of a text. ``number``: each column contains a number.
@@ -58,7 +61,7 @@ class HuggingFace(Dataset):
         train: str = "train",
         val: str | None = None,
         test: str | None = None,
-        text: str = "text",
+        text: str | tuple[str, ...] = "text",
         label: str | tuple[str, ...] = "label",
         target: TableTarget = "class",
         quoting: Quoting | None = None,
@@ -77,14 +80,17 @@ class HuggingFace(Dataset):
         self.dataset = dataset
         self.subset = subset
         self.revision = revision
-        self.columns = (text, *((label,) if isinstance(label, str) else label))
-        # Every dataset, from the Hub or from files, has the same rules for columns and labels.
+        texts = (text,) if isinstance(text, str) else text
+        if not texts:
+            raise ConfigError("text names no column", fix="name the column of the text, or several in a list")
+        self.columns = (*texts, *((label,) if isinstance(label, str) else label))
         self._tables = Tables(
             train=train,
             val=val,
             test=test,
             example="text",
-            column=text,
+            column=texts[0],
+            extra_fields={column: column for column in texts[1:]},
             label=label,
             target=target,
             quoting=quoting,
@@ -96,7 +102,7 @@ class HuggingFace(Dataset):
     @property
     def spec(self) -> DataSpec:
         """Field ``text`` and its target; class names are read from the data."""
-        return self._tables.spec("text")
+        return replace(self._tables.spec("text"), fields=("text",))
 
     def load(self) -> Data:
         """Read the splits, or download them into the cache folder of the library.
@@ -106,7 +112,7 @@ class HuggingFace(Dataset):
                 invalid.
         """
         if self.dataset is None:
-            return self._tables.read("text")
+            return join_texts(self._tables.read("text"))
         try:
             library = importlib.import_module("datasets")
         except ImportError as error:
@@ -123,9 +129,8 @@ class HuggingFace(Dataset):
                     )
         names = {column: _class_names(feature) for column, feature in splits["train"].features.items()}
         class_names = {column: classes for column, classes in names.items() if classes}
-        return self._tables.read_records(
-            "text", {n: _rows(rows, self.columns) for n, rows in splits.items()}, class_names
-        )
+        records = {name: _rows(rows, self.columns) for name, rows in splits.items()}
+        return join_texts(self._tables.read_records("text", records, class_names))
 
     def _read(self, library: Any, dataset: str) -> Mapping[str, Any]:
         folder = Path(dataset).expanduser()
@@ -164,7 +169,7 @@ class HuggingFace(Dataset):
 
         Benchmarks such as GLUE publish test splits whose labels are -1 or null.
         """
-        columns = [column for column in self.columns[1:] if column in rows.column_names]
+        columns = [column for column in self._tables.labels if column in rows.column_names]
         if not columns or not len(rows):
             return False
         # The first label ends the search.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
 
-from transfer import Data, Dataset, DataSpec, Quoting, Tables, TableTarget
+from transfer import ConfigError, Data, Dataset, DataSpec, Quoting, Tables, TableTarget
 from transfer_text.data.empty_texts import BadTexts, is_empty
+from transfer_text.interfaces import PAIR_SEPARATOR
 
 
 class TextCSV(Dataset):
@@ -18,7 +20,8 @@ class TextCSV(Dataset):
         val: Path of the validation table. null splits validation off from ``train``. If there is no test table, this
             table is the test split, and validation is split off from ``train``.
         test: Path of the test table.
-        text: Name of the column of the text, or its number if there is no header.
+        text: Name of the column of the text, or its number if there is no header. The texts of several columns,
+            ``[premise, hypothesis]``, are joined by ``[SEP]``.
         label: Name or number of the column of the label; several for ``labels`` and ``number``.
         target: ``class``: one class per text. ``labels``: each column contains 0 or 1. ``label_list``: one column
             lists all labels of a text. ``number``: each column contains a number.
@@ -44,7 +47,7 @@ class TextCSV(Dataset):
         train: str,
         val: str | None = None,
         test: str | None = None,
-        text: str | int = "text",
+        text: str | int | tuple[str | int, ...] = "text",
         label: str | int | tuple[str | int, ...] = "label",
         target: TableTarget = "class",
         separator: str = ",",
@@ -58,12 +61,16 @@ class TextCSV(Dataset):
         label_names: tuple[str, ...] = (),
         bad_texts: BadTexts = "error",
     ) -> None:
+        columns = text if isinstance(text, tuple) else (text,)
+        if not columns:
+            raise ConfigError("text names no column", fix="name the column of the text, or several in a list")
         self._tables = Tables(
             train=train,
             val=val,
             test=test,
             example="text",
-            column=text,
+            column=columns[0],
+            extra_fields={str(column): str(column) for column in columns[1:]},
             label=label,
             target=target,
             separator=separator,
@@ -82,7 +89,7 @@ class TextCSV(Dataset):
     @property
     def spec(self) -> DataSpec:
         """Field ``text`` and its target; class names are read from the data."""
-        return self._tables.spec("text")
+        return replace(self._tables.spec("text"), fields=("text",))
 
     def load(self) -> Data:
         """Read the tables; classes are in alphabetical order.
@@ -90,4 +97,15 @@ class TextCSV(Dataset):
         Raises:
             transfer.DataError: A table is missing or invalid; the message states file and line.
         """
-        return self._tables.read("text")
+        return join_texts(self._tables.read("text"))
+
+
+def join_texts(data: Data) -> Data:
+    """Return data with the field ``text`` only: texts of several fields are joined by ``[SEP]``."""
+    if len(data.spec.fields) == 1:
+        return data
+    splits = {
+        name: replace(split, fields={"text": [PAIR_SEPARATOR.join(texts) for texts in split.column(*data.spec.fields)]})
+        for name, split in data.splits.items()
+    }
+    return Data(replace(data.spec, fields=("text",)), splits)

@@ -20,6 +20,9 @@ from transfer_text.encoding.vocabulary import MIN_FREQUENCY, SPECIAL, UNKNOWN, U
 from transfer_text.interfaces import Tokenizer
 from transfer_text.plugins import is_plugin, make_tokenizer, requirement
 
+_PINNED = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(\[[A-Za-z0-9._,-]+\])?==[0-9][0-9A-Za-z.+!-]*")
+"""Requirement of a package by its name, with a version."""
+
 
 def vocabulary_class(tokenizer: str) -> type[Vocabulary]:
     """Return the vocabulary class of a tokenizer, given by its name in a config."""
@@ -130,6 +133,9 @@ class PluginVocabulary(Vocabulary):
             return cls(written, package, make_tokenizer(written), content["words"], extra=extra)
         except PluginError as error:
             fix = f"pip install {shlex.quote(package)}" if package else "register it first, as where it was trained"
+            # The file may have been edited: never repeat an address or an option of pip.
+            if package and not _PINNED.fullmatch(package):
+                fix = "ask for the package of the tokenizer where the model comes from"
             raise PluginError.of([replace(problem, fix=fix) for problem in error.problems]) from error
 
     def cache_state(self) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transfer_text.encoding.encoded_texts import EncodedTexts, Truncation
 from transfer_text.encoding.vocabulary import PADDING, UNKNOWN, Vocabulary
-from transfer_text.interfaces import TokenPreprocessing
+from transfer_text.interfaces import TokenPreprocessing, render_tokens
 
 UNKNOWN_MARK = "<unk>"
 
@@ -58,31 +58,35 @@ class TextPreprocessing(TokenPreprocessing):
         """Return the number of tokens of each text, int64 (N,)."""
         return encoded.lengths if isinstance(encoded, EncodedTexts) else super().lengths(encoded)
 
+    def unknown_fraction(self, encoded: npt.NDArray[np.int32]) -> float:
+        """Return the fraction of the words of a text that are outside the vocabulary."""
+        return float((encoded == UNKNOWN).mean())
+
     def render_batch(
         self, inputs: Tensor, values: Sequence[str], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
     ) -> str:
         """Return the tokens of a batch, int64 (B, T), as text; unknown words and truncations are marked."""
         lengths = self.vocabulary.encode(values).lengths
         shown = [self._words(row, int(length)) for row, length in zip(inputs, lengths, strict=True)]
-        lines = []
-        for heading, indices in groups.items():
-            lines += [heading, ""]
-            for index in indices:
-                lines += [" | ".join(captions[index].split("\n")), f"    {shown[index]}", ""]
         padding = float((inputs == PADDING).float().mean())
-        lines.append(f"{inputs.shape[1]} tokens at most; {padding:.0%} of the batch is padding")
-        return "\n".join(lines) + "\n"
+        summary = f"{inputs.shape[1]} tokens at most; {padding:.0%} of the batch is padding"
+        return f"{render_tokens(shown, captions, groups)}\n{summary}\n"
 
-    def _words(self, indices: Tensor, length: int) -> str:
+    def _words(self, indices: Tensor, length: int) -> list[str]:
         words = [UNKNOWN_MARK if i == UNKNOWN else self.vocabulary.tokens[i] for i in indices.tolist() if i != PADDING]
         if cut := length - len(words):
             position = {"head": len(words), "tail": 0, "both": (len(words) + 1) // 2}[self.truncation]
             words.insert(position, f"[{cut} tokens cut]")
-        return " ".join(words)
+        return words
 
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of one text."""
         return self.vocabulary.tokenize(text)
+
+    def count_unknown(self, texts: Sequence[str]) -> tuple[int, int]:
+        """Return the numbers of words outside the vocabulary and of all words in texts."""
+        indices = self.vocabulary.encode(texts).indices
+        return int(np.count_nonzero(indices == self.vocabulary.unknown)), len(indices)
 
     def describe(self) -> Mapping[str, Any]:
         """Return the size and digest of the vocabulary, the maximum length and the truncation."""

@@ -10,7 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import models
 
-from transfer_text.encoding.tokenization import GLOVE_TOKEN_IN_ASCII, TokenizerName, assemble, normalized_ascii
+from transfer_text.encoding.tokenization import (
+    GLOVE_TOKEN_IN_ASCII,
+    WEB_TEXT,
+    TokenizerName,
+    assemble,
+    normalized_ascii,
+)
 
 PIECES_PER_CALL = 48
 """Pieces normalized in one library call: its time per piece grows with the length of the joined text."""
@@ -34,7 +40,7 @@ class TokenFinder:
         self._normalizer = tokenizer.normalizer
         self._pre_tokenizer = tokenizer.pre_tokenizer
         self._normalize_ascii = functools.partial(normalized_ascii, name)
-        token = GLOVE_TOKEN_IN_ASCII if name == "glove" else r"\S+"
+        token = GLOVE_TOKEN_IN_ASCII if name in WEB_TEXT else r"\S+"
         self._find_ascii = re.compile(f"{END}|{token}", re.ASCII).findall
 
     def find(self, pieces: Sequence[str]) -> tuple[list[str], npt.NDArray[np.int64]]:

@@ -5,31 +5,62 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-TokenizerName = Literal["glove", "basic_english", "whitespace"]
+TokenizerName = Literal["glove", "multilingual", "basic_english", "whitespace"]
 TOKENIZERS: tuple[TokenizerName, ...] = get_args(TokenizerName)
+AUTO = "auto"
+"""Name in a config for the tokenizer that :func:`tokenizer_for` chooses by the training texts."""
 
+UNSPACED = (
+    "\u0e01-\u0e5b\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u1aaf"  # Thai, Lao, Burmese, Khmer, Tai
+    "\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u3100-\u312f\u31f0-\u31ff"  # kana, bopomofo
+    "\u2e80-\u2fd5\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+    "\ua9e0-\ua9fe\uaa60-\uaadf\uff66-\uff9f"  # Burmese and Tai extensions, half-width kana
+)
+"""Characters of scripts without blanks between words: the content of a character class in any regex engine."""
+_UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")
+MIN_UNSPACED_FRACTION = 0.01
+"""Fraction of the characters from which texts count as written without blanks: more than a quotation now and then."""
+MAX_TEXTS_EXAMINED = 2_000
+
+WEB_TEXT: frozenset[TokenizerName] = frozenset({"glove", "multilingual"})
+"""Tokenizers that clean up web text; on ASCII text they are equal."""
 TAGS = "br|p|i|b|u|em|strong|hr|div|span|ul|ol|li"
 
 
 def assemble(name: TokenizerName, model: models.Model) -> Tokenizer:
     """Return the tokenizer of a name with a model."""
     tokenizer = Tokenizer(model)
-    if name == "glove":
+    if name in WEB_TEXT:
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Lowercase(), *_replacing(_WEB_TEXT)]
         )
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(GLOVE_TOKEN), behavior="removed", invert=True)
+        pattern = Regex(GLOVE_TOKEN if name == "glove" else MULTILINGUAL_TOKEN)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
     elif name == "basic_english":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *_replacing(_BASIC_ENGLISH)])
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     else:  # for tokenized text: split at whitespace only
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
+
+
+def tokenizer_for(texts: Sequence[str]) -> TokenizerName:
+    """Return the tokenizer for texts: ``multilingual`` for scripts without blanks between words, otherwise ``glove``.
+
+    With ``glove``, a sentence in such a script would be a single word that no other text contains.
+    """
+    characters = unspaced = 0
+    for index in range(0, len(texts), max(1, len(texts) // MAX_TEXTS_EXAMINED)):
+        text = texts[index]
+        characters += len(text)
+        if not text.isascii():
+            unspaced += len(_UNSPACED_CHARACTER.findall(text))
+    return "multilingual" if unspaced > MIN_UNSPACED_FRACTION * characters else "glove"
 
 
 def with_safe_whitespace(name: TokenizerName, text: str) -> bytes:
@@ -43,9 +74,9 @@ def with_safe_whitespace(name: TokenizerName, text: str) -> bytes:
     """
     content = text.encode()
     if name != "whitespace" and b"<" in content:
-        if name == "glove":
+        if name in WEB_TEXT:
             content = content.replace(b"<br />", b"<br/>")  # almost all tags; `replace` is much faster than the pattern
-        content = _BLANK_IN_TAG.sub(rb"<\1\2>", content) if name == "glove" else _BREAK.sub(b" ", content)
+        content = _BLANK_IN_TAG.sub(rb"<\1\2>", content) if name in WEB_TEXT else _BREAK.sub(b" ", content)
     return content
 
 
@@ -84,6 +115,10 @@ GLOVE_TOKEN = "|".join(
         r"-{2,}",
         r"\S",
     )
+)
+# Each character with its vowel signs and tone marks is a token, and other words end before such a character.
+MULTILINGUAL_TOKEN = rf"[{UNSPACED}]\p{{M}}*|" + GLOVE_TOKEN.replace(r"\p{L}", rf"[\p{{L}}&&[^{UNSPACED}]]").replace(
+    r"\b", rf"(?:\b|(?=[{UNSPACED}]))"
 )
 GLOVE_TOKEN_IN_ASCII = (
     r"[a-zA-Z]++(?![.'\w-])|"  # a word that no other rule changes: the most frequent case first
@@ -140,6 +175,6 @@ def normalized_ascii(name: TokenizerName, text: str) -> str:
     if name == "whitespace":
         return text
     text = text.lower()
-    for what, by in _WEB_TEXT if name == "glove" else _BASIC_ENGLISH:
+    for what, by in _WEB_TEXT if name in WEB_TEXT else _BASIC_ENGLISH:
         text = text.replace(what, by) if isinstance(what, str) else what.sub(by, text)
     return text

@@ -23,7 +23,15 @@ from transfer_text.encoding.encoded_texts import EncodedTexts
 from transfer_text.encoding.parallel import encode_in_parallel
 from transfer_text.encoding.token_cache import PieceTable
 from transfer_text.encoding.token_finder import TokenFinder
-from transfer_text.encoding.tokenization import TOKENIZERS, TokenizerName, assemble, name_of, with_safe_whitespace
+from transfer_text.encoding.tokenization import (
+    AUTO,
+    TOKENIZERS,
+    TokenizerName,
+    assemble,
+    name_of,
+    tokenizer_for,
+    with_safe_whitespace,
+)
 from transfer_text.encoding.vocabulary_builder import VocabularyCounts, count_words
 from transfer_text.plugins import names
 
@@ -92,7 +100,8 @@ class Vocabulary:
 
         Args:
             texts: Texts of the training split only.
-            tokenizer: One of :data:`TOKENIZERS`, or the path of a ``tokenizer.json`` with its own vocabulary.
+            tokenizer: One of :data:`TOKENIZERS`, ``auto`` (the one that :func:`tokenizer_for` chooses), or the path of
+                a ``tokenizer.json`` with its own vocabulary.
             min_frequency: Minimum number of occurrences of a word; rarer words are unknown.
             max_size: Maximum number of words, without padding and the unknown word.
 
@@ -100,7 +109,7 @@ class Vocabulary:
             transfer.ConfigError: The tokenizer does not exist, or its vocabulary is fixed and cannot be limited.
             transfer.DataError: No word is left.
         """
-        name = _name(tokenizer)
+        name = tokenizer_for(texts) if tokenizer == AUTO else _name(tokenizer)
         if name is None:
             if min_frequency != MIN_FREQUENCY or max_size is not None:
                 raise ConfigError(
@@ -172,7 +181,7 @@ class Vocabulary:
         Raises:
             transfer.ConfigError: The tokenizer does not exist.
         """
-        name = _name(tokenizer)
+        name = "glove" if tokenizer == AUTO else _name(tokenizer)
         if name is None:
             return cls(_read(tokenizer))
         tokens = {PADDING_TOKEN: PADDING, UNKNOWN_TOKEN: UNKNOWN, "the": 2}
@@ -197,7 +206,7 @@ class Vocabulary:
         Raises:
             transfer.ConfigError: The vocabulary of a tokenizer file is fixed.
         """
-        if self._name is None:
+        if self.tokenizer_name is None:
             raise ConfigError(
                 "the vocabulary of a tokenizer file is fixed: no words can be added",
                 fix="remove vectors_vocabulary, or choose a named tokenizer",
@@ -208,7 +217,7 @@ class Vocabulary:
         for word, is_spelled in zip(possible, spelled, strict=True):
             if is_spelled:
                 own[word] = len(own)
-        tokenizer = assemble(self._name, models.WordLevel(own, unk_token=UNKNOWN_TOKEN))
+        tokenizer = assemble(self.tokenizer_name, models.WordLevel(own, unk_token=UNKNOWN_TOKEN))
         counts = None if self.counts is None else np.pad(self.counts, (0, len(own) - len(self)))
         extended = Vocabulary(tokenizer, counts, self.lengths, self.extra + len(own) - len(self))
         if self._table is not None and self.counts is not None and not self.counts[UNKNOWN]:
@@ -222,8 +231,8 @@ class Vocabulary:
         made: list[npt.NDArray[np.bool_]] = []
 
         def spell() -> npt.NDArray[np.bool_]:
-            assert self._name is not None
-            tokens, sizes = TokenFinder(self._name).find(words)
+            assert self.tokenizer_name is not None
+            tokens, sizes = TokenFinder(self.tokenizer_name).find(words)
             firsts = np.cumsum(sizes) - sizes
             same = (size == 1 and tokens[first] == word for word, first, size in zip(words, firsts, sizes, strict=True))
             return np.fromiter(same, dtype=np.bool_, count=len(words))
@@ -234,9 +243,9 @@ class Vocabulary:
 
         if len(words) < MIN_CACHED_WORDS:
             return spell()
-        assert self._name is not None
+        assert self.tokenizer_name is not None
         folder = cache.entry(
-            "spelled", cache.digest(FORMAT, tokenizer_config(self._name), text_blocks.digest_of(words)), write
+            "spelled", cache.digest(FORMAT, tokenizer_config(self.tokenizer_name), text_blocks.digest_of(words)), write
         )
         if made:
             return made[0]
@@ -261,6 +270,13 @@ class Vocabulary:
         for token, index in indices.items():
             tokens[index] = token
         return tuple(tokens) if not self._shift else (*SPECIAL, *tokens)
+
+    @functools.cached_property
+    def unknown(self) -> int:
+        """Index of unknown words: :data:`UNKNOWN`, or that of a tokenizer file's own unknown token."""
+        token = getattr(self._tokenizer.model, "unk_token", None)
+        index = self._tokenizer.token_to_id(token) if token is not None else None
+        return UNKNOWN if index is None else int(index) + self._shift
 
     @functools.cached_property
     def digest(self) -> str:
@@ -293,9 +309,9 @@ class Vocabulary:
         """
 
         def blocks() -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
-            if self._name is None:
+            if self.tokenizer_name is None:
                 return map(self._encode_block, text_blocks.blocks(texts))
-            return encode_in_parallel(texts, self._name, self._encode_block, self._look_up)
+            return encode_in_parallel(texts, self.tokenizer_name, self._encode_block, self._look_up)
 
         if not text_blocks.worth_caching(texts):
             return EncodedTexts.of(blocks())
@@ -314,9 +330,9 @@ class Vocabulary:
 
     def _encode_block(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Return the concatenated token indices of texts, int32 (T,), and the length of each text, int64 (N,)."""
-        if self._name is not None:
+        if self.tokenizer_name is not None:
             if self._table is None:
-                self._table = PieceTable(functools.partial(with_safe_whitespace, self._name), self._indices_of)
+                self._table = PieceTable(functools.partial(with_safe_whitespace, self.tokenizer_name), self._indices_of)
             return self._table.encode(texts)
         _allow_parallelism()
         encode_batch = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)  # tokenizers >= 0.20
@@ -327,8 +343,8 @@ class Vocabulary:
         return flat, np.array([len(ids) for ids in ids_of_texts], dtype=np.int64)
 
     def _indices_of(self, pieces: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        assert self._name is not None
-        tokens, counts = TokenFinder(self._name).find(pieces)
+        assert self.tokenizer_name is not None
+        tokens, counts = TokenFinder(self.tokenizer_name).find(pieces)
         return self._look_up(tokens), counts
 
     def _look_up(self, tokens: Sequence[str]) -> npt.NDArray[np.int32]:
@@ -341,8 +357,8 @@ class Vocabulary:
         return index
 
     @functools.cached_property
-    def _name(self) -> TokenizerName | None:
-        """Name of the tokenizer, or None for a tokenizer file."""
+    def tokenizer_name(self) -> TokenizerName | None:
+        """Name of the tokenizer; None for a tokenizer file."""
         return None if self._shift else name_of(json.loads(self.to_json()))
 
     def cache_state(self) -> Any:
@@ -364,7 +380,7 @@ def _name(tokenizer: str) -> TokenizerName | None:
             return name
     if tokenizer.endswith(".json"):
         return None
-    available = (*TOKENIZERS, *names("tokenizer"))
+    available = (AUTO, *TOKENIZERS, *names("tokenizer"))
     close = difflib.get_close_matches(tokenizer, available, n=1)
     raise ConfigError(
         f"unknown tokenizer {tokenizer!r}",

@@ -54,7 +54,7 @@ class BiLSTM(TextBackbone):
         hidden_size: Count = 100,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         readout: Readout = "first_last",
-        tokenizer: str = "glove",
+        tokenizer: str = "auto",
         min_frequency: Count = MIN_FREQUENCY,
         max_size: Count | None = None,
         max_length: Count | None = 512,

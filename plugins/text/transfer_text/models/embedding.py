@@ -17,6 +17,7 @@ from transfer import Backbone, ConfigError, FeatureSpec, WeightsError
 from transfer_text.encoding.encoded_texts import Truncation, truncation_loss
 from transfer_text.encoding.plugin_vocabulary import read_vocabulary, vocabulary_class
 from transfer_text.encoding.preprocessing import TextPreprocessing
+from transfer_text.encoding.tokenization import AUTO
 from transfer_text.encoding.vocabulary import PADDING, Vocabulary
 from transfer_text.vectors.word_vectors import coverage, read_vectors, width_of, words_of
 
@@ -48,9 +49,11 @@ class TextBackbone(Backbone):
         unknown: Vector of a word without a pretrained vector: random with the same variance, zero, or the mean.
         vectors_vocabulary: Whether to keep the vectors of words that are not in the training texts, for prediction.
             They are never trained: in a tuned channel they keep their pretrained values.
-        tokenizer: ``glove`` (the conventions of GloVe's training text), ``basic_english`` (torchtext's),
-            ``whitespace``, the path of a ``tokenizer.json`` with its own vocabulary, or a plugin
-            (``torchtext/basic_english``).
+        tokenizer: ``glove`` (the conventions of GloVe's training text), ``multilingual`` (the same, and each character
+            of a script without blanks between words, such as Chinese, Japanese or Thai, is a token), ``basic_english``
+            (torchtext's), ``whitespace``, the path of a ``tokenizer.json`` with its own vocabulary, or a plugin
+            (``torchtext/basic_english``). ``auto`` chooses ``multilingual`` if at least 1 % of the characters of the
+            training texts belong to such a script, otherwise ``glove``.
         min_frequency: Minimum number of occurrences of a word in the training split; rarer words are unknown.
         max_size: Maximum size of the vocabulary, most frequent words first. null keeps all words.
         max_length: Maximum number of words per text. null keeps all words.
@@ -103,8 +106,9 @@ class TextBackbone(Backbone):
     @classmethod
     def from_data(cls, values: Sequence[str], **options: Any) -> Self:
         """Build with the vocabulary of the training texts, with ``vectors_vocabulary`` plus that of the vectors."""
-        learned = {name: options[name] for name in ("tokenizer", "min_frequency", "max_size") if name in options}
-        vocabulary = vocabulary_class(options.get("tokenizer", "glove")).build(values, **learned)
+        settings = {name: options[name] for name in ("min_frequency", "max_size") if name in options}
+        tokenizer = options.get("tokenizer", AUTO)
+        vocabulary = vocabulary_class(tokenizer).build(values, tokenizer, **settings)
         if options.get("vectors_vocabulary"):
             vocabulary = _with_words_of(options.get("vectors"), vocabulary)
         return cls(vocabulary, **options)
@@ -122,9 +126,14 @@ class TextBackbone(Backbone):
         return {"vocabulary.json": self.vocabulary.to_json(), "embedding.json": json.dumps(embedding)}
 
     def learned(self) -> Mapping[str, Any]:
-        """Return the number of words, and the effect of truncation (see :func:`truncation_loss`)."""
+        """Return the number of words, a tokenizer other than the usual one, and the effect of truncation."""
         extra, lengths = self.vocabulary.extra, self.vocabulary.lengths
-        words = {"words": len(self.vocabulary) - 2 - extra, **({"further_words": extra} if extra else {})}
+        words: dict[str, Any] = {
+            "words": len(self.vocabulary) - 2 - extra,
+            **({"further_words": extra} if extra else {}),
+        }
+        if self.vocabulary.tokenizer_name == "multilingual":  # probably chosen by the texts
+            words["tokenizer"] = "multilingual"
         return words | ({} if lengths is None else truncation_loss(lengths, self._preprocessing.max_length))
 
     def load_pretrained(self) -> Mapping[str, Any]:
@@ -163,6 +172,11 @@ class TextBackbone(Backbone):
         if vectors is None:
             return {}
         return {"variant": "rand", "vectors": None, "dimensions": width_of(vectors), "vectors_vocabulary": False}
+
+    @property
+    def unsized_stages(self) -> tuple[str, ...]:
+        """The embedding, as long as its vocabulary is a placeholder."""
+        return ("embedding",) if self.vocabulary.placeholder_note else ()
 
     @property
     def features(self) -> FeatureSpec:

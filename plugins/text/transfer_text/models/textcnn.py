@@ -47,7 +47,7 @@ class TextCNN(TextBackbone):
         vectors_vocabulary: bool = False,
         kernel_sizes: tuple[Count, ...] = (3, 4, 5),
         filters: Count | tuple[Count, ...] = 100,
-        tokenizer: str = "glove",
+        tokenizer: str = "auto",
         min_frequency: Count = MIN_FREQUENCY,
         max_size: Count | None = None,
         max_length: Count | None = 512,

@@ -93,7 +93,8 @@ class ImageCSV(_ImageTable):
     """Images and labels from a table: CSV, TSV, JSON, JSON Lines or Parquet, plain or compressed (gz, bz2, xz, zip).
 
     Args:
-        path: Column of the path of the image, relative to ``root``. The case and the extension may differ.
+        path: Column of the path of the image, relative to ``root``. The extension may be left out, and case
+            is ignored if no file has that exact path.
     """
 
     def __init__(
@@ -142,7 +143,8 @@ class MultimodalCSV(_ImageTable):
     """Images, texts and labels from a table: CSV, TSV, JSON, JSON Lines or Parquet, plain or compressed.
 
     Args:
-        image: Column of the path of the image, relative to ``root``. The case and the extension may differ.
+        image: Column of the path of the image, relative to ``root``. The extension may be left out, and case
+            is ignored if no file has that exact path.
         text: Column of the text.
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from transfer import Backbone, ConfigError, FeatureSpec, ForeignModel, saved_backbone
 from transfer_vision.images.decoding import Interpolation
@@ -166,8 +166,8 @@ class TorchvisionModel(Backbone):
 def _stored_preset(assets: Mapping[str, str]) -> Preset | None:
     if _PRESET not in assets:
         return None
-    stored = json.loads(assets[_PRESET])
-    return Preset(**stored | {"mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    # The file may have been edited: values of other types would fail much later, in the middle of a prediction.
+    return TypeAdapter(Preset).validate_json(assets[_PRESET], strict=True)
 
 
 def _preset(weights: str | None, model: str) -> Preset:

@@ -111,6 +111,7 @@ async function predict() {
 }
 
 function showPrediction(prediction, milliseconds) {
+  if (prediction.note) return showError(`There is no prediction: ${prediction.note}.`); // only unknown words, for example
   const { label, labels, probability, probabilities, ...rest } = prediction;
   const chosen = labels ?? (label === undefined ? [] : [label]);
   $("label").replaceChildren(labels && !labels.length ? "no label" : chosen.join(", "));

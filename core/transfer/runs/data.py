@@ -1,0 +1,70 @@
+"""The data of a complete run, compared with the data that its model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from transfer.config.run_config import RunConfig
+from transfer.data.splits import digest
+from transfer.errors import DataError
+from transfer.interfaces import DataSpec, Split
+from transfer.training.build import read_data
+
+
+def read_splits(config: RunConfig, trained: DataSpec) -> dict[str, Split]:
+    """Read the splits of a run, with targets in the order of the model's classes.
+
+    Args:
+        config: Config of the run.
+        trained: Data specification that the model was trained on.
+
+    Raises:
+        DataError: The data is wrong, or has a class that the model does not have.
+    """
+    data, splits = read_data(config)
+    if data.spec.classes == trained.classes:
+        return splits
+    unknown = [name for name in data.spec.classes if name not in trained.classes]
+    missing = [name for name in trained.classes if name not in data.spec.classes]
+    # A class that no example has any more does not change the meaning of the others. A missing number does.
+    if unknown or (missing and trained.target == "number"):
+        parts = [f"the model has no class {', '.join(map(repr, unknown))}"] if unknown else []
+        parts += [f"the data has no class {', '.join(map(repr, missing))}"] if missing else []
+        raise DataError(
+            f"the classes of the data are not those of the model: {'; '.join(parts)}",
+            where=config.data.where,
+            available=trained.classes,
+            fix="give the classes the names that they had in training, or train a new model",
+        )
+    # positions[i]: index of the i-th class of the data among the classes of the model.
+    positions = np.array([trained.classes.index(name) for name in data.spec.classes], dtype=np.int64)
+    return {name: _with_positions(split, positions, trained) for name, split in splits.items()}
+
+
+def changed_split(summary: Mapping[str, Any], name: str, split: Split) -> str | None:
+    """Return a note if a split is not the one of the training, None if it is or the run has no digests.
+
+    Args:
+        summary: Content of the run's ``summary.json``.
+        name: Name of the split.
+        split: The split as it is now.
+    """
+    digests, examples = summary.get("digests"), summary.get("examples")
+    if not isinstance(digests, Mapping) or digests.get(name) in (None, digest({name: split})):
+        return None
+    before = examples.get(name) if isinstance(examples, Mapping) else None
+    count = f" ({before:,} examples then, {len(split):,} now)" if isinstance(before, int) else ""
+    return f"the {name} split has changed since the training{count}: its metrics differ from those of the run"
+
+
+def _with_positions(split: Split, positions: np.ndarray[Any, np.dtype[np.int64]], trained: DataSpec) -> Split:
+    if trained.target == "class":
+        return replace(split, targets=positions[split.targets])
+    # Labels that no example has any more are zeros.
+    targets = np.zeros((len(split), len(trained.classes)), dtype=np.float32)
+    targets[:, positions] = split.targets
+    return replace(split, targets=targets)
