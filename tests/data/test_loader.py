@@ -17,7 +17,7 @@ from torch import Tensor
 from transfer import DataError, Preprocessing, Split
 from transfer.data import loader as loading, memory_cache
 from transfer.data.batch import Batch, TimedIterator, move
-from transfer.data.encoding import encode
+from transfer.data.encoding import MAX_PROBLEMS, encode
 from transfer.data.loader import Loader
 
 
@@ -500,3 +500,13 @@ def test_auto_workers_follow_device_cores_and_ranks(
         one.prepare_for(torch.device(device))
     assert (automatic.workers, given.workers) == (expected, 3)
     assert automatic.pin_memory == given.pin_memory == (device == "cuda")
+
+
+def test_encoding_error_names_every_bad_example() -> None:
+    values = [[1.0], [-1.0], [2.0], *([-1.0] for _ in range(MAX_PROBLEMS))]
+    with pytest.raises(DataError) as caught:
+        encode(Ragged(), values, range(len(values)), "row {}".format)
+    problems = caught.value.problems
+    assert [problem.where for problem in problems[:2]] == ["row 1", "row 3"]
+    assert len(problems) == MAX_PROBLEMS + 1
+    assert problems[-1].message == "1 more cannot be read"

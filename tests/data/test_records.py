@@ -237,7 +237,7 @@ def test_class_names_in_parquet_metadata_are_used(tmp_path: Path, parquet: types
     data = read(tmp_path / "a.parquet", b"PAR1")
     assert (data.spec.classes, data.splits["train"].targets.tolist()) == (("neg", "pos", "mixed"), [1, 0])
     parquet.content.append({"text": "c", "label": -1})
-    with pytest.raises(DataError, match="class '-1' is not in the training data"):
+    with pytest.raises(DataError, match="column 'label' is -1, no label, in 1 of 3 rows"):
         read(tmp_path / "a.parquet", b"PAR1")
 
 

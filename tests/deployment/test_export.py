@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -300,7 +301,8 @@ def test_model_card_states_the_spread_over_seeds(texts: Path, tmp_path: Path, he
     write_json(run / "summary.json", {**summary, "status": "interrupted"})  # an incomplete run does not count
     transfer.export(tmp_path / "run-0", "safetensors", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "| accuracy | 0.6000 | 0.1000 | 0.6500 ± 0.0707 |" in card
+    error = math.sqrt(0.6 * 0.4 / summary["examples"]["test"])
+    assert f"| accuracy | 0.6000 | {error:.4f} | 0.6500 ± 0.0707 |" in card
     assert "The seeds are 0, 1:" in card
 
 

@@ -677,7 +677,7 @@ def test_unlabelled_rows_and_missing_columns_are_named(library: Any, tmp_path: P
     features = library.Features({"text": library.Value("string"), "label": library.ClassLabel(names=["neg", "pos"])})
     rows = library.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
     rows.save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(DataError, match="class '-1' is not") as caught:
+    with pytest.raises(DataError, match="column 'label' is -1") as caught:
         HuggingFace(dataset=str(tmp_path / "saved")).load()
     assert caught.value.problems[0].where == "train[1]"
     with pytest.raises(DataError, match="unknown column 'review'"):
@@ -733,9 +733,28 @@ def test_dataset_of_the_hub_is_read_by_the_rules_of_tables(hub: dict[str, Rows])
         HuggingFace(dataset="a/b", text="review").load()
     assert caught.value.problems[0].available == ("text", "label", "image")
     hub["train"][1]["label"] = -1
-    with pytest.raises(DataError, match="class '-1' is not in the training data") as caught:
+    hub["train"][7] |= {"text": "", "label": -1}
+    hub["train"][9]["label"] = -1
+    with pytest.raises(DataError, match="column 'label' is -1, no label, in 2 of 2,500 rows: rows 1, 9") as caught:
         HuggingFace(dataset="a/b").load()
-    assert caught.value.problems[0].where == "train[1]"
+    assert [problem.where for problem in caught.value.problems] == ["train[1]", "train[7]"]
+    assert HuggingFace(dataset="a/b", bad_texts="skip").load().splits["train"].name(1) == "train[2]"
+
+
+def test_unlabeled_test_split_of_the_hub_is_not_used(hub: dict[str, Rows], caplog: pytest.LogCaptureFixture) -> None:
+    for name, labels in {"train": [0, 1], "validation": [1, 0], "test": [-1, -1]}.items():
+        hub[name] = Rows({"text": f"{name} {index}", "label": label} for index, label in enumerate(labels))
+        hub[name].features = {"label": SimpleNamespace(names=["no", "yes"])}
+    data = HuggingFace(dataset="glue").load()
+    assert list(data.splits) == ["train", "validation"]
+    assert "glue: the split 'test' is not used: all its labels are -1 or null" in caplog.text
+    with pytest.raises(DataError, match="the split 'test' has no labels") as caught:
+        HuggingFace(dataset="glue", test="test").load()
+    assert "test: validation" in (caught.value.problems[0].fix or "")
+    assert list(HuggingFace(dataset="glue", test="validation").load().splits) == ["train", "test"]
+    hub["test"][1]["label"] = 1
+    with pytest.raises(DataError, match="column 'label' is -1"):
+        HuggingFace(dataset="glue").load()
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])

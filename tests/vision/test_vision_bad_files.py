@@ -87,10 +87,14 @@ def test_bad_files_are_left_out_with_a_table(root: Path, caplog: pytest.LogCaptu
     assert len(encoded) == 8
 
 
-def test_a_gif_is_no_image_but_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (root / "a" / "imageNotFound.gif").write_bytes(make_image("GIF"))
-    assert len(load(root)) == 8
-    assert "skipped 1 files that are no images: 1 .gif" in caplog.text
+@pytest.mark.parametrize(
+    ("name", "kind"), [("x.jfif", "JPEG"), ("x.JPE", "JPEG"), ("x.gif", "GIF"), ("x.avif", "AVIF"), ("x.tga", "TGA")]
+)
+def test_images_with_less_common_extensions_are_read(root: Path, name: str, kind: str) -> None:
+    (root / "a" / name).write_bytes(make_image(kind))
+    split = load(root)
+    assert sum(path.endswith(name) for path in split.names) == 1
+    assert len(ImagePreprocessing(image_size=32).encode(list(split.fields["image"]))) == 9
 
 
 def test_a_name_that_is_not_utf_8(root: Path, caplog: pytest.LogCaptureFixture) -> None:

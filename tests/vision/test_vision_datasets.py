@@ -91,12 +91,12 @@ def test_every_extension_of_a_image_in_any_case_and_at_any_depth(tmp_path: Path)
 def test_other_files_are_skipped_and_counted_and_hidden_ones_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    put(tmp_path, "a/1.png", "b/1.png", "a/notes.txt", "b/old.gif", "b/older.gif", "README.md")
+    put(tmp_path, "a/1.png", "b/1.png", "a/notes.txt", "b/old.heic", "b/older.heic", "README.md")
     put(tmp_path, "a/.DS_Store", ".ipynb_checkpoints/1.png", "__MACOSX/a/._1.png")
     data = ImageFolder(root=str(tmp_path), test_fraction=0).load()
     assert data.spec.classes == ("a", "b")
     assert len(data.splits["train"]) == 2
-    assert "skipped 4 files that are no images: 2 .gif, 1 .md, 1 .txt" in caplog.text
+    assert "skipped 4 files that are no images: 2 .heic, 1 .md, 1 .txt" in caplog.text
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:

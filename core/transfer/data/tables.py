@@ -38,7 +38,7 @@ from transfer.data.targets import (
     multi_hot,
     parse_label_list,
 )
-from transfer.errors import ConfigError, DataError, unknown_name
+from transfer.errors import ConfigError, DataError, Problem, unknown_name
 from transfer.interfaces import Data, DataSpec, Split
 from transfer.system.downloads import find_file
 
@@ -80,8 +80,9 @@ class Tables:
             and doubled quotes. ``backslash``: the same with ``\"`` for a quote. ``none``: quotes are part of the text.
             None chooses one by the content.
         label_names: Names of the labels if a ``label_list`` contains a zero or one for each label (``[0, 1, 0]``).
-        bad_examples: Action for empty examples: ``error`` refuses the table; ``skip`` leaves them out and logs their
-            lines. The messages call the option ``bad_texts`` if ``example`` is ``text``. None has no such option.
+        bad_examples: Action for empty examples and those without a class: ``error`` refuses the table; ``skip`` leaves
+            them out and logs their lines. The messages call the option ``bad_texts`` if ``example`` is ``text``. None
+            has no such option.
         is_empty: Function that returns whether an example is empty. By default, only whitespace is.
 
     Raises:
@@ -348,15 +349,15 @@ class Tables:
         table = _Table(path, by_line, tuple((class_names or {}).get(self.labels[0], ())))
         # Equal labels share one tuple: a million rows of two classes need two objects.
         unique: dict[tuple[str, ...], tuple[str, ...]] = {}
-        empty: list[int] = []
+        bad_rows: dict[str, list[int]] = {}
         for position, record in rows:
             where = row_name(path, position, by_line=by_line)
             for column in columns:
                 if column not in record:
                     raise self._missing_column(column, record, where, is_delimited=is_delimited)
             value = self._example(record, where)
-            if isinstance(value, str) and self.is_empty(value):
-                empty.append(position)
+            if problem := self._row_problem(value, record, table):
+                bad_rows.setdefault(problem, []).append(position)
                 continue
             if table.class_names and self.target in ("class", "label_list"):
                 record = {**record, self.labels[0]: _named(record[self.labels[0]], table.class_names)}
@@ -368,26 +369,41 @@ class Tables:
             table.positions.append(position)
             if single:  # most tables have no such columns: save a dict per row
                 table.extra.append(dict(zip(single, _single(record, single, where), strict=True)))
-        if empty:
-            self._report_empty(empty, table)
+        if bad_rows:
+            self._report(bad_rows, table)
         if not table.values:
             raise DataError("the table contains no rows", where=str(path))
         return table
 
-    def _report_empty(self, positions: Sequence[int], table: _Table) -> None:
-        """Refuse or log the rows with an empty example, all in one message."""
-        shown = ", ".join(map(str, positions[:MAX_POSITIONS_SHOWN]))
-        more = len(positions) - MAX_POSITIONS_SHOWN
-        message = (
-            f"column {self.column!r} is empty in {len(positions):,} of {len(positions) + len(table.values):,} rows: "
-            f"{'line' if table.by_line else 'row'}{'s' * (len(positions) > 1)} {shown}"
-            + (f" and {more:,} more" if more > 0 else "")
-        )
-        if self.bad_examples != "skip":
-            option = f", or set bad_{self.example}s: skip to leave them out" if self.bad_examples else ""
+    def _row_problem(self, value: Any, record: Record, table: _Table) -> str | None:
+        """Return the reason why a row cannot be used: its example or its class is missing. None if there is none."""
+        if isinstance(value, str) and self.is_empty(value):
+            return f"column {self.column!r} is empty"
+        if self.target == "class":
+            label = record[self.labels[0]]
+            if label_text(label) == "":
+                return f"column {self.labels[0]!r} is empty"
+            if table.class_names and label == -1:  # the convention of the Hub for examples without a label
+                return f"column {self.labels[0]!r} is -1, no label,"
+        return None
+
+    def _report(self, bad_rows: Mapping[str, Sequence[int]], table: _Table) -> None:
+        """Refuse or log all rows that cannot be used, with one problem per reason."""
+        count = len(table.values) + sum(map(len, bad_rows.values()))
+        option = f", or set bad_{self.example}s: skip to leave them out" if self.bad_examples else ""
+        problems = []
+        for reason, positions in bad_rows.items():
+            shown = ", ".join(map(str, positions[:MAX_POSITIONS_SHOWN]))
+            more = len(positions) - MAX_POSITIONS_SHOWN
+            unit = ("line" if table.by_line else "row") + "s" * (len(positions) > 1)
+            message = f"{reason} in {len(positions):,} of {count:,} rows: {unit} {shown}"
+            message += f" and {more:,} more" if more > 0 else ""
             where = row_name(table.path, positions[0], by_line=table.by_line)
-            raise DataError(message, where=where, fix=f"fill or remove them{option}")
-        logger.warning("%s: left out: %s", table.path, message)
+            problems.append(Problem(message, where, fix=f"fill or remove them{option}"))
+        if self.bad_examples != "skip":
+            raise DataError.of(problems)
+        for problem in problems:
+            logger.warning("%s: left out: %s", table.path, problem.message)
 
     def _example(self, record: Record, where: str) -> Any:
         if self.column is None:

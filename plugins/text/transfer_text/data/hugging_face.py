@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ from transfer import ConfigError, Data, DataError, Dataset, DataSpec, Quoting, T
 from transfer_text.data.empty_texts import BadTexts, is_empty
 from transfer_text.data.tables import join_texts
 
+logger = logging.getLogger(__name__)
+
 INSTALL = "pip install 'transferkit[huggingface]'"
 FORMATS = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
+UNLABELED = (-1, None)
 BATCH_ROWS = 1000
 """Number of rows that are converted to Python objects together."""
 
@@ -31,9 +35,10 @@ class HuggingFace(Dataset):
         revision: Commit, tag or branch of a dataset on the Hub; fixes the version of the data.
         train: Training split, or the path of its file (``.parquet``, ``.arrow``, ``.csv``, ``.tsv``, ``.json``,
             ``.jsonl``).
-        val: Validation split, or the path of its file. null uses ``validation`` if it exists. If there is no test
-            split, this split is the test split, and validation is split off from train.
-        test: Test split, or the path of its file. null uses ``test`` if it exists.
+        val: Validation split, or the path of its file. null uses ``validation`` if it exists and is not named by
+            another option. If there is no test split, this split is the test split, and validation is split off from
+            train.
+        test: Test split, or the path of its file. null uses ``test`` if it exists and has labels.
         text: Name of the column of the text. The texts of several columns, ``[premise, hypothesis]``, are joined by
             ``[SEP]``.
         label: Name of the column of the label; several names for ``labels`` and ``number``.
@@ -43,8 +48,8 @@ class HuggingFace(Dataset):
             and doubled quotes. ``backslash``: the same with ``\"`` for a quote. ``none``: quotes are part of the text.
             null chooses one by the content.
         label_names: Names of the labels if a ``label_list`` contains a zero or one for each label (``[0, 1, 0]``).
-        bad_texts: Action for texts that are empty after cleaning (whitespace, markup): ``error`` refuses the data;
-            ``skip`` leaves them out and logs their rows.
+        bad_texts: Action for texts that have no class, or are empty after cleaning (whitespace, markup): ``error``
+            refuses the data; ``skip`` leaves them out and logs their rows.
     """
 
     def __init__(
@@ -141,13 +146,16 @@ class HuggingFace(Dataset):
         return splits
 
     def _choose(self, available: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the splits that the options name, and those with the default names."""
+        """Return the splits that the options name, and those with the default names that contain labels."""
         tables = {}
+        asked_names = set(filter(None, self.splits.values()))
         for name, asked in self.splits.items():
             wanted = asked if asked is not None else name
-            if wanted in available:
+            if asked is None and wanted in asked_names:
+                continue  # with `test: validation`, the validation split is not also used for validation
+            if wanted in available and not self._is_unlabeled(available[wanted], wanted, by_default=asked is None):
                 tables[name] = available[wanted]
-            elif asked is not None:
+            elif wanted not in available and asked is not None:
                 raise DataError(
                     f"unknown split {asked!r}",
                     where=self.dataset,
@@ -155,6 +163,26 @@ class HuggingFace(Dataset):
                     fix="use one of the available splits",
                 )
         return tables
+
+    def _is_unlabeled(self, rows: Any, name: str, *, by_default: bool) -> bool:
+        """Return whether a split that no option names has no label; refuse such a split if an option names it.
+
+        Benchmarks such as GLUE publish test splits whose labels are -1 or null.
+        """
+        columns = [column for column in self._tables.labels if column in rows.column_names]
+        if not columns or not len(rows):
+            return False
+        # The first label ends the search.
+        if any(value not in UNLABELED for row in _rows(rows, columns) for value in row.values()):
+            return False
+        if by_default:
+            logger.warning("%s: the split %r is not used: all its labels are -1 or null", self.dataset, name)
+            return True
+        raise DataError(
+            f"the split {name!r} has no labels: all are -1 or null",
+            where=self.dataset,
+            fix="use a split with labels, such as test: validation, or remove the option",
+        )
 
 
 def _class_names(feature: Any) -> tuple[str, ...]:

@@ -37,8 +37,8 @@ class TextCSV(Dataset):
             and doubled quotes. ``backslash``: the same with ``\"`` for a quote. ``none``: quotes are part of the text.
             null chooses one by the content.
         label_names: Names of the labels if a ``label_list`` contains a zero or one for each label (``[0, 1, 0]``).
-        bad_texts: Action for texts that are empty after cleaning (whitespace, markup): ``error`` refuses the data;
-            ``skip`` leaves them out and logs their lines.
+        bad_texts: Action for texts that have no class, or are empty after cleaning (whitespace, markup): ``error``
+            refuses the data; ``skip`` leaves them out and logs their lines.
     """
 
     def __init__(

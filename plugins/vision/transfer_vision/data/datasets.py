@@ -28,6 +28,7 @@ from transfer_vision.images.image_sources import (
     ImageColumn,
     ImageSource,
     has_image_extension,
+    has_torchvision_extension,
     open_source,
 )
 from transfer_vision.images.validation import BadFiles, decodable_images
@@ -120,7 +121,7 @@ class PublishedImages(Dataset):
         if missing:
             raise DataError(f"there is no folder {missing[0]!r} in it", where=source.name(""), fix=fix)
         folders = ClassFolders("images", train=self.splits["train"][0], test=self.splits["test"][0])
-        listing = folders.list_files(levels, has_image_extension, source.name, quiet=True)
+        listing = folders.list_files(levels, has_torchvision_extension, source.name, quiet=True)
         counts = {split: len(paths) for split, paths in listing.paths.items()}
         expected = {split: count for split, (_, count) in self.splits.items()}
         if counts != expected or listing.classes != self.classes:

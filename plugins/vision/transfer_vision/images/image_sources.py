@@ -17,8 +17,9 @@ from PIL import Image
 from transfer import DataError, Level, folder_levels
 from transfer_vision.images.decoding import open_image
 
-# The extensions that torchvision's ImageFolder takes.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# The extensions that torchvision's ImageFolder takes, and others of photos and graphics that Pillow reads.
+TORCHVISION_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (*TORCHVISION_EXTENSIONS, ".jfif", ".jpe", ".jp2", ".avif", ".gif", ".pbm", ".pnm", ".dib", ".tga")
 _MAX_MEMBER_BYTES = 1 << 29
 
 
@@ -214,6 +215,11 @@ def content_digest(content: bytes) -> str:
 def has_image_extension(path: str) -> bool:
     """Return whether a file has the extension of an image format."""
     return path.lower().endswith(EXTENSIONS)
+
+
+def has_torchvision_extension(path: str) -> bool:
+    """Return whether torchvision's ImageFolder takes a file, by which the images of published datasets are counted."""
+    return path.lower().endswith(TORCHVISION_EXTENSIONS)
 
 
 def _zip_levels(path: Path) -> Mapping[str, Level]:
