@@ -128,6 +128,8 @@ def test_text_of_unknown_words_has_no_label(call: Any, text_run: Path, monkeypat
     assert known["unknown_fraction"] == pytest.approx(1 / 3)
     assert (blank["line"], blank["label"], blank["note"]) == (3, None, "the input is blank")
     assert "no answer for 2 of 3 inputs:" in err
+    _, _, err = call("predict", text_run, "a film zzxx")
+    assert "words outside the vocabulary in 1 of 1 inputs: a film zzxx: 33%" in err
 
 
 def test_server_gives_no_label_to_unknown_words(text_run: Path) -> None:
@@ -197,7 +199,6 @@ def test_features_of_sequences_are_padded_to_the_longest(tmp_path: Path) -> None
         ("probabilities", {"a": 0.5, "b": 1e-5}, "a 0.5000, b <0.0001"),
         ("price", 278955.4, "278955"),
         ("label", None, "-"),
-        ("unknown_fraction", 1 / 3, "33%"),
     ],
 )
 def test_prediction_cell(name: str, value: object, text: str) -> None:

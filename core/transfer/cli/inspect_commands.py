@@ -78,7 +78,7 @@ def predict(
     ] = False,
 ) -> None:
     """Predict inputs with a run's model."""
-    from transfer.cli.tables import unanswered_text
+    from transfer.cli.tables import unanswered_text, unknown_text
     from transfer.runs.inputs import Input, argument_inputs, line_inputs
     from transfer.runs.predictor import load
     from transfer.system.terminal import Console
@@ -93,6 +93,7 @@ def predict(
                 yield from argument_inputs(argument, predictor.preprocessing, column)
 
     unanswered: list[dict[str, Any]] = []
+    partly_unknown: list[dict[str, Any]] = []
     total = 0
 
     def count(answers: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -101,6 +102,8 @@ def predict(
             total += 1
             if "error" in answer or "note" in answer:
                 unanswered.append(answer)
+            elif "unknown_fraction" in answer:
+                partly_unknown.append(answer)
             yield answer
 
     answers = count(predictor.answers(read(), explain=explain, on_error=on_error))
@@ -111,6 +114,8 @@ def predict(
         _print_explained(answers)
     else:
         _print_table(answers)
+    if partly_unknown and not as_json:
+        Console(stderr=True).print(unknown_text(partly_unknown, total), soft_wrap=True)
     if unanswered:
         Console(stderr=True).print(unanswered_text(unanswered, total), soft_wrap=True)
     if any("error" in answer for answer in unanswered):
@@ -118,12 +123,12 @@ def predict(
 
 
 def _print_explained(answers: Iterable[dict[str, Any]]) -> None:
-    from transfer.cli.tables import explanation_text, facts_table, prediction_cell
+    from transfer.cli.tables import NOT_IN_TABLE, explanation_text, facts_table, prediction_cell
     from transfer.system.terminal import Console
 
     for answer in answers:
         explanation = answer.pop("explanation", None)
-        shown = {name: prediction_cell(name, value) for name, value in answer.items()}
+        shown = {name: prediction_cell(name, value) for name, value in answer.items() if name not in NOT_IN_TABLE}
         Console().print(facts_table(shown))
         Console().print("" if explanation is None else explanation_text(explanation))
 

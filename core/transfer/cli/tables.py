@@ -28,6 +28,8 @@ DIGITS = 6
 """Significant digits of predicted numbers: a regression may predict large values."""
 MIN_PROBABILITY = 0.0001
 """Smallest probability that is printed as a number; smaller ones are ``<0.0001``."""
+NOT_IN_TABLE = ("error", "note", "unknown_fraction")
+"""Parts of an answer that are listed below the table instead of in a column."""
 NO_CHANGE_FRACTION, STRONG_FRACTION, STRONGEST_FRACTION = 1 / 10, 1 / 3, 2 / 3
 """Fractions of the largest change at which a piece is colored, printed bold, and printed inverted."""
 
@@ -136,10 +138,10 @@ def range_test_table(rates: Sequence[float], losses: Sequence[float], smoothed: 
 
 def predictions_table(answers: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table with a row for each answer (:func:`transfer.runs.predict.predict`)."""
-    names = dict.fromkeys(name for answer in answers for name in answer if name not in ("error", "note"))
+    names = dict.fromkeys(name for answer in answers for name in answer if name not in NOT_IN_TABLE)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in names:
-        table.add_column(name.removesuffix("_fraction").replace("_", " "), overflow="fold")
+        table.add_column(name, overflow="fold")
     for answer in answers:
         table.add_row(*(Text(prediction_cell(name, answer.get(name))) for name in names))
     return table
@@ -152,7 +154,7 @@ def prediction_cell(name: str, value: Any) -> str:
     if name in ("probability", "probabilities"):
         pairs = value.items() if isinstance(value, Mapping) else [("", value)]
         return ", ".join(f"{key} {_probability(number)}".strip() for key, number in pairs)
-    return f"{value:.0%}" if name == "unknown_fraction" else format_value(value, digits=DIGITS)
+    return format_value(value, digits=DIGITS)
 
 
 def _probability(value: float) -> str:
@@ -169,12 +171,30 @@ def unanswered_text(answers: Sequence[Mapping[str, Any]], total: int) -> Text:
     text = Text(f"no answer for {len(answers):,} of {total:,} inputs:")
     for answer in answers[:MAX_UNANSWERED_SHOWN]:
         reason, style = (answer["error"], "red") if "error" in answer else (answer["note"], "dim")
-        file = f"{answer['file']}, " if "file" in answer else ""
-        where = f"{file}line {answer['line']}" if "line" in answer else answer["input"] or "(empty input)"
-        text.append("\n  ").append(where).append(f": {reason}", style=style)
+        text.append("\n  ").append(_location(answer)).append(f": {reason}", style=style)
     if len(answers) > MAX_UNANSWERED_SHOWN:
         text.append(f"\n  and {len(answers) - MAX_UNANSWERED_SHOWN:,} more")
     return text
+
+
+def unknown_text(answers: Sequence[Mapping[str, Any]], total: int) -> Text:
+    """Return the inputs with the largest fractions of unknown words, in one line.
+
+    Args:
+        answers: Answers with an ``unknown_fraction``.
+        total: Number of all inputs.
+    """
+    ranked = sorted(answers, key=lambda answer: -answer["unknown_fraction"])
+    shown = [f"{_location(answer)}: {answer['unknown_fraction']:.0%}" for answer in ranked[:MAX_PIECES_SHOWN]]
+    more = f"; and {len(ranked) - len(shown):,} more" if len(ranked) > len(shown) else ""
+    return Text(
+        f"words outside the vocabulary in {len(answers):,} of {total:,} inputs: {'; '.join(shown)}{more}", style="dim"
+    )
+
+
+def _location(answer: Mapping[str, Any]) -> str:
+    file = f"{answer['file']}, " if "file" in answer else ""
+    return f"{file}line {answer['line']}" if "line" in answer else answer["input"] or "(empty input)"
 
 
 def explanation_text(explanation: Mapping[str, Any]) -> Text:

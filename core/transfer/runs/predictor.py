@@ -154,7 +154,7 @@ class Predictor:
             except DataError as error:
                 if on_error == "fail":
                     raise
-                results[index] = self._failed(error)
+                results[index] = self._failed(error, one)
         results |= dict(self._answer_values(values, inputs, explain, on_error))
         for index, one in enumerate(inputs):
             yield {"input": one.name, **one.location, **results[index]}
@@ -171,7 +171,7 @@ class Predictor:
             if on_error == "fail":
                 raise
             if len(values) == 1:
-                yield from ((index, self._failed(error)) for index in values)
+                yield from ((index, self._failed(error, inputs[index])) for index in values)
                 return
             # The other values of the batch can be encoded: one at a time.
             for index, value in values.items():
@@ -193,8 +193,11 @@ class Predictor:
         """The keys of an answer without their values."""
         return dict.fromkeys(self.loaded.task.interpret(torch.zeros(1, self.loaded.task.out_features))[0])
 
-    def _failed(self, error: DataError) -> dict[str, Any]:
-        return self._no_answer | {"error": "; ".join(problem.message for problem in error.problems)}
+    def _failed(self, error: DataError, one: Input) -> dict[str, Any]:
+        # The answer contains the name of the input, but not the line of a malformed row in a table, for example.
+        repeated = (None, one.where, one.name)
+        messages = [p.message if p.where in repeated else f"{p.where}: {p.message}" for p in error.problems]
+        return self._no_answer | {"error": "; ".join(messages)}
 
 
 def load(run: str | Path, *, device: str | None = None, observe: Observer = ignore_events) -> Predictor:
