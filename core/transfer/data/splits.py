@@ -25,7 +25,7 @@ def complete(data: Data, *, validation: float, limit: int | None) -> dict[str, S
 
     Args:
         data: Data with the splits of the dataset.
-        validation: Fraction of ``train`` to use for validation if the dataset has no split for it.
+        validation: Fraction of ``train`` to use for validation if the dataset has no split for it; 0 for no validation.
         limit: Maximum number of examples per class in each split; None uses all.
 
     Raises:
@@ -42,7 +42,7 @@ def complete(data: Data, *, validation: float, limit: int | None) -> dict[str, S
     # The second of two splits is the reported one, whatever the dataset calls it.
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
-    if "validation" not in splits:
+    if "validation" not in splits and validation:
         splits["train"], splits["validation"] = split_off(splits["train"], validation)
     for name, split in splits.items():
         if not len(split):

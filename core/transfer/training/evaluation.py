@@ -21,6 +21,7 @@ from transfer.storage.run_directory import Predictions
 from transfer.system.signals import Signals
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup
 from transfer.training.events import EvaluationStarted, EvaluationStep, Observer
+from transfer.training.selection import MetricSample, Selection
 from transfer.training.state import named_metrics
 
 
@@ -52,6 +53,7 @@ def evaluate(
     max_batches: int | None = None,
     *,
     collector: PredictionCollector | None = None,
+    sample: MetricSample | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
     signals: Signals | None = None,
 ) -> dict[str, float]:
@@ -68,6 +70,7 @@ def evaluate(
         split: Name of the split, for events and errors.
         max_batches: Maximum number of batches. None evaluates all.
         collector: Collector to which the predictions are appended. None discards them.
+        sample: Sample to which the inputs of its metric are appended. None estimates no standard error.
         processes: Processes that evaluate together.
         signals: Signal handlers of the run. None does not check for signals between batches.
 
@@ -99,6 +102,8 @@ def evaluate(
             loss_sum += losses.sum()
             for metric in metrics.values():
                 metric.update(predictions, targets)
+            if sample is not None:
+                sample.append(predictions, targets)
             if collector is not None:
                 collector.append(indices, predictions, targets, losses, confidences)
         examples += len(indices)
@@ -124,6 +129,13 @@ def device_metrics(task: Task, device: torch.device) -> dict[str, Metric]:
     for _, metric in named_metrics(metrics):
         metric.distributed_available_fn = _never
     return metrics
+
+
+def metric_sample(task: Task, selection: Selection, device: torch.device) -> MetricSample | None:
+    """Return an empty sample of the metric that selects the best epoch; None for the loss, which decides by itself."""
+    if selection.metric == "loss":
+        return None
+    return MetricSample(selection.metric, device_metrics(task, device)[selection.metric])
 
 
 def _never() -> bool:

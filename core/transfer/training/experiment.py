@@ -19,6 +19,7 @@ from transfer.models.model import Model
 from transfer.training import freezing
 from transfer.training.freezing import Frozen
 from transfer.training.optimizer import ParameterGroup
+from transfer.training.selection import LAST, Selection
 
 SMOKE_TEST_BATCHES = 3
 """Number of batches of each split in a quick run."""
@@ -61,6 +62,7 @@ class EngineOptions:
         cache: Mode of the feature cache.
         views: Number of augmented views per training example in the cache. None does not cache augmented examples.
         cache_limit_gib: Maximum size of the feature cache on disk, in GiB.
+        select: Metric that selects the best epoch, ``loss`` or ``last``. None selects the task's primary metric.
     """
 
     device: torch.device
@@ -75,6 +77,7 @@ class EngineOptions:
     cache: Literal["auto", "off", "verify"]
     views: int | None
     cache_limit_gib: float
+    select: str | None = None
 
     @classmethod
     def from_config(cls, train: TrainConfig, device: torch.device, *, quick: bool) -> EngineOptions:
@@ -98,6 +101,7 @@ class EngineOptions:
             train.cache,
             train.views,
             train.cache_limit_gib,
+            train.select,
         )
 
 
@@ -108,7 +112,8 @@ class Experiment:
     Args:
         model: Model with its pretrained weights.
         task: Task: loss and metrics.
-        train, validation, test: Loaders of the splits. Without a test split only validation metrics are computed.
+        train, validation, test: Loaders of the splits. Without a test split only validation metrics are computed;
+            without a validation split the last epoch is kept.
         phases: Phases in order.
         optimizer: Optimizer class with its options.
         options: Options of the engine.
@@ -121,7 +126,7 @@ class Experiment:
     model: Model
     task: Task
     train: Loader
-    validation: Loader
+    validation: Loader | None
     test: Loader | None
     phases: tuple[Phase, ...]
     optimizer: TorchClass
@@ -130,6 +135,11 @@ class Experiment:
     assets: Mapping[str, str]
     origin: Mapping[str, str]
     max_batches: int | None = None
+
+    @property
+    def selection(self) -> Selection:
+        """The rule that selects the best epoch."""
+        return Selection.of(self.task, LAST if self.validation is None else self.options.select)
 
     def batches_for(self, loader: Loader, stages: int, *, training: bool = False) -> StageInputs:
         """Return the batches of a split, from the feature cache if possible.
