@@ -18,6 +18,7 @@ from markupsafe import Markup
 from transfer.config.component import Component
 from transfer.config.run_config import RunConfig
 from transfer.config.yaml_document import dump
+from transfer.data.targets import class_name
 from transfer.models.saved_model import LoadedModel
 from transfer.reports import charts
 from transfer.reports.metrics import (
@@ -300,12 +301,16 @@ def _predicts_classes(material: Material) -> bool:
     predictions = material.predictions
     if predictions is None or predictions.predictions.is_floating_point() or predictions.predictions.ndim != 1:
         return False
-    return material.trained.data.target == "class"
+    # A negative number is no class: a task may abstain.
+    return material.trained.data.target == "class" and int(predictions.predictions.min()) >= 0
 
 
 def _classes(material: Material, scored: Predictions) -> dict[str, Any]:
-    names = material.trained.data.classes
     predictions, targets = scored.predictions.long(), scored.targets.long()
+    classes = material.trained.data.classes
+    # A task may have more outputs than the data has classes.
+    count = max(len(classes), int(predictions.max()) + 1)
+    names = [class_name(classes, index) for index in range(count)]
     matrix = confusion_matrix(predictions, targets, len(names))
     plot = None
     if len(names) <= MAX_DRAWN_CLASSES:
@@ -410,6 +415,7 @@ def _top_losses(material: Material) -> dict[str, Any]:
     return {
         "examples": examples,
         "explains": material.trained.backbone.preprocessing.explains,
+        "unit": "piece" if any(example.has_other_pieces for example in examples) else "word",
         "all_explained": all(example.explained for example in examples),
         "layout": "images" if all(with_image) else "texts",
         # The last two parts of a path identify a file: class folder and file name.

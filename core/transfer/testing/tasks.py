@@ -86,7 +86,7 @@ def metrics_are_new_objects_and_take_predictions(case: Case) -> None:
         metrics, others = task.metrics(), task.metrics()
         for name, metric in metrics.items():
             require(metric is not others[name], f"metrics returns the same {name} twice: epochs would be added up")
-            metric.update(task.predictions(outputs), targets)
+            metric.update(task.metric_inputs(outputs).get(name, task.predictions(outputs)), targets)
             value = metric.compute()
             require(isinstance(value, Tensor) and value.numel() == 1, f"{name} is {value!r}: expected one number")
 

@@ -23,11 +23,10 @@ from transfer.models.precision import autocast
 from transfer.storage.checkpoint import digest
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.signals import Interrupted, Signals
-from transfer.training import freezing
+from transfer.training import evaluation, freezing
 from transfer.training.batch_loss import BatchLoss
 from transfer.training.checkpoints import Checkpoints
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, ProcessLostError
-from transfer.training.evaluation import PredictionCollector, device_metrics, evaluate, metric_sample
 from transfer.training.events import EpochEnded, EpochStarted, Note, Observer, StepEnded, ignore_events
 from transfer.training.experiment import Experiment, Phase
 from transfer.training.mixup import mix_batch
@@ -121,7 +120,7 @@ class Trainer:
         self.forward: Callable[..., Tensor] = torch.compile(self.model) if self.options.compile else self.model
         # Only fp16 gradients underflow; a disabled scaler passes losses and steps through.
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.precision == "fp16")
-        metrics = device_metrics(experiment.task, self.device)
+        metrics = evaluation.device_metrics(experiment.task, self.device)
         unchanged, weights = experiment.unchanged_stages(), self.model.state_dict()
         base = {name: tensor for name, tensor in weights.items() if self.model.stage_of(name) in unchanged}
         origin = {**experiment.origin, "base weights": digest(base)}
@@ -294,13 +293,14 @@ class Trainer:
                 state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
             # ---- metrics, over the examples of all ranks
-            losses, predictions = losses.detach(), self.experiment.task.predictions(outputs.detach())
+            losses, inputs = losses.detach(), evaluation.inputs_of_metrics(self.experiment.task, outputs.detach())
             targets, indices = batch.targets, batch.indices
             if batch.global_indices is not None:
                 indices = batch.global_indices
-                losses, predictions, targets = processes.all_gather(len(indices), losses, predictions, targets)
-            for metric in state.metrics.values():
-                metric.update(predictions, targets)
+                losses, targets, *gathered = processes.all_gather(len(indices), losses, targets, *inputs.values())
+                inputs = dict(zip(inputs, gathered, strict=True))
+            for name, metric in state.metrics.items():
+                metric.update(inputs.get(name, inputs[evaluation.PREDICTIONS]), targets)
             sums.batches, sums.examples = sums.batches + 1, sums.examples + len(indices)
             step_losses.append(BatchLoss.copy_from(losses.sum(), indices, sums.batches, rates))
 
@@ -335,7 +335,7 @@ class Trainer:
         """Return the metrics of the validation split, and facts about them; both are empty without the split."""
         if source is None:
             return {}, {}
-        sample = metric_sample(self.experiment.task, self.selection, self.device)
+        sample = evaluation.metric_sample(self.experiment.task, self.selection, self.device)
         scores = self._evaluate(self.scored_model, source, "validation", sample=sample)
         return scores, {} if sample is None else sample.facts()
 
@@ -407,7 +407,7 @@ class Trainer:
             progress.epoch.loss_sum += loss.finite_item(progress.epochs + 1)
 
     def _evaluate(self, model: Model, source: StageInputs, split: str, **collected: Any) -> dict[str, float]:
-        return evaluate(
+        return evaluation.evaluate(
             model,
             self.experiment.task,
             source,
@@ -431,7 +431,9 @@ class Trainer:
         if experiment.test is not None:
             source = self._batches_for(experiment.test, experiment.frozen_prefix_length())
             caches = [*caches, {"split": "test", **source.report}]
-            collector = PredictionCollector() if self.processes.is_main and experiment.max_batches is None else None
+            collector = (
+                evaluation.PredictionCollector() if self.processes.is_main and experiment.max_batches is None else None
+            )
             test = self._evaluate(self.model, source, "test", collector=collector)
             if collector is not None:
                 scored = collector.in_split_order()

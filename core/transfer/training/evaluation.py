@@ -24,6 +24,9 @@ from transfer.training.events import EvaluationStarted, EvaluationStep, Observer
 from transfer.training.selection import MetricSample, Selection
 from transfer.training.state import named_metrics
 
+PREDICTIONS = ""
+"""Key of the predictions among the inputs of the metrics; no metric has this name."""
+
 
 class PredictionCollector:
     """Predictions, targets, losses and confidences of a split, collected batch by batch on the CPU."""
@@ -89,21 +92,23 @@ def evaluate(
     for step, (batch, outputs) in enumerate(forward, 1):
         with torch.inference_mode():
             outputs = outputs.float()
-            losses, predictions = task.loss(outputs, batch.targets), task.predictions(outputs)
+            losses, inputs = task.loss(outputs, batch.targets), inputs_of_metrics(task, outputs)
             targets, indices = batch.targets, batch.indices
             # Only rank 0 collects, but a collective needs the same tensors on every rank.
             needs_confidences = collector is not None or batch.global_indices is not None
             confidences = task.scores(outputs).amax(1) if needs_confidences else losses
             if batch.global_indices is not None:
                 indices = batch.global_indices
-                losses, predictions, targets, confidences = processes.all_gather(
-                    len(indices), losses, predictions, targets, confidences
+                losses, targets, confidences, *gathered = processes.all_gather(
+                    len(indices), losses, targets, confidences, *inputs.values()
                 )
+                inputs = dict(zip(inputs, gathered, strict=True))
             loss_sum += losses.sum()
-            for metric in metrics.values():
-                metric.update(predictions, targets)
+            predictions = inputs[PREDICTIONS]
+            for name, metric in metrics.items():
+                metric.update(inputs.get(name, predictions), targets)
             if sample is not None:
-                sample.append(predictions, targets)
+                sample.append(inputs.get(sample.name, predictions), targets)
             if collector is not None:
                 collector.append(indices, predictions, targets, losses, confidences)
         examples += len(indices)
@@ -118,6 +123,11 @@ def evaluate(
             fix="check the data for values that are not finite, or lower the learning rate",
         )
     return scores
+
+
+def inputs_of_metrics(task: Task, outputs: Tensor) -> dict[str, Tensor]:
+    """Return the inputs of the metrics, (B, ...) each: the predictions, and those of single metrics by name."""
+    return {PREDICTIONS: task.predictions(outputs), **task.metric_inputs(outputs)}
 
 
 def device_metrics(task: Task, device: torch.device) -> dict[str, Metric]:
