@@ -19,7 +19,7 @@ from transfer.builtin.tasks import Classification
 from transfer.models.model import Model
 from transfer.models.saved_model import read_model
 from transfer.storage import checkpoint
-from transfer.training import engine as engine_module
+from transfer.training import engine as engine_module, evaluation
 from transfer.training.events import Event, Note
 from transfer.training.mixup import MixedBatch
 
@@ -240,13 +240,13 @@ def test_parameters_frozen_later_are_frozen_in_ema(config: dict[str, Any], tmp_p
 def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
     """Replace the validation accuracy of each epoch by the next of these values."""
     values = iter(accuracies)
-    original = engine_module.evaluate
+    original = evaluation.evaluate
 
     def evaluate(*args: Any, **options: Any) -> dict[str, float]:
         scores = original(*args, **options)
         return scores if args[5] != "validation" else {**scores, "accuracy": next(values), "loss": 1.0}
 
-    monkeypatch.setattr(engine_module, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
 
 
 def test_patience_ends_phase_and_next_phase_starts(

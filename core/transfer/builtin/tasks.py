@@ -16,7 +16,7 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
     MultilabelAccuracy,
-    MultilabelF1Score,
+    MultilabelStatScores,
 )
 
 from transfer.errors import ConfigError
@@ -59,6 +59,31 @@ class _MacroF1(MulticlassF1Score):
         actual.index_add_(0, targets, torch.ones_like(hits))
         wrong, missed = predicted - correct, actual - correct
         self._update_state(correct, wrong, len(targets) - correct - wrong - missed, missed)
+
+
+class MultilabelMacroF1(MultilabelStatScores):
+    """Mean F1 of the labels, without those that have neither examples nor predictions: their F1 is not defined.
+
+    torchmetrics' macro F1 counts such labels as 0, so that a label that is absent from a split lowers the mean.
+
+    Args:
+        num_labels: Number of labels.
+        threshold: Minimum probability of a predicted label.
+    """
+
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def __init__(self, num_labels: int, threshold: float) -> None:
+        super().__init__(num_labels, threshold=threshold, average="none", validate_args=False)
+
+    def compute(self) -> Tensor:
+        """Return the mean; 0 if no label has examples or predictions."""
+        true_positives, false_positives, _, false_negatives, _ = super().compute().unbind(-1)
+        counts = 2 * true_positives + false_positives + false_negatives
+        f1 = 2 * true_positives / counts.clamp(min=1)
+        return f1.sum() / (counts > 0).sum().clamp(min=1)
 
 
 class Classification(Task):
@@ -173,10 +198,10 @@ class MultiLabel(Task):
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none").mean(dim=1)
 
     def metrics(self) -> Mapping[str, Metric]:
-        """Return mean F1 and mean accuracy over the labels."""
+        """Return mean F1 over the labels with examples or predictions, and mean accuracy over all labels."""
         count, threshold = self.out_features, self.threshold
         return {
-            "f1_macro": MultilabelF1Score(count, threshold=threshold, average="macro", validate_args=False),
+            "f1_macro": MultilabelMacroF1(count, threshold),
             "accuracy": MultilabelAccuracy(count, threshold=threshold, average="macro", validate_args=False),
         }
 

@@ -154,7 +154,7 @@ class RunConsole:
             (f"epoch {record['epoch']}/{self.epoch.epochs}", "", 0),
             (f"phase {record['phase']}/{self.epoch.phases}" if self.epoch.phases > 1 else "", "", 2),
             (f"train {train}", "dim", 3),
-            (f"validation {validation}", "", 0),
+            (f"validation {validation}" if validation else "", "", 0),
             (f"{record['seconds']:.1f} s", "dim", 1),
             (f"{record['examples_per_second']:,.0f} examples/s", "dim", 1),
             ("best" if event.best else "", "green", 0),
@@ -174,11 +174,13 @@ class RunConsole:
         self.progress.stop()
         facts = {
             "best epoch": summary["best_epoch"],
-            "validation": metrics_text(summary["validation"]),
+            "validation": metrics_text(summary["validation"]) or "none: trained on all examples",
             "test": metrics_text(summary["test"]) if summary["test"] else "not evaluated",
             "parameters": f"{summary['parameters']['trainable']:,} of {summary['parameters']['total']:,} trained",
             "speed": f"{summary['examples_per_second']:,.0f} examples/s, {summary['waiting_for_data']:.0%} of the time "
             f"waiting for data, {format_duration(summary['seconds'])} in total",
             "memory": f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB at peak",
         }
+        for warning in summary.get("warnings", ()):
+            self.console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
         self.console.print(Panel(facts_table(facts), title="done", title_align="left", border_style="green"))

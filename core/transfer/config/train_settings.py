@@ -104,12 +104,13 @@ class DataOptions(NamedBlock):
     """Options of every dataset, in addition to its own.
 
     Args:
-        validation: Fraction of the training split that is used for validation if the dataset has no split for it.
+        validation: Fraction of the training split that is used for validation if the dataset has no split for it. 0
+            trains on all examples and keeps the last epoch.
         limit: Maximum number of examples per class in the training and validation splits; null uses all examples. The
             test split is never limited.
     """
 
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     limit: Count | None = None
 
 
@@ -234,6 +235,8 @@ class TrainConfig(Block):
         views: Number of augmented views of each training example in the feature cache. null does not cache the
             training split if it is augmented at random.
         cache_limit_gib: Maximum size of the feature cache on disk in GiB; the least recently used entries are removed.
+        select: Epoch whose weights are kept: loss (lowest validation loss), the name of a metric, or last; null uses
+            the task's primary metric. Differences within one standard error of a metric are decided by the loss.
         checkpoint: Times of checkpoints within an epoch (every_steps, every_minutes), and the number to keep (keep).
             A checkpoint is also written at the end of an epoch.
         score_test: Whether the test split is evaluated at the end. `transfer evaluate` can do it later; the trials of a
@@ -269,6 +272,7 @@ class TrainConfig(Block):
     cache: Literal["auto", "off", "verify"] = "auto"
     views: Count | None = None
     cache_limit_gib: Positive = 20.0
+    select: str | None = None
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     score_test: bool = True
     report: bool = True

@@ -25,7 +25,7 @@ def complete(data: Data, *, validation: float, limit: int | None, limits_test: b
 
     Args:
         data: Data with the splits of the dataset.
-        validation: Fraction of ``train`` to use for validation if the dataset has no split for it.
+        validation: Fraction of ``train`` to use for validation if the dataset has no split for it; 0 for no validation.
         limit: Maximum number of examples per class in the training and validation splits; None uses all.
         limits_test: Whether ``limit`` also applies to the test split (in quick runs). Otherwise, metrics with and
             without a limit are of the same examples.
@@ -44,7 +44,7 @@ def complete(data: Data, *, validation: float, limit: int | None, limits_test: b
     # The second of two splits is the reported one, whatever the dataset calls it.
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
-    if "validation" not in splits:
+    if "validation" not in splits and validation:
         splits["train"], splits["validation"] = split_off(splits["train"], validation)
     for name, split in splits.items():
         if not len(split):

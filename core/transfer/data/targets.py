@@ -160,11 +160,19 @@ def from_multi_hot(
 def describe(data: DataSpec, target: Any) -> str:
     """Return the target of an example as text: its class, its labels, or its numbers by name."""
     if data.target == "class":
-        return data.classes[int(target)]
-    pairs = zip(data.classes, np.asarray(target).tolist(), strict=True)
+        return class_name(data.classes, int(target))
+    values = np.asarray(target)
+    if values.shape != (len(data.classes),):  # a task may predict several values per number, such as quantiles
+        return ", ".join(f"{value:.4g}" for value in values.reshape(-1).tolist())
+    pairs = zip(data.classes, values.tolist(), strict=True)
     if data.target == "labels":
         return " and ".join(name for name, value in pairs if value) or "none"
     return ", ".join(f"{name} {value:.4g}" for name, value in pairs)
+
+
+def class_name(classes: Sequence[str], index: int) -> str:
+    """Return the name of a class; ``output N`` for an output of a task that is not a class of the data."""
+    return classes[index] if 0 <= index < len(classes) else f"output {index}"
 
 
 def _unknown_label(what: str, name: str, classes: Sequence[str], where: str) -> DataError:

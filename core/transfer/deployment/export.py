@@ -214,7 +214,7 @@ def _examples(directory: RunDirectory, loaded: LoadedModel) -> Examples:
             raise ExportError(f"there are no examples to compare outputs on: {reason}", fix=fix) from error
         batches = _batches(preprocessing, preprocessing.encode([example]))
         return Examples(batches, "the backbone's own example", f"the data is not available: {reason}")
-    name = "test" if "test" in splits else "validation"
+    name = next(name for name in ("test", "validation", "train") if name in splits)
     split = splits[name]
     # Evenly spaced: a split may be sorted by class.
     chosen = np.unique(np.linspace(0, len(split) - 1, COMPARED_EXAMPLES).round().astype(int)).tolist()

@@ -55,7 +55,7 @@ def render(run: RunDirectory, model: Mapping[str, Any], format: str, library: st
     config, summary, environment_ = run.config(), run.summary(), run.environment()
     split, metrics = _scored(summary)
     others = dict(_other_seeds(run, config, summary))
-    count = _sizes(summary)[split]
+    count = _sizes(summary).get(split, 0)  # 0: no validation split
     by_class: Mapping[str, Mapping[str, int]] = summary["data"]
     classes = list(dict.fromkeys(name for counts in by_class.values() for name in counts))
     pretrained = summary.get("pretrained") or {}

@@ -229,7 +229,8 @@ def _resampled(task: Task, metric: str, runs: Runs) -> list[float] | None:
             return None
         mean_losses = torch.stack(losses).mean(0)  # (runs, N) -> (N,)
         return [float(mean_losses[indices].mean()) for indices in map(torch.from_numpy, draws)]
-    if measure is None:
+    # Only predictions are stored, so a metric with another input cannot be computed again.
+    if measure is None or metric in task.metric_inputs(torch.zeros(1, task.out_features)):
         return None
     means = []
     for indices in map(torch.from_numpy, draws):

@@ -243,15 +243,16 @@ def _constant(built: BuiltExperiment) -> dict[str, float] | None:
     number.
     """
     task, splits = built.experiment.task, {name: loader.split for name, loader in built.loaders.items()}
-    scored = splits.get("test", splits["validation"])
+    scored = splits["test" if "test" in splits else "validation"]
     outputs = _constant_outputs(splits["train"].targets, built.data.target, len(built.data.classes))
     if task.out_features != len(outputs):
         return None
-    predictions = task.predictions(outputs.expand(len(scored), -1))
+    outputs = outputs.expand(len(scored), -1)
+    predictions, inputs = task.predictions(outputs), task.metric_inputs(outputs)
     targets = torch.as_tensor(scored.targets)
     metrics = {}
     for name, metric in task.metrics().items():
-        metric.update(predictions, targets)
+        metric.update(inputs.get(name, predictions), targets)
         metrics[name] = float(metric.compute())
     return metrics
 

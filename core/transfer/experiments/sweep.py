@@ -113,6 +113,12 @@ def _claim(folder: Path, config: str | Path, space: Space, overrides: Sequence[s
         The config's ``train.device``.
     """
     checked, _ = check(config, overrides)
+    if not checked.data_options.validation:
+        raise ConfigError(
+            "a sweep compares its trials on a validation split, and data.validation is 0",
+            where=checked.document.location(("data", "validation")),
+            fix="set data.validation to 0.1, for example; train the best trial again with 0",
+        )
     plain = {"config": checked.resolved, "space": space.document.data}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -54,11 +54,21 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self) -> Mapping[str, Any]:
-        """Return new torchmetrics by name; each is updated with (:meth:`predictions`, targets)."""
+        """Return new torchmetrics by name; each is updated with (:meth:`predictions`, targets).
+
+        :meth:`metric_inputs` replaces the predictions for some of them.
+        """
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """Return the input of the metrics from the outputs; by default the outputs themselves."""
         return outputs
+
+    def metric_inputs(self, outputs: Tensor) -> Mapping[str, Tensor]:
+        """Return the inputs (B, ...) of the metrics that do not take :meth:`predictions`, by name; by default none.
+
+        A ranking metric, for example, takes probabilities while an accuracy takes classes.
+        """
+        return {}
 
     @abstractmethod
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:

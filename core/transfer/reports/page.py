@@ -18,6 +18,7 @@ from markupsafe import Markup
 from transfer.config.component import Component
 from transfer.config.run_config import RunConfig
 from transfer.config.yaml_document import dump
+from transfer.data.targets import class_name
 from transfer.models.saved_model import LoadedModel
 from transfer.reports import charts
 from transfer.reports.metrics import (
@@ -37,6 +38,7 @@ from transfer.system.formatting import format_count, format_duration, format_val
 from transfer.system.templates import environment
 from transfer.training.experiment import Phase
 from transfer.training.preflight import describe_preprocessing, treatment
+from transfer.training.selection import LAST
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 MAX_DRAWN_CLASSES = 40
@@ -142,6 +144,7 @@ def render(material: Material) -> tuple[str, dict[str, str]]:
         seed=config.seed,
         started=material.environment.get("started"),
         quick=bool(material.summary.get("quick")),
+        warnings=list(map(str, material.summary.get("warnings") or ())),
         cards=_cards(material),
         sections={title: section for title, section in sections.items() if section is not None},
     )
@@ -161,9 +164,13 @@ def _cards(material: Material) -> list[Card]:
     cards = []
     if summary.get("test"):
         cards.append(Card(f"test {metric}", f"{summary['test'][primary]:.4f}", _sampling_error(material, primary)))
-    loss = f"loss {summary['validation']['loss']:.4f}"
-    cards.append(Card(f"validation {metric}", f"{summary['validation'][primary]:.4f}", loss))
-    cards.append(Card("best epoch", f"{summary['best_epoch']}", f"of {len(material.metrics)}, by validation {metric}"))
+    validation = summary["validation"]
+    if validation:
+        cards.append(Card(f"validation {metric}", f"{validation[primary]:.4f}", f"loss {validation['loss']:.4f}"))
+    rule = {None: f"by validation {metric}", LAST: "the last one"}
+    select = material.config.train.select if validation else LAST
+    note = f"of {len(material.metrics)}, {rule.get(select) or f'by validation {select}'.replace('_', ' ')}"
+    cards.append(Card("best epoch", f"{summary['best_epoch']}", note))
     total, trainable = summary["parameters"]["total"], summary["parameters"]["trainable"]
     fraction = f"of {format_count(total)}, {trainable / total:.1%}"
     cards.append(Card("trainable parameters", format_count(trainable), fraction))
@@ -196,7 +203,7 @@ def _training(material: Material) -> dict[str, Any] | None:
             # A phase starts between two epochs.
             marks[(before["epoch"] + after["epoch"]) / 2] = f"phase {after['phase']}"
     plots = []
-    for metric in records[0]["validation"]:
+    for metric in records[0]["validation"] or records[0]["train"]:
         series = {
             split: [
                 (float(record["epoch"]), float(record[split][metric])) for record in records if metric in record[split]
@@ -250,7 +257,7 @@ def _times(material: Material) -> dict[str, float]:
 
 
 def _epochs(records: Sequence[Mapping[str, Any]]) -> Table:
-    metrics = list(records[0]["validation"])
+    metrics = list(records[0]["validation"] or records[0]["train"])
     headings = ["epoch", "phase", *(f"{split} {m}" for split in ("train", "validation") for m in metrics), "seconds"]
     rows = [
         [
@@ -294,12 +301,16 @@ def _predicts_classes(material: Material) -> bool:
     predictions = material.predictions
     if predictions is None or predictions.predictions.is_floating_point() or predictions.predictions.ndim != 1:
         return False
-    return material.trained.data.target == "class"
+    # A negative number is no class: a task may abstain.
+    return material.trained.data.target == "class" and int(predictions.predictions.min()) >= 0
 
 
 def _classes(material: Material, scored: Predictions) -> dict[str, Any]:
-    names = material.trained.data.classes
     predictions, targets = scored.predictions.long(), scored.targets.long()
+    classes = material.trained.data.classes
+    # A task may have more outputs than the data has classes.
+    count = max(len(classes), int(predictions.max()) + 1)
+    names = [class_name(classes, index) for index in range(count)]
     matrix = confusion_matrix(predictions, targets, len(names))
     plot = None
     if len(names) <= MAX_DRAWN_CLASSES:
@@ -404,6 +415,7 @@ def _top_losses(material: Material) -> dict[str, Any]:
     return {
         "examples": examples,
         "explains": material.trained.backbone.preprocessing.explains,
+        "unit": "piece" if any(example.has_other_pieces for example in examples) else "word",
         "all_explained": all(example.explained for example in examples),
         "layout": "images" if all(with_image) else "texts",
         # The last two parts of a path identify a file: class folder and file name.

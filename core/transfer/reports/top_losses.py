@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -86,6 +87,7 @@ class Explanation:
         score: Score of the output for the complete input.
         pieces: The pieces of the input in order, cut to :data:`MAX_CHARACTERS`.
         strongest: The pieces with the largest changes, the largest first.
+        of_words: Whether all pieces of the input are strings.
     """
 
     kind: ClassVar[str] = "explanation"
@@ -93,6 +95,7 @@ class Explanation:
     score: float
     pieces: tuple[Piece, ...]
     strongest: tuple[Piece, ...]
+    of_words: bool = True
 
 
 Content = Image | Text | Explanation
@@ -115,6 +118,11 @@ class Example:
     true: str
     predicted: str
     content: tuple[Content, ...]
+
+    @property
+    def has_other_pieces(self) -> bool:
+        """Whether an explanation names pieces that are not words, such as regions of an image or parts of a sound."""
+        return any(isinstance(part, Explanation) and not part.of_words for part in self.content)
 
     @property
     def explained(self) -> bool:
@@ -144,7 +152,7 @@ def top_losses(
             float(losses[index]),
             describe(trained.data, test.targets[index]),
             _predicted(trained, predictions, index),
-            _content(preprocessing, value) if explanation is None else (_explanation(explanation),),
+            _content(preprocessing, value) if explanation is None else _explained(preprocessing, value, explanation),
         )
         for index, value, explanation in zip(indices, values, explanations, strict=True)
     ]
@@ -207,7 +215,14 @@ def _explanation(explanation: Mapping[str, Any]) -> Explanation:
         pieces.append(Piece(piece, change, _strength(abs(change) / largest)))
     ranked = sorted(changes, key=lambda one: -abs(one[1]))[:MAX_PIECES_NAMED]
     strongest = [Piece(str(piece).strip(), change) for piece, change in ranked if round(change, 3)]
-    return Explanation(explanation["of"], explanation["score"], tuple(pieces), tuple(strongest))
+    of_words = all(isinstance(piece, str) for piece, _ in changes)
+    return Explanation(explanation["of"], explanation["score"], tuple(pieces), tuple(strongest), of_words)
+
+
+def _explained(preprocessing: Preprocessing, value: Any, explanation: Mapping[str, Any]) -> tuple[Content, ...]:
+    """Return an explanation, below the parts of the raw value that its pieces do not show."""
+    explained, parts = _explanation(explanation), _content(preprocessing, value)
+    return (*(part for part in parts if isinstance(part, Image) or not explained.pieces), explained)
 
 
 def _strength(fraction: float) -> str:
@@ -222,7 +237,10 @@ def _content(preprocessing: Preprocessing, value: Any) -> tuple[Content, ...]:
     if preprocessing.parts and isinstance(value, tuple):
         parts = zip(preprocessing.parts.values(), value, strict=True)
         return tuple(content for part, one in parts for content in _content(part, one))
-    if (image := preprocessing.thumbnail(value)) is not None:
+    image = None
+    with suppress(ValueError, OSError):  # a value that cannot be rendered is shown as text
+        image = preprocessing.thumbnail(value)
+    if image is not None:
         kind = "jpeg" if image.startswith(JPEG) else "png"
         return (Image(f"data:image/{kind};base64,{base64.b64encode(image).decode()}"),)
     text = value if isinstance(value, str) else repr(value)

@@ -68,6 +68,27 @@ def an_example_has_the_same_loss_in_any_batch(case: Case) -> None:
         require(unchanged, "other examples in the batch change the loss of an example")
 
 
+@promise("interfaces.Task", "quick")
+def the_state_of_a_task_survives_json(case: Case) -> None:
+    """A new task with the saved ``state`` has the same losses and the same ``output_scaling`` as the prepared one."""
+    component = case.component()
+    for kind, (task, outputs, targets) in zip(sorted(component.cls.targets), _tasks(case), strict=True):
+        restored: Task = component.make(DataSpec(("text",), kind, CLASSES))
+        restored.load_state(json.loads(json.dumps(task.state())))
+        same = torch.equal(restored.loss(outputs, targets), task.loss(outputs, targets))
+        require(same, "the losses differ without prepare: return what it computes from state, and set it in load_state")
+        scaling = task.output_scaling()
+        if scaling is not None:
+            shapes = [tuple(values.shape) for values in scaling]
+            require(
+                shapes == [(task.out_features,)] * 2, f"output_scaling has shapes {shapes}: expected (out_features,)"
+            )
+            again = restored.output_scaling()
+            require(
+                again is not None and all(map(torch.equal, scaling, again)), "output_scaling differs after load_state"
+            )
+
+
 @promise("interfaces.PrimaryMetric", "quick")
 def the_primary_metric_is_one_of_the_metrics(case: Case) -> None:
     """``primary_metric`` names one of ``metrics``: it selects the best epoch."""
@@ -86,7 +107,7 @@ def metrics_are_new_objects_and_take_predictions(case: Case) -> None:
         metrics, others = task.metrics(), task.metrics()
         for name, metric in metrics.items():
             require(metric is not others[name], f"metrics returns the same {name} twice: epochs would be added up")
-            metric.update(task.predictions(outputs), targets)
+            metric.update(task.metric_inputs(outputs).get(name, task.predictions(outputs)), targets)
             value = metric.compute()
             require(isinstance(value, Tensor) and value.numel() == 1, f"{name} is {value!r}: expected one number")
 

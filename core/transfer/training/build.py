@@ -12,17 +12,20 @@ import torch
 from transfer.config.component import error_location
 from transfer.config.run_config import RunConfig
 from transfer.config.train_settings import BATCH_SIZE, TrainConfig
+from transfer.config.yaml_document import Key
 from transfer.data.inspection import DATA_WARNINGS_TITLE, inspect_data
 from transfer.data.loader import Loader
 from transfer.data.splits import complete, count_classes, digest
+from transfer.errors import ConfigError, Problem
 from transfer.interfaces import Backbone, Data, Dataset, DataSpec, Split, Task
 from transfer.models.assemble import assemble
 from transfer.models.model import Model
 from transfer.models.saved_backbone import build_backbone, load_pretrained
 from transfer.training.auto_batch_size import find_batch_size
-from transfer.training.events import Note, Observer
+from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.experiment import SMOKE_TEST_BATCHES, EngineOptions, Experiment, Phase
 from transfer.training.preflight import preflight, resolve_phases
+from transfer.training.selection import FEW_EXAMPLES, LAST
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     """
     checked = preflight(config)
     data, splits = read_data(config)
+    _check_validation(config, splits, ignore_events if quick else observe)
     with error_location(config.data.where):
         data_warnings = inspect_data(data, splits, checked.backbone.fields)
     if data_warnings:
@@ -105,6 +109,33 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     return BuiltExperiment(config, experiment, loaders, backbone, data.spec, learned, pretrained, counts, data_warnings)
 
 
+def _check_validation(config: RunConfig, splits: Mapping[str, Split], observe: Observer) -> None:
+    """Refuse settings that need a validation split if there is none, and warn if it is very small."""
+    train = config.train
+    if "validation" in splits:
+        count = len(splits["validation"])
+        if count < FEW_EXAMPLES and train.select != LAST:
+            text = f"the validation split has only {count:,} examples, so the best epoch is selected largely by chance"
+            observe(Note(f"{text}: increase data.validation, or keep the last epoch with train.select=last"))
+        return
+    phases = list(enumerate(train.phases or ()))
+    plateau = [index for index, one in enumerate(config.schedulers) if one and one.name == "plateau"]
+    keys: list[Key] = [("train", "select")] if train.select not in (None, LAST) else []
+    keys += [("train", "phases", index, "patience") for index, phase in phases if phase.patience is not None]
+    keys += [("train", "scheduler") for _ in plateau[:1]]
+    if keys:
+        raise ConfigError.of(
+            [
+                Problem(
+                    f"{'.'.join(map(str, key))} needs a validation split, and data.validation is 0",
+                    config.document.location(key),
+                    fix="set data.validation to 0.1, for example, or remove this option",
+                )
+                for key in keys
+            ]
+        )
+
+
 def with_found_batch_size(config: RunConfig, observe: Observer) -> RunConfig:
     """Return the config with the batch size that ``auto`` finds, so that several runs use the same one."""
     return build(config, observe).config if config.train.batch_size == "auto" else config
@@ -128,7 +159,7 @@ def make_experiment(
         model,
         task,
         loaders["train"],
-        loaders["validation"],
+        loaders.get("validation"),
         loaders.get("test") if config.train.score_test else None,
         phases,
         config.optimizer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, islice
 from typing import Any, cast, final
 
@@ -22,13 +22,11 @@ from transfer.models.model import Model
 from transfer.models.precision import autocast, place
 from transfer.storage.checkpoint import digest
 from transfer.storage.run_directory import RunDirectory
-from transfer.system.memory import peak_memory_bytes
 from transfer.system.signals import Interrupted, Signals
-from transfer.training import freezing
+from transfer.training import evaluation, freezing
 from transfer.training.batch_loss import BatchLoss
 from transfer.training.checkpoints import Checkpoints
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, ProcessLostError
-from transfer.training.evaluation import PredictionCollector, device_metrics, evaluate
 from transfer.training.events import EpochEnded, EpochStarted, Note, Observer, StepEnded, ignore_events
 from transfer.training.experiment import Experiment, Phase
 from transfer.training.mixup import mix_batch
@@ -36,6 +34,7 @@ from transfer.training.optimizer import build_optimizer, learning_rates
 from transfer.training.scheduler import Schedule
 from transfer.training.seeding import seed_generators
 from transfer.training.state import EpochSums, TrainingState
+from transfer.training.summary import summarize
 
 PROGRESS_INTERVAL_SECONDS = 0.2
 """Minimum time between two progress events: computing the metric for one waits for the device."""
@@ -123,7 +122,7 @@ class Trainer:
         self.forward: Callable[..., Tensor] = torch.compile(self.model) if self.options.compile else self.model
         # Only fp16 gradients underflow; a disabled scaler passes losses and steps through.
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.precision == "fp16")
-        metrics = device_metrics(experiment.task, self.device)
+        metrics = evaluation.device_metrics(experiment.task, self.device)
         unchanged, weights = experiment.unchanged_stages(), self.model.state_dict()
         # A resumed run reads the unchanged stages from their source again: checkpoints do not contain them, so their
         # digest must be the same.
@@ -133,6 +132,7 @@ class Trainer:
             processes.require_equal({**origin, "initial weights": digest(weights)})
         self.state = TrainingState(self.model, unchanged, origin, average, scaler, metrics)
         self.checkpoints = Checkpoints(run, self.state, self.options, processes, observe)
+        self.selection = experiment.selection
         self._pending: list[BatchLoss] = []  # losses of the last step, which the device may still compute
         self._has_unsaved_steps = False
 
@@ -180,13 +180,15 @@ class Trainer:
         # ---- freeze, and compute the frozen prefix once
         self._freeze(phase)
         prefix = freezing.prefix_length(self.model, phase.frozen)
-        train = self._batches_for(experiment.train, prefix, training=True, epochs=phase.epochs)
-        validation = self._batches_for(experiment.validation, prefix)
-        if progress.record_caches(number, {"train": train.report, "validation": validation.report}):
+        sources = {"train": self._batches_for(experiment.train, prefix, training=True, epochs=phase.epochs)}
+        if experiment.validation is not None:
+            sources["validation"] = self._batches_for(experiment.validation, prefix)
+        if progress.record_caches(number, {split: source.report for split, source in sources.items()}):
             text = "the feature cache contains other splits than before the interruption"
             self.observe(Note(f"{text}: results may differ in the last bits"))
         if prefix:
-            self.observe(Note(f"phase {number}: training examples {train}; validation examples {validation}"))
+            texts = [f"{split.replace('train', 'training')} examples {source}" for split, source in sources.items()]
+            self.observe(Note(f"phase {number}: {'; '.join(texts)}"))
 
         # ---- optimizer and schedule
         is_new = number > progress.phase  # not resumed within the phase
@@ -201,7 +203,7 @@ class Trainer:
             epochs=phase.epochs,
             steps_per_epoch=[math.ceil(batches / self.options.accumulate) for batches in batches_per_epoch],
             warmup_epochs=self.options.warmup_epochs,
-            higher_is_better=experiment.task.primary_metric.higher_is_better,
+            higher_is_better=self.selection.higher_is_better,
         )
         with self.signals.deferred():  # a checkpoint contains the phase and its optimizer: both change together
             if is_new:
@@ -213,11 +215,11 @@ class Trainer:
         while progress.phase_epochs < phase.epochs and not self._should_stop_early(phase.patience):
             batches = batches_per_epoch[progress.phase_epochs]
             self.observe(EpochStarted(progress.epochs + 1, total_epochs, number, len(experiment.phases), batches))
-            self.train_epoch(train)
+            self.train_epoch(sources["train"])
             validation_started = time.perf_counter()
-            scores = self._evaluate(self.scored_model, validation, "validation")
+            scores, facts = self.validate(sources.get("validation"))
             with self.signals.deferred():
-                self.end_epoch(scores, time.perf_counter() - validation_started)
+                self.end_epoch(scores, facts, time.perf_counter() - validation_started)
         if progress.phase_epochs < phase.epochs:
             reason = f"no better for {phase.patience} epochs"
             self.observe(Note(f"phase {number} ends after epoch {progress.epochs}: {reason}"))
@@ -302,13 +304,14 @@ class Trainer:
 
             # ---- metrics, over the examples of all ranks
             # Detached, because metrics keep their inputs: otherwise they would keep the graph of every batch alive.
-            losses, predictions = losses.detach(), self.experiment.task.predictions(outputs.detach())
+            losses, inputs = losses.detach(), evaluation.inputs_of_metrics(self.experiment.task, outputs.detach())
             targets, indices = batch.targets, batch.indices
             if batch.global_indices is not None:
                 indices = batch.global_indices
-                losses, predictions, targets = processes.all_gather(len(indices), losses, predictions, targets)
-            for metric in state.metrics.values():
-                metric.update(predictions, targets)
+                losses, targets, *gathered = processes.all_gather(len(indices), losses, targets, *inputs.values())
+                inputs = dict(zip(inputs, gathered, strict=True))
+            for name, metric in state.metrics.items():
+                metric.update(inputs.get(name, inputs[evaluation.PREDICTIONS]), targets)
             sums.batches, sums.examples = sums.batches + 1, sums.examples + len(indices)
             step_losses.append(BatchLoss.copy_from(losses.sum(), indices, sums.batches, rates))
 
@@ -340,13 +343,21 @@ class Trainer:
         for _ in forward_batches(self.model, [evaluated], device=self.device, precision=self.options.precision):
             pass
 
-    def end_epoch(self, scores: dict[str, float], validation_seconds: float) -> None:
+    def validate(self, source: StageInputs | None) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the metrics of the validation split, and facts about them; both are empty without the split."""
+        if source is None:
+            return {}, {}
+        sample = evaluation.metric_sample(self.experiment.task, self.selection, self.device)
+        scores = self._evaluate(self.scored_model, source, "validation", sample=sample)
+        return scores, {} if sample is None else sample.facts()
+
+    def end_epoch(self, scores: dict[str, float], facts: Mapping[str, Any], validation_seconds: float) -> None:
         """Record a validated epoch, and write its checkpoints and its line of metrics."""
-        state, primary = self.state, self.experiment.task.primary_metric
+        state, progress, selection = self.state, self.state.progress, self.selection
         assert state.schedule is not None
-        state.schedule.after_epoch(scores[primary.name])
+        state.schedule.after_epoch(scores.get(selection.metric, math.nan))
         train_metrics = {name: float(metric.compute()) for name, metric in state.metrics.items()}
-        record, improved = state.progress.end_epoch(train_metrics, scores, validation_seconds, primary)
+        record, improved = progress.end_epoch(train_metrics, scores, validation_seconds, selection, facts)
         # `best` first, because `last` refers to it: if the process is killed in between, the epoch is trained again
         # with the same result.
         if improved:
@@ -411,10 +422,8 @@ class Trainer:
         for loss in pending:
             progress.epoch.loss_sum += loss.finite_item(progress.epochs + 1)
 
-    def _evaluate(
-        self, model: Model, source: StageInputs, split: str, collector: PredictionCollector | None = None
-    ) -> dict[str, float]:
-        return evaluate(
+    def _evaluate(self, model: Model, source: StageInputs, split: str, **collected: Any) -> dict[str, float]:
+        return evaluation.evaluate(
             model,
             self.experiment.task,
             source,
@@ -422,9 +431,9 @@ class Trainer:
             self.observe,
             split,
             self.experiment.max_batches,
-            collector=collector,
             processes=self.processes,
             signals=self.signals,
+            **collected,
         )
 
     # ------------------------------------------------------------------------------------------------------ summary
@@ -434,30 +443,20 @@ class Trainer:
         experiment, progress = self.experiment, self.state.progress
         best = self.checkpoints.load_best()
         self.model.eval()  # also without a test split: the report and the saved model use it
-        caches, test = progress.caches, None
+        caches, test, predictions = progress.caches, None, None
         if experiment.test is not None:
             source = self._batches_for(experiment.test, experiment.frozen_prefix_length())
             caches = [*caches, {"split": "test", **source.report}]
             # A quick run scores a few batches only, so its predictions would not fit the split.
-            collector = PredictionCollector() if self.processes.is_main and experiment.max_batches is None else None
-            test = self._evaluate(self.model, source, "test", collector)
+            collector = (
+                evaluation.PredictionCollector() if self.processes.is_main and experiment.max_batches is None else None
+            )
+            test = self._evaluate(self.model, source, "test", collector=collector)
             if collector is not None:
-                self.checkpoints.run.write_predictions(collector.in_split_order())
-        return {
-            "best_epoch": best["epoch"],
-            "epochs": progress.epochs,
-            "validation": best["validation"],
-            "test": test,
-            "primary_metric": experiment.task.primary_metric.name,
-            "parameters": experiment.parameter_counts(),
-            "examples_per_second": round(progress.trained_examples / progress.trained_seconds, 2),
-            "waiting_for_data": round(progress.waiting_seconds / progress.trained_seconds, 4),
-            "seconds": round(self.checkpoints.seconds, 3),
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "cache": caches,
-            "device": str(self.device),
-            "precision": self.options.precision,
-        }
+                scored = collector.in_split_order()
+                self.checkpoints.run.write_predictions(scored)
+                predictions = scored.predictions
+        return summarize(experiment, progress, best, test, predictions, caches=caches, seconds=self.checkpoints.seconds)
 
 
 def _copy_frozen_to_ema(average: AveragedModel, model: Model, frozen: frozenset[str]) -> None:

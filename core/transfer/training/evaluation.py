@@ -21,7 +21,11 @@ from transfer.storage.run_directory import Predictions
 from transfer.system.signals import Signals
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup
 from transfer.training.events import EvaluationStarted, EvaluationStep, Observer
+from transfer.training.selection import MetricSample, Selection
 from transfer.training.state import named_metrics
+
+PREDICTIONS = ""
+"""Key of the predictions among the inputs of the metrics; no metric has this name."""
 
 
 class PredictionCollector:
@@ -55,6 +59,7 @@ def evaluate(
     max_batches: int | None = None,
     *,
     collector: PredictionCollector | None = None,
+    sample: MetricSample | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
     signals: Signals | None = None,
 ) -> dict[str, float]:
@@ -71,6 +76,7 @@ def evaluate(
         split: Name of the split, for events and errors.
         max_batches: Maximum number of batches. None evaluates all.
         collector: Collector to which the predictions are appended. None discards them.
+        sample: Sample to which the inputs of its metric are appended. None estimates no standard error.
         processes: Processes that evaluate together.
         signals: Signal handlers of the run. None does not check for signals between batches.
 
@@ -89,19 +95,23 @@ def evaluate(
     for step, (batch, outputs) in enumerate(forward, 1):
         with torch.inference_mode():
             outputs = outputs.float()
-            losses, predictions = task.loss(outputs, batch.targets), task.predictions(outputs)
+            losses, inputs = task.loss(outputs, batch.targets), inputs_of_metrics(task, outputs)
             targets, indices = batch.targets, batch.indices
             # Only rank 0 collects, but a collective needs the same tensors on every rank.
             needs_confidences = collector is not None or batch.global_indices is not None
             confidences = task.scores(outputs).amax(1) if needs_confidences else losses
             if batch.global_indices is not None:
                 indices = batch.global_indices
-                losses, predictions, targets, confidences = processes.all_gather(
-                    len(indices), losses, predictions, targets, confidences
+                losses, targets, confidences, *gathered = processes.all_gather(
+                    len(indices), losses, targets, confidences, *inputs.values()
                 )
+                inputs = dict(zip(inputs, gathered, strict=True))
             loss_sum += losses.sum()
-            for metric in metrics.values():
-                metric.update(predictions, targets)
+            predictions = inputs[PREDICTIONS]
+            for name, metric in metrics.items():
+                metric.update(inputs.get(name, predictions), targets)
+            if sample is not None:
+                sample.append(inputs.get(sample.name, predictions), targets)
             if collector is not None:
                 collector.append(indices, predictions, targets, losses, confidences)
         examples += len(indices)
@@ -118,6 +128,11 @@ def evaluate(
     return scores
 
 
+def inputs_of_metrics(task: Task, outputs: Tensor) -> dict[str, Tensor]:
+    """Return the inputs of the metrics, (B, ...) each: the predictions, and those of single metrics by name."""
+    return {PREDICTIONS: task.predictions(outputs), **task.metric_inputs(outputs)}
+
+
 def device_metrics(task: Task, device: torch.device) -> dict[str, Metric]:
     """Return the metrics of a task on a device, without torchmetrics' own synchronization between processes.
 
@@ -127,6 +142,13 @@ def device_metrics(task: Task, device: torch.device) -> dict[str, Metric]:
     for _, metric in named_metrics(metrics):
         metric.distributed_available_fn = _never
     return metrics
+
+
+def metric_sample(task: Task, selection: Selection, device: torch.device) -> MetricSample | None:
+    """Return an empty sample of the metric that selects the best epoch; None for the loss, which decides by itself."""
+    if selection.metric == "loss":
+        return None
+    return MetricSample(selection.metric, device_metrics(task, device)[selection.metric])
 
 
 def _never() -> bool:

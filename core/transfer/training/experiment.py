@@ -21,6 +21,7 @@ from transfer.training import freezing
 from transfer.training.events import CachingStep, Observer, ignore_events
 from transfer.training.freezing import Frozen
 from transfer.training.optimizer import ParameterGroup
+from transfer.training.selection import LAST, Selection
 
 SMOKE_TEST_BATCHES = 3
 """Number of batches of each split in a quick run."""
@@ -64,6 +65,7 @@ class EngineOptions:
         cache: Mode of the feature cache.
         views: Number of augmented views per training example in the cache. None does not cache augmented examples.
         cache_limit_gib: Maximum size of the feature cache on disk, in GiB.
+        select: Metric that selects the best epoch, ``loss`` or ``last``. None selects the task's primary metric.
     """
 
     device: torch.device
@@ -79,6 +81,7 @@ class EngineOptions:
     cache: Literal["auto", "off", "verify"]
     views: int | None
     cache_limit_gib: float
+    select: str | None = None
 
     @classmethod
     def from_config(cls, train: TrainConfig, device: torch.device, *, quick: bool) -> EngineOptions:
@@ -103,6 +106,7 @@ class EngineOptions:
             train.cache,
             train.views,
             train.cache_limit_gib,
+            train.select,
         )
 
 
@@ -118,7 +122,8 @@ class Experiment:
     Args:
         model: Model with its pretrained weights.
         task: Task: loss and metrics.
-        train, validation, test: Loaders of the splits. Without a test split only validation metrics are computed.
+        train, validation, test: Loaders of the splits. Without a test split only validation metrics are computed;
+            without a validation split the last epoch is kept.
         phases: Phases in order.
         optimizer: Optimizer class with its options.
         options: Options of the engine.
@@ -131,7 +136,7 @@ class Experiment:
     model: Model
     task: Task
     train: Loader
-    validation: Loader
+    validation: Loader | None
     test: Loader | None
     phases: tuple[Phase, ...]
     optimizer: TorchClass
@@ -140,6 +145,11 @@ class Experiment:
     assets: Mapping[str, str]
     origin: Mapping[str, str]
     max_batches: int | None = None
+
+    @property
+    def selection(self) -> Selection:
+        """The rule that selects the best epoch."""
+        return Selection.of(self.task, LAST if self.validation is None else self.options.select)
 
     def batches_for(
         self,

@@ -24,6 +24,7 @@ from transfer.training.experiment import Phase
 from transfer.training.mixup import check_mixable
 from transfer.training.optimizer import build_optimizer, parameter_groups
 from transfer.training.scheduler import Schedule
+from transfer.training.selection import Selection
 
 LARGE_EPOCH_STEPS = 1000
 """Placeholder for the number of steps per epoch, which is unknown before the data is read."""
@@ -73,6 +74,8 @@ def preflight(config: RunConfig) -> CheckedParts:
         _check_compatibility(config, spec, backbone)
         task, model = assemble(backbone, config.head, config.task, spec)
     _require_meta(config, model)
+    with config.at("train", "select"):
+        Selection.of(task, config.train.select)
     shapes = _run_on_meta(config, backbone, task, model)
     phases = resolve_phases(config, model)
     device = resolve_training_device(config)

@@ -15,7 +15,6 @@ from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
 
 from transfer.errors import RunError, TrainingError, damaged
-from transfer.interfaces import PrimaryMetric
 from transfer.models.model import Model
 from transfer.storage import checkpoint
 from transfer.storage.run_directory import EpochRecord
@@ -23,6 +22,7 @@ from transfer.storage.tensor_files import require_same_layout
 from transfer.system.file_schema import FileSchema, checked
 from transfer.training import optimizer_state
 from transfer.training.scheduler import Schedule
+from transfer.training.selection import Selection
 
 _FIX_MISMATCH = "restore the original files, or start a new run with: transfer run"
 _MISMATCH = "the checkpoint does not fit the run"
@@ -94,7 +94,8 @@ class Progress:
         train_metrics: Mapping[str, float],
         validation: dict[str, float],
         validation_seconds: float,
-        primary: PrimaryMetric,
+        selection: Selection,
+        facts: Mapping[str, Any],
     ) -> tuple[dict[str, Any], bool]:
         """Add the current epoch to the totals and to the records.
 
@@ -102,7 +103,8 @@ class Progress:
             train_metrics: Metrics over the trained examples of the epoch.
             validation: Loss and metrics of the validation split.
             validation_seconds: Duration of the validation in seconds.
-            primary: Metric that selects the best epoch.
+            selection: Rule that selects the best epoch.
+            facts: Further entries of the record (:meth:`transfer.training.selection.MetricSample.facts`).
 
         Returns:
             The line of ``metrics.jsonl``, and whether the epoch is the best one so far.
@@ -117,6 +119,7 @@ class Progress:
             "seconds": round(sums.seconds + validation_seconds, 3),
             "examples_per_second": round(sums.examples / sums.seconds, 2),
             "waiting_for_data": round(sums.waiting_seconds / sums.seconds, 4),
+            **facts,
         }
         self.records.append(record)
         self.phase_epochs += 1
@@ -125,10 +128,11 @@ class Progress:
         self.trained_seconds += sums.seconds
         self.waiting_seconds += sums.waiting_seconds
         reached = {"epoch": self.epochs, "validation": validation}
-        improved = self.best is None or _is_better(primary, validation, self.best["validation"])
+        improved = self.best is None or selection.keeps_last or selection.is_better(self.records, self.best["epoch"])
         if improved:
             self.best = reached
-        if self.phase_best is None or _is_better(primary, validation, self.phase_best["validation"]):
+        of_phase = self.records[-self.phase_epochs :]
+        if self.phase_best is None or not validation or selection.is_better(of_phase, self.phase_best["epoch"]):
             self.phase_best = reached
         return record, improved
 
@@ -143,13 +147,6 @@ class Progress:
         self.caches = [report for report in self.caches if report["phase"] < phase]
         self.caches += [{"phase": phase, "split": split, **report} for split, report in reports.items()]
         return bool(before) and before != [report["cached"] for report in reports.values()]
-
-
-def _is_better(primary: PrimaryMetric, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
-    """Compare by the primary metric; break ties, which are common on small splits, by the loss."""
-    if new[primary.name] != old[primary.name]:
-        return (new[primary.name] > old[primary.name]) == primary.higher_is_better
-    return new["loss"] < old["loss"]
 
 
 class _BestEpoch(FileSchema):
@@ -326,7 +323,7 @@ class TrainingState:
             checked(b, _BestEpoch, where, _MISMATCH, _FIX_MISMATCH) for b in (progress.best, progress.phase_best) if b
         ]
         consistent = (
-            all(epoch.validation.keys() >= {"loss", *self.metrics} for epoch in best)
+            all(not epoch.validation or epoch.validation.keys() >= {"loss", *self.metrics} for epoch in best)
             and bool(progress.best) == bool(progress.records)
             and progress.phase_epochs <= progress.epochs
             and bool(progress.epoch.batches) == bool(progress.epoch.examples)
