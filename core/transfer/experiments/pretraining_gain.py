@@ -14,6 +14,7 @@ from torch import Tensor
 from transfer.config.check import load_config
 from transfer.config.run_config import Config, RunConfig
 from transfer.errors import RunError, UserError
+from transfer.experiments import tfidf
 from transfer.experiments.comparison import Row, compare, higher_is_better
 from transfer.experiments.intervals import Spread, metric_bounds, spread
 from transfer.experiments.seeds import (
@@ -44,6 +45,7 @@ RANDOM_FEATURES, LINEAR_PROBE, FROM_SCRATCH, FINE_TUNED = (
     "from_scratch",
     "fine_tuned",
 )
+TFIDF = "tfidf_logistic_regression"
 _MIN_FREQUENCY = 1e-6
 """Frequency of a class without training examples: the logarithm of zero is not finite."""
 
@@ -66,7 +68,8 @@ def pretraining_gain(
     * ``fine_tuned``: the complete model from the pretrained weights, with the config's phases. If these train only the
       head, the backbone is trained at a tenth of the head's rate.
 
-    The best constant prediction is reported with them; for classes it is the most frequent class.
+    The best constant prediction is reported with them; for classes it is the most frequent class. For texts with
+    classes or labels, TF-IDF with logistic regression is reported too if scikit-learn is installed.
 
     The frozen arms train on examples without random augmentation, as is usual (Kornblith et al. 2019). The features of
     the pretrained network are therefore computed once for all seeds.
@@ -190,12 +193,13 @@ def _measure(
 
     with folder.locked(), recorded_outcome(folder, observe, write):
         write({"status": "running"})
+        simple = _simple_metrics(built, observe)
         summaries = {}
         for number, (name, arm) in enumerate(arms.items(), 1):
             observe(Note(f"{title(name)}, arm {number} of {len(arms)}"))
             path = folder.path / name
             summaries[name] = train_seeds(arm, seeds, path, quick=False, observe=observe).summary
-        result = {"status": "complete", **_result(folder.path, summaries, _constant(built), built)}
+        result = {"status": "complete", **_result(folder.path, summaries, simple, built)}
         write(result)
     return Run(folder.path, {**manifest, **result})
 
@@ -236,6 +240,22 @@ def _arms(config: RunConfig, parts: CheckedParts) -> dict[str, RunConfig]:
     }
 
 
+def _simple_metrics(built: BuiltExperiment, observe: Observer) -> dict[str, dict[str, float]]:
+    """Return the metrics of the predictions without a network, by name: a constant, and for texts TF-IDF."""
+    metrics = {}
+    if (constant := _constant(built)) is not None:
+        metrics[CONSTANT[built.data.target]] = constant
+    if not tfidf.applies(built):
+        return metrics
+    if tfidf.is_installed():
+        observe(Note("TF-IDF with logistic regression"))
+        return {**metrics, TFIDF: tfidf.tfidf_metrics(built)}
+    observe(
+        Note(f"TF-IDF with logistic regression is left out, because scikit-learn is not installed: {tfidf.INSTALL}")
+    )
+    return metrics
+
+
 def _constant(built: BuiltExperiment) -> dict[str, float] | None:
     """Return the metrics of the best constant prediction on the scored split; None if the task has other outputs.
 
@@ -269,7 +289,10 @@ def _constant_outputs(targets: np.ndarray[Any, Any], kind: str, count: int) -> T
 
 
 def _result(
-    path: Path, summaries: Mapping[str, Mapping[str, Any]], constant: Mapping[str, float] | None, built: BuiltExperiment
+    path: Path,
+    summaries: Mapping[str, Mapping[str, Any]],
+    simple: Mapping[str, Mapping[str, float]],
+    built: BuiltExperiment,
 ) -> dict[str, Any]:
     """Compare the arms, and summarize the result in a sentence."""
     task = built.experiment.task
@@ -280,10 +303,8 @@ def _result(
     )
     (_, frozen) = compare([path / RANDOM_FEATURES, path / LINEAR_PROBE]).rows
     arms: dict[str, Any] = {}
-    if constant is not None:
-        arms[CONSTANT[built.data.target]] = {
-            table.split: {name: spread_json(spread([value])) for name, value in constant.items()}
-        }
+    for name, metrics in simple.items():
+        arms[name] = {table.split: {key: spread_json(spread([value])) for key, value in metrics.items()}}
     for name, summary in summaries.items():
         arms[name] = {table.split: summary[table.split], "seconds": summary["seconds"], "folder": name}
         arms[name]["to_from_scratch"] = _row_json(to_scratch[name])
@@ -292,11 +313,15 @@ def _result(
         _frozen_sentence(frozen, task),
     ]
     best = max(to_scratch.values(), key=lambda row: _gain(row.spread.mean, task))
-    if constant is not None and not _gain(best.spread.mean, task) > _gain(constant[metric], task):
-        sentences.append(
-            f"No arm is better than the best constant prediction ({metric} {constant[metric]:.4f}): nothing was "
-            "learned."
-        )
+    for name, metrics in simple.items():
+        if _gain(best.spread.mean, task) > _gain(metrics[metric], task):
+            continue
+        if name == TFIDF:
+            reached = f"TF-IDF with logistic regression ({metric} {metrics[metric]:.4f})"
+            sentences.append(f"No arm is better than {reached}: a simple model is sufficient here.")
+        else:
+            reached = f"the best constant prediction ({metric} {metrics[metric]:.4f})"
+            sentences.append(f"No arm is better than {reached}: nothing was learned.")
     return {
         "metric": metric,
         "higher_is_better": higher_is_better(task, metric),
