@@ -21,6 +21,7 @@ from transfer.errors import RunError, UserError
 from transfer.interfaces import Backbone, DataSpec, Split, Task
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
+from transfer.models.recorded_plugins import load_run_config
 from transfer.models.saved_backbone import build_backbone
 from transfer.models.saved_model import read_model
 from transfer.storage.run_directory import RunDirectory
@@ -103,7 +104,7 @@ def preview_predictions(run: str | Path, split: str = "test", *, device: str = "
     """
     directory = RunDirectory.open(run)
     directory.refuse_links()
-    config = load_config(directory.config())
+    config = load_run_config(directory)
     loaded = read_model(directory.model)
     _, splits = read_data(config)
     if split not in splits:

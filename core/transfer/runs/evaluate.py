@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transfer.config.check import load_config
 from transfer.errors import RunError, unknown_name
 from transfer.interfaces import SPLITS
+from transfer.models.recorded_plugins import changes, load_run_config, recorded_plugins
 from transfer.models.saved_model import read_model
 from transfer.runs.inference_device import inference_device
 from transfer.storage.run_directory import RunDirectory
 from transfer.training.build import make_experiment, make_loader, read_data
 from transfer.training.evaluation import evaluate as score
-from transfer.training.events import Observer, ignore_events
+from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.preflight import resolve_phases
 
 
@@ -34,7 +34,10 @@ def evaluate(
         UserError: The run or its data are damaged, or the split or the device does not exist.
     """
     directory = RunDirectory.open(run)
-    config = load_config(directory.config())
+    config = load_run_config(directory)
+    components = (config.data, config.backbone, config.head, config.task)
+    if changed := changes(recorded_plugins(directory), components):
+        observe(Note(f"plugins have changed since the run, so results may differ: {'; '.join(changed)}"))
     loaded = read_model(directory.model)
     _, splits = read_data(config)
     if split not in splits:

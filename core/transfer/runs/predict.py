@@ -11,12 +11,12 @@ from typing import Any
 from transfer.errors import DataError, RunError
 from transfer.interfaces import Preprocessing
 from transfer.models.model_json import DESCRIPTION
-from transfer.models.saved_model import LoadedModel, find_model, read_model
+from transfer.models.saved_model import LoadedModel, find_model, plugin_changes, read_model
 from transfer.runs.inference_device import inference_device
 from transfer.runs.occlusion import explain_output, outputs_of
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json
-from transfer.training.events import Observer, ignore_events
+from transfer.training.events import Note, Observer, ignore_events
 
 PREDICTION_BATCH = 64
 """Number of inputs that go through the model together."""
@@ -54,6 +54,8 @@ def predict(
     """
     folder = find_model(run)
     loaded = read_model(folder)
+    if changed := plugin_changes(folder):
+        observe(Note(f"plugins have changed since the run, so results may differ: {'; '.join(changed)}"))
     if explain and not loaded.backbone.preprocessing.explains:
         name = read_json(folder / DESCRIPTION, "there is no model here")["backbone"]["name"]
         fix = "predict without an explanation"
