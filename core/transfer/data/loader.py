@@ -18,8 +18,8 @@ from transfer.data.batch import Batch, Shard
 from transfer.data.encoding import encode
 from transfer.data.memory_cache import MemoryCache
 from transfer.data.randomness import preserve_rng_state, seed_all
-from transfer.errors import DataError
-from transfer.interfaces import Preprocessing, Split
+from transfer.errors import DataError, PluginError
+from transfer.interfaces import Preprocessing, Sampler, Split
 
 BUCKET_BATCHES = 50
 """Number of batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
@@ -44,6 +44,7 @@ class Loader:
             length together (True: 50). Has no effect without ``encode_once``.
         workers: Number of loader processes; 0 loads in this process. While the memory cache is filled, this process
             encodes (in threads, if the preprocessing uses them), and loader processes start afterwards.
+        sampler: Order of the examples in training; None shuffles them.
         repeated: Whether the split is iterated more than once, so that keeping encoded values may be worthwhile.
 
     Raises:
@@ -64,6 +65,7 @@ class Loader:
         bucket: bool | int = True,
         workers: int = 0,
         repeated: bool = True,
+        sampler: Sampler | None = None,
     ) -> None:
         self.split = split
         self.fields = fields
@@ -73,6 +75,7 @@ class Loader:
         self.bucket_batches = BUCKET_BATCHES if bucket is True else int(bucket)
         self.seed = seed
         self.training = training
+        self.sampler = sampler
         self.examples = _BatchDataset(
             split, fields, preprocessing, seed=seed, augments=training and augment, caches_in_memory=repeated
         )
@@ -87,8 +90,8 @@ class Loader:
         return self.count(0)
 
     def count(self, epoch: int) -> int:
-        """Return the number of batches in an epoch; with ``max_tokens`` it differs between epochs."""
-        return len(self.batch_indices(epoch if self.max_tokens else 0))
+        """Return the number of batches in an epoch; with ``max_tokens`` or a sampler it may differ between epochs."""
+        return len(self.batch_indices(epoch if self.max_tokens or self.sampler else 0))
 
     def batch_indices(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """Return the example indices of each batch in an epoch, a function of only the seed and the epoch."""
@@ -97,7 +100,8 @@ class Loader:
         lengths = self.lengths if self.bucket_batches else None
         if not self.training:
             return self._chunk(np.arange(num_examples) if lengths is None else np.argsort(-lengths, kind="stable"))
-        order = generator.permutation(num_examples)
+        order = generator.permutation(num_examples) if self.sampler is None else self._sampled(self.sampler, epoch)
+        num_examples = len(order)
         if lengths is not None:
             # The shuffled order is cut into pools of bucket_batches batches, and each pool is sorted by length. With
             # max_tokens the number of examples per batch is estimated from the mean length.
@@ -170,6 +174,21 @@ class Loader:
             if isinstance(batch, DataError):
                 raise batch
             yield batch if shard is None else replace(batch, global_indices=global_batches[number])
+
+    def _sampled(self, sampler: Sampler, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the order of a sampler.
+
+        Raises:
+            PluginError: It is not an array of indices of the examples.
+        """
+        order = np.asarray(sampler.order(self.split.targets, self.seed, epoch))
+        count = len(self.split)
+        if order.ndim != 1 or not len(order) or order.dtype.kind not in "iu" or order.min() < 0 or order.max() >= count:
+            raise PluginError(
+                f"the order of sampler {type(sampler).__name__} is wrong: expected int64 indices (M,) from 0 to "
+                f"{count - 1}, got {order.dtype} {order.shape}"
+            )
+        return order.astype(np.int64, copy=False)
 
     @property
     def _max_tokens(self) -> int:
