@@ -23,6 +23,7 @@ from transfer.config.train_settings import (
     OptimizerOptions,
     PhaseSettings,
     Recipe,
+    TaskOptions,
     TrainConfig,
 )
 from transfer.registry import entry_points as registry
@@ -72,6 +73,9 @@ def _plugins() -> Iterator[str]:
         if kind == "backbone":
             yield "Every `backbone` block takes this option, unless the backbone has its own option `weights`:\n"
             yield from _options(_without_name(describe_fields(BackboneOptions)))
+        if kind == "task":
+            yield "Every `task` block takes this option, unless the task has its own option `metrics`:\n"
+            yield from _options(_without_name(describe_fields(TaskOptions)))
         for plugin in registry.plugins(kind):
             if plugin.distribution == CORE_DISTRIBUTION:
                 cls = registry.load(kind, plugin.qualified_name)
@@ -83,6 +87,12 @@ def _torch_parts() -> Iterator[str]:
     yield "## Optimizers and schedulers\n"
     yield "Classes and options of torch, described in its documentation. In addition, every optimizer takes:\n"
     yield from _options(_without_name(describe_fields(OptimizerOptions)))
+    yield "Plugins provide further ones, and samplers for `train.sampler`:\n"
+    for plugin in registry.plugins("sampler"):
+        if plugin.distribution == CORE_DISTRIBUTION:
+            cls = registry.load("sampler", plugin.qualified_name)
+            yield f"* sampler `{plugin.name}`: {summary(cls)}"
+    yield ""
     yield "| optimizer | options of torch, with defaults |\n|---|---|"
     for name, cls in OPTIMIZERS.items():
         yield _torch_row(f"`{name}`", options_model(cls, OptimizerOptions, skip=RESERVED_OPTIONS), OptimizerOptions)

@@ -41,6 +41,7 @@ from .interfaces import (
     Occlusion as Occlusion,
     Preprocessing as Preprocessing,
     PrimaryMetric as PrimaryMetric,
+    Sampler as Sampler,
     Split as Split,
     Task as Task,
     TrackedRun as TrackedRun,

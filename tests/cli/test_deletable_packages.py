@@ -78,6 +78,9 @@ def test_package_can_be_deleted(package: str, tmp_path: Path) -> None:
     first_unavailable = len(results) - len(COMMANDS[package])
     for result in results[:first_unavailable]:
         assert result["status"] == 0, result
+    listed = results[first_unavailable - 1]["out"]
+    for command in {arguments[0] for arguments in COMMANDS[package]} - {"evaluate", "run", "resume"}:
+        assert f"command {command} is unavailable: it needs the package transfer.{package}," in listed
     for result in results[first_unavailable:]:
         assert result["status"] == 2, result
         assert "Traceback" not in result["err"]

@@ -68,6 +68,27 @@ def test_declaration_that_depends_on_option_is_reported(
     assert messages["backbone 'fusion'"] == "the declaration depends on option 'parts'"
 
 
+def test_text_options_of_backbones_get_no_placeholder(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub(Dense):
+        """A backbone whose constructor would look up the name of a model in a network."""
+
+        def __init__(self, *, model: str) -> None:
+            raise AssertionError(f"looked up {model}")
+
+    register("backbone", "hub")(Hub)
+    all_plugins = entry_points.plugins
+    # Only this plugin: building the others takes most of the time of the tables.
+    monkeypatch.setattr(
+        "transfer.config.compatibility.entry_points.plugins",
+        lambda kind: [p for p in all_plugins(kind) if p.name in ("hub", "huggingface")],
+    )
+    problems = {str(problem.where): problem.message for problem in compatibility_tables()[1]}
+    assert problems == {
+        "backbone 'hub'": "the declaration depends on option 'model'",
+        "dataset 'huggingface'": "the declaration depends on its options",
+    }
+
+
 @pytest.mark.usefixtures("tiny", "without_images")
 def test_tables_contain_registered_plugins() -> None:
     tables, _ = compatibility_tables()

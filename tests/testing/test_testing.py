@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from transfer import Data, FeatureSpec, Head, PluginError, PrimaryMetric, Split, register
 from transfer.builtin.tasks import Classification
-from transfer.registry.entry_points import IN_PROCESS
+from transfer.registry.entry_points import IN_PROCESS, plugins
 from transfer.testing import Case, ContractError, contracts, contracts_of
+from transfer.testing.suite import quick_check
 from transfer.testing.values import variants
 
 POINTS = [[float(i), 1.0, -2.0, 0.5 * i] for i in range(4)]
@@ -365,6 +366,13 @@ class Matrix(TwoDimensional):
 )
 def test_a_broken_head_is_found(cls: type, contract: str, found: str) -> None:
     assert found in broken("head", cls)[contract]
+
+
+def test_dataset_that_needs_one_of_several_options_is_not_broken() -> None:
+    (plugin,) = [plugin for plugin in plugins("dataset") if plugin.name == "huggingface"]
+    passed, found = quick_check(plugin)
+    assert passed == 3
+    assert found == []
 
 
 class Mean(Classification):

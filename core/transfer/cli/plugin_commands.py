@@ -120,7 +120,8 @@ def show(
     from rich.text import Text
 
     from transfer.config.check import block_base
-    from transfer.config.option_schema import describe_fields, describe_options
+    from transfer.config.option_schema import Block, describe_fields, describe_options, options_model
+    from transfer.config.torch_classes import RESERVED_OPTIONS, options_set_by_framework
     from transfer.registry.entry_points import find, kinds, load
     from transfer.system.terminal import Console
 
@@ -137,7 +138,11 @@ def show(
     for heading in ("option", "type", "default", "description"):
         table.add_column(heading, overflow="fold")
     framework = [option for option in describe_fields(block_base(kind, cls)) if option.name != "name"]
-    for option in (*describe_options(cls), *framework):
+    options = describe_options(cls)
+    if kind in ("optimizer", "scheduler"):  # as in torch's classes, all parameters are options
+        reserved = RESERVED_OPTIONS if kind == "optimizer" else options_set_by_framework(cls)
+        options = describe_fields(options_model(cls, Block, skip=reserved))
+    for option in (*options, *framework):
         table.add_row(option.name, Text(option.type), Text(option.default), Text(option.description))
     console.print(table)
 

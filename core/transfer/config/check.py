@@ -13,7 +13,14 @@ from transfer.config.component import Component
 from transfer.config.option_schema import has_option, options_model, validate
 from transfer.config.recipes import WITHOUT_PRETRAINED
 from transfer.config.run_config import RunConfig, RunConfigSchema
-from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, TorchClass, options_set_by_framework
+from transfer.config.torch_classes import (
+    OPTIMIZERS,
+    RESERVED_OPTIONS,
+    SCHEDULERS,
+    TorchClass,
+    find_class,
+    options_set_by_framework,
+)
 from transfer.config.train_settings import (
     LEARNING_RATE,
     OPTIMIZER,
@@ -21,10 +28,11 @@ from transfer.config.train_settings import (
     DataOptions,
     NamedBlock,
     OptimizerOptions,
+    TaskOptions,
     TrainConfig,
 )
 from transfer.config.yaml_document import Document, Key, make_document, read_document
-from transfer.errors import ConfigError, PluginError, Problem, unknown_name
+from transfer.errors import ConfigError, PluginError, Problem
 from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
 
@@ -53,7 +61,9 @@ def load_component(kind: Kind, block: Mapping[str, Any], source: str) -> Compone
         entry_points.load(kind, name)
     validator = _ConfigValidator(make_document({section: block}, source=source))
     component, _ = validator.component(kind, validator.document.data[section], NamedBlock)
-    if component is None:
+    if component is not None and kind == "task":
+        component = replace(component, metrics=validator.metrics(component))
+    if component is None or validator.problems:
         raise ConfigError.of(validator.problems)
     return component
 
@@ -77,6 +87,8 @@ def block_base(kind: Kind, cls: type, base: type[_NamedModel] = NamedBlock) -> t
     """Return the model of the framework's own options in a component's block."""
     if kind == "backbone" and not has_option(cls, "weights"):
         return BackboneOptions  # type: ignore[return-value]
+    if kind == "task" and not has_option(cls, "metrics"):
+        return TaskOptions  # type: ignore[return-value]
     return base
 
 
@@ -107,8 +119,13 @@ class _ConfigValidator:
         head, _ = self.component("head", raw["head"], NamedBlock)
         task, _ = self.component("task", raw["task"], NamedBlock)
         trackers = self.trackers(raw["trackers"])
+        if task is not None:
+            task = replace(task, metrics=self.metrics(task))
         train = self.block(TrainConfig, raw["train"], ("train",), "train") if isinstance(raw["train"], dict) else None
         optimizer, optimizer_options, schedulers = self.training(train) if train else (None, None, ())
+        sampler = None
+        if train and train.sampler is not None:
+            sampler, _ = self.component("sampler", train.sampler, NamedBlock, ("train", "sampler"))
         if train is None and isinstance(raw["train"], dict) and isinstance(raw["train"].get("optimizer"), dict):
             self.optimizer({"name": OPTIMIZER} | raw["train"]["optimizer"])  # only to collect its problems too
         if self.problems:
@@ -125,6 +142,7 @@ class _ConfigValidator:
         resolved |= {"train": train.model_dump(mode="json")}
         # torch's defaults for the other options are not written out: they belong to the installed version of torch.
         resolved["train"]["optimizer"] = {"lr": LEARNING_RATE} | resolved["train"]["optimizer"]
+        resolved["train"]["sampler"] = sampler and dict(sampler.resolved)
         resolved["trackers"] = [tracker.resolved for tracker in trackers]
         return RunConfig(
             top.seed,
@@ -140,6 +158,7 @@ class _ConfigValidator:
             tuple(trackers),
             self.document,
             resolved,
+            sampler=sampler,
         )
 
     def block(self, model: type[_Model], value: Any, key: Key, what: str) -> _Model | None:
@@ -162,6 +181,15 @@ class _ConfigValidator:
                 self.problems.append(problem)
             components[name] = component
         return list(components.values())
+
+    def metrics(self, task: Component) -> tuple[Component, ...]:
+        """Check the metrics that the task's block adds, each a name or a block."""
+        components = []
+        for index, block in enumerate(task.resolved.get("metrics") or () if task.adds_metrics else ()):
+            block = {"name": block} if isinstance(block, str) else block
+            component, _ = self.component("metric", block, NamedBlock, ("task", "metrics", index))
+            components += [component] if component is not None else []
+        return tuple(components)
 
     def component(
         self, kind: Kind, raw: Any, base: type[_NamedModel], key: Key | None = None
@@ -197,12 +225,15 @@ class _ConfigValidator:
         if block is None:
             return None, None
         framework = block_base(kind, cls, base).model_fields
+        is_task = kind == "task" and "metrics" in framework
         options = {field: getattr(block, field) for field in model.model_fields if field not in framework}
         resolved = block.model_dump(mode="json")
         weights = resolved["weights"] if "weights" in framework else None
-        if "weights" in framework and weights is None:
-            del resolved["weights"]  # configs of runs without it stay readable by older versions
-        return Component(kind, plugin, cls, options, resolved, self.document.location(key), weights), block
+        for name in ("weights", "metrics"):  # configs of runs without them stay readable by older versions
+            if name in framework and not resolved[name]:
+                del resolved[name]
+        where = self.document.location(key)
+        return Component(kind, plugin, cls, options, resolved, where, weights, adds_metrics=is_task), block
 
     def training(
         self, train: TrainConfig
@@ -218,45 +249,45 @@ class _ConfigValidator:
                 raw, key = phase.scheduler, ("train", "phases", index, "scheduler")
             scheduler = None
             if raw is not None:
-                scheduler, _ = self.torch_class(raw, key, "scheduler", SCHEDULERS, NamedBlock, options_set_by_framework)
+                scheduler, _ = self.torch_class(raw, key, "scheduler", NamedBlock, options_set_by_framework)
             schedulers.append(scheduler)
         return optimizer, options, tuple(schedulers)
 
     def optimizer(self, raw: dict[str, Any]) -> tuple[TorchClass | None, OptimizerOptions | None]:
         """Check the optimizer's block."""
         key: Key = ("train", "optimizer")
-        return self.torch_class(raw, key, "optimizer", OPTIMIZERS, OptimizerOptions, lambda _: RESERVED_OPTIONS)
+        return self.torch_class(raw, key, "optimizer", OptimizerOptions, lambda _: RESERVED_OPTIONS)
 
     def torch_class(
         self,
         raw: dict[str, Any],
         key: Key,
-        what: str,
-        classes: Mapping[str, type[Any]],
+        what: Kind,
         base: type[_NamedModel],
         reserved: Callable[[type[Any]], set[str]],
     ) -> tuple[TorchClass | None, _NamedModel | None]:
-        """Check the block of one of torch's classes.
+        """Check the block of one of torch's classes, or of a plugin of the same kind.
 
         Args:
             raw: Block as plain data.
             key: Path of the block in the document.
-            what: Kind of class for messages (``optimizer``).
-            classes: torch's classes by name.
+            what: Kind of class (``optimizer``).
             base: Model of the framework's own options in the block.
             reserved: Function from a class to the parameters that a config may not set.
         """
         name = raw.get("name")
         if not isinstance(name, str):
-            self._require_name(what, key, classes)
+            classes = OPTIMIZERS if what == "optimizer" else SCHEDULERS
+            self._require_name(what, key, {*classes, *(plugin.name for plugin in entry_points.plugins(what))})
             return None, None
-        if name not in classes:
+        try:
+            cls = find_class(what, name)
+            model = options_model(cls, base, skip=reserved(cls))
+        except PluginError as error:
             where = self.document.location((*key, "name"))
-            fix = f"choose one of torch's {what}s"
-            self.problems.append(unknown_name(what, name, classes, where=where, fix=fix))
+            self.problems += (replace(p, where=f"{where} -> {p.where}" if p.where else where) for p in error.problems)
             return None, None
-        cls = classes[name]
-        block = self.block(options_model(cls, base, skip=reserved(cls)), raw, key, f"{what} {name!r}")
+        block = self.block(model, raw, key, f"{what} {name!r}")
         if block is None:
             return None, None
         # Only the options that the config sets: torch's defaults apply to the others.

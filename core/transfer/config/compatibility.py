@@ -12,12 +12,17 @@ from typing import Any, Literal
 import torch
 
 from transfer.config.option_schema import Block, options_model
-from transfer.errors import PluginError, Problem, UserError
+from transfer.errors import ConfigError, PluginError, Problem, UserError
+from transfer.interfaces import Backbone
 from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
 
 Variants = Mapping[str, Any]
 """Declaration of a plugin by variant: its defaults (``""``), or another value of one option (``readout: sequence``)."""
+
+
+MAX_OPTIONS = 3
+"""Maximum number of options that a message names."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ def _variants(cls: type[Any], declare: Callable[[Any], Any]) -> Variants:
             except Exception as error:  # a constructor may raise anything for a placeholder
                 if not label and options:
                     raise _depends_on_options(options) from error
+                if not label and isinstance(error, ConfigError):  # none is required, but one of several must be set
+                    raise _depends_on_options(options_model(cls, Block).model_fields) from error
                 # A variant that is refused is left out: its value may need other options as well.
                 if not (label and isinstance(error, UserError | ValueError | TypeError)):
                     raise
@@ -101,10 +108,16 @@ def _variants(cls: type[Any], declare: Callable[[Any], Any]) -> Variants:
 def _options(cls: type[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the options of each variant: the defaults, and every other value of each option that is a choice.
 
-    Required options get a placeholder. A constructor reads nothing, so that any file name is accepted.
+    Required options get a placeholder. The constructor of a dataset reads nothing, so that any file name is accepted.
+    A text in the options of a backbone usually names an architecture, which its constructor may look up in a network.
     """
     fields = options_model(cls, Block).model_fields
-    required = {name: _placeholder(name, field.annotation) for name, field in fields.items() if field.is_required()}
+    is_backbone = issubclass(cls, Backbone)
+    required = {
+        name: _placeholder(name, field.annotation, text=not is_backbone)
+        for name, field in fields.items()
+        if field.is_required()
+    }
     yield "", required
     for name, field in fields.items():
         for value in _choices(field.annotation):
@@ -112,9 +125,9 @@ def _options(cls: type[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{name}: {value if isinstance(value, str) else json.dumps(value)}", {**required, name: value}
 
 
-def _placeholder(name: str, annotation: Any) -> Any:
+def _placeholder(name: str, annotation: Any, *, text: bool) -> Any:
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    if str in (typing.get_args(annotation) if is_union else (annotation,)):
+    if text and str in (typing.get_args(annotation) if is_union else (annotation,)):
         return name
     choices = list(_choices(annotation))
     if not choices:
@@ -123,8 +136,9 @@ def _placeholder(name: str, annotation: Any) -> Any:
 
 
 def _depends_on_options(options: Iterable[str]) -> PluginError:
-    names = " and ".join(map(repr, options))
-    return PluginError(f"the declaration depends on option {names}", fix="check a config: transfer check CONFIG")
+    names = list(map(repr, options))
+    what = f"option {' and '.join(names)}" if len(names) <= MAX_OPTIONS else "its options"
+    return PluginError(f"the declaration depends on {what}", fix="check a config: transfer check CONFIG")
 
 
 def _choices(annotation: Any) -> Iterator[Any]:

@@ -33,6 +33,8 @@ class Component:
         resolved: Complete block as JSON values: the name, and the options with defaults filled in.
         where: Location of the block: file and line, or command-line override.
         weights: Earlier run whose weights a backbone starts from, if the framework reads them and not the plugin.
+        metrics: Metrics of plugins that are added to those of a task.
+        adds_metrics: Whether the option metrics of the block is the framework's, and not the task's.
     """
 
     kind: Kind
@@ -42,6 +44,8 @@ class Component:
     resolved: Mapping[str, Any]
     where: str
     weights: str | None = None
+    metrics: tuple[Component, ...] = ()
+    adds_metrics: bool = False
 
     def make(self, *options_set_by_framework: Any) -> Any:
         """Build the component from the framework's arguments and the options; its errors name the block's location.
@@ -53,6 +57,8 @@ class Component:
         with error_location(self.where), plugin_errors(f"{self.kind} {self.plugin.name!r} cannot be built"):
             component = self.cls(*options_set_by_framework, **self.options)
             require_complete(self, component)
+            if self.metrics:
+                _add_metrics(component, self.metrics, *options_set_by_framework)
             return component
 
     def without_pretrained(self) -> Component:
@@ -63,6 +69,24 @@ class Component:
         if self.weights is not None:
             del resolved["weights"]
         return replace(self, options=options, resolved=resolved, weights=None)
+
+
+def _add_metrics(task: Any, added: tuple[Component, ...], data: DataSpec) -> None:
+    """Let a task's ``metrics`` return the metrics of plugins, too.
+
+    Raises:
+        ConfigError: A name occurs twice.
+    """
+    metrics_of_task = task.metrics
+    names = [component.plugin.name for component in added]
+    if twice := [name for name, count in Counter([*metrics_of_task(), *names]).items() if count > 1]:
+        raise ConfigError(f"task.metrics adds {twice[0]!r}, which exists already", fix="remove it")
+
+    def metrics() -> dict[str, Any]:
+        return {**metrics_of_task(), **{component.plugin.name: component.make(data) for component in added}}
+
+    metrics()  # the constructors may refuse their options
+    task.metrics = metrics
 
 
 @contextmanager

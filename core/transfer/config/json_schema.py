@@ -48,6 +48,8 @@ def config_schema() -> tuple[Schema, list[Problem]]:
         section: _plugins(kind, base, problems) for section, (kind, base) in _SECTIONS.items()
     }
     alternatives["tracker"] = _plugins("tracker", NamedBlock, problems)
+    alternatives["sampler"] = _plugins("sampler", NamedBlock, problems)
+    alternatives["metric"] = _plugins("metric", NamedBlock, problems)
     alternatives["optimizer"] = [
         ([name], options_model(cls, OptimizerOptions, skip=RESERVED_OPTIONS), "") for name, cls in OPTIMIZERS.items()
     ]
@@ -80,7 +82,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     train = _definition(definitions, references[TrainConfig, "validation"])
     phase = definitions[PhaseSettings.__name__]
     # The models declare these blocks as mappings of anything, because their options depend on the name in them.
-    for block, keys in ((top, _SECTIONS), (train, ("optimizer", "scheduler")), (phase, ("scheduler",))):
+    for block, keys in ((top, _SECTIONS), (train, ("optimizer", "scheduler", "sampler")), (phase, ("scheduler",))):
         for key in keys:
             block["properties"][key] = _refer(block["properties"][key], key)
     names: Schema = {"enum": definitions["tracker"]["properties"]["name"]["enum"]}

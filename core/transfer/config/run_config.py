@@ -76,6 +76,7 @@ class RunConfig:
         trackers: Tracker components.
         document: Document with the location of every value.
         resolved: Complete config as nested dicts with defaults filled in, the content of ``config.yaml`` in a run.
+        sampler: Sampler component; None shuffles the training examples.
         quick_try: Whether this is the config of a quick run (:meth:`quick`).
     """
 
@@ -93,6 +94,7 @@ class RunConfig:
     document: Document
     resolved: dict[str, Any]
     quick_try: bool = False
+    sampler: Component | None = None
 
     @property
     def name(self) -> str:

@@ -114,6 +114,18 @@ class DataOptions(NamedBlock):
     limit: Count | None = None
 
 
+class TaskOptions(NamedBlock):
+    """Options of every task that has no option metrics of its own, in addition to its own options.
+
+    Args:
+        metrics: Metrics of plugins in addition to those of the task: names, or blocks of a name and options.
+    """
+
+    metrics: tuple[
+        Annotated[str | dict[str, Any], one_of("the name of a metric, or a mapping of its name and options")], ...
+    ] = ()
+
+
 class OptimizerOptions(NamedBlock):
     """Options of every optimizer, in addition to torch's own.
 
@@ -207,9 +219,10 @@ class TrainConfig(Block):
         max_tokens: Alternative to batch_size for text: fill each batch up to this many tokens, padding included. A
             longer text forms a batch of its own.
         evaluation_batch_size: Examples per step in evaluation; null uses twice the batch size, or max_tokens.
-        optimizer: Name of one of torch's optimizers in lower case, with its options; without a name it is adam. The
-            option lr may differ by group.
-        scheduler: Name of one of torch's schedulers in lower case, with its options; null keeps the learning rates.
+        optimizer: Name of one of torch's optimizers in lower case, or of a plugin, with its options; without a name it
+            is adam. The option lr may differ by group.
+        scheduler: Name of one of torch's schedulers in lower case, or of a plugin, with its options; null keeps the
+            learning rates.
         warmup_epochs: Epochs (fractions are allowed) at the start of each phase in which the learning rates rise
             linearly from zero. The scheduler starts after them.
         epochs: Number of epochs if neither phases nor a recipe are set: everything is trained; null is 5.
@@ -218,6 +231,8 @@ class TrainConfig(Block):
         augment: Whether training examples are augmented at random, as the backbone's preprocessing defines it.
         bucket: Whether examples of similar length share a batch, which saves padding in texts. A number sets how many
             random batches are sorted by length together; true means 50, false means plain shuffling.
+        sampler: Name of a sampler with its options, which decides the order of the training examples, such as balanced;
+            null shuffles them.
         workers: Number of loader processes; 0 loads in the training process. auto: one less than the number of cores
             per process when training on a GPU, 0 when training on the CPU, which needs all cores itself.
         accumulate: Number of batches whose gradients are accumulated for one step of the optimizer.
@@ -255,6 +270,7 @@ class TrainConfig(Block):
     recipe: Recipe | None = None
     augment: bool = True
     bucket: Annotated[bool | Count, one_of("true, false, or a number of batches of 1 or more")] = True
+    sampler: dict[str, Any] | None = None
     workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], one_of("an integer of 0 or more, or auto")] = (
         "auto"
     )

@@ -18,8 +18,8 @@ from transfer.data.batch import Batch, Shard
 from transfer.data.encoding import encode
 from transfer.data.memory_cache import MemoryCache
 from transfer.data.randomness import preserve_rng_state, seed_all
-from transfer.errors import DataError
-from transfer.interfaces import Preprocessing, Split
+from transfer.errors import DataError, PluginError
+from transfer.interfaces import Preprocessing, Sampler, Split
 from transfer.system.devices import available_cores
 from transfer.system.ranks import rank_from_environment
 
@@ -49,6 +49,7 @@ class Loader:
         workers: Number of loader processes, which live until the loader is deleted; 0 loads in this process. ``auto``
             uses none until :meth:`prepare_for` has chosen a number. While the memory cache is filled, this process
             encodes (in threads, if the preprocessing uses them), and loader processes start afterwards.
+        sampler: Order of the examples in training; None shuffles them.
         repeated: Whether the split is iterated more than once, so that keeping encoded values may be worthwhile.
 
     Raises:
@@ -69,6 +70,7 @@ class Loader:
         bucket: bool | int = True,
         workers: int | Literal["auto"] = 0,
         repeated: bool = True,
+        sampler: Sampler | None = None,
     ) -> None:
         self.split = split
         self.fields = fields
@@ -79,6 +81,7 @@ class Loader:
         self.seed = seed
         self.pin_memory = False
         self.training = training
+        self.sampler = sampler
         self.examples = _BatchDataset(
             split, fields, preprocessing, seed=seed, augments=training and augment, caches_in_memory=repeated
         )
@@ -107,8 +110,8 @@ class Loader:
         return self.count(0)
 
     def count(self, epoch: int) -> int:
-        """Return the number of batches in an epoch; with ``max_tokens`` it differs between epochs."""
-        return len(self.batch_indices(epoch if self.max_tokens else 0))
+        """Return the number of batches in an epoch; with ``max_tokens`` or a sampler it may differ between epochs."""
+        return len(self.batch_indices(epoch if self.max_tokens or self.sampler else 0))
 
     def batch_indices(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """Return the example indices of each batch in an epoch, a function of only the seed and the epoch."""
@@ -118,7 +121,8 @@ class Loader:
         lengths = self.lengths if self.bucket_batches else None
         if not self.training:
             return self._chunk(np.arange(num_examples) if lengths is None else np.argsort(-lengths, kind="stable"))
-        order = generator.permutation(num_examples)
+        order = generator.permutation(num_examples) if self.sampler is None else self._sampled(self.sampler, epoch)
+        num_examples = len(order)
         if lengths is not None:
             # The shuffled order is cut into pools of bucket_batches batches, and each pool is sorted by length. With
             # max_tokens the number of examples per batch is estimated from the mean length.
@@ -196,6 +200,21 @@ class Loader:
             # Here, because loader processes would send the preprocessing with every batch.
             batch = replace(batch, to_device=self.preprocessing.to_device)
             yield batch if shard is None else replace(batch, global_indices=global_batches[number])
+
+    def _sampled(self, sampler: Sampler, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the order of a sampler.
+
+        Raises:
+            PluginError: It is not an array of indices of the examples.
+        """
+        order = np.asarray(sampler.order(self.split.targets, self.seed, epoch))
+        count = len(self.split)
+        if order.ndim != 1 or not len(order) or order.dtype.kind not in "iu" or order.min() < 0 or order.max() >= count:
+            raise PluginError(
+                f"the order of sampler {type(sampler).__name__} is wrong: expected int64 indices (M,) from 0 to "
+                f"{count - 1}, got {order.dtype} {order.shape}"
+            )
+        return order.astype(np.int64, copy=False)
 
     @property
     def _max_tokens(self) -> int:

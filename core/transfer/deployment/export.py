@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from transfer.config.check import load_config
 from transfer.data.encoding import encode
 from transfer.deployment import verify_export
 from transfer.deployment.formats import FORMATS, Foreign, Format, Safetensors, find_format, input_names
@@ -28,6 +27,7 @@ from transfer.deployment.model_card import render
 from transfer.errors import ExportError, UserError, damaged
 from transfer.interfaces import Preprocessing
 from transfer.models.model_json import DESCRIPTION
+from transfer.models.recorded_plugins import load_run_config
 from transfer.models.saved_model import LoadedModel, read_model
 from transfer.registry.entry_points import IN_PROCESS
 from transfer.storage.run_directory import RunDirectory
@@ -206,7 +206,7 @@ def _examples(directory: RunDirectory, loaded: LoadedModel) -> Examples:
     preprocessing = loaded.backbone.preprocessing
     try:
         with no_downloads():
-            _, splits = read_data(load_config(directory.config()))
+            _, splits = read_data(load_run_config(directory))
     except UserError as error:
         example, reason = preprocessing.example(), error.problems[0].message
         if example is None:

@@ -5,6 +5,7 @@ from transfer.interfaces.columns import Columns
 from transfer.interfaces.data import SPLITS, Data, Dataset, DataSpec, Split, TargetKind
 from transfer.interfaces.head import Head
 from transfer.interfaces.preprocessing import Occlusion, Preprocessing
+from transfer.interfaces.sampler import Sampler
 from transfer.interfaces.task import PrimaryMetric, Task
 from transfer.interfaces.tracker import TrackedRun, Tracker
 
@@ -22,6 +23,7 @@ __all__ = [
     "Occlusion",
     "Preprocessing",
     "PrimaryMetric",
+    "Sampler",
     "Split",
     "TargetKind",
     "Task",

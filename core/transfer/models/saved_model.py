@@ -12,13 +12,13 @@ from typing import Any
 from transfer.config.check import load_component
 from transfer.config.component import Component, error_location
 from transfer.config.run_config import RunConfig
-from transfer.errors import PluginError, Problem, RunError, damaged
+from transfer.errors import PluginError, RunError, damaged
 from transfer.interfaces import Backbone, DataSpec, Task
+from transfer.models import recorded_plugins
 from transfer.models.assemble import assemble
 from transfer.models.model import Model
 from transfer.models.model_json import DESCRIPTION, WEIGHTS, read_assets, read_description
-from transfer.registry.entry_points import Kind, Plugin
-from transfer.registry.requirements import install_hint
+from transfer.registry.entry_points import Kind
 from transfer.storage.run_directory import FORMAT, RunDirectory
 from transfer.storage.tensor_files import load_tensors, require_same_layout, write_tensors
 from transfer.system.atomic_files import atomic_folder, write_atomically, write_json
@@ -61,7 +61,7 @@ def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backb
                 "features": asdict(backbone.features),
                 "preprocessing": dict(backbone.preprocessing.describe()),
                 "assets": sorted(assets),
-                "plugins": {kind: asdict(component.plugin) for kind, component in components.items()},
+                "plugins": recorded_plugins.record(components.values()),
             },
         )
 
@@ -129,11 +129,22 @@ def read_task(folder: Path) -> Task:
     return task
 
 
+def plugin_changes(folder: Path) -> list[str]:
+    """Return a line for each plugin of a trained model that has another version or other code than in training.
+
+    Raises:
+        RunError: The folder is incomplete or damaged, or a plugin that it needs is not installed.
+    """
+    described = _read_description(folder)
+    components = [_component(kind, described, folder / DESCRIPTION) for kind in PARTS]
+    return recorded_plugins.changes(described["plugins"], components)
+
+
 def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:
+    block, recorded = described[kind], described["plugins"][kind]
+    if isinstance(name := block.get("name"), str):
+        block = {**block, "name": recorded_plugins.resolve(kind, name, recorded)}
     try:
-        return load_component(kind, described[kind], str(file))
-    except PluginError as error:
-        package = Plugin(**described["plugins"][kind]).requirement
-        fix = install_hint(package, "register it first, as the training script did")
-        problems = [Problem(p.message, p.where, p.available, fix) for p in error.problems]
-        raise RunError.of(problems) from error
+        return load_component(kind, block, str(file))
+    except PluginError as error:  # it is installed, and cannot be imported
+        raise RunError.of(error.problems) from error

@@ -84,6 +84,26 @@ def problem(plugin: Plugin) -> Problem | None:
         return Problem(f"{spec.origin} cannot be read: {error}", fix=fix)
     if name.partition(".")[0] not in _names(tree) and not _is_open(tree):
         return Problem(f"{module} defines no {name!r}", fix=fix)
+    if plugin.kind == "command" and (missing := _missing_package(tree, module, name)) is not None:
+        return Problem(
+            f"it needs the package {missing}, which is not part of this installation",
+            fix=f"reinstall the complete distribution: pip install --force-reinstall --no-deps {plugin.distribution}",
+        )
+    return None
+
+
+def _missing_package(tree: ast.Module, module: str, name: str) -> str | None:
+    """Return the package of the distribution that a function imports and that does not exist, if there is one.
+
+    A command imports its implementation when it runs, from a package that may have been deleted.
+    """
+    top = f"{module.partition('.')[0]}."
+    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    imports = (node for function in functions for node in ast.walk(function) if isinstance(node, ast.ImportFrom))
+    for imported in imports:
+        package = ".".join((imported.module or "").split(".")[:2])
+        if not imported.level and package.startswith(top) and _find(package) is None:
+            return package
     return None
 
 

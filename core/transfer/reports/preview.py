@@ -22,6 +22,7 @@ from transfer.interfaces import Backbone, DataSpec, Split, Task
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
 from transfer.models.precision import place, resolve_precision
+from transfer.models.recorded_plugins import load_run_config
 from transfer.models.saved_backbone import build_backbone
 from transfer.models.saved_model import read_model
 from transfer.runs.data import changed_split, read_splits
@@ -110,7 +111,7 @@ def preview_predictions(
     """
     directory = RunDirectory.open(run)
     directory.refuse_links()
-    config = load_config(directory.config())
+    config = load_run_config(directory)
     loaded = read_model(directory.model)
     splits = read_splits(config, loaded.data)
     if split not in splits:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transfer.config.check import load_config
 from transfer.config.run_config import RunConfig
 from transfer.errors import RunError, UserError, damaged
 from transfer.interfaces import DataSpec, Split
+from transfer.models.recorded_plugins import load_run_config
 from transfer.models.saved_model import read_model
 from transfer.reports.charts import standalone
 from transfer.reports.page import Material, render
@@ -49,7 +49,7 @@ def report(run: str | Path) -> Path:
             where=str(directory.path),
             fix=f"resume it with: {directory.resume_command}",
         )
-    config = load_config(directory.config())
+    config = load_run_config(directory)
     config = config.quick() if summary.get("quick") else config
     trained = read_model(directory.model)
     with directory.locked():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transfer.config.check import load_config
 from transfer.errors import RunError, unknown_name
 from transfer.interfaces import SPLITS
 from transfer.models.precision import place
+from transfer.models.recorded_plugins import changes, load_run_config, recorded_plugins
 from transfer.models.saved_model import read_model
 from transfer.runs.data import changed_split, read_splits
 from transfer.runs.inference_device import inference_device
@@ -40,8 +40,11 @@ def evaluate(
     directory = RunDirectory.open(run)
     summary = directory.summary()
     quick = bool(summary.get("quick"))
-    config = load_config(directory.config())
+    config = load_run_config(directory)
     config = config.quick() if quick else config
+    components = (config.data, config.backbone, config.head, config.task)
+    if changed := changes(recorded_plugins(directory), components):
+        observe(Note(f"plugins have changed since the run, so results may differ: {'; '.join(changed)}"))
     loaded = read_model(directory.model)
     splits = read_splits(config, loaded.data)
     if split not in splits:

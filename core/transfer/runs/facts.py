@@ -8,6 +8,7 @@ import numpy as np
 
 from transfer.config.run_config import RunConfig
 from transfer.data.loader import Loader
+from transfer.models.recorded_plugins import record
 from transfer.registry.entry_points import IN_PROCESS
 from transfer.storage.environment import environment
 from transfer.system.devices import device_name
@@ -33,7 +34,9 @@ def run_environment(config: RunConfig, processes: ProcessGroup) -> dict[str, Any
     # Trackers are not listed, because they do not affect the results.
     plugins = [c.plugin for c in (config.data, config.backbone, config.head, config.task)]
     distributions = {p.distribution: p.version for p in plugins if p.distribution != IN_PROCESS}
-    return environment(device_name(resolve_training_device(config)), distributions, processes.rank.world_size)
+    device = device_name(resolve_training_device(config))
+    recorded = record((config.data, config.backbone, config.head, config.task))
+    return {**environment(device, distributions, processes.rank.world_size), "plugins": recorded}
 
 
 def run_facts(config: RunConfig, built: BuiltExperiment, device: str) -> dict[str, str]:

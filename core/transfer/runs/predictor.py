@@ -19,13 +19,13 @@ from transfer.interfaces import Preprocessing
 from transfer.models.forward import forward_batches
 from transfer.models.model_json import DESCRIPTION
 from transfer.models.precision import place
-from transfer.models.saved_model import LoadedModel, find_model, read_model
+from transfer.models.saved_model import LoadedModel, find_model, plugin_changes, read_model
 from transfer.runs.inference_device import inference_device
 from transfer.runs.inputs import Input, value_inputs
 from transfer.runs.occlusion import explain_output, outputs_of_encoded, refuse_non_finite
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json
-from transfer.training.events import Observer, ignore_events
+from transfer.training.events import Note, Observer, ignore_events
 
 PREDICTION_BATCH = 64
 """Number of inputs that go through the model together."""
@@ -214,6 +214,8 @@ def load(run: str | Path, *, device: str | None = None, observe: Observer = igno
     """
     folder = find_model(run)
     loaded = read_model(folder)
+    if changed := plugin_changes(folder):
+        observe(Note(f"plugins have changed since the run, so results may differ: {'; '.join(changed)}"))
     place(loaded.model, inference_device(device, _device_of_run(Path(run), folder), observe))
     return Predictor(folder, loaded)
 

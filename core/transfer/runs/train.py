@@ -12,6 +12,7 @@ from transfer.config.check import load_config
 from transfer.config.run_config import Config, RunConfig
 from transfer.data.splits import digest
 from transfer.errors import ConfigError, StoppedByObserver
+from transfer.models.recorded_plugins import changes as plugin_changes, recorded_plugins, run_config
 from transfer.models.saved_model import LoadedModel, write_model
 from transfer.runs.artifacts import CompletedRun, write_artifacts
 from transfer.runs.facts import length_quantiles, run_environment, run_facts
@@ -144,7 +145,7 @@ def resume(run: str | Path, *, observe: Observer = ignore_events) -> Run:
             stack.enter_context(directory.locked())
             if directory.complete:
                 return directory.path, {}, {}, directory.summary()
-            return directory.path, directory.config(trackers=True), directory.environment(), None
+            return directory.path, run_config(directory, trackers=True), directory.environment(), None
 
         path, plain, before, summary = processes.broadcast_object(find)
         directory = RunDirectory(path)
@@ -158,6 +159,8 @@ def resume(run: str | Path, *, observe: Observer = ignore_events) -> Run:
             config = config.quick()
         # Compared before building: the note explains errors that another environment causes.
         different = environment_diff(before, run_environment(config, processes))
+        components = (config.data, config.backbone, config.head, config.task)
+        different += plugin_changes(recorded_plugins(directory), components, versions=False)
         if different and processes.is_main:
             changes = "; ".join(different)
             observe(Note(f"the environment has changed, so results may differ in the last bits: {changes}"))

@@ -36,7 +36,7 @@ def environment(device: str, distributions: Mapping[str, str], processes: int = 
 def environment_diff(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line for each difference between two environments."""
     old, new = ({"processes": 1, **e, **e.get("versions", {})} for e in (before, now))
-    names = [name for name in new if name != "versions"]
+    names = [name for name in new if name not in ("versions", "plugins")]
     return [f"{name} {old.get(name)} -> {new[name]}" for name in names if old.get(name) != new[name]]
 
 

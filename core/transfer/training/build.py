@@ -219,6 +219,7 @@ def make_loader(
         bucket=train.bucket,
         workers=train.workers,
         repeated=repeated,
+        sampler=config.sampler.make() if config.sampler is not None and training else None,
     )
 
 

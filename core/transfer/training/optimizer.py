@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transfer.config.torch_classes import TorchClass
+from transfer.config.torch_classes import TorchClass, owner_and_name
 from transfer.errors import ConfigError, nearest
 from transfer.models.model import BATCH_NORM, Model
 from transfer.training.freezing import Frozen
@@ -151,7 +151,7 @@ def build_optimizer(
     try:
         optimizer: Optimizer = torch_class.cls(torch_groups, **options)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"torch's {torch_class.cls.__name__} refuses its options: {error}") from error
+        raise ConfigError(f"{owner_and_name(torch_class)} refuses its options: {error}") from error
     if previous is not None:
         kept_state: dict[Tensor, Any] = {
             parameter: previous.state[parameter]

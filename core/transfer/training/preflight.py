@@ -63,8 +63,8 @@ def preflight(config: RunConfig) -> CheckedParts:
             exist. The error contains every problem that was found.
         UserError: The device does not exist on this machine.
     """
-    for tracker in config.trackers:
-        tracker.make()
+    for component in (*config.trackers, *([config.sampler] if config.sampler else [])):
+        component.make()
     dataset: Dataset = config.data.make()
     spec = dataset.spec
     if not spec.classes:

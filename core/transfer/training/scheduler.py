@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,16 +11,16 @@ from typing import Any
 import numpy as np
 from torch.optim import Optimizer, lr_scheduler
 
-from transfer.config.torch_classes import TorchClass
+from transfer.config.torch_classes import SCHEDULERS, TorchClass, owner_and_name
 from transfer.errors import ConfigError
 
 
 class Schedule:
     """A scheduler of torch over a phase, after a linear warm-up.
 
-    OneCycleLR and CyclicLR step after every optimizer step, ReduceLROnPlateau after every validation, all others after
-    every epoch. During the warm-up the learning rates rise linearly, and the scheduler starts after it (Goyal et al.
-    2017).
+    OneCycleLR, CyclicLR and schedulers of plugins with a true attribute ``steps_per_batch`` step after every optimizer
+    step, ReduceLROnPlateau after every validation, all others after every epoch. During the warm-up the learning rates
+    rise linearly, and the scheduler starts after it (Goyal et al. 2017).
 
     Args:
         torch_class: Scheduler class with its options. None keeps the learning rates constant.
@@ -64,12 +65,16 @@ class Schedule:
             elif torch_class.cls is lr_scheduler.CyclicLR:
                 options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
                 options.setdefault("cycle_momentum", "momentum" in optimizer.defaults)
+            elif torch_class.cls not in SCHEDULERS.values():  # of a plugin
+                lengths = {"total_steps": sum(steps) - self.warmup_steps, "epochs": epochs - epochs_with_warmup}
+                taken = inspect.signature(torch_class.cls).parameters
+                options |= {name: max(1, length) for name, length in lengths.items() if name in taken}
             try:
                 self.scheduler = torch_class.cls(optimizer, **options)
             except (ValueError, TypeError) as error:
-                raise ConfigError(f"torch's {torch_class.cls.__name__} refuses its options: {error}") from error
+                raise ConfigError(f"{owner_and_name(torch_class)} refuses its options: {error}") from error
         if self.warmup_steps:
-            if isinstance(self.scheduler, _STEPPED_PER_BATCH):
+            if isinstance(self.scheduler, _WITH_WARMUP):
                 raise ConfigError(
                     f"{type(self.scheduler).__name__} already contains a warm-up", fix="remove warmup_epochs"
                 )
@@ -83,19 +88,23 @@ class Schedule:
             start = 1 / (self.warmup_steps + 1)
             self.warmup = lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=self.warmup_steps)
 
+    @property
+    def _steps_per_batch(self) -> bool:
+        return isinstance(self.scheduler, _WITH_WARMUP) or bool(getattr(self.scheduler, "steps_per_batch", False))
+
     def after_step(self) -> None:
         """Update the learning rates after an optimizer step."""
         if self.warmup_steps and self.warmup is not None:
             self.warmup.step()
             self.warmup_steps -= 1
             self.warming = True
-        elif isinstance(self.scheduler, _STEPPED_PER_BATCH):
+        elif self._steps_per_batch:
             self.scheduler.step()
 
     def after_epoch(self, metric: float) -> None:
         """Update the learning rates after an epoch."""
         warming, self.warming = self.warming, False
-        if warming or self.scheduler is None or isinstance(self.scheduler, _STEPPED_PER_BATCH):
+        if warming or self.scheduler is None or self._steps_per_batch:
             return
         with warnings.catch_warnings():
             # In a resumed run the optimizer steps were made by the interrupted process, and torch warns of none.
@@ -155,4 +164,4 @@ def _is_json(value: object) -> bool:
     return isinstance(value, (bool, int, str)) or (isinstance(value, list) and all(map(_is_json, value)))
 
 
-_STEPPED_PER_BATCH = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
+_WITH_WARMUP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
