@@ -46,6 +46,13 @@ def move(inputs: Any, device: torch.device) -> Any:
     return tuple(move(item, device) for item in inputs)
 
 
+def tensor_bytes(inputs: Any) -> int:
+    """Return the size of a backbone's input, a tensor or a tuple of tensors, in bytes."""
+    if isinstance(inputs, Tensor):
+        return inputs.numel() * inputs.element_size()
+    return sum(map(tensor_bytes, inputs))
+
+
 class TimedIterator(Iterator[Batch]):
     """Iterator of batches that measures the time spent waiting for them, in ``seconds``.
 
