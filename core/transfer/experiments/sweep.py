@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from transfer.config.tracker_variables import mask, mask_trackers
 from transfer.config.yaml_document import dump, read_plain
 from transfer.errors import ConfigError, RunError, StoppedByObserver, TrainingError
 from transfer.experiments.search_space import (
@@ -113,7 +114,7 @@ def _claim(folder: Path, config: str | Path, space: Space, overrides: Sequence[s
         The config's ``train.device``.
     """
     checked, _ = check(config, overrides)
-    plain = {"config": checked.resolved, "space": space.document.data}
+    plain = {"config": mask_trackers(checked.resolved), "space": space.document.data}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         refuse_special_entries(folder)
@@ -137,7 +138,8 @@ def _without_trials(plain: Mapping[str, Any]) -> Any:
     space = {key: value for key, value in written.items() if key != "sweep"}
     settings = {key: value for key, value in settings.items() if key != "trials"} if isinstance(settings, dict) else {}
     # JSON makes tuples and lists equal, and keeps the order of the keys, which the sampler depends on.
-    return json.loads(json.dumps({**plain, "space": [list(space.items()), settings]}))
+    # Masked, because sweeps of older versions contain the values of environment variables.
+    return json.loads(mask(json.dumps({**plain, "space": [list(space.items()), settings]})))
 
 
 @contextmanager
