@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 
 from transfer import RunError
-from transfer.system.atomic_files import (
-    FileSchema,
-    atomic_folder,
-    checked,
-    is_disk_full,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from transfer.system.atomic_files import atomic_folder, is_disk_full, read_json, write_atomically, write_json
+from transfer.system.file_schema import FileSchema, checked
 
 
 def test_file_is_replaced_and_no_temporary_file_is_left(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from transfer.interfaces import Task
 from transfer.models.saved_model import read_task
 from transfer.runs.train import Run, resume, run_in
 from transfer.storage.run_directory import FORMAT, RunDirectory
-from transfer.system.atomic_files import FileSchema, checked, read_json, write_json
+from transfer.system.atomic_files import read_json, write_json
+from transfer.system.file_schema import FileSchema, checked
 from transfer.system.ranks import refuse_several
 from transfer.training.build import with_found_batch_size
 from transfer.training.events import Note, Observer, ignore_events

@@ -14,7 +14,8 @@ from transfer.experiments.search_space import DECIDED, Space
 from transfer.experiments.study import study_errors, trial_folder
 from transfer.runs.evaluate import evaluate
 from transfer.storage.run_directory import RunDirectory
-from transfer.system.atomic_files import FileSchema, checked, read_json, write_atomically, write_json
+from transfer.system.atomic_files import read_json, write_atomically, write_json
+from transfer.system.file_schema import FileSchema, checked
 from transfer.system.templates import environment
 from transfer.training.events import Note, Observer
 

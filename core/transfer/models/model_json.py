@@ -8,7 +8,8 @@ from typing import Any, Literal
 from transfer.errors import RunError
 from transfer.interfaces import TargetKind
 from transfer.storage.run_directory import FORMAT
-from transfer.system.atomic_files import FileSchema, checked, read_json, read_text
+from transfer.system.atomic_files import read_json, read_text
+from transfer.system.file_schema import FileSchema, checked
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from transfer.errors import Problem, RunError, TrainingError
 from transfer.storage.tensor_files import Tensors, load_tensors, write_tensors
-from transfer.system.atomic_files import FileSchema, atomic_folder, checked, read_json, write_json
+from transfer.system.atomic_files import atomic_folder, read_json, write_json
+from transfer.system.file_schema import FileSchema, checked
 
 FORMAT = 3
 """Version of the content of a checkpoint. Other versions are refused."""

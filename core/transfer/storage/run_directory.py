@@ -24,8 +24,6 @@ from torch import Tensor
 from transfer.config.yaml_document import dump, read_plain
 from transfer.errors import ConfigError, RunError
 from transfer.system.atomic_files import (
-    FileSchema,
-    checked,
     parse_object,
     read_bytes,
     read_json,
@@ -34,6 +32,7 @@ from transfer.system.atomic_files import (
     write_atomically,
     write_json,
 )
+from transfer.system.file_schema import FileSchema, checked
 
 FORMAT = 1
 """Version of the layout of the folder. Other versions are refused."""

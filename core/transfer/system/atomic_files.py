@@ -9,24 +9,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from transfer.errors import Problem, RunError
-
-
-class FileSchema(BaseModel):
-    """Base of the schemas of JSON files: a value of another type is an error, and never converted."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
+from transfer.errors import RunError
 
 MAX_TEXT_BYTES = 2**30
 """Maximum size of a text file that is read."""
-MAX_PROBLEMS = 5
-"""Maximum number of problems of one file in an error."""
-_Schema = TypeVar("_Schema", bound=FileSchema)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -73,37 +61,6 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunError("the file contains no JSON object", where=where)
     return content
-
-
-def checked(
-    content: Mapping[str, Any],
-    schema: type[_Schema],
-    where: str,
-    what: str = "the file is damaged",
-    fix: str | None = None,
-) -> _Schema:
-    """Return plain data as an instance of its schema. Fields outside the schema are ignored.
-
-    Args:
-        content: Content of a file, which may have been edited or damaged.
-        schema: Names, types and ranges of the fields.
-        where: Path of the file, for errors.
-        what: Message of the errors, in front of the field and its problem.
-        fix: Instruction that solves the problem.
-
-    Raises:
-        RunError: A field is missing or has another type; the error contains all problems.
-    """
-    try:
-        # As JSON, because in strict mode pydantic takes a dataclass or a tuple only from JSON. Paths that are not UTF-8
-        # contain surrogates, which Python's JSON has and pydantic's refuses.
-        return schema.model_validate_json(json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
-    except ValidationError as error:
-        problems = [
-            Problem(f"{what}: {'.'.join(map(str, e['loc'])) or 'content'}: {e['msg']}", where, (), fix)
-            for e in error.errors(include_url=False)
-        ]
-        raise RunError.of(problems[:MAX_PROBLEMS]) from error
 
 
 def read_text(path: Path) -> str:

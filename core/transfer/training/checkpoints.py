@@ -7,7 +7,7 @@ from typing import Any
 
 from transfer.storage import checkpoint
 from transfer.storage.run_directory import RunDirectory
-from transfer.system.atomic_files import checked
+from transfer.system.file_schema import checked
 from transfer.training.distributed import ProcessGroup
 from transfer.training.events import Note, Observer
 from transfer.training.experiment import EngineOptions

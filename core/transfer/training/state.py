@@ -20,7 +20,7 @@ from transfer.models.model import Model
 from transfer.storage import checkpoint
 from transfer.storage.run_directory import EpochRecord
 from transfer.storage.tensor_files import require_same_layout
-from transfer.system.atomic_files import FileSchema, checked
+from transfer.system.file_schema import FileSchema, checked
 from transfer.training import optimizer_state
 from transfer.training.scheduler import Schedule
 
