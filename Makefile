@@ -43,7 +43,7 @@ soak: .venv/ready  ## kill and resume runs two hundred times; takes many minutes
 	$(BIN)/python tests/e2e/kill_harness.py --kills 200
 
 fuzz: .venv/ready  ## damage run directories a few thousand times; takes an hour
-	TRANSFER_MUTATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/hostile/test_fuzzed_runs.py
+	TRANSFER_MUTATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rP tests/hostile/test_fuzzed_runs.py
 
 # transfer does not depend on timm and transformers: they get a separate environment on top of the packages of .venv.
 PLUGINS := $(patsubst %/tests,%,$(wildcard examples/plugins/*/tests))

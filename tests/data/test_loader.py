@@ -510,3 +510,25 @@ def test_encoding_error_names_every_bad_example() -> None:
     assert [problem.where for problem in problems[:2]] == ["row 1", "row 3"]
     assert len(problems) == MAX_PROBLEMS + 1
     assert problems[-1].message == "1 more cannot be read"
+
+
+@pytest.mark.parametrize(("free", "workers"), [(0, 0), (3 * 480, 1), (1 << 40, 2)])
+def test_loader_processes_fit_into_the_free_shared_memory(
+    free: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "free_shared_memory_bytes", lambda: free)
+    part = Split({"x": [[1.0] * 13] * 16}, np.zeros(16, dtype=np.int64))
+    made = loader(Lazy(), part, workers=2)  # a batch has 8 x 13 x 4 bytes of inputs and 8 x 8 of targets
+    chunks = made.batch_indices(0)
+    if workers == 2:
+        assert made._workers_in_shared_memory(2, 0, chunks) == 2
+    else:
+        with pytest.warns(UserWarning, match=f"too little for 2 loader processes .* using {workers}"):
+            assert made._workers_in_shared_memory(2, 0, chunks) == workers
+
+
+def test_batches_do_not_depend_on_missing_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "free_shared_memory_bytes", lambda: 0)
+    with pytest.warns(UserWarning, match="shared memory"):
+        without = batches(loader(Noisy(), workers=2), 3)
+    assert same(without, batches(loader(Noisy(), workers=0), 3))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonschema
 import pytest
@@ -427,3 +428,79 @@ def _wandb_records(file: Path) -> list[Any]:
             record.ParseFromString(parts)
             found, parts = [*found, record], b""
     return found
+
+
+class Server(Tracker):
+    """Fails with its address in the message after the first epoch.
+
+    Args:
+        address: Address of the server.
+    """
+
+    addresses: ClassVar[list[str]] = []
+
+    def __init__(self, *, address: str) -> None:
+        self.address = address
+
+    def start(self, run: TrackedRun) -> None:
+        self.addresses.append(self.address)
+
+    def record(self, metrics: Mapping[str, float], epoch: int) -> None:
+        raise ConnectionError(f"{self.address} does not answer")
+
+    def finish(self, status: str) -> None:
+        pass
+
+
+@pytest.fixture
+def server_config(config_file: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return a config whose tracker has a password from the environment in its address."""
+    register("tracker", "server")(Server)
+    monkeypatch.setattr(Server, "addresses", [])
+    monkeypatch.setenv("TRACKER_TOKEN", "s3cret-word")
+    monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
+    config["trackers"] = [{"name": "server", "address": "https://user:${TRACKER_TOKEN}@example.org"}]
+    config_file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return config_file
+
+
+def test_secret_of_a_tracker_is_in_no_file_and_no_note(server_config: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+
+    run = transfer.run(server_config, output=tmp_path / "runs", observe=observe).folder
+    assert Server.addresses == ["https://user:s3cret-word@example.org"]
+    assert any("https://user:${TRACKER_TOKEN}@example.org does not answer" in note for note in notes)
+    texts = [path for path in run.rglob("*") if path.is_file() and b"s3cret-word" in path.read_bytes()]
+    assert texts == []
+    assert "${TRACKER_TOKEN}" in (run / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_resumed_run_reads_the_variables_of_its_trackers_only_where_it_started(
+    server_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Stop):
+        transfer.run(server_config, output=tmp_path / "runs", observe=after_epoch(1, stop))
+    (run,) = (tmp_path / "runs").iterdir()
+    foreign = tmp_path / "foreign"
+    shutil.copytree(run, foreign)
+    transfer.resume(run)
+    assert Server.addresses == ["https://user:s3cret-word@example.org"] * 2
+    # Somebody else's run names another server: no variable is sent there.
+    text = (foreign / "config.yaml").read_text(encoding="utf-8").replace("example.org", "example.net")
+    (foreign / "config.yaml").write_text(text, encoding="utf-8")
+    notes: list[str] = []
+    transfer.resume(foreign, observe=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+    assert Server.addresses[2:] == ["https://user:${TRACKER_TOKEN}@example.net"]
+    assert any("the trackers use TRACKER_TOKEN" in note for note in notes)
+
+
+def test_folder_of_seeds_has_no_secret_of_a_tracker(server_config: Path, tmp_path: Path) -> None:
+    folder = transfer.run_seeds(server_config, ["train.phases=[{epochs: 1}]"], seeds=2, output=tmp_path / "runs").folder
+    assert b"s3cret-word" not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    (folder / "seed-4" / "summary.json").unlink()
+    transfer.resume_seeds(folder)
+    assert set(Server.addresses) == {"https://user:s3cret-word@example.org"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -199,5 +200,10 @@ def new_plugin(
 
     folder = write(name, output, version=transfer.__version__)
     (config,) = folder.glob("*.yaml")
-    for line in (f"cd {folder}", "pip install --editable . pytest", "pytest", f"transfer run {config.name}"):
+    for line in (
+        f"cd {shlex.quote(str(folder))}",
+        "pip install --editable . pytest",
+        "pytest",
+        f"transfer run {config.name}",
+    ):
         print(line)  # noqa: T201  # without style, to be copied

@@ -21,7 +21,9 @@ Key = tuple[str | int, ...]
 
 MAX_VALUES = 100_000
 """Maximum number of values in a document: nested aliases can make a small file expand to billions."""
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+substituted: dict[str, str] = {}
+"""Values of the environment variables that configs have used in this process, by name."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -355,7 +357,7 @@ class _Reader:
         """Return a scalar as a Python value, with environment variables substituted."""
         text = node.value
         if self.variables:
-            text = _VARIABLE.sub(lambda match: self.variable(match, location), text)
+            text = VARIABLE.sub(lambda match: self.variable(match, location), text)
         is_plain = node.style is None  # neither quoted nor a block of text
         tag = node.tag
         if text != node.value and is_plain:  # the substituted text may be of another type
@@ -380,6 +382,8 @@ class _Reader:
         """Return the value of an environment variable, or its default."""
         name, default = match.groups()
         value = os.environ.get(name) or default  # as in a shell, ":-" also replaces an empty variable
+        if os.environ.get(name):
+            substituted[name] = os.environ[name]
         if value is None:
             self.problems.append(
                 Problem(

@@ -84,6 +84,13 @@ def _record_stream(tensors: Any, stream: torch.cuda.Stream) -> None:
         _record_stream(item, stream)
 
 
+def tensor_bytes(inputs: Any) -> int:
+    """Return the size of a backbone's input, a tensor or a tuple of tensors, in bytes."""
+    if isinstance(inputs, Tensor):
+        return inputs.numel() * inputs.element_size()
+    return sum(map(tensor_bytes, inputs))
+
+
 class TimedIterator(Iterator[Batch]):
     """Iterator of batches that measures the time spent waiting for them, in ``seconds``.
 

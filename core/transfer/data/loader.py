@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,19 +15,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from transfer.data.batch import Batch, Shard
+from transfer.data.batch import Batch, Shard, tensor_bytes
 from transfer.data.encoding import encode
 from transfer.data.memory_cache import MemoryCache
 from transfer.data.randomness import preserve_rng_state, seed_all
 from transfer.errors import DataError, PluginError
 from transfer.interfaces import Preprocessing, Sampler, Split
 from transfer.system.devices import available_cores
+from transfer.system.memory import free_shared_memory_bytes
 from transfer.system.ranks import rank_from_environment
 
 BUCKET_BATCHES = 50
 """Number of batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
 MAX_AUTO_WORKERS = 16
 """Maximum number of loader processes that ``auto`` chooses."""
+AMPLE_SHARED_MEMORY_BYTES = 2**31
+"""Free shared memory above which no batch is measured."""
+BATCHES_PER_WORKER = 3
+"""Number of batches of a loader process in shared memory: two that are prefetched, and one that is read or written."""
 MEASURED_EXAMPLES = 8
 """Number of examples from whose size the loader decides whether the encoded values of a split fit into memory."""
 
@@ -187,12 +193,12 @@ class Loader:
         self.examples.measure()
         # Loader processes cannot fill the cache of this process.
         workers = 0 if self.examples.is_filling_cache else min(self.workers, len(batches))
-        if not workers:
+        if self._running is None or self._running.num_workers < workers:
+            workers = self._workers_in_shared_memory(workers, epoch, batches) if workers else 0
+            self._running = _TorchLoader(self.examples, workers, pin_memory=self.pin_memory) if workers else None
+        loader = self._running
+        if loader is None:
             loader = _TorchLoader(self.examples, 0, pin_memory=self.pin_memory)
-        elif self._running is not None and self._running.num_workers >= workers:
-            loader = self._running
-        else:
-            loader = self._running = _TorchLoader(self.examples, workers, pin_memory=self.pin_memory)
         loader.plan.start_epoch(epoch, batches)
         for number, batch in enumerate(loader):
             if isinstance(batch, DataError):
@@ -215,6 +221,26 @@ class Loader:
                 f"{count - 1}, got {order.dtype} {order.shape}"
             )
         return order.astype(np.int64, copy=False)
+
+    def _workers_in_shared_memory(self, workers: int, epoch: int, batches: Sequence[npt.NDArray[np.int64]]) -> int:
+        """Return the number of loader processes whose batches fit into the shared memory that is free now.
+
+        Loader processes pass batches on in shared memory. If it is full, they are killed, or wait forever.
+        """
+        free = free_shared_memory_bytes() // rank_from_environment().local_world_size
+        if free > AMPLE_SHARED_MEMORY_BYTES:
+            return workers
+        # Of the longest batch, because its texts need the most space.
+        batch = self.examples.batch([(epoch, int(i)) for i in max(batches, key=len)])
+        size = max(1, tensor_bytes(batch.inputs) + tensor_bytes(batch.targets))
+        fitting = min(workers, int(free // (BATCHES_PER_WORKER * size)))
+        if fitting < workers:
+            warnings.warn(
+                f"the free shared memory (/dev/shm) has {free / 2**20:,.0f} MiB, which is too little for {workers} "
+                f"loader processes with batches of {size / 2**20:,.1f} MiB: using {fitting} (train.workers)",
+                stacklevel=2,
+            )
+        return fitting
 
     @property
     def _max_tokens(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transfer.config.check import load_config
 from transfer.config.run_config import Config, RunConfig
+from transfer.config.tracker_variables import read_tracker_variables, stored_config
 from transfer.errors import RunError, UserError
 from transfer.experiments import tfidf
 from transfer.experiments.comparison import Row, compare, higher_is_better
@@ -131,7 +132,7 @@ def resume_pretraining_gain(folder: str | Path, *, observe: Observer = ignore_ev
         _require_printable(content, path / VALUE)
         observe(Note(f"{path} is already complete"))
         return Run(path, content)
-    config = load_config(content["config"])
+    config = load_config(read_tracker_variables(content["config"])[0])
     built = build(config, observe)
     return _measure(RunDirectory(path), config, _arms(config, preflight(config)), manifest.seeds, built, observe)
 
@@ -186,7 +187,7 @@ def _measure(
     built: BuiltExperiment,
     observe: Observer,
 ) -> Run:
-    manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "config": config.resolved}
+    manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "config": stored_config(config.resolved)}
 
     def write(outcome: Mapping[str, Any]) -> None:
         write_json(folder.path / VALUE, {**manifest, **outcome})

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from transfer.config.check import load_config
 from transfer.config.run_config import Config, RunConfig
+from transfer.config.tracker_variables import read_tracker_variables, stored_config
 from transfer.errors import RunError, UserError
 from transfer.experiments.intervals import Spread, metric_bounds, spread
 from transfer.interfaces import Task
@@ -117,7 +118,8 @@ def resume_seeds(folder: str | Path, *, observe: Observer = ignore_events) -> Ru
     refuse_several("training with several seeds")
     path = Path(folder)
     manifest = _read_manifest(path)
-    return train_seeds(load_config(manifest.config), manifest.seeds, path, quick=manifest.quick, observe=observe)
+    plain, _ = read_tracker_variables(manifest.config)
+    return train_seeds(load_config(plain), manifest.seeds, path, quick=manifest.quick, observe=observe)
 
 
 def _read_manifest(folder: Path) -> _Manifest:
@@ -145,7 +147,7 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], path: Path, *, quick: b
     folder = RunDirectory(path)
     with folder.locked(), recorded_outcome(folder, observe, folder.write_summary):
         manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "quick": quick}
-        write_json(path / MANIFEST, {**manifest, "config": config.resolved})
+        write_json(path / MANIFEST, {**manifest, "config": stored_config(config.resolved)})
         for number, seed in enumerate(seeds, 1):
             observe(Note(f"seed {seed}, run {number} of {len(seeds)}"))
             _train_one(config.with_seed(seed), path / f"seed-{seed}", quick=quick, observe=observe)

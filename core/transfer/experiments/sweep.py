@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from transfer.config.tracker_variables import mask, mask_trackers
 from transfer.config.yaml_document import dump, read_plain
 from transfer.errors import ConfigError, RunError, StoppedByObserver, TrainingError
 from transfer.experiments.search_space import (
@@ -119,7 +120,7 @@ def _claim(folder: Path, config: str | Path, space: Space, overrides: Sequence[s
             where=checked.document.location(("data", "validation")),
             fix="set data.validation to 0.1, for example; train the best trial again with 0",
         )
-    plain = {"config": checked.resolved, "space": space.document.data}
+    plain = {"config": mask_trackers(checked.resolved), "space": space.document.data}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         refuse_special_entries(folder)
@@ -143,7 +144,8 @@ def _without_trials(plain: Mapping[str, Any]) -> Any:
     space = {key: value for key, value in written.items() if key != "sweep"}
     settings = {key: value for key, value in settings.items() if key != "trials"} if isinstance(settings, dict) else {}
     # JSON makes tuples and lists equal, and keeps the order of the keys, which the sampler depends on.
-    return json.loads(json.dumps({**plain, "space": [list(space.items()), settings]}))
+    # Masked, because sweeps of older versions contain the values of environment variables.
+    return json.loads(mask(json.dumps({**plain, "space": [list(space.items()), settings]})))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from transfer.config.component import Component
 from transfer.config.run_config import RunConfig
+from transfer.config.tracker_variables import mask_trackers
 from transfer.config.yaml_document import dump
 from transfer.data.targets import class_name
 from transfer.models.saved_model import LoadedModel
@@ -515,7 +516,7 @@ def _environment(material: Material) -> dict[str, Any]:
     return {
         "facts": {**facts, "versions": material.environment.get("versions", {})},
         "resumed": [format_value(entry) for entry in material.environment.get("resumed", [])],
-        "config": dump(material.config.resolved),
+        "config": dump(mask_trackers(material.config.resolved)),
     }
 
 

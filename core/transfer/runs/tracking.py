@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transfer.config.run_config import RunConfig
+from transfer.config.tracker_variables import mask
 from transfer.interfaces import TrackedRun, Tracker
 from transfer.storage.run_directory import RunDirectory
 from transfer.training.events import EpochEnded, Event, Note, Observer, RunEnded, RunStarted
@@ -85,7 +86,7 @@ class Tracking:
                 do(name, tracker)
             except Exception as error:  # an unreachable server, a full disk, a bug in a plugin
                 del self._trackers[name]
-                reason = str(error).strip().partition("\n")[0]
+                reason = mask(str(error).strip().partition("\n")[0])
                 text = f"tracker {name!r} failed and is disabled for this run: {type(error).__name__}: {reason}"
                 self._observe(Note(text))
 

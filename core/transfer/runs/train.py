@@ -10,6 +10,7 @@ from typing import Any
 
 from transfer.config.check import load_config
 from transfer.config.run_config import Config, RunConfig
+from transfer.config.tracker_variables import read_tracker_variables, stored_config
 from transfer.data.splits import digest
 from transfer.errors import ConfigError, StoppedByObserver
 from transfer.models.recorded_plugins import changes as plugin_changes, recorded_plugins, run_config
@@ -102,7 +103,7 @@ def run_in(
         if processes.is_main:
             # The config is written last: a folder without it is not a run.
             directory.write_environment(run_environment(config, processes), quick=quick)
-            directory.write_config(config.resolved)
+            directory.write_config(stored_config(config.resolved))
         return _train(config, built, directory, observe, processes, quick=quick, resume=False)
 
 
@@ -153,6 +154,12 @@ def resume(run: str | Path, *, observe: Observer = ignore_events) -> Run:
             if processes.is_main:
                 observe(Note(f"{path} is already complete"))
             return Run(path, summary)
+        plain, missing = read_tracker_variables(plain)
+        if missing and processes.is_main:
+            text = (
+                f"the trackers use {', '.join(missing)}, which is not set, or is not read for a run of another machine"
+            )
+            observe(Note(f"{text}; write the value into {path / 'config.yaml'}"))
         config = load_config(plain)
         quick = bool(before.get("quick"))
         if quick:

@@ -30,6 +30,17 @@ def available_bytes() -> int:
     return max(0, min(available))
 
 
+def free_shared_memory_bytes() -> int:
+    """Return the free bytes of shared memory. Containers often have 64 MiB; 0 if there is none that can be written."""
+    if sys.platform != "linux":
+        return sys.maxsize  # shared memory has no file system of its own
+    try:
+        status = os.statvfs("/dev/shm")  # noqa: S108
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize if os.access("/dev/shm", os.W_OK) else 0  # noqa: S108
+
+
 def _machine() -> int:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
