@@ -97,7 +97,7 @@ NOT_EXECUTED = {
 }
 # In commands, in this order.
 STAND_INS = {
-    r"(transfer value (?!.*--seeds).*)": r"\1 --seeds 5",  # as it does by itself
+    r"(transfer pretraining-gain (?!.*--seeds).*)": r"\1 --seeds 2",  # the default is 5
     r"--seeds 5": "--seeds 2",
     r"(transfer export (?!.*--dry-run).*)": r"\1 --dry-run",  # tests/core/test_exporting.py exports every format
     r"--processes 2": "",  # each imports torch anew; tests/core/test_sweep.py has several
