@@ -90,6 +90,16 @@ def test_field_whose_lines_have_the_delimiters_of_rows_by_chance_stays(tmp_path:
     assert texts(data)[-1] == "Hello, world\nfine"
 
 
+@pytest.mark.parametrize("header", [True, False])
+def test_delimiters_in_quotes_may_be_as_many_in_every_row(tmp_path: Path, header: bool) -> None:
+    rows = [*([("text", "label")] if header else []), *((f'"Bears, {text}"', f'"{label}"') for text, label in ROWS)]
+    columns = {} if header else {"header": False, "column": 0, "label": 1}
+    assert texts(read(tmp_path / "ag.csv", delimited(rows, ","), **columns))[:2] == [
+        "Bears, sentence number 0",
+        "Bears, sentence number 1",
+    ]
+
+
 def test_quote_of_unknown_meaning_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="starts with a quote that is not closed in its line") as caught:
         read(tmp_path / "a.tsv", 'text\tlabel\n"one\tx\ntwo"\ty\n')

@@ -131,7 +131,7 @@ def _choose_quoting(lines: TextIO, path: Path, delimiter: str, labels: Sequence[
     """
     count, quoted_header = None, False
     stray: dict[int, list[str]] = {}  # rows with a field that starts with a quote and is not a quoted field, by line
-    doubled, backslashed = 0, True
+    proper, backslashed = 0, True  # number of rows that only a writer of CSV produces
     before_quote = delimiter + '"'
     for number, row in enumerate(lines, 1):
         line = row.rstrip("\r\n")
@@ -147,16 +147,19 @@ def _choose_quoting(lines: TextIO, path: Path, delimiter: str, labels: Sequence[
         fields = line.split(delimiter)
         quoted = [field for field in fields if field.startswith('"')]
         wrong = [field for field in quoted if not _QUOTED.fullmatch(field)]
-        doubled += sum('""' in field[1:-1] for field in quoted) if not wrong else 0
-        if wrong:
+        if not wrong:
+            proper += any('""' in field[1:-1] for field in quoted)
+        elif _is_row(line, delimiter):  # a field contains the delimiter in quotes
+            proper += 1
+        else:
             stray[number] = fields
             backslashed = backslashed and all(_BACKSLASHED.fullmatch(field) for field in wrong)
     if not stray:
         return "csv"
     if backslashed:
         return "backslash"
-    # A file with a quoted header or with "" inside quotes was written as CSV: reading it as such names the wrong line.
-    if quoted_header or doubled >= len(stray):
+    # The file was written as CSV, and reading it as such names the wrong line.
+    if quoted_header or proper >= len(stray):
         return "csv"
     # By chance, each line of a field over several lines may have the delimiters of a row. Its label is then no label.
     lines.seek(0)
@@ -177,6 +180,14 @@ def _choose_quoting(lines: TextIO, path: Path, delimiter: str, labels: Sequence[
             fix="set quoting: none if quotes are part of the text, or quoting: csv if the field spans lines",
         )
     return "csv"
+
+
+def _is_row(line: str, delimiter: str) -> bool:
+    try:
+        next(csv.reader([line], delimiter=delimiter, strict=True))
+    except csv.Error:
+        return False
+    return True
 
 
 def _by_parsing(lines: TextIO, delimiter: str) -> Quoting:
