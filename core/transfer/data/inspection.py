@@ -61,13 +61,14 @@ def _refuse_repeated_split(splits: Mapping[str, Split], fields: Sequence[str]) -
         one, other = splits[first], splits[second]
         if len(one) != len(other) or not len(one) or not _same_content(one, other, fields):
             continue
-        option = {"validation": "val"}.get(second, second)
+        # Without `val`, a validation split is cut from train; a test split cannot be replaced.
+        option = "val" if "validation" in (first, second) else "test"
         reason = "memorizes them" if first == "train" else "is selected on them"
         raise DataError(
             f"the {first} and {second} splits contain the same {len(one):,} examples: the model {reason}, so metrics "
             f"on {second} would be too good",
             fix=f"set {option} to other data, or remove it"
-            + (": validation is then split off from train" if second == "validation" else ""),
+            + (": validation is then split off from train" if option == "val" else ""),
         )
 
 
