@@ -39,7 +39,7 @@ def evaluate(
     directory = RunDirectory.open(run)
     config = load_config(directory.config())
     loaded = read_model(directory.model)
-    splits = read_splits(config, loaded.data)
+    splits = read_splits(config, loaded.data, directory.path)
     if split not in splits:
         raise RunError.of([unknown_name("split", split, splits, where=str(directory.path))])
     summary = directory.summary()
