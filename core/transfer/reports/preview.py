@@ -113,7 +113,7 @@ def preview_predictions(
     directory.refuse_links()
     config = load_run_config(directory)
     loaded = read_model(directory.model)
-    splits = read_splits(config, loaded.data)
+    splits = read_splits(config, loaded.data, directory.path)
     if split not in splits:
         raise RunError(f"the data has no split {split!r}", where=str(directory.path), available=list(splits))
     examples = splits[split]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transfer.config.run_config import RunConfig
 from transfer.errors import RunError, UserError, damaged
@@ -53,7 +52,7 @@ def report(run: str | Path) -> Path:
     config = config.quick() if summary.get("quick") else config
     trained = read_model(directory.model)
     with directory.locked():
-        test, missing_reason = _test_split(config, summary, trained.data)
+        test, missing_reason = _test_split(config, directory, trained.data)
         return write_report(
             CompletedRun(directory, config, resolve_phases(config, trained.model), trained, test, missing_reason)
         )
@@ -107,16 +106,16 @@ def write_report(run: CompletedRun, max_seconds: float | None = None) -> Path:
     return directory.path / REPORT
 
 
-def _test_split(config: RunConfig, summary: Mapping[str, Any], trained: DataSpec) -> tuple[Split | None, str]:
+def _test_split(config: RunConfig, run: RunDirectory, trained: DataSpec) -> tuple[Split | None, str]:
     """Return the test split of a run, or None and the reason why it is not available."""
     try:
         with no_downloads():
-            splits = read_splits(config, trained)
+            splits = read_splits(config, trained, run.path)
     except UserError as error:
         return None, f"the data is not available: {error.problems[0].message}"
     if "test" not in splits:
         return None, "the data has no test split"
-    if changed_split(summary, "test", splits["test"]) is not None:
+    if changed_split(run.summary(), "test", splits["test"]) is not None:
         return None, "the data has changed since the run was scored"
     return splits["test"], ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from transfer.interfaces import DataSpec, Split
 from transfer.training.build import read_data
 
 
-def read_splits(config: RunConfig, trained: DataSpec) -> dict[str, Split]:
+def read_splits(config: RunConfig, trained: DataSpec, run: Path) -> dict[str, Split]:
     """Read the splits of a run, with targets in the order of the model's classes.
 
     Args:
         config: Config of the run.
         trained: Data specification that the model was trained on.
+        run: Run directory, for errors.
 
     Raises:
         DataError: The data is wrong, or has a class that the model does not have.
@@ -36,7 +38,7 @@ def read_splits(config: RunConfig, trained: DataSpec) -> dict[str, Split]:
         parts += [f"the data has no class {', '.join(map(repr, missing))}"] if missing else []
         raise DataError(
             f"the classes of the data are not those of the model: {'; '.join(parts)}",
-            where=config.data.where,
+            where=str(run),
             available=trained.classes,
             fix="give the classes the names that they had in training, or train a new model",
         )

@@ -46,7 +46,7 @@ def evaluate(
     if changed := changes(recorded_plugins(directory), components):
         observe(Note(f"plugins have changed since the run, so results may differ: {'; '.join(changed)}"))
     loaded = read_model(directory.model)
-    splits = read_splits(config, loaded.data)
+    splits = read_splits(config, loaded.data, directory.path)
     if split not in splits:
         raise RunError.of([unknown_name("split", split, splits, where=str(directory.path))])
     if (note := changed_split(summary, split, splits[split])) is not None:
