@@ -118,11 +118,15 @@ class MetricSample:
         self._batches.append((inputs, targets))
 
     def facts(self) -> dict[str, Any]:
-        """Return ``standard_error`` and, if all examples have the same one, ``constant_prediction``, as JSON values."""
+        """Return ``standard_error`` and, if all examples have the same input, ``constant_prediction``, as JSON values.
+
+        The latter is the index of a class, or true for other inputs.
+        """
         facts: dict[str, Any] = {"standard_error": self.standard_error()}
         inputs = torch.cat([inputs for inputs, _ in self._batches])
         if len(inputs) > 1 and bool((inputs == inputs[0]).all()):
-            facts["constant_prediction"] = inputs[0].tolist()
+            is_class = inputs.ndim == 1 and not inputs.is_floating_point()
+            facts["constant_prediction"] = int(inputs[0]) if is_class else True
         return facts
 
     def standard_error(self) -> float:
