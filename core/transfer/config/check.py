@@ -19,6 +19,7 @@ from transfer.config.train_settings import (
     DataOptions,
     NamedBlock,
     OptimizerOptions,
+    PhaseSettings,
     TrainConfig,
 )
 from transfer.config.yaml_document import Document, Key, make_document, read_document
@@ -95,10 +96,15 @@ class _ConfigValidator:
         )
         dataset, data_options = self.component("dataset", raw["data"], DataOptions)
         backbone, _ = self.component("backbone", raw["backbone"], NamedBlock)
+        if backbone is not None and "head" not in self.document.data:
+            raw["head"] = dict(backbone.cls.default_head)
         head, _ = self.component("head", raw["head"], NamedBlock)
         task, _ = self.component("task", raw["task"], NamedBlock)
         trackers = self.trackers(raw["trackers"])
         train = self.block(TrainConfig, raw["train"], ("train",), "train") if isinstance(raw["train"], dict) else None
+        # Not for an explicit null, which is part of every config that an earlier version wrote for a run.
+        if train is not None and backbone is not None and not {"phases", "recipe"} & train.model_fields_set:
+            train = train.model_copy(update={"phases": (PhaseSettings(**backbone.cls.default_phase),)})
         optimizer, optimizer_options, schedulers = self.training(train) if train else (None, None, ())
         if train is None and isinstance(raw["train"], dict) and isinstance(raw["train"].get("optimizer"), dict):
             self.optimizer(raw["train"]["optimizer"])  # only to collect its problems too

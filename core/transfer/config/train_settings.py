@@ -189,7 +189,8 @@ class TrainConfig(Block):
         scheduler: Name of one of torch's schedulers in lower case, with its options; null keeps the learning rates.
         warmup_epochs: Epochs (fractions are allowed) at the start of each phase in which the learning rates rise
             linearly from zero. The scheduler starts after them.
-        phases: Phases of training, in order; null trains everything for 5 epochs, unless recipe is set.
+        phases: Phases of training, in order; null trains everything for 5 epochs, unless recipe is set. Without this
+            option, the backbone chooses the number of epochs.
         recipe: Named sequence of phases, as an alternative to phases.
         augment: Whether training examples are augmented at random, as the backbone's preprocessing defines it.
         bucket: Whether examples of similar length share a batch, which saves padding in texts. A number sets how many
