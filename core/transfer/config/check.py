@@ -28,6 +28,7 @@ from transfer.config.train_settings import (
     DataOptions,
     NamedBlock,
     OptimizerOptions,
+    PhaseSettings,
     TaskOptions,
     TrainConfig,
 )
@@ -116,12 +117,18 @@ class _ConfigValidator:
         )
         dataset, data_options = self.component("dataset", raw["data"], DataOptions)
         backbone, _ = self.component("backbone", raw["backbone"], NamedBlock)
+        if backbone is not None and "head" not in self.document.data:
+            raw["head"] = dict(backbone.cls.default_head)
         head, _ = self.component("head", raw["head"], NamedBlock)
         task, _ = self.component("task", raw["task"], NamedBlock)
         trackers = self.trackers(raw["trackers"])
         if task is not None:
             task = replace(task, metrics=self.metrics(task))
         train = self.block(TrainConfig, raw["train"], ("train",), "train") if isinstance(raw["train"], dict) else None
+        # Not for an explicit null, which is part of every config that an earlier version wrote for a run.
+        if train is not None and backbone is not None and not {"phases", "recipe"} & train.model_fields_set:
+            settings = {**backbone.cls.default_phase, **({"epochs": train.epochs} if train.epochs else {})}
+            train = train.model_copy(update={"phases": (PhaseSettings(**settings),), "epochs": None})
         optimizer, optimizer_options, schedulers = self.training(train) if train else (None, None, ())
         sampler = None
         if train and train.sampler is not None:

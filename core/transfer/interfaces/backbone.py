@@ -65,6 +65,12 @@ class Backbone(nn.Module, ABC):
     field: ClassVar[str]
     """The field of an example that this backbone takes as input."""
 
+    default_head: ClassVar[Mapping[str, Any]] = {"name": "linear"}
+    """Config block of the head for a config without one."""
+
+    default_phase: ClassVar[Mapping[str, Any]] = {"epochs": 5}
+    """Config block of the only phase for a config with neither phases nor a recipe."""
+
     @property
     def stage_names(self) -> tuple[str, ...]:
         """The names of the stages, from input to output."""

@@ -62,6 +62,9 @@ class TextBackbone(Backbone):
     """
 
     field: ClassVar[str] = "text"
+    # Measured on small sets (docs/log.md): few epochs underfit random vectors, and the best number depends on the data.
+    default_head: ClassVar[Mapping[str, Any]] = {"name": "linear", "dropout": 0.5}
+    default_phase: ClassVar[Mapping[str, Any]] = {"epochs": 20, "patience": 5}
     pretrained_variants: ClassVar[tuple[Variant, ...]] = ("static", "nonstatic")
     """Variants that read pretrained vectors; the first is the default."""
 
