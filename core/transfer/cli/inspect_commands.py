@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from transfer.cli.arguments import AsJSON, Device, RunFolder
+from transfer.cli.arguments import AsJSON, DataOverrides, Device, RunFolder
 from transfer.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ DIGITS = 6
 
 def evaluate(
     run: RunFolder,
+    overrides: DataOverrides = None,
     split: Annotated[str, typer.Option(help="Split to evaluate: train, validation or test.")] = "test",
     device: Device = None,
     images: Annotated[
@@ -38,7 +39,7 @@ def evaluate(
     from transfer.system.terminal import Console
 
     with RunConsole(Console(stderr=as_json)) as observe:
-        metrics = evaluate_run(run, split, device=device, observe=observe)
+        metrics = evaluate_run(run, split, overrides or [], device=device, observe=observe)
     if as_json:
         print(json.dumps({split: metrics}))  # noqa: T201
     else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from transfer.config.check import load_config
+from transfer.config.check import config_of_moved_run
 from transfer.errors import RunError, unknown_name
 from transfer.interfaces import SPLITS
 from transfer.models.saved_model import read_model
@@ -17,7 +18,12 @@ from transfer.training.preflight import resolve_phases
 
 
 def evaluate(
-    run: str | Path, split: str = "test", *, device: str | None = None, observe: Observer = ignore_events
+    run: str | Path,
+    split: str = "test",
+    overrides: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    observe: Observer = ignore_events,
 ) -> dict[str, float]:
     """Return the loss and the metrics of a run's model on a split.
 
@@ -26,6 +32,7 @@ def evaluate(
     Args:
         run: Run directory.
         split: Name of the split: ``train``, ``validation`` or ``test``.
+        overrides: Changes to the data block, each ``data.key=value``, if the data has moved.
         device: Device to compute on: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. None uses the run's
             ``train.device``, or ``auto`` if this machine does not have that device.
         observe: Function that is called with the events of the evaluation.
@@ -34,7 +41,7 @@ def evaluate(
         UserError: The run or its data are damaged, or the split or the device does not exist.
     """
     directory = RunDirectory.open(run)
-    config = load_config(directory.config())
+    config = config_of_moved_run(directory.config(), overrides)
     loaded = read_model(directory.model)
     _, splits = read_data(config)
     if split not in splits:
