@@ -214,6 +214,8 @@ def search(run: Path, folder: Path, act: Act, files: list[str], examples: int) -
     folder.mkdir()
     (folder / "around").mkdir()
     (folder / "around" / "keep.txt").write_text("mine", encoding="utf-8")
+    intact = Path(shutil.copytree(run, folder / "around" / "run"))
+    assert act(intact)[0] == 0, "the command fails on the intact run too"
     failures: dict[str, int] = {}
     statuses: Counter[int] = Counter()
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import Points
 
 import transfer
-from transfer import ConfigError, DataError, PluginError, RunError, TransferError
+from transfer import ConfigError, DataError, PluginError, RunError, TransferError, register
 from transfer.models.saved_model import LoadedModel, read_model
 from transfer.registry.entry_points import Plugin
 from transfer.runs.train import Run
-from transfer.training.events import Event, Note, RunStarted
+from transfer.training.events import EpochEnded, Event, Note, RunStarted
 
 FILES = {
     "config.yaml",
@@ -284,3 +285,54 @@ def test_predict_moves_the_model_to_the_device(
     list(transfer.predict(run.folder, ["1,2,3,4"]))
     list(transfer.predict(run.folder, ["1,2,3,4"], device="cpu"))
     assert devices == [{"cuda"}, {"cpu"}]
+
+
+@pytest.fixture
+def folder_config(config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Return a config whose dataset reads its number of points from a file."""
+
+    class Stored(Points):
+        """Points, as many as a file says.
+
+        Args:
+            file: Path of the file.
+        """
+
+        def __init__(self, *, file: str) -> None:
+            super().__init__(count=int(Path(file).read_text(encoding="utf-8")))
+
+    register("dataset", "stored")(Stored)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "count").write_text("160", encoding="utf-8")
+    return {**config, "data": {"name": "stored", "file": str(tmp_path / "old" / "count")}}
+
+
+def test_run_whose_data_has_moved_is_evaluated(folder_config: dict[str, Any], tmp_path: Path) -> None:
+    run = transfer.run(folder_config, ["train.phases=[{epochs: 1}]"], output=tmp_path / "runs")
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = [f"data.file={tmp_path / 'new' / 'count'}"]
+    assert transfer.evaluate(run.folder, "test", moved) == run.summary["test"]
+    with pytest.raises(ConfigError, match=r"expected data\.key=value"):
+        transfer.evaluate(run.folder, "test", ["train.batch_size=1"])
+
+
+def test_run_whose_data_has_moved_is_resumed(folder_config: dict[str, Any], tmp_path: Path) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            raise Stop
+
+    with pytest.raises(Stop):
+        transfer.run(folder_config, ["train.checkpoint.every_steps=1"], output=tmp_path / "runs", observe=stop)
+    (run,) = (tmp_path / "runs").iterdir()
+    (tmp_path / "old").rename(tmp_path / "new")
+    file = tmp_path / "new" / "count"
+    file.write_text("120", encoding="utf-8")
+    with pytest.raises(RunError, match="other data"):  # other content under the new path
+        transfer.resume(run, [f"data.file={file}"])
+    file.write_text("160", encoding="utf-8")
+    transfer.resume(run, [f"data.file={file}"])
+    assert str(file) in (run / "config.yaml").read_text(encoding="utf-8")
+    assert transfer.evaluate(run)

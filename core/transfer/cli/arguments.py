@@ -12,6 +12,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the config, for example train.batch_size=128."),
 ]
+DataOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="data.KEY=VALUE", help="New paths of the data, if it has moved: data.root=/new/folder."),
+]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="Folder in which a new folder is created.")]
 Device = Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from transfer.cli.arguments import AsJSON, Device, RunFolder
+from transfer.cli.arguments import AsJSON, DataOverrides, Device, RunFolder
 from transfer.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: RunFolder,
+    overrides: DataOverrides = None,
     split: Annotated[str, typer.Option(help="Split to evaluate: train, validation or test.")] = "test",
     device: Device = None,
     images: Annotated[
@@ -35,7 +36,7 @@ def evaluate(
     from transfer.system.terminal import Console
 
     with RunConsole(Console(stderr=as_json)) as observe:
-        metrics = evaluate_run(run, split, device=device, observe=observe)
+        metrics = evaluate_run(run, split, overrides or [], device=device, observe=observe)
     if as_json:
         print(json.dumps({split: metrics}))  # noqa: T201
     else:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from transfer.cli.arguments import RUNS, ConfigFile, OutputFolder, Overrides, RunFolder
+from transfer.cli.arguments import RUNS, ConfigFile, DataOverrides, OutputFolder, Overrides, RunFolder
 from transfer.cli.follow import follow_arms, follow_run, follow_seeds
+from transfer.errors import UserError
 
 # Names of the files by which `resume` recognizes folders of `transfer.experiments`. They are repeated here because that
 # package may be deleted: it is imported only if a folder contains its file.
@@ -40,8 +41,11 @@ def run(
     follow_run(lambda observe: run_config(config, overrides or [], output=output, quick=quick, observe=observe))
 
 
-def resume(run: RunFolder) -> None:
+def resume(run: RunFolder, overrides: DataOverrides = None) -> None:
     """Resume an interrupted run, with the same result as without the interruption."""
+    several = [name for name in (SEEDS_MANIFEST, PRETRAINING_GAIN_MANIFEST) if (Path(run) / name).is_file()]
+    if overrides and several:
+        raise UserError("overrides are possible for single runs only", where=run, fix="resume the runs in the folder")
     if (Path(run) / SEEDS_MANIFEST).is_file():
         from transfer.experiments.seeds import resume_seeds
 
@@ -53,7 +57,7 @@ def resume(run: RunFolder) -> None:
     else:
         from transfer.runs.train import resume as resume_run
 
-        follow_run(lambda observe: resume_run(run, observe=observe))
+        follow_run(lambda observe: resume_run(run, overrides or [], observe=observe))
 
 
 def check(

@@ -93,6 +93,24 @@ def block_base(kind: Kind, cls: type, base: type[_NamedModel] = NamedBlock) -> t
     return base
 
 
+def config_of_moved_run(plain: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """Check the config of a run whose data may have moved.
+
+    Args:
+        plain: Config of the run.
+        overrides: Assignments ``data.key=value``.
+
+    Raises:
+        ConfigError: The config has problems, or an override changes something else than the data block.
+    """
+    if other := [text for text in overrides if not text.startswith("data.")]:
+        raise ConfigError(
+            f"the override {other[0]!r} is invalid here: expected data.key=value, because only the data may have moved",
+            fix="start a new run with transfer run to change anything else",
+        )
+    return load_config(plain, overrides)
+
+
 class _ConfigValidator:
     """Checks a document block by block and collects the problems.
 

@@ -225,8 +225,8 @@ class TrainConfig(Block):
             learning rates.
         warmup_epochs: Epochs (fractions are allowed) at the start of each phase in which the learning rates rise
             linearly from zero. The scheduler starts after them.
-        epochs: Number of epochs if neither phases nor a recipe are set: everything is trained; null is the number that the
-            backbone chooses (5 for most).
+        epochs: Number of epochs if neither phases nor a recipe are set: everything is trained; null is the number that
+            the backbone chooses (5 for most).
         phases: Phases of training, in order, each with its number of epochs.
         recipe: Named sequence of phases, as an alternative to phases.
         augment: Whether training examples are augmented at random, as the backbone's preprocessing defines it.

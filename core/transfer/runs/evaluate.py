@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from transfer.config.check import config_of_moved_run
 from transfer.errors import RunError, unknown_name
 from transfer.interfaces import SPLITS
 from transfer.models.precision import place
-from transfer.models.recorded_plugins import changes, load_run_config, recorded_plugins
+from transfer.models.recorded_plugins import changes, recorded_plugins, run_config
 from transfer.models.saved_model import read_model
 from transfer.runs.data import changed_split, read_splits
 from transfer.runs.inference_device import inference_device
@@ -19,7 +21,12 @@ from transfer.training.preflight import resolve_phases
 
 
 def evaluate(
-    run: str | Path, split: str = "test", *, device: str | None = None, observe: Observer = ignore_events
+    run: str | Path,
+    split: str = "test",
+    overrides: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    observe: Observer = ignore_events,
 ) -> dict[str, float]:
     """Return the loss and the metrics of a run's model on a split.
 
@@ -29,6 +36,7 @@ def evaluate(
     Args:
         run: Run directory.
         split: Name of the split: ``train``, ``validation`` or ``test``.
+        overrides: Changes to the data block, each ``data.key=value``, if the data has moved.
         device: Device to compute on: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. None uses the run's
             ``train.device``, or ``auto`` if this machine does not have that device.
         observe: Function that is called with the events of the evaluation.
@@ -40,7 +48,7 @@ def evaluate(
     directory = RunDirectory.open(run)
     summary = directory.summary()
     quick = bool(summary.get("quick"))
-    config = load_run_config(directory)
+    config = config_of_moved_run(run_config(directory), overrides)
     config = config.quick() if quick else config
     components = (config.data, config.backbone, config.head, config.task)
     if changed := changes(recorded_plugins(directory), components):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfer.config.check import load_config
+from transfer.config.check import config_of_moved_run, load_config
 from transfer.config.run_config import Config, RunConfig
 from transfer.config.tracker_variables import read_tracker_variables, stored_config
 from transfer.data.splits import digest
@@ -125,13 +125,15 @@ def _build(
         return build(config, observe, quick=quick), observe
 
 
-def resume(run: str | Path, *, observe: Observer = ignore_events) -> Run:
+def resume(run: str | Path, overrides: Sequence[str] = (), *, observe: Observer = ignore_events) -> Run:
     """Resume an interrupted run. On the CPU, the result is bit-identical to that of an uninterrupted run.
 
     A run without a checkpoint starts again in its directory. A complete run is left as it is.
 
     Args:
         run: Run directory.
+        overrides: Changes to the data block, each ``data.key=value``, if the data has moved. They are stored in the
+            run's config. Other data is refused.
         observe: Function that is called with every event of the run (:mod:`transfer.training.events`).
 
     Raises:
@@ -160,7 +162,8 @@ def resume(run: str | Path, *, observe: Observer = ignore_events) -> Run:
                 f"the trackers use {', '.join(missing)}, which is not set, or is not read for a run of another machine"
             )
             observe(Note(f"{text}; write the value into {path / 'config.yaml'}"))
-        config = load_config(plain)
+        config = config_of_moved_run(plain, overrides)
+        resolved = config.resolved
         quick = bool(before.get("quick"))
         if quick:
             config = config.quick()
@@ -175,6 +178,8 @@ def resume(run: str | Path, *, observe: Observer = ignore_events) -> Run:
         if processes.is_main:
             directory.remove_temporary_files()
             directory.note_resume(different)
+            if overrides:
+                directory.write_config(stored_config(resolved))
         return _train(config, built, directory, observe, processes, quick=quick, resume=True)
 
 
