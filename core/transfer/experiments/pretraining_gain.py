@@ -319,7 +319,7 @@ def _result(
             continue
         if name == TFIDF:
             reached = f"TF-IDF with logistic regression ({metric} {metrics[metric]:.4f})"
-            sentences.append(f"No arm is better than {reached}: a simple model is sufficient here.")
+            sentences.append(f"No arm is better than {reached}: a simple model is at least as good here.")
         else:
             reached = f"the best constant prediction ({metric} {metrics[metric]:.4f})"
             sentences.append(f"No arm is better than {reached}: nothing was learned.")
