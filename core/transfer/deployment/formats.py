@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from transfer.errors import ExportError, unknown_name
 from transfer.interfaces import ForeignModel, Preprocessing
 from transfer.models.saved_model import LoadedModel
+from transfer.storage.tensor_files import write_tensors
 
 MAX_ONNX_BYTES = 2**31 - 2**20
 """Size limit of one ONNX file (2 GiB, less some for the graph); larger weights are written to a file next to it."""
@@ -76,7 +75,7 @@ class Safetensors(Format):
 
     def write(self, path: Path, inputs: Any) -> None:
         """Write the weights."""
-        _save(self.loaded.model.state_dict(), path)
+        write_tensors(path, self.loaded.model.state_dict())
 
     def usage(self, file: str) -> str:
         """Return code that predicts with this package."""
@@ -115,7 +114,7 @@ class Foreign(Format):
         assert self.output is not None
         weights |= {f"{head}{name}": value for name, value in self.output.state_dict().items()}
         if path.suffix == ".safetensors":
-            _save(weights, path)
+            write_tensors(path, weights)
         else:
             torch.save({name: value.cpu() for name, value in weights.items()}, path)
 
@@ -286,15 +285,6 @@ def _has_lengths(preprocessing: Preprocessing) -> bool:
 def _is_fixed(size: object) -> bool:
     # A size that turned out to be constant may still be a symbol, whose text is then a number.
     return str(size).isdecimal()
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whose permissions follow the umask."""
-    path.touch()
-    mode = path.stat().st_mode
-    # safetensors replaces the file by one that only its owner can read.
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
-    path.chmod(mode)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from transfer.errors import Problem, RunError, TrainingError
-from transfer.storage.tensor_files import Tensors, load_tensors, write_tensors
+from transfer.storage.tensor_files import Tensors, load_tensors, on_cpu, write_tensors
 from transfer.system.atomic_files import atomic_folder, read_json, write_json
 from transfer.system.file_schema import FileSchema, checked
 
@@ -142,9 +142,9 @@ def _load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 def digest(tensors: Tensors) -> str:
     """Return the SHA-256 of tensors by name: of their dtypes, shapes and bytes."""
     sha256 = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(on_cpu(tensors).items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        sha256.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 

@@ -16,6 +16,14 @@ from transfer.errors import RunError
 Tensors = Mapping[str, Tensor]
 
 
+def on_cpu(tensors: Tensors) -> dict[str, Tensor]:
+    """Return tensors on the CPU. They are copied together, so that a GPU is waited for only once."""
+    copies = {name: tensor.detach().to("cpu", non_blocking=tensor.is_cuda) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
 def write_tensors(path: Path, tensors: Tensors) -> None:
     """Write a safetensors file and flush it to the disk.
 
@@ -24,7 +32,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     """
     path.touch()
     mode = path.stat().st_mode  # that of the umask; safetensors replaces the file by one with the mode 0600
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in on_cpu(tensors).items()}, path)
     path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())

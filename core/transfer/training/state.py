@@ -18,7 +18,7 @@ from transfer.errors import RunError, TrainingError, damaged
 from transfer.models.model import Model
 from transfer.storage import checkpoint
 from transfer.storage.run_directory import EpochRecord
-from transfer.storage.tensor_files import require_same_layout
+from transfer.storage.tensor_files import on_cpu, require_same_layout
 from transfer.system.file_schema import FileSchema, checked
 from transfer.training import optimizer_state
 from transfer.training.scheduler import Schedule
@@ -235,7 +235,7 @@ class TrainingState:
         """
         assert self.optimizer is not None
         assert self.schedule is not None
-        weights = self.changed_weights(self.model)
+        weights = on_cpu(self.changed_weights(self.model))  # on a GPU, each check there would wait for the device
         self._require_finite(weights)
         optimizer_tensors, optimizer_values = optimizer_state.optimizer_tensors(self.model, self.optimizer)
         updates, metric_tensors = _metric_states(self.metrics)
