@@ -493,8 +493,10 @@ class _Table:
 
 def _as_cell(value: object) -> str | list[str]:
     """Return a value as the cell of a row: text, or a list of texts."""
-    if isinstance(value, list):
-        return [str(as_text(item) or json.dumps(item, default=str)) for item in value]
+    return list(map(_cell_text, value)) if isinstance(value, list) else _cell_text(value)
+
+
+def _cell_text(value: object) -> str:
     text = as_text(value)
     return json.dumps(value, default=str) if text is None else text
 

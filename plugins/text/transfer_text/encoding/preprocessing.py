@@ -60,7 +60,7 @@ class TextPreprocessing(TokenPreprocessing):
 
     def unknown_fraction(self, encoded: npt.NDArray[np.int32]) -> float:
         """Return the fraction of the words of a text that are outside the vocabulary."""
-        return float((encoded == UNKNOWN).mean())
+        return float((encoded == self.vocabulary.unknown).mean())
 
     def render_batch(
         self, inputs: Tensor, values: Sequence[str], captions: Sequence[str], groups: Mapping[str, Sequence[int]]
