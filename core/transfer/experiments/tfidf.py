@@ -61,7 +61,7 @@ def tfidf_metrics(built: BuiltExperiment) -> dict[str, float]:
         dtype=np.float32,
     )
     train = vectorizer.fit_transform(list(splits["train"].column(field)))
-    others = [name for name in ("validation", "test") if name in splits]
+    others = [name for name in splits if name != "train"]
     matrices = {name: vectorizer.transform(list(splits[name].column(field))) for name in others}
     sign = 1 if task.primary_metric.higher_is_better else -1
 
