@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, default_collate
 from transfer import Backbone, Data, DataError, Dataset, DataSpec, FeatureSpec, Preprocessing, Split, register
 from transfer.config.check import load_config
 from transfer.models.model import Model
+from transfer.models.precision import place, resolve_precision
 from transfer.training import freezing as transfer_freezing
 from transfer.training.build import build
 from transfer_vision.models.resnet import ResNet18, ResNet50
@@ -357,11 +358,13 @@ class PlainLoop:
         self.padded = len({tensor.shape for tensor in inputs}) > 1
         self.batch_indices = loader.batch_indices
         self.device = device
-        self.precision = checked.train.precision
-        self.model: Model = built.experiment.model.to(device)
+        self.precision = resolve_precision(checked.train.precision, device)
+        self.model: Model = built.experiment.model
+        place(self.model, device)  # channels last and fast kernels on a GPU, as an expert's loop has them
         phase = built.experiment.phases[0]
         transfer_freezing.apply(self.model, phase.frozen)
         options = {key: value for key, value in config["train"]["optimizer"].items() if key != "name"}
+        options["fused"] = True
         optimizers = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = optimizers[config["train"]["optimizer"]["name"]](trained, **options)

@@ -309,10 +309,11 @@ def compare_losses(device: Any, sizes: Sizes) -> bool:
     agree = True
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
+    exact: dict[str, Any] = {"precision": "fp32", "deterministic": True}
     for name, config in {
-        "ResNet-18": vision_config("resnet18", batch=16, steps=3, epochs=1, image_size=size),
-        "ResNet-50": vision_config("resnet50", batch=16, steps=3, epochs=1, image_size=size),
-        "TextCNN": text_config(batch=16, steps=3, epochs=1, length=min(sizes.length, 100)),
+        "ResNet-18": vision_config("resnet18", batch=16, steps=3, epochs=1, image_size=size, **exact),
+        "ResNet-50": vision_config("resnet50", batch=16, steps=3, epochs=1, image_size=size, **exact),
+        "TextCNN": text_config(batch=16, steps=3, epochs=1, length=min(sizes.length, 100), **exact),
     }.items():
         losses: list[float] = []
 

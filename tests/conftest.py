@@ -18,6 +18,12 @@ from torch import Tensor, nn
 from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Head, Preprocessing, Split
 from transfer.registry import entry_points as registry
 
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Keep file contents out of test ids: an archive contains the time, and workers must collect the same ids."""
+    return argname if isinstance(val, bytes) else None
+
+
 # With more threads, two test processes, or a test and the command that it starts, slow each other down.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import unittest
@@ -14,9 +15,21 @@ import pytest
 import torch
 from conftest import Dense, MeanOfSteps, PointPreprocessing, Points, Steps
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from transfer import Data, FeatureSpec, Head, PluginError, PrimaryMetric, Split, register
+from transfer import (
+    Data,
+    FeatureSpec,
+    Head,
+    Occlusion,
+    PluginError,
+    PrimaryMetric,
+    Sampler,
+    Split,
+    WeightsError,
+    register,
+)
 from transfer.builtin.tasks import Classification
 from transfer.registry.entry_points import IN_PROCESS, plugins
 from transfer.testing import Case, ContractError, contracts, contracts_of
@@ -34,6 +47,8 @@ def failures(case: Case) -> dict[str, str]:
             contract.check()
         except ContractError as error:
             found[contract.name] = str(error)
+        except unittest.SkipTest:  # the options name no weights, or another contract fails for the same reason
+            continue
     return found
 
 
@@ -49,7 +64,8 @@ def test_what_keeps_its_contracts_passes() -> None:
         f"{IN_PROCESS}:{name}" for name in ("points", "dense", "steps", "mean_of_steps")
     }
     for contract in checked:
-        contract.check()
+        with contextlib.suppress(unittest.SkipTest):
+            contract.check()
     assert len({str(contract) for contract in checked}) == len(checked)
     assert str(checked[-1]).startswith("head-mean_of_steps-")
 
@@ -62,10 +78,10 @@ def test_failure_names_promise_deviation_and_docstring() -> None:
         def features(self) -> FeatureSpec:
             return FeatureSpec("vector", 8)
 
-    message = broken("backbone", Narrow, width=4)["features are as declared"]
+    message = broken("backbone", Narrow, width=4)["features are as declared on the meta device"]
     first, promised, found, written = message.splitlines()
-    assert first == "backbone-broken[width=4] breaks the contract 'features are as declared'"
-    assert promised.startswith("  promised: The last stage returns finite features as ``features`` declares")
+    assert first == "backbone-broken[width=4] breaks the contract 'features are as declared on the meta device'"
+    assert promised.startswith("  promised: The example of the preprocessing runs on the meta device")
     assert found == (
         "  found: forward returns (4, 4) of torch.float32 for FeatureSpec(layout='vector', size=8): "
         "expected (B, D) = (4, 8) of torch.float32"
@@ -206,7 +222,7 @@ def test_a_broken_backbone_is_found(cls: type, contract: str, found: str) -> Non
 def test_equal_values_are_refused() -> None:
     register("backbone", "broken")(Dense)
     wrong = failures(Case("backbone", "broken", values=[[1.0, 2.0, 3.0, 4.0]] * 4))
-    message = wrong["examples do not depend on their batch"]
+    (message,) = wrong.values()
     assert "the raw values 0 and 1, 0 and 2, 0 and 3, 1 and 2, 1 and 3, 2 and 3 are the same input" in message
 
 
@@ -311,7 +327,7 @@ def test_two_stages_that_share_a_parameter_are_found() -> None:
             self.stages.third[0].weight = self.stages.second[0].weight
 
     wrong = broken("backbone", Tied)
-    assert "'second' and 'third' share a parameter" in wrong["stages cover every parameter and buffer once"]
+    assert "'second' and 'third' share a parameter" in wrong["it is built on the meta device"]
 
 
 class Undescribed(MeanOfSteps):
@@ -375,6 +391,140 @@ def test_dataset_that_needs_one_of_several_options_is_not_broken() -> None:
     assert found == []
 
 
+class Explained(PointPreprocessing):
+    """Preprocessing whose optional methods are wrong."""
+
+    def lengths(self, encoded: Sequence[Any]) -> Any:
+        return [4] * len(encoded)
+
+    def read(self, source: str) -> Any:
+        return {}["missing"] if source == "" else super().read(source)
+
+    def read_bytes(self, content: bytes) -> Any:
+        return [number + 1 for number in super().read_bytes(content)]
+
+    def thumbnail(self, value: Any) -> Any:
+        return b"no image"
+
+    def occlusions(self, value: Any) -> Any:
+        yield Occlusion({1}, [0.0, *value[1:]])
+
+
+@pytest.mark.parametrize(
+    ("contract", "found"),
+    [
+        ("lengths agree with length", "lengths returns [4, 4, 4, 4]: expected an array of int64 (4,)"),
+        ("read returns valid inputs", "read('') raises KeyError: expected DataError, ValueError or OSError"),
+        ("read bytes agrees with read", "is another input than read"),
+        ("examples are rendered", "thumbnail returns b'no image': expected the bytes of a JPEG or PNG file, or None"),
+        ("occlusions are valid inputs", "a piece is no JSON"),
+    ],
+)
+def test_wrong_optional_method_of_preprocessing_is_found(contract: str, found: str) -> None:
+    register("backbone", "broken")(with_preprocessing(Explained))
+    sources = [",".join(map(str, point)) for point in POINTS]
+    assert found in failures(Case("backbone", "broken", values=POINTS, sources=sources))[contract]
+
+
+class ByName(PointPreprocessing):
+    """Augmentation that an option disables."""
+
+    augments = False
+
+    def augment(self, encoded: Any) -> Any:
+        return encoded + torch.rand(4)
+
+
+def test_disabled_augmentation_is_no_failure() -> None:
+    assert broken("backbone", with_preprocessing(ByName)) == {}
+
+
+def test_one_cause_gives_one_failure() -> None:
+    class Unbuildable(Dense):
+        """A backbone that cannot be built."""
+
+        def __init__(self) -> None:
+            raise KeyError("width")
+
+    wrong = broken("backbone", Unbuildable)
+    assert list(wrong) == ["it is built on the meta device"]
+    assert "cannot be built: KeyError: 'width'" in wrong["it is built on the meta device"]
+
+
+class Linearized(MeanOfSteps):
+    """A head whose linear layer is another one."""
+
+    layouts = frozenset({"vector"})
+
+    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+        return self.output(features)
+
+    def as_linear(self) -> nn.Linear:
+        return nn.Linear(self.output.in_features, self.output.out_features)
+
+
+class Reversed(Classification):
+    """A metric that is better if it is lower."""
+
+    primary_metric = PrimaryMetric("accuracy", higher_is_better=False)
+
+
+class Drawn(Sampler):
+    """A sampler that draws from the global generator."""
+
+    def order(self, targets: Any, seed: int, epoch: int) -> Any:
+        return np.random.permutation(len(targets))
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls", "contract", "found"),
+    [
+        ("head", Linearized, "as linear computes the same", "compute different outputs"),
+        (
+            "task",
+            Reversed,
+            "the direction is that of the metric",
+            "higher_is_better is False in primary_metric, and True",
+        ),
+        ("sampler", Drawn, "the order is a function of seed and epoch", "two different orders for seed 5"),
+    ],
+)
+def test_wrong_part_is_found(kind: str, cls: type, contract: str, found: str) -> None:
+    assert found in broken(kind, cls)[contract]
+
+
+class Weighted(Dense):
+    """A backbone that reads weights without accounting for them.
+
+    Args:
+        weights: File of weights.
+        strict: Whether weights that do not fit are refused.
+    """
+
+    def __init__(self, *, weights: str, strict: bool = False) -> None:
+        super().__init__(width=4)
+        self.weights, self.strict = weights, strict
+
+    def load_pretrained(self) -> dict[str, Any]:
+        try:
+            self.stages.load_state_dict(load_file(self.weights), strict=self.strict)
+        except RuntimeError as error:
+            raise WeightsError(str(error)) from error
+        return {"weights": self.weights}
+
+
+@pytest.mark.parametrize(
+    ("strict", "found"), [(False, "all names have another prefix, and load_pretrained neither refuses"), (True, None)]
+)
+def test_weights_that_are_not_accounted_for_are_found(strict: bool, found: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file(Dense(width=4).stages.state_dict(), file)
+    register("backbone", "broken")(Weighted)
+    wrong = failures(Case("backbone", "broken", {"weights": str(file), "strict": strict}, POINTS))
+    assert set(wrong) == ({"every pretrained tensor is accounted for"} if found else set())
+    assert found is None or found in wrong["every pretrained tensor is accounted for"]
+
+
 class Mean(Classification):
     """The loss of the batch."""
 
@@ -436,8 +586,8 @@ class Floats(Points):
     ("cls", "contract", "found"),
     [
         (Unseeded, "loading is deterministic", "the field 'point' of the train split differs"),
-        (Beyond, "splits are complete and have typed targets", "the number of classes, got 2"),
-        (Floats, "splits are complete and have typed targets", "(N, C) for labels and numbers"),
+        (Beyond, "loaded data agrees with the spec", "the number of classes, got 2"),
+        (Floats, "loaded data agrees with the spec", "(N, C) for labels and numbers"),
     ],
 )
 def test_a_broken_dataset_is_found(cls: type, contract: str, found: str) -> None:

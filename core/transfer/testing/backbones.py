@@ -306,8 +306,7 @@ def the_same_seed_gives_the_same_augmentation(case: Case) -> None:
     """``augment`` only draws from the global random generators: the seed decides the result."""
     built = subject(case)
     preprocessing = built.backbone.preprocessing
-    if not preprocessing.augments:
-        require(preprocessing.augment("unchanged") == "unchanged", "augments is False, but augment changes a value")
+    if not preprocessing.augments:  # then the framework never calls it
         return
     drawn = []
     # The first two results must be equal, and the third must differ.

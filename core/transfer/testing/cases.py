@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from transfer.config.check import load_component
 from transfer.config.component import Component
@@ -37,12 +38,15 @@ class Case:
         options: Options of the plugin in a config. Small values keep the tests fast.
         values: Four or more different raw values of a backbone's field; None: texts, images, or variants of the
                 preprocessing's example.
+        sources: Arguments of the command line that the preprocessing can read (paths of files, or texts); None: made
+            from the values if these are texts or images.
     """
 
     kind: Kind
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     values: Sequence[Any] | None = None
+    sources: Sequence[str] | None = None
 
     def __str__(self) -> str:
         options = ",".join(f"{key}={_short(value)}" for key, value in self.options.items())
@@ -75,6 +79,10 @@ def require(condition: object, found: str) -> None:
     __tracebackhide__ = True
     if not condition:
         raise Broken(found)
+
+
+_FAILED: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+"""Name of the first contract that failed, by case and deviation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +125,17 @@ class Contract:
         except Exception as error:
             raise ContractError(self._failure(f"{type(error).__name__}: {error}")) from error
 
+    def _require_new(self, found: str) -> None:
+        """Skip the contract if another one of the same case has failed for the same reason.
+
+        A backbone that cannot be built, for example, would fail every contract with one message.
+        """
+        first = _FAILED.setdefault(self.case, {}).setdefault(found, self.name)
+        if first != self.name:
+            raise unittest.SkipTest(f"it fails for the same reason as the contract {first!r}")
+
     def _failure(self, found: str) -> str:
+        self._require_new(found)
         lines = (
             f"{self.case} breaks the contract '{self.name}'",
             f"  promised: {self.promise}",

@@ -25,6 +25,8 @@ POSITIONAL_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "backbone": (),
     "head": ("features", "out_features"),
     "task": ("data",),
+    "metric": ("data",),
+    "sampler": (),
 }
 """The arguments that the framework passes by position, by kind."""
 

@@ -101,3 +101,17 @@ def gradients_are_finite(case: Case) -> None:
             require(
                 parameter.grad is not None and parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
             )
+
+
+@promise("interfaces.Head", "quick")
+def as_linear_computes_the_same(case: Case) -> None:
+    """``as_linear`` returns None, or a linear layer (size, out_features) with the outputs of the head in evaluation."""
+    for layout, head, features in _heads(case):
+        linear = head.as_linear()
+        if linear is None:
+            continue
+        require(layout == "vector", "as_linear returns a layer for a sequence, whose mask no linear layer takes")
+        shape = (linear.in_features, linear.out_features) if isinstance(linear, torch.nn.Linear) else type(linear)
+        require(shape == (SIZE, OUT_FEATURES), f"as_linear returns {shape}: expected Linear{(SIZE, OUT_FEATURES)}")
+        equal = torch.allclose(linear(features), head(features), atol=1e-5)
+        require(equal, "the layer of as_linear and the head compute different outputs")

@@ -11,16 +11,28 @@ from typing import Any
 from transfer.config.option_schema import Block, options_model
 from transfer.errors import ConfigError, PluginError, unknown_name
 from transfer.registry.entry_points import Plugin, import_target, load, plugins
-from transfer.testing import backbones, components, configs as config_files, datasets, freezing, heads, tasks
+from transfer.testing import (
+    backbones,
+    components,
+    configs as config_files,
+    datasets,
+    freezing,
+    heads,
+    inputs,
+    samplers,
+    tasks,
+    weights,
+)
 from transfer.testing.cases import Case, ConfigCase, Contract, ContractError, Promise
 
 Options = Mapping[str, Any]
 
 _OF_KIND: Mapping[str, Sequence[ModuleType]] = {
     "dataset": (components, datasets),
-    "backbone": (components, backbones, freezing),
+    "backbone": (components, backbones, inputs, weights, freezing),
     "head": (components, heads),
     "task": (components, tasks),
+    "sampler": (components, samplers),
 }
 
 
@@ -29,6 +41,7 @@ def contracts(
     options: Mapping[str, Options | Sequence[Options]] | None = None,
     *,
     values: Mapping[str, Sequence[Any]] | None = None,
+    sources: Mapping[str, Sequence[str]] | None = None,
     configs: Iterable[str | Path] = (),
 ) -> list[Contract]:
     """Return every contract of every plugin of an installed distribution; nothing is imported yet.
@@ -40,19 +53,21 @@ def contracts(
         options: Options to test each plugin with, by plugin name: one mapping or several. Small values keep the tests
                 fast. Default: the plugin's own defaults.
         values: Four or more different raw values of a backbone's field, by plugin name.
+        sources: Arguments of the command line that the preprocessing of a backbone reads (paths of files, or texts), by
+                plugin name.
         configs: Paths of the config files in the package.
 
     Raises:
-        PluginError: The distribution has no plugins, or none with a name in ``options`` or ``values``.
+        PluginError: The distribution has no plugins, or none with a name in ``options``, ``values`` or ``sources``.
     """
-    options, values = options or {}, values or {}
+    options, values, sources = options or {}, values or {}, sources or {}
     mine = [plugin for plugin in plugins() if plugin.distribution == distribution]
     if not mine:
         available = sorted({plugin.distribution for plugin in plugins()})
         fix = "install it (pip install --editable .), and declare its plugins under [project.entry-points]"
         raise PluginError(f"no plugin of {distribution!r} is installed", available=available, fix=fix)
     names = sorted({plugin.name for plugin in mine})
-    for name in {**options, **values}:
+    for name in {**options, **values, **sources}:
         if name not in names:
             fix = "give the name of an entry point"
             raise PluginError.of([unknown_name(f"plugin of {distribution}", name, names, fix=fix)])
@@ -63,7 +78,9 @@ def contracts(
         # One mapping is one case; a sequence of mappings is one case each.
         given = options.get(plugin.name, {})
         for block in [given] if isinstance(given, Mapping) else given:
-            collected += contracts_of(Case(plugin.kind, plugin.qualified_name, block, values.get(plugin.name)))
+            name = plugin.name
+            case = Case(plugin.kind, plugin.qualified_name, block, values.get(name), sources.get(name))
+            collected += contracts_of(case)
     return collected + [p.of(ConfigCase(Path(path))) for path in configs for p in _promises([config_files])]
 
 

@@ -100,6 +100,17 @@ def the_primary_metric_is_one_of_the_metrics(case: Case) -> None:
         require("loss" not in names, "a metric is called 'loss', which is the framework's name for the mean loss")
 
 
+@promise("interfaces.PrimaryMetric", "quick")
+def the_direction_is_that_of_the_metric(case: Case) -> None:
+    """``primary_metric.higher_is_better`` agrees with the attribute of that name of the torchmetrics class, if set."""
+    for task, _, _ in _tasks(case):
+        metric = task.metrics().get(task.primary_metric.name)
+        direction = getattr(metric, "higher_is_better", None)
+        declared = task.primary_metric.higher_is_better
+        agrees = direction is None or direction == declared
+        require(agrees, f"higher_is_better is {declared} in primary_metric, and {direction} in {type(metric).__name__}")
+
+
 @promise("interfaces.Task", "quick")
 def metrics_are_new_objects_and_take_predictions(case: Case) -> None:
     """``metrics`` returns new torchmetrics at each call. Each takes predictions and targets and is one number."""

@@ -17,6 +17,7 @@ _FILES = {
     "README.md": "README.md",
     "config.yaml": "$module.yaml",
     "plugins.py": "transfer_$module/__init__.py",
+    "signal.txt": "tests/signal.txt",
     "test_contracts.py": "tests/test_contracts.py",
 }
 

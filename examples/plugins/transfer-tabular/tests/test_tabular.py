@@ -19,7 +19,13 @@ OPTIONS = {
     "tabular_csv": [{"train": TABLE, "label": "wage", "target": "number"}, {"train": TABLE, "label": "trade"}],
     "quantiles": [{}, {"quantiles": [0.25, 0.75]}],
 }
-CONTRACTS = contracts("transfer-tabular", OPTIONS, values={"tabular_mlp": ROWS}, configs=[ROOT / "wages.yaml"])
+CONTRACTS = contracts(
+    "transfer-tabular",
+    OPTIONS,
+    values={"tabular_mlp": ROWS},
+    sources={"tabular_mlp": [json.dumps(row) for row in ROWS]},
+    configs=[ROOT / "wages.yaml"],
+)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,19 @@ MODELS = [
     {"model": "test_vit", "image_size": 32, "augmentation": "none", **SMALL},
     {"model": "eva02_tiny_patch14_224", "image_size": 28, **SMALL},
 ]
-CONTRACTS = contracts("transfer-timm", {"timm": MODELS}, configs=[ROOT / "shapes.yaml"])
+WEIGHTS = Path(tempfile.mkdtemp()) / "test_resnet.safetensors"
+CONTRACTS = contracts(
+    "transfer-timm",
+    {"timm": [*MODELS, {"model": "test_resnet", "image_size": 32, "weights": str(WEIGHTS)}]},
+    configs=[ROOT / "shapes.yaml"],
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _weights():
+    save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), WEIGHTS)
+    yield
+    shutil.rmtree(WEIGHTS.parent)
 
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=str)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transfer_text.encoding.encoded_texts import EncodedTexts, Truncation
-from transfer_text.encoding.vocabulary import PADDING, UNKNOWN, Vocabulary
+from transfer_text.encoding.vocabulary import PADDING, Vocabulary
 from transfer_text.interfaces import TokenPreprocessing, render_tokens
 
 UNKNOWN_MARK = "<unk>"
@@ -73,7 +73,8 @@ class TextPreprocessing(TokenPreprocessing):
         return f"{render_tokens(shown, captions, groups)}\n{summary}\n"
 
     def _words(self, indices: Tensor, length: int) -> list[str]:
-        words = [UNKNOWN_MARK if i == UNKNOWN else self.vocabulary.tokens[i] for i in indices.tolist() if i != PADDING]
+        unknown = self.vocabulary.unknown
+        words = [UNKNOWN_MARK if i == unknown else self.vocabulary.tokens[i] for i in indices.tolist() if i != PADDING]
         if cut := length - len(words):
             position = {"head": len(words), "tail": 0, "both": (len(words) + 1) // 2}[self.truncation]
             words.insert(position, f"[{cut} tokens cut]")
