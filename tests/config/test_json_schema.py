@@ -11,10 +11,11 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 import yaml
 from jsonschema.exceptions import best_match
 
-from transfer import Head, register
+from transfer import DataSpec, Head, MeanOf, register
 from transfer.config.json_schema import config_schema
 from transfer.config.option_schema import describe_options
 from transfer.config.torch_classes import OPTIMIZERS, SCHEDULERS
@@ -118,6 +119,30 @@ def test_schema_contains_optimizers_and_schedulers(schema: Any) -> None:
     for name, classes in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
         names = [name for block in blocks(schema, name) for name in block["properties"]["name"]["enum"]]
         assert sorted(names) == sorted(classes)
+
+
+def test_schema_contains_plugins_of_every_kind() -> None:
+    @register("optimizer", "plain")
+    class Plain(torch.optim.SGD):
+        """Gradient descent."""
+
+    @register("metric", "errors")
+    class Errors(MeanOf):
+        """Fraction of wrong predictions.
+
+        Args:
+            factor: Factor of the fraction.
+        """
+
+        def __init__(self, data: DataSpec, *, factor: float = 1.0) -> None: ...
+
+    schema, _ = config_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(json.loads(json.dumps(schema)))
+    validator.validate(config(train={"optimizer": {"name": "plain", "momentum": 0.9}}))
+    assert not validator.is_valid(config(train={"optimizer": {"name": "plain", "params": 1}}))
+    for metrics, is_valid in ((["errors"], True), ([{"name": "errors", "factor": 2.0}], True), (["error"], False)):
+        assert validator.is_valid(config(task={"name": "classification", "metrics": metrics})) == is_valid
 
 
 def test_schema_describes_options_of_framework(schema: Any) -> None:

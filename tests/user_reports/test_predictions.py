@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import transfer
 from transfer.cli.tables import prediction_cell
 from transfer.deployment.serving.models import ServedModel
 from transfer.registry import entry_points as registry
+from transfer_text.encoding.preprocessing import TextPreprocessing
+from transfer_text.encoding.vocabulary import Vocabulary
 from transfer_vision.preprocessing import ImagePreprocessing
 
 TRAIN = {"batch_size": 8, "phases": [{"epochs": 1}], "report": False, "cache": "off"}
@@ -203,3 +206,12 @@ def test_features_of_sequences_are_padded_to_the_longest(tmp_path: Path) -> None
 )
 def test_prediction_cell(name: str, value: object, text: str) -> None:
     assert prediction_cell(name, value) == text
+
+
+def test_unknown_token_of_a_tokenizer_file_counts_as_unknown(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "good": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    preprocessing = TextPreprocessing(Vocabulary.build(["good"], str(tmp_path / "tokenizer.json")), None)
+    encoded = preprocessing.encode(["good", "good night", "night"])
+    assert [preprocessing.unknown_fraction(text) for text in encoded] == [0.0, 0.5, 1.0]

@@ -141,7 +141,8 @@ class Classification(Task):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy in nats, float (B,) of logits (B, C) and int64 targets (B,), weighted by class."""
         losses = F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing, reduction="none")
-        return losses if self.weights is None else losses * self.weights.to(outputs.device)[targets]
+        # Without non_blocking, the copy of the weights would wait for the device at every step.
+        return losses if self.weights is None else losses * self.weights.to(outputs.device, non_blocking=True)[targets]
 
     def metrics(self) -> Mapping[str, Metric]:
         """Return accuracy over examples, and the unweighted mean of the classes' F1."""
@@ -284,7 +285,7 @@ class Regression(Task):
         # The mean cancels out in the difference, in which large numbers lose no digits.
         errors = outputs - targets.to(outputs.dtype)
         if self.scaling is not None:
-            errors = errors / self.scaling[1].to(outputs.device)
+            errors = errors / self.scaling[1].to(outputs.device, non_blocking=True)  # without waiting for the device
         functions: dict[str, Callable[..., Tensor]]
         functions = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
         return functions[self.kind](errors, torch.zeros_like(errors), reduction="none").mean(dim=1)

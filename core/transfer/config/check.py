@@ -146,6 +146,8 @@ class _ConfigValidator:
         # Not for an explicit null, which is part of every config that an earlier version wrote for a run.
         if train is not None and backbone is not None and not {"phases", "recipe"} & train.model_fields_set:
             settings = {**backbone.cls.default_phase, **({"epochs": train.epochs} if train.epochs else {})}
+            if data_options is not None and not data_options.validation:
+                settings["patience"] = None  # there may be no validation split to stop by
             train = train.model_copy(update={"phases": (PhaseSettings(**settings),), "epochs": None})
         optimizer, optimizer_options, schedulers = self.training(train) if train else (None, None, ())
         sampler = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -21,6 +21,7 @@ from transfer.config.train_settings import (
     NamedBlock,
     OptimizerOptions,
     PhaseSettings,
+    TaskOptions,
     TrainConfig,
 )
 from transfer.errors import PluginError, Problem
@@ -53,6 +54,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     alternatives["optimizer"] = [
         ([name], options_model(cls, OptimizerOptions, skip=RESERVED_OPTIONS), "") for name, cls in OPTIMIZERS.items()
     ]
+    alternatives["optimizer"] += _plugins("optimizer", OptimizerOptions, problems, lambda _: RESERVED_OPTIONS)
     alternatives["scheduler"] = [
         (
             [name for name, other in SCHEDULERS.items() if other is cls],
@@ -61,6 +63,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
         )
         for cls in dict.fromkeys(SCHEDULERS.values())
     ]
+    alternatives["scheduler"] += _plugins("scheduler", NamedBlock, problems, options_set_by_framework)
     # One call for all models, so that nested blocks (PhaseSettings, Recipe) are defined once and shared.
     models: list[type[BaseModel]] = [RunConfigSchema, TrainConfig]
     models += [model for members in alternatives.values() for _, model, _ in members]
@@ -85,8 +88,11 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     for block, keys in ((top, _SECTIONS), (train, ("optimizer", "scheduler", "sampler")), (phase, ("scheduler",))):
         for key in keys:
             block["properties"][key] = _refer(block["properties"][key], key)
-    names: Schema = {"enum": definitions["tracker"]["properties"]["name"]["enum"]}
-    top["properties"]["trackers"]["items"] = {"anyOf": [names, {"$ref": "#/$defs/tracker"}]}
+    top["properties"]["trackers"]["items"] = _name_or_block(definitions, "tracker")
+    for _, model, _ in alternatives["task"]:
+        if issubclass(model, TaskOptions):
+            task = definitions[references[model, "validation"]["$ref"].removeprefix("#/$defs/")]
+            task["properties"]["metrics"]["items"] = _name_or_block(definitions, "metric")
     top["properties"]["train"] = _refer(top["properties"]["train"], TrainConfig.__name__)
     for definition in [top, *definitions.values()]:
         _allow_variables(definition)
@@ -95,8 +101,26 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     return {**head, "$defs": {name: definitions[name] for name in sorted(definitions)}}, problems
 
 
-def _plugins(kind: Kind, base: type[NamedBlock], problems: list[Problem]) -> list[_Member]:
-    """Return the plugins of a kind that a config can name; plugins that cannot be loaded are left out."""
+def _name_or_block(definitions: Schema, definition: str) -> Schema:
+    """Return the schema of an item that is a name, or a block with options."""
+    names: Schema = {"enum": definitions[definition]["properties"]["name"]["enum"]}
+    return {"anyOf": [names, {"$ref": f"#/$defs/{definition}"}]}
+
+
+def _plugins(
+    kind: Kind,
+    base: type[NamedBlock],
+    problems: list[Problem],
+    skip: Callable[[type[Any]], Iterable[str]] = lambda _: (),
+) -> list[_Member]:
+    """Return the plugins of a kind that a config can name; plugins that cannot be loaded are left out.
+
+    Args:
+        kind: Kind of the plugins.
+        base: Model of the framework's own options in a block of this kind.
+        problems: Problems of plugins, to which those of this kind are added.
+        skip: Function from a class to the parameters that a config may not set.
+    """
     installed = entry_points.plugins(kind)
     claims = Counter(plugin.name for plugin in installed)
     members: list[_Member] = []
@@ -107,7 +131,7 @@ def _plugins(kind: Kind, base: type[NamedBlock], problems: list[Problem]) -> lis
         names = [plugin.qualified_name] if claims[plugin.name] > 1 else [plugin.name, plugin.qualified_name]
         try:
             cls = entry_points.load(kind, plugin.qualified_name)
-            model = options_model(cls, block_base(kind, cls, base))
+            model = options_model(cls, block_base(kind, cls, base), skip=skip(cls))
             model.model_json_schema()
         except PluginError as error:
             problems += error.problems
@@ -132,14 +156,15 @@ def _choice(definitions: Schema, members: list[tuple[list[str], Schema, str]]) -
     all_names: list[str] = []
     cases: list[Schema] = []
     for names, reference, description in members:
-        block = definitions[reference["$ref"].removeprefix("#/$defs/")]
-        block["properties"]["name"] = {"enum": names}
+        member = definitions[reference["$ref"].removeprefix("#/$defs/")]
+        member["properties"]["name"] = {"enum": names}
         all_names += names
         cases.append({"if": {"properties": {"name": {"enum": names}}, "required": ["name"]}, "then": reference})
-        block["title"] = names[0]
+        member["title"] = names[0]
         if description:
-            block["description"] = description
-    return {"type": "object", "required": ["name"], "properties": {"name": {"enum": all_names}}, "allOf": cases}
+            member["description"] = description
+    block = {"type": "object", "required": ["name"], "properties": {"name": {"enum": all_names}}}
+    return {**block, "allOf": cases} if cases else block  # JSON Schema allows no empty list there
 
 
 def _refer(option: Schema, definition: str) -> Schema:

@@ -235,7 +235,7 @@ class TrainConfig(Block):
         sampler: Name of a sampler with its options, which decides the order of the training examples, such as balanced;
             null shuffles them.
         workers: Number of loader processes; 0 loads in the training process. auto: one less than the number of cores
-            per process when training on a GPU, 0 when training on the CPU, which needs all cores itself.
+            per process, at most 16, when training on a GPU; 0 when training on the CPU, which needs all cores itself.
         accumulate: Number of batches whose gradients are accumulated for one step of the optimizer.
         clip_norm: Maximum norm of the gradient; a larger gradient is scaled down to it. null disables clipping.
         device: Device to train on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.

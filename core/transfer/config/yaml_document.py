@@ -141,7 +141,6 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     ``${NAME}`` is replaced by the value of the environment variable, and ``${NAME:-default}`` by the default if the
     variable is unset or empty. An unquoted value is then parsed as YAML (``${EPOCHS:-5}`` is a number).
 
-
     Raises:
         ConfigError: The file is missing or not YAML, a variable is not set, a key is duplicated, or an override is
             wrong.

@@ -235,6 +235,7 @@ class Loader:
         size = max(1, tensor_bytes(batch.inputs) + tensor_bytes(batch.targets))
         fitting = min(workers, int(free // (BATCHES_PER_WORKER * size)))
         if fitting < workers:
+            self.workers = fitting  # otherwise every epoch would start the processes again
             warnings.warn(
                 f"the free shared memory (/dev/shm) has {free / 2**20:,.0f} MiB, which is too little for {workers} "
                 f"loader processes with batches of {size / 2**20:,.1f} MiB: using {fitting} (train.workers)",

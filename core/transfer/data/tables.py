@@ -115,9 +115,9 @@ class Tables:
         # Columns of a file without header have their numbers as names.
         labels = tuple(map(str, label if isinstance(label, tuple) else (label,)))
         column, split, group = (None if name is None else str(name) for name in (column, split, group))
-        further = {name: str(written) for name, written in (extra_fields or {}).items()}
+        extra_columns = {name: str(written) for name, written in (extra_fields or {}).items()}
         # Every column may have only one meaning.
-        columns = ({} if column is None else {example: column}) | further
+        columns = ({} if column is None else {example: column}) | extra_columns
         if not labels or len({*columns.values(), *labels}) != len(columns) + len(labels):
             named = ", ".join(f"{what} {name!r}" for what, name in columns.items()) + (" and " if columns else "")
             one_for_each = "".join(f"one column for the {what} and " for what in columns)
@@ -173,7 +173,7 @@ class Tables:
         self.split = split
         self.group = group
         self.test_fraction = test_fraction
-        self.extra_fields = further
+        self.extra_fields = extra_columns
         self.header = header
         self.quoting = quoting
         self.label_names = label_names
@@ -493,8 +493,10 @@ class _Table:
 
 def _as_cell(value: object) -> str | list[str]:
     """Return a value as the cell of a row: text, or a list of texts."""
-    if isinstance(value, list):
-        return [str(as_text(item) or json.dumps(item, default=str)) for item in value]
+    return list(map(_cell_text, value)) if isinstance(value, list) else _cell_text(value)
+
+
+def _cell_text(value: object) -> str:
     text = as_text(value)
     return json.dumps(value, default=str) if text is None else text
 

@@ -107,6 +107,11 @@ def pretraining_gain(
             where=checked.backbone.where,
             fix="set pretrained weights or vectors, and do not use a recipe that starts from random weights",
         )
+    if not {"validation", "test"} & built.loaders.keys():
+        raise UserError(
+            "the arms cannot be compared: the data has neither a validation split nor a test split",
+            fix="set data.validation to 0.1, for example",
+        )
     folder = RunDirectory.create(Path(output), checked.name, "-value")
     with removed_if_nothing_ran(folder.path):
         return _measure(folder, checked, arms, numbers, built, observe)
@@ -268,14 +273,7 @@ def _constant(built: BuiltExperiment) -> dict[str, float] | None:
     outputs = _constant_outputs(splits["train"].targets, built.data.target, len(built.data.classes))
     if task.out_features != len(outputs):
         return None
-    outputs = outputs.expand(len(scored), -1)
-    predictions, inputs = task.predictions(outputs), task.metric_inputs(outputs)
-    targets = torch.as_tensor(scored.targets)
-    metrics = {}
-    for name, metric in task.metrics().items():
-        metric.update(inputs.get(name, predictions), targets)
-        metrics[name] = float(metric.compute())
-    return metrics
+    return tfidf.metrics_of_outputs(task, outputs.expand(len(scored), -1), scored)
 
 
 def _constant_outputs(targets: np.ndarray[Any, Any], kind: str, count: int) -> Tensor:

@@ -22,6 +22,7 @@ from transfer.config.tracker_variables import read_tracker_variables, stored_con
 from transfer.errors import RunError, UserError
 from transfer.experiments.intervals import Spread, metric_bounds, spread
 from transfer.interfaces import Task
+from transfer.models.recorded_plugins import load_run_config
 from transfer.models.saved_model import read_task
 from transfer.runs.train import Run, resume, run_in
 from transfer.storage.run_directory import FORMAT, RunDirectory
@@ -190,7 +191,7 @@ def open_runs(path: str | Path) -> Runs:
         return _open_seeds(path)
     directory = RunDirectory.open(path)
     summary = _summary(directory, path)
-    return Runs(path, (directory,), (load_config(directory.config()).seed,), (summary,))
+    return Runs(path, (directory,), (load_run_config(directory).seed,), (summary,))
 
 
 def _open_seeds(path: Path) -> Runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,8 @@ def tfidf_metrics(built: BuiltExperiment) -> dict[str, float]:
         dtype=np.float32,
     )
     train = vectorizer.fit_transform(list(splits["train"].column(field)))
-    validation = vectorizer.transform(list(splits["validation"].column(field)))
+    others = [name for name in splits if name != "train"]
+    matrices = {name: vectorizer.transform(list(splits[name].column(field))) for name in others}
     sign = 1 if task.primary_metric.higher_is_better else -1
 
     def fit(inverse_penalty: float) -> Sequence[Any]:
@@ -76,16 +77,19 @@ def tfidf_metrics(built: BuiltExperiment) -> dict[str, float]:
     def outputs(models: Sequence[Any], matrix: Any) -> Tensor:
         return _outputs(models, matrix, splits["train"], len(built.data.classes))
 
-    def score(models: Sequence[Any]) -> float:
-        metrics = _metrics(task, outputs(models, validation), splits["validation"])
-        return sign * metrics[task.primary_metric.name]
+    def metrics(models: Sequence[Any], name: str) -> dict[str, float]:
+        return metrics_of_outputs(task, outputs(models, matrices[name]), splits[name])
 
+    def score(models: Sequence[Any]) -> float:
+        return sign * metrics(models, "validation")[task.primary_metric.name]
+
+    # Without a validation split nothing is selected, as in the arms, which then keep their last epoch.
+    penalties = INVERSE_PENALTIES if "validation" in splits else INVERSE_PENALTIES[:1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an optimizer that stops early gives a slightly weaker baseline
-        models = max(map(fit, INVERSE_PENALTIES), key=score)
-    if "test" not in splits:
-        return _metrics(task, outputs(models, validation), splits["validation"])
-    return _metrics(task, outputs(models, vectorizer.transform(list(splits["test"].column(field)))), splits["test"])
+        fitted = map(fit, penalties)
+        models = max(fitted, key=score) if len(penalties) > 1 else next(fitted)
+    return metrics(models, "test" if "test" in splits else "validation")
 
 
 def _columns(targets: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
@@ -109,9 +113,15 @@ def _outputs(models: Sequence[Any], matrix: Any, train: Split, count: int) -> Te
     return torch.from_numpy(outputs)
 
 
-def _metrics(task: Task, outputs: Tensor, split: Split) -> dict[str, float]:
-    predictions, targets = task.predictions(outputs), torch.as_tensor(split.targets)
-    metrics: Mapping[str, Any] = task.metrics()
-    for metric in metrics.values():
-        metric.update(predictions, targets)
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
+def metrics_of_outputs(task: Task, outputs: Tensor, split: Split) -> dict[str, float]:
+    """Return the metrics of a task for given outputs (N, C) of the examples of a split."""
+    predictions, inputs, targets = (
+        task.predictions(outputs),
+        task.metric_inputs(outputs),
+        torch.as_tensor(split.targets),
+    )
+    values = {}
+    for name, metric in task.metrics().items():
+        metric.update(inputs.get(name, predictions), targets)
+        values[name] = float(metric.compute())
+    return values

@@ -39,7 +39,8 @@ _CPU = torch.device("cpu")
 def move(inputs: Any, device: torch.device) -> Any:
     """Return a tensor or a tuple of tensors on another device, copied asynchronously from pinned memory."""
     if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
+        # A copy to the CPU must be complete when it is returned: nothing makes the CPU wait before it reads the values.
+        return inputs.to(device, non_blocking=device.type != "cpu")
     return tuple(move(item, device) for item in inputs)
 
 
@@ -107,7 +108,7 @@ class Preprocessing(ABC):
         The default stacks tensors, or tuples of tensors, whose shapes are the same in every example.
 
         Returns:
-            A tensor or a tuple of tensors, batch first, in the smallest type that holds the values (uint8 images).
+            A tensor or a tuple of tensors, batch first, in the smallest type for the values (uint8 for images).
         """
         if isinstance(encoded[0], Tensor):
             return torch.stack(list(encoded))

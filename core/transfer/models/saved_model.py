@@ -141,7 +141,7 @@ def plugin_changes(folder: Path) -> list[str]:
 
 
 def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:
-    block, recorded = described[kind], described["plugins"][kind]
+    block, recorded = described[kind], described["plugins"].get(kind)
     if isinstance(name := block.get("name"), str):
         block = {**block, "name": recorded_plugins.resolve(kind, name, recorded)}
     try:

@@ -38,7 +38,7 @@ def _sources(case: Case, folder: str) -> list[str]:
 
 
 def _encoded(preprocessing: Preprocessing, value: Any) -> Any:
-    return preprocessing.collate(preprocessing.encode([value]))
+    return preprocessing.model_inputs(preprocessing.encode([value]))
 
 
 @promise("interfaces.Preprocessing", "weights")

@@ -28,11 +28,11 @@ def every_pretrained_tensor_is_accounted_for(case: Case) -> None:
     built = Subject(case)
     if type(built.backbone).load_pretrained is Backbone.load_pretrained:
         return
-    found = next(((key, file) for key, value in case.options.items() if (file := _weights_in(value))), None)
-    if found is None:
+    weights = next(((key, file) for key, value in case.options.items() if (file := _weights_in(value))), None)
+    if weights is None:
         fix = f"give an option that names a {SUFFIX} file, or a folder with one"
         raise unittest.SkipTest(f"no option of this case names weights: {fix}")
-    option, file = found
+    option, file = weights
     tensors = load_file(file)
     facts = built.backbone.load_pretrained()
     require(facts, "load_pretrained loads weights and returns no description")
@@ -44,7 +44,6 @@ def every_pretrained_tensor_is_accounted_for(case: Case) -> None:
         "there is another tensor": tensors | {"another.weight": torch.zeros(2)},
     }
     for change, content in damaged.items():
-        other = Subject(case, seed=1).backbone
         with tempfile.TemporaryDirectory() as folder:
             changed = _copy(Path(str(case.options[option])), file, content, Path(folder))
             other = Subject(replace(case, options={**case.options, option: str(changed)}), seed=1).backbone

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from transfer.config.component import error_location
 from transfer.config.run_config import RunConfig
@@ -85,8 +86,10 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         observe(Note("learned from the training split", learned))
     if pretrained:
         observe(Note("pretrained weights", pretrained))
-    if (warning := backbone.preprocessing.warning(splits["validation"].column(*checked.backbone.fields))) is not None:
-        observe(Note(f"warning about the validation split: {warning}"))
+    if "validation" in splits:
+        values = splits["validation"].column(*checked.backbone.fields)
+        if (warning := backbone.preprocessing.warning(values)) is not None:
+            observe(Note(f"warning about the validation split: {warning}"))
     task, model = assemble(backbone, config.head, config.task, data.spec)
     task.prepare(splits["train"].targets)
     model.scale_outputs(task.output_scaling())
@@ -119,10 +122,10 @@ def _check_validation(config: RunConfig, splits: Mapping[str, Split], observe: O
             observe(Note(f"{text}: increase data.validation, or keep the last epoch with train.select=last"))
         return
     phases = list(enumerate(train.phases or ()))
-    plateau = [index for index, one in enumerate(config.schedulers) if one and one.name == "plateau"]
+    needs_metric = any(one is not None and one.cls is ReduceLROnPlateau for one in config.schedulers)
     keys: list[Key] = [("train", "select")] if train.select not in (None, LAST) else []
     keys += [("train", "phases", index, "patience") for index, phase in phases if phase.patience is not None]
-    keys += [("train", "scheduler") for _ in plateau[:1]]
+    keys += [("train", "scheduler")] if needs_metric else []
     if keys:
         raise ConfigError.of(
             [

@@ -38,8 +38,8 @@ class PredictionCollector:
     def append(self, indices: npt.NDArray[np.int64], *tensors: Tensor) -> None:
         """Append a batch: the indices of its examples, and (B, ...) for each field of :class:`Predictions`."""
         self._indices.append(indices)
-        # Copied to pinned memory without waiting for the device.
-        self._batches.append(tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors))
+        # From CUDA, copied to pinned memory without waiting for the device.
+        self._batches.append(tuple(tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors))
 
     def in_split_order(self) -> Predictions:
         """Return all batches in the order of the split; buckets by length permute the examples."""

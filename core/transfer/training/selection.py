@@ -145,9 +145,9 @@ class MetricSample:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a metric may warn that a class is missing without a group
                 for left_out in range(groups if groups > 1 else 0):
-                    kept = torch.nonzero(group != left_out).squeeze(1).to(targets.device)
+                    rest = torch.nonzero(group != left_out).squeeze(1).to(targets.device)
                     self._metric.reset()
-                    self._metric.update(inputs[kept], targets[kept])
+                    self._metric.update(inputs[rest], targets[rest])
                     values.append(float(self._metric.compute()))
         except (ValueError, RuntimeError):  # the metric is not defined without some group
             return 0.0

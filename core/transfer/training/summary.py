@@ -89,7 +89,7 @@ def _constant_prediction(
     if prediction is None:
         return
     classes: Sequence[str] = getattr(experiment.task, "classes", ())
-    if isinstance(prediction, int) and not isinstance(prediction, bool) and prediction < len(classes):
+    if isinstance(prediction, int) and not isinstance(prediction, bool) and 0 <= prediction < len(classes):
         yield (
             f"the model predicts only the class {classes[prediction]!r} on the {split} split, so its accuracy is the "
             "frequency of that class; try task.class_weights=balanced, more epochs, or another learning rate"

@@ -221,7 +221,7 @@ class Vocabulary:
         counts = None if self.counts is None else np.pad(self.counts, (0, len(own) - len(self)))
         extended = Vocabulary(tokenizer, counts, self.lengths, self.extra + len(own) - len(self))
         if self._table is not None and self.counts is not None and not self.counts[UNKNOWN]:
-            # The training texts hold none of the extra words: what their pieces hold is known.
+            # The training texts contain none of the extra words, so the indices of their pieces stay valid.
             extended._table, self._table = self._table, None
             extended._table.set_tokenizer(extended._indices_of)
         return extended

@@ -74,7 +74,7 @@ class ImageFolder(Dataset):
         """List the images, and decode the new ones to check them.
 
         Raises:
-            transfer.DataError: A folder is missing or empty, the splits have different classes, or an image is bad.
+            transfer.DataError: A folder is missing or empty, a split has a class that train lacks, or an image is bad.
         """
         path = Path(self._root).expanduser()
         source = open_source(path if path.exists() else find_file(self._root) or path)

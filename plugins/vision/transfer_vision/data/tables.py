@@ -218,7 +218,7 @@ def find_images(source: ImageSource, row_names: Mapping[str, str]) -> dict[str, 
             for path in (f"{folder}/{name}" if folder else name for name in level.files if has_image_extension(name)):
                 for key in (path.lower(), path.lower().rpartition(".")[0]):
                     files.setdefault(key, []).append(path)
-    found = {path: path for path in row_names}
+    paths = {path: path for path in row_names}
     for path in missing:
         # normpath removes "./" and double slashes.
         fitting = files.get(posixpath.normpath(path.strip().replace("\\", "/").lower()), [])
@@ -229,8 +229,8 @@ def find_images(source: ImageSource, row_names: Mapping[str, str]) -> dict[str, 
                 available=fitting,
                 fix="write the complete path of one of them",
             )
-        found[path] = fitting[0] if fitting else path
-    return found
+        paths[path] = fitting[0] if fitting else path
+    return paths
 
 
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+://")
