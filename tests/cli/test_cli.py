@@ -253,7 +253,7 @@ def test_show_describes_the_options(call: Any) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
-    [(("optimizer", "adam"), "unknown kind of plugin 'optimizer'"), (("head", "linaer"), "did you mean 'linear'?")],
+    [(("optimiser", "adam"), "unknown kind of plugin 'optimiser'"), (("head", "linaer"), "did you mean 'linear'?")],
 )
 def test_show_of_the_unknown(call: Any, arguments: tuple[str, str], part: str) -> None:
     status, _, err = call("show", *arguments)

@@ -394,7 +394,7 @@ def contents(path: Path) -> dict[str, bytes]:
 def example_bytes(run: Path) -> list[bytes]:
     """Return the raw and the encoded examples of a run as bytes."""
     loaded = read_model(run / "model")
-    _, splits = exporting.read_data(exporting.load_config(RunDirectory(run).config()))
+    _, splits = exporting.read_data(exporting.load_run_config(RunDirectory(run)))
     preprocessing = loaded.backbone.preprocessing
     values = [value for split in splits.values() for value in split.column(*loaded.backbone.fields)]
     raw = [value.encode() for value in values if isinstance(value, str)]

@@ -24,11 +24,11 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
-from conftest import PointPreprocessing
+from conftest import Dense, PointPreprocessing
 from serving_cases import Running, loaded_model, running
 
 import transfer
-from transfer import UserError
+from transfer import UserError, register
 from transfer.deployment.serving.batching import Batcher, Batching, BusyError
 from transfer.deployment.serving.models import RefusedError, ServedModel
 from transfer.deployment.serving.reading import Limits
@@ -157,7 +157,13 @@ def test_served_model_refuses_a_missing_device(tiny: None) -> None:
 
 
 def test_fusion_has_an_input_for_each_part(tiny: None) -> None:
-    parts = {"left": {"name": "dense"}, "right": {"name": "dense"}}
+    @register("backbone", "other_dense")
+    class OtherDense(Dense):
+        """The backbone of points, for another field."""
+
+        field = "other"
+
+    parts = {"left": {"name": "dense"}, "right": {"name": "other_dense"}}
     model = ServedModel("both", loaded_model({"name": "fusion", "parts": parts}, "point", ("near", "far")))
     assert model.describe()["inputs"] == {"left": "text/plain", "right": "text/plain"}
     (answer,) = model.predict([{"left": b"1,2,3,4", "right": b"0,0,0,0"}])

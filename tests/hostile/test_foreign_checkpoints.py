@@ -175,6 +175,7 @@ def test_weights_of_the_best_epoch_of_another_layout_are_refused(stopped: Callab
     perfect = {"loss": 0.0, "accuracy": 1.0, "f1_macro": 1.0}
     # No later epoch is better, so that the checkpoint is read at the end and not replaced.
     edit_state(run, at("progress.best.validation", perfect))
+    edit_state(run, at("progress.records.0.validation", perfect))
     path = run / "checkpoints" / "best" / "model.safetensors"
     save_file({name: tensor.double() for name, tensor in load_file(path).items()}, path)
     edit_state(run, at("validation", perfect), "best")

@@ -237,7 +237,7 @@ def test_environment_and_facts_contain_the_device(config: dict[str, Any], tmp_pa
     run = transfer.run(config, ["train.device=cpu"], output=tmp_path, observe=events.append)
     environment = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
     (started,) = [event for event in events if isinstance(event, RunStarted)]
-    assert environment["device"] == started.facts["device"] == "cpu"
+    assert (environment["device"], started.facts["device"]) == ("cpu", "cpu, fp32")
 
 
 def test_artifact_that_cannot_be_imported_is_a_note(

@@ -14,7 +14,7 @@ Overrides = Annotated[
 ]
 DataOverrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="data.KEY=VALUE", help="New paths of the data, if it has moved: data.root=/new/folder."),
+    typer.Argument(metavar="DATA.KEY=VALUE", help="New paths of the data, if it has moved: data.root=/new/folder."),
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="Folder in which a new folder is created.")]

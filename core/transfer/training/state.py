@@ -322,8 +322,10 @@ class TrainingState:
         best = [
             checked(b, _BestEpoch, where, _MISMATCH, _FIX_MISMATCH) for b in (progress.best, progress.phase_best) if b
         ]
+        # Without a validation split, no epoch has metrics of it.
+        is_validated = any(record["validation"] for record in progress.records)
         consistent = (
-            all(not epoch.validation or epoch.validation.keys() >= {"loss", *self.metrics} for epoch in best)
+            all(not is_validated or epoch.validation.keys() >= {"loss", *self.metrics} for epoch in best)
             and bool(progress.best) == bool(progress.records)
             and progress.phase_epochs <= progress.epochs
             and bool(progress.epoch.batches) == bool(progress.epoch.examples)
