@@ -1,6 +1,7 @@
 """Every contract on small random checkpoints, saved and loaded like pretrained ones."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,8 +89,8 @@ def test_run_predicts_without_checkpoint(tmp_path, monkeypatch):
     (prediction,) = transfer.predict(run.folder, ["a warm , funny film"], explain=True)
     assert prediction["label"] in ("positive", "negative")
     assert [piece["piece"] for piece in prediction["explanation"]["pieces"]] == ["a ", "warm ", ", ", "funny ", "film"]
-    with pytest.raises(transfer.DataError, match="the text file does not exist"):
-        list(transfer.predict(run.folder, ["reviews/absent.txt"]))
+    with pytest.raises(transfer.DataError, match="there is no such file"):
+        list(transfer.predict(run.folder, [Path("reviews/absent.txt")]))
 
 
 @pytest.mark.parametrize("change", ["prefix", "missing", "layer too many", "head"])
