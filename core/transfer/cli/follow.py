@@ -28,7 +28,13 @@ def follow_run(start: Callable[[Observer], Run]) -> None:
     if rank_from_environment().index:
         return
     folder = shlex.quote(str(run.folder))
-    lines = [f"next: transfer predict {folder} INPUT...   or   transfer evaluate {folder}"]
+    next_line = f"next: transfer predict {folder} INPUT..."
+    splits = run.summary["examples"]
+    if "test" in splits:
+        next_line += f"   or   transfer evaluate {folder}"
+    elif "validation" in splits:
+        next_line += f"   or   transfer evaluate {folder} --split validation"
+    lines = [next_line]
     if (report := run.folder / "report.html").is_file():
         lines.append(f"report: {report}")
     for line in lines:

@@ -269,7 +269,7 @@ def _constant(built: BuiltExperiment) -> dict[str, float] | None:
     number.
     """
     task, splits = built.experiment.task, {name: loader.split for name, loader in built.loaders.items()}
-    scored = splits["test" if "test" in splits else "validation"]
+    scored = splits[tfidf.scored_split(built)]
     outputs = _constant_outputs(splits["train"].targets, built.data.target, len(built.data.classes))
     if task.out_features != len(outputs):
         return None

@@ -89,7 +89,12 @@ def tfidf_metrics(built: BuiltExperiment) -> dict[str, float]:
         warnings.simplefilter("ignore")  # an optimizer that stops early gives a slightly weaker baseline
         fitted = map(fit, penalties)
         models = max(fitted, key=score) if len(penalties) > 1 else next(fitted)
-    return metrics(models, "test" if "test" in splits else "validation")
+    return metrics(models, scored_split(built))
+
+
+def scored_split(built: BuiltExperiment) -> str:
+    """Return the name of the split on which the arms are compared: the test split, if runs score it."""
+    return "test" if built.experiment.test is not None or "validation" not in built.loaders else "validation"
 
 
 def _columns(targets: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
