@@ -44,7 +44,9 @@ OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     ],
 }
 """A backbone that is not listed is tried with its defaults."""
-SLOW = {"resnet34", "resnet101", "resnet152", "swin_t"}
+OTHER_DEPTHS = {"resnet34", "resnet101", "resnet152"}
+"""Deeper variants of ResNet-18 and ResNet-50, with the same blocks: all their contracts are slow tests."""
+SLOW = OTHER_DEPTHS | {"swin_t"}
 """Large, or of the same build as another one that is trained every time."""
 
 DATASETS: Mapping[str, Mapping[str, Any]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backbone_cases import CONTRACTS, SLOW, name_of
+from backbone_cases import CONTRACTS, OTHER_DEPTHS, SLOW, name_of
 from PIL import Image
 
 from transfer.registry import entry_points as registry
@@ -27,7 +27,7 @@ PUBLISHED = {
 def marks(contract: Contract) -> list[Any]:
     name = name_of(contract.case)
     found: list[Any] = []
-    if contract.cost == "training" and name in SLOW:
+    if name in OTHER_DEPTHS or (contract.cost == "training" and name in SLOW):
         found.append(pytest.mark.slow)
     if contract.cost == "data" and name in PUBLISHED:
         here = any(Path(os.environ.get("TRANSFER_DATA", "nowhere")).glob(f"{PUBLISHED[name]}*"))

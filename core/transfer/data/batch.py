@@ -68,8 +68,12 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
         return
     copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
     for batch in batches:
-        with torch.cuda.stream(copies):
-            moved = batch.to(device)
+        try:
+            with torch.cuda.stream(copies):
+                moved = batch.to(device)
+        except torch.cuda.OutOfMemoryError:
+            yield batch  # the step copies it itself, and explains the error
+            continue
         computation.wait_stream(copies)
         # The memory was allocated on the other stream: it must not be reused before the computation has ended.
         _record_stream((moved.inputs, moved.targets), computation)
