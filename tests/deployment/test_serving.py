@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
+import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +37,7 @@ from transfer.deployment.serving.batching import Batcher, Batching, BusyError
 from transfer.deployment.serving.models import RefusedError, ServedModel
 from transfer.deployment.serving.reading import Limits
 from transfer.deployment.serving.server import is_loopback, listen, name_runs
+from transfer_vision.images.decoding import open_upload
 
 POINT = {"point": "1,2,3,4"}
 WITH_POINTS = f"""
@@ -328,6 +333,70 @@ def test_server_refuses_other_host_names(server: Running) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(b"GET /models HTTP/1.1\r\nHost: rebound.example\r\nConnection: close\r\n\r\n")
         assert receive(connection)[9:12] == b"400"
+
+
+def test_server_refuses_forms_of_other_sites(server: Running) -> None:
+    body = json.dumps(POINT).encode()
+    json_type = {"Content-Type": "application/json"}
+    for origin, expected in ((f"http://127.0.0.1:{server.port}", 200), ("https://evil.example", 403), ("null", 403)):
+        status, answer = server.ask("POST", "/models/points/predict", body, json_type | {"Origin": origin})
+        assert status == expected, (origin, answer)
+
+
+def small_file(kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(file, kind, **options)
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """Return a small PNG file that announces 60 million pixels."""
+    content = bytearray(small_file("PNG"))
+    content[16:24] = struct.pack(">II", 10_000, 6_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bomb(), "expected at most 50 million pixels, got 10000 x 6000 pixels"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n", "not an image that can be read"),
+        (small_file("ICO"), "not an image that can be read"),
+    ],
+    ids=["bomb", "eps", "ico"],
+)
+def test_server_refuses_images_of_other_formats_and_huge_ones(server: Running, content: bytes, message: str) -> None:
+    status, answer = server.predict("shapes", {"image": base64.b64encode(content).decode()})
+    assert status == 422
+    assert message in answer["detail"]
+
+
+def test_many_scans_count_as_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    progressive = small_file("JPEG", progressive=True)
+    assert open_upload(progressive, "x").size == (64, 48)
+    monkeypatch.setattr("transfer_vision.images.decoding.MAX_UPLOAD_SCANNED_PIXELS", 64 * 48 * 5)
+    with pytest.raises(ValueError, match=r"64 x 48 pixels in \d+ scans"):
+        open_upload(progressive, "x")
+    assert open_upload(small_file("JPEG"), "x").size == (64, 48)
+
+
+def test_refused_requests_are_freed_at_once(server: Running) -> None:
+    """No reference cycle keeps a decoded image until the next garbage collection."""
+    backbone = {"name": "resnet18", "weights": None, "image_size": 32}
+    model = ServedModel("shapes", loaded_model(backbone, "image", ("circle", "square")))
+    truncated = small_file("PNG")[:-30]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            (result,) = model.predict([{"image": truncated}])
+            assert isinstance(result, RefusedError)
+        del result
+        images = [one for one in gc.get_objects() if issubclass(type(one), Image.Image) and one.size == (64, 48)]
+        assert images == []
+    finally:
+        gc.enable()
 
 
 def test_page_loads_nothing_from_other_servers(server: Running) -> None:

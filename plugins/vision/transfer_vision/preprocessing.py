@@ -24,7 +24,7 @@ from torchvision.models import WeightsEnum
 from torchvision.transforms import v2
 
 from transfer import ConfigError, DataError, Preprocessing
-from transfer_vision.images.decoding import CropMode, Interpolation, decode, open_image, resized_size
+from transfer_vision.images.decoding import CropMode, Interpolation, decode, open_image, open_upload, resized_size
 from transfer_vision.images.image_grid import draw_grid
 from transfer_vision.images.image_sources import EXTENSIONS
 from transfer_vision.suggestions import unknown_name
@@ -300,8 +300,13 @@ class ImagePreprocessing(Preprocessing):
             raise DataError(f"this image cannot be read: {error}", where=str(path)) from error
 
     def read_bytes(self, content: bytes) -> Image.Image:
-        """Open the image with this encoded content."""
-        return open_image(content, "the image")
+        """Open the image with this encoded content, within limits on its format and size.
+
+        Raises:
+            ValueError, OSError: The content is no image of a common format, or decoding it would take too much time or
+                memory.
+        """
+        return open_upload(content, "the image")
 
     def example(self) -> Image.Image | npt.NDArray[np.uint8]:
         """Return a black image, or an array if the number of channels is neither 1 nor 3."""

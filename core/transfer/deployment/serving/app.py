@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import resources
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -30,6 +31,7 @@ _HEADERS = {
 }
 _REFUSALS = {
     400: "The form is malformed.",
+    403: "The request comes from a page of another site.",
     408: "The request did not arrive in time.",
     413: "The request is too large.",
     415: "The body is neither JSON nor a form.",
@@ -96,6 +98,7 @@ def _add_predict(app: FastAPI, model: ServedModel, batcher: Batcher[Inputs, Pred
     inputs: dict[str, str] = model.describe()["inputs"]
 
     async def predict(request: Request) -> Prediction:
+        _refuse_other_origins(request)
         contents = await read_inputs(request, inputs, limits)
         try:
             return await batcher.submit(contents)
@@ -136,6 +139,16 @@ def _add_predict(app: FastAPI, model: ServedModel, batcher: Batcher[Inputs, Pred
         },
         responses=responses,
     )
+
+
+def _refuse_other_origins(request: Request) -> None:
+    """Refuse a request from a page of another site: browsers send forms there without asking this server.
+
+    Browsers name the site of the page in the header Origin; other clients do not send it.
+    """
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise HTTPException(403, "the request comes from a page of another site")
 
 
 def _file(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:

@@ -86,8 +86,11 @@ class ServedModel:
         for index, request in enumerate(requests):
             try:
                 encoded[index] = self._encode(request)
+            except RefusedError as error:
+                results[index] = _without_traceback(error)
             except Exception as error:
-                results[index] = error
+                logger.exception("an input of model %s cannot be encoded", self.name)
+                results[index] = _without_traceback(error)
         for indices in self._batches(encoded):
             results |= zip(indices, self._predict_or_fail([encoded[index] for index in indices]), strict=True)
         return [results[index] for index in range(len(requests))]
@@ -126,7 +129,7 @@ class ServedModel:
         except Exception as error:
             if len(encoded) == 1:
                 logger.exception("model %s failed", self.name)
-                return [error]
+                return [_without_traceback(error)]
             return [self._predict_or_fail([value])[0] for value in encoded]
 
     def _predict_encoded(self, encoded: Sequence[Any]) -> list[Prediction]:
@@ -134,3 +137,13 @@ class ServedModel:
         if not bool(torch.isfinite(outputs).all()):
             raise ValueError("the outputs of the model are not finite")
         return answers_of(self.loaded, encoded, outputs)
+
+
+def _without_traceback(error: Exception) -> Exception:
+    """Return an error without the frames in which it was raised.
+
+    The frames contain decoded inputs, and one of them the error itself: such a cycle would keep them in memory until
+    the next garbage collection.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

@@ -42,19 +42,50 @@ _ORIENTATIONS: dict[int, Callable[[Tensor], Tensor]] = {
 _DRAFT_MARGIN = 2
 
 
-def open_image(content: bytes, name: str) -> Image.Image:
-    """Open an image without decoding its pixels.
+UPLOAD_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
+"""Formats of images from a network. Others are rare, and some start a program (Ghostscript decodes EPS)."""
+MAX_UPLOAD_PIXELS = 50_000_000
+"""Maximum number of pixels of an image from a network: a few kilobytes can describe gigabytes of pixels."""
+MAX_UPLOAD_SCANNED_PIXELS = 250_000_000
+"""Maximum number of pixels times scans of a progressive JPEG from a network: each scan passes over all pixels."""
+_START_OF_SCAN = b"\xff\xda"
+
+
+def open_upload(content: bytes, name: str) -> Image.Image:
+    """Open an image from a network without decoding its pixels, within limits on its format and its decoding time.
 
     Args:
         content: The bytes of the file.
         name: The name of the image in messages.
 
     Raises:
+        ValueError, OSError: See :func:`open_image`; or the image exceeds a limit.
+    """
+    Image.init()  # registers all formats
+    image = open_image(content, name, [name for name in UPLOAD_FORMATS if name in Image.OPEN])
+    pixels = image.width * image.height
+    # In the data of a scan, a byte 0xff is always followed by 0: the marker occurs only where a scan starts.
+    scans = content.count(_START_OF_SCAN) if image.format in ("JPEG", "MPO") else 1
+    if pixels > MAX_UPLOAD_PIXELS or pixels * scans > MAX_UPLOAD_SCANNED_PIXELS:
+        size = f"{image.width} x {image.height} pixels" + (f" in {scans} scans" if scans > 1 else "")
+        raise ValueError(f"it is too large: expected at most {MAX_UPLOAD_PIXELS // 10**6} million pixels, got {size}")
+    return image
+
+
+def open_image(content: bytes, name: str, formats: list[str] | None = None) -> Image.Image:
+    """Open an image without decoding its pixels.
+
+    Args:
+        content: The bytes of the file.
+        name: The name of the image in messages.
+        formats: Formats that are tried, in Pillow's names; None tries all.
+
+    Raises:
         ValueError, OSError: Pillow cannot read the content as an image, or it is larger than Pillow's limit.
     """
     with _pillow_errors(name):
         try:
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=formats)
         except UnidentifiedImageError as error:  # its own message only names a buffer in memory
             reason = f"it starts with {content[:8]!r}" if content else "the file is empty"
             raise OSError(f"not an image that can be read: {reason}") from error
