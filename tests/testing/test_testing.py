@@ -647,3 +647,8 @@ def test_the_kit_needs_no_pytest() -> None:
 def test_steps_keep_their_contracts() -> None:
     register("backbone", "broken")(Steps)
     assert failures(Case("backbone", "broken")) == {}
+
+
+def test_ids_contain_no_folder_of_an_absolute_path(tmp_path: Path) -> None:
+    case = Case("backbone", "somebody:dense", {"weights": str(tmp_path / "a.safetensors"), "width": 3})
+    assert str(case) == "backbone-dense[weights=a.safetensors,width=3]"

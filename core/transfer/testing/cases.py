@@ -62,6 +62,8 @@ class Case:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, str) and Path(value).is_absolute():
+        value = Path(value).name  # a temporary folder has another name in each process that collects tests
     text = json.dumps(value, default=str).replace('"', "")
     return text if len(text) <= 24 else text[:21] + "..."
 
