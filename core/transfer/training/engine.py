@@ -212,7 +212,7 @@ class Trainer:
 
         # ---- epochs
         total_epochs = sum(phase.epochs for phase in experiment.phases)
-        while progress.phase_epochs < phase.epochs and not self._should_stop_early(phase.patience):
+        while progress.phase_epochs < phase.epochs and not progress.is_out_of_patience(phase.patience):
             batches = batches_per_epoch[progress.phase_epochs]
             self.observe(EpochStarted(progress.epochs + 1, total_epochs, number, len(experiment.phases), batches))
             self.train_epoch(sources["train"])
@@ -368,10 +368,6 @@ class Trainer:
             self.checkpoints.run.append_metrics(record)
         self.observe(EpochEnded(record, improved))
 
-    def _should_stop_early(self, patience: int | None) -> bool:
-        best = self.state.progress.phase_best
-        return patience is not None and best is not None and self.state.progress.epochs - best["epoch"] >= patience
-
     def _save_checkpoint(self) -> None:
         """Write the checkpoint ``last``."""
         self._record_pending_loss()
@@ -383,7 +379,8 @@ class Trainer:
     def _freeze(self, phase: Phase) -> None:
         freezing.apply(self.model, phase.frozen)
         if self.state.average is not None:
-            _copy_frozen_to_ema(self.state.average, self.model, phase.frozen.parameters)
+            # The averaged head is evaluated on the backbone that it is trained with.
+            freezing.copy_frozen(self.model, self.state.average.module, phase.frozen)
 
     def _batches_for(
         self, loader: Loader, stages: int, *, training: bool = False, epochs: int | None = None
@@ -412,13 +409,8 @@ class Trainer:
         return losses, outputs
 
     def _record_pending_loss(self) -> None:
-        """Add the losses of the previous step to the sum of the epoch.
-
-        Raises:
-            TrainingError: A loss is not finite.
-        """
-        pending, self._pending = self._pending, []
-        progress = self.state.progress
+        """Add the losses of the previous step to the sum of the epoch, or raise TrainingError for one not finite."""
+        pending, self._pending, progress = self._pending, [], self.state.progress
         for loss in pending:
             progress.epoch.loss_sum += loss.finite_item(progress.epochs + 1)
 
@@ -448,19 +440,10 @@ class Trainer:
             source = self._batches_for(experiment.test, experiment.frozen_prefix_length())
             caches = [*caches, {"split": "test", **source.report}]
             # A quick run scores a few batches only, so its predictions would not fit the split.
-            collector = (
-                evaluation.PredictionCollector() if self.processes.is_main and experiment.max_batches is None else None
-            )
+            collects = self.processes.is_main and experiment.max_batches is None
+            collector = evaluation.PredictionCollector() if collects else None
             test = self._evaluate(self.model, source, "test", collector=collector)
             if collector is not None:
-                scored = collector.in_split_order()
-                self.checkpoints.run.write_predictions(scored)
+                self.checkpoints.run.write_predictions(scored := collector.in_split_order())
                 predictions = scored.predictions
         return summarize(experiment, progress, best, test, predictions, caches=caches, seconds=self.checkpoints.seconds)
-
-
-def _copy_frozen_to_ema(average: AveragedModel, model: Model, frozen: frozenset[str]) -> None:
-    """Copy the frozen parameters into the EMA model: its head is evaluated on the backbone it is trained with."""
-    with torch.no_grad():
-        for name in frozen:
-            average.module.get_parameter(name).copy_(model.get_parameter(name))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from transfer.config.train_settings import BatchNorm, Freeze, Until
@@ -176,3 +177,10 @@ def _format(policy: Freeze) -> str:
     if isinstance(policy, str):
         return policy
     return str(list(policy)) if isinstance(policy, tuple) else str(policy.model_dump())
+
+
+def copy_frozen(source: nn.Module, target: nn.Module, frozen: Frozen) -> None:
+    """Copy the frozen parameters of a model into another model with the same parameters."""
+    with torch.no_grad():
+        for name in frozen.parameters:
+            target.get_parameter(name).copy_(source.get_parameter(name))

@@ -136,6 +136,12 @@ class Progress:
             self.phase_best = reached
         return record, improved
 
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Return whether the phase had no better epoch for ``patience`` epochs; None disables early stopping."""
+        return (
+            patience is not None and self.phase_best is not None and self.epochs - self.phase_best["epoch"] >= patience
+        )
+
     def record_caches(self, phase: int, reports: Mapping[str, Mapping[str, Any]]) -> bool:
         """Record the cache reports of a phase; return whether the phase was interrupted with other splits cached.
 
