@@ -57,7 +57,9 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("package", COMMANDS)
+@pytest.mark.parametrize(
+    "package", ["reports", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deployment", "experiments"))]
+)
 def test_package_can_be_deleted(package: str, tmp_path: Path) -> None:
     core = shutil.copytree(
         ROOT / "core" / "transfer", tmp_path / "core" / "transfer", ignore=shutil.ignore_patterns("__pycache__")

@@ -10,6 +10,7 @@ import pytest
 from transfer.testing import Case, contracts
 
 IMAGES = {"weights": None, "image_size": 32, "resize": 36}
+SMALL_IMAGE_PART = {"name": "torchvision", "model": "shufflenet_v2_x0_5", **IMAGES}
 WORDS = {"kernel_sizes": [1, 3], "filters": 4}
 OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     **{f"resnet{depth}": [IMAGES] for depth in (18, 34, 50, 101, 152)},
@@ -32,11 +33,11 @@ OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
         ),
     ],
     "fusion": [
-        {"parts": {"image": {"name": "resnet18", **IMAGES}, "text": {"name": "textcnn", "variant": "rand", **WORDS}}},
+        {"parts": {"image": SMALL_IMAGE_PART, "text": {"name": "textcnn", "variant": "rand", **WORDS}}},
         {
             "parts": {
                 "text": {"name": "bilstm", "variant": "rand", "hidden_size": 5},
-                "image": {"name": "resnet18", **IMAGES},
+                "image": SMALL_IMAGE_PART,
             },
             "join": "gate",
             "size": 7,
@@ -44,8 +45,8 @@ OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     ],
 }
 """A backbone that is not listed is tried with its defaults."""
-OTHER_DEPTHS = {"resnet34", "resnet101", "resnet152"}
-"""Deeper variants of ResNet-18 and ResNet-50, with the same blocks: all their contracts are slow tests."""
+OTHER_DEPTHS = {"resnet34", "resnet50", "resnet101", "resnet152"}
+"""Deeper variants of ResNet-18: all their contracts are slow tests."""
 SLOW = OTHER_DEPTHS | {"swin_t"}
 """Large, or of the same build as another one that is trained every time."""
 

@@ -17,18 +17,16 @@ WITH_BATCH_NORM = [parameter for parameter in trained() if name_of(parameter.val
 
 
 @every
-def test_batch_norm_of_other_stages_follows_the_data(case: Case) -> None:
-    for run, _, others in boundaries(case):
+def test_every_boundary(case: Case) -> None:
+    """One test of two properties, because training at every boundary takes most of the time."""
+    model = built(case)[0]
+    stages = list(model.stages)
+    for run, frozen, others in boundaries(case):
+        # Batch norm of the other stages follows the data.
         for stage in others:
             statistics = {n for n in in_stage(stage, run.before) if n.endswith(("running_mean", "running_var"))}
             assert statistics <= run.changed, run.until
-
-
-@every
-def test_the_frozen_stages_are_what_the_cache_may_store(case: Case) -> None:
-    model = built(case)[0]
-    stages = list(model.stages)
-    for run, frozen, _ in boundaries(case):
+        # The cache may store the output of the frozen stages.
         count = prefix_length(model, run.frozen)
         beyond = stages[len(frozen) : count]
         assert all(not list(model.stages[stage].parameters()) for stage in beyond), run.until

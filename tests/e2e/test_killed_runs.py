@@ -9,7 +9,7 @@ from pathlib import Path
 import kill_harness
 import pytest
 
-KILLS = {"text": 4, "vision": 3, "vision, two loader processes": 2}
+KILLS = {"text": 3, "vision": 2, "vision, two loader processes": 2}
 MORE_KILLS = {"text": 9, "vision": 7, "vision, two loader processes": 4}
 
 

@@ -46,7 +46,9 @@ def test_pretrained_features_tell_ants_from_bees(tmp_path):
     assert transfer.evaluate(run.folder) == run.summary["test"]
 
 
-@pytest.mark.parametrize("model", ["shufflenet_v2_x0_5", "mobilenet_v3_small", "swin_t"])
+@pytest.mark.parametrize(
+    "model", ["shufflenet_v2_x0_5", "mobilenet_v3_small", pytest.param("swin_t", marks=pytest.mark.slow)]
+)
 def test_backbones_of_three_families_take_a_step_on_ants_and_bees(tmp_path, model):
     need("hymenoptera_data.zip")
     backbone = f"backbone={{name: torchvision, model: {model}, weights: null, image_size: 32}}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,11 @@ FAMILIES = {
 """The smallest model of each family, and its stages."""
 
 
+def with_slow_cases(names: Iterable[str], quick: set[str]) -> list[Any]:
+    """Return the names as parameters of a test, all but the quick ones marked as slow."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+
+
 def size(name: str) -> int:
     """Return a size of image that the model can see, small but of more than one patch."""
     return 2 * smallest_image(name) if name.startswith("vit") else max(32, smallest_image(name))
@@ -90,7 +96,7 @@ def test_torchvision_has_as_many_models_as_are_held_to_the_contract() -> None:
     assert set(FAMILIES) <= set(model_names())
 
 
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", with_slow_cases(model_names(), set(FAMILIES)))
 def test_every_model_is_a_chain_of_its_own_layers_without_its_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"), torch.no_grad():
         built, theirs = both(name, monkeypatch)
@@ -250,7 +256,7 @@ def test_every_family_takes_other_channels(name: str) -> None:
     assert backbone.foreign_models(2) == {}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", with_slow_cases(FAMILIES, {"resnet18", "squeezenet1_1", "convnext_tiny"}))
 def test_an_exported_graph_takes_batches_of_any_size(name: str) -> None:
     with torch.device("meta"):
         backbone = Torchvision(model=name, weights=None, image_size=size(name)).eval()

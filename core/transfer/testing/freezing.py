@@ -31,7 +31,7 @@ class Trained:
         until: Name of the last frozen stage.
         frozen: Frozen stages and parameters.
         before: Digests of every parameter and buffer before training.
-            after: Digests of every parameter and buffer after training.
+        after: Digests of every parameter and buffer after training.
         in_training_mode: Names of the modules in training mode.
         with_gradient: Names of the parameters that had a gradient.
         with_state: Names of the parameters in the optimizer.
