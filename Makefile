@@ -45,18 +45,18 @@ soak: .venv/ready  ## kill and resume runs two hundred times; takes many minutes
 fuzz: .venv/ready  ## damage run directories a few thousand times; takes an hour
 	TRANSFER_MUTATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rP tests/hostile/test_fuzzed_runs.py
 
-# transfer does not depend on timm and transformers: they get a separate environment on top of the packages of .venv.
+# timm, transformers and peft are extras: they get a separate environment on top of the packages of .venv.
 PLUGINS := $(patsubst %/tests,%,$(wildcard examples/plugins/*/tests))
 .venv-plugins/ready: .venv/ready constraints-plugins.txt $(PLUGINS:%=%/pyproject.toml)
 	$(BIN)/python -m venv --without-pip .venv-plugins
 	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > $$(.venv-plugins/bin/python -c "$$site")/venv.pth
-	.venv-plugins/bin/python -m pip install --quiet --constraint constraints-plugins.txt --no-build-isolation $(PLUGINS:%=--editable %)
+	.venv-plugins/bin/python -m pip install --quiet --constraint constraints-plugins.txt --no-build-isolation peft $(PLUGINS:%=--editable %)
 	touch $@
 
 # One thread per process: with two each on two cores, threads would wait for each other at every OpenMP barrier.
-plugins: .venv-plugins/ready  ## test the packages in examples/plugins like their authors would
-	OMP_NUM_THREADS=1 .venv-plugins/bin/python -m pytest -n 2 $(PLUGINS)
+plugins: .venv-plugins/ready  ## test the packages in examples/plugins, and adapters
+	OMP_NUM_THREADS=1 .venv-plugins/bin/python -m pytest -n 2 $(PLUGINS) tests/builtin/test_adapters.py
 
 check: .venv/ready  ## check style, types, import direction, spelling and terms
 	$(BIN)/ruff format --check .

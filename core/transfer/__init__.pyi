@@ -31,6 +31,7 @@ from .experiments.pretraining_gain import (
 from .experiments.seeds import resume_seeds as resume_seeds, run_seeds as run_seeds
 from .experiments.sweep import Sweep as Sweep, sweep as sweep
 from .interfaces import (
+    Adapter as Adapter,
     Backbone as Backbone,
     Data as Data,
     Dataset as Dataset,

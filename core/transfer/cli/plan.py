@@ -33,6 +33,7 @@ def render(config: RunConfig, parts: CheckedParts) -> Iterator[RenderableType]:
             "classes": ", ".join(data.classes) or f"unknown until the data is read; {len(PLACEHOLDER_CLASSES)} assumed",
             "backbone": f"{_written(config)}: {features.layout} of {features.size}",
             "head": f"{config.head.plugin.name}: {features.size} -> {parts.task.out_features}",
+            **_adapter(config, parts),
             "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
             "training": f"{optimizer}, {train.step}" + (f", recipe {train.recipe.name}" if train.recipe else ""),
             **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
@@ -62,6 +63,17 @@ def render_data(counts: Mapping[str, Mapping[str, int]], warnings: Mapping[str, 
     yield table
     if warnings:
         yield Panel(facts_table(warnings), title=DATA_WARNINGS_TITLE, title_align="left")
+
+
+def _adapter(config: RunConfig, parts: CheckedParts) -> dict[str, str]:
+    """Return a row with the size of the adapter, if there is one."""
+    if config.adapter is None:
+        return {}
+    head = sum(parameter.numel() for parameter in parts.model.stages["head"].parameters())
+    sizes = {name: parameter.numel() for name, parameter in parts.model.named_parameters()}
+    added = sum(size for name, size in sizes.items() if name not in parts.model.fixed) - head
+    total = sum(sizes.values())
+    return {"adapter": f"{config.adapter.plugin.name}: {added:,} parameters, {added / total:.2%} of the model's"}
 
 
 def _written(config: RunConfig) -> str:

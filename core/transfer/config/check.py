@@ -139,6 +139,9 @@ class _ConfigValidator:
             raw["head"] = dict(backbone.cls.default_head)
         head, _ = self.component("head", raw["head"], NamedBlock)
         task, _ = self.component("task", raw["task"], NamedBlock)
+        adapter = None
+        if raw["adapter"] is not None:
+            adapter, _ = self.component("adapter", raw["adapter"], NamedBlock)
         trackers = self.trackers(raw["trackers"])
         if task is not None:
             task = replace(task, metrics=self.metrics(task))
@@ -166,6 +169,8 @@ class _ConfigValidator:
             backbone = backbone.without_pretrained()
         resolved: dict[str, Any] = {"seed": top.seed, "data": dataset.resolved}
         resolved |= {"backbone": backbone.resolved, "head": head.resolved, "task": task.resolved}
+        if adapter is not None:  # configs of runs without it stay readable by older versions
+            resolved["adapter"] = adapter.resolved
         resolved |= {"train": train.model_dump(mode="json")}
         # torch's defaults for the other options are not written out: they belong to the installed version of torch.
         resolved["train"]["optimizer"] = {"lr": LEARNING_RATE} | resolved["train"]["optimizer"]
@@ -185,6 +190,7 @@ class _ConfigValidator:
             tuple(trackers),
             self.document,
             resolved,
+            adapter=adapter,
             sampler=sampler,
         )
 

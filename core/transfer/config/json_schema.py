@@ -49,6 +49,7 @@ def config_schema() -> tuple[Schema, list[Problem]]:
         section: _plugins(kind, base, problems) for section, (kind, base) in _SECTIONS.items()
     }
     alternatives["tracker"] = _plugins("tracker", NamedBlock, problems)
+    alternatives["adapter"] = _plugins("adapter", NamedBlock, problems)
     alternatives["sampler"] = _plugins("sampler", NamedBlock, problems)
     alternatives["metric"] = _plugins("metric", NamedBlock, problems)
     alternatives["optimizer"] = [
@@ -85,7 +86,11 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     train = _definition(definitions, references[TrainConfig, "validation"])
     phase = definitions[PhaseSettings.__name__]
     # The models declare these blocks as mappings of anything, because their options depend on the name in them.
-    for block, keys in ((top, _SECTIONS), (train, ("optimizer", "scheduler", "sampler")), (phase, ("scheduler",))):
+    for block, keys in (
+        (top, (*_SECTIONS, "adapter")),
+        (train, ("optimizer", "scheduler", "sampler")),
+        (phase, ("scheduler",)),
+    ):
         for key in keys:
             block["properties"][key] = _refer(block["properties"][key], key)
     top["properties"]["trackers"]["items"] = _name_or_block(definitions, "tracker")

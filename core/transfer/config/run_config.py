@@ -41,6 +41,8 @@ class RunConfigSchema(Block):
         backbone: Name and options of the backbone.
         head: Name and options of the head.
         task: Name and options of the task.
+        adapter: Name and options of an adapter, such as lora: small additions to the layers are trained, and the
+            backbone's own weights stay fixed. null trains the weights themselves.
         train: Options of training.
         trackers: Experiment trackers that record the run: names, or blocks of a name and options.
     """
@@ -52,6 +54,7 @@ class RunConfigSchema(Block):
     backbone: dict[str, Any]
     head: dict[str, Any] = Field(default_factory=lambda: {"name": "linear"})
     task: dict[str, Any] = Field(default_factory=lambda: {"name": "classification"})
+    adapter: dict[str, Any] | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     trackers: tuple[
         Annotated[str | dict[str, Any], one_of("the name of a tracker, or a mapping of its name and options")], ...
@@ -76,6 +79,7 @@ class RunConfig:
         trackers: Tracker components.
         document: Document with the location of every value.
         resolved: Complete config as nested dicts with defaults filled in, the content of ``config.yaml`` in a run.
+        adapter: Adapter component; None trains the weights of the backbone.
         sampler: Sampler component; None shuffles the training examples.
         quick_try: Whether this is the config of a quick run (:meth:`quick`).
     """
@@ -94,6 +98,7 @@ class RunConfig:
     document: Document
     resolved: dict[str, Any]
     quick_try: bool = False
+    adapter: Component | None = None
     sampler: Component | None = None
 
     @property

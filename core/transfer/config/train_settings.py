@@ -130,7 +130,7 @@ class OptimizerOptions(NamedBlock):
     """Options of every optimizer, in addition to torch's own.
 
     Args:
-        lr: Learning rate: one number, or numbers by group (head, backbone, a stage, layer_decay).
+        lr: Learning rate: one number, or numbers by group (head, backbone, adapter, a stage, layer_decay).
         no_weight_decay: Kinds of parameters without weight decay: norm (normalization layers), bias.
     """
 

@@ -28,10 +28,10 @@ from transfer.errors import ExportError, UserError, damaged
 from transfer.interfaces import Preprocessing
 from transfer.models.model_json import DESCRIPTION
 from transfer.models.recorded_plugins import load_run_config
-from transfer.models.saved_model import LoadedModel, read_model
+from transfer.models.saved_model import ADAPTER, LoadedModel, read_model
 from transfer.registry.entry_points import IN_PROCESS
 from transfer.storage.run_directory import RunDirectory
-from transfer.system.atomic_files import read_json, write_atomically
+from transfer.system.atomic_files import read_json, write_atomically, write_json
 from transfer.system.downloads import no_downloads
 from transfer.training.build import read_data
 
@@ -104,8 +104,11 @@ def export(
     if output is None:
         directory.refuse_links()
     loaded = read_model(directory.model)
-    chosen = find_format(format, loaded)
+    # An export contains merged weights and no adapter. Its outputs are compared with those of the run's own model.
+    chosen = find_format(format, read_model(directory.model, merged=True) if loaded.is_adapted else loaded)
     described = read_json(directory.model / DESCRIPTION, "there is no model here")
+    described.pop(ADAPTER, None)
+    described["plugins"].pop(ADAPTER, None)
     _refuse_unfindable(chosen, described)
     path = directory.path / "export" / format if output is None else Path(output).expanduser()
     single_file = _is_file(chosen, format, path)
@@ -117,8 +120,10 @@ def export(
     with _temporary_folder(path) as temporary:
         weights = temporary / files[0]
         chosen.write(weights, examples.batches[0])
-        for name in [] if single_file else files[1:-1]:
+        for name in [] if single_file else described["assets"]:
             shutil.copyfile(directory.model / name, temporary / name)
+        if not single_file:
+            write_json(temporary / DESCRIPTION, described)
         deviation, outputs, modules = _compare(chosen, weights, loaded, examples)
         # The card states the deviation, so it is written after the comparison.
         if not single_file:

@@ -1,5 +1,6 @@
 """Contracts between the framework and its plugins."""
 
+from transfer.interfaces.adapter import Adapter
 from transfer.interfaces.backbone import Backbone, FeatureSpec, ForeignModel, Layout
 from transfer.interfaces.columns import Columns
 from transfer.interfaces.data import SPLITS, Data, Dataset, DataSpec, Split, TargetKind
@@ -11,6 +12,7 @@ from transfer.interfaces.tracker import TrackedRun, Tracker
 
 __all__ = [
     "SPLITS",
+    "Adapter",
     "Backbone",
     "Columns",
     "Data",

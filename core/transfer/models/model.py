@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,9 +29,14 @@ class Model(nn.Module):
 
     Parameter names start with the name of the stage (``layer1.0.conv1.weight``, ``head.output.weight``). Frozen modules
     stay in eval mode through :meth:`train`, so that their batch-norm statistics and dropout do not change.
+
+    Args:
+        backbone: Backbone, whose stages become those of the model.
+        head: Head, the last stage.
+        fixed: Parameters of an adapted backbone that no freeze policy trains.
     """
 
-    def __init__(self, backbone: Backbone, head: Head) -> None:
+    def __init__(self, backbone: Backbone, head: Head, fixed: Iterable[nn.Parameter] = ()) -> None:
         super().__init__()
         self._stage_names = (*backbone.stage_names, "head")
         for name, stage in zip(self._stage_names, (*backbone.stages, head), strict=True):
@@ -44,6 +49,8 @@ class Model(nn.Module):
             holder.add_module(stage_name, stage)
         self._frozen: tuple[nn.Module, ...] = ()  # nn.Module does not register the items of a tuple
         self._batch_norm_stays = True
+        ids = {id(parameter) for parameter in fixed}
+        self.fixed = frozenset(name for name, parameter in self.named_parameters() if id(parameter) in ids)
         outside = [name for name, _ in backbone.named_parameters() if not name.startswith("stages.")]
         if outside:
             raise PluginError(

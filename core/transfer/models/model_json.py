@@ -32,13 +32,14 @@ class _Plugin(FileSchema):
 
 class _Described(FileSchema):
     backbone: dict[str, Any]
+    adapter: dict[str, Any] | None = None
     head: dict[str, Any]
     task: dict[str, Any]
     task_state: dict[str, Any] = {}
     data: _Data
     preprocessing: dict[str, Any]
     assets: list[str]
-    plugins: dict[Literal["backbone", "head", "task"], _Plugin]
+    plugins: dict[Literal["backbone", "head", "task", "adapter"], _Plugin]
 
 
 def read_description(folder: Path, missing: str, fix: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transfer.registry.requirements import CORE_DISTRIBUTION, install_hint
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json
 
-SECTIONS: Mapping[str, Kind] = {"data": "dataset", "backbone": "backbone", "head": "head", "task": "task"}
+SECTIONS: Mapping[str, Kind] = {"data": "dataset", **{kind: kind for kind in ("backbone", "head", "task", "adapter")}}
 """Kind of plugin by section of a config."""
 
 

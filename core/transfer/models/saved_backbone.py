@@ -16,6 +16,7 @@ from transfer.config.component import Component, error_location, require_complet
 from transfer.errors import RunError, WeightsError
 from transfer.interfaces import Backbone
 from transfer.models.model_json import WEIGHTS, read_assets, read_description
+from transfer.models.saved_model import ADAPTER, read_model
 from transfer.storage.tensor_files import load_tensors
 
 _HEAD = "head."
@@ -34,12 +35,14 @@ class SavedBackbone:
         options: Config block of the backbone in its run, ``name`` included.
         preprocessing: Settings of its preprocessing.
         assets: Text files that it learned from its training split, by name.
+        is_adapted: Whether the run trained an adapter.
     """
 
     folder: Path
     options: Mapping[str, Any]
     preprocessing: Mapping[str, Any]
     assets: Mapping[str, str]
+    is_adapted: bool = False
 
     @property
     def file(self) -> Path:
@@ -49,11 +52,15 @@ class SavedBackbone:
     def tensors(self) -> tuple[dict[str, Tensor], list[str]]:
         """Return the tensors of the backbone by name (``layer1.0.conv1.weight``), and the names of those of the head.
 
+        The additions of an adapter are merged into the weights.
+
         Raises:
             WeightsError: The file is missing or damaged.
         """
         try:
-            tensors = load_tensors(self.file)
+            tensors = (
+                read_model(self.folder, merged=True).model.state_dict() if self.is_adapted else load_tensors(self.file)
+            )
         except RunError as error:
             raise WeightsError.of(error.problems) from error
         backbone = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEAD)}
@@ -79,7 +86,9 @@ def saved_backbone(run: str | Path) -> SavedBackbone:
     try:
         described = read_description(folder, f"there is no run with a model at {path}", "name a run that has ended")
         assets = read_assets(folder, described)
-        return SavedBackbone(folder, described["backbone"], described["preprocessing"], assets)
+        return SavedBackbone(
+            folder, described["backbone"], described["preprocessing"], assets, bool(described.get(ADAPTER))
+        )
     except RunError as error:
         raise WeightsError.of(error.problems) from error
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from transfer.config.check import load_component
 from transfer.config.component import Component, error_location
 from transfer.config.run_config import RunConfig
@@ -24,6 +26,7 @@ from transfer.storage.tensor_files import load_tensors, require_same_layout, wri
 from transfer.system.atomic_files import atomic_folder, write_atomically, write_json
 
 PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
+ADAPTER: Kind = "adapter"
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,21 @@ class LoadedModel:
         backbone: Backbone with its preprocessing and its assets.
         task: Task that interprets the outputs.
         data: Specification of the data that the model was trained on.
+        is_adapted: Whether the model contains an adapter that is not merged.
     """
 
     model: Model
     backbone: Backbone
     task: Task
     data: DataSpec
+    is_adapted: bool = False
 
 
 def write_model(folder: Path, config: RunConfig, data: DataSpec, backbone: Backbone, task: Task, model: Model) -> None:
     """Write a trained model atomically, in place of an older one: weights, config blocks, classes, preprocessing."""
     components = {"backbone": config.backbone, "head": config.head, "task": config.task}
+    if config.adapter is not None:
+        components[ADAPTER] = config.adapter
     with atomic_folder(folder, make_room=lambda: shutil.rmtree(folder, ignore_errors=True)) as temporary:
         write_tensors(temporary / WEIGHTS, model.state_dict())
         assets = backbone.assets()
@@ -76,8 +83,12 @@ def find_model(path: str | Path) -> Path:
     return path if os.path.isfile(path / DESCRIPTION) else RunDirectory.open(path).model
 
 
-def read_model(folder: Path) -> LoadedModel:
+def read_model(folder: Path, *, merged: bool = False) -> LoadedModel:
     """Build a trained model from its folder.
+
+    Args:
+        folder: Model folder.
+        merged: Whether the additions of an adapter are merged into the weights of the backbone.
 
     Raises:
         RunError: The folder is incomplete or damaged, or a plugin that it needs is not installed.
@@ -85,6 +96,7 @@ def read_model(folder: Path) -> LoadedModel:
     described = _read_description(folder)
     file = folder / DESCRIPTION
     backbone_block, head, task = (_component(kind, described, file) for kind in PARTS)
+    adapter = _component(ADAPTER, described, file) if described.get(ADAPTER) else None
     data = described["data"]
     spec = DataSpec(tuple(data["fields"]), data["target"], tuple(data["classes"]))
     backbone_class: type[Backbone] = backbone_block.cls
@@ -93,12 +105,14 @@ def read_model(folder: Path) -> LoadedModel:
     with damaged("the model cannot be built", str(file), again):
         with error_location(str(file)):
             backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
-            the_task, model = assemble(backbone, head, task, spec)
+            the_task, model = assemble(backbone, head, task, spec, adapter)
         the_task.load_state(described["task_state"])
         model.scale_outputs(the_task.output_scaling())
     _load_weights(model, folder / WEIGHTS)
     model.eval()
-    return LoadedModel(model, backbone, the_task, spec)
+    if adapter is not None and merged:
+        adapter.make().merge(nn.ModuleList([backbone, model]))
+    return LoadedModel(model, backbone, the_task, spec, is_adapted=adapter is not None and not merged)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -136,7 +150,8 @@ def plugin_changes(folder: Path) -> list[str]:
         RunError: The folder is incomplete or damaged, or a plugin that it needs is not installed.
     """
     described = _read_description(folder)
-    components = [_component(kind, described, folder / DESCRIPTION) for kind in PARTS]
+    kinds = (*PARTS, ADAPTER) if described.get(ADAPTER) else PARTS
+    components = [_component(kind, described, folder / DESCRIPTION) for kind in kinds]
     return recorded_plugins.changes(described["plugins"], components)
 
 

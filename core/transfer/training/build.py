@@ -90,7 +90,7 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         values = splits["validation"].column(*checked.backbone.fields)
         if (warning := backbone.preprocessing.warning(values)) is not None:
             observe(Note(f"warning about the validation split: {warning}"))
-    task, model = assemble(backbone, config.head, config.task, data.spec)
+    task, model = assemble(backbone, config.head, config.task, data.spec, config.adapter)
     task.prepare(splits["train"].targets)
     model.scale_outputs(task.output_scaling())
     loaders = {

@@ -126,7 +126,7 @@ class Trainer:
         unchanged, weights = experiment.unchanged_stages(), self.model.state_dict()
         # A resumed run reads the unchanged stages from their source again: checkpoints do not contain them, so their
         # digest must be the same.
-        base = {name: tensor for name, tensor in weights.items() if self.model.stage_of(name) in unchanged}
+        base = {n: t for n, t in weights.items() if n in self.model.fixed or self.model.stage_of(n) in unchanged}
         origin = {**experiment.origin, "base weights": digest(base)}
         if processes.is_distributed:
             processes.require_equal({**origin, "initial weights": digest(weights)})

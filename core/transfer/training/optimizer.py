@@ -55,7 +55,8 @@ def parameter_groups(
     Args:
         model: Model to train.
         frozen: Freeze policy, resolved for the model.
-        lr: Learning rate of all parameters, or learning rates by stage, group, ``head`` and ``backbone``.
+        lr: Learning rate of all parameters, or learning rates by stage, group, ``head`` and ``backbone``. If the model
+            has an adapter, ``adapter`` is another name of ``backbone``.
         no_weight_decay: Kinds of parameters that are excluded from weight decay.
 
     Raises:
@@ -65,6 +66,9 @@ def parameter_groups(
         stage: tuple(f"{stage}.{name}" for name, _ in module.named_parameters())
         for stage, module in model.stages.items()
     }
+    if model.fixed and isinstance(lr, Mapping) and "adapter" in lr:
+        # The adapter contains all trained parameters of the backbone.
+        lr = {"backbone": lr["adapter"], **{key: rate for key, rate in lr.items() if key != "adapter"}}
     rates = _rates([stage for stage, names in stages.items() if names or stage == "head"], list(stages), lr)
     groups = []
     for stage, names in stages.items():

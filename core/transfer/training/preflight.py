@@ -72,7 +72,7 @@ def preflight(config: RunConfig) -> CheckedParts:
     with torch.device("meta"):
         backbone = build_backbone(config.backbone)
         _check_compatibility(config, spec, backbone)
-        task, model = assemble(backbone, config.head, config.task, spec)
+        task, model = assemble(backbone, config.head, config.task, spec, config.adapter)
     _require_meta(config, model)
     with config.at("train", "select"):
         Selection.of(task, config.train.select)
@@ -163,8 +163,18 @@ def _run_stage(config: RunConfig, name: str, stage: torch.nn.Module, value: Any)
     """Run one stage, or the head, on the meta device; an exception becomes a PluginError."""
     block = config.head if name == "head" else config.backbone
     part = f"{block.kind} {block.plugin.name!r}" + ("" if name == "head" else f", stage {name!r},")
-    with error_location(block.where), plugin_errors(f"{part} cannot process the shape {_shape(value)}"):
-        return stage(value)
+    try:
+        with error_location(block.where), plugin_errors(f"{part} cannot process the shape {_shape(value)}"):
+            return stage(value)
+    except UserError as error:
+        if config.adapter is None or name == "head":
+            raise
+        # Stages that read the weights of a layer, instead of calling it, do not run with an adapted layer.
+        raise ConfigError(
+            f"the adapter does not fit stage {name!r}: {error.problems[0].message}",
+            where=config.adapter.where,
+            fix="set adapter.stages or adapter.targets to other layers, or remove adapter",
+        ) from error
 
 
 def _check_features(config: RunConfig, value: Any, spec: FeatureSpec) -> None:
@@ -197,7 +207,8 @@ def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
     """
     phases, problems = [], []
     backbone_stages = list(model.stages.items())[:-1]
-    stages = [name for name, stage in backbone_stages if next(stage.parameters(), None) is not None]
+    trainable = [name for name, _ in model.named_parameters() if name not in model.fixed]
+    stages = [stage for stage, _ in backbone_stages if any(name.startswith(f"{stage}.") for name in trainable)]
     for index, settings in enumerate(config.phases(stages)):
         key = config.phase_key(index)
         try:
@@ -214,6 +225,13 @@ def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
             problems += [p for p in error.problems if p not in problems]
     if problems:
         raise ConfigError.of(problems)
+    adapted = {name for name in trainable if not name.startswith("head.")}
+    if model.fixed and all(adapted <= phase.frozen.parameters for phase in phases):
+        raise ConfigError(
+            "the adapter is never trained: every phase freezes its stages",
+            where=config.document.location(("adapter",)),
+            fix="remove adapter, or add a phase with freeze: none, which trains only the adapter and the head",
+        )
     return tuple(phases)
 
 

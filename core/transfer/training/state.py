@@ -341,7 +341,7 @@ class TrainingState:
             raise RunError(f"{_MISMATCH}: its counts contradict each other", where=where, fix=_FIX_MISMATCH)
 
     def changed_weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
-        """Return the weights and buffers of the stages that some phase changes.
+        """Return the weights and buffers of the stages that some phase changes, without the weights under an adapter.
 
         Args:
             module: The model or its moving average.
@@ -349,7 +349,7 @@ class TrainingState:
         return {
             name: tensor
             for name, tensor in module.state_dict().items()
-            if self.model.stage_of(name) not in self.unchanged
+            if self.model.stage_of(name) not in self.unchanged and name not in self.model.fixed
         }
 
     def _require_finite(self, weights: Mapping[str, Tensor]) -> None:
