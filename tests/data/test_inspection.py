@@ -79,6 +79,23 @@ def test_split_used_twice_in_another_order_is_refused() -> None:
         inspect(train=texts("x", "y"), validation=texts("a", "b", "b"), test=texts("b", "a", "b\n"))
 
 
+@pytest.mark.parametrize(("inner", "outer"), [("test", "validation"), ("train", "validation"), ("validation", "train")])
+def test_split_contained_in_another_is_refused(inner: str, outer: str) -> None:
+    splits = {name: texts(*(f"{name} {i}" for i in range(12))) for name in ("train", "validation", "test")}
+    splits[outer] = texts(*splits[inner].fields["x"], *(f"{outer} {i}" for i in range(30)))
+    with pytest.raises(DataError, match=f"all 12 examples of {inner} are also in {outer}") as caught:
+        inspect(**splits)
+    assert "set val to other data" in (caught.value.problems[0].fix or "")
+
+
+def test_contained_split_is_a_warning_if_it_is_small_or_contents_repeat() -> None:
+    train, other = texts(*(f"{i}" for i in range(40))), texts("x", "y")
+    assert list(inspect(train=train, validation=other, test=texts("6", "7"))) == ["test in train"]
+    repeated = texts(*(f"{i % 15}" for i in range(40)))
+    warnings = inspect(train=repeated, validation=other, test=texts(*(f"{i % 15}" for i in range(20))))
+    assert warnings["test in train"].startswith("20 of 20 examples of test are also in train")
+
+
 def test_multimodal_examples_are_equal_if_all_fields_are() -> None:
     data = Data(
         DataSpec(("x", "y"), "class", CLASSES),

@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassF1Score
 from transfer import DataSpec, Task
 from transfer.builtin.tasks import Classification, MeanOf, MultiLabel, Regression
 from transfer.config.check import load_config
+from transfer.config.torch_metrics import TorchMetric
 from transfer.data.batch import Batch
 from transfer.feature_cache.loader import StageInputs
 from transfer.training.build import build
@@ -136,6 +137,18 @@ def test_metrics_of_built_in_tasks_need_no_data(task_class: type[Task]) -> None:
     assert losses.shape == (16,)
     for metric in device_metrics(task, torch.device("meta")).values():
         metric.update(predictions, targets)
+
+
+def test_metrics_of_torchmetrics_never_wait() -> None:
+    task = Classification(DataSpec({"x": "x"}, "class", ("a", "b", "c")))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    targets, scores = torch.randint(3, (16,), generator=generator), torch.rand(16, 3, generator=generator)
+    for name in ("auroc", "mcc", "f1_score", "calibration_error"):
+        metric = TorchMetric(name, {}, "").make(DataSpec(("x",), "class", ("a", "b", "c")), task)
+        with synchronizations() as names:
+            for _ in range(20):
+                metric.update(scores, targets)
+        assert names == [], name
 
 
 def test_macro_f1_equals_torchmetrics() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,12 @@ from transfer.config.torch_classes import (
     find_class,
     options_set_by_framework,
 )
+from transfer.config.torch_metrics import (
+    RESERVED_OPTIONS as RESERVED_METRIC_OPTIONS,
+    TorchMetric,
+    find_torch_metric,
+    unknown_metric,
+)
 from transfer.config.train_settings import (
     LEARNING_RATE,
     OPTIMIZER,
@@ -35,7 +41,7 @@ from transfer.config.train_settings import (
 from transfer.config.yaml_document import Document, Key, make_document, read_document
 from transfer.errors import ConfigError, PluginError, Problem
 from transfer.registry import entry_points
-from transfer.registry.entry_points import Kind
+from transfer.registry.entry_points import IN_PROCESS, Kind
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _NamedModel = TypeVar("_NamedModel", bound=NamedBlock)
@@ -88,7 +94,7 @@ def block_base(kind: Kind, cls: type, base: type[_NamedModel] = NamedBlock) -> t
     """Return the model of the framework's own options in a component's block."""
     if kind == "backbone" and not has_option(cls, "weights"):
         return BackboneOptions  # type: ignore[return-value]
-    if kind == "task" and not has_option(cls, "metrics"):
+    if kind == "task" and not any(has_option(cls, name) for name in ("metrics", "select_by")):
         return TaskOptions  # type: ignore[return-value]
     return base
 
@@ -215,14 +221,37 @@ class _ConfigValidator:
             components[name] = component
         return list(components.values())
 
-    def metrics(self, task: Component) -> tuple[Component, ...]:
+    def metrics(self, task: Component) -> tuple[Component | TorchMetric, ...]:
         """Check the metrics that the task's block adds, each a name or a block."""
-        components = []
+        metrics: list[Component | TorchMetric | None] = []
         for index, block in enumerate(task.resolved.get("metrics") or () if task.adds_metrics else ()):
             block = {"name": block} if isinstance(block, str) else block
-            component, _ = self.component("metric", block, NamedBlock, ("task", "metrics", index))
-            components += [component] if component is not None else []
-        return tuple(components)
+            metrics.append(self.metric(block, task.cls.targets, ("task", "metrics", index)))
+        return tuple(metric for metric in metrics if metric is not None)
+
+    def metric(self, raw: dict[str, Any], targets: Collection[str], key: Key) -> Component | TorchMetric | None:
+        """Check a metric of torchmetrics, or of a plugin.
+
+        Args:
+            raw: Block as plain data.
+            targets: Kinds of target of the task.
+            key: Path of the block in the document.
+        """
+        name, plugins = raw.get("name"), entry_points.plugins("metric")
+        registered = any(plugin.name == name and plugin.distribution == IN_PROCESS for plugin in plugins)
+        cls = find_torch_metric(name, targets) if isinstance(name, str) and not registered else None
+        if not isinstance(name, str) or (cls is None and any(name in (p.name, p.qualified_name) for p in plugins)):
+            return self.component("metric", raw, NamedBlock, key)[0]
+        if cls is None:
+            where = self.document.location((*key, "name") if self.document.is_set((*key, "name")) else key)
+            self.problems.append(unknown_metric(name, targets, {plugin.name for plugin in plugins}, where))
+            return None
+        block = self.block(options_model(cls, NamedBlock, skip=RESERVED_METRIC_OPTIONS), raw, key, f"metric {name!r}")
+        if block is None:
+            return None
+        given = {option: getattr(block, option) for option in block.model_fields_set if option != "name"}
+        # In the order of the config, which is the order of the options in the metric's name.
+        return TorchMetric(name, {key: given[key] for key in raw if key in given}, self.document.location(key))
 
     def component(
         self, kind: Kind, raw: Any, base: type[_NamedModel], key: Key | None = None
@@ -262,11 +291,15 @@ class _ConfigValidator:
         options = {field: getattr(block, field) for field in model.model_fields if field not in framework}
         resolved = block.model_dump(mode="json")
         weights = resolved["weights"] if "weights" in framework else None
-        for name in ("weights", "metrics"):  # configs of runs without them stay readable by older versions
+        for name in ("weights", "metrics", "select_by"):  # configs of runs without them stay readable by older versions
             if name in framework and not resolved[name]:
                 del resolved[name]
         where = self.document.location(key)
-        return Component(kind, plugin, cls, options, resolved, where, weights, adds_metrics=is_task), block
+        select_by = block.select_by if isinstance(block, TaskOptions) else None
+        return (
+            Component(kind, plugin, cls, options, resolved, where, weights, adds_metrics=is_task, select_by=select_by),
+            block,
+        )
 
     def training(
         self, train: TrainConfig

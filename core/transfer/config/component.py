@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import transfer.errors
-from transfer.errors import ConfigError, PluginError, UserError
+from transfer.config.torch_metrics import TorchMetric, metric_direction, try_metrics
+from transfer.errors import ConfigError, PluginError, UserError, unknown_name
 from transfer.interfaces import Backbone, DataSpec, FeatureSpec, Preprocessing, PrimaryMetric
 from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
@@ -33,8 +34,9 @@ class Component:
         resolved: Complete block as JSON values: the name, and the options with defaults filled in.
         where: Location of the block: file and line, or command-line override.
         weights: Earlier run whose weights a backbone starts from, if the framework reads them and not the plugin.
-        metrics: Metrics of plugins that are added to those of a task.
+        metrics: Metrics of plugins and of torchmetrics that are added to those of a task.
         adds_metrics: Whether the option metrics of the block is the framework's, and not the task's.
+        select_by: Metric that is the primary metric of a task. None keeps the task's own.
     """
 
     kind: Kind
@@ -44,8 +46,9 @@ class Component:
     resolved: Mapping[str, Any]
     where: str
     weights: str | None = None
-    metrics: tuple[Component, ...] = ()
+    metrics: tuple[Component | TorchMetric, ...] = ()
     adds_metrics: bool = False
+    select_by: str | None = None
 
     def make(self, *options_set_by_framework: Any) -> Any:
         """Build the component from the framework's arguments and the options; its errors name the block's location.
@@ -59,6 +62,8 @@ class Component:
             require_complete(self, component)
             if self.metrics:
                 _add_metrics(component, self.metrics, *options_set_by_framework)
+            if self.select_by is not None:
+                component.primary_metric = _primary_metric(component.metrics(), self.select_by)
             return component
 
     def without_pretrained(self) -> Component:
@@ -71,22 +76,58 @@ class Component:
         return replace(self, options=options, resolved=resolved, weights=None)
 
 
-def _add_metrics(task: Any, added: tuple[Component, ...], data: DataSpec) -> None:
-    """Let a task's ``metrics`` return the metrics of plugins, too.
+def _add_metrics(task: Any, added: tuple[Component | TorchMetric, ...], data: DataSpec) -> None:
+    """Let a task's ``metrics`` return the metrics of plugins and of torchmetrics, too.
 
     Raises:
-        ConfigError: A name occurs twice.
+        ConfigError: A name occurs twice, or a metric does not fit the task.
     """
-    metrics_of_task = task.metrics
-    names = [component.plugin.name for component in added]
-    if twice := [name for name, count in Counter([*metrics_of_task(), *names]).items() if count > 1]:
+    metrics_of_task, inputs_of_task = task.metrics, task.metric_inputs
+    by_name = {_metric_name(metric): metric for metric in added}
+    names = [*metrics_of_task(), *map(_metric_name, added)]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ConfigError(f"task.metrics adds {twice[0]!r}, which exists already", fix="remove it")
+    # Classes are predicted as indices, which have no ranking; numbers are their own scores.
+    of_scores = [name for name, metric in by_name.items() if _takes_scores(metric, data)]
 
     def metrics() -> dict[str, Any]:
-        return {**metrics_of_task(), **{component.plugin.name: component.make(data) for component in added}}
+        made = {}
+        for name, metric in by_name.items():
+            with error_location(metric.where):
+                made[name] = metric.make(data, task) if isinstance(metric, TorchMetric) else metric.make(data)
+        return {**metrics_of_task(), **made}
+
+    def metric_inputs(outputs: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        inputs = inputs_of_task(outputs)
+        return {**inputs, **dict.fromkeys(of_scores, task.scores(outputs))} if of_scores else inputs
 
     metrics()  # the constructors may refuse their options
-    task.metrics = metrics
+    task.metrics, task.metric_inputs = metrics, metric_inputs
+    if not data.placeholders:
+        try_metrics(task, [metric for metric in added if isinstance(metric, TorchMetric)], data)
+
+
+def _metric_name(metric: Component | TorchMetric) -> str:
+    return metric.name if isinstance(metric, TorchMetric) else metric.plugin.name
+
+
+def _takes_scores(metric: Component | TorchMetric, data: DataSpec) -> bool:
+    if isinstance(metric, TorchMetric):
+        return data.target in ("class", "labels")
+    return bool(getattr(metric.cls, "takes_scores", False))
+
+
+def _primary_metric(metrics: Mapping[str, Any], name: str) -> PrimaryMetric:
+    """Return the metric that ``task.select_by`` names.
+
+    Raises:
+        ConfigError: The task has no such metric, or it does not declare its direction.
+    """
+    if name not in metrics:
+        fix = "set train.select: loss instead" if name == "loss" else "choose one, or add it to task.metrics"
+        problem = unknown_name("metric", name, metrics, fix=fix)
+        raise ConfigError.of([replace(problem, message=f"task.select_by is wrong: {problem.message}")])
+    return PrimaryMetric(name, metric_direction(metrics, name))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.errors import PydanticInvalidForJsonSchema
@@ -15,6 +15,7 @@ from transfer.config.check import block_base
 from transfer.config.option_schema import options_model, summary
 from transfer.config.run_config import RunConfigSchema
 from transfer.config.torch_classes import OPTIMIZERS, RESERVED_OPTIONS, SCHEDULERS, options_set_by_framework
+from transfer.config.torch_metrics import RESERVED_OPTIONS as RESERVED_METRIC_OPTIONS, torch_metrics
 from transfer.config.train_settings import (
     OPTIMIZER,
     DataOptions,
@@ -25,6 +26,7 @@ from transfer.config.train_settings import (
     TrainConfig,
 )
 from transfer.errors import PluginError, Problem
+from transfer.interfaces import TargetKind
 from transfer.registry import entry_points
 from transfer.registry.entry_points import Kind
 
@@ -51,7 +53,11 @@ def config_schema() -> tuple[Schema, list[Problem]]:
     alternatives["tracker"] = _plugins("tracker", NamedBlock, problems)
     alternatives["adapter"] = _plugins("adapter", NamedBlock, problems)
     alternatives["sampler"] = _plugins("sampler", NamedBlock, problems)
-    alternatives["metric"] = _plugins("metric", NamedBlock, problems)
+    alternatives["metric"] = _torch_metrics()
+    torchmetrics_names = {name for names, _, _ in alternatives["metric"] for name in names}
+    alternatives["metric"] += [
+        member for member in _plugins("metric", NamedBlock, problems) if not torchmetrics_names & {*member[0]}
+    ]
     alternatives["optimizer"] = [
         ([name], options_model(cls, OptimizerOptions, skip=RESERVED_OPTIONS), "") for name, cls in OPTIMIZERS.items()
     ]
@@ -110,6 +116,21 @@ def _name_or_block(definitions: Schema, definition: str) -> Schema:
     """Return the schema of an item that is a name, or a block with options."""
     names: Schema = {"enum": definitions[definition]["properties"]["name"]["enum"]}
     return {"anyOf": [names, {"$ref": f"#/$defs/{definition}"}]}
+
+
+def _torch_metrics() -> list[_Member]:
+    """Return torchmetrics' metrics, each with the options that it has for any kind of target."""
+    classes: dict[str, list[type[Any]]] = {}
+    for target in get_args(TargetKind):
+        for name, cls in torch_metrics(target).items():
+            classes.setdefault(name, []).append(cls)
+    members: list[_Member] = []
+    for name, variants in classes.items():
+        model: type[NamedBlock] = NamedBlock
+        for cls in variants:
+            model = options_model(cls, model, skip={*RESERVED_METRIC_OPTIONS, *model.model_fields})
+        members.append(([name], model, ""))
+    return members
 
 
 def _plugins(

@@ -118,12 +118,16 @@ class TaskOptions(NamedBlock):
     """Options of every task that has no option metrics of its own, in addition to its own options.
 
     Args:
-        metrics: Metrics of plugins in addition to those of the task: names, or blocks of a name and options.
+        metrics: Metrics of torchmetrics (auroc, mcc) or of plugins in addition to those of the task: names, or blocks
+            of a name and options.
+        select_by: Metric that selects the best epoch, one of the task's or one of metrics; null uses the default of the
+            task.
     """
 
     metrics: tuple[
         Annotated[str | dict[str, Any], one_of("the name of a metric, or a mapping of its name and options")], ...
     ] = ()
+    select_by: str | None = None
 
 
 class OptimizerOptions(NamedBlock):

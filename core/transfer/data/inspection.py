@@ -20,6 +20,8 @@ from transfer.interfaces.columns import content_keys
 DATA_WARNINGS_TITLE = "possible problems in the data"
 MAX_NAMES_SHOWN = 5
 """Maximum number of class names in a warning."""
+MIN_CONTAINED_EXAMPLES = 10
+"""Number of examples below which a split may be contained in another one by chance, which is only a warning."""
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
@@ -32,7 +34,7 @@ def inspect_data(data: Data, splits: Mapping[str, Split], fields: Sequence[str])
         fields: Names of the fields that the model reads.
 
     Raises:
-        DataError: Two splits of the dataset contain the same examples.
+        DataError: Two splits of the dataset contain the same examples, or one contains all examples of another.
     """
     _refuse_repeated_split(data.splits, fields)
     warnings = {}
@@ -61,15 +63,19 @@ def _refuse_repeated_split(splits: Mapping[str, Split], fields: Sequence[str]) -
         one, other = splits[first], splits[second]
         if len(one) != len(other) or not len(one) or not _same_content(one, other, fields):
             continue
-        # Without `val`, a validation split is cut from train; a test split cannot be replaced.
-        option = "val" if "validation" in (first, second) else "test"
-        reason = "memorizes them" if first == "train" else "is selected on them"
-        raise DataError(
-            f"the {first} and {second} splits contain the same {len(one):,} examples: the model {reason}, so metrics "
-            f"on {second} would be too good",
-            fix=f"set {option} to other data, or remove it"
-            + (": validation is then split off from train" if option == "val" else ""),
-        )
+        raise _leak(f"the {first} and {second} splits contain the same {len(one):,} examples", first, second)
+
+
+def _leak(message: str, first: str, second: str) -> DataError:
+    """Return the error of examples that the model uses in one split and that are scored in another one."""
+    # Without `val`, a validation split is cut from train; a test split cannot be replaced.
+    option = "val" if "validation" in (first, second) else "test"
+    reason = "memorizes them" if first == "train" else "is selected on them"
+    return DataError(
+        f"{message}: the model {reason}, so metrics on {second} would be too good",
+        fix=f"set {option} to other data, or remove it"
+        + (": validation is then split off from train" if option == "val" else ""),
+    )
 
 
 def _same_content(one: Split, other: Split, fields: Sequence[str]) -> bool:
@@ -87,7 +93,11 @@ def _same_content(one: Split, other: Split, fields: Sequence[str]) -> bool:
 
 
 def _duplicates(splits: Mapping[str, Split], codes: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, str]:
-    """Return warnings about examples that occur twice in a split, or in two splits."""
+    """Return warnings about examples that occur twice in a split, or in two splits.
+
+    Raises:
+        DataError: All examples of a split are in another one.
+    """
     warnings = {}
     for name, numbers in codes.items():
         _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
@@ -97,6 +107,10 @@ def _duplicates(splits: Mapping[str, Split], codes: Mapping[str, npt.NDArray[np.
             warnings[f"duplicates in {name}"] = f"{_count(repeated, numbers)} repeat another one ({pair})"
     for first_name, second_name in combinations(codes, 2):
         shared = np.flatnonzero(np.isin(codes[second_name], codes[first_name]))
+        for inner, outer in ((second_name, first_name), (first_name, second_name)):
+            if _is_contained(codes[inner], codes[outer]):
+                message = f"all {len(codes[inner]):,} examples of {inner} are also in {outer}"
+                raise _leak(message, first_name, second_name)
         if len(shared):
             original = np.flatnonzero(codes[first_name] == codes[second_name][shared[0]])[0]
             pair = f"{splits[second_name].name(shared[0])} = {splits[first_name].name(original)}"
@@ -104,6 +118,13 @@ def _duplicates(splits: Mapping[str, Split], codes: Mapping[str, npt.NDArray[np.
                 f"{_count(shared, codes[second_name])} of {second_name} are also in {first_name} ({pair})"
             )
     return warnings
+
+
+def _is_contained(inner: npt.NDArray[np.int64], outer: npt.NDArray[np.int64]) -> bool:
+    """Return whether all examples of a split are in another one, and not because contents repeat by chance."""
+    # If most examples repeat another one (a few short texts), any split is contained in any other.
+    is_identifying = all(len(np.unique(codes)) > len(codes) / 2 for codes in (inner, outer))
+    return len(inner) >= MIN_CONTAINED_EXAMPLES and is_identifying and bool(np.isin(inner, outer).all())
 
 
 def _count(selected: npt.NDArray[np.int64], everything: npt.NDArray[np.int64]) -> str:

@@ -33,6 +33,7 @@ UNBOUNDED: Bounds = (None, None)
 # The plot bounds of these metrics in torchmetrics are the usual range of a plot: the metric itself can be outside.
 _WIDER_THAN_PLOTTED = (
     *("CohenKappa", "MatthewsCorrCoef", "HingeLoss", "CosineSimilarity", "ExplainedVariance", "KendallRankCorrCoef"),
+    "CoverageError",
 )
 
 

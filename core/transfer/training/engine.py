@@ -227,7 +227,7 @@ class Trainer:
     def train_epoch(self, train: StageInputs) -> None:
         """Train the remaining batches of the current epoch."""
         experiment, progress, accumulate = self.experiment, self.state.progress, self.options.accumulate
-        metrics, primary, sums = self.state.metrics, experiment.task.primary_metric.name, progress.epoch
+        metrics, sums = self.state.metrics, progress.epoch
         sizes = [len(batch) for batch in experiment.train.batch_indices(progress.epochs)[: experiment.max_batches]]
         if not sums.batches:  # not resumed within the epoch
             sums.rates = learning_rates(self.state.optimizer)
@@ -263,7 +263,7 @@ class Trainer:
             recorded = sums.examples - sum(len(loss.indices) for loss in self._pending)
             if recorded and now - last_progress >= PROGRESS_INTERVAL_SECONDS:
                 last_progress = now
-                value = (primary, float(metrics[primary].compute()))
+                value = evaluation.metric_so_far(experiment.task, metrics)
                 speed = (sums.examples - examples_before) / (now - started)
                 self.observe(StepEnded(sums.batches, sums.loss_sum / recorded, value, speed))
             # ---- all ranks stop after the same step if one of them received a signal

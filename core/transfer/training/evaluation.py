@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from transfer.config.torch_metrics import CollectedMetric
 from transfer.config.train_settings import Precision
 from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
@@ -123,7 +125,8 @@ def evaluate(
     if not_finite:
         raise TrainingError(
             f"{' and '.join(not_finite)} of the {split} split is not finite",
-            fix="check the data for values that are not finite, or lower the learning rate",
+            fix="check the data for values that are not finite, or lower the learning rate; a metric of task.metrics "
+            "may be undefined for constant predictions",
         )
     return scores
 
@@ -142,6 +145,14 @@ def device_metrics(task: Task, device: torch.device) -> dict[str, Metric]:
     for _, metric in named_metrics(metrics):
         metric.distributed_available_fn = _never
     return metrics
+
+
+def metric_so_far(task: Task, metrics: Mapping[str, Metric]) -> tuple[str, float]:
+    """Return name and value of a metric during an epoch: the primary one, unless computing it takes long."""
+    name = task.primary_metric.name
+    if isinstance(metrics[name], CollectedMetric):  # sorts all examples so far, for example
+        name = next((other for other, metric in metrics.items() if not isinstance(metric, CollectedMetric)), name)
+    return name, float(metrics[name].compute())
 
 
 def metric_sample(task: Task, selection: Selection, device: torch.device) -> MetricSample | None:

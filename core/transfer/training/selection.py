@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from transfer.config.torch_metrics import metric_direction
 from transfer.errors import ConfigError
 from transfer.interfaces import Task
 
@@ -64,13 +65,7 @@ class Selection:
         if select not in metrics:
             names = ("loss", *metrics, LAST)
             raise ConfigError(f"train.select is wrong: unknown metric {select!r}", available=names, fix="choose one")
-        direction = metrics[select].higher_is_better
-        if direction is None:
-            raise ConfigError(
-                f"metric {select!r} has no direction: expected higher_is_better to be true or false",
-                fix="select another metric, or declare higher_is_better in the metric",
-            )
-        return cls(str(select), bool(direction))
+        return cls(str(select), metric_direction(metrics, str(select)))
 
     def is_better(self, records: Sequence[Record], best_epoch: int) -> bool:
         """Return whether the last of some epochs is better than the best one before it.

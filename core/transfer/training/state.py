@@ -398,7 +398,8 @@ def _metric_states(metrics: Mapping[str, Metric]) -> tuple[dict[str, Any], dict[
         for name, value in metric.metric_state.items():
             if isinstance(value, list):
                 lengths[name] = len(value)
-                tensors |= {f"{path}/{name}/{index}": item for index, item in enumerate(value)}
+                # Cloned, because several metrics may have the same batch: safetensors refuses shared memory.
+                tensors |= {f"{path}/{name}/{index}": item.clone() for index, item in enumerate(value)}
             else:
                 tensors[f"{path}/{name}"] = value
         updates[path] = {"updates": metric.update_count, "lengths": lengths}
