@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
+import sys
+import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,6 +32,38 @@ def serve(
     ] = 2.0,
     max_megabytes: Annotated[float, typer.Option(min=0.001, help="Maximum size of a request, in MiB.")] = 10.0,
     timeout_seconds: Annotated[float, typer.Option(min=0.1, help="Time within which a request must arrive.")] = 10.0,
+    deadline_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Time within which a request that has arrived must be answered.")
+    ] = 30.0,
+    drain_seconds: Annotated[
+        float, typer.Option(min=1, help="Time to answer the requests in progress when the server is stopped.")
+    ] = 30.0,
+    allowed_host: Annotated[
+        list[str],
+        typer.Option(help="Host name of the server behind a proxy, or *.example.com. Repeatable.", show_default=False),
+    ] = [],  # noqa: B006  # typer copies it
+    root_path: Annotated[
+        str, typer.Option(help="Path under which a proxy publishes the server, such as /ants.", show_default=False)
+    ] = "",
+    uds: Annotated[
+        Path | None, typer.Option(help="Unix domain socket to listen on instead of an address.", show_default=False)
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str],
+        typer.Option(
+            help="Address or network of a proxy whose X-Forwarded headers are used. Repeatable.", show_default=False
+        ),
+    ] = [],  # noqa: B006  # typer copies it
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the bearer tokens of clients, one per line. Default: $TRANSFER_SERVE_TOKENS, or no token.",
+            show_default=False,
+        ),
+    ] = None,
+    access_log: Annotated[
+        Literal["off", "text", "json"], typer.Option(help="Format of a line per request on standard error.")
+    ] = "off",
 ) -> None:
     """Serve the models of runs over HTTP, with a demo page and a JSON API."""
     from transfer.registry.requirements import CORE_DISTRIBUTION, unmet
@@ -36,10 +72,29 @@ def serve(
         raise UserError(f"the server needs an extra: {problem.message}", fix=problem.fix)
     from transfer.deployment.serving.batching import Batching
     from transfer.deployment.serving.reading import MEBIBYTE, Limits
-    from transfer.deployment.serving.server import serve as serve_models
+    from transfer.deployment.serving.server import Publication, serve as serve_models
     from transfer.system.signals import Interrupted
 
-    limits = Limits(body_bytes=int(max_megabytes * MEBIBYTE), seconds=timeout_seconds)
+    numbers = {
+        "--max-megabytes": max_megabytes,
+        "--timeout-seconds": timeout_seconds,
+        "--deadline-seconds": deadline_seconds,
+        "--drain-seconds": drain_seconds,
+        "--wait-milliseconds": wait_milliseconds,
+    }
+    for option, number in numbers.items():
+        if not math.isfinite(number):
+            raise UserError(f"{option} is not a finite number: expected a limit, got {number}", where=option)
+    limits = Limits(body_bytes=int(max_megabytes * MEBIBYTE), seconds=timeout_seconds, answer_seconds=deadline_seconds)
+    publication = Publication(
+        allowed_hosts=allowed_host,
+        root_path=root_path.rstrip("/"),
+        uds=None if uds is None else str(uds),
+        trusted_proxies=trusted_proxy,
+        token_file=token_file,
+        access_log=access_log,
+        drain_seconds=drain_seconds,
+    )
     batching = Batching(max_size=batch_size, wait_seconds=wait_milliseconds / 1000)
     try:
         serve_models(
@@ -49,9 +104,17 @@ def serve(
             device=device,
             limits=limits,
             batching=batching,
-            started=lambda address, names: _print_addresses(host, address, names),
+            publication=publication,
+            started=lambda address, names: _print_addresses("localhost" if uds else host, address, names),
         )
     except Interrupted as interruption:
+        # A thread may still compute for a request that was given up. The interpreter would wait for it at its end.
+        sys.stdout.flush()
+        for thread in threading.enumerate():
+            if thread.name.startswith(("batches", "decoders")):
+                thread.join(1)
+                if thread.is_alive():
+                    os._exit(interruption.exit_status)
         raise typer.Exit(interruption.exit_status) from interruption
 
 
@@ -63,7 +126,7 @@ def _print_addresses(host: str, address: str, names: list[str]) -> None:
 
     console = Console()
     if not is_loopback(host):
-        warning = f"other machines can reach {host}: the server has no password and no encryption"
+        warning = f"other machines can reach {host}: the server has no encryption, and no password without --token-file"
         console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
     for name in names:
         console.print(f"{address}/models/{name}/predict", highlight=False, soft_wrap=True)

@@ -165,7 +165,8 @@ class Preprocessing(ABC):
         """Return the raw value for the content of a request to a server: of a file, or of a typed text in UTF-8.
 
         The default writes the content to a temporary file and passes its path to :meth:`read`: input from a network
-        must never be interpreted as a path.
+        must never be interpreted as a path. For other media types than text, a server calls this method and
+        :meth:`encode` from several threads.
 
         Args:
             content: Content of the file, or the encoded text.

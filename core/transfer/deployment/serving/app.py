@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import resources
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request, Response
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from transfer import __version__
 from transfer.deployment.serving.batching import BATCHING, Batcher, Batching, BusyError
+from transfer.deployment.serving.guards import LOOPBACK_HOSTS, AccessLog, Gate, HostGuard, Tokens, refuse_other_origins
+from transfer.deployment.serving.metrics import CONTENT_TYPE, Metrics
 from transfer.deployment.serving.models import Prediction, RefusedError, Request as Inputs, ServedModel
-from transfer.deployment.serving.reading import LIMITS, Limits, is_text, read_inputs
+from transfer.deployment.serving.reading import CLOSE, LIMITS, RETRY, Intake, Limits, is_text, read_inputs
+from transfer.errors import UserError
 
 _PAGE = {
     "/": ("index.html", "text/html"),
@@ -31,13 +34,81 @@ _HEADERS = {
 }
 _REFUSALS = {
     400: "The form is malformed.",
+    401: "A token is missing or wrong.",
     403: "The request comes from a page of another site.",
     408: "The request did not arrive in time.",
     413: "The request is too large.",
     415: "The body is neither JSON nor a form.",
     422: "The inputs do not fit the model.",
-    503: "Too many requests are waiting.",
+    503: "Too many requests are waiting, or the server stops.",
+    504: "The request was not answered in time.",
 }
+# A second one decodes while a large image occupies the first. More would need more memory: up to 400 MB each.
+_DECODERS = 2
+
+
+class Endpoint:
+    """A model under its name; a newer version can replace it between two requests.
+
+    Args:
+        model: The model.
+        batching: Settings of the batches.
+        decoders: Threads that decode files.
+        metrics: Metrics of the application.
+    """
+
+    def __init__(self, model: ServedModel, batching: Batching, decoders: Executor, metrics: Metrics) -> None:
+        self.model = model
+        self.batcher: Batcher[tuple[ServedModel, Any], Prediction] = Batcher(self._work, batching)
+        self.decoding = 0
+        self._decoders = decoders
+        self._metrics = metrics
+        metrics.record_version(model.name, model.version)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a batch or are decoded."""
+        return self.batcher.waiting + self.decoding
+
+    def replace(self, model: ServedModel) -> None:
+        """Use another model for new requests; those in progress keep the one that they started with."""
+        self._metrics.record_version(model.name, model.version, self.model.version)
+        self.model = model
+
+    async def answer(self, model: ServedModel, contents: Inputs) -> Prediction:
+        """Return the prediction of a model for the inputs of a request.
+
+        Raises:
+            RefusedError: The inputs cannot be read.
+            BusyError: Too many requests are waiting.
+        """
+        item: Any = contents
+        if model.decodes_files:
+            # Images are not decoded in the thread of the model, so a large one does not stall the other requests.
+            if self.waiting >= self.batcher.settings.max_waiting:
+                raise BusyError
+            self.decoding += 1
+            try:
+                item = await asyncio.get_running_loop().run_in_executor(self._decoders, model.encode, contents)
+            finally:
+                self.decoding -= 1
+            if isinstance(item, Exception):
+                try:
+                    raise item
+                finally:
+                    del item  # otherwise the error and this frame refer to each other, and keep the inputs in memory
+        return await self.batcher.submit((model, item))
+
+    def _work(self, items: Sequence[tuple[ServedModel, Any]]) -> list[Prediction | Exception]:
+        self._metrics.record_batch(self.model.name, len(items))
+        results: dict[int, Prediction | Exception] = {}
+        # There are two models in a batch only directly after a reload.
+        for model in {id(model): model for model, _ in items}.values():
+            indices = [index for index, (other, _) in enumerate(items) if other is model]
+            values = [items[index][1] for index in indices]
+            predict = model.predict_encoded if model.decodes_files else model.predict
+            results |= zip(indices, predict(values), strict=True)
+        return [results[index] for index in range(len(items))]
 
 
 def make_app(
@@ -45,76 +116,134 @@ def make_app(
     *,
     limits: Limits = LIMITS,
     batching: Batching = BATCHING,
-    hosts: Sequence[str] = ("*",),
+    hosts: Sequence[str] = LOOPBACK_HOSTS,
+    root_path: str = "",
+    tokens: Tokens | None = None,
+    access_log: AccessLog = "off",
 ) -> FastAPI:
-    """Return the application, for uvicorn or any other ASGI server.
+    """Return the application with all its guards, for uvicorn or any other ASGI server.
 
     Args:
         models: The models; their names are unique.
-        limits: Limits on one request.
+        limits: Limits on requests.
         batching: Settings of the batches that requests are collected into.
-        hosts: Host names of the server. Requests for other names are refused: they come from a page of another site
-            that resolves its own name to this machine (DNS rebinding).
+        hosts: Host names of the server; ``*`` accepts all. Requests for other names are refused: they come from a page
+            of another site that resolves its own name to this machine (DNS rebinding).
+        root_path: Path under which a proxy publishes the application, such as ``/models-api``.
+        tokens: Bearer tokens that clients need; None needs none.
+        access_log: Format of the lines that the logger ``transfer.access`` gets: off, text or json.
     """
-    batchers: dict[str, Batcher[Inputs, Prediction]] = {
-        model.name: Batcher(model.predict, batching) for model in models
-    }
+    decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decoders")
+    metrics = Metrics()
+    intake = Intake(limits)
+    endpoints = {model.name: Endpoint(model, batching, decoders, metrics) for model in models}
+    metrics.watch(endpoints, intake)
 
     @asynccontextmanager
     async def batches(_: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            for batcher in batchers.values():
-                await stack.enter_async_context(batcher)
+            for endpoint in endpoints.values():
+                await stack.enter_async_context(endpoint.batcher)
             yield
+        decoders.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="transfer",
         version=__version__,
         summary="Predictions of trained models.",
         lifespan=batches,
+        root_path=root_path,
         docs_url=None,  # FastAPI's documentation pages load their code from other servers
         redoc_url=None,
     )
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app.state.endpoints = endpoints
+    app.state.tokens = tokens or Tokens()
+    app.add_middleware(HostGuard, allowed_hosts=list(hosts), www_redirect=False)
+    app.add_middleware(Gate, tokens=app.state.tokens, access_log=access_log, record=metrics.record_request)
 
     for path, (file, media_type) in _PAGE.items():
         app.add_api_route(path, _file(file, media_type), methods=["GET"], include_in_schema=False)
 
+    def stuck() -> list[str]:
+        return [name for name, one in endpoints.items() if one.batcher.busy_seconds > limits.answer_seconds]
+
     @app.get("/health", summary="Status of the server, and number of waiting requests")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "waiting": {name: batcher.waiting for name, batcher in batchers.items()}}
+        return {"status": "ok", "waiting": {name: endpoint.waiting for name, endpoint in endpoints.items()}}
+
+    @app.get("/health/live", summary="Whether the server responds")
+    async def live() -> dict[str, Any]:
+        return {"status": "ok"}
+
+    @app.get("/health/ready", summary="Whether the models can answer: 503 if one computes longer than the deadline")
+    async def ready(response: Response) -> dict[str, Any]:
+        response.status_code = 503 if stuck() else 200
+        return {"status": "stuck" if stuck() else "ok", "stuck": stuck()}
+
+    @app.get("/metrics", include_in_schema=False)
+    async def prometheus() -> Response:
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
 
     @app.get("/models", summary="The models, with their inputs and classes")
     async def list_models() -> dict[str, Any]:
         max_bytes = {"body": limits.body_bytes, "text": limits.text_bytes}
-        return {"models": [model.describe() for model in models], "max_bytes": max_bytes}
+        return {"models": [endpoint.model.describe() for endpoint in endpoints.values()], "max_bytes": max_bytes}
 
-    for model in models:
-        _add_predict(app, model, batchers[model.name], limits)
+    for endpoint in endpoints.values():
+        endpoint.model.warm_up(batching.max_size)
+        _add_predict(app, endpoint, intake)
     return app
 
 
-def _add_predict(app: FastAPI, model: ServedModel, batcher: Batcher[Inputs, Prediction], limits: Limits) -> None:
-    inputs: dict[str, str] = model.describe()["inputs"]
+def replace_models(app: FastAPI, models: Sequence[ServedModel], batch_size: int = BATCHING.max_size) -> None:
+    """Replace the models of an application by newer versions with the same names and inputs.
 
-    async def predict(request: Request) -> Prediction:
-        _refuse_other_origins(request)
-        contents = await read_inputs(request, inputs, limits)
-        try:
-            return await batcher.submit(contents)
-        except RefusedError as error:
-            raise HTTPException(422, str(error)) from error
-        except BusyError:
-            raise HTTPException(
-                503, "too many requests are waiting; try again in a second", {"Retry-After": "1"}
-            ) from None
+    Args:
+        app: Application of :func:`make_app`.
+        models: The newer versions.
+        batch_size: Size of the batch with which each is warmed up before the first is replaced.
+
+    Raises:
+        UserError: A model has another name or other inputs.
+    """
+    endpoints: dict[str, Endpoint] = app.state.endpoints
+    for model in models:
+        inputs = model.describe()["inputs"]
+        served = endpoints[model.name].model.describe()["inputs"] if model.name in endpoints else None
+        if inputs != served:
+            fix = "start the server again: only weights, classes and labels can change while it runs"
+            raise UserError(f"model {model.name} has other inputs: expected {served}, got {inputs}", fix=fix)
+        model.warm_up(batch_size)
+    for model in models:
+        endpoints[model.name].replace(model)
+
+
+def _add_predict(app: FastAPI, endpoint: Endpoint, intake: Intake) -> None:
+    model = endpoint.model
+    inputs: dict[str, str] = model.describe()["inputs"]
+    limits = intake.limits
+
+    async def predict(request: Request, response: Response) -> Prediction:
+        refuse_other_origins(request)
+        model = endpoint.model
+        response.headers["X-Model-Version"] = model.version
+        with intake.request() as reserve:
+            try:
+                contents = await read_inputs(request, inputs, limits, reserve)
+                return await _within(limits.answer_seconds, request, endpoint.answer(model, contents))
+            except RefusedError as error:
+                raise HTTPException(422, str(error)) from error
+            except BusyError:
+                raise HTTPException(503, "too many requests are waiting; try again in a second", RETRY) from None
+            except asyncio.CancelledError:  # by uvicorn, when the time to stop has passed
+                raise HTTPException(503, "the server stops", CLOSE) from None
 
     def schema(file: dict[str, str]) -> dict[str, Any]:
         properties: dict[str, dict[str, str]]
         properties = {name: {"type": "string"} | ({} if is_text(kind) else file) for name, kind in inputs.items()}
         return {"schema": {"type": "object", "properties": properties, "required": list(inputs)}}
 
-    # The example in the API description is a real prediction: it also warms the model up before the first request.
+    # The example in the API description is a real prediction.
     example = model.example()
     refusal: dict[str, Any] = {
         "application/json": {"schema": {"type": "object", "properties": {"detail": {"type": "string"}}}}
@@ -141,14 +270,26 @@ def _add_predict(app: FastAPI, model: ServedModel, batcher: Batcher[Inputs, Pred
     )
 
 
-def _refuse_other_origins(request: Request) -> None:
-    """Refuse a request from a page of another site: browsers send forms there without asking this server.
+async def _within(seconds: float, request: Request, work: Coroutine[Any, Any, Prediction]) -> Prediction:
+    """Return the result of work, and cancel it if it takes too long or the client disconnects.
 
-    Browsers name the site of the page in the header Origin; other clients do not send it.
+    Raises:
+        HTTPException: The time has passed (504), or the client has disconnected.
     """
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise HTTPException(403, "the request comes from a page of another site")
+    answer = asyncio.create_task(work)
+    # The body has been read: the next message is that the client has disconnected.
+    disconnected = asyncio.ensure_future(request.receive())
+    try:
+        tasks: set[asyncio.Future[Any]] = {answer, disconnected}
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        if disconnected.done():
+            raise HTTPException(400, "the client closed the connection")
+        raise HTTPException(504, f"the request was not answered within {seconds:g} seconds", RETRY)
+    finally:
+        answer.cancel()
+        disconnected.cancel()
 
 
 def _file(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -53,12 +55,19 @@ class Batcher(Generic[Item, Result]):
     ) -> None:
         self.work = work
         self.settings = settings
-        self._queue: asyncio.Queue[tuple[Item, asyncio.Future[Result]]] = asyncio.Queue(settings.max_waiting)
+        self._waiting: dict[asyncio.Future[Result], Item] = {}  # in the order of arrival
+        self._arrived = asyncio.Event()
+        self._busy_since: float | None = None
 
     @property
     def waiting(self) -> int:
         """Number of items that wait for a batch."""
-        return self._queue.qsize()
+        return len(self._waiting)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Age of the batch in progress, in seconds; 0 if there is none."""
+        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
     async def __aenter__(self) -> Self:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -71,44 +80,60 @@ class Batcher(Generic[Item, Result]):
         self._loop.cancel()
         with suppress(asyncio.CancelledError):
             await self._loop
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def submit(self, item: Item) -> Result:
-        """Return the result of an item.
+        """Return the result of an item. If the caller is cancelled, an item that waits is dropped.
 
         Raises:
             BusyError: Too many items are waiting.
             Exception: The exception that the work returned for this item.
         """
         # A full queue refuses at once: otherwise all clients would wait until they time out.
+        if len(self._waiting) >= self.settings.max_waiting:
+            raise BusyError
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting[result] = item
+        self._arrived.set()
         try:
-            self._queue.put_nowait((item, result))
-        except asyncio.QueueFull:
-            raise BusyError from None
-        return await result
+            return await result
+        finally:
+            self._waiting.pop(result, None)
 
     async def _work_on_batches(self) -> None:
         while True:
-            batch = [(item, result) for item, result in await self._collect() if not result.done()]
-            items = [item for item, _ in batch]
-            results: Sequence[Result | Exception]
-            try:
-                results = await asyncio.get_running_loop().run_in_executor(self._thread, self.work, items)
-            except Exception as error:
-                results = [error] * len(items)  # the loop continues: later batches may succeed
-            for (_, result), value in zip(batch, results, strict=True):
-                if result.done():  # the client has disconnected
-                    continue
-                if isinstance(value, Exception):
-                    result.set_exception(value)
-                else:
-                    result.set_result(value)
+            await self._process(await self._collect())
 
-    async def _collect(self) -> list[tuple[Item, asyncio.Future[Result]]]:
-        batch = [await self._queue.get()]
+    async def _process(self, batch: dict[asyncio.Future[Result], Item]) -> None:
+        # A function of its own, because the next batch may be minutes away: no variable keeps this one in memory.
+        if not batch:
+            return
+        results: Sequence[Result | Exception]
+        self._busy_since = time.monotonic()
+        try:
+            items = list(batch.values())
+            results = await asyncio.get_running_loop().run_in_executor(self._thread, self.work, items)
+        except Exception as error:
+            results = [error] * len(batch)  # the loop continues: later batches may succeed
+        self._busy_since = None
+        for result, value in zip(batch, results, strict=True):
+            if result.done():  # the client has disconnected
+                continue
+            if isinstance(value, Exception):
+                result.set_exception(value)
+            else:
+                result.set_result(value)
+
+    async def _collect(self) -> dict[asyncio.Future[Result], Item]:
+        while not self._waiting:
+            await self._next_arrival()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.settings.wait_seconds):
-                while len(batch) < self.settings.max_size:
-                    batch.append(await self._queue.get())
-        return batch
+                while len(self._waiting) < self.settings.max_size:
+                    await self._next_arrival()
+        first = list(itertools.islice(self._waiting, self.settings.max_size))
+        return {result: self._waiting.pop(result) for result in first}
+
+    async def _next_arrival(self) -> None:
+        self._arrived.clear()
+        await self._arrived.wait()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
 from transfer.errors import DataError
 from transfer.interfaces import Preprocessing
+from transfer.models.model_json import DESCRIPTION, WEIGHTS
 from transfer.models.precision import place
 from transfer.models.saved_model import LoadedModel, find_model, read_model
 from transfer.runs.occlusion import outputs_of_encoded
@@ -33,17 +37,26 @@ class RefusedError(Exception):
 
 
 class ServedModel:
-    """A trained model with a name. Its methods must be called from one thread.
+    """A trained model with a name.
+
+    :meth:`predict_encoded` and :meth:`predict` must be called from one thread, and :meth:`encode` from any thread if
+    the model :attr:`decodes_files`; otherwise from the same one.
 
     Args:
         name: Name of the model in URLs.
         loaded: The model; it is moved to the device.
         device: Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, cuda:N or mps.
+        version: Version of the model in responses.
     """
 
-    def __init__(self, name: str, loaded: LoadedModel, device: str = "auto") -> None:
+    def __init__(self, name: str, loaded: LoadedModel, device: str = "auto", version: str = "") -> None:
         self.name = name
         self.loaded = loaded
+        self.version = version
+        kinds = {reader.media_type.startswith("text/") for reader in self.inputs.values()}
+        self.decodes_files = kinds != {True}
+        # Text preprocessing caches words without a lock of its own: models of texts and files encode one by one.
+        self._encoding: AbstractContextManager[object] = Lock() if len(kinds) > 1 else nullcontext()
         place(loaded.model, resolve_device(device, where="--device"))
 
     @classmethod
@@ -53,7 +66,13 @@ class ServedModel:
         Raises:
             transfer.UserError: There is no model, it is damaged, or the device is not available.
         """
-        return cls(name, read_model(find_model(run)), device)
+        folder = find_model(run)
+        loaded = read_model(folder)
+        digest = hashlib.sha256()
+        for file in (folder / DESCRIPTION, folder / WEIGHTS):
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        return cls(name, loaded, device, digest.hexdigest()[:12])
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -69,31 +88,47 @@ class ServedModel:
         """Return the inputs, target and classes of the model as JSON values."""
         return {
             "name": self.name,
+            "version": self.version,
             "inputs": {name: reader.media_type for name, reader in self.inputs.items()},
             "target": self.loaded.data.target,
             "classes": list(self.loaded.data.classes),
         }
 
     def example(self) -> Prediction | None:
-        """Return the prediction for the backbone's own example; None if it has none. This warms the model up."""
+        """Return the prediction for the backbone's own example; None if it has none."""
         value = self.preprocessing.example()
         return None if value is None else self._predict_encoded(list(self.preprocessing.encode([value])))[0]
 
+    def warm_up(self, batch_size: int) -> None:
+        """Predict the backbone's example as a batch, so that the first requests find allocated memory and kernels."""
+        value = self.preprocessing.example()
+        if value is not None:
+            encoded = self.preprocessing.encode([value])[0]
+            self.predict_encoded([encoded] * batch_size)
+
     def predict(self, requests: Sequence[Request]) -> list[Prediction | Exception]:
         """Return the prediction for each request, or its own exception if it cannot be answered."""
-        results: dict[int, Prediction | Exception] = {}
-        encoded: dict[int, Any] = {}
-        for index, request in enumerate(requests):
-            try:
-                encoded[index] = self._encode(request)
-            except RefusedError as error:
-                results[index] = _without_traceback(error)
-            except Exception as error:
-                logger.exception("an input of model %s cannot be encoded", self.name)
-                results[index] = _without_traceback(error)
+        return self.predict_encoded([self.encode(request) for request in requests])
+
+    def encode(self, request: Request) -> Any:
+        """Return a request as the model's preprocessing encodes it, or the exception if it cannot be encoded."""
+        try:
+            with self._encoding:
+                return self._encode(request)
+        except RefusedError as error:
+            return _without_traceback(error)
+        except Exception as error:
+            logger.exception("an input of model %s cannot be encoded", self.name)
+            return _without_traceback(error)
+
+    def predict_encoded(self, values: Sequence[Any]) -> list[Prediction | Exception]:
+        """Return the prediction for each encoded request. An exception is returned as it is."""
+        results = {index: value for index, value in enumerate(values) if isinstance(value, Exception)}
+        encoded = {index: value for index, value in enumerate(values) if index not in results}
+        predicted: dict[int, Prediction | Exception] = dict(results)
         for indices in self._batches(encoded):
-            results |= zip(indices, self._predict_or_fail([encoded[index] for index in indices]), strict=True)
-        return [results[index] for index in range(len(requests))]
+            predicted |= zip(indices, self._predict_or_fail([encoded[index] for index in indices]), strict=True)
+        return [predicted[index] for index in range(len(values))]
 
     def _encode(self, request: Request) -> Any:
         values = []

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -15,22 +18,41 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 MEBIBYTE = 2**20
+MAX_BODIES = 16
+"""Number of bodies of the maximum size that all requests in progress may contain together."""
+MAX_INPUTS = 8
+_LARGE_JSON_BYTES = MEBIBYTE // 16
+_FORM_CHUNK_BYTES = MEBIBYTE // 4
+_BEFORE_STRING = re.compile(r"[\s{:,]{1,32}+\"")
+_END = re.compile(r"\s*+}\s*+")
 CLOSE = {"Connection": "close"}  # the rest of the request is not read
+RETRY = {"Retry-After": "1"}
+
+Reserve = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on one request.
+    """Limits on requests.
 
     Args:
         body_bytes: Maximum size of the body of a request.
         text_bytes: Maximum size of a text input; the time and memory for it grow with its length.
         seconds: Time in which the request must have arrived.
+        answer_seconds: Time in which a request that has arrived must be answered.
+        requests: Maximum number of requests for predictions that are read or answered at the same time.
     """
 
     body_bytes: int = 10 * MEBIBYTE
     text_bytes: int = MEBIBYTE // 4
     seconds: float = 10.0
+    answer_seconds: float = 30.0
+    requests: int = 256
+
+    @property
+    def total_bytes(self) -> int:
+        """Maximum size of the bodies of all requests in progress."""
+        return MAX_BODIES * self.body_bytes
 
 
 LIMITS = Limits()
@@ -41,19 +63,60 @@ def is_text(media_type: str) -> bool:
     return media_type.startswith("text/")
 
 
-async def read_inputs(request: Request, inputs: Mapping[str, str], limits: Limits) -> dict[str, bytes]:
+class Intake:
+    """The requests for predictions in progress: their number, and the size of their bodies.
+
+    Args:
+        limits: Limits on the requests.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.requests = 0
+        self.body_bytes = 0
+
+    @contextmanager
+    def request(self) -> Iterator[Reserve]:
+        """Count a request until the block ends. The block gets the function that counts the bytes of its body.
+
+        Raises:
+            HTTPException: There are too many requests, or their bodies are too large together (503).
+        """
+        reserved = 0
+
+        def reserve(size: int) -> None:
+            nonlocal reserved
+            if self.body_bytes + size > self.limits.total_bytes:
+                raise HTTPException(503, "the requests in progress are too large together", CLOSE | RETRY)
+            reserved += size
+            self.body_bytes += size
+
+        if self.requests >= self.limits.requests:
+            raise HTTPException(503, "too many requests are in progress", CLOSE | RETRY)
+        self.requests += 1
+        try:
+            yield reserve
+        finally:
+            self.requests -= 1
+            self.body_bytes -= reserved
+
+
+async def read_inputs(
+    request: Request, inputs: Mapping[str, str], limits: Limits, reserve: Reserve = lambda size: None
+) -> dict[str, bytes]:
     """Read the content of each input from a JSON object or a form.
 
     Args:
         request: The request; its body has not been read.
         inputs: Media type of each input, by name.
         limits: Limits on the request.
+        reserve: Function that is called with the size of each part of the body before it is kept.
 
     Raises:
         HTTPException: The request is too slow (408), too large (413), of another type (415), or does not fit the model
             (422); the detail states the reason.
     """
-    body = await _read_body(request, limits)
+    body = await _read_body(request, limits, reserve)
     match request.headers.get("content-type", "").partition(";")[0].strip().lower():
         case "application/json":
             contents = _from_json(body, inputs)
@@ -70,7 +133,7 @@ async def read_inputs(request: Request, inputs: Mapping[str, str], limits: Limit
     return contents
 
 
-async def _read_body(request: Request, limits: Limits) -> bytes:
+async def _read_body(request: Request, limits: Limits, reserve: Reserve) -> bytes:
     too_large = HTTPException(413, f"the request is too large: expected at most {limits.body_bytes:,} bytes", CLOSE)
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > limits.body_bytes:
@@ -80,9 +143,10 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     try:
         async with asyncio.timeout(limits.seconds):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.body_bytes:
+                if len(body) + len(chunk) > limits.body_bytes:
                     raise too_large
+                reserve(len(chunk))
+                body += chunk
     except TimeoutError:
         raise HTTPException(408, f"the request did not arrive within {limits.seconds:g} seconds", CLOSE) from None
     except ClientDisconnect:
@@ -92,13 +156,32 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
 
 def _from_json(body: bytes, inputs: Mapping[str, str]) -> dict[str, bytes]:
     try:
-        contents = json.loads(body)
+        text = body.decode(json.detect_encoding(body), "surrogatepass")
+        if len(text) > _LARGE_JSON_BYTES and not _is_flat(text):
+            raise HTTPException(422, f"the body is not a JSON object of strings with {_names(inputs)}")
+        contents = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise HTTPException(422, f"the body is not valid JSON: {error}") from None
     if not isinstance(contents, dict):
         raise HTTPException(422, f"the body is not a JSON object with {_names(inputs)}")
     _check_names(contents, inputs)
     return {name: _content(name, value, inputs[name]) for name, value in contents.items()}
+
+
+def _is_flat(text: str) -> bool:
+    """Whether a JSON text is an object of a few strings, or invalid.
+
+    The parser would block all other requests for seconds if a large text consisted of millions of numbers or lists.
+    """
+    position = 0
+    for _ in range(2 * MAX_INPUTS):
+        if not (before := _BEFORE_STRING.match(text, position)):
+            break
+        try:
+            _, position = scanstring(text, before.end())
+        except ValueError:
+            return True
+    return _END.fullmatch(text, position) is not None
 
 
 def _check_names(contents: Mapping[str, object], inputs: Mapping[str, str]) -> None:
@@ -117,12 +200,19 @@ def _content(name: str, value: Any, media_type: str) -> bytes:
 
 
 async def _from_form(request: Request, body: bytes, inputs: Mapping[str, str]) -> dict[str, bytes]:
+    chunks = iter(range(0, len(body), _FORM_CHUNK_BYTES))
+
     async def replay() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
+        # Parsing a large form takes long: other requests get a turn after each chunk.
+        await asyncio.sleep(0)
+        start = next(chunks, len(body))
+        end = start + _FORM_CHUNK_BYTES
+        return {"type": "http.request", "body": body[start:end], "more_body": end < len(body)}
 
     # Starlette refuses a malformed form with 400 and the reason.
     # The body was read within the limits above, so the form parser gets it from memory.
-    async with Request(request.scope, replay).form(max_files=8, max_fields=8, max_part_size=len(body)) as form:
+    limits = {"max_files": MAX_INPUTS, "max_fields": MAX_INPUTS, "max_part_size": len(body)}
+    async with Request(request.scope, replay).form(**limits) as form:
         _check_names(form, inputs)
         return {
             name: await value.read() if isinstance(value, UploadFile) else value.encode("utf-8", "surrogateescape")
@@ -131,4 +221,4 @@ async def _from_form(request: Request, body: bytes, inputs: Mapping[str, str]) -
 
 
 def _names(names: Mapping[str, object]) -> str:
-    return " and ".join(map(repr, list(names)[:8])) or "nothing"
+    return " and ".join(map(repr, list(names)[:MAX_INPUTS])) or "nothing"
