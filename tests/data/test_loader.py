@@ -447,13 +447,51 @@ def test_memory_cache_of_split_used_once_is_empty() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_loader_processes_start_with_full_memory_cache() -> None:
+def test_loader_processes_fill_shared_memory_cache() -> None:
     loader, plain = cached_loader(None, workers=2), cached_loader(0)
     for epoch in (0, 1):
-        assert loader.examples.is_filling_cache == (epoch == 0) or not loader.examples.memory_cache.is_measured
         assert all(torch.equal(a, b) for a, b in zip(sums(loader, epoch), sums(plain, epoch), strict=True))
+        assert loader._running is not None
+    assert sum(loader.preprocessing.encoded) == loading.MEASURED_EXAMPLES  # in this process
+    cache = loader.examples.memory_cache
+    assert cache.is_shared
+    assert not cache.is_filling
+    assert all(cache.get(i) is not None for i in range(40))
+    assert pickle.loads(pickle.dumps(loader.examples)).memory_cache.get(0) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_loader_processes_wait_for_memory_cache_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_cache.multiprocessing, "get_start_method", lambda: "spawn")
+    loader, plain = cached_loader(None, workers=2), cached_loader(0)
+    for epoch in (0, 1):
+        assert all(torch.equal(a, b) for a, b in zip(sums(loader, epoch), sums(plain, epoch), strict=True))
+        assert (loader._running is None) == (epoch == 0)
     assert sum(loader.preprocessing.encoded) == 40
-    assert not pickle.loads(pickle.dumps(loader.examples)).memory_cache.values
+
+
+@pytest.mark.parametrize("limit", [0, None], ids=["no cache", "cache"])
+def test_example_twice_in_batch_is_augmented_once_each(limit: int | None) -> None:
+    examples = cached_loader(limit).examples
+    first, second = examples.batch([(0, 3), (0, 3)]).inputs
+    assert torch.equal(first, second)
+    assert torch.equal(first, examples.batch([(0, 3)]).inputs[0])
+
+
+def test_shared_memory_cache_stops_at_limit_and_keeps_strides() -> None:
+    cache = memory_cache.MemoryCache(3, 3 * 64)
+    images = [torch.arange(size, dtype=torch.uint8).view(2, 3, -1).permute(2, 0, 1) for size in (60, 54, 84)]
+    cache.measure({0: images[0][:, :1]}, shared=True)  # smaller than the others, and not dense
+    assert torch.equal(cache.get(0), images[0][:, :1])
+    cache.put(1, images[1])
+    assert cache.get(1).stride() == images[1].stride()
+    assert torch.equal(cache.get(1), images[1])
+    cache.get(1).zero_()
+    cache.put(1, images[0])  # another process has added it
+    assert torch.equal(cache.get(1), images[1])
+    cache.put(2, images[2])
+    assert cache.get(2) is None
+    assert not cache.is_filling
 
 
 def test_timed_iterator_measures_waiting() -> None:

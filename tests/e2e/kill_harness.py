@@ -33,6 +33,7 @@ FRESH_EVERY = 14
 """Every so many attempts one is started anew instead of forked."""
 KILLS_OF_A_RUN = (4, 9)
 CHECKPOINT = {"every_steps": 1, "keep": 2}
+IN_BACKGROUND = {**CHECKPOINT, "in_background": True}
 CONFIGS: dict[str, dict[str, Any]] = {
     # Dropout, a moving average, accumulation, clipping, a schedule by steps, words learned from the data.
     "text": {
@@ -48,7 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "accumulate": 2,
             "clip_norm": 1.0,
             "phases": [{"epochs": 1, "freeze": ["embedding"]}, {"epochs": 2, "lr": 0.003}],
-            "checkpoint": CHECKPOINT,
+            "checkpoint": IN_BACKGROUND,
         },
     },
     # Augmentation, batch norm, loader processes, a feature cache of two views that is filled in each phase.
@@ -80,6 +81,7 @@ CONFIGS["vision, two loader processes"] = {
         **CONFIGS["vision"]["train"],
         "views": None,
         "workers": 2,
+        "checkpoint": IN_BACKGROUND,
         "phases": [{"epochs": 1, "freeze": {"until": "stage2"}}, {"epochs": 1, "lr": 0.01}],
     },
 }

@@ -80,13 +80,15 @@ def the_run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_disk_full(config: dict[str, Any], tmp_path: Path, expected: dict[str, Any]) -> None:
+@pytest.mark.parametrize("in_background", [False, True], ids=["foreground", "background"])
+def test_disk_full(config: dict[str, Any], tmp_path: Path, expected: dict[str, Any], in_background: bool) -> None:
     """A limit on the size of files stands in for a full disk: the kernel refuses the write in the same place."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill = after_epoch(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1])))
+    overrides = [*OVERRIDES, f"train.checkpoint.in_background={str(in_background).lower()}"]
     try:
         with pytest.raises(TrainingError, match=r"the checkpoint cannot be written: .*large") as caught:
-            transfer.run(config, OVERRIDES, output=tmp_path / "runs", observe=fill)
+            transfer.run(config, overrides, output=tmp_path / "runs", observe=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert "transfer resume" in str(caught.value.problems[0].fix)

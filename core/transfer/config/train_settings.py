@@ -207,11 +207,14 @@ class Checkpoint(Block):
         every_steps: Number of optimizer steps within an epoch after which a checkpoint is written; null disables it.
         every_minutes: Minutes since the last checkpoint after which the next is written; null disables it.
         keep: Number of latest checkpoints to keep. With 1 there is no earlier one to use if it is damaged.
+        in_background: Whether a thread writes a copy of the state while training continues. auto: when training on a
+            GPU; on the CPU the thread would take processor time from training.
     """
 
     every_steps: Count | None = None
     every_minutes: Positive | None = 10.0
     keep: Count = 2
+    in_background: bool | Literal["auto"] = "auto"
 
 
 class TrainConfig(Block):

@@ -53,8 +53,8 @@ class Loader:
         bucket: Whether examples of similar length share a batch, or the number of batches whose examples are sorted by
             length together (True: 50). Has no effect without ``encode_once``.
         workers: Number of loader processes, which live until the loader is deleted; 0 loads in this process. ``auto``
-            uses none until :meth:`prepare_for` has chosen a number. While the memory cache is filled, this process
-            encodes (in threads, if the preprocessing uses them), and loader processes start afterwards.
+            uses none until :meth:`prepare_for` has chosen a number. Forked processes fill the memory cache together. If
+            memory cannot be shared, this process fills it, and loader processes start afterwards.
         sampler: Order of the examples in training; None shuffles them.
         repeated: Whether the split is iterated more than once, so that keeping encoded values may be worthwhile.
 
@@ -190,9 +190,10 @@ class Loader:
         global_batches = self.batch_indices(epoch)[start:][:limit]
         batches = global_batches if shard is None else [shard(batch) for batch in global_batches]
         # Before loader processes start, so that they get the decision.
-        self.examples.measure()
-        # Loader processes cannot fill the cache of this process.
-        workers = 0 if self.examples.is_filling_cache else min(self.workers, len(batches))
+        self.examples.measure(shared=self.workers > 0)
+        # Loader processes cannot fill a cache that belongs to this process only.
+        fills_here = self.examples.is_filling_cache and not self.examples.memory_cache.is_shared
+        workers = 0 if fills_here else min(self.workers, len(batches))
         if self._running is None or self._running.num_workers < workers:
             workers = self._workers_in_shared_memory(workers, epoch, batches) if workers else 0
             self._running = _TorchLoader(self.examples, workers, pin_memory=self.pin_memory) if workers else None
@@ -369,12 +370,12 @@ class _BatchDataset(Dataset[Any]):
         """Whether encoded values are being added to the memory cache."""
         return self.caches_in_memory and self.memory_cache.is_filling
 
-    def measure(self) -> None:
-        """Measure once whether the encoded values of the split fit into memory."""
+    def measure(self, *, shared: bool = False) -> None:
+        """Measure once whether the encoded values of the split fit into memory, shared by loader processes or not."""
         if self.caches_in_memory and not self.memory_cache.is_measured:
             indices = np.unique(np.linspace(0, len(self.split) - 1, MEASURED_EXAMPLES, dtype=np.int64)).tolist()
             values = encode(self.preprocessing, self.column, indices, self.split.name)
-            self.memory_cache.measure(dict(zip(indices, values, strict=True)))
+            self.memory_cache.measure(dict(zip(indices, values, strict=True)), shared=shared)
 
     def __getitem__(self, pair: tuple[int, int]) -> Batch:
         return self.batch([pair])
@@ -392,12 +393,13 @@ class _BatchDataset(Dataset[Any]):
         indices = np.array([index for _, index in pairs])
         encoded = self._encoded(indices.tolist())
         if self.augments:
+            repeats = len(set(indices.tolist())) < len(pairs)  # a sampler may draw an example twice
             with preserve_rng_state():
                 for position, (epoch, index) in enumerate(pairs):
                     # Seeded for each example: the augmentation depends neither on the batch nor on the loader process.
                     seed_all(self.seed, epoch, index)
                     value = encoded[position]
-                    if self.encoded is not None or index in self.memory_cache.values:
+                    if repeats or self.encoded is not None or index in self.memory_cache.values:
                         # An augmentation that works in place must not change the stored value.
                         value = _copied(value)
                     encoded[position] = self.preprocessing.augment(value)
@@ -408,9 +410,10 @@ class _BatchDataset(Dataset[Any]):
         if self.encoded is not None:
             return [self.encoded[i] for i in indices]
         # One call for all missing values: the preprocessing may encode them in parallel.
-        missing = [i for i in indices if i not in self.memory_cache.values]
+        cached = {i: self.memory_cache.get(i) for i in indices}
+        missing = [i for i, value in cached.items() if value is None]
         fresh = dict(zip(missing, encode(self.preprocessing, self.column, missing, self.split.name), strict=True))
-        values = [fresh[i] if i in fresh else self.memory_cache.values[i] for i in indices]
+        values = [fresh[i] if i in fresh else cached[i] for i in indices]
         if self.is_filling_cache:
             for index, value in fresh.items():
                 self.memory_cache.put(index, value)

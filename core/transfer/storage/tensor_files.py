@@ -24,6 +24,15 @@ def on_cpu(tensors: Tensors) -> dict[str, Tensor]:
     return copies
 
 
+def snapshot(tensors: Tensors) -> dict[str, Tensor]:
+    """Return copies of tensors in CPU memory, which later changes of the tensors do not affect.
+
+    From a GPU the copies go to pinned memory and are queued on the current stream, so that Python does not wait. They
+    are complete when an event that is recorded afterwards has occurred.
+    """
+    return {name: tensor.detach().to("cpu", non_blocking=tensor.is_cuda, copy=True) for name, tensor in tensors.items()}
+
+
 def write_tensors(path: Path, tensors: Tensors) -> None:
     """Write a safetensors file and flush it to the disk.
 

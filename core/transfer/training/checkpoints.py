@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import Any, Self
+
+import torch
 
 from transfer.storage import checkpoint
 from transfer.storage.run_directory import RunDirectory
+from transfer.storage.tensor_files import on_cpu, snapshot
 from transfer.system.file_schema import checked
+from transfer.system.signals import Interrupted
 from transfer.training.distributed import ProcessGroup
 from transfer.training.events import Note, Observer
 from transfer.training.experiment import EngineOptions
-from transfer.training.state import BestCheckpointState, TrainingState, load_weights
+from transfer.training.state import BestCheckpointState, Contents, TrainingState, load_weights, require_finite
 
 
 class Checkpoints:
     """The checkpoints ``last`` and ``best`` of a run. Only rank 0 writes and reads them.
+
+    With ``checkpoint.in_background``, :meth:`save` copies the state, and a thread writes the copy. At most one write is
+    in progress; the error of a failed one is raised by the next call of :meth:`is_due`, :meth:`save` or :meth:`wait`.
+    The context manager waits for the write when it is exited.
 
     Args:
         run: Run directory. None if nothing is written.
@@ -41,6 +54,22 @@ class Checkpoints:
         self._seconds_before_resume = 0.0
         self._started = time.perf_counter()
         self._last_saved = time.monotonic()
+        in_background = options.checkpoint.in_background
+        self._in_background = options.device.type == "cuda" if in_background == "auto" else in_background
+        self._write: Future[None] | None = None  # the write in progress, or one whose error is not raised yet
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # After a second Ctrl-C nothing is waited for: the disk may be slow or full. The write replaces the checkpoint
+        # atomically, so that it may end at any time.
+        if isinstance(error, Interrupted) and error.at_once:
+            return
+        if error is None or isinstance(error, Interrupted):
+            self.wait()
+        elif self._write is not None:
+            self._write.exception()  # waits; the error that ends the run comes first
 
     @property
     def run(self) -> RunDirectory:
@@ -63,23 +92,59 @@ class Checkpoints:
 
         Args:
             batches: Number of trained batches of the epoch.
+
+        Raises:
+            TrainingError: The last checkpoint could not be written in the background.
         """
+        if self._write is not None and self._write.done():
+            self.wait()
         settings = self._options.checkpoint
         if settings.every_steps is not None and batches // self._options.accumulate % settings.every_steps == 0:
             return True
         return settings.every_minutes is not None and self.age >= 60 * settings.every_minutes
 
-    def save_last(self) -> None:
-        """Save the state as ``last``."""
+    def wait(self) -> None:
+        """Wait for the write in the background, if one is in progress.
+
+        Raises:
+            TrainingError: The weights are not finite, or the checkpoint cannot be written.
+        """
+        if self._write is not None:
+            self._write.result()
+            self._write = None
+
+    def save(self, *, best: bool = False, last: bool = True) -> None:
+        """Save the state as ``last``, the validated weights as ``best``, or both.
+
+        Raises:
+            TrainingError: The weights are not finite, or the checkpoint cannot be written. In the background, the
+                previous checkpoint failed so.
+        """
+        # `best` first, because `last` refers to it: if the process is killed in between, the epoch is trained again
+        # with the same result.
+        names = ["best"] * best + ["last"] * last
+        if not names:
+            return
+        self.wait()
         self._state.progress.seconds = self.seconds
         if self._processes.is_main:
-            self._state.save(self.run.checkpoints / "last", self._options.checkpoint.keep)
-        self._last_saved = time.monotonic()
-
-    def save_best(self) -> None:
-        """Save the validated weights as ``best``."""
-        if self._processes.is_main:
-            self._state.save_best(self.run.checkpoints / "best")
+            contents = [self._state.best_contents() if name == "best" else self._state.contents() for name in names]
+            folders = [self.run.checkpoints / name for name in names]
+            keep = self._options.checkpoint.keep
+            if not self._in_background:
+                _write(folders, [({file: on_cpu(t) for file, t in ts.items()}, state) for ts, state in contents], keep)
+            else:
+                copies = [
+                    ({file: snapshot(tensors) for file, tensors in files.items()}, copy.deepcopy(state))
+                    for files, state in contents
+                ]
+                copied = torch.cuda.Event() if self._options.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+                if copied is not None:
+                    # The training continues on the same stream, so no later step can change what is being copied.
+                    copied.record(torch.cuda.current_stream(self._options.device))
+                self._write = _in_thread(lambda: _write(folders, copies, keep, copied))
+        if last:
+            self._last_saved = time.monotonic()
 
     def restore_last(self) -> None:
         """Restore the newest intact checkpoint. Without one, training starts from the beginning."""
@@ -104,6 +169,7 @@ class Checkpoints:
 
     def load_best(self) -> dict[str, Any]:
         """Load the weights of the best epoch into the model, and return their epoch and validation metrics."""
+        self.wait()
         best = self._state.progress.best
         folder = self.run.checkpoints / "best"
         tensors, loaded = self._processes.broadcast_object(lambda: checkpoint.load(folder))
@@ -114,3 +180,40 @@ class Checkpoints:
         model = self._state.model
         load_weights(model, tensors.get("model", {}), self._state.changed_weights(model), folder)
         return loaded
+
+
+def _write(
+    folders: list[Path], contents: Sequence[Contents], keep: int, copied: torch.cuda.Event | None = None
+) -> None:
+    """Write checkpoints in order, after checking the weights of ``last``.
+
+    Args:
+        folders: Folder of each checkpoint.
+        contents: Contents of each checkpoint, on the CPU.
+        keep: Number of checkpoints ``last`` to keep.
+        copied: CUDA event that marks the end of the copy to the CPU. None if the copy has ended.
+    """
+    if copied is not None:
+        copied.synchronize()
+    for folder, (tensors, state) in zip(folders, contents, strict=True):
+        if folder.name == "last":
+            require_finite(tensors["model"], state["progress"])
+            checkpoint.save(folder, tensors, state, keep=keep)
+        else:
+            checkpoint.save(folder, tensors, state)
+
+
+def _in_thread(function: Callable[[], None]) -> Future[None]:
+    """Call a function in a thread, which does not keep the process alive after a second Ctrl-C."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:  # raised in the training thread by Future.result()
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return future

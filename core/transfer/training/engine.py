@@ -150,6 +150,11 @@ class Trainer:
         """Train the remaining phases, score the test split and return the summary (:func:`fit`)."""
         if resume:
             self.checkpoints.restore_last()
+        with self.checkpoints:  # waits for a write in the background, also if the training is interrupted
+            self._train_phases()
+            return self._finish()
+
+    def _train_phases(self) -> None:
         try:
             for number in range(self.state.progress.phase, len(self.experiment.phases) + 1):
                 self.train_phase(number)
@@ -170,7 +175,6 @@ class Trainer:
                 f"a loader process was killed, perhaps because memory ran out: {error}",
                 fix=f"set fewer train.workers in a new run, or resume this one: {self.checkpoints.run.resume_command}",
             ) from error
-        return self._finish()
 
     def train_phase(self, number: int) -> None:
         """Train the remaining epochs of a phase, counted from 1."""
@@ -358,21 +362,17 @@ class Trainer:
         state.schedule.after_epoch(scores.get(selection.metric, math.nan))
         train_metrics = {name: float(metric.compute()) for name, metric in state.metrics.items()}
         record, improved = progress.end_epoch(train_metrics, scores, validation_seconds, selection, facts)
-        # `best` first, because `last` refers to it: if the process is killed in between, the epoch is trained again
-        # with the same result.
-        if improved:
-            self.checkpoints.save_best()
-        if self.options.checkpoint.every_steps or self.checkpoints.age >= MIN_CHECKPOINT_SECONDS:
-            self._save_checkpoint()
+        is_due = self.options.checkpoint.every_steps or self.checkpoints.age >= MIN_CHECKPOINT_SECONDS
+        self._save_checkpoint(best=improved, last=bool(is_due))
         if self.processes.is_main:
             self.checkpoints.run.append_metrics(record)
         self.observe(EpochEnded(record, improved))
 
-    def _save_checkpoint(self) -> None:
-        """Write the checkpoint ``last``."""
+    def _save_checkpoint(self, *, best: bool = False, last: bool = True) -> None:
+        """Write the checkpoint ``last``, ``best``, or both."""
         self._record_pending_loss()
-        self.checkpoints.save_last()
-        self._has_unsaved_steps = False
+        self.checkpoints.save(best=best, last=last)
+        self._has_unsaved_steps = self._has_unsaved_steps and not last
 
     # ----------------------------------------------------------------------------------------- parts of these methods
 

@@ -16,9 +16,8 @@ from torchmetrics import Metric
 
 from transfer.errors import RunError, TrainingError, damaged
 from transfer.models.model import Model
-from transfer.storage import checkpoint
 from transfer.storage.run_directory import EpochRecord
-from transfer.storage.tensor_files import on_cpu, require_same_layout
+from transfer.storage.tensor_files import Tensors, require_same_layout
 from transfer.system.file_schema import FileSchema, checked
 from transfer.training import optimizer_state
 from transfer.training.scheduler import Schedule
@@ -28,6 +27,8 @@ _FIX_MISMATCH = "restore the original files, or start a new run with: transfer r
 _MISMATCH = "the checkpoint does not fit the run"
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
+Contents = tuple[Mapping[str, Tensors], dict[str, Any]]
+"""Contents of a checkpoint: tensors by file, and plain data."""
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -229,24 +230,14 @@ class TrainingState:
                 schedule.load_state_dict(state.schedule)
         self.optimizer, self.schedule = optimizer, schedule
 
-    def save(self, folder: Path, keep: int) -> None:
-        """Write a checkpoint from which the run can resume.
-
-        Args:
-            folder: Folder of the checkpoint.
-            keep: Number of checkpoints that are kept, this one included.
-
-        Raises:
-            TrainingError: The weights are not finite, or the checkpoint cannot be written.
-        """
+    def contents(self) -> Contents:
+        """Return the contents of a checkpoint from which the run can resume. The tensors are not copied."""
         assert self.optimizer is not None
         assert self.schedule is not None
-        weights = on_cpu(self.changed_weights(self.model))  # on a GPU, each check there would wait for the device
-        self._require_finite(weights)
         optimizer_tensors, optimizer_values = optimizer_state.optimizer_tensors(self.model, self.optimizer)
         updates, metric_tensors = _metric_states(self.metrics)
-        tensors: dict[str, Mapping[str, Tensor]] = {
-            "model": weights,
+        tensors: dict[str, Tensors] = {
+            "model": self.changed_weights(self.model),
             "optimizer": optimizer_tensors,
             "metrics": metric_tensors,
         }
@@ -263,13 +254,12 @@ class TrainingState:
             "metric_updates": updates,
             "scaler": self.scaler.state_dict() or None,  # a disabled scaler has an empty state
         }
-        checkpoint.save(folder, tensors, state, keep=keep)
+        return tensors, state
 
-    def save_best(self, folder: Path) -> None:
-        """Write the validated weights with their validation metrics."""
+    def best_contents(self) -> Contents:
+        """Return the validated weights and their validation metrics. The tensors are not copied."""
         scored = self.model if self.average is None else self.average.module
-        state = {"origin": self.origin, **(self.progress.best or {})}
-        checkpoint.save(folder, {"model": self.changed_weights(scored)}, state)
+        return {"model": self.changed_weights(scored)}, {"origin": self.origin, **(self.progress.best or {})}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], folder: Path) -> str | None:
         """Restore a checkpoint; return why it is not the newest one, or None if it is.
@@ -352,14 +342,24 @@ class TrainingState:
             if self.model.stage_of(name) not in self.unchanged and name not in self.model.fixed
         }
 
-    def _require_finite(self, weights: Mapping[str, Tensor]) -> None:
-        broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
-        if broken:
-            raise TrainingError(
-                f"{len(broken)} weights are not finite ({broken[0]}) after epoch {self.progress.epochs}, batch "
-                f"{self.progress.epoch.batches} of the next; the checkpoint before is kept",
-                fix="lower the learning rate, or set train.clip_norm",
-            )
+
+def require_finite(weights: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+    """Require that the weights of a checkpoint are finite.
+
+    Args:
+        weights: Weights on the CPU: on a GPU, each check would wait for the device.
+        progress: The progress with these weights, as in :meth:`TrainingState.contents`, for the error.
+
+    Raises:
+        TrainingError: Weights are NaN or infinite.
+    """
+    broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise TrainingError(
+            f"{len(broken)} weights are not finite ({broken[0]}) after epoch {len(progress['records'])}, batch "
+            f"{progress['epoch']['batches']} of the next; the checkpoint before is kept",
+            fix="lower the learning rate, or set train.clip_norm",
+        )
 
 
 def load_weights(
