@@ -75,7 +75,7 @@ LearningRate = Annotated[
     one_of("a positive number, or positive numbers by group: head, backbone, a stage, or layer_decay"),
 ]
 Count = Annotated[int, Field(ge=1)]
-BatchNorm = Literal["frozen", "train"]
+BatchNorm = Literal["frozen", "eval", "train"]
 RecipeName = Literal["feature_extraction", "fine_tune", "lp_ft", "gradual", "scratch", "random_features"]
 
 
@@ -149,7 +149,8 @@ class PhaseSettings(Block):
         scheduler: Scheduler of this phase; null uses the run's.
         patience: Number of epochs without a better validation metric after which the phase ends; null disables early
             stopping.
-        batch_norm: Statistics of frozen batch-norm layers: frozen, or train (they follow the training data).
+        batch_norm: Statistics of batch-norm layers. frozen: those of frozen layers are fixed. eval: those of trained
+            layers of the backbone are fixed too, and only their weights are trained. train: all follow the data.
     """
 
     epochs: Count

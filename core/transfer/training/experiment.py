@@ -200,5 +200,5 @@ class Experiment:
 
     def unchanged_stages(self) -> frozenset[str]:
         """Return the stages that no phase changes, including their buffers."""
-        frozen = [p.frozen.stages if p.frozen.batch_norm == "frozen" else frozenset() for p in self.phases]
+        frozen = [p.frozen.stages if p.frozen.batch_norm != "train" else frozenset() for p in self.phases]
         return frozenset.intersection(*frozen)

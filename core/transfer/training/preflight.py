@@ -304,6 +304,8 @@ def _check_optimizer_and_schedule(config: RunConfig, model: Model, phase: Phase,
         for prefix, module in model.named_modules()
         if isinstance(module, BATCH_NORM) and trained & {f"{prefix}.{name}" for name, _ in module.named_parameters()}
     ]
+    if phase.frozen.batch_norm == "eval":
+        norms = [prefix for prefix in norms if model.stage_of(prefix) == "head"]
     if norms and (config.train.max_tokens or config.train.batch_size == 1):
         setting, reason = "batch_size", ""
         if config.train.max_tokens:
@@ -337,6 +339,8 @@ def treatment(config: RunConfig, model: Model, phase: Phase, stage: str) -> tupl
         text += f", decay {decay:g}{'' if all(group.decays for group in groups) else '*'}"
     if sum(len(group.parameters) for group in groups) < parameters:
         text += ", partly frozen"
+    if freezing.fixed_statistics(model, phase.frozen, stage):
+        text += ", batch norm eval"
     return text, True
 
 
