@@ -69,6 +69,12 @@ def _trained_batch_norm(model: Model, frozen: Frozen) -> list[nn.Module]:
     return [inner for inner in backbone if isinstance(inner, BATCH_NORM) and id(inner) not in frozen_modules]
 
 
+def trains_batch_norm(model: Model, policy: Freeze) -> bool:
+    """Return whether a freeze policy leaves batch-norm layers of the backbone to train."""
+    names = [name for name, _ in model.named_parameters()]
+    return bool(_trained_batch_norm(model, Frozen(*_select(model, names, policy))))
+
+
 def fixed_statistics(model: Model, frozen: Frozen, stage: str) -> bool:
     """Return whether a trained stage has batch-norm layers whose statistics are fixed (``batch_norm: eval``)."""
     layers = {id(layer) for layer in _trained_batch_norm(model, frozen)} if frozen.batch_norm == "eval" else set()
