@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import POINT_SIZE, Dense, PointPreprocessing
 
 import transfer
-from transfer import ConfigError
+from transfer import ConfigError, Preprocessing, register
 from transfer.config.check import load_config
 from transfer.runs.train import Run
 from transfer.training.build import build
@@ -64,7 +66,7 @@ def recipe(config: dict[str, Any], text: str, *overrides: str) -> tuple[Any, lis
     return built, [note for note in notes if "gradient steps" in note]
 
 
-def test_feature_extraction_is_an_ordinary_run(config: dict[str, Any], tmp_path: Any) -> None:
+def test_feature_extraction_is_an_ordinary_run(config: dict[str, Any], tmp_path: Path) -> None:
     del config["train"]["phases"]
     run: Run = transfer.run(config, ["train.recipe={name: feature_extraction, epochs: 9}"], output=tmp_path)
     (record,) = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
@@ -115,3 +117,43 @@ def test_solved_phase_with_settings_of_gradient_steps_is_refused(config: dict[st
     del config["train"]["phases"]
     with pytest.raises(ConfigError, match="solver of the recipe 'fine_tune' has no effect"):
         transfer.check(config, ["train.recipe={name: fine_tune, epochs: 2, solver: lbfgs}"])
+
+
+class Jitter(Dense):
+    """Dense stages whose preprocessing adds noise to training examples."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Noisy()
+
+
+class Noisy(PointPreprocessing):
+    """Points with noise in training."""
+
+    augments = True
+
+    def augment(self, encoded: Any) -> Any:
+        return encoded + torch.randn(POINT_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "views", "solvers"),
+    [
+        ("feature_extraction", None, ["gradient"]),
+        ("feature_extraction", 2, ["lbfgs"]),
+        ("lp_ft", None, ["lbfgs", "gradient"]),
+    ],
+)
+def test_augmented_examples(
+    config: dict[str, Any], tmp_path: Path, name: str, views: int | None, solvers: list[str]
+) -> None:
+    register("backbone", "jitter")(Jitter)
+    del config["train"]["phases"]
+    config["train"]["views"] = views
+    overrides = ["backbone.name=jitter", f"train.recipe={{name: {name}, epochs: 2}}"]
+    _, parts = transfer.check(config, overrides)
+    assert [phase.solver for phase in parts.phases] == solvers
+    run = transfer.run(config, overrides, output=tmp_path)
+    report = run.summary["cache"][0]
+    assert report["cached"] == (solvers[0] == "lbfgs")
+    assert report.get("views") == views

@@ -180,7 +180,9 @@ class Trainer:
         # ---- freeze, and compute the frozen prefix once
         self._freeze(phase)
         prefix = freezing.prefix_length(self.model, phase.frozen)
-        sources = {"train": self._batches_for(experiment.train, prefix, training=True, epochs=phase.epochs)}
+        examples = experiment.train if (steps := phase.solver == "gradient") else solver.training_examples(experiment)
+        # A solved head takes all augmented views of an example in its only epoch.
+        sources = {"train": self._batches_for(examples, prefix, training=steps, epochs=phase.epochs if steps else None)}
         if experiment.validation is not None:
             sources["validation"] = self._batches_for(experiment.validation, prefix)
         if progress.record_caches(number, {split: source.report for split, source in sources.items()}):
@@ -215,12 +217,12 @@ class Trainer:
         while progress.phase_epochs < phase.epochs and not progress.is_out_of_patience(phase.patience):
             batches = batches_per_epoch[progress.phase_epochs]
             self.observe(EpochStarted(progress.epochs + 1, total_epochs, number, len(experiment.phases), batches))
-            if phase.solver == "lbfgs":
+            if steps:
+                self.train_epoch(sources["train"])
+            else:
                 with self.signals.immediate():
                     solver.solve_epoch(experiment, self.state, sources, self.processes, self.observe)
                 self._has_unsaved_steps = True
-            else:
-                self.train_epoch(sources["train"])
             validation_started = time.perf_counter()
             scores, facts = self.validate(sources.get("validation"))
             with self.signals.deferred():

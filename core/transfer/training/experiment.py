@@ -181,7 +181,8 @@ class Experiment:
         prefix = FrozenPrefix(self.model, stages, self.assets, options.precision)
         cache = None
         if options.cache != "off":
-            name = split or next(name for name in SPLITS if getattr(self, name) is loader)
+            # Only the training split has other loaders: of the same examples in another order, or not augmented.
+            name = split or next((name for name in SPLITS if getattr(self, name) is loader), "train")
             cache = FeatureCache(
                 int(options.cache_limit_gib * 2**30),
                 verify=options.cache == "verify",

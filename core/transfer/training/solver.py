@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from transfer.config.run_config import RunConfig
+from transfer.data.loader import Loader
 from transfer.errors import TrainingError
 from transfer.feature_cache.loader import CachedLoader, StageInputs, reason_not_cached
+from transfer.feature_cache.prefix import BATCH_SIZE
 from transfer.interfaces import Backbone, Task
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
@@ -75,6 +77,10 @@ def reason_not_solved(config: RunConfig, backbone: Backbone, model: Model, task:
         return "train.ema averages gradient steps"
     if examples * (train.views or 1) * linear.in_features > MAX_FEATURES:
         return f"the training split has more than {MAX_FEATURES:,} features"
+    if train.sampler is not None:
+        return "train.sampler draws the examples of gradient steps"
+    if config.train.recipe is None or config.train.recipe.name == "lp_ft":
+        return None  # the head is only a start of fine-tuning, or is asked for: solved on examples as they are
     return reason_not_cached(
         len(model) - 1,
         cache=True,  # without the cache, one pass computes the features
@@ -82,6 +88,14 @@ def reason_not_solved(config: RunConfig, backbone: Backbone, model: Model, task:
         views=train.views,
         mixed=train.mix is not None,
     )
+
+
+def training_examples(experiment: Experiment) -> Loader:
+    """Return the training examples for :func:`solve`: augmented only if the feature cache contains several views."""
+    train = experiment.train
+    if train.augments and experiment.options.views is None:
+        return train.in_fixed_order(BATCH_SIZE, augment=False)
+    return train
 
 
 def solve(experiment: Experiment, sources: Mapping[str, StageInputs]) -> Solution:
