@@ -88,6 +88,10 @@ CASES = {
     "warm-up, plateau": ["train.scheduler={name: plateau, patience: 0}", "train.warmup_epochs=0.5"],
     "patience": ["train.phases=[{epochs: 9, patience: 1, lr: 1.0e-9}, {epochs: 1}]"],
     "batch norm that follows": ["train.phases=[{epochs: 3, freeze: backbone, batch_norm: train}]"],
+    "batch norm eval, linear": ["train.phases=[{epochs: 3, batch_norm: eval}]", "train.scheduler={name: linear}"],
+    "solved head": [
+        "train.phases=[{epochs: 1, freeze: backbone, solver: lbfgs}, {epochs: 3, batch_norm: eval, lr: 0.02}]"
+    ],
     "regression": ["data.target=number", "task={name: regression}"],
 }
 

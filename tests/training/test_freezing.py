@@ -16,7 +16,7 @@ from transfer.config.check import load_config
 from transfer.models.model import Model
 from transfer.models.saved_model import read_model
 from transfer.training.build import build
-from transfer.training.freezing import Frozen, apply, prefix_length, resolve
+from transfer.training.freezing import Frozen, apply, fixed_statistics, prefix_length, resolve
 
 
 @pytest.fixture
@@ -230,6 +230,27 @@ def test_prefix_ends_before_updated_statistics(model: Model, config: dict[str, A
 def test_batch_norm_train_without_frozen_batch_norm_is_refused(model: Model, config: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match="none is frozen"):
         batch_norm(model, config, text)
+
+
+def test_batch_norm_eval_trains_weights_with_fixed_statistics(model: Model, config: dict[str, Any]) -> None:
+    frozen = resolve(model, policy(config, "[first]"), "eval")
+    apply(model, frozen)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    training = {name for name, module in model.named_modules() if module.training}
+    assert "third" in training
+    assert not training & {"first", "third.1"}
+    model(torch.randn(16, 4)).sum().backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.get_parameter("third.1.weight").grad is not None
+    assert [fixed_statistics(model, frozen, stage) for stage in model.stages] == [False, False, True, False]
+    apply(model, resolve(model, policy(config, "[first]")))
+    assert model.train().get_submodule("third.1").training
+
+
+def test_batch_norm_eval_without_trained_batch_norm_is_refused(model: Model, config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="the backbone has none"):
+        resolve(model, policy(config, "backbone"), "eval")
 
 
 def test_later_phase_freezes_statistics_again(model: Model, config: dict[str, Any]) -> None:

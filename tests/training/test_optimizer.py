@@ -219,10 +219,19 @@ def test_step_scheduler_steps_after_epochs(model: Model) -> None:
     assert rates_over(model, "step", step_size=2, gamma=0.1) == pytest.approx(by_epoch(0.1, 0.1, 0.01, 0.01))
 
 
-def test_cosine_scheduler_spans_the_phase(model: Model) -> None:
-    half = 0.5**0.5
-    expected = by_epoch(0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half))
-    assert rates_over(model, "cosine") == pytest.approx(expected)
+def test_cosine_scheduler_falls_to_zero_by_step(model: Model) -> None:
+    assert rates_over(model, "cosine") == pytest.approx([cosine(step, 12) for step in range(12)])
+
+
+def test_linear_scheduler_falls_to_zero_by_step(model: Model) -> None:
+    expected = [0.1 * (1 - step / 12) for step in range(12)]
+    assert rates_over(model, "linear") == pytest.approx(expected)
+    assert warmed(model, "linear", 1.0) == pytest.approx([*RISING, *expected])
+
+
+def test_linear_scheduler_with_options_is_that_of_torch(model: Model) -> None:
+    seen = rates_over(model, "linear", start_factor=0.5, total_iters=2)
+    assert seen == pytest.approx(by_epoch(0.05, 0.075, 0.1, 0.1))
 
 
 def test_one_cycle_steps_after_every_batch(model: Model) -> None:
@@ -309,24 +318,24 @@ def test_step_scheduler_starts_after_warmup(model: Model) -> None:
     assert seen == pytest.approx([*RISING, *[0.1] * 4, *[0.01] * 4, *[0.001] * 4])
 
 
-def cosine(epoch: int, epochs: int) -> float:
-    return 0.05 * (1 + math.cos(math.pi * epoch / epochs))
+def cosine(step: int, steps: int) -> float:
+    return 0.05 * (1 + math.cos(math.pi * step / steps))
 
 
 @pytest.mark.parametrize("warmup_epochs", [1.0, 1.1])
-def test_cosine_scheduler_spans_epochs_after_warmup(model: Model, warmup_epochs: float) -> None:
+def test_cosine_scheduler_spans_steps_after_warmup(model: Model, warmup_epochs: float) -> None:
     """Four warm-up steps, exactly or after rounding."""
-    rest = [cosine(epoch, 3) for epoch in range(3) for _ in range(4)]
+    rest = [cosine(step, 12) for step in range(12)]
     assert warmed(model, "cosine", warmup_epochs) == pytest.approx([*RISING, *rest])
 
 
 def test_cosine_scheduler_after_warmup_of_half_an_epoch(model: Model) -> None:
-    rest = [cosine(epoch, 3) for epoch in range(3) for _ in range(4)]
-    assert warmed(model, "cosine", 0.5) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1, *rest])
+    rest = [cosine(step, 14) for step in range(14)]
+    assert warmed(model, "cosine", 0.5) == pytest.approx([0.1 / 3, 0.2 / 3, *rest])
 
 
 def test_warmup_shorter_than_half_a_step_is_ignored(model: Model) -> None:
-    assert warmed(model, "cosine", 0.1) == pytest.approx([cosine(epoch, 4) for epoch in range(4) for _ in range(4)])
+    assert warmed(model, "cosine", 0.1) == pytest.approx([cosine(step, 16) for step in range(16)])
 
 
 def test_plateau_ignores_epochs_with_warmup(model: Model) -> None:

@@ -97,6 +97,7 @@ class Classification(Task):
 
     targets: ClassVar[frozenset[TargetKind]] = frozenset({"class"})
     primary_metric = PrimaryMetric("accuracy", higher_is_better=True)
+    has_convex_loss = True
 
     def __init__(
         self,
@@ -188,6 +189,7 @@ class MultiLabel(Task):
 
     targets: ClassVar[frozenset[TargetKind]] = frozenset({"labels"})
     primary_metric = PrimaryMetric("f1_macro", higher_is_better=True)
+    has_convex_loss = True
 
     def __init__(self, data: DataSpec, *, threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5) -> None:
         self.classes = data.classes
@@ -250,6 +252,7 @@ class Regression(Task):
         self.names = data.classes
         self.out_features = len(data.classes)
         self.kind = loss
+        self.has_convex_loss = loss != "absolute"  # which has no derivative at zero
         self.standardize = standardize
         # Mean and standard deviation of each number in the training split, (C,); None leaves outputs as they are.
         self.scaling: tuple[Tensor, Tensor] | None = None

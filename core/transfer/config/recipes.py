@@ -9,6 +9,13 @@ from transfer.errors import ConfigError
 
 WITHOUT_PRETRAINED = frozenset({"scratch", "random_features"})
 """Recipes that start from random weights."""
+FINE_TUNING = frozenset({"fine_tune", "lp_ft", "gradual"})
+"""Recipes that train a pretrained backbone."""
+PROBING = frozenset({"feature_extraction", "random_features", "lp_ft"})
+"""Recipes with a phase that trains only the head and that L-BFGS can replace."""
+MIN_EXAMPLES_FOR_STATISTICS = 5_000
+"""Number of training examples below which fine-tuning keeps the statistics of batch norm. A batch is a poor estimate of
+them, and on small data the few steps do not average it out."""
 BACKBONE_LR_FACTOR = 0.1
 """Learning rate of the backbone relative to the head's: pretrained weights should change less than new ones."""
 STAGE_DECAY = 1 / 2.6
@@ -27,13 +34,23 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
         stages: Names of the backbone's stages that have parameters, from input to output.
 
     Raises:
-        ConfigError: The recipe has two phases or more, and one epoch.
+        ConfigError: The recipe has two phases or more, and one epoch. Or it sets an option without an effect.
     """
+    for option, names in {"batch_norm": FINE_TUNING, "solver": PROBING}.items():
+        if getattr(recipe, option) is not None and recipe.name not in names:
+            raise ConfigError(
+                f"{option} of the recipe {recipe.name!r} has no effect",
+                fix=f"remove it, or choose {', '.join(sorted(names))}",
+            )
+    batch_norm = recipe.batch_norm or "frozen"
+    solved = PhaseSettings(epochs=1, freeze="backbone", solver="lbfgs")
     by_group = {"head": lr, "backbone": lr * BACKBONE_LR_FACTOR} if not isinstance(lr, Mapping) else lr
     if recipe.name in ("feature_extraction", "random_features"):
+        if recipe.solver == "lbfgs":
+            return (solved,)
         return (PhaseSettings(epochs=recipe.epochs, freeze="backbone", lr=lr),)
     if recipe.name == "fine_tune":
-        return (PhaseSettings(epochs=recipe.epochs, lr=by_group),)
+        return (PhaseSettings(epochs=recipe.epochs, lr=by_group, batch_norm=batch_norm),)
     if recipe.name == "scratch":
         return (PhaseSettings(epochs=recipe.epochs, lr=lr),)
     if recipe.name == "lp_ft":
@@ -44,7 +61,10 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
             if not isinstance(lr, Mapping)
             else lr
         )
-        return (PhaseSettings(epochs=probe, freeze="backbone", lr=lr), PhaseSettings(epochs=tune, lr=slow))
+        if recipe.solver == "lbfgs":
+            return (solved, PhaseSettings(epochs=recipe.epochs - 1, lr=slow, batch_norm=batch_norm))
+        probed = PhaseSettings(epochs=probe, freeze="backbone", lr=lr)
+        return (probed, PhaseSettings(epochs=tune, lr=slow, batch_norm=batch_norm))
     decay = STAGE_DECAY ** min(1.0, MAX_DECAY_STEPS / max(1, len(stages) - 1))
     decayed = by_group if isinstance(lr, Mapping) else {**by_group, "layer_decay": decay}
     # Gradual unfreezing: the head first, then one more stage per phase from the output on, finally everything.
@@ -54,7 +74,10 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
     policies = [policies[round(index * (len(policies) - 1) / (count - 1))] for index in range(count)]
     epochs = _split_epochs(recipe, count)
     rates: list[LearningRate] = [lr, *[decayed] * (count - 1)]
-    return tuple(PhaseSettings(epochs=e, freeze=f, lr=r) for e, f, r in zip(epochs, policies, rates, strict=True))
+    return tuple(
+        PhaseSettings(epochs=e, freeze=f, lr=r, batch_norm=batch_norm if index else "frozen")
+        for index, (e, f, r) in enumerate(zip(epochs, policies, rates, strict=True))
+    )
 
 
 def _split_epochs(recipe: Recipe, count: int) -> list[int]:

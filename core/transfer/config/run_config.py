@@ -164,6 +164,15 @@ class RunConfig:
             self, train=train, resolved=self.resolved | {"train": {**self.resolved["train"], "batch_size": size}}
         )
 
+    def with_recipe(self, settled: Mapping[str, Any]) -> RunConfig:
+        """Return the same config with options of the recipe that depend on the model and the data."""
+        assert self.train.recipe is not None
+        recipe = self.train.recipe.model_copy(update=settled)
+        train = {**self.resolved["train"], "recipe": recipe.model_dump(mode="json")}
+        return replace(
+            self, train=self.train.model_copy(update={"recipe": recipe}), resolved=self.resolved | {"train": train}
+        )
+
     def quick(self) -> RunConfig:
         """Return the config of a quick run: one epoch per phase on a few examples of each class, without trackers."""
         limit = min(self.data_options.limit or QUICK_EXAMPLES, QUICK_EXAMPLES)

@@ -75,7 +75,8 @@ LearningRate = Annotated[
     one_of("a positive number, or positive numbers by group: head, backbone, a stage, or layer_decay"),
 ]
 Count = Annotated[int, Field(ge=1)]
-BatchNorm = Literal["frozen", "train"]
+BatchNorm = Literal["frozen", "eval", "train"]
+Solver = Literal["gradient", "lbfgs"]
 RecipeName = Literal["feature_extraction", "fine_tune", "lp_ft", "gradual", "scratch", "random_features"]
 
 
@@ -153,7 +154,10 @@ class PhaseSettings(Block):
         scheduler: Scheduler of this phase; null uses the run's.
         patience: Number of epochs without a better validation metric after which the phase ends; null disables early
             stopping.
-        batch_norm: Statistics of frozen batch-norm layers: frozen, or train (they follow the training data).
+        batch_norm: Statistics of batch-norm layers. frozen: those of frozen layers are fixed. eval: those of trained
+            layers of the backbone are fixed too, and only their weights are trained. train: all follow the data.
+        solver: Solver of the phase. gradient: steps of the optimizer. lbfgs: a linear head on a frozen backbone is
+            fitted to the features by L-BFGS in one epoch, with the L2 penalty that has the lowest validation loss.
     """
 
     epochs: Count
@@ -162,6 +166,15 @@ class PhaseSettings(Block):
     scheduler: dict[str, Any] | None = None
     patience: Count | None = None
     batch_norm: BatchNorm = "frozen"
+    solver: Solver = "gradient"
+
+    @model_validator(mode="after")
+    def _solved_phase_has_no_steps(self) -> PhaseSettings:
+        if self.solver == "lbfgs" and (self.epochs, self.freeze) != (1, "backbone"):
+            raise ValueError("solver: lbfgs needs epochs: 1 and freeze: backbone")
+        if self.solver == "lbfgs" and (self.lr, self.scheduler, self.patience) != (None, None, None):
+            raise ValueError("lr, scheduler and patience have no effect with solver: lbfgs")
+        return self
 
 
 class Recipe(Block):
@@ -174,11 +187,17 @@ class Recipe(Block):
             are fewer epochs than stages), from the output on, with lower learning rates for lower stages (Howard and
             Ruder 2018). scratch: train everything from random weights. random_features: train only the head, on a
             backbone with random weights.
-        epochs: Number of epochs of all phases together.
+        epochs: Number of epochs of all phases together. Solving the head takes one epoch.
+        batch_norm: Statistics of batch-norm layers in the phases that train the backbone, as in a phase. null is eval
+            with fewer than 5,000 training examples, otherwise frozen.
+        solver: Solver of a phase that trains only the head, in feature_extraction, random_features and lp_ft. null is
+            lbfgs if the head is linear and training features are cached or not augmented, otherwise gradient.
     """
 
     name: RecipeName
     epochs: Count
+    batch_norm: BatchNorm | None = None
+    solver: Solver | None = None
 
 
 class MixupCutmix(Block):

@@ -43,6 +43,9 @@ class Task(ABC):
     out_features: int
     """The number of outputs of the model, set by the constructor."""
 
+    has_convex_loss: bool = False
+    """Whether :meth:`loss` is convex and smooth in the outputs, so that a linear head can be solved by L-BFGS."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # Plugins written for version 0.1 define the old name.

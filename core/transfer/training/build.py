@@ -25,7 +25,7 @@ from transfer.models.saved_backbone import build_backbone, load_pretrained
 from transfer.training.auto_batch_size import find_batch_size
 from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.experiment import SMOKE_TEST_BATCHES, EngineOptions, Experiment, Phase
-from transfer.training.preflight import preflight, resolve_phases
+from transfer.training.preflight import preflight, resolve_phases, settle_recipe
 from transfer.training.selection import FEW_EXAMPLES, LAST
 
 
@@ -98,7 +98,12 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         for name, split in splits.items()
     }
     phases = checked.phases
-    if [name for name, _ in model.named_parameters()] != [name for name, _ in checked.model.named_parameters()]:
+    config, reason = settle_recipe(config, backbone, model, task, len(splits["train"]))
+    if reason:
+        observe(Note(f"the head is trained by gradient steps instead of solved: {reason}"))
+    if config.train.recipe is not None or [name for name, _ in model.named_parameters()] != [
+        name for name, _ in checked.model.named_parameters()
+    ]:
         # A head may have parameters per class, and some datasets report their classes only when they are read.
         phases = resolve_phases(config, model)
     experiment = make_experiment(

@@ -23,7 +23,7 @@ from transfer.models.precision import autocast, place
 from transfer.storage.checkpoint import digest
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.signals import Interrupted, Signals
-from transfer.training import evaluation, freezing
+from transfer.training import evaluation, freezing, solver
 from transfer.training.batch_loss import BatchLoss
 from transfer.training.checkpoints import Checkpoints
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, ProcessLostError
@@ -184,7 +184,9 @@ class Trainer:
         # ---- freeze, and compute the frozen prefix once
         self._freeze(phase)
         prefix = freezing.prefix_length(self.model, phase.frozen)
-        sources = {"train": self._batches_for(experiment.train, prefix, training=True, epochs=phase.epochs)}
+        examples = experiment.train if (steps := phase.solver == "gradient") else solver.training_examples(experiment)
+        # A solved head takes all augmented views of an example in its only epoch.
+        sources = {"train": self._batches_for(examples, prefix, training=steps, epochs=phase.epochs if steps else None)}
         if experiment.validation is not None:
             sources["validation"] = self._batches_for(experiment.validation, prefix)
         if progress.record_caches(number, {split: source.report for split, source in sources.items()}):
@@ -219,7 +221,12 @@ class Trainer:
         while progress.phase_epochs < phase.epochs and not progress.is_out_of_patience(phase.patience):
             batches = batches_per_epoch[progress.phase_epochs]
             self.observe(EpochStarted(progress.epochs + 1, total_epochs, number, len(experiment.phases), batches))
-            self.train_epoch(sources["train"])
+            if steps:
+                self.train_epoch(sources["train"])
+            else:
+                with self.signals.immediate():
+                    solver.solve_epoch(experiment, self.state, sources, self.processes, self.observe)
+                self._has_unsaved_steps = True
             validation_started = time.perf_counter()
             scores, facts = self.validate(sources.get("validation"))
             with self.signals.deferred():
@@ -415,17 +422,10 @@ class Trainer:
             progress.epoch.loss_sum += loss.finite_item(progress.epochs + 1)
 
     def _evaluate(self, model: Model, source: StageInputs, split: str, **collected: Any) -> dict[str, float]:
+        precision, limit = self.options.precision, self.experiment.max_batches
+        collected |= {"processes": self.processes, "signals": self.signals}
         return evaluation.evaluate(
-            model,
-            self.experiment.task,
-            source,
-            self.options.precision,
-            self.observe,
-            split,
-            self.experiment.max_batches,
-            processes=self.processes,
-            signals=self.signals,
-            **collected,
+            model, self.experiment.task, source, precision, self.observe, split, limit, **collected
         )
 
     # ------------------------------------------------------------------------------------------------------ summary

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from transfer.config.torch_classes import TorchClass
-from transfer.config.train_settings import Checkpoint, MixupCutmix, Precision, TrainConfig
+from transfer.config.train_settings import Checkpoint, MixupCutmix, Precision, Solver, TrainConfig
 from transfer.data.loader import Loader
 from transfer.feature_cache.loader import StageInputs, select_stage_inputs
 from transfer.feature_cache.prefix import FrozenPrefix
@@ -38,6 +38,7 @@ class Phase:
         scheduler: Learning-rate scheduler. None keeps the learning rates constant.
         patience: Number of epochs without a better validation metric after which the phase ends. None disables early
             stopping.
+        solver: Solver of the phase: steps of the optimizer, or L-BFGS for a linear head.
     """
 
     epochs: int
@@ -45,6 +46,7 @@ class Phase:
     groups: list[ParameterGroup]
     scheduler: TorchClass | None
     patience: int | None = None
+    solver: Solver = "gradient"
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ class Experiment:
         prefix = FrozenPrefix(self.model, stages, self.assets, options.precision)
         cache = None
         if options.cache != "off":
-            name = split or next(name for name in SPLITS if getattr(self, name) is loader)
+            # Only the training split has other loaders: of the same examples in another order, or not augmented.
+            name = split or next((name for name in SPLITS if getattr(self, name) is loader), "train")
             cache = FeatureCache(
                 int(options.cache_limit_gib * 2**30),
                 verify=options.cache == "verify",
@@ -200,5 +203,5 @@ class Experiment:
 
     def unchanged_stages(self) -> frozenset[str]:
         """Return the stages that no phase changes, including their buffers."""
-        frozen = [p.frozen.stages if p.frozen.batch_norm == "frozen" else frozenset() for p in self.phases]
+        frozen = [p.frozen.stages if p.frozen.batch_norm != "train" else frozenset() for p in self.phases]
         return frozenset.intersection(*frozen)

@@ -21,7 +21,8 @@ class Frozen:
     Args:
         parameters: Names of the frozen parameters.
         stages: Names of the stages in which all parameters and buffers are frozen.
-        batch_norm: Mode of frozen batch-norm layers. ``train`` lets their running statistics follow the training data.
+        batch_norm: Mode of batch norm. ``train`` lets the running statistics of frozen layers follow the training data;
+            ``eval`` keeps the statistics of all layers in the backbone, also of those whose weights are trained.
     """
 
     parameters: frozenset[str]
@@ -34,7 +35,7 @@ def resolve(model: Model, policy: Freeze, batch_norm: BatchNorm = "frozen") -> F
 
     Raises:
         ConfigError: A stage does not exist, a pattern matches no parameter, or nothing is left to train. Or
-            ``batch_norm: train`` is set, and no batch-norm layer is frozen.
+            ``batch_norm: train`` is set, and no batch-norm layer is frozen, or ``eval``, and none is trained.
     """
     names = [name for name, _ in model.named_parameters()]
     parameters, stages = _select(model, names, policy)
@@ -55,7 +56,32 @@ def resolve(model: Model, policy: Freeze, batch_norm: BatchNorm = "frozen") -> F
             "batch_norm: train has no effect: it applies to frozen batch-norm layers, and none is frozen",
             fix="remove it, or freeze a stage with batch norm",
         )
+    if batch_norm == "eval" and not _trained_batch_norm(model, frozen):
+        raise ConfigError(
+            "batch_norm: eval has no effect: it applies to trained batch-norm layers, and the backbone has none",
+            fix="remove it, or train a stage with batch norm",
+        )
     return frozen
+
+
+def _trained_batch_norm(model: Model, frozen: Frozen) -> list[nn.Module]:
+    """Return the batch-norm layers of the backbone that are not in a frozen module."""
+    # A new head has no pretrained statistics to keep.
+    backbone = [inner for name, stage in model.stages.items() if name != "head" for inner in stage.modules()]
+    frozen_modules = {id(inner) for module in _frozen_modules(model, frozen) for inner in module.modules()}
+    return [inner for inner in backbone if isinstance(inner, BATCH_NORM) and id(inner) not in frozen_modules]
+
+
+def trains_batch_norm(model: Model, policy: Freeze) -> bool:
+    """Return whether a freeze policy leaves batch-norm layers of the backbone to train."""
+    names = [name for name, _ in model.named_parameters()]
+    return bool(_trained_batch_norm(model, Frozen(*_select(model, names, policy))))
+
+
+def fixed_statistics(model: Model, frozen: Frozen, stage: str) -> bool:
+    """Return whether a trained stage has batch-norm layers whose statistics are fixed (``batch_norm: eval``)."""
+    layers = {id(layer) for layer in _trained_batch_norm(model, frozen)} if frozen.batch_norm == "eval" else set()
+    return any(id(inner) in layers for inner in model.stages[stage].modules())
 
 
 # Layers without parameters whose output depends on nothing else than their input. Dropout is not among them: in train
@@ -103,7 +129,10 @@ def apply(model: Model, frozen: Frozen) -> None:
         parameter.requires_grad_(name not in frozen.parameters)
         if name in frozen.parameters:
             parameter.grad = None  # a gradient of the phase before would count in the norm that is clipped
-    model.keep_in_eval(tuple(_frozen_modules(model, frozen)), batch_norm=frozen.batch_norm == "frozen")
+    in_eval = _frozen_modules(model, frozen)
+    if frozen.batch_norm == "eval":
+        in_eval += _trained_batch_norm(model, frozen)
+    model.keep_in_eval(tuple(in_eval), batch_norm=frozen.batch_norm != "train")
 
 
 def _select(model: Model, names: list[str], policy: Freeze) -> tuple[frozenset[str], frozenset[str]]:

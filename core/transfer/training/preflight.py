@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from transfer.config.component import error_location, plugin_errors
+from transfer.config.recipes import FINE_TUNING, MIN_EXAMPLES_FOR_STATISTICS, PROBING
 from transfer.config.run_config import RunConfig
 from transfer.config.yaml_document import Key
 from transfer.errors import ConfigError, PluginError, Problem, UserError
@@ -25,6 +26,7 @@ from transfer.training.mixup import check_mixable
 from transfer.training.optimizer import build_optimizer, parameter_groups
 from transfer.training.scheduler import Schedule
 from transfer.training.selection import Selection
+from transfer.training.solver import reason_not_solved
 
 LARGE_EPOCH_STEPS = 1000
 """Placeholder for the number of steps per epoch, which is unknown before the data is read."""
@@ -77,6 +79,7 @@ def preflight(config: RunConfig) -> CheckedParts:
     with config.at("train", "select"):
         Selection.of(task, config.train.select)
     shapes = _run_on_meta(config, backbone, task, model)
+    config, _ = settle_recipe(config, backbone, model, task)
     phases = resolve_phases(config, model)
     device = resolve_training_device(config)
     _refuse_dead_settings(config, backbone, model, phases, device)
@@ -199,6 +202,44 @@ def _shape(value: object) -> str:
     return " and ".join(map(_shape, value)) if isinstance(value, tuple) else type(value).__name__
 
 
+def settle_recipe(
+    config: RunConfig, backbone: Backbone, model: Model, task: Task, examples: int = 0
+) -> tuple[RunConfig, str | None]:
+    """Return the config with the options of its recipe that depend on the model and the number of training examples.
+
+    Args:
+        config: Checked config.
+        backbone: Backbone with its preprocessing.
+        model: Model on any device.
+        task: Task: loss and metrics.
+        examples: Number of training examples; 0 if the data was not read.
+
+    Returns:
+        The config, and the reason why a head is trained by gradient steps instead of solved; None otherwise.
+
+    Raises:
+        ConfigError: ``solver: lbfgs`` is set, and the head cannot be solved.
+    """
+    recipe = config.train.recipe
+    asked: list[Key] = [("recipe",)] if recipe is not None and recipe.solver == "lbfgs" else []
+    asked += [("phases", i) for i, phase in enumerate(config.train.phases or ()) if phase.solver == "lbfgs"]
+    may_solve = recipe is not None and recipe.name in PROBING and recipe.solver is None
+    reason = reason_not_solved(config, backbone, model, task, examples) if asked or may_solve else None
+    if asked and reason is not None:
+        raise ConfigError(
+            f"solver: lbfgs cannot solve the head: {reason}",
+            where=config.document.location(("train", *asked[0], "solver")),
+            fix="remove it, so that the head is trained by gradient steps",
+        )
+    if recipe is None:
+        return config, None
+    settled: dict[str, Any] = {"solver": "gradient" if reason else "lbfgs"} if may_solve else {}
+    if recipe.name in FINE_TUNING and recipe.batch_norm is None:
+        is_small = examples < MIN_EXAMPLES_FOR_STATISTICS
+        settled["batch_norm"] = "eval" if is_small and freezing.trains_batch_norm(model, "none") else "frozen"
+    return config.with_recipe(settled), reason
+
+
 def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
     """Return the phases of a config, resolved for a model.
 
@@ -213,12 +254,17 @@ def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
         key = config.phase_key(index)
         try:
             with config.at(*key, "freeze"):
-                frozen = freezing.resolve(model, settings.freeze, settings.batch_norm)
+                batch_norm = settings.batch_norm
+                # A phase of a recipe may train only stages without batch norm.
+                if key == ("train", "recipe") and not freezing.trains_batch_norm(model, settings.freeze):
+                    batch_norm = "frozen"
+                frozen = freezing.resolve(model, settings.freeze, batch_norm)
             lr_key = (*key, "lr")
             with config.at(*lr_key if config.document.is_set(lr_key) else ("train", "optimizer", "lr")):
                 assert settings.lr is not None
                 groups = parameter_groups(model, frozen, settings.lr, config.optimizer_options.no_weight_decay)
-            phase = Phase(settings.epochs, frozen, groups, config.phase_scheduler(index), settings.patience)
+            scheduler = config.phase_scheduler(index)
+            phase = Phase(settings.epochs, frozen, groups, scheduler, settings.patience, settings.solver)
             _check_optimizer_and_schedule(config, model, phase, key)
             phases.append(phase)
         except UserError as error:
@@ -322,6 +368,8 @@ def _check_optimizer_and_schedule(config: RunConfig, model: Model, phase: Phase,
         for prefix, module in model.named_modules()
         if isinstance(module, BATCH_NORM) and trained & {f"{prefix}.{name}" for name, _ in module.named_parameters()}
     ]
+    if phase.frozen.batch_norm == "eval":
+        norms = [prefix for prefix in norms if model.stage_of(prefix) == "head"]
     if norms and (config.train.max_tokens or config.train.batch_size == 1):
         setting, reason = "batch_size", ""
         if config.train.max_tokens:
@@ -349,12 +397,16 @@ def treatment(config: RunConfig, model: Model, phase: Phase, stage: str) -> tupl
     parameters = len(list(model.stages[stage].parameters()))
     if not groups:
         return "frozen" if stage in phase.frozen.stages or parameters else "-", False
+    if phase.solver == "lbfgs":
+        return "solved (L-BFGS)", True
     decay = config.weight_decay
     text = f"lr {groups[0].lr:.3g}"
     if decay:
         text += f", decay {decay:g}{'' if all(group.decays for group in groups) else '*'}"
     if sum(len(group.parameters) for group in groups) < parameters:
         text += ", partly frozen"
+    if freezing.fixed_statistics(model, phase.frozen, stage):
+        text += ", batch norm eval"
     return text, True
 
 

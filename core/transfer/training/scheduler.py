@@ -18,9 +18,10 @@ from transfer.errors import ConfigError
 class Schedule:
     """A scheduler of torch over a phase, after a linear warm-up.
 
-    OneCycleLR, CyclicLR and schedulers of plugins with a true attribute ``steps_per_batch`` step after every optimizer
-    step, ReduceLROnPlateau after every validation, all others after every epoch. During the warm-up the learning rates
-    rise linearly, and the scheduler starts after it (Goyal et al. 2017).
+    CosineAnnealingLR, OneCycleLR, CyclicLR, LinearLR without options, and schedulers of plugins with a true attribute
+    ``steps_per_batch`` step after every optimizer step, ReduceLROnPlateau after every validation, all others after
+    every epoch. The cosine, and LinearLR without options, fall to zero at the end of the phase. During the warm-up the
+    learning rates rise linearly, and the scheduler starts after it (Goyal et al. 2017).
 
     Args:
         torch_class: Scheduler class with its options. None keeps the learning rates constant.
@@ -54,8 +55,12 @@ class Schedule:
         self.scheduler: Any = None
         if torch_class is not None:
             options = dict(torch_class.options)
+            steps_after_warmup = max(1, sum(steps) - self.warmup_steps)
             if torch_class.cls is lr_scheduler.CosineAnnealingLR:
-                options["T_max"] = max(1, epochs - epochs_with_warmup)
+                options["T_max"] = steps_after_warmup
+            elif torch_class.cls is lr_scheduler.LinearLR and not options:
+                # torch's defaults would raise the rates over five epochs; with options, LinearLR is torch's.
+                options = {"start_factor": 1.0, "end_factor": 0.0, "total_iters": steps_after_warmup}
             elif torch_class.cls is lr_scheduler.OneCycleLR:
                 options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
                 options["total_steps"] = sum(steps) - self.warmup_steps
@@ -73,6 +78,10 @@ class Schedule:
                 self.scheduler = torch_class.cls(optimizer, **options)
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"{owner_and_name(torch_class)} refuses its options: {error}") from error
+        self._steps_per_batch = isinstance(self.scheduler, (lr_scheduler.CosineAnnealingLR, *_WITH_WARMUP)) or (
+            torch_class is not None and torch_class.cls is lr_scheduler.LinearLR and not torch_class.options
+        )
+        self._steps_per_batch |= bool(getattr(self.scheduler, "steps_per_batch", False))
         if self.warmup_steps:
             if isinstance(self.scheduler, _WITH_WARMUP):
                 raise ConfigError(
@@ -87,10 +96,6 @@ class Schedule:
             # n warm-up steps at 1/(n+1) ... n/(n+1) of the rate: no step is wasted on a rate of zero.
             start = 1 / (self.warmup_steps + 1)
             self.warmup = lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=self.warmup_steps)
-
-    @property
-    def _steps_per_batch(self) -> bool:
-        return isinstance(self.scheduler, _WITH_WARMUP) or bool(getattr(self.scheduler, "steps_per_batch", False))
 
     def after_step(self) -> None:
         """Update the learning rates after an optimizer step."""

@@ -43,6 +43,7 @@ class EpochSums:
         seconds: Training time in seconds.
         waiting_seconds: Part of the training time that was spent waiting for data, in seconds.
         rates: Learning rates at the start of the epoch, by stage.
+        l2: Strength of the L2 penalty of a solved head; None for an epoch of gradient steps.
     """
 
     batches: Count = 0
@@ -51,6 +52,7 @@ class EpochSums:
     seconds: Seconds = 0.0
     waiting_seconds: Seconds = 0.0
     rates: dict[str, float] = field(default_factory=dict)
+    l2: float | None = None
 
 
 @dataclass
@@ -117,6 +119,7 @@ class Progress:
             "train": {"loss": sums.loss_sum / sums.examples, **train_metrics},
             "validation": validation,
             "lr": sums.rates,
+            **({} if sums.l2 is None else {"l2": sums.l2}),
             "seconds": round(sums.seconds + validation_seconds, 3),
             "examples_per_second": round(sums.examples / sums.seconds, 2),
             "waiting_for_data": round(sums.waiting_seconds / sums.seconds, 4),
