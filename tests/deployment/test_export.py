@@ -15,11 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 import yaml
 from conftest import PointPreprocessing
+from PIL import Image
 from safetensors.torch import load_file
 
 import transfer
@@ -454,3 +456,60 @@ def test_export_permissions_follow_the_umask(texts: Path, tmp_path: Path, here: 
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o640}
+
+
+WITHOUT_TRANSFER = """
+import runpy, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("transfer", "transfer_text", "transfer_vision"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+sys.path.insert(0, sys.argv[1])
+sys.argv = ["predict.py", *sys.argv[2:]]
+runpy.run_path(sys.path[0] + "/predict.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "packages"),
+    [
+        ("texts", "onnx", ["onnxruntime"]),
+        ("images", "onnx", ["onnxruntime"]),
+        ("images", "torchvision", []),
+        ("texts", "torch_export", []),
+    ],
+)
+def test_script_of_an_export_predicts_without_this_package(
+    request: pytest.FixtureRequest, tmp_path: Path, loaded_here: None, name: str, format: str, packages: list[str]
+) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+    run: Path = request.getfixturevalue(name)
+    exported = transfer.export(run, format, tmp_path / "out")
+    assert {"predict.py", "prepare.py"} <= set(exported.files)
+    values = [*TEXTS, "a film " * 400]
+    if name == "images":
+        values = [str(tmp_path / f"{width}.png") for width in (40, 64)]
+        for path, width in zip(values, (40, 64), strict=True):
+            pixels = np.random.default_rng(width).integers(0, 255, (50, width, 3), np.uint8)
+            Image.fromarray(pixels).save(path)
+    command = [sys.executable, "-c", WITHOUT_TRANSFER, str(tmp_path / "out"), *values]
+    # Not subprocess.run, which the fixture replaces.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    answers = [json.loads(line) for line in process.communicate()[0].splitlines()]
+    expected = transfer.predict(run, [Path(value) for value in values] if name == "images" else values)
+    tolerance = 0.02 if name == "images" else 1e-4  # Pillow resizes, not torch
+    for answer, prediction in zip(answers, expected, strict=True):
+        assert answer["scores"] == pytest.approx(prediction["probabilities"], abs=tolerance)
+
+
+@recorded
+def test_onnx_metadata_describes_inputs_and_outputs(texts: Path, tmp_path: Path, here: None) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    transfer.export(texts, "onnx", tmp_path / "model.onnx")
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert json.loads(metadata["labels"]) == ["negative", "positive"]
+    assert metadata["outputs"].startswith("logits")
+    assert json.loads(metadata["preprocessing"]) == read_model(texts / "model").backbone.preprocessing.describe()

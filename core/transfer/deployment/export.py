@@ -22,7 +22,7 @@ from torch import Tensor
 
 from transfer.data.encoding import encode
 from transfer.deployment import verify_export
-from transfer.deployment.formats import FORMATS, Foreign, Format, Safetensors, find_format, input_names
+from transfer.deployment.formats import FORMATS, Foreign, Format, Safetensors, activation_of, find_format, input_names
 from transfer.deployment.model_card import render
 from transfer.errors import ExportError, UserError, damaged
 from transfer.interfaces import Preprocessing
@@ -33,6 +33,7 @@ from transfer.registry.entry_points import IN_PROCESS
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json, write_atomically, write_json
 from transfer.system.downloads import no_downloads
+from transfer.system.templates import environment
 from transfer.training.build import read_data
 
 COMPARED_EXAMPLES = 32
@@ -113,7 +114,8 @@ def export(
     path = directory.path / "export" / format if output is None else Path(output).expanduser()
     single_file = _is_file(chosen, format, path)
     _refuse_existing(path, force, single_file=single_file)
-    files = [path.name] if single_file else [chosen.file, DESCRIPTION, *described["assets"], CARD]
+    scripts = {} if single_file else _scripts(chosen)
+    files = [path.name] if single_file else [chosen.file, DESCRIPTION, *described["assets"], *scripts, CARD]
     if dry_run:
         return Export(path, format, files)
     examples = _examples(directory, loaded)
@@ -124,13 +126,23 @@ def export(
             shutil.copyfile(directory.model / name, temporary / name)
         if not single_file:
             write_json(temporary / DESCRIPTION, described)
+        for name, text in scripts.items():
+            write_atomically(temporary / name, text)
         deviation, outputs, modules = _compare(chosen, weights, loaded, examples)
         # The card states the deviation, so it is written after the comparison.
         if not single_file:
             parity = f"{deviation:.2g} over {outputs:,} outputs for {examples.description}"
             fix = "restore the original files of the run"
             with damaged("the model card cannot be written", str(directory.path), fix):
-                card = render(directory, described, format, chosen.library, chosen.usage(chosen.file), parity)
+                card = render(
+                    directory,
+                    described,
+                    format,
+                    chosen.library,
+                    chosen.usage(chosen.file),
+                    parity,
+                    scripts=bool(scripts),
+                )
             write_atomically(temporary / CARD, card)
         _move(weights if single_file else temporary, path)
     compared_on = f"{examples.description} ({examples.reason})" if examples.reason else examples.description
@@ -144,6 +156,18 @@ def _refuse_unfindable(chosen: Format, described: dict[str, Any]) -> None:
             f"{' and '.join(here)} were registered only in the process that trained: no other process finds them",
             fix="move them to a package with entry points, or export a program: torch_export, onnx",
         )
+
+
+def _scripts(chosen: Format) -> dict[str, str]:
+    """Return scripts by file name that predict with an export without this package; empty if that is not possible."""
+    code, preparation = chosen.script(), chosen.loaded.backbone.preprocessing.standalone_code()
+    if code is None or preparation is None:
+        return {}
+    template = environment("transfer.deployment").get_template("predict.py.j2")
+    return {
+        "predict.py": template.render(code=code, activation=activation_of(chosen.loaded.task)),
+        "prepare.py": preparation,
+    }
 
 
 def _is_file(chosen: Format, format: str, path: Path) -> bool:

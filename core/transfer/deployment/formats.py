@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from transfer.errors import ExportError, unknown_name
-from transfer.interfaces import ForeignModel, Preprocessing
+from transfer.interfaces import ForeignModel, Preprocessing, Task
 from transfer.models.saved_model import LoadedModel
 from transfer.storage.tensor_files import write_tensors
 
@@ -60,6 +61,13 @@ class Format(ABC):
     def job(self) -> dict[str, Any]:
         """Return the JSON values that the loader needs."""
         return {"loader": self.loader}
+
+    def script(self) -> str | None:
+        """Return the code of a function ``run(inputs)`` from a tuple of NumPy arrays to one array of the outputs.
+
+        It runs without this package, in the folder of the export; None if the format has no such code.
+        """
+        return None
 
     @abstractmethod
     def usage(self, file: str) -> str:
@@ -121,6 +129,10 @@ class Foreign(Format):
     def job(self) -> dict[str, Any]:
         """Return the name of the loader, and the function that builds the network."""
         return super().job() | {"factory": self.network.factory, "options": dict(self.network.options)}
+
+    def script(self) -> str | None:
+        """Return code that runs the other library's network."""
+        return f"import torch\n{self.usage(self.file)}\n\n\n{_RUN_TORCH}"
 
     def usage(self, file: str) -> str:
         """Return code that builds the network and loads the state dict."""
@@ -189,6 +201,10 @@ class TorchExport(Format):
                 fix=_OTHERS,
             )
 
+    def script(self) -> str | None:
+        """Return code that runs the program."""
+        return f"{self.usage(self.file)}\n\n\n{_RUN_TORCH}"
+
     def usage(self, file: str) -> str:
         """Return code that loads the program."""
         return f'import torch\n\nmodel = torch.export.load("{file}").module()'
@@ -228,8 +244,27 @@ class Onnx(TorchExport):
             for graph in (program.model.graph, *program.model.functions.values()):
                 for node in graph.all_nodes():
                     node.metadata_props.pop(STACK_TRACE, None)
+            program.model.metadata_props.update(self._metadata())
             # An ONNX file is one protobuf message, which cannot exceed 2 GiB.
             program.save(str(path), external_data=size > MAX_ONNX_BYTES)
+
+    def _metadata(self) -> dict[str, str]:
+        """Return the metadata of the graph: strings, most of them JSON."""
+        loaded = self.loaded
+        described = {
+            "labels": list(loaded.data.classes),
+            "target": loaded.data.target,
+            "fields": list(loaded.data.fields),
+            "preprocessing": dict(loaded.backbone.preprocessing.describe()),
+        }
+        return {
+            "outputs": OUTPUTS[activation_of(loaded.task)],
+            **{name: json.dumps(value) for name, value in described.items()},
+        }
+
+    def script(self) -> str | None:
+        """Return code that runs the graph in onnxruntime."""
+        return f"{self.usage(self.file)}\n\n\n{_RUN_ONNX}"
 
     def usage(self, file: str) -> str:
         """Return code that loads the graph into onnxruntime."""
@@ -242,6 +277,12 @@ FORMATS: Mapping[str, type[Safetensors] | type[TorchExport]] = {
     "onnx": Onnx,
 }
 """The formats for any model; a backbone may add formats of other libraries."""
+_RUN_TORCH = """def run(inputs):
+    with torch.no_grad():
+        return model(*map(torch.from_numpy, inputs)).numpy()"""
+_RUN_ONNX = """def run(inputs):
+    names = [node.name for node in session.get_inputs()]
+    return session.run(None, dict(zip(names, inputs)))[0]"""
 _OTHERS = "choose another format: onnx supports recurrent layers, safetensors supports any model"
 
 
@@ -258,6 +299,29 @@ def find_format(name: str, loaded: LoadedModel) -> Format:
         return Foreign(loaded, networks[name])
     backbone = f"backbone {type(loaded.backbone).__name__}"
     raise ExportError.of([unknown_name("export format", name, [*FORMATS, *networks], where=backbone)])
+
+
+OUTPUTS: Mapping[str | None, str] = {
+    "softmax": "logits (B, labels): their softmax gives probabilities",
+    "sigmoid": "logits (B, labels): their sigmoid gives probabilities",
+    "identity": "numbers (B, labels) in the units of the targets",
+    None: "outputs (B, outputs) that the task's plugin interprets",
+}
+"""Meaning of the outputs by the activation that turns them into scores."""
+
+
+def activation_of(task: Task) -> str | None:
+    """Return the function that turns outputs into the scores of a task: ``softmax``, ``sigmoid``, ``identity``.
+
+    None if it is another one.
+    """
+    outputs = torch.linspace(-2, 2, 3 * task.out_features).view(3, -1)
+    candidates = {"identity": outputs, "softmax": outputs.softmax(-1), "sigmoid": outputs.sigmoid()}
+    scores = task.scores(outputs)
+    return next(
+        (name for name, value in candidates.items() if value.shape == scores.shape and torch.allclose(value, scores)),
+        None,
+    )
 
 
 def input_names(inputs: Any) -> list[str]:

@@ -41,7 +41,16 @@ class _Score:
     spread: tuple[float, float] | None
 
 
-def render(run: RunDirectory, model: Mapping[str, Any], format: str, library: str, usage: str, parity: str) -> str:
+def render(
+    run: RunDirectory,
+    model: Mapping[str, Any],
+    format: str,
+    library: str,
+    usage: str,
+    parity: str,
+    *,
+    scripts: bool = False,
+) -> str:
     """Return the model card.
 
     Args:
@@ -51,6 +60,7 @@ def render(run: RunDirectory, model: Mapping[str, Any], format: str, library: st
         library: Library that loads the format, by the name that Hugging Face's hub has for it.
         usage: Python code that loads the export.
         parity: Largest deviation from the run's outputs, and the examples it was measured on.
+        scripts: Whether the export contains ``predict.py``.
     """
     config, summary, environment_ = run.config(), run.summary(), run.environment()
     split, metrics = _scored(summary)
@@ -70,6 +80,7 @@ def render(run: RunDirectory, model: Mapping[str, Any], format: str, library: st
         format=format,
         usage=usage,
         parity=parity,
+        scripts=scripts,
         data_options=[f"{name}: {value}" for name, value in _publishable(config["data"]).items() if name != "name"],
         sizes=_sizes(summary),
         classes=classes if len(classes) <= MAX_COLUMNS else [],

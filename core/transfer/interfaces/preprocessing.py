@@ -250,6 +250,16 @@ class Preprocessing(ABC):
         """Whether explanations are supported; by default, whether a subclass defines :meth:`occlusions`."""
         return type(self).occlusions is not Preprocessing.occlusions
 
+    def standalone_code(self) -> str | None:
+        """Return the code of a Python module that prepares inputs without this package; None (the default) if none can.
+
+        Exports contain it as ``prepare.py``. It defines ``prepare(value: str, settings: dict, folder: Path)``, which
+        returns the model's input for one value of a command line (the path of an image, or a text): a NumPy array with
+        a batch of one example, or a tuple of arrays. ``settings`` is the result of :meth:`describe`, and ``folder``
+        contains the files of the backbone's assets.
+        """
+        return None
+
     def describe(self) -> Mapping[str, Any]:
         """Return the settings that determine the model's input, for tables and the saved model; JSON values."""
         return {}

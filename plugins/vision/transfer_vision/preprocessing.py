@@ -24,6 +24,7 @@ from torchvision.models import WeightsEnum
 from torchvision.transforms import v2
 
 from transfer import ConfigError, DataError, Preprocessing
+from transfer_vision.images import standalone
 from transfer_vision.images.decoding import CropMode, Interpolation, decode, open_image, open_upload, resized_size
 from transfer_vision.images.image_grid import draw_grid
 from transfer_vision.images.image_sources import EXTENSIONS
@@ -313,6 +314,10 @@ class ImagePreprocessing(Preprocessing):
         if self.channels in (1, 3):
             return Image.new("RGB", (self.resize, self.resize))
         return np.zeros((self.resize, self.resize, self.channels), np.uint8)
+
+    def standalone_code(self) -> str | None:
+        """Return code that needs only NumPy and Pillow; None if there are neither one nor three channels."""
+        return inspect.getsource(standalone) if self.channels in (1, 3) else None
 
     def describe(self) -> Mapping[str, Any]:
         """Return the resolved options."""

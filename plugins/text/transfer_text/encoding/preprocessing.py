@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from transfer_text.encoding import standalone
 from transfer_text.encoding.encoded_texts import EncodedTexts, Truncation
 from transfer_text.encoding.vocabulary import PADDING, Vocabulary
 from transfer_text.interfaces import TokenPreprocessing, render_tokens
@@ -88,6 +90,10 @@ class TextPreprocessing(TokenPreprocessing):
         """Return the numbers of words outside the vocabulary and of all words in texts."""
         indices = self.vocabulary.encode(texts).indices
         return int(np.count_nonzero(indices == self.vocabulary.unknown)), len(indices)
+
+    def standalone_code(self) -> str | None:
+        """Return code that needs only NumPy and the tokenizers library; None for a tokenizer of another package."""
+        return inspect.getsource(standalone) if type(self.vocabulary) is Vocabulary else None
 
     def describe(self) -> Mapping[str, Any]:
         """Return the size and digest of the vocabulary, the maximum length and the truncation."""
