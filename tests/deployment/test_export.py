@@ -474,10 +474,10 @@ runpy.run_path(sys.path[0] + "/predict.py", run_name="__main__")
 @pytest.mark.parametrize(
     ("name", "format", "packages"),
     [
-        ("texts", "onnx", ["onnxruntime"]),
-        ("images", "onnx", ["onnxruntime"]),
+        pytest.param("texts", "onnx", ["onnxruntime"], marks=recorded),
+        pytest.param("images", "onnx", ["onnxruntime"], marks=pytest.mark.slow),
         ("images", "torchvision", []),
-        ("texts", "torch_export", []),
+        pytest.param("texts", "torch_export", [], marks=[pytest.mark.slow, recorded]),
     ],
 )
 def test_script_of_an_export_predicts_without_this_package(
@@ -513,3 +513,43 @@ def test_onnx_metadata_describes_inputs_and_outputs(texts: Path, tmp_path: Path,
     assert json.loads(metadata["labels"]) == ["negative", "positive"]
     assert metadata["outputs"].startswith("logits")
     assert json.loads(metadata["preprocessing"]) == read_model(texts / "model").backbone.preprocessing.describe()
+
+
+@recorded
+@pytest.mark.parametrize(
+    ("name", "kind", "smaller"),
+    [
+        ("texts", "int8", 0.5),
+        pytest.param("images", "int8", 0.4, marks=pytest.mark.slow),
+        pytest.param("images", "fp16", 0.6, marks=pytest.mark.slow),
+    ],
+)
+def test_quantized_graph_is_smaller_and_its_loss_is_measured(
+    request: pytest.FixtureRequest, tmp_path: Path, loaded_here: None, name: str, kind: str, smaller: float
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    run: Path = request.getfixturevalue(name)
+    exact = transfer.export(run, "onnx", tmp_path / "exact.onnx")
+    exported = transfer.export(run, "onnx", tmp_path / "small.onnx", quantize=kind)
+    assert exact.path.stat().st_size * smaller > exported.path.stat().st_size
+    loss = exported.quantization_loss
+    assert loss is not None
+    test = RunDirectory(run).summary()["test"]
+    assert (loss.metric, loss.before) == ("accuracy", pytest.approx(test["accuracy"]))
+    assert loss.low <= loss.after - loss.before <= loss.high
+    assert exported.deviation is not None
+    assert exported.deviation > 0
+    metadata = {entry.key: entry.value for entry in onnx.load(exported.path).metadata_props}
+    assert metadata["quantization"] == kind
+    assert {"labels", "outputs"} <= metadata.keys()
+    content = exported.path.read_bytes()
+    assert not [example for example in example_bytes(run) if example in content]
+    assert str(tmp_path).encode() not in content
+
+
+def test_quantization_of_another_format_is_refused(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--quantize applies to the format onnx"):
+        transfer.export(texts, "torch_export", tmp_path / "out", quantize="int8")
+    with pytest.raises(ExportError, match="int4"):
+        transfer.export(texts, "onnx", tmp_path / "out", quantize="int4")

@@ -144,6 +144,12 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="Folder or file to write. Default: RUN/export/FORMAT.", show_default=False)
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Smaller numbers in an ONNX graph: int8 or fp16. The loss of accuracy is measured.", show_default=False
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier export.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without writing them.")] = False,
 ) -> None:
@@ -152,10 +158,12 @@ def export(
     from transfer.deployment.export import export as export_run
     from transfer.system.terminal import Console
 
-    exported = export_run(run, format, output, force=force, dry_run=dry_run)
+    exported = export_run(run, format, output, quantize=quantize, force=force, dry_run=dry_run)
     facts: dict[str, object] = {"would write" if dry_run else "written": str(exported.path)}
     facts["files"] = list(exported.files)
     if not dry_run:
         facts["compared"] = f"{exported.outputs:,} outputs for {exported.examples}, in a fresh process"
         facts["largest deviation"] = exported.deviation
+        if exported.quantization_loss is not None:
+            facts["quantized"] = str(exported.quantization_loss)
     Console().print(facts_table(facts))

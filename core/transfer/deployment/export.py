@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ from transfer.data.encoding import encode
 from transfer.deployment import verify_export
 from transfer.deployment.formats import FORMATS, Foreign, Format, Safetensors, activation_of, find_format, input_names
 from transfer.deployment.model_card import render
+from transfer.deployment.quantization import (
+    CALIBRATION_BATCHES,
+    QuantizationLoss,
+    check_quantization,
+    measure,
+    quantize as quantize_graph,
+)
 from transfer.errors import ExportError, UserError, damaged
 from transfer.interfaces import Preprocessing
 from transfer.models.model_json import DESCRIPTION
@@ -34,7 +42,7 @@ from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json, write_atomically, write_json
 from transfer.system.downloads import no_downloads
 from transfer.system.templates import environment
-from transfer.training.build import read_data
+from transfer.training.build import make_loader, read_data
 
 COMPARED_EXAMPLES = 32
 MAX_RELATIVE_DEVIATION = 1e-4
@@ -55,6 +63,7 @@ class Export:
         deviation: Largest absolute difference of an output from that of the run; None for a dry run.
         outputs: Number of outputs that were compared.
         modules: Names of the modules that the fresh process had imported.
+        quantization_loss: Loss of accuracy by quantization; None without quantization.
     """
 
     path: Path
@@ -64,6 +73,7 @@ class Export:
     deviation: float | None = None
     outputs: int = 0
     modules: frozenset[str] = field(default=frozenset(), repr=False)
+    quantization_loss: QuantizationLoss | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,13 @@ class Examples:
 
 
 def export(
-    run: str | Path, format: str, output: str | Path | None = None, *, force: bool = False, dry_run: bool = False
+    run: str | Path,
+    format: str,
+    output: str | Path | None = None,
+    *,
+    quantize: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
 ) -> Export:
     """Write a run's model in another format, after a fresh process has reproduced the run's outputs with it.
 
@@ -94,6 +110,8 @@ def export(
             (``torchvision``).
         output: Path of a folder, or of a file if its suffix is one of the format's. The default is
             ``RUN/export/FORMAT``.
+        quantize: Smaller numbers in an ONNX graph: ``int8`` or ``fp16``. None keeps float32. The loss of accuracy is
+            measured on the test split, or the validation split if there is none.
         force: Whether to replace an earlier export at the path.
         dry_run: Whether to return the files that would be written without writing them.
 
@@ -102,6 +120,8 @@ def export(
         ExportError: The export does not reproduce the outputs of the run; nothing is written.
     """
     directory = RunDirectory.open(run)
+    if quantize is not None:
+        check_quantization(quantize, format)
     if output is None:
         directory.refuse_links()
     loaded = read_model(directory.model)
@@ -122,16 +142,18 @@ def export(
     with _temporary_folder(path) as temporary:
         weights = temporary / files[0]
         chosen.write(weights, examples.batches[0])
+        loss = None if quantize is None else _quantized(weights, quantize, directory, loaded)
         for name in [] if single_file else described["assets"]:
             shutil.copyfile(directory.model / name, temporary / name)
         if not single_file:
             write_json(temporary / DESCRIPTION, described)
         for name, text in scripts.items():
             write_atomically(temporary / name, text)
-        deviation, outputs, modules = _compare(chosen, weights, loaded, examples)
+        deviation, outputs, modules = _compare(chosen, weights, loaded, examples, is_exact=quantize is None)
         # The card states the deviation, so it is written after the comparison.
         if not single_file:
             parity = f"{deviation:.2g} over {outputs:,} outputs for {examples.description}"
+            parity += f". Quantization to {quantize}: {loss}" if loss else ""
             fix = "restore the original files of the run"
             with damaged("the model card cannot be written", str(directory.path), fix):
                 card = render(
@@ -146,7 +168,7 @@ def export(
             write_atomically(temporary / CARD, card)
         _move(weights if single_file else temporary, path)
     compared_on = f"{examples.description} ({examples.reason})" if examples.reason else examples.description
-    return Export(path, format, files, compared_on, deviation, outputs, modules)
+    return Export(path, format, files, compared_on, deviation, outputs, modules, loss)
 
 
 def _refuse_unfindable(chosen: Format, described: dict[str, Any]) -> None:
@@ -259,8 +281,42 @@ def _batches(preprocessing: Preprocessing, encoded: Sequence[Any]) -> list[Any]:
     return [preprocessing.model_inputs(batch) for batch in batches]
 
 
-def _compare(chosen: Format, path: Path, loaded: LoadedModel, examples: Examples) -> tuple[float, int, frozenset[str]]:
+def _quantized(path: Path, kind: str, directory: RunDirectory, loaded: LoadedModel) -> QuantizationLoss:
+    """Quantize a graph with examples of the training split, and return its loss of accuracy.
+
+    Raises:
+        ExportError: The data of the run cannot be read, or all examples were trained on.
+    """
+    config = load_run_config(directory)
+    try:
+        with no_downloads():
+            _, splits = read_data(config)
+    except UserError as error:
+        raise ExportError(
+            f"--quantize needs the data of the run: {error.problems[0].message}",
+            fix="make it available (TRANSFER_DATA)",
+        ) from error
+    name = next((name for name in ("test", "validation") if name in splits), None)
+    if name is None:
+        raise ExportError("--quantize needs a test or validation split to measure the loss of accuracy")
+    train, scored = (make_loader(config, splits[split], loaded.backbone) for split in ("train", name))
+    device = torch.device("cpu")
+    batches = islice(train.epoch(0), CALIBRATION_BATCHES)
+    quantize_graph(path, kind, [loaded.backbone.preprocessing.to_device(batch.inputs, device) for batch in batches])
+    return measure(path, loaded, scored, name)
+
+
+def _compare(
+    chosen: Format, path: Path, loaded: LoadedModel, examples: Examples, *, is_exact: bool = True
+) -> tuple[float, int, frozenset[str]]:
     """Return the largest deviation in a fresh process, the number of outputs, and the modules the process imported.
+
+    Args:
+        chosen: Format of the export.
+        path: Path of the exported file.
+        loaded: Model whose outputs are reproduced.
+        examples: Inputs.
+        is_exact: Whether a deviation beyond rounding is an error.
 
     Raises:
         ExportError: The process cannot load or run the export, or its outputs deviate.
@@ -284,7 +340,7 @@ def _compare(chosen: Format, path: Path, loaded: LoadedModel, examples: Examples
         scale = max(scale, float(((ours - offset) / unit).abs().max()))
         # The last bits of a float32 number are those of its offset.
         rounding = max(rounding, float((ours / unit).abs().max()) * torch.finfo(torch.float32).eps)
-    if relative > MAX_RELATIVE_DEVIATION * scale + rounding:
+    if is_exact and relative > MAX_RELATIVE_DEVIATION * scale + rounding:
         raise ExportError(
             f"the outputs of the export differ from those of the run by up to {largest:.3g}, for "
             f"{examples.description}",

@@ -36,7 +36,7 @@ def prepare(value: str, settings: Mapping[str, Any], folder: Path) -> npt.NDArra
         resized = sides if image.width <= image.height else sides[::-1]
     image = image.resize(resized, Image.Resampling[settings["interpolation"].upper()])
     # The crop may be larger than the image: the rest is black, or the mean color of a border.
-    mean, std = np.float32(settings["mean"]), np.float32(settings["std"])
+    mean, std = np.array(settings["mean"], np.float32), np.array(settings["std"], np.float32)
     canvas = np.zeros((size, size, len(mean)), np.float32)
     if mode == "border":
         canvas += np.round(255 * mean)
