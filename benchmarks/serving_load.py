@@ -227,8 +227,13 @@ def main() -> None:
         "memory": memory,
         "log_bytes": log_bytes,
     }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_table(
-        [{key: f"{value:,.1f}" if isinstance(value, float) else value for key, value in row.items()} for row in rounds]
+        [
+            {key: f"{value:,.1f}" if isinstance(value, float) else str(value) for key, value in row.items()}
+            for row in rounds
+        ]
     )
     print(f"99th percentile with the hostile client: {results['p99_ratio_median']:.2f} times (median of the rounds)")
     print_table(
@@ -238,8 +243,6 @@ def main() -> None:
         f"memory after {arguments.bad_requests:,} bad requests: {memory['before_mib']:,.0f} MiB, then "
         f"{memory['after_mib']:,.0f} MiB ({memory['ratio']:.3f} times); log: {log_bytes:,} bytes"
     )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

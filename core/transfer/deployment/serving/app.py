@@ -117,7 +117,6 @@ def make_app(
     limits: Limits = LIMITS,
     batching: Batching = BATCHING,
     hosts: Sequence[str] = LOOPBACK_HOSTS,
-    root_path: str = "",
     tokens: Tokens | None = None,
     access_log: AccessLog = "off",
 ) -> FastAPI:
@@ -129,7 +128,6 @@ def make_app(
         batching: Settings of the batches that requests are collected into.
         hosts: Host names of the server; ``*`` accepts all. Requests for other names are refused: they come from a page
             of another site that resolves its own name to this machine (DNS rebinding).
-        root_path: Path under which a proxy publishes the application, such as ``/models-api``.
         tokens: Bearer tokens that clients need; None needs none.
         access_log: Format of the lines that the logger ``transfer.access`` gets: off, text or json.
     """
@@ -152,7 +150,6 @@ def make_app(
         version=__version__,
         summary="Predictions of trained models.",
         lifespan=batches,
-        root_path=root_path,
         docs_url=None,  # FastAPI's documentation pages load their code from other servers
         redoc_url=None,
     )

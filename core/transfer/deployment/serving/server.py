@@ -114,7 +114,6 @@ def serve(
                 limits=limits,
                 batching=batching,
                 hosts=allowed_hosts(host, publication),
-                root_path=publication.root_path,
                 tokens=tokens,
                 access_log=publication.access_log,
             )
@@ -207,6 +206,7 @@ def make_server(
         lifespan="on",  # it starts and ends the batchers
         log_level="warning",
         access_log=False,
+        root_path=publication.root_path,
         server_header=False,  # attackers need not learn the version
         # Any client could send these headers: they count only if a trusted proxy sent them.
         proxy_headers=bool(publication.trusted_proxies or publication.uds),
