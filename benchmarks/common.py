@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, default_collate
+from torchvision.datasets import ImageFolder as TorchvisionFolder
+from torchvision.transforms import v2
 
 from transfer import Backbone, Data, DataError, Dataset, DataSpec, FeatureSpec, Preprocessing, Split, register
 from transfer.config.check import load_config
@@ -27,7 +29,9 @@ from transfer.models.model import Model
 from transfer.models.precision import place, resolve_precision
 from transfer.training import freezing as transfer_freezing
 from transfer.training.build import build
+from transfer_vision.models.backbones import Torchvision
 from transfer_vision.models.resnet import ResNet18, ResNet50
+from transfer_vision.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 """Number of threads of both sides of every comparison on the CPU."""
@@ -263,6 +267,16 @@ class TensorResNet50(ResNet50):
         return TensorPreprocessing()
 
 
+@register("backbone", "tensor_torchvision")
+class TensorTorchvision(Torchvision):
+    """Model of torchvision for preprocessed tensors."""
+
+    @property
+    def preprocessing(self) -> Any:
+        """Preprocessing that only stacks tensors."""
+        return TensorPreprocessing()
+
+
 @register("backbone", "minimal")
 class MinimalBackbone(Backbone):
     """One linear layer on eight numbers: a training step measures the cost of the loop itself."""
@@ -350,14 +364,8 @@ class PlainLoop:
     def __init__(self, config: Config, device: torch.device) -> None:
         checked = load_config(config)
         built = build(checked, lambda _: None)
-        loader = built.loaders["train"]
-        values = loader.preprocessing.encode(list(loader.split.column(*loader.fields)))
-        # Encode once, as a plain loop would: pairs of an input tensor and a class index.
-        inputs = [v if isinstance(v, Tensor) else torch.from_numpy(v).long() for v in values]
-        self.examples = list(zip(inputs, loader.split.targets.tolist(), strict=True))
-        self.padded = len({tensor.shape for tensor in inputs}) > 1
-        self.batch_indices = loader.batch_indices
         self.device = device
+        self.load_examples(built.loaders["train"], config)
         self.precision = resolve_precision(checked.train.precision, device)
         self.model: Model = built.experiment.model
         place(self.model, device)  # channels last and fast kernels on a GPU, as an expert's loop has them
@@ -370,10 +378,18 @@ class PlainLoop:
         self.optimizer = optimizers[config["train"]["optimizer"]["name"]](trained, **options)
         self.forward: Any = torch.compile(self.model) if config["train"].get("compile") else self.model
 
+    def load_examples(self, loader: Any, config: Config) -> None:
+        """Encode the examples once, as a plain loop would: pairs of an input tensor and a class index."""
+        values = loader.preprocessing.encode(list(loader.split.column(*loader.fields)))
+        inputs = [v if isinstance(v, Tensor) else torch.from_numpy(v).long() for v in values]
+        self.examples: Any = list(zip(inputs, loader.split.targets.tolist(), strict=True))
+        self.padded = len({tensor.shape for tensor in inputs}) > 1
+        self.batch_indices = loader.batch_indices
+
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the batches of the engine in this epoch, loaded by a plain DataLoader."""
         loader: DataLoader[Any] = DataLoader(
-            self.examples,  # type: ignore[arg-type]  # a list is a map-style dataset
+            self.examples,
             batch_sampler=[batch.tolist() for batch in self.batch_indices(epoch)],
             collate_fn=_pad if self.padded else default_collate,
             pin_memory=self.device.type == "cuda",
@@ -398,6 +414,34 @@ class PlainLoop:
         losses = [self.step(inputs, targets) for inputs, targets in self.batches(epoch)]
         loss = torch.stack(losses).sum().item() / len(self.examples)
         return clock() - started, loss
+
+
+class JpegLoop(PlainLoop):
+    """Plain loop over a folder of images: torchvision's dataset and transforms, and every core as a loader process."""
+
+    def load_examples(self, loader: Any, config: Config) -> None:
+        """Open the folder, and start loader processes that live as long as the loop."""
+        size = config["backbone"]["image_size"]
+        steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+        self.examples = TorchvisionFolder(str(Path(config["data"]["root"]) / "train"), v2.Compose(steps))
+        workers = max(1, (os.cpu_count() or 1) - 1)
+        self._loader: DataLoader[Any] = DataLoader(
+            self.examples,
+            config["train"]["batch_size"],
+            shuffle=True,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=True,
+        )
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).mul(255).view(-1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield random batches; bytes are copied to the device and normalized there."""
+        for inputs, targets in self._loader:
+            pixels = inputs.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            yield pixels.float().sub_(self._mean).div_(self._std), targets
 
 
 def _pad(examples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

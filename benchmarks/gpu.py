@@ -1,10 +1,13 @@
-"""The engine compared with a plain loop on a CUDA GPU: ResNet-18, ResNet-50 and TextCNN on synthetic inputs.
+"""The engine compared with a plain loop on a CUDA GPU: ResNets, a ViT and TextCNN, on synthetic inputs and JPEG files.
 
 For each model, fine-tuned and frozen, in fp32, bf16 and compiled, the script prints: examples per second of both loops,
 peak memory, throughput as a fraction of this machine's measured matrix-product rate, and the fraction of time that the
 engine waits for its loader. Runs of both loops alternate, and only one of them holds memory at a time. The first epoch
 of each warms up and is not counted. In fp32 torch allows TF32 in convolutions, so fractions refer to the TF32 rate.
 "cached": the engine trains the head on cached features; the plain loop runs the frozen backbone in every epoch.
+"JPEG": both decode, augment and resize the files of a folder that the script writes, and all cores work for both. With
+"kept" the engine has its defaults, so that it decodes the images in the first epoch only, which is not counted.
+--json also writes all rows, with the rate of each epoch, to a file.
 
 Losses of the engine on the GPU, with TF32 disabled, are compared with those of the plain loop on the CPU.
 """
@@ -13,16 +16,16 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Sizes:
         epochs: Epochs per run, including the warm-up epoch.
         matrix: Rows and columns of the matrices whose product is timed.
         compiled: Models to compile; compilation takes about a minute each.
+        jpegs: Number of JPEG files for training.
+        vit: Vision transformer of torchvision.
     """
 
     image_size: int = 224
@@ -48,9 +53,22 @@ class Sizes:
     epochs: int = 4
     matrix: int = 8192
     compiled: tuple[str, ...] = ("ResNet-18", "ResNet-50", "TextCNN")
+    jpegs: int = 3840
+    vit: str = "vit_b_16"
 
 
-TINY = Sizes(image_size=32, batch=4, text_batch=4, length=24, steps=2, epochs=2, matrix=256, compiled=("TextCNN",))
+TINY = Sizes(
+    image_size=32,
+    batch=4,
+    text_batch=4,
+    length=24,
+    steps=2,
+    epochs=2,
+    matrix=256,
+    compiled=("TextCNN",),
+    jpegs=8,
+    vit="shufflenet_v2_x0_5",  # the smallest ViT takes a minute on a CPU
+)
 LOSS_TOLERANCE = 5e-3
 """Relative tolerance after a few fp32 steps without TF32. Another order of summation is amplified by batch norm."""
 
@@ -62,12 +80,12 @@ class Rate:
     Args:
         examples_per_second: Examples per second of each counted epoch.
         memory_bytes: Peak memory allocated on the device, in bytes.
-        waiting: Fraction of the time that the loop waited for its loader; None if not measured.
+        waiting: Fraction of the time that the loop waited for its loader, in each counted epoch; empty if not measured.
     """
 
     examples_per_second: list[float] = field(default_factory=list)
     memory_bytes: int = 0
-    waiting: float | None = None
+    waiting: list[float] = field(default_factory=list)
 
 
 def main() -> None:
@@ -77,6 +95,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small inputs, to test the script")
     parser.add_argument("--repeat", type=int, default=2, help="alternating runs of each loop")
     parser.add_argument("--seconds", type=float, default=420.0, help="start no case after this many seconds")
+    parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = (
@@ -102,23 +121,36 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
     agree = compare_losses(device, sizes)
     peak = {precision: matrix_rate(device, precision, sizes.matrix) for precision in ("fp32", "tf32", "bf16")}
     print("matrix product, TFLOP/s: " + ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in peak.items()))
-    rows = []
+    rows, results = [], []
+    folder = write_jpegs(Path(os.environ["TRANSFER_CACHE"]) / "jpegs", sizes)
     for name, precision, compiled, frozen, cached in cases(sizes):
         if time.monotonic() - started > arguments.seconds:
             print(f"skipped after {arguments.seconds:g} s: {name} {precision} and the remaining cases")
             break
-        config = make_config(name, sizes, precision=precision, compiled=compiled, frozen=frozen, cached=cached)
+        reads_jpegs = name.endswith("JPEG")
+        if reads_jpegs:
+            config = jpeg_config(name, sizes, folder, precision=precision, keep=cached)
+        else:
+            config = make_config(name, sizes, precision=precision, compiled=compiled, frozen=frozen, cached=cached)
         engine, plain = Rate(), Rate()
         for _ in range(arguments.repeat):
             run_engine(config, device, engine)
             run_plain(config, device, plain)
         rates = [statistics.median(rate.examples_per_second) for rate in (engine, plain)]
-        flops = count_flops(config, device)
-        fraction = flops * rates[0] / peak["tf32" if precision == "fp32" and device.type == "cuda" else precision]
+        fraction = None
+        if not cached and not reads_jpegs:
+            flops = count_flops(config, device)
+            fraction = flops * rates[0] / peak["tf32" if precision == "fp32" and device.type == "cuda" else precision]
+        trained = "all" if reads_jpegs or not frozen else "head"
+        trained += (", kept" if reads_jpegs else ", cached") if cached else ""
+        case = {"model": name, "trained": trained, "precision": precision, "compiled": compiled}
+        results.append(
+            {**case, "engine": asdict(engine), "plain": asdict(plain), "ratio": rates[0] / rates[1], "matrix": fraction}
+        )
         rows.append(
             {
                 "model": name,
-                "trained": "head, cached" if cached else "head" if frozen else "all",
+                "trained": trained,
                 "precision": f"{precision}, compiled" if compiled else precision,
                 "engine, examples/s": spread(engine.examples_per_second, ",.0f"),
                 "plain, examples/s": spread(plain.examples_per_second, ",.0f"),
@@ -126,8 +158,8 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
                 "memory, MiB": "; ".join(
                     f"{r.memory_bytes / 2**20:,.0f}" if r.memory_bytes else "-" for r in (engine, plain)
                 ),
-                "fraction of matrix rate": "-" if cached else f"{fraction:.1%}",
-                "waiting for data": f"{engine.waiting or 0:.1%}",
+                "fraction of matrix rate": "-" if fraction is None else f"{fraction:.1%}",
+                "waiting for data": f"{statistics.median(engine.waiting):.1%}",
             }
         )
     print(
@@ -137,6 +169,9 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
     )
     if rows:
         print_table(rows)
+    if arguments.json is not None:
+        content = {"machine": machine(), "torch_device": device.type, "losses_agree": agree, "cases": results}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"{time.monotonic() - started:.0f} s in total")
     return agree
 
@@ -144,9 +179,14 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
 def cases(sizes: Sizes) -> Iterator[tuple[str, str, bool, bool, bool]]:
     """Yield (model, precision, compiled, frozen, cached), the most important cases first."""
     models = ("ResNet-18", "ResNet-50", "TextCNN")
-    for precision in ("bf16", "fp32"):
-        for name in models:
-            yield name, precision, False, False, False
+    for name in models:
+        yield name, "bf16", False, False, False
+    for keep in (False, True):
+        yield "ResNet-18 JPEG", "bf16", False, False, keep
+    yield "ResNet-50 JPEG", "bf16", False, False, False
+    yield "ViT", "bf16", False, False, False
+    for name in models:
+        yield name, "fp32", False, False, False
     for cached in (False, True):
         for name in models[:2]:
             yield name, "bf16", False, True, cached
@@ -165,14 +205,46 @@ def make_config(name: str, sizes: Sizes, *, precision: str, compiled: bool, froz
             batch=sizes.text_batch, steps=sizes.steps, epochs=sizes.epochs, length=sizes.length, bucket=False, **train
         )
     config = vision_config(
-        name.replace("-", "").lower(),
+        "torchvision" if name == "ViT" else name.replace("-", "").lower(),
         batch=sizes.batch,
         steps=sizes.steps,
         epochs=sizes.epochs,
         image_size=sizes.image_size,
         **train,
     )
+    if name == "ViT":
+        config["backbone"]["model"] = sizes.vit
     config["train"]["phases"][0]["freeze"] = "backbone" if frozen else "none"
+    return config
+
+
+def write_jpegs(folder: Path, sizes: Sizes, classes: int = 4) -> Path:
+    """Write JPEG files of about 400 x 300 pixels, by split and class: smooth noise, which is as large as a photo."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for split, count in (("train", sizes.jpegs), ("val", sizes.batch)):
+        for number in range(max(count, classes)):
+            path = folder / split / f"class {number % classes}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            width, height = (int(side * generator.uniform(0.8, 1.2)) for side in (400, 300))
+            coarse = Image.fromarray(generator.integers(256, size=(height // 4, width // 4, 3), dtype=np.uint8))
+            coarse.resize((width, height), Image.Resampling.BICUBIC).save(path, quality=90)
+    return folder
+
+
+def jpeg_config(name: str, sizes: Sizes, folder: Path, *, precision: str, keep: bool) -> Any:
+    """Return the config of a case with JPEG files. ``keep``: whether decoded images are kept between epochs."""
+    from common import vision_config
+
+    model = name.removesuffix(" JPEG").replace("-", "").lower()
+    config = vision_config(
+        model, batch=sizes.batch, steps=1, epochs=sizes.epochs, image_size=sizes.image_size, precision=precision
+    )
+    config["data"] = {"name": "image_folder", "root": str(folder), "val": "val", "test_fraction": 0}
+    config["backbone"] = {"name": model, "weights": None, "image_size": sizes.image_size}
+    config["backbone"]["cache_images"] = "auto" if keep else "off"
     return config
 
 
@@ -182,58 +254,23 @@ def run_engine(config: Any, device: Any, rate: Rate) -> None:
     from transfer.training.events import EpochEnded, Event
 
     reset_memory(device)
-    seconds = {"waited": 0.0, "trained": 0.0}
 
     def observe(event: Event) -> None:
-        if not isinstance(event, EpochEnded):
-            return
-        if event.record["epoch"] == 1:
-            seconds["waited"] = 0.0
-            return
-        throughput = event.record["examples_per_second"]
-        rate.examples_per_second.append(throughput)
-        seconds["trained"] += config["data"]["examples"] / throughput
-        rate.memory_bytes = max(rate.memory_bytes, peak_memory(device))
+        if isinstance(event, EpochEnded) and event.record["epoch"] > 1:
+            rate.examples_per_second.append(event.record["examples_per_second"])
+            rate.waiting.append(event.record["waiting_for_data"])
+            rate.memory_bytes = max(rate.memory_bytes, peak_memory(device))
 
-    with tempfile.TemporaryDirectory() as folder, loaders_timed(seconds):
+    with tempfile.TemporaryDirectory() as folder:
         transfer.run(config, output=folder, observe=observe)
-    rate.waiting = seconds["waited"] / seconds["trained"]
-
-
-@contextmanager
-def loaders_timed(seconds: dict[str, float]) -> Iterator[None]:
-    """Add the seconds that the training loop waits for its next batch to ``seconds["waited"]``."""
-    from transfer.data.loader import Loader
-    from transfer.feature_cache.loader import CachedLoader
-
-    def timed(epoch: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        def batches(loader: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
-            training = getattr(loader, "loader", loader).training
-            source = epoch(loader, *arguments, **options)
-            while True:
-                started = time.perf_counter()
-                batch = next(source, None)
-                if training:
-                    seconds["waited"] += time.perf_counter() - started
-                if batch is None:
-                    return
-                yield batch
-
-        return batches
-
-    with (
-        patch.object(Loader, "epoch", timed(Loader.epoch)),
-        patch.object(CachedLoader, "epoch", timed(CachedLoader.epoch)),
-    ):
-        yield
 
 
 def run_plain(config: Any, device: Any, rate: Rate) -> None:
     """Train with the plain loop; record the throughput of all epochs but the first."""
-    from common import PlainLoop
+    from common import JpegLoop, PlainLoop
 
     reset_memory(device)
-    loop = PlainLoop(config, device)
+    loop = (JpegLoop if config["data"]["name"] == "image_folder" else PlainLoop)(config, device)
     for epoch in range(config["train"]["phases"][0]["epochs"]):
         seconds, _ = loop.epoch(epoch)
         if epoch:

@@ -215,6 +215,16 @@ def test_move_nested_tuples() -> None:
     assert [moved[0].device.type, moved[1][0].device.type, moved[1][1].shape] == ["meta", "meta", (3,)]
 
 
+def test_batch_is_pinned_by_torch_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DataLoader does not pin objects without this method, and copies from other memory are synchronous."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    inputs, targets = (torch.zeros(2, 1), (torch.ones(2, 2),)), torch.zeros(2)
+    batch = torch.utils.data._utils.pin_memory.pin_memory(Batch(inputs, targets, np.arange(2)))
+    assert batch.inputs[1][0] is inputs[1][0]
+    assert [id(tensor) for tensor in pinned] == [id(inputs[0]), id(inputs[1][0]), id(targets)]
+
+
 def test_iteration_preserves_rng_state() -> None:
     made = loader(Noisy())
     before = torch.get_rng_state().tolist()

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchmetrics.classification import MulticlassF1Score
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from transfer import DataSpec, Task
 from transfer.builtin.tasks import Classification, MeanOf, MultiLabel, Regression
@@ -151,17 +152,23 @@ def test_metrics_of_torchmetrics_never_wait() -> None:
         assert names == [], name
 
 
-def test_macro_f1_equals_torchmetrics() -> None:
-    task = Classification(DataSpec({"x": "x"}, "class", tuple("abcde")))
-    ours, reference = task.metrics()["f1_macro"], MulticlassF1Score(5, average="macro")
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("accuracy", MulticlassAccuracy(5, average="micro")), ("f1_macro", MulticlassF1Score(5, average="macro"))],
+    ids=["accuracy", "f1_macro"],
+)
+def test_metric_of_classification_equals_torchmetrics(name: str, reference: Metric) -> None:
+    ours = Classification(DataSpec({"x": "x"}, "class", tuple("abcde"))).metrics()[name]
     generator = torch.Generator().manual_seed(0)
     for size in (7, 1, 30):
         predictions, targets = torch.randint(4, (2, size), generator=generator)  # class e never occurs
         ours.update(predictions, targets)
         reference.update(predictions, targets)
     assert torch.equal(ours.compute(), reference.compute())
-    for name, value in reference.metric_state.items():
-        assert torch.equal(ours.metric_state[name], value), name
+    for state, value in reference.metric_state.items():
+        assert torch.equal(ours.metric_state[state], value), state
+    ours.reset()
+    assert not any(value.any() for value in ours.metric_state.values())
 
 
 def test_mean_of_equals_mean_of_all_elements_and_keeps_nan() -> None:

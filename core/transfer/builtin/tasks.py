@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, Metric
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
+    MulticlassStatScores,
     MultilabelAccuracy,
     MultilabelStatScores,
 )
@@ -46,19 +47,43 @@ class MeanOf(MeanMetric):
         self.weight += values.numel()
 
 
+class _Accuracy(MulticlassAccuracy):
+    """Accuracy over examples, with a few operations per batch: torchmetrics' update takes longer than a small step.
+
+    The state is that of torchmetrics. It is updated in place, because Module.__setattr__ is slow.
+    """
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add a batch of classes, int64 (B,)."""
+        assert self.num_classes is not None
+        count, hits = len(targets), (predictions == targets).sum()
+        tp, fp, tn, fn = _counts(self)
+        tp.add_(hits)
+        fp.add_(count).sub_(hits)
+        fn.add_(count).sub_(hits)
+        # Of the C classes of a correct prediction, all but one are true negatives; of a wrong one, all but two.
+        tn.add_(count * (self.num_classes - 2)).add_(hits)
+
+
 class _MacroF1(MulticlassF1Score):
     """Macro F1 without ``torch.bincount``, whose output size depends on the data: a GPU would wait at every step."""
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Add a batch of classes, int64 (B,)."""
-        assert self.num_classes is not None
         hits = (predictions == targets).long()
-        correct, predicted, actual = (hits.new_zeros(self.num_classes) for _ in range(3))
-        correct.index_add_(0, targets, hits)
-        predicted.index_add_(0, predictions, torch.ones_like(hits))
-        actual.index_add_(0, targets, torch.ones_like(hits))
-        wrong, missed = predicted - correct, actual - correct
-        self._update_state(correct, wrong, len(targets) - correct - wrong - missed, missed)
+        wrong = 1 - hits
+        tp, fp, tn, fn = _counts(self)
+        tp.index_add_(0, targets, hits)
+        fp.index_add_(0, predictions, wrong)
+        fn.index_add_(0, targets, wrong)
+        # An example is a true negative of every class but its own and the predicted one.
+        tn.add_(len(targets)).index_add_(0, targets, torch.ones_like(hits), alpha=-1)
+        tn.index_add_(0, predictions, wrong, alpha=-1)
+
+
+def _counts(metric: MulticlassStatScores) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the true positives, false positives, true negatives and false negatives of a metric, to be changed."""
+    return cast("tuple[Tensor, Tensor, Tensor, Tensor]", (metric.tp, metric.fp, metric.tn, metric.fn))
 
 
 class MultilabelMacroF1(MultilabelStatScores):
@@ -149,7 +174,7 @@ class Classification(Task):
         """Return accuracy over examples, and the unweighted mean of the classes' F1."""
         classes = self.out_features
         return {
-            "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
+            "accuracy": _Accuracy(classes, average="micro", validate_args=False),
             "f1_macro": _MacroF1(classes, average="macro", validate_args=False),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -197,16 +197,24 @@ class Loader:
         if self._running is None or self._running.num_workers < workers:
             workers = self._workers_in_shared_memory(workers, epoch, batches) if workers else 0
             self._running = _TorchLoader(self.examples, workers, pin_memory=self.pin_memory) if workers else None
-        loader = self._running
-        if loader is None:
-            loader = _TorchLoader(self.examples, 0, pin_memory=self.pin_memory)
-        loader.plan.start_epoch(epoch, batches)
-        for number, batch in enumerate(loader):
+        loaded: Iterable[Batch | DataError]
+        if self._running is None:
+            loaded = self._loaded_here(epoch, batches)
+        else:
+            self._running.plan.start_epoch(epoch, batches)
+            loaded = self._running
+        for number, batch in enumerate(loaded):
             if isinstance(batch, DataError):
                 raise batch
             # Here, because loader processes would send the preprocessing with every batch.
             batch = replace(batch, to_device=self.preprocessing.to_device)
             yield batch if shard is None else replace(batch, global_indices=global_batches[number])
+
+    def _loaded_here(self, epoch: int, batches: Iterable[npt.NDArray[np.int64]]) -> Iterator[Batch]:
+        """Yield batches that this process loads. torch's DataLoader would take longer than a small batch."""
+        for indices in batches:
+            batch = self.examples.batch([(epoch, index) for index in indices.tolist()])
+            yield batch.pin_memory() if self.pin_memory else batch
 
     def _sampled(self, sampler: Sampler, epoch: int) -> npt.NDArray[np.int64]:
         """Return the order of a sampler.
@@ -286,7 +294,7 @@ class _EpochPlan:
 
 
 class _TorchLoader(DataLoader[Any]):
-    """Torch's loader of a dataset of batches; its processes, if any, work through any number of epochs."""
+    """Torch's loader of a dataset of batches; its processes work through any number of epochs."""
 
     def __init__(self, examples: _BatchDataset, workers: int, *, pin_memory: bool) -> None:
         plan = _EpochPlan()
@@ -299,7 +307,7 @@ class _TorchLoader(DataLoader[Any]):
             generator=torch.Generator(),  # DataLoader draws a seed: not from the generator of the model
             worker_init_fn=_ignore_signals,
             # Starting processes takes longer than an epoch of a small split.
-            persistent_workers=workers > 0,
+            persistent_workers=True,
         )
         self.plan = plan
 
