@@ -12,6 +12,7 @@ from conftest import Dense
 import transfer
 from transfer import ConfigError, PluginError, register
 from transfer.config.check import load_config
+from transfer.training.build import build
 from transfer.training.preflight import describe_preprocessing
 
 
@@ -64,3 +65,30 @@ def test_described_augmentation_follows_train_augment(config: dict[str, Any], au
     backbone: Any = SimpleNamespace(preprocessing=SimpleNamespace(describe=lambda: settings))
     described = describe_preprocessing(load_config(config, [f"train.augment={augment}"]), backbone)
     assert described == {"image_size": 32, "image": {"augmentation": shown}}
+
+
+class Loaded(Dense):
+    """Dense stages whose first stage has pretrained weights."""
+
+    def load_pretrained(self) -> dict[str, Any]:
+        """Set the first weights to one."""
+        self.stages[0][0].weight.data.fill_(1.0)
+        return {"weights": "ones"}
+
+
+@pytest.mark.parametrize(
+    ("phase", "warns"),
+    [
+        ("{epochs: 1, lr: 1.0e-3}", True),
+        ("{epochs: 1, lr: {head: 1.0e-2, backbone: 1.0e-4}}", False),
+        ("{epochs: 1, freeze: [first], lr: 1.0e-2}", False),
+    ],
+)
+def test_high_rate_of_pretrained_stage_is_warned_about(config: dict[str, Any], phase: str, warns: bool) -> None:
+    register("backbone", "loaded")(Loaded)
+    notes: list[str] = []
+    overrides = ["backbone.name=loaded", "train.optimizer={name: adamw}", f"train.phases=[{phase}]"]
+    built = build(load_config(config, overrides), lambda event: notes.append(getattr(event, "text", "")))
+    expected = ["warning: the learning rate of the pretrained stage first is 0.001"] if warns else []
+    assert [note.split(",")[0] for note in notes if "pretrained stage" in note] == expected
+    assert len(built.experiment.warnings) == warns

@@ -118,9 +118,14 @@ def _print_range_test(result: RangeTest, config: str, overrides: list[str]) -> N
 
     console = Console()
     console.print(range_test_table(result.rates, result.losses, result.smoothed))
+    reason = "a quarter of the highest rate at which the smoothed loss has not risen"
+    if result.suggestion == result.steepest:
+        reason = "the rate at which the smoothed loss falls fastest"
+    elif not result.falls:
+        reason += ", because the loss falls by less than its noise (more --steps or a larger batch may show more)"
     console.print(
-        f"suggestion: {result.steepest:.2g}, the rate at which the smoothed loss falls fastest; "
-        f"a tenth of the rate at its minimum is {result.tenth_of_lowest:.2g}\n"
+        f"suggestion: {result.suggestion:.2g}, {reason}; a tenth of the rate at its minimum is "
+        f"{result.tenth_of_lowest:.2g}\n"
         f"next: transfer run {shlex.join([config, *overrides, result.assignment])}",
         highlight=False,
         markup=False,

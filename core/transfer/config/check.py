@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from transfer.config.component import Component
 from transfer.config.option_schema import has_option, options_model, validate
-from transfer.config.recipes import FINE_TUNING, WITHOUT_PRETRAINED
+from transfer.config.recipes import FINE_TUNING, RECIPE_WARMUP_EPOCHS, WITHOUT_PRETRAINED
 from transfer.config.run_config import RunConfig, RunConfigSchema
 from transfer.config.torch_classes import (
     OPTIMIZERS,
@@ -158,10 +158,11 @@ class _ConfigValidator:
             if data_options is not None and not data_options.validation:
                 settings["patience"] = None  # there may be no validation split to stop by
             train = train.model_copy(update={"phases": (PhaseSettings(**settings),), "epochs": None})
-        # An explicit null keeps the rates constant, also in the configs of runs of earlier versions.
+        # An explicit null keeps the rates constant, as in the configs of runs of earlier versions.
         tunes = train is not None and train.recipe is not None and train.recipe.name in FINE_TUNING
         if train is not None and tunes and "scheduler" not in train.model_fields_set:
-            train = train.model_copy(update={"scheduler": {"name": "cosine"}})
+            warmup = {} if "warmup_epochs" in train.model_fields_set else {"warmup_epochs": RECIPE_WARMUP_EPOCHS}
+            train = train.model_copy(update={"scheduler": {"name": "cosine"}, **warmup})
         optimizer, optimizer_options, schedulers = self.training(train) if train else (None, None, ())
         sampler = None
         if train and train.sampler is not None:

@@ -16,8 +16,13 @@ PROBING = frozenset({"feature_extraction", "random_features", "lp_ft"})
 MIN_EXAMPLES_FOR_STATISTICS = 5_000
 """Number of training examples below which fine-tuning keeps the statistics of batch norm. A batch is a poor estimate of
 them, and on small data the few steps do not average it out."""
+RECIPE_WARMUP_EPOCHS = 0.5
+"""Warm-up of each phase of these recipes, before the cosine, if the config sets no scheduler."""
 BACKBONE_LR_FACTOR = 0.1
 """Learning rate of the backbone relative to the head's: pretrained weights should change less than new ones."""
+ADAPTIVE_LR_FACTOR = 0.02
+"""The same for Adam and its variants, which move each weight by about the learning rate, however small its gradient:
+2e-5 with the default rate of 1e-3, the usual rate for pretrained encoders (Devlin et al. 2019)."""
 STAGE_DECAY = 1 / 2.6
 """Factor of the learning rate from a stage to the one before it (Howard and Ruder 2018, section 3.2)."""
 MAX_DECAY_STEPS = 4
@@ -25,13 +30,16 @@ MAX_DECAY_STEPS = 4
 closer to 1: otherwise the first of 14 stages would train at 1 / 250,000 of the rate of the last."""
 
 
-def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[PhaseSettings, ...]:
+def expand(
+    recipe: Recipe, lr: LearningRate, stages: Sequence[str], *, adaptive: bool = False
+) -> tuple[PhaseSettings, ...]:
     """Return the phases of a recipe.
 
     Args:
         recipe: Name of the recipe and its total number of epochs.
         lr: Learning rate of the optimizer. Learning rates by group are used unchanged in every phase.
         stages: Names of the backbone's stages that have parameters, from input to output.
+        adaptive: Whether the optimizer is Adam or one of its variants.
 
     Raises:
         ConfigError: The recipe has two phases or more, and one epoch. Or it sets an option without an effect.
@@ -44,7 +52,8 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
             )
     batch_norm = recipe.batch_norm or "frozen"
     solved = PhaseSettings(epochs=1, freeze="backbone", solver="lbfgs")
-    by_group = {"head": lr, "backbone": lr * BACKBONE_LR_FACTOR} if not isinstance(lr, Mapping) else lr
+    factor = ADAPTIVE_LR_FACTOR if adaptive else BACKBONE_LR_FACTOR
+    by_group = {"head": lr, "backbone": lr * factor} if not isinstance(lr, Mapping) else lr
     if recipe.name in ("feature_extraction", "random_features"):
         if recipe.solver == "lbfgs":
             return (solved,)
@@ -56,11 +65,7 @@ def expand(recipe: Recipe, lr: LearningRate, stages: Sequence[str]) -> tuple[Pha
     if recipe.name == "lp_ft":
         probe, tune = _split_epochs(recipe, 2)
         # The head is already trained by the linear probe, so it gets the low learning rate as well.
-        slow = (
-            {"head": lr * BACKBONE_LR_FACTOR, "backbone": lr * BACKBONE_LR_FACTOR}
-            if not isinstance(lr, Mapping)
-            else lr
-        )
+        slow = {"head": lr * factor, "backbone": lr * factor} if not isinstance(lr, Mapping) else lr
         if recipe.solver == "lbfgs":
             return (solved, PhaseSettings(epochs=recipe.epochs - 1, lr=slow, batch_norm=batch_norm))
         probed = PhaseSettings(epochs=probe, freeze="backbone", lr=lr)

@@ -134,7 +134,7 @@ class RunConfig:
                 # Enough epochs for the recipe with the most phases, one per stage and one more; each is cut to 1 below.
                 recipe = recipe.model_copy(update={"epochs": len(stages) + 2})
             with self.at("train", "recipe"):
-                listed = expand(recipe, lr, stages)
+                listed = expand(recipe, lr, stages, adaptive="adam" in self.optimizer.name)
         return tuple(
             phase.model_copy(
                 update={

@@ -1,4 +1,4 @@
-"""LR finder: train a few steps at increasing learning rates, and find the rate at which the loss falls fastest."""
+"""LR finder: train a few steps at increasing learning rates, and suggest a rate that is safely below divergence."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ SMOOTHING = 0.95
 DIVERGED = 4.0
 """The test stops if the smoothed loss exceeds its minimum by this factor."""
 MIN_STEPS = 10
+WIDTH = 5.0
+"""Standard deviation of the Gaussian that smooths the curve, in steps of the default number of steps. It is centered: a
+moving average lags behind, which moved the suggestion up by a factor of ten or more."""
+SAFETY = 4.0
+"""The suggestion is at most this fraction of the highest rate without a rise of the loss (Smith 2017: a third or a
+quarter)."""
+RISE = 5.0
+"""Rise of the smoothed loss above its minimum, in standard errors, that is more than noise."""
+MIN_FALL = 5.0
+"""Fall of the smoothed loss, in standard errors, from which its slope is more than noise."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,15 @@ class RangeTest:
         rates: Learning rate of each step, for the parameter group with the highest rate. The rates of other groups are
             proportional.
         losses: Mean loss over the examples of each step.
-        smoothed: Exponential moving average of the losses.
+        smoothed: Losses smoothed by a centered Gaussian, after clipping at twice the first losses.
         steepest: Learning rate at which the smoothed loss falls fastest.
         tenth_of_lowest: A tenth of the learning rate at which the smoothed loss is lowest.
-        assignment: Override ``key=value`` that sets the learning rate to ``steepest``, and other groups in proportion.
+        assignment: Override ``key=value`` that sets the learning rate to ``suggestion``, and others in proportion.
         diverged: Whether the loss diverged before the highest learning rate.
         plot: Path of the SVG file with the curve.
+        suggestion: Suggested learning rate: ``steepest``, but at most a quarter of the highest rate at which the
+            smoothed loss has not risen.
+        falls: Whether the smoothed loss falls by more than noise. Otherwise ``steepest`` is not used.
     """
 
     rates: tuple[float, ...]
@@ -59,6 +72,8 @@ class RangeTest:
     assignment: str
     diverged: bool
     plot: Path
+    suggestion: float
+    falls: bool
 
 
 def find_learning_rate(
@@ -74,7 +89,8 @@ def find_learning_rate(
     """Train the first phase of a config at exponentially increasing learning rates, and suggest a rate (Smith 2017).
 
     The model is built for the test only; warm-up and scheduler are disabled. The suggestion is the rate at which the
-    smoothed loss falls fastest, before its minimum. A tenth of the rate at the minimum is returned too.
+    smoothed loss falls fastest, but at most a quarter of the highest rate at which it has not risen. If the loss falls
+    by less than its noise, it is that quarter.
 
     Args:
         config: Path of a YAML file, or the config as a mapping.
@@ -99,19 +115,28 @@ def find_learning_rate(
     checked = load_config(config, overrides)
     path = Path(output or f"{checked.name}-find-lr.svg")
     experiment = build(checked, observe).experiment
+    if experiment.phases[0].solver == "lbfgs":
+        raise RunError(
+            "the first phase has no learning rate: its head is solved by L-BFGS",
+            fix="add train.recipe.solver=gradient" if checked.train.recipe else "remove solver from the phase",
+        )
     rates, losses = _rise(experiment, np.geomspace(lowest, highest, steps).tolist(), observe)
-    # The decay over the complete test is the same for any number of steps.
-    smoothed = _smooth(losses, SMOOTHING ** (STEPS / steps))
+    width = WIDTH * steps / STEPS  # the same part of the curve for any number of steps
+    smoothed = _centered(losses, width)
     steepest, bottom = _steepest(rates, smoothed), rates[int(np.argmin(smoothed))]
+    bound, falls = _highest_safe(rates, losses, smoothed, width)
+    suggestion = min(steepest, bound) if falls else bound
     result = RangeTest(
         tuple(rates),
         tuple(losses),
         tuple(smoothed),
         steepest,
         bottom / 10,
-        _assignment(checked, experiment.phases[0].groups, steepest),
+        _assignment(checked, experiment.phases[0].groups, suggestion),
         len(rates) < steps,
         path,
+        suggestion,
+        falls,
     )
     try:
         write_atomically(path, draw(result, f"{checked.name}: loss at increasing learning rates"))
@@ -171,9 +196,35 @@ def _smooth(losses: Sequence[float], weight: float) -> list[float]:
     return smoothed
 
 
+def _centered(losses: Sequence[float], width: float) -> list[float]:
+    """Return the losses, clipped at twice the first ones, smoothed by a Gaussian with this standard deviation."""
+    # A loss that diverges by orders of magnitude would otherwise reach back over the steps before it.
+    clipped = np.minimum(losses, 2 * np.median(losses[:MIN_STEPS]))
+    steps = np.arange(len(losses))
+    weights = np.exp(-0.5 * ((steps[:, None] - steps[None]) / width) ** 2)
+    return [float(value) for value in weights @ clipped / weights.sum(1)]
+
+
+def _highest_safe(
+    rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], width: float
+) -> tuple[float, bool]:
+    """Return a quarter of the highest rate without a rise of the loss, and whether the loss falls by more than noise.
+
+    The standard error of the smoothed loss is estimated from differences of successive losses before the minimum.
+    """
+    # The first values are means over one side of the Gaussian: one of them may be low by chance.
+    first = len(smoothed) // 10
+    bottom = first + int(np.argmin(smoothed[first:]))
+    differences = np.diff(losses[: max(bottom + 1, MIN_STEPS)])
+    # The smoothing averages over 2 * sqrt(pi) * width independent losses.
+    error = float(np.std(differences)) / math.sqrt(2) / math.sqrt(max(1.0, 2 * math.sqrt(math.pi) * width))
+    last = max(index for index, loss in enumerate(smoothed) if loss <= smoothed[bottom] + RISE * error)
+    return rates[last] / SAFETY, smoothed[0] - smoothed[bottom] > MIN_FALL * error
+
+
 def _steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float:
     """Return the rate with the steepest descent of the loss over log(rate), before the minimum of the loss."""
-    # The first values of the moving average are means of few losses: too noisy for a slope.
+    # The first values are means over one side of the Gaussian: too noisy for a slope.
     first = min(len(smoothed) // 10, int(np.argmin(smoothed)))
     last = max(int(np.argmin(smoothed)) + 1, first + 2)
     slopes = np.gradient(np.asarray(smoothed[first:last]), np.log(rates[first:last]))
@@ -204,7 +255,7 @@ def draw(result: RangeTest, title: str) -> str:
         name: [(rate, min(loss, top)) for rate, loss in zip(result.rates, losses, strict=True)]
         for name, losses in (("loss", result.losses), ("smoothed", result.smoothed))
     }
-    suggested = {result.steepest: "steepest", result.tenth_of_lowest: "lowest / 10"}
+    suggested = {result.tenth_of_lowest: "lowest / 10", result.suggestion: "suggestion"}
     marks = {
         rate: f"{name} {rate:.2g}" for rate, name in suggested.items() if result.rates[0] <= rate <= result.rates[-1]
     }

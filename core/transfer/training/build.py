@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from transfer.config.component import error_location
@@ -27,6 +28,11 @@ from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.experiment import SMOKE_TEST_BATCHES, EngineOptions, Experiment, Phase
 from transfer.training.preflight import preflight, resolve_phases, settle_recipe
 from transfer.training.selection import FEW_EXAMPLES, LAST
+
+MAX_ADAPTIVE_LR = 3e-4
+"""Learning rate of Adam and its variants above which pretrained layers are likely to lose their weights."""
+MAX_LR = 0.1
+"""The same for other optimizers, such as SGD."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     config.task.make(data.spec)
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.backbone, splits["train"].column(*checked.backbone.fields))
+    before = _first_weights(backbone)
     pretrained = load_pretrained(config.backbone, backbone) if config.pretrained else {}
+    loaded = {name for name, weight in _first_weights(backbone).items() if not torch.equal(weight, before[name])}
     learned = dict(backbone.learned())
     if learned:
         observe(Note("learned from the training split", learned))
@@ -109,12 +117,47 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     experiment = make_experiment(
         config, model, task, backbone, loaders, phases=phases, device=checked.device, quick=quick
     )
+    if (warning := _high_rate_warning(config, phases, loaded)) is not None:
+        observe(Note(f"warning: {warning}"))
+        experiment = replace(experiment, warnings=(warning,))
     if config.train.batch_size == "auto":
         config = config.with_batch_size(find_batch_size(experiment, observe, config.train.evaluation_batch_size))
         for name, loader in loaders.items():
             loader.batch_size = _examples_per_step(config.train, training=name == "train")
     counts = {name: dict(count_classes(split, data.spec)) for name, split in splits.items()}
     return BuiltExperiment(config, experiment, loaders, backbone, data.spec, learned, pretrained, counts, data_warnings)
+
+
+def _first_weights(backbone: Backbone) -> dict[str, Tensor]:
+    """Return a copy of the first parameter of each stage, except of those that look rows up (embeddings)."""
+    # Vectors of words are tuned at higher rates than layers, because each step changes only a few rows.
+    stages = {
+        name: next(stage.parameters(), None)
+        for name, stage in zip(backbone.stage_names, backbone.stages, strict=True)
+        if not getattr(stage, "recompute", False)
+    }
+    return {name: parameter.detach().clone() for name, parameter in stages.items() if parameter is not None}
+
+
+def _high_rate_warning(config: RunConfig, phases: Sequence[Phase], pretrained: Collection[str]) -> str | None:
+    """Return a warning about learning rates that destroy pretrained weights; None if there are none.
+
+    Args:
+        config: Checked config.
+        phases: Phases of the run.
+        pretrained: Names of the stages with pretrained weights.
+    """
+    limit = MAX_ADAPTIVE_LR if "adam" in config.optimizer.name else MAX_LR
+    groups = [group for phase in phases for group in phase.groups if group.stage in pretrained and group.lr > limit]
+    if not groups:
+        return None
+    highest = max(groups, key=lambda group: group.lr)
+    return (
+        f"the learning rate of the pretrained stage {highest.stage} is {highest.lr:.2g}, far above the usual "
+        f"{limit / 10:.0e} to {limit / 3:.0e} of {config.optimizer.name}, which can destroy its weights; set "
+        "train.optimizer.lr={head: 1.0e-3, backbone: "
+        f"{limit / 15:.0e}}}, or train.recipe={{name: lp_ft, epochs: {max(2, sum(phase.epochs for phase in phases))}}}"
+    )
 
 
 def _check_validation(config: RunConfig, splits: Mapping[str, Split], observe: Observer) -> None:

@@ -133,6 +133,7 @@ class Experiment:
         assets: Assets that the backbone learned from the training split, for the keys of the feature cache.
         origin: Digests of the data and of the assets. A resumed run must have the same.
         max_batches: Maximum number of batches of each split, for quick runs. None uses all.
+        warnings: Warnings about the settings, for the summary.
     """
 
     model: Model
@@ -147,6 +148,7 @@ class Experiment:
     assets: Mapping[str, str]
     origin: Mapping[str, str]
     max_batches: int | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def selection(self) -> Selection:

@@ -49,6 +49,7 @@ def summarize(
         "device": str(experiment.options.device),
         "precision": experiment.options.precision,
         "warnings": [
+            *experiment.warnings,
             *_dropped_phases(experiment.selection, progress.records, best["epoch"]),
             *_constant_prediction(experiment, progress.records, best["epoch"], predictions),
         ],
@@ -79,13 +80,10 @@ def _constant_prediction(
     experiment: Experiment, records: Sequence[Record], best_epoch: int, predictions: Tensor | None
 ) -> Iterator[str]:
     """Warn if all examples have the same prediction, which a high accuracy hides if one class is frequent."""
-    if predictions is not None:
-        constant = len(predictions) > 1 and bool((predictions == predictions[0]).all())
-        prediction: Any = predictions[0].tolist() if constant else None
-        split = "test"
-    else:
-        best = next((record for record in records if record["epoch"] == best_epoch), {})
-        prediction, split = best.get("constant_prediction"), "validation"
+    best = next((record for record in records if record["epoch"] == best_epoch), {})
+    prediction, split = best.get("constant_prediction"), "validation"
+    if predictions is not None and len(predictions) > 1 and bool((predictions == predictions[0]).all()):
+        prediction, split = predictions[0].tolist(), "test"
     if prediction is None:
         return
     classes: Sequence[str] = getattr(experiment.task, "classes", ())
