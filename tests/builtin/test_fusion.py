@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import transfer
 from transfer import ConfigError, Data, Dataset, DataSpec, Split
@@ -146,3 +148,22 @@ def test_gates_are_those_of_the_paper():
     weights = gates.gates(torch.cat([one, two], 1)).view(2, 2, 4).softmax(1)
     expected = weights[:, 0] * gates.projections[0](one).tanh() + weights[:, 1] * gates.projections[1](two).tanh()
     torch.testing.assert_close(gates((one, two)), expected)
+
+
+def test_a_part_starts_from_a_run(fused, tmp_path):
+    fused["train"]["phases"] = [{"epochs": 1}]
+    run = transfer.run(fused | {"backbone": PARTS["left"]}, output=tmp_path / "a").folder
+    fused["backbone"]["parts"]["left"]["weights"] = str(run)
+    fused["train"]["phases"] = [{"epochs": 1, "freeze": ["left"]}]
+    summary = (done := transfer.run(fused, output=tmp_path / "b")).summary
+    assert summary["pretrained"]["left"]["weights"] == str(run)
+    one, other = (load_file(folder / "model/weights.safetensors") for folder in (run, done.folder))
+    for name, tensor in one.items():
+        stage, _, rest = name.partition(".")
+        assert stage == "head" or torch.equal(other[f"left.{stage}.0.{rest}"], tensor), name
+    shutil.rmtree(run)  # the saved model does not need the run
+    assert transfer.evaluate(done.folder) == summary["test"]
+    fused["backbone"]["parts"] = {"left": PARTS["left"], "right": {**PARTS["right"], "weights": str(done.folder)}}
+    with pytest.raises(transfer.WeightsError, match="wrong backbone in this run: expected 'other', got 'fusion'"):
+        transfer.check(fused)
+    transfer.check(fused | {"train": {"recipe": {"name": "scratch", "epochs": 1}}})

@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from transfer import load_saved_backbone, saved_backbone
 from transfer.config.check import load_component
-from transfer.config.component import Component
+from transfer.config.component import Component, error_location, require_complete
 from transfer.errors import ConfigError, DataError
 from transfer.interfaces import Backbone, Columns, FeatureSpec, Preprocessing
 
@@ -38,11 +39,12 @@ class Fusion(Backbone):
         join: Literal["concatenate", "gate"] = "concatenate",
         size: Annotated[int, Field(gt=0)] = 128,
     ) -> None:
-        built: dict[str, Backbone] = {name: block.make() for name, block in _blocks(parts).items()}
-        self._compose(built, join, size)
+        blocks = _blocks(parts)
+        built = {name: _from_run(block) if block.weights else block.make() for name, block in blocks.items()}
+        self._compose(blocks, built, join, size)
         _refuse_shared_fields(built)
 
-    def _compose(self, parts: dict[str, Backbone], join: str, size: int) -> None:
+    def _compose(self, blocks: dict[str, Component], parts: dict[str, Backbone], join: str, size: int) -> None:
         vectors = {name: part.features.size for name, part in parts.items() if part.features.layout == "vector"}
         if others := sorted(parts.keys() - vectors.keys()):
             raise ConfigError(
@@ -57,6 +59,7 @@ class Fusion(Backbone):
         sizes = list(vectors.values())
         stages[_JOIN] = _Gates(sizes, size) if join == "gate" else _Concatenation()
         super().__init__(stages)
+        self._blocks = blocks
         self._parts = tuple(parts.items())  # a tuple, because nn.Module would register the stages a second time
         self._size = size if join == "gate" else sum(sizes)
 
@@ -87,27 +90,30 @@ class Fusion(Backbone):
 
     @classmethod
     def from_data(cls, values: Sequence[Any], **options: Any) -> Self:
-        """Build every part from its column of the training split."""
+        """Build every part from its column of the training split, or from the assets of its run."""
         blocks = _blocks(options["parts"])
-        parts = zip(blocks.items(), _columns_of(values), strict=True)
-        return cls._of({name: b.cls.from_data(column, **b.options) for (name, b), column in parts}, options)
+        parts = {
+            name: _from_run(block) if block.weights else block.cls.from_data(column, **block.options)
+            for (name, block), column in zip(blocks.items(), _columns_of(values), strict=True)
+        }
+        return cls._of(blocks, parts, options)
 
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
         """Build every part from its own assets."""
-        parts = {}
-        for name, block in _blocks(options["parts"]).items():
+        parts, blocks = {}, _blocks(options["parts"])
+        for name, block in blocks.items():
             part_assets = {
                 key.removeprefix(f"{name}."): text for key, text in assets.items() if key.startswith(f"{name}.")
             }
             parts[name] = block.cls.from_assets(part_assets, **block.options)
-        return cls._of(parts, options)
+        return cls._of(blocks, parts, options)
 
     @classmethod
-    def _of(cls, parts: dict[str, Backbone], options: Mapping[str, Any]) -> Self:
+    def _of(cls, blocks: dict[str, Component], parts: dict[str, Backbone], options: Mapping[str, Any]) -> Self:
         # Not __init__(), which would build the parts from their options, without data or assets.
         fusion = cls.__new__(cls)
-        fusion._compose(parts, options["join"], options["size"])
+        fusion._compose(blocks, parts, options["join"], options["size"])
         return fusion
 
     def assets(self) -> Mapping[str, str]:
@@ -117,17 +123,21 @@ class Fusion(Backbone):
     @classmethod
     def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the options of every part that change for random initialization."""
-        blocks = _blocks(options["parts"])
-        return {
-            "parts": {
-                name: {**block.resolved, **block.cls.without_pretrained(block.options)}
-                for name, block in blocks.items()
-            }
-        }
+        blocks = {name: block.without_pretrained() for name, block in _blocks(options["parts"]).items()}
+        return {"parts": {name: block.resolved for name, block in blocks.items()}}
 
     def load_pretrained(self) -> Mapping[str, Any]:
         """Load the pretrained weights of every part."""
-        return {name: read for name, part in self.parts.items() if (read := dict(part.load_pretrained()))}
+        loaded = {}
+        for name, part in self.parts.items():
+            block = self._blocks[name]
+            if block.weights:
+                with error_location(block.where):
+                    source = saved_backbone(block.weights, block.plugin.name)
+                    loaded[name] = {"weights": block.weights, **load_saved_backbone(part, source, block.resolved)}
+            elif read := dict(part.load_pretrained()):
+                loaded[name] = read
+        return loaded
 
 
 def _blocks(parts: Mapping[str, dict[str, Any]]) -> dict[str, Component]:
@@ -138,12 +148,18 @@ def _blocks(parts: Mapping[str, dict[str, Any]]) -> dict[str, Component]:
     for name, block in blocks.items():
         if issubclass(block.cls, Fusion):
             raise ConfigError(f"the part {name!r} is itself a fusion", fix="name all its parts in one fusion")
-        if block.weights is not None:
-            raise ConfigError(
-                f"the part {name!r} cannot start from an earlier run: {block.plugin.name} has no own option weights",
-                fix="remove weights; a fusion can start from a run of the same fusion",
-            )
     return blocks
+
+
+def _from_run(block: Component) -> Backbone:
+    """Build a part with the assets of the run that it starts from, such as a vocabulary."""
+    assert block.weights is not None
+    with error_location(block.where):
+        backbone: Backbone = block.cls.from_assets(
+            saved_backbone(block.weights, block.plugin.name).assets, **block.options
+        )
+        require_complete(block, backbone)
+        return backbone
 
 
 def _refuse_shared_fields(parts: Mapping[str, Backbone]) -> None:

@@ -72,25 +72,32 @@ class SavedBackbone:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def saved_backbone(run: str | Path) -> SavedBackbone:
+def saved_backbone(run: str | Path, name: str | None = None) -> SavedBackbone:
     """Return the backbone of a run without reading its tensors.
 
     Args:
         run: Path of a run directory, or of its model folder.
+        name: Name of the backbone that the run must have. None accepts any.
 
     Raises:
-        WeightsError: The path does not contain a complete run.
+        WeightsError: The path does not contain a complete run, or the run has another backbone.
     """
     path = Path(run).expanduser()
     folder = path / "model" if (path / "model").is_dir() else path
     try:
         described = read_description(folder, f"there is no run with a model at {path}", "name a run that has ended")
         assets = read_assets(folder, described)
-        return SavedBackbone(
-            folder, described["backbone"], described["preprocessing"], assets, bool(described.get(ADAPTER))
-        )
     except RunError as error:
         raise WeightsError.of(error.problems) from error
+    found = str(described["backbone"]["name"]).rpartition(":")[2]
+    if name is not None and found != name:
+        raise WeightsError(
+            f"wrong backbone in this run: expected {name!r}, got {found!r}",
+            where=str(folder),
+            fix=f"name a run of {name}",
+        )
+    is_adapted = bool(described.get(ADAPTER))
+    return SavedBackbone(folder, described["backbone"], described["preprocessing"], assets, is_adapted)
 
 
 def build_backbone(component: Component, values: Sequence[Any] | None = None) -> Backbone:
@@ -133,15 +140,7 @@ def load_pretrained(component: Component, backbone: Backbone) -> dict[str, Any]:
 
 def _saved(component: Component) -> SavedBackbone:
     assert component.weights is not None
-    saved = saved_backbone(component.weights)
-    name = str(saved.options["name"]).rpartition(":")[2]
-    if name != component.plugin.name:
-        raise WeightsError(
-            f"wrong backbone in this run: expected {component.plugin.name!r}, got {name!r}",
-            where=str(saved.folder),
-            fix=f"name a run of {component.plugin.name}",
-        )
-    return saved
+    return saved_backbone(component.weights, component.plugin.name)
 
 
 def load_saved_backbone(
