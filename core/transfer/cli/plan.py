@@ -120,8 +120,10 @@ def _cache(config: RunConfig, parts: CheckedParts) -> Table:
     for heading in ("phase", "training examples", "validation examples"):
         table.add_column(heading, overflow="fold")
     train, stages = config.train, list(parts.model.stages)
-    augments = parts.backbone.preprocessing.augments and train.augment
     for number, phase in enumerate(parts.phases, 1):
+        # A head is solved on several views of each example, or on the examples without augmentation.
+        solved = phase.solver == "lbfgs"
+        augments = parts.backbone.preprocessing.augments and train.augment and not (solved and train.views is None)
         count = prefix_length(parts.model, phase.frozen)
         cells = []
         for training in (True, False):
@@ -130,10 +132,14 @@ def _cache(config: RunConfig, parts: CheckedParts) -> Table:
                 cache=train.cache != "off",
                 augments=augments and training,
                 views=train.views,
-                mixed=train.mix is not None and training,
+                mixed=train.mix is not None and training and not solved,
                 batch_norm=parts.model.has_batch_norm,
             )
-            views = f", {views_of_phase(train.views, phase.epochs)} views each" if augments and training else ""
+            views = (
+                f", {views_of_phase(train.views, None if solved else phase.epochs)} views each"
+                if augments and training
+                else ""
+            )
             cells.append(Text(f"no: {reason}") if reason else Text(f"after {stages[count - 1]}{views}", style="green"))
         table.add_row(str(number), *cells)
     return table

@@ -182,11 +182,11 @@ class Recipe(Block):
 
     Args:
         name: Name of the recipe. feature_extraction: train only the head. fine_tune: train everything, the backbone at
-            a tenth of the head's learning rate. lp_ft: train only the head for the first half, then everything at a
-            tenth of the learning rate (Kumar et al. 2022). gradual: unfreeze one more stage per phase (several if there
-            are fewer epochs than stages), from the output on, with lower learning rates for lower stages (Howard and
-            Ruder 2018). scratch: train everything from random weights. random_features: train only the head, on a
-            backbone with random weights.
+            a tenth of the head's learning rate (1/50 with Adam and its variants). lp_ft: only the head, solved in one
+            epoch or trained for the first half, then everything at the lower rate (Kumar et al. 2022). gradual:
+            unfreeze one more stage per phase (several if there are fewer epochs than stages), from the output on, with
+            lower learning rates for lower stages (Howard and Ruder 2018). scratch: train everything from random
+            weights. random_features: train only the head, on a backbone with random weights.
         epochs: Number of epochs of all phases together. Solving the head takes one epoch.
         batch_norm: Statistics of batch-norm layers in the phases that train the backbone, as in a phase. null is eval
             with fewer than 5,000 training examples, otherwise frozen.
@@ -248,9 +248,11 @@ class TrainConfig(Block):
         optimizer: Name of one of torch's optimizers in lower case, or of a plugin, with its options; without a name it
             is adam. The option lr may differ by group.
         scheduler: Name of one of torch's schedulers in lower case, or of a plugin, with its options; null keeps the
-            learning rates.
+            learning rates. cosine, and linear without options, fall to zero by optimizer step over each phase. The
+            default is null; cosine in the recipes fine_tune, lp_ft and gradual.
         warmup_epochs: Epochs (fractions are allowed) at the start of each phase in which the learning rates rise
-            linearly from zero. The scheduler starts after them.
+            linearly from zero. The scheduler starts after them. The default is 0; half an epoch in recipes for
+            fine-tuning without a scheduler of their own.
         epochs: Number of epochs if neither phases nor a recipe are set: everything is trained; null is the number that
             the backbone chooses (5 for most).
         phases: Phases of training, in order, each with its number of epochs.

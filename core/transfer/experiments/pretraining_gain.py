@@ -67,7 +67,7 @@ def pretraining_gain(
     * ``linear_probe``: a linear head on the frozen pretrained network.
     * ``from_scratch``: the complete model from random weights, at the head's learning rate.
     * ``fine_tuned``: the complete model from the pretrained weights, with the config's phases. If these train only the
-      head, the backbone is trained at a tenth of the head's rate.
+      head, the backbone is trained at a lower rate.
 
     The best constant prediction is reported with them; for classes it is the most frequent class. For texts with
     classes or labels, TF-IDF with logistic regression is reported too if scikit-learn is installed.
