@@ -10,11 +10,12 @@ from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from transfer import __version__
 from transfer.deployment.serving.batching import BATCHING, Batcher, Batching, BusyError
 from transfer.deployment.serving.guards import LOOPBACK_HOSTS, AccessLog, Gate, HostGuard, Tokens, refuse_other_origins
-from transfer.deployment.serving.metrics import CONTENT_TYPE, Metrics
+from transfer.deployment.serving.metrics import Metrics
 from transfer.deployment.serving.models import Prediction, RefusedError, Request as Inputs, ServedModel
 from transfer.deployment.serving.reading import CLOSE, LIMITS, RETRY, Intake, Limits, is_text, read_inputs
 from transfer.errors import UserError
@@ -179,7 +180,7 @@ def make_app(
 
     @app.get("/metrics", include_in_schema=False)
     async def prometheus() -> Response:
-        return Response(metrics.render(), media_type=CONTENT_TYPE)
+        return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     @app.get("/models", summary="The models, with their inputs and classes")
     async def list_models() -> dict[str, Any]:
