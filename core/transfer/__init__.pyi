@@ -5,6 +5,7 @@ from .data.class_folders import (
     FileListing as FileListing,
     Level as Level,
     folder_levels as folder_levels,
+    is_hidden as is_hidden,
 )
 from .data.delimited import Quoting as Quoting
 from .data.splits import split_off as split_off
@@ -60,6 +61,7 @@ from .registry.entry_points import (
     plugins as plugins,
     register as register,
 )
+from .registry.requirements import install_hint as install_hint
 from .reports.preview import preview_batch as preview_batch, preview_predictions as preview_predictions
 from .reports.report import report as report
 from .runs.check import check as check

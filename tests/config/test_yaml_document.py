@@ -227,11 +227,6 @@ def test_binary_file_is_refused(tmp_path: Path, content: bytes) -> None:
     assert str(path) in caught.value.problems[0].where
 
 
-def test_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_document(tmp_path)
-
-
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "[1, 2]", "just words"])
 def test_document_that_is_no_mapping_is_refused(read: Any, text: str) -> None:
     with pytest.raises(ConfigError, match="expected a mapping of data"):
@@ -296,3 +291,13 @@ def test_bare_hash_in_a_file_is_reported(read: Any) -> None:
 
 def test_comments_in_a_file_stay_comments(read: Any) -> None:
     assert read("a: # none\nb: #\n  c: 1 #\nd:\n#\ne: '#'\n").data == {"a": None, "b": {"c": 1}, "d": None, "e": "#"}
+
+
+def test_folder_as_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder: expected a YAML file") as caught:
+        read_document(tmp_path)
+    assert caught.value.problems[0].fix == "give the path of a YAML file"
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError) as caught:
+        read_document(tmp_path)
+    assert caught.value.problems[0].fix == f"give {tmp_path / 'config.yaml'}, the config of the run"

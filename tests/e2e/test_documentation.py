@@ -168,8 +168,8 @@ def own_files(folder: Path) -> None:
         for shade in range(8):
             Image.new("RGB", (40, 36), (30 * shade, 60 * number, 90)).save(pictures / f"{shade}.jpg")
     shutil.copy(folder / "images/train/ants/1.jpg", folder / "ant.jpg")
-    for name, count in (("reviews.csv", 40), ("held_out.csv", 12)):
-        rows = [f"a {word} film {number},{word}" for number, word in zip(range(count), cycle(("good", "bad")))]
+    for name, numbers in (("reviews.csv", range(40)), ("held_out.csv", range(40, 52))):
+        rows = [f"a {word} film {number},{word}" for number, word in zip(numbers, cycle(("good", "bad")))]
         (folder / name).write_text("\n".join(["review,sentiment", *rows]) + "\n", encoding="utf-8")
     (folder / "space.yaml").write_text(
         "sweep: {trials: 2}\ntrain.optimizer.lr: {log: [1.0e-5, 0.1]}\n", encoding="utf-8"

@@ -37,6 +37,7 @@ from transfer.reports.metrics import (
     most_confused,
     residuals,
 )
+from transfer.system.atomic_files import write_json
 from transfer.training.events import Note
 
 DRAWN = torch.Generator().manual_seed(0)
@@ -227,6 +228,9 @@ def test_report_writes_the_same_page_again(run: transfer.Run) -> None:
     shutil.rmtree(run.folder / "plots")
     assert transfer.report(run.folder) == run.folder / "report.html"
     assert page(run) == before
+    write_json(run.folder / "summary.json", {**run.summary, "data_warnings": {"duplicates in train": "2 of <120>"}})
+    transfer.report(run.folder)
+    assert "Possible problems duplicates in train 2 of &lt;120&gt;" in words(page(run))
 
 
 def test_report_without_data_states_the_reason(run: transfer.Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,19 @@ def test_run_of_an_older_version_keeps_its_raw_targets(prices: dict[str, Any], t
     assert transfer.evaluate(run.folder) == run.summary["test"]
     (run.folder / "summary.json").unlink()
     assert transfer.resume(run.folder).summary["test"] == run.summary["test"]
+
+
+def test_seeds_of_an_older_version_keep_their_raw_targets(prices: dict[str, Any], tmp_path: Path) -> None:
+    prices["train"] |= {"report": False, "phases": [{"epochs": 1}], "optimizer": {"name": "sgd", "lr": 1e-9}}
+    prices["task"]["standardize"] = False
+    run = transfer.run_seeds(prices, seeds=2, output=tmp_path)
+    manifest = json.loads((run.folder / "seeds.json").read_text())
+    del manifest["config"]["task"]["standardize"]
+    (run.folder / "seeds.json").write_text(json.dumps(manifest))
+    (run.folder / "summary.json").unlink()
+    shutil.rmtree(run.folder / "seed-4")
+    values = run.summary["test"]["mean_absolute_error"]["values"]
+    assert transfer.resume_seeds(run.folder).summary["test"]["mean_absolute_error"]["values"] == values
 
 
 def test_damaged_state_of_the_task_is_refused(prices: dict[str, Any], tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from transfer.config.option_schema import Block
 from transfer.config.recipes import WITHOUT_PRETRAINED, expand
 from transfer.config.torch_classes import TorchClass
 from transfer.config.train_settings import (
-    DEFAULT_EPOCHS,
     DataOptions,
     OptimizerOptions,
     PhaseSettings,
@@ -24,6 +23,7 @@ from transfer.config.train_settings import (
     one_of,
 )
 from transfer.config.yaml_document import Document, Key
+from transfer.interfaces import Backbone
 
 Config = str | Path | Mapping[str, Any]
 """Path of a YAML file, or the config as nested dicts."""
@@ -128,7 +128,7 @@ class RunConfig:
             ConfigError: The recipe does not fit the model.
         """
         recipe, lr = self.train.recipe, self.optimizer_options.lr
-        listed = self.train.phases or (PhaseSettings(epochs=self.train.epochs or DEFAULT_EPOCHS),)
+        listed = self.train.phases or (PhaseSettings(epochs=self.train.epochs or Backbone.default_phase["epochs"]),)
         if recipe is not None:
             if self.quick_try:
                 # Enough epochs for the recipe with the most phases, one per stage and one more; each is cut to 1 below.

@@ -15,8 +15,6 @@ OPTIMIZER = "adam"
 """Optimizer of a config that names none."""
 LEARNING_RATE = 1e-3
 """Learning rate of a config that sets none."""
-DEFAULT_EPOCHS = 5
-"""Number of epochs of a config that sets neither epochs nor phases nor a recipe."""
 BATCH_SIZE = 32
 """Batch size of a config that sets none."""
 

@@ -157,6 +157,12 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
             available=siblings,
             fix=f"did you mean {folder / close}?" if close else "give the path of a YAML file",
         ) from error
+    except IsADirectoryError as error:
+        inside = path / "config.yaml"
+        raise ConfigError(
+            f"{path} is a folder: expected a YAML file",
+            fix=f"give {inside}, the config of the run" if inside.is_file() else "give the path of a YAML file",
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"the config cannot be read: {error}", where=str(path), fix="give a UTF-8 YAML file"

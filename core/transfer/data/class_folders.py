@@ -62,10 +62,10 @@ def folder_levels(root: Path) -> dict[str, Level]:
     levels = {}
     try:
         for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
-            folders[:] = sorted(name for name in folders if not _is_hidden(name) and not _is_loop(Path(folder, name)))
+            folders[:] = sorted(name for name in folders if not is_hidden(name) and not _is_loop(Path(folder, name)))
             relative = Path(folder).relative_to(root)
             key = "" if relative == Path() else relative.as_posix()
-            levels[key] = Level(list(folders), sorted(name for name in files if not _is_hidden(name)))
+            levels[key] = Level(list(folders), sorted(name for name in files if not is_hidden(name)))
     except OSError as error:
         raise DataError(
             f"the folder cannot be read: {error.strerror}", where=str(error.filename), fix="make it readable"
@@ -274,7 +274,8 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is left out, as tools for archives and folders do."""
     return name.startswith((".", "__MACOSX"))  # macOS writes the second one into archives
 
 

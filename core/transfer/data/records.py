@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from transfer.data.class_folders import is_hidden
 from transfer.errors import DataError, unknown_name
 
 MAX_TABLE_BYTES = 1 << 32
@@ -168,7 +169,7 @@ def _unzipped(file: BinaryIO, path: Path) -> bytes:
         if "xl/workbook.xml" in names or "[Content_Types].xml" in names or "content.xml" in names:
             raise DataError("the file is a spreadsheet, not a text table", where=str(path), fix=_SAVE_AS_CSV)
         # Archives made on macOS contain a hidden copy of the metadata of each file.
-        names = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+        names = [n for n in names if not any(map(is_hidden, n.split("/")))]
         tables = [name for name in names if name.lower().endswith(_TABLE_SUFFIXES)]
         if len(tables or names) != 1:
             raise DataError(

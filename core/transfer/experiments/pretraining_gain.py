@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transfer.config.check import load_config
+from transfer.config.older_versions import add_missing_options
 from transfer.config.run_config import Config, RunConfig
 from transfer.config.tracker_variables import read_tracker_variables, stored_config
 from transfer.errors import RunError, UserError
@@ -137,7 +138,7 @@ def resume_pretraining_gain(folder: str | Path, *, observe: Observer = ignore_ev
         _require_printable(content, path / VALUE)
         observe(Note(f"{path} is already complete"))
         return Run(path, content)
-    config = load_config(read_tracker_variables(content["config"])[0])
+    config = load_config(read_tracker_variables(add_missing_options(content["config"]))[0])
     built = build(config, observe)
     return _measure(RunDirectory(path), config, _arms(config, preflight(config)), manifest.seeds, built, observe)
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from transfer.config.check import load_config
+from transfer.config.older_versions import add_missing_options
 from transfer.config.run_config import Config, RunConfig
 from transfer.config.tracker_variables import read_tracker_variables, stored_config
 from transfer.errors import RunError, UserError
@@ -127,7 +128,7 @@ def _read_manifest(folder: Path) -> _Manifest:
     fix = "give the folder that `transfer run --seeds` printed last"
     content = read_json(folder / MANIFEST, f"{folder} is not a folder of seeds", fix)
     manifest = checked(content, _Manifest, str(folder / MANIFEST))
-    manifest.config = content["config"]  # with paths as they are, which need not be UTF-8
+    manifest.config = add_missing_options(content["config"])  # with paths as they are, which need not be UTF-8
     return manifest
 
 

@@ -124,6 +124,11 @@ def recorded_plugins(directory: RunDirectory) -> dict[str, Any]:
     return {}
 
 
+def changes_note(lines: Iterable[str]) -> str:
+    """Return the sentence about the plugins that have changed since a run (:func:`changes`)."""
+    return f"plugins have changed since the run, so results may differ: {'; '.join(lines)}"
+
+
 def changes(recorded: Mapping[str, Any], current: Iterable[Component], *, versions: bool = True) -> list[str]:
     """Return a line for each plugin whose version or code differs from the record.
 

@@ -499,6 +499,7 @@ def _data(material: Material) -> dict[str, Any]:
         "sizes": {split: f"{size:,}" for split, size in sizes.items()},
         "classes": classes,
         "note": note,
+        "warnings": summary.get("data_warnings"),
         "lengths": lengths,
         "options": {name: value for name, value in material.config.data.resolved.items() if value is not None},
         "learned": summary.get("learned"),

@@ -9,7 +9,7 @@ from transfer.config.check import config_of_moved_run
 from transfer.errors import RunError, unknown_name
 from transfer.interfaces import SPLITS
 from transfer.models.precision import place
-from transfer.models.recorded_plugins import changes, recorded_plugins, run_config
+from transfer.models.recorded_plugins import changes, changes_note, recorded_plugins, run_config
 from transfer.models.saved_model import read_model
 from transfer.runs.data import changed_split, read_splits
 from transfer.runs.inference_device import inference_device
@@ -52,7 +52,7 @@ def evaluate(
     config = config.quick() if quick else config
     components = (config.data, config.backbone, config.head, config.task)
     if changed := changes(recorded_plugins(directory), components):
-        observe(Note(f"plugins have changed since the run, so results may differ: {'; '.join(changed)}"))
+        observe(Note(changes_note(changed)))
     loaded = read_model(directory.model)
     splits = read_splits(config, loaded.data, directory.path)
     if split not in splits:

@@ -19,6 +19,7 @@ from transfer.interfaces import Preprocessing
 from transfer.models.forward import forward_batches
 from transfer.models.model_json import DESCRIPTION
 from transfer.models.precision import place
+from transfer.models.recorded_plugins import changes_note
 from transfer.models.saved_model import LoadedModel, find_model, plugin_changes, read_model
 from transfer.runs.inference_device import inference_device
 from transfer.runs.inputs import Input, value_inputs
@@ -215,7 +216,7 @@ def load(run: str | Path, *, device: str | None = None, observe: Observer = igno
     folder = find_model(run)
     loaded = read_model(folder)
     if changed := plugin_changes(folder):
-        observe(Note(f"plugins have changed since the run, so results may differ: {'; '.join(changed)}"))
+        observe(Note(changes_note(changed)))
     place(loaded.model, inference_device(device, _device_of_run(Path(run), folder), observe))
     return Predictor(folder, loaded)
 

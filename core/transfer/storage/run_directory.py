@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from transfer.config.older_versions import add_missing_options
 from transfer.config.yaml_document import dump, read_plain
 from transfer.errors import ConfigError, RunError
 from transfer.system.atomic_files import (
@@ -246,13 +247,9 @@ class RunDirectory:
             RunError: The config cannot be read.
         """
         try:
-            plain = read_plain(self.path / "config.yaml")
+            plain = add_missing_options(read_plain(self.path / "config.yaml"))
         except ConfigError as error:
             raise RunError.of(error.problems) from error
-        task = plain.get("task")
-        if isinstance(task, dict) and str(task.get("name")).rpartition(":")[2] == "regression":
-            # A resolved config contains every option: a run without this one was trained before it existed.
-            task.setdefault("standardize", False)
         return plain if trackers else {name: value for name, value in plain.items() if name != "trackers"}
 
     def summary(self) -> dict[str, Any]:

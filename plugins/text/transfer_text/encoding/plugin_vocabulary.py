@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,13 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as Library, models
 
-from transfer import DataError, PluginError
+from transfer import DataError, PluginError, install_hint
 from transfer_text.encoding.vocabulary import MIN_FREQUENCY, SPECIAL, UNKNOWN, UNKNOWN_TOKEN, Vocabulary
 from transfer_text.interfaces import Tokenizer
 from transfer_text.plugins import is_plugin, make_tokenizer, requirement
-
-_PINNED = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(\[[A-Za-z0-9._,-]+\])?==[0-9][0-9A-Za-z.+!-]*")
-"""Requirement of a package by its name, with a version."""
 
 
 def vocabulary_class(tokenizer: str) -> type[Vocabulary]:
@@ -132,10 +128,7 @@ class PluginVocabulary(Vocabulary):
         try:
             return cls(written, package, make_tokenizer(written), content["words"], extra=extra)
         except PluginError as error:
-            fix = f"pip install {shlex.quote(package)}" if package else "register it first, as where it was trained"
-            # The file may have been edited: never repeat an address or an option of pip.
-            if package and not _PINNED.fullmatch(package):
-                fix = "ask for the package of the tokenizer where the model comes from"
+            fix = install_hint(package, "register it first, as where it was trained")
             raise PluginError.of([replace(problem, fix=fix) for problem in error.problems]) from error
 
     def cache_state(self) -> Any:

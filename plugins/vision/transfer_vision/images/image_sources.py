@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from transfer import DataError, Level, folder_levels
+from transfer import DataError, Level, folder_levels, is_hidden
 from transfer_vision.images.decoding import open_image
 
 # The extensions that torchvision's ImageFolder takes, and others of photos and graphics that Pillow reads.
@@ -234,7 +234,7 @@ def _zip_levels(path: Path) -> Mapping[str, Level]:
     for member in members:
         # Archives need not have entries for folders: derive them from the paths of the files.
         parts = PurePosixPath(member).parts
-        if not parts or any(map(_hidden, parts)):
+        if not parts or any(map(is_hidden, parts)):
             continue
         folders = parts if member.endswith("/") else parts[:-1]
         for depth, name in enumerate(folders):
@@ -265,10 +265,6 @@ def _safe(member: zipfile.ZipInfo, archive: Path) -> str:
     raise DataError(
         f"the member {name!r} {reason}", where=_shown(str(archive)), fix="get the archive from its publisher"
     )
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
 
 
 def _shown(path: str) -> str:
