@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import pickle
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -528,6 +531,18 @@ def test_loader_processes_live_through_several_epochs() -> None:
     assert same(batches(kept, 4), batches(plain, 4))
     assert kept._running is running
     assert [worker.pid for worker in running._iterator._workers] == processes
+
+
+def test_process_ends_while_a_loader_is_still_referred_to() -> None:
+    # The processes of the loader ignore SIGTERM, with which Python would end them.
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_loader import Lazy, batches, loader
+kept = loader(Lazy(), workers=2)
+batches(kept, 0)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

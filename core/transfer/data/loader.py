@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import signal
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -310,6 +312,21 @@ class _TorchLoader(DataLoader[Any]):
             persistent_workers=True,
         )
         self.plan = plan
+
+    def _get_iterator(self) -> Any:
+        """Start the processes, and end them with this process even if somebody still refers to the loader."""
+        iterator: Any = super()._get_iterator()
+        for process in iterator._workers:
+            process.terminate = process.kill  # torch terminates processes that are stuck, and they ignore SIGTERM
+        # Registered after torch's own functions, so it runs before them: those only wait for the processes.
+        atexit.register(_end_processes, weakref.ref(iterator))
+        return iterator
+
+
+def _end_processes(reference: weakref.ref[Any]) -> None:
+    iterator = reference()
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _ignore_signals(_: int) -> None:
