@@ -30,10 +30,14 @@ class _Plugin(FileSchema):
     extras: list[str] = []
 
 
+class _Block(FileSchema):
+    name: str
+
+
 class _Described(FileSchema):
-    backbone: dict[str, Any]
-    head: dict[str, Any]
-    task: dict[str, Any]
+    backbone: _Block
+    head: _Block
+    task: _Block
     task_state: dict[str, Any] = {}
     data: _Data
     preprocessing: dict[str, Any]
