@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: schema reference demo test slow torchtext soak fuzz plugins check format clean
+.PHONY: schema reference demo test slow torchtext soak fuzz plugins check audit format clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
@@ -42,8 +42,8 @@ torchtext: .venv-torchtext/ready  ## compare with torchtext; test texts, engine 
 soak: .venv/ready  ## kill and resume runs two hundred times; takes many minutes
 	$(BIN)/python tests/e2e/kill_harness.py --kills 200
 
-fuzz: .venv/ready  ## damage run directories a few thousand times; takes an hour
-	TRANSFER_MUTATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rP tests/hostile/test_fuzzed_runs.py
+fuzz: .venv/ready  ## damage folders of every kind ten thousand times; takes an hour
+	$(BIN)/python tests/hostile/folder_fuzzer.py --mutations 10000 --processes 2
 
 # timm, transformers and peft are extras: they get a separate environment on top of the packages of .venv.
 PLUGINS := $(patsubst %/tests,%,$(wildcard examples/plugins/*/tests))
@@ -64,6 +64,11 @@ check: .venv/ready  ## check style, types, import direction, spelling and terms
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell --dictionary=- --dictionary=.codespell-glossary.txt
+	$(BIN)/python .ci/audit.py
+
+audit: .venv/ready  ## ask the advisory database about the pinned versions; needs a network beyond the package index
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 schema: .venv/ready  ## write the JSON Schema of configs for editors, with the options of all installed plugins
 	$(BIN)/transfer schema --output configs/schema.json

@@ -77,6 +77,14 @@ def test_the_environment_is_written(tmp_path: Path) -> None:
     assert {"command", "python", "device", "git_revision", "started", "threads"} <= set(content)
 
 
+@pytest.mark.parametrize("version", [2, "1", {"x": 1}, None])
+def test_run_of_another_format_is_refused(tmp_path: Path, version: object) -> None:
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "environment.json").write_text(json.dumps({"format": version}), encoding="utf-8")
+    with pytest.raises(RunError, match="the run has format"):
+        RunDirectory.open(tmp_path)
+
+
 def test_what_differs_between_two_environments_is_said() -> None:
     before = environment("cpu", {"some-plugin": "1.2"})
     assert environment_diff(before, before) == []

@@ -128,3 +128,20 @@ def test_cache_folder_depends_on_the_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("features") == tmp_path / "transfer" / "features"
     assert cache_folder("text") == tmp_path / "transfer" / "text"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_entry_with_another_kind_of_file_is_dropped(tmp_path: Path, kind: str) -> None:
+    cache = DirectoryCache(tmp_path / "cache", 1000)
+    path = cache.add(KEYS[0], content()) / "odd"
+    (tmp_path / "mine").write_text("mine", encoding="utf-8")
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "link":
+            path.symlink_to(tmp_path / "mine")
+        case _:
+            path.mkdir()
+    assert cache.get(KEYS[0]) is None
+    assert not list(cache.folder.iterdir())
+    assert (tmp_path / "mine").exists()

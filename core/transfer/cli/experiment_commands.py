@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -114,6 +113,7 @@ def find_lr(
 
 def _print_range_test(result: RangeTest, config: str, overrides: list[str]) -> None:
     from transfer.cli.tables import range_test_table
+    from transfer.system.formatting import quote_for_shell
     from transfer.system.terminal import Console
 
     console = Console()
@@ -126,7 +126,7 @@ def _print_range_test(result: RangeTest, config: str, overrides: list[str]) -> N
     console.print(
         f"suggestion: {result.suggestion:.2g}, {reason}; a tenth of the rate at its minimum is "
         f"{result.tenth_of_lowest:.2g}\n"
-        f"next: transfer run {shlex.join([config, *overrides, result.assignment])}",
+        f"next: transfer run {' '.join(map(quote_for_shell, [config, *overrides, result.assignment]))}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +19,7 @@ _T = TypeVar("_T")
 
 def follow_run(start: Callable[[Observer], Run]) -> None:
     """Train a run with progress on the console, and print the commands to continue with."""
+    from transfer.system.formatting import quote_for_shell
     from transfer.system.ranks import rank_from_environment
     from transfer.system.terminal import Console
 
@@ -27,7 +27,7 @@ def follow_run(start: Callable[[Observer], Run]) -> None:
     # Only rank 0 prints: the ranks of a launch share one terminal.
     if rank_from_environment().index:
         return
-    folder = shlex.quote(str(run.folder))
+    folder = quote_for_shell(run.folder)
     next_line = f"next: transfer predict {folder} INPUT..."
     splits = run.summary["examples"]
     if "test" in splits:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -197,11 +196,12 @@ def new_plugin(
     """Create a plugin package with a backbone, a dataset, a config and tests."""
     import transfer
     from transfer.registry.scaffold import new_plugin as write
+    from transfer.system.formatting import quote_for_shell
 
     folder = write(name, output, version=transfer.__version__)
     (config,) = folder.glob("*.yaml")
     for line in (
-        f"cd {shlex.quote(str(folder))}",
+        f"cd {quote_for_shell(folder)}",
         "pip install --editable . pytest",
         "pytest",
         f"transfer run {config.name}",

@@ -6,7 +6,6 @@ same examples. The seed changes the initial weights, the order of batches, augme
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +28,7 @@ from transfer.runs.train import Run, resume, run_in
 from transfer.storage.run_directory import FORMAT, RunDirectory
 from transfer.system.atomic_files import read_json, write_json
 from transfer.system.file_schema import FileSchema, checked
+from transfer.system.formatting import quote_for_shell
 from transfer.system.ranks import refuse_several
 from transfer.training.build import with_found_batch_size
 from transfer.training.events import Note, Observer, ignore_events
@@ -203,7 +203,7 @@ def _open_seeds(path: Path) -> Runs:
 
 def _summary(run: RunDirectory, folder: Path) -> Mapping[str, Any]:
     if not run.complete:
-        fix = f"transfer resume {shlex.quote(str(folder))}"
+        fix = f"transfer resume {quote_for_shell(folder)}"
         raise RunError(f"{run.path} is not complete", where=str(run.path), fix=fix)
     return run.summary()
 

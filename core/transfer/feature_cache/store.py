@@ -136,7 +136,7 @@ class FeatureCache:
             key = prefix.key(loader, view)
         except RecursionError:
             return "the attributes of a stage or of the preprocessing are nested too deeply for a cache key"
-        entry: Entry | str | None = self._open(self.folder / key)
+        entry: Entry | str | None = self._open(self.folder / key, len(loader.split))
         if entry is None:
             try:
                 entry = self._compute(key, prefix, loader, view, views)
@@ -168,9 +168,9 @@ class FeatureCache:
         """Drop all entries, complete or not; return the number of bytes freed."""
         return self._folders.clear()
 
-    def _open(self, path: Path) -> Entry | None:
-        """Return an entry if it exists and is complete; drop it if it is damaged."""
-        if not path.is_dir():
+    def _open(self, path: Path, count: int) -> Entry | None:
+        """Return an entry of ``count`` examples if it exists and is complete; drop it if it is damaged."""
+        if self._folders.get(path.name) is None:  # marks the entry as used
             return None
         try:
             described = read_json(path / "entry.json", "the entry is incomplete")
@@ -180,11 +180,12 @@ class FeatureCache:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                         raise OSError(f"{name} is damaged")
             entry = _map(path, described)
+            if len(entry.rows) != count:
+                raise ValueError("the entry has another number of examples")
         # Somebody may have edited the files, so anything may be raised. A dropped entry is only computed again.
         except Exception:
             self._folders.drop(path.name)
             return None
-        self._folders.get(path.name)  # marks the entry as used
         return entry
 
     def _compute(self, key: str, prefix: FrozenPrefix, loader: Loader, view: int | None, views: int) -> Entry | str:
@@ -208,7 +209,7 @@ class FeatureCache:
         except _NotCacheableError as error:
             return str(error)
         # None only if the disk was full while another process finished the same entry.
-        return entry or self._open(self.folder / key) or "another process has dropped the entry"
+        return entry or self._open(self.folder / key, len(loader.split)) or "another process has dropped the entry"
 
     def _compare(self, entry: Entry, prefix: FrozenPrefix, loader: Loader, view: int | None) -> None:
         # The first batch of the same size and order as when the entry was written: another one would round differently.
@@ -312,12 +313,18 @@ def _write_features(
 def _map(folder: Path, described: Mapping[str, Any]) -> Entry:
     # allow_pickle=False: a file in the cache folder must not be able to run code.
     order = np.load(folder / "order.npy", allow_pickle=False)
+    # Any other index would read outside of the mapped files.
+    if not np.array_equal(np.sort(order), np.arange(len(order))):
+        raise ValueError("the order is no permutation of the examples")
     rows = np.empty_like(order)
     rows[order] = np.arange(len(order))
     offsets = None
     count = len(order)
     if (folder / "lengths.npy").is_file():
-        offsets = np.concatenate([[0], np.load(folder / "lengths.npy", allow_pickle=False).cumsum()])
+        lengths = np.load(folder / "lengths.npy", allow_pickle=False)
+        if lengths.shape != order.shape or lengths.min(initial=0) < 0:
+            raise ValueError("the lengths do not fit the examples")
+        offsets = np.concatenate([[0], lengths.cumsum()])
         count = int(offsets[-1])
     tensors = []
     for number, (shape, dtype) in enumerate(zip(described["shapes"], described["dtypes"], strict=True)):

@@ -30,11 +30,15 @@ class _Plugin(FileSchema):
     extras: list[str] = []
 
 
+class _Block(FileSchema):
+    name: str
+
+
 class _Described(FileSchema):
-    backbone: dict[str, Any]
-    adapter: dict[str, Any] | None = None
-    head: dict[str, Any]
-    task: dict[str, Any]
+    backbone: _Block
+    adapter: _Block | None = None
+    head: _Block
+    task: _Block
     task_state: dict[str, Any] = {}
     data: _Data
     preprocessing: dict[str, Any]

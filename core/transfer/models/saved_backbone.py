@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from transfer.config.component import Component, error_location, require_complete
-from transfer.errors import RunError, WeightsError
+from transfer.errors import RunError, WeightsError, damaged
 from transfer.interfaces import Backbone
 from transfer.models.model_json import WEIGHTS, read_assets, read_description
 from transfer.models.saved_model import ADAPTER, read_model
@@ -116,7 +116,13 @@ def build_backbone(component: Component, values: Sequence[Any] | None = None) ->
     backbone: Backbone
     with error_location(component.where):
         if component.weights is not None:
-            backbone = component.cls.from_assets(_saved(component).assets, **component.options)
+            saved = _saved(component)
+            # The run may come from somebody else: a vocabulary that was edited can raise anything.
+            with (
+                damaged("the run cannot be read", str(saved.folder), "name a run that has ended"),
+                error_location(component.where),
+            ):
+                backbone = component.cls.from_assets(saved.assets, **component.options)
             require_complete(component, backbone)
         elif values is None:
             backbone = component.make()

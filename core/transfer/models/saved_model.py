@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from transfer.registry.entry_points import Kind
 from transfer.storage.run_directory import FORMAT, RunDirectory
 from transfer.storage.tensor_files import load_tensors, require_same_layout, write_tensors
 from transfer.system.atomic_files import atomic_folder, write_atomically, write_json
+from transfer.system.formatting import quote_for_shell
 
 PARTS: tuple[Kind, ...] = ("backbone", "head", "task")
 ADAPTER: Kind = "adapter"
@@ -116,7 +116,7 @@ def read_model(folder: Path, *, merged: bool = False) -> LoadedModel:
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    run = shlex.quote(str(folder.parent))
+    run = quote_for_shell(folder.parent)
     return read_description(
         folder, "there is no model here: the run did not end", f"finish the run: transfer resume {run}"
     )

@@ -5,7 +5,6 @@ Training does not import the packages that write them: without ``transfer.report
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 
 from transfer.config.run_config import RunConfig
@@ -14,6 +13,7 @@ from transfer.interfaces import Split
 from transfer.models.saved_model import LoadedModel
 from transfer.registry.entry_points import core_first, import_target, plugins
 from transfer.storage.run_directory import RunDirectory
+from transfer.system.formatting import quote_for_shell
 from transfer.training.events import Note, Observer
 from transfer.training.experiment import Phase
 
@@ -54,5 +54,5 @@ def write_artifacts(run: CompletedRun, observe: Observer) -> None:
         try:
             write(run)
         except Exception as error:  # an artifact is code of a plugin, which may raise anything
-            folder = shlex.quote(str(run.directory.path))
+            folder = quote_for_shell(run.directory.path)
             observe(Note(f"the {name} was not written: {error}; try again with: transfer {name} {folder}"))

@@ -34,12 +34,14 @@ from transfer.system.atomic_files import (
     write_json,
 )
 from transfer.system.file_schema import FileSchema, checked
+from transfer.system.formatting import quote_for_shell
 
 FORMAT = 1
 """Version of the layout of the folder. Other versions are refused."""
 
 PREDICTIONS = "predictions.safetensors"
 TRACKED = "trackers.json"
+ENVIRONMENT = "environment.json"
 LOCK = "lock"
 """File that exists while a process writes into the folder; it contains the process id."""
 
@@ -145,7 +147,7 @@ class RunDirectory:
         """Return the run directory at an existing path.
 
         Raises:
-            RunError: The path does not exist or is not a run directory.
+            RunError: The path does not exist, is not a run directory, or has another format.
         """
         path = Path(path)
         try:
@@ -162,6 +164,11 @@ class RunDirectory:
                 else "give the folder that `transfer run` printed last"
             )
             raise RunError(f"{path} {what}", available=runs[-8:], fix=fix)
+        try:
+            environment = read_json(path / ENVIRONMENT, "")
+        except RunError:  # missing or damaged: commands that need the file report it
+            environment = {}
+        _refuse_other_format(environment, path / ENVIRONMENT)
         return cls(path)
 
     @property
@@ -177,7 +184,7 @@ class RunDirectory:
     @property
     def resume_command(self) -> str:
         """Command that resumes this run."""
-        return f"transfer resume {shlex.quote(str(self.path))}"
+        return f"transfer resume {quote_for_shell(self.path)}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -279,7 +286,7 @@ class RunDirectory:
     def write_environment(self, environment: Mapping[str, Any], *, quick: bool) -> None:
         """Write ``environment.json``: the environment, the command, and whether it is a quick run."""
         started = {"format": FORMAT, "started": _now(), "command": shlex.join(sys.argv), "quick": quick}
-        write_json(self.path / "environment.json", {**started, **environment})
+        write_json(self.path / ENVIRONMENT, {**started, **environment})
 
     def environment(self) -> dict[str, Any]:
         """Return ``environment.json``.
@@ -287,15 +294,9 @@ class RunDirectory:
         Raises:
             RunError: The file is missing or damaged.
         """
-        path = self.path / "environment.json"
+        path = self.path / ENVIRONMENT
         content = read_json(path, "the run has no environment.json")
-        if content.get("format", FORMAT) != FORMAT:
-            raise RunError(
-                f"the run has format {content['format']!r}",
-                where=str(path),
-                available=[str(FORMAT)],
-                fix="use the version of transfer that wrote it",
-            )
+        _refuse_other_format(content, path)
         checked(content, _Environment, str(path))
         return content
 
@@ -303,7 +304,7 @@ class RunDirectory:
         """Add to ``environment.json`` that the run is resumed now, with the changes of the environment."""
         environment = self.environment()
         entry = {"at": _now(), "command": shlex.join(sys.argv), "changes": list(changes)}
-        write_json(self.path / "environment.json", environment | {"resumed": [*environment.get("resumed", []), entry]})
+        write_json(self.path / ENVIRONMENT, environment | {"resumed": [*environment.get("resumed", []), entry]})
 
     def remove_temporary_files(self) -> None:
         """Remove the temporary files of a killed process, and the summary of the previous attempt."""
@@ -386,6 +387,16 @@ class RunDirectory:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         write_json(self.path / "summary.json", summary)
+
+
+def _refuse_other_format(environment: Mapping[str, Any], path: Path) -> None:
+    if environment.get("format", FORMAT) != FORMAT:
+        raise RunError(
+            f"the run has format {environment['format']!r}",
+            where=str(path),
+            available=[str(FORMAT)],
+            fix="use the version of transfer that wrote it",
+        )
 
 
 def _line(record: Mapping[str, Any]) -> str:

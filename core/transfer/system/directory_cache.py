@@ -77,6 +77,10 @@ class DirectoryCache:
         path = self.path(key)
         if not path.is_dir():
             return None
+        # A pipe would block its reader, and a link could lead anywhere: entries contain only regular files.
+        if path.is_symlink() or not all(file.is_file() and not file.is_symlink() for file in _files(path)):
+            self._remove(path)
+            return None
         with suppress(OSError):  # a folder of another user, which may be read-only
             os.utime(path)
         return path
@@ -136,6 +140,8 @@ class DirectoryCache:
         aside = self._temporary_path(path.name.strip(".").partition(".")[0])
         with suppress(OSError):
             path.rename(aside)  # in one step: other processes see the complete entry or none
+        if aside.is_symlink():
+            aside.unlink(missing_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _sweep(self) -> None:
@@ -152,3 +158,11 @@ class DirectoryCache:
             total += entry.bytes
             if total > self.limit_bytes and entry.key != keep:
                 self._remove(entry.path)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the entries of a folder; none if another process has just dropped it."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []

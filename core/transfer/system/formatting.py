@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+
+def quote_for_shell(argument: str | Path) -> str:
+    r"""Return an argument of a command line as a person can paste it into a shell.
+
+    Args:
+        argument: Path or text. A leading dash, which would be read as an option, gets ``./`` in front of it. Control
+            characters and bytes that are not UTF-8 are written in bash's form ``$'\x1b'``.
+    """
+    text = str(argument)
+    text = f"./{text}" if text.startswith("-") else text
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = (c if c.isprintable() and c not in "'\\" else _escaped(c) for c in text)
+    return f"$'{''.join(plain)}'"
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
 
 
 def format_value(value: Any, *, digits: int = 4) -> str:

@@ -117,8 +117,8 @@ def _record(source: ImageSource) -> Path:
 
 def _read(record: Path) -> dict[str, list[object]]:
     try:
-        entries = json.loads(record.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # missing or damaged: the images are decoded again
+        entries = json.loads(record.read_text(encoding="ascii")) if record.is_file() else {}  # a pipe may never end
+    except (OSError, ValueError, RecursionError):  # missing or damaged: the images are decoded again
         return {}
     pairs = entries.items() if isinstance(entries, dict) else ()
     return {path: entry for path, entry in pairs if isinstance(entry, list) and len(entry) == 3}
