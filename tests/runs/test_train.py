@@ -336,3 +336,19 @@ def test_run_whose_data_has_moved_is_resumed(folder_config: dict[str, Any], tmp_
     transfer.resume(run, [f"data.file={file}"])
     assert str(file) in (run / "config.yaml").read_text(encoding="utf-8")
     assert transfer.evaluate(run)
+
+
+def test_seeds_and_reports_of_moved_data(folder_config: dict[str, Any], tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, Note) and event.text.startswith("seed 4"):
+            raise StopIteration
+
+    one_epoch = ["train.phases=[{epochs: 1}]"]
+    with pytest.raises(StopIteration):
+        transfer.run_seeds(folder_config, one_epoch, seeds=2, output=tmp_path / "runs", observe=stop)
+    (folder,) = (tmp_path / "runs").iterdir()
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = [f"data.file={tmp_path / 'new' / 'count'}"]
+    assert transfer.resume_seeds(folder, moved).summary["status"] == "complete"
+    assert (tmp_path / "new").name in (folder / "seeds.json").read_text(encoding="utf-8")
+    assert "top losses" in transfer.report(folder / "seed-3", moved).read_text(encoding="utf-8").lower()

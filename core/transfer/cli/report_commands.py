@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from transfer.cli.arguments import ConfigFile, Overrides, RunFolder
+from transfer.cli.arguments import ConfigFile, DataOverrides, Overrides, RunFolder
 
 
-def report(run: RunFolder) -> None:
+def report(run: RunFolder, overrides: DataOverrides = None) -> None:
     """Write RUN/report.html: setup, curves, top losses, calibration and data of a run on one page."""
     from transfer.reports.report import report as report_run
     from transfer.system.terminal import printable
 
-    print(printable(str(report_run(run))))  # noqa: T201
+    print(printable(str(report_run(run, overrides or []))))  # noqa: T201
 
 
 def preview(

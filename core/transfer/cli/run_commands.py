@@ -9,7 +9,6 @@ import typer
 
 from transfer.cli.arguments import RUNS, ConfigFile, DataOverrides, OutputFolder, Overrides, RunFolder
 from transfer.cli.follow import follow_arms, follow_run, follow_seeds
-from transfer.errors import UserError
 
 # Names of the files by which `resume` recognizes folders of `transfer.experiments`. They are repeated here because that
 # package may be deleted: it is imported only if a folder contains its file.
@@ -43,17 +42,14 @@ def run(
 
 def resume(run: RunFolder, overrides: DataOverrides = None) -> None:
     """Resume an interrupted run, with the same result as without the interruption."""
-    several = [name for name in (SEEDS_MANIFEST, PRETRAINING_GAIN_MANIFEST) if (Path(run) / name).is_file()]
-    if overrides and several:
-        raise UserError("overrides are possible for single runs only", where=run, fix="resume the runs in the folder")
     if (Path(run) / SEEDS_MANIFEST).is_file():
         from transfer.experiments.seeds import resume_seeds
 
-        follow_seeds(lambda observe: resume_seeds(run, observe=observe))
+        follow_seeds(lambda observe: resume_seeds(run, overrides or [], observe=observe))
     elif (Path(run) / PRETRAINING_GAIN_MANIFEST).is_file():
         from transfer.experiments.pretraining_gain import resume_pretraining_gain
 
-        follow_arms(lambda observe: resume_pretraining_gain(run, observe=observe))
+        follow_arms(lambda observe: resume_pretraining_gain(run, overrides or [], observe=observe))
     else:
         from transfer.runs.train import resume as resume_run
 

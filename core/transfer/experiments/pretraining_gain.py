@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfer.config.check import load_config
+from transfer.config.check import config_of_moved_run, load_config
 from transfer.config.older_versions import add_missing_options
 from transfer.config.run_config import Config, RunConfig
 from transfer.config.tracker_variables import read_tracker_variables, stored_config
@@ -118,11 +118,14 @@ def pretraining_gain(
         return _measure(folder, checked, arms, numbers, built, observe)
 
 
-def resume_pretraining_gain(folder: str | Path, *, observe: Observer = ignore_events) -> Run:
+def resume_pretraining_gain(
+    folder: str | Path, overrides: Sequence[str] = (), *, observe: Observer = ignore_events
+) -> Run:
     """Resume a comparison that :func:`pretraining_gain` started. Complete runs stay.
 
     Args:
         folder: Folder of the comparison.
+        overrides: Changes to the data block, each ``data.key=value``, if the data has moved. Other data is refused.
         observe: Function that is called with every event of every run (:mod:`transfer.training.events`).
 
     Raises:
@@ -138,9 +141,11 @@ def resume_pretraining_gain(folder: str | Path, *, observe: Observer = ignore_ev
         _require_printable(content, path / VALUE)
         observe(Note(f"{path} is already complete"))
         return Run(path, content)
-    config = load_config(read_tracker_variables(add_missing_options(content["config"]))[0])
+    config = config_of_moved_run(read_tracker_variables(add_missing_options(content["config"]))[0], overrides)
     built = build(config, observe)
-    return _measure(RunDirectory(path), config, _arms(config, preflight(config)), manifest.seeds, built, observe)
+    return _measure(
+        RunDirectory(path), config, _arms(config, preflight(config)), manifest.seeds, built, observe, overrides
+    )
 
 
 class _Manifest(FileSchema):
@@ -192,6 +197,7 @@ def _measure(
     seeds: Sequence[int],
     built: BuiltExperiment,
     observe: Observer,
+    overrides: Sequence[str] = (),
 ) -> Run:
     manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "config": stored_config(config.resolved)}
 
@@ -205,7 +211,7 @@ def _measure(
         for number, (name, arm) in enumerate(arms.items(), 1):
             observe(Note(f"{title(name)}, arm {number} of {len(arms)}"))
             path = folder.path / name
-            summaries[name] = train_seeds(arm, seeds, path, quick=False, observe=observe).summary
+            summaries[name] = train_seeds(arm, seeds, path, overrides, quick=False, observe=observe).summary
         result = {"status": "complete", **_result(folder.path, summaries, simple, built)}
         write(result)
     return Run(folder.path, {**manifest, **result})

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from transfer.config.check import load_config
+from transfer.config.check import config_of_moved_run, load_config
 from transfer.config.older_versions import add_missing_options
 from transfer.config.run_config import Config, RunConfig
 from transfer.config.tracker_variables import read_tracker_variables, stored_config
@@ -106,11 +106,13 @@ def run_seeds(
         return train_seeds(checked, numbers, folder.path, quick=quick, observe=observe)
 
 
-def resume_seeds(folder: str | Path, *, observe: Observer = ignore_events) -> Run:
+def resume_seeds(folder: str | Path, overrides: Sequence[str] = (), *, observe: Observer = ignore_events) -> Run:
     """Resume a folder of seeds that was interrupted. Complete runs stay; an incomplete run is resumed.
 
     Args:
         folder: Folder of seeds.
+        overrides: Changes to the data block, each ``data.key=value``, if the data has moved. They are stored in the
+            folder. Other data is refused.
         observe: Function that is called with every event of every run (:mod:`transfer.training.events`).
 
     Raises:
@@ -121,7 +123,8 @@ def resume_seeds(folder: str | Path, *, observe: Observer = ignore_events) -> Ru
     path = Path(folder)
     manifest = _read_manifest(path)
     plain, _ = read_tracker_variables(manifest.config)
-    return train_seeds(load_config(plain), manifest.seeds, path, quick=manifest.quick, observe=observe)
+    config = config_of_moved_run(plain, overrides)
+    return train_seeds(config, manifest.seeds, path, overrides, quick=manifest.quick, observe=observe)
 
 
 def _read_manifest(folder: Path) -> _Manifest:
@@ -143,8 +146,25 @@ def seeds_of(config: RunConfig, count: int) -> list[int]:
     return list(range(config.seed, config.seed + count))
 
 
-def train_seeds(config: RunConfig, seeds: Sequence[int], path: Path, *, quick: bool, observe: Observer) -> Run:
-    """Train the seeds that are not complete in a folder yet, and write the summary of all seeds."""
+def train_seeds(
+    config: RunConfig,
+    seeds: Sequence[int],
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    quick: bool,
+    observe: Observer,
+) -> Run:
+    """Train the seeds that are not complete in a folder yet, and write the summary of all seeds.
+
+    Args:
+        config: Checked config.
+        seeds: Seed of each run.
+        path: Folder of the runs.
+        overrides: Changes to the data block of a run that is resumed, each ``data.key=value``.
+        quick: Whether to run one epoch per phase over a few batches of each split only.
+        observe: Function that is called with every event of every run.
+    """
     path.mkdir(parents=True, exist_ok=True)
     folder = RunDirectory(path)
     with folder.locked(), recorded_outcome(folder, observe, folder.write_summary):
@@ -152,7 +172,7 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], path: Path, *, quick: b
         write_json(path / MANIFEST, {**manifest, "config": stored_config(config.resolved)})
         for number, seed in enumerate(seeds, 1):
             observe(Note(f"seed {seed}, run {number} of {len(seeds)}"))
-            _train_one(config.with_seed(seed), path / f"seed-{seed}", quick=quick, observe=observe)
+            _train_one(config.with_seed(seed), path / f"seed-{seed}", overrides, quick=quick, observe=observe)
         runs = _open_seeds(path)
         summary = _sum_up(runs, quick)
         folder.write_summary(summary)
@@ -208,13 +228,13 @@ def _summary(run: RunDirectory, folder: Path) -> Mapping[str, Any]:
     return run.summary()
 
 
-def _train_one(config: RunConfig, path: Path, *, quick: bool, observe: Observer) -> Run:
+def _train_one(config: RunConfig, path: Path, overrides: Sequence[str], *, quick: bool, observe: Observer) -> Run:
     directory = RunDirectory(path)
     if directory.complete:
         return Run(path, directory.summary())
     # A run writes its config last: without it, there is nothing to resume.
     if (path / "config.yaml").is_file():
-        return resume(path, observe=observe)
+        return resume(path, overrides, observe=observe)
 
     def make() -> RunDirectory:
         shutil.rmtree(path, ignore_errors=True)  # a process was killed before it wrote the config

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from transfer.config.check import config_of_moved_run
 from transfer.config.run_config import RunConfig
 from transfer.errors import RunError, UserError, damaged
 from transfer.interfaces import DataSpec, Split
-from transfer.models.recorded_plugins import load_run_config
+from transfer.models.recorded_plugins import run_config
 from transfer.models.saved_model import read_model
 from transfer.reports.charts import standalone
 from transfer.reports.page import Material, render
@@ -26,13 +27,14 @@ MAX_EXPLANATION_SECONDS = 0.2
 """CPU time for explanations in the report that a run ends with; ``transfer report`` has no limit."""
 
 
-def report(run: str | Path) -> Path:
+def report(run: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Write the report of a run: ``RUN/report.html``, and its plots to ``RUN/plots/``.
 
     The page is self-contained. If the data of the run is not available, the page lacks the top losses.
 
     Args:
         run: Run directory of a complete run.
+        overrides: Changes to the data block, each ``data.key=value``, if the data has moved.
 
     Returns:
         The path of the page.
@@ -48,7 +50,7 @@ def report(run: str | Path) -> Path:
             where=str(directory.path),
             fix=f"resume it with: {directory.resume_command}",
         )
-    config = load_run_config(directory)
+    config = config_of_moved_run(run_config(directory), overrides)
     config = config.quick() if summary.get("quick") else config
     trained = read_model(directory.model)
     with directory.locked():
