@@ -15,6 +15,7 @@ import contextlib
 import copy
 import faulthandler
 import hashlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -679,6 +680,9 @@ def _repeat(only: str) -> None:
 
 def _part(options: argparse.Namespace) -> None:
     """Search in this process, and print the outcomes of all kinds as one line of JSON."""
+    # Commands import these when they run: each forked process would import them again, which takes seconds.
+    for module in ("training.engine", "reports.report", "experiments.comparison", "experiments.sweep"):
+        importlib.import_module(f"transfer.{module}")
     results = {}
     each = -(-options.mutations // len(options.kinds))
     for kind in options.kinds:

@@ -340,7 +340,7 @@ def test_stored_features_that_were_edited_are_dropped(tmp_path: Path) -> None:
         assert cache.entries() == []
         entry.mkdir(exist_ok=True)
     (entry / "entry.json").write_text(json.dumps({"sha256": {"../x": "0"}, "kinds": ["nn"]}), encoding="utf-8")
-    assert cache._open(entry) is None
+    assert cache._open(entry, 1) is None
 
 
 # ------------------------------------------------------------------------------------------------- archives and tables

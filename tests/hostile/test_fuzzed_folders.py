@@ -26,7 +26,7 @@ def test_damaged_folder_is_accepted_or_refused(kind: str, tmp_path: Path) -> Non
 
 
 # Found by longer searches.
-@pytest.mark.parametrize(("kind", "number"), [("export", 7)])
+@pytest.mark.parametrize(("kind", "number"), [("export", 7), ("export", 21)])
 def test_damaged_folder_of_an_earlier_failure_is_refused(kind: str, number: int, tmp_path: Path) -> None:
     scene = folder_fuzzer.Scene(kind, tmp_path)
     scene.build()
