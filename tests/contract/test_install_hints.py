@@ -15,8 +15,8 @@ FILES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.
 SUFFIXES = (".py", ".pyi", ".md", ".yaml", ".toml", ".template", ".html", ".j2")
 # Invented distributions in the documentation of plugins.
 EXAMPLES = {"my-package", "transfer-sonar"}
-# Extras of dependencies: torchvision reads some of its datasets with scipy.
-OF_DEPENDENCIES = {"scipy"}
+# Extras of dependencies: torchvision reads some of its datasets with scipy. `make audit` installs pip-audit.
+OF_DEPENDENCIES = {"scipy", "pip-audit"}
 PIP_INSTALL = re.compile(r"pip3? install ([^`\n]*)")
 
 
