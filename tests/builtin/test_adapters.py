@@ -136,3 +136,9 @@ def test_layers_that_are_not_called_are_refused() -> None:
     with pytest.raises(ConfigError, match="the adapter does not fit stage 'convolution'") as caught:
         preflight(load_config({**config, "adapter": {"name": "lora"}}))
     assert "adapter.stages" in str(caught.value)
+
+
+def test_layer_inside_of_attention_is_refused() -> None:
+    vit = {"name": "torchvision", "model": "vit_b_32", "weights": None, "image_size": 64}
+    with pytest.raises(ConfigError, match="'out_proj', which cannot be adapted"):
+        preflight(load_config({**IMAGES, "backbone": vit, "adapter": {"name": "lora", "targets": ["out_proj"]}}))

@@ -105,19 +105,25 @@ class LoRA(Adapter):
                 raise ConfigError(
                     f"adapter.targets names {target!r}, which matches no layer of the adapted stages", available=ends
                 )
+            if inside := [name for name in matched if id(modules[name]) in _inside_attention(modules)]:
+                raise ConfigError(
+                    f"adapter.targets names {target!r}, which cannot be adapted: nn.MultiheadAttention reads the "
+                    f"weights of {inside[0]} without calling it",
+                    fix="name other layers, or choose a backbone whose attention calls linear layers, such as timm's",
+                )
             names += matched
         return list(dict.fromkeys(names))
 
 
 def _adaptable(modules: dict[str, nn.Module]) -> Iterator[str]:
-    # nn.MultiheadAttention passes the weights of its own linear layer to a function: a layer around it would not run.
-    inside_attention = {
-        id(inner)
-        for module in modules.values()
-        if isinstance(module, nn.MultiheadAttention)
-        for inner in module.modules()
-    }
+    inside_attention = _inside_attention(modules)
     for name, module in modules.items():
         grouped = getattr(module, "groups", 1) > 1  # peft requires a rank that the groups divide
         if isinstance(module, LAYERS) and id(module) not in inside_attention and not grouped:
             yield name
+
+
+def _inside_attention(modules: dict[str, nn.Module]) -> set[int]:
+    """Return the ids of the layers inside attention, which reads their weights and does not call them."""
+    attention = [module for module in modules.values() if isinstance(module, nn.MultiheadAttention)]
+    return {id(inner) for module in attention for inner in module.modules()}

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from transfer.deployment import verify_export
 from transfer.deployment.formats import FORMATS, Foreign, Format, Safetensors, activation_of, find_format, input_names
 from transfer.deployment.model_card import render
 from transfer.deployment.quantization import (
-    CALIBRATION_BATCHES,
+    CALIBRATION_BATCH_SIZE,
+    CALIBRATION_EXAMPLES,
     QuantizationLoss,
     check_quantization,
     measure,
@@ -267,10 +267,14 @@ def _examples(directory: RunDirectory, loaded: LoadedModel) -> Examples:
         return Examples(batches, "the backbone's own example", f"the data is not available: {reason}")
     name = next(name for name in ("test", "validation", "train") if name in splits)
     split = splits[name]
-    # Evenly spaced: a split may be sorted by class.
-    chosen = np.unique(np.linspace(0, len(split) - 1, COMPARED_EXAMPLES).round().astype(int)).tolist()
+    chosen = _evenly_spaced(len(split), COMPARED_EXAMPLES)
     encoded = encode(preprocessing, split.column(*loaded.backbone.fields), chosen, split.name)
     return Examples(_batches(preprocessing, encoded), f"{len(chosen)} examples of the {name} split")
+
+
+def _evenly_spaced(count: int, number: int) -> list[int]:
+    """Return up to ``number`` indices over a split of ``count`` examples, which may be sorted by class."""
+    return [int(index) for index in np.unique(np.linspace(0, count - 1, number).round())]
 
 
 def _batches(preprocessing: Preprocessing, encoded: Sequence[Any]) -> list[Any]:
@@ -299,11 +303,13 @@ def _quantized(path: Path, kind: str, directory: RunDirectory, loaded: LoadedMod
     name = next((name for name in ("test", "validation") if name in splits), None)
     if name is None:
         raise ExportError("--quantize needs a test or validation split to measure the loss of accuracy")
-    train, scored = (make_loader(config, splits[split], loaded.backbone) for split in ("train", name))
-    device = torch.device("cpu")
-    batches = islice(train.epoch(0), CALIBRATION_BATCHES)
-    quantize_graph(path, kind, [loaded.backbone.preprocessing.to_device(batch.inputs, device) for batch in batches])
-    return measure(path, loaded, scored, name)
+    preprocessing, train = loaded.backbone.preprocessing, splits["train"]
+    chosen = _evenly_spaced(len(train), CALIBRATION_EXAMPLES)
+    encoded = encode(preprocessing, train.column(*loaded.backbone.fields), chosen, train.name)
+    starts = range(0, len(encoded), CALIBRATION_BATCH_SIZE)
+    batches = [preprocessing.model_inputs(encoded[start : start + CALIBRATION_BATCH_SIZE]) for start in starts]
+    quantize_graph(path, kind, batches)
+    return measure(path, loaded, make_loader(config, splits[name], loaded.backbone), name)
 
 
 def _compare(

@@ -23,8 +23,9 @@ from transfer.interfaces import Task
 from transfer.models.saved_model import LoadedModel
 
 Quantization = Literal["int8", "fp16"]
-CALIBRATION_BATCHES = 4
-"""Number of batches of training examples that determine the range of each activation."""
+CALIBRATION_EXAMPLES = 128
+"""Number of training examples that determine the range of each activation."""
+CALIBRATION_BATCH_SIZE = 32
 RESAMPLES = 400
 """Number of bootstrap samples of the interval."""
 CONFIDENCE = 0.95

@@ -199,7 +199,9 @@ def _frozen_modules(model: Model, frozen: Frozen) -> list[nn.Module]:
     )
     for prefix, module in candidates:
         names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
-        if names and id(module) not in covered and frozen.parameters.issuperset(names):
+        # Under an adapter, statistics of the backbone without parameters of their own stay fixed, too.
+        is_fixed = bool(model.fixed) and isinstance(module, BATCH_NORM) and not prefix.startswith("head.")
+        if (names or is_fixed) and id(module) not in covered and frozen.parameters.issuperset(names):
             outermost.append(module)
             covered.update(id(inner) for inner in module.modules())
     return outermost

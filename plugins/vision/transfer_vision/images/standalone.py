@@ -40,7 +40,8 @@ def prepare(value: str, settings: Mapping[str, Any], folder: Path) -> npt.NDArra
     canvas = np.zeros((size, size, len(mean)), np.float32)
     if mode == "border":
         canvas += np.round(255 * mean)
-    left, top = (round((side - size) / 2) for side in image.size)
+    # As in torchvision: an odd padding has the smaller half in front.
+    left, top = (round((side - size) / 2) if side > size else -((size - side) // 2) for side in image.size)
     values = np.asarray(image, np.float32).reshape(image.height, image.width, len(mean))
     values = values[max(top, 0) : max(top, 0) + size, max(left, 0) : max(left, 0) + size]
     canvas[max(-top, 0) : max(-top, 0) + len(values), max(-left, 0) : max(-left, 0) + values.shape[1]] = values
