@@ -112,6 +112,13 @@ def test_run_starts_from_an_adapted_run(folder: Path) -> None:
     assert all(torch.equal(started[name], merged[name]) for name in backbone)
 
 
+def test_adapter_has_no_warning_about_its_learning_rate(folder: Path) -> None:
+    adapted = {**IMAGES, "backbone": {**IMAGES["backbone"], "weights": str(folder)}}
+    assert build(load_config(adapted), ignore_events).experiment.warnings == ()
+    (warning,) = build(load_config({**adapted, "adapter": None}), ignore_events).experiment.warnings
+    assert "learning rate of the pretrained stage" in warning
+
+
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
