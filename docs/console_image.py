@@ -18,7 +18,7 @@ SENTENCES = ("a warm, funny film that I would gladly watch again", "two hours of
 
 console = Console(record=True, width=150, file=io.StringIO(), force_terminal=True, color_system="truecolor")
 observe = RunConsole(console)
-observe.live = False  # an image cannot show moving progress bars
+observe.live, observe.progress.disable = False, True  # an image cannot show moving progress bars
 console.print(Text("$ transfer run configs/quickstart_text.yaml", style="bold"))
 with tempfile.TemporaryDirectory() as folder:
     run = transfer.run(ROOT / "configs/quickstart_text.yaml", output=Path(folder) / "runs", observe=observe)
