@@ -149,3 +149,13 @@ def test_layer_inside_of_attention_is_refused() -> None:
     vit = {"name": "torchvision", "model": "vit_b_32", "weights": None, "image_size": 64}
     with pytest.raises(ConfigError, match="'out_proj', which cannot be adapted"):
         preflight(load_config({**IMAGES, "backbone": vit, "adapter": {"name": "lora", "targets": ["out_proj"]}}))
+
+
+def test_group_of_stages_is_adapted() -> None:
+    parts = {"image": {**IMAGES["backbone"]}, "text": {"name": "textcnn", "variant": "rand"}}
+    data = {"name": "multimodal_csv", "train": "a.csv", "image": "image", "text": "text", "label": "label"}
+    config = {"data": data, "backbone": {"name": "fusion", "parts": parts}}
+    model = preflight(load_config({**config, "adapter": {"name": "lora", "stages": ["image"]}})).model
+    added = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert added
+    assert all(name.startswith("image.") for name in added)

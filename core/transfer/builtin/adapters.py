@@ -28,7 +28,8 @@ class LoRA(Adapter):
         alpha: The product is scaled by alpha / rank.
         dropout: Probability of dropout on the input of the matrices.
         dora: Whether to train the magnitude of each output separately (DoRA, Liu et al. 2024).
-        stages: Names of the adapted stages; null adapts all. The stages below the lowest one stay in the feature cache.
+        stages: Names of the adapted stages, or of groups of stages; null adapts all. The stages below the lowest one
+            stay in the feature cache.
         targets: Names of the adapted layers, such as qkv, or the ends of their names, such as attn.qkv. null adapts all
             linear layers and convolutions, except grouped convolutions.
     """
@@ -84,12 +85,14 @@ class LoRA(Adapter):
             ConfigError: A stage does not exist, or a target matches no layer.
         """
         stages = backbone.stage_names
-        if unknown := [name for name in self.stages or () if name not in stages]:
+        # As for freezing, `image` is the group of `image.stem` and `image.layer1`.
+        chosen = [s for s in stages if self.stages is None or any(f"{s}.".startswith(f"{n}.") for n in self.stages)]
+        if unknown := [n for n in self.stages or () if not any(f"{s}.".startswith(f"{n}.") for s in stages)]:
             raise ConfigError(f"adapter.stages names {unknown[0]!r}, which is not a stage", available=stages)
         modules = {
             f"{child}.{name}".rstrip("."): module
             for stage, (child, stage_module) in zip(stages, backbone.stages.named_children(), strict=True)
-            if self.stages is None or stage in self.stages
+            if stage in chosen
             for name, module in stage_module.named_modules()
         }
         adaptable = list(_adaptable(modules))
@@ -97,6 +100,7 @@ class LoRA(Adapter):
             if not adaptable:
                 raise ConfigError("the adapter has nothing to adapt: these stages have no linear layer or convolution")
             return adaptable
+        inside_attention = _inside_attention(modules)
         names: list[str] = []
         for target in self.targets:
             matched = [name for name in modules if name == target or name.endswith(f".{target}")]
@@ -105,7 +109,7 @@ class LoRA(Adapter):
                 raise ConfigError(
                     f"adapter.targets names {target!r}, which matches no layer of the adapted stages", available=ends
                 )
-            if inside := [name for name in matched if id(modules[name]) in _inside_attention(modules)]:
+            if inside := [name for name in matched if id(modules[name]) in inside_attention]:
                 raise ConfigError(
                     f"adapter.targets names {target!r}, which cannot be adapted: nn.MultiheadAttention reads the "
                     f"weights of {inside[0]} without calling it",
