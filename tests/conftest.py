@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked_python import ForkedPython
 from torch import Tensor, nn
 
 from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Head, Preprocessing, Split
@@ -223,6 +225,13 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     for module in set(sys.modules) - before:
         if getattr(sys.modules[module], "__file__", None) and str(tmp_path) in str(sys.modules[module].__file__):
             del sys.modules[module]
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Return a function that runs ``python ARGUMENTS`` in a process of its own, see ``ForkedPython.run``."""
+    with ForkedPython() as forked:
+        yield forked.run
 
 
 @pytest.fixture

@@ -21,10 +21,14 @@ from transfer.cli import deployment_commands
 def transfer(*arguments: str | Path, prelude: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     code = f"{prelude}\nimport sys\nfrom transfer.cli.app import main\nsys.argv[0] = 'transfer'\nmain()"
-    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    environment.pop("TRANSFER_DEBUG", None)
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, **options)
+
+
+def environment() -> dict[str, str]:
+    variables = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    variables.pop("TRANSFER_DEBUG", None)
+    return variables
 
 
 NO_TORCH = "import atexit, sys; atexit.register(lambda: print('TORCH' if 'torch' in sys.modules else 'LIGHT'))"
@@ -74,7 +78,9 @@ def test_the_installed_command_is_this_one() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["check", "missing.yaml"], 2)])
-def test_the_process_ends_with_the_status_after_what_packages_do_at_its_end(arguments: list[str], status: int) -> None:
+def test_the_process_ends_with_the_status_after_what_packages_do_at_its_end(
+    arguments: list[str], status: int, python: Any
+) -> None:
     code = """
 import atexit, sys
 from transfer.__main__ import command
@@ -83,14 +89,14 @@ from transfer.cli import app as cli
 app, cli.app = cli.app, lambda: (atexit.register(print, "said at the end"), app())
 command()
 """
-    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    ended = python("-c", code, *arguments)
     assert ended.returncode == status
     assert ended.stdout.endswith("said at the end\n")
 
 
-def test_a_mistake_is_a_panel_without_a_traceback(tmp_path: Path) -> None:
+def test_a_mistake_is_a_panel_without_a_traceback(tmp_path: Path, python: Any) -> None:
     (tmp_path / "near.yaml").write_text("data: {}\nbackbone: {name: resnet}\n", encoding="utf-8")
-    ended = transfer("check", tmp_path / "naer.yaml")
+    ended = python("-m", "transfer", "check", tmp_path / "naer.yaml", environment=environment())
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert "Traceback" not in ended.stderr
@@ -98,8 +104,8 @@ def test_a_mistake_is_a_panel_without_a_traceback(tmp_path: Path) -> None:
         assert part in ended.stderr
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    ended = transfer("--debug", "check", tmp_path / "nothing.yaml")
+def test_debug_shows_the_traceback(tmp_path: Path, python: Any) -> None:
+    ended = python("-m", "transfer", "--debug", "check", tmp_path / "nothing.yaml", environment=environment())
     assert ended.returncode not in (0, 2)
     assert "Traceback" in ended.stderr
     assert "ConfigError" in ended.stderr

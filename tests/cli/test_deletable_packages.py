@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +59,7 @@ COMMANDS = {
 @pytest.mark.parametrize(
     "package", ["reports", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deployment", "experiments"))]
 )
-def test_package_can_be_deleted(package: str, tmp_path: Path) -> None:
+def test_package_can_be_deleted(package: str, tmp_path: Path, python: Any) -> None:
     core = shutil.copytree(
         ROOT / "core" / "transfer", tmp_path / "core" / "transfer", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -73,8 +72,8 @@ def test_package_can_be_deleted(package: str, tmp_path: Path) -> None:
         "TRANSFER_CACHE": str(tmp_path / "cache"),
     }
     environment.pop("TRANSFER_DEBUG", None)
-    command = [sys.executable, "-c", SCRIPT, str(CONFIG), f"transfer.{package}", json.dumps(COMMANDS[package])]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    arguments = (str(CONFIG), f"transfer.{package}", json.dumps(COMMANDS[package]))
+    ended = python("-c", SCRIPT, *arguments, cwd=tmp_path, environment=environment)
     assert ended.returncode == 0, ended.stderr
     results = json.loads(ended.stdout)
     first_unavailable = len(results) - len(COMMANDS[package])

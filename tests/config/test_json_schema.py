@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,9 +167,8 @@ def test_schema_leaves_out_plugin_without_types() -> None:
     assert jsonschema.Draft202012Validator(schema).is_valid(config())
 
 
-def test_schema_command_writes_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "transfer", "schema", "--output", "schema.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+def test_schema_command_writes_file(tmp_path: Path, python: Any) -> None:
+    done = python("-m", "transfer", "schema", "--output", "schema.json", cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("schema.json\n", "")
     jsonschema.Draft202012Validator.check_schema(json.loads((tmp_path / "schema.json").read_text(encoding="utf-8")))
 

@@ -23,9 +23,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
+
+sys.path.append(str(Path(__file__).parents[1]))  # where pytest finds the module by itself
+from forked_python import LIBRARIES, ForkedPython
 
 TIMES = {"seconds", "examples_per_second", "waiting_for_data", "peak_memory_bytes"}
 LONGEST_SECONDS = 300.0
@@ -110,37 +113,17 @@ class Report:
         return "\n".join([*lines, *(f"DIFFERENT: {text}" for text in self.differences)])
 
 
-class Zygote:
+class Zygote(ForkedPython):
     """A process that has imported everything, and forks one that runs a command line."""
 
-    def __enter__(self) -> Self:
-        command = [sys.executable, __file__, "--zygote"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self.read() == "ready\n"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+    def __init__(self) -> None:
+        commands = ("transfer.cli.app", "transfer.cli.progress", "transfer.runs.train")
+        super().__init__((*LIBRARIES, *commands, "transfer_vision.data.datasets"))
 
     def start(self, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Attempt:
-        self.write(json.dumps({"arguments": list(arguments), "cwd": str(cwd), "environment": dict(environment)}))
-        return Attempt(int(self.read()), cwd, self)
-
-    def write(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-
-    def read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
+        """Start ``transfer ARGUMENTS``, whose output is appended to the file ``log`` of its working directory."""
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        return Attempt(self.fork(("-m", "transfer", *arguments), cwd, variables), cwd, self)
 
 
 @dataclass
@@ -165,56 +148,8 @@ class Attempt:
     def status(self) -> int:
         """Wait for the end; the exit status, or minus the signal."""
         if isinstance(self.parent, Zygote):
-            self.parent.write("")
-            return int(self.parent.read())
+            return self.parent.wait()
         return self.parent.wait(timeout=LONGEST_SECONDS)
-
-
-def serve() -> None:
-    """Be the zygote: import, then fork for each line of standard input, and say how it ended."""
-    # Whoever is started in the background of a shell ignores Ctrl-C, and so would the attempts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    import torchvision  # noqa: F401
-
-    import transfer.cli.app
-    import transfer.cli.progress
-    import transfer.runs.train  # noqa: F401
-    import transfer_vision.data.datasets  # noqa: F401
-
-    print("ready", flush=True)
-    while line := sys.stdin.readline():
-        order = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            _be_transfer(order)
-        print(pid, flush=True)
-        sys.stdin.readline()  # until it is asked for, the process keeps its number, and nobody else is killed by it
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-
-
-def _be_transfer(order: Mapping[str, Any]) -> None:
-    from transfer.cli.app import main
-
-    os.setsid()
-    os.chdir(order["cwd"])
-    os.environ.update(order["environment"])
-    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.argv = ["transfer", *order["arguments"]]
-    status: Any = 1
-    try:
-        main()
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    except BaseException as error:  # what Python itself would do
-        sys.excepthook(type(error), error, error.__traceback__)
-    finally:
-        sys.stdout.flush()
-        os._exit(int(status))
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -378,11 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=200, help="over all configs")
     parser.add_argument("--seed", type=int, help="of the moments; by default one from the clock, which is printed")
-    parser.add_argument("--zygote", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.zygote:
-        serve()
-        return
     seed = options.seed if options.seed is not None else int(time.time())
     print(f"seed {seed}", flush=True)
     share = -(-options.kills // len(CONFIGS))

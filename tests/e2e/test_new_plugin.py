@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,22 +14,19 @@ import transfer
 from transfer import UserError
 from transfer.registry.scaffold import new_plugin
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
-def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=os.environ | {"COLUMNS": "160"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+
+@pytest.fixture(scope="module")
+def run(python: Run) -> Run:
+    """Return a function that runs ``python -m ARGUMENTS`` with additional environment variables."""
+    return lambda *arguments, cwd, **environment: python(
+        "-m", *arguments, cwd=cwd, environment=os.environ | {"COLUMNS": "160"} | environment
     )
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def made(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Return the package's folder, and a folder of packages in which it is installed."""
     folder = tmp_path_factory.mktemp("new")
     said = run("transfer", "new-plugin", "Sonar_Two", cwd=folder)
@@ -60,7 +56,7 @@ def test_it_is_small_and_complete(made: tuple[Path, str]) -> None:
     assert not any("$" in (folder / name).read_text(encoding="utf-8") for name in files)
 
 
-def test_it_is_clean(made: tuple[Path, str]) -> None:
+def test_it_is_clean(run: Run, made: tuple[Path, str]) -> None:
     folder, _ = made
     for arguments in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
         done = run(*arguments, "--no-cache", cwd=folder)
@@ -70,7 +66,7 @@ def test_it_is_clean(made: tuple[Path, str]) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_it_passes_its_own_tests(made: tuple[Path, str]) -> None:
+def test_it_passes_its_own_tests(run: Run, made: tuple[Path, str]) -> None:
     folder, site = made
     done = run("pytest", "-q", "-p", "no:cacheprovider", "-W", "error", cwd=folder, PYTHONPATH=site)
     assert done.returncode == 0, done.stdout
@@ -78,7 +74,7 @@ def test_it_passes_its_own_tests(made: tuple[Path, str]) -> None:
     assert "skipped" not in done.stdout
 
 
-def test_it_trains_and_predicts(made: tuple[Path, str], tmp_path: Path) -> None:
+def test_it_trains_and_predicts(run: Run, made: tuple[Path, str], tmp_path: Path) -> None:
     folder, site = made
     done = run("transfer", "run", str(folder / "sonar_two.yaml"), cwd=tmp_path, PYTHONPATH=site)
     assert done.returncode == 0, done.stderr

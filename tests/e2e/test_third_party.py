@@ -28,9 +28,10 @@ def installed(tmp_path_factory):
     return os.environ | {"PYTHONPATH": str(site), "COLUMNS": "160"}
 
 
-def run(environment, cwd, *arguments):
-    command = [sys.executable, "-m", "transfer", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture
+def run(python, tmp_path):
+    """Return a function that runs ``transfer ARGUMENTS`` with the environment variables given."""
+    return lambda environment, *arguments: python("-m", "transfer", *arguments, cwd=tmp_path, environment=environment)
 
 
 def test_nothing_of_ours_knows_it():
@@ -66,31 +67,31 @@ def test_each_package_is_short(package):
     assert sum(lines_of_code(module.read_text()) for module in modules) <= MAX_LINES_OF_CODE.get(package.name, 150)
 
 
-def test_its_plugins_are_listed_with_their_distribution(installed, tmp_path):
-    listed = json.loads(run(installed, tmp_path, "plugins", "--json").stdout)
+def test_its_plugins_are_listed_with_their_distribution(installed, run):
+    listed = json.loads(run(installed, "plugins", "--json").stdout)
     mine = {(p["kind"], p["name"]) for p in listed if p["distribution"] == "transfer-hashing"}
     assert mine == {("backbone", "hashing"), ("head", "cosine")}
 
 
-def test_its_options_are_shown(installed, tmp_path):
-    answer = run(installed, tmp_path, "show", "backbone", "hashing")
+def test_its_options_are_shown(installed, run):
+    answer = run(installed, "show", "backbone", "hashing")
     assert "buckets" in answer.stdout
     assert "fewer collisions" in answer.stdout
 
 
-def test_a_config_trains_it_and_the_run_predicts(installed, tmp_path):
-    answer = run(installed, tmp_path, "run", str(PACKAGE / "reviews.yaml"))
+def test_a_config_trains_it_and_the_run_predicts(installed, run, tmp_path):
+    answer = run(installed, "run", str(PACKAGE / "reviews.yaml"))
     assert answer.returncode == 0, answer.stderr
     folder = tmp_path / answer.stdout.splitlines()[-1]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["test"]["accuracy"] > 0.6
-    said = run(installed, tmp_path, "predict", str(folder), "wonderful and moving", "--json")
+    said = run(installed, "predict", str(folder), "wonderful and moving", "--json")
     assert json.loads(said.stdout)["label"] in ("positive", "negative")
 
 
-def test_where_it_is_not_installed_the_run_says_what_to_install(installed, tmp_path):
-    answer = run(installed, tmp_path, "run", str(PACKAGE / "reviews.yaml"), "--quick")
+def test_where_it_is_not_installed_the_run_says_what_to_install(installed, run, tmp_path):
+    answer = run(installed, "run", str(PACKAGE / "reviews.yaml"), "--quick")
     folder = tmp_path / answer.stdout.splitlines()[-1]
-    said = run(os.environ | {"COLUMNS": "160"}, tmp_path, "predict", str(folder), "some text")
+    said = run(os.environ | {"COLUMNS": "160"}, "predict", str(folder), "some text")
     assert said.returncode == 2
     assert "pip install transfer-hashing==0.1.0" in said.stderr
