@@ -16,7 +16,7 @@ from transfer.cli.plan import render
 from transfer.cli.progress import RunConsole
 from transfer.cli.tables import error_panel, facts_table, metrics_text
 from transfer.errors import Problem
-from transfer.training.events import CachingStep, EpochEnded, EpochStarted, Note, RunStarted, StepEnded
+from transfer.training.events import CachingStep, EncodingStep, EpochEnded, EpochStarted, Note, RunStarted, StepEnded
 
 
 def shown(*parts: Any, width: int = 100) -> str:
@@ -125,17 +125,20 @@ def test_line_of_an_epoch_fits_the_terminal(width: int) -> None:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_progress_of_cached_features_is_shown(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+@pytest.mark.parametrize(("step_of", "text"), [(EncodingStep, "encoding"), (CachingStep, "computing features")])
+def test_progress_before_training_is_shown(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, step_of: type[EncodingStep | CachingStep], text: str
+) -> None:
     monkeypatch.setattr("transfer.cli.progress.PLAIN_LINE_SECONDS", 0.0)
     file = io.StringIO()
     with RunConsole(Console(file=file, width=200, force_terminal=terminal)) as observe:
         for split in ("train", "validation"):
             for step in (1, 2, 3):
-                observe(CachingStep(split, step, 3))
+                observe(step_of(split, step, 3))
     for split in ("train", "validation"):
-        assert f"computing features: {split}" in file.getvalue()
+        assert f"{text}: {split}" in file.getvalue()
     if not terminal:
-        assert "computing features: train  2/3\n" in file.getvalue()
+        assert f"{text}: train  2/3\n" in file.getvalue()
 
 
 def test_plan_caches_training_examples_without_augmentation() -> None:

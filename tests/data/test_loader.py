@@ -190,6 +190,30 @@ def test_epoch_with_start_and_limit() -> None:
 BROKEN = Split({"x": [[1.0], [2.0], [-3.0], [4.0]]}, np.zeros(4, dtype=np.int64), ["a", "b", "c.txt", "d"])
 
 
+@pytest.mark.parametrize("size", [1, 7, 50, 200])
+def test_split_is_encoded_in_blocks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    expected = batches(loader(Ragged(), max_tokens=40, batch_size=None))
+    steps: list[tuple[int, int]] = []
+    monkeypatch.setattr("transfer.data.encoding.BLOCK_EXAMPLES", size)
+    made = loader(Ragged(), max_tokens=40, batch_size=None, progress=lambda *step: steps.append(step))
+    assert same(batches(made), expected)
+    assert steps == [(min(start, 50), 50) for start in range(0, 50 + size, size)]
+    encoded = made.examples.encoded
+    assert encoded is not None
+    assert [value.tolist() for value in encoded[::-1]] == split().fields["x"][::-1]
+    assert encoded[-1] is encoded[49]
+    with pytest.raises(IndexError):
+        encoded[50]
+
+
+def test_error_names_examples_of_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transfer.data.encoding.BLOCK_EXAMPLES", 2)
+    values = [[1.0], [-1.0], [2.0], [3.0], [-1.0]]
+    with pytest.raises(DataError) as caught:
+        loader(Ragged(), Split({"x": values}, np.arange(5) % 3))
+    assert [problem.where for problem in caught.value.problems] == ["example 1", "example 4"]
+
+
 def test_encode_once_error_names_example() -> None:
     with pytest.raises(DataError, match="a number is negative") as caught:
         loader(Ragged(), BROKEN)

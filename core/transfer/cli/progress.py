@@ -15,6 +15,7 @@ from transfer.system.formatting import format_duration
 from transfer.system.terminal import Console
 from transfer.training.events import (
     CachingStep,
+    EncodingStep,
     EpochEnded,
     EpochStarted,
     EvaluationStarted,
@@ -55,7 +56,7 @@ class RunConsole:
         self.steps: TaskID | None = None
         self.primary_metric = ""
         self.epoch: EpochStarted | None = None
-        self.caching: str | None = None
+        self.preparing: str | None = None
         self.last_line_seconds = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -81,8 +82,10 @@ class RunConsole:
                 self.console.print(Panel(facts_table(event.facts), title=str(event.folder), title_align="left"))
                 self.primary_metric = event.primary_metric
                 self.epochs = self.progress.add_task("epochs", total=event.epochs, metrics="")
+            case EncodingStep():
+                self._preparing_step(f"encoding: {event.split}", event)
             case CachingStep():
-                self._caching_step(event)
+                self._preparing_step(f"computing features: {event.split}", event)
             case EpochStarted():
                 self.epoch = event
                 if self.epochs is not None:  # a resumed run starts at a later epoch
@@ -116,15 +119,14 @@ class RunConsole:
         if self.steps is not None:
             self.progress.update(self.steps, completed=step, metrics=metrics)
 
-    def _caching_step(self, event: CachingStep) -> None:
-        text = f"computing features: {event.split}"
-        if self.caching != event.split:
-            self.caching = event.split
+    def _preparing_step(self, text: str, event: EncodingStep | CachingStep) -> None:
+        if self.preparing != text:
+            self.preparing = text
             self._bar(text, event.steps)
         self._advance(event.step, "")
         self._print_if_due(f"{text}  {event.step}/{event.steps}")
         if event.step == event.steps:
-            self.caching = None
+            self.preparing = None
 
     def _step(self, event: StepEnded) -> None:
         name, value = event.metric

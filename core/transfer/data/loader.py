@@ -7,7 +7,7 @@ import copy
 import signal
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from transfer.data.batch import Batch, Shard, tensor_bytes
-from transfer.data.encoding import encode
+from transfer.data.encoding import encode, encode_all, encoded_lengths
 from transfer.data.memory_cache import MemoryCache
 from transfer.data.randomness import preserve_rng_state, seed_all
 from transfer.errors import DataError, PluginError
@@ -58,6 +58,8 @@ class Loader:
             uses none until :meth:`prepare_for` has chosen a number. Forked processes fill the memory cache together. If
             memory cannot be shared, this process fills it, and loader processes start afterwards.
         sampler: Order of the examples in training; None shuffles them.
+        progress: Function that is called with the number of encoded values and that of all values, while a split is
+            encoded once. None reports no progress.
         repeated: Whether the split is iterated more than once, so that keeping encoded values may be worthwhile.
 
     Raises:
@@ -79,6 +81,7 @@ class Loader:
         workers: int | Literal["auto"] = 0,
         repeated: bool = True,
         sampler: Sampler | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.split = split
         self.fields = fields
@@ -91,11 +94,17 @@ class Loader:
         self.training = training
         self.sampler = sampler
         self.examples = _BatchDataset(
-            split, fields, preprocessing, seed=seed, augments=training and augment, caches_in_memory=repeated
+            split,
+            fields,
+            preprocessing,
+            seed=seed,
+            augments=training and augment,
+            caches_in_memory=repeated,
+            progress=progress,
         )
         self.lengths: npt.NDArray[np.int64] | None = None
         if self.examples.encoded is not None and (bucket or max_tokens):
-            self.lengths = preprocessing.lengths(self.examples.encoded)
+            self.lengths = encoded_lengths(preprocessing, self.examples.encoded)
         # Loader processes have nothing to do if values are encoded already and not augmented.
         self._workers = 0 if self.examples.encoded is not None and not self.examples.augments else workers
         self.workers = 0 if self._workers == "auto" else self._workers
@@ -148,7 +157,7 @@ class Loader:
         """Return a batch of the ``count`` longest examples, or of the first ones if lengths are unknown."""
         lengths = self.lengths
         if lengths is None and self.examples.encoded is not None:
-            lengths = self.preprocessing.lengths(self.examples.encoded)
+            lengths = encoded_lengths(self.preprocessing, self.examples.encoded)
         # A stable sort keeps the result independent of NumPy's sorting algorithm.
         order = np.arange(len(self.split)) if lengths is None else np.argsort(-lengths, kind="stable")
         return self.batch([(0, int(index)) for index in order[:count]])
@@ -367,6 +376,8 @@ class _BatchDataset(Dataset[Any]):
         seed: Seed of augmentation.
         augments: Whether examples are augmented, if the preprocessing augments.
         caches_in_memory: Whether encoded values are kept in memory, if they fit.
+        progress: Function that is called with the number of encoded values and that of all values. None reports no
+            progress.
     """
 
     def __init__(
@@ -378,6 +389,7 @@ class _BatchDataset(Dataset[Any]):
         seed: int,
         augments: bool,
         caches_in_memory: bool,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.split = split
         self.column: Sequence[Any] = split.column(*fields)
@@ -386,7 +398,7 @@ class _BatchDataset(Dataset[Any]):
         self.augments = augments and preprocessing.augments
         self.encoded: Sequence[Any] | None = None
         if preprocessing.encode_once:
-            self.encoded = encode(preprocessing, self.column, range(len(split)), split.name)
+            self.encoded = encode_all(preprocessing, self.column, split.name, progress)
         self.caches_in_memory = caches_in_memory and self.encoded is None
         self.memory_cache = MemoryCache(len(split), preprocessing.keep_bytes)
 

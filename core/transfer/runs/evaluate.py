@@ -14,7 +14,7 @@ from transfer.models.saved_model import read_model
 from transfer.runs.data import changed_split, read_splits
 from transfer.runs.inference_device import inference_device
 from transfer.storage.run_directory import RunDirectory
-from transfer.training.build import make_experiment, make_loader
+from transfer.training.build import encoding_progress, make_experiment, make_loader
 from transfer.training.evaluation import evaluate as score
 from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.preflight import resolve_phases
@@ -61,7 +61,7 @@ def evaluate(
         observe(Note(note))
     torch_device = inference_device(device, config.train.device, observe)
     place(loaded.model, torch_device, deterministic=config.train.deterministic)
-    loader = make_loader(config, splits[split], loaded.backbone)
+    loader = make_loader(config, splits[split], loaded.backbone, progress=encoding_progress(split, observe))
     # Only this split is encoded: the experiment needs a loader for each split, but only one is read.
     loaders = dict.fromkeys(SPLITS, loader)
     experiment = make_experiment(

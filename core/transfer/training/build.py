@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from transfer.models.assemble import assemble
 from transfer.models.model import Model
 from transfer.models.saved_backbone import build_backbone, load_pretrained
 from transfer.training.auto_batch_size import find_batch_size
-from transfer.training.events import Note, Observer, ignore_events
+from transfer.training.events import EncodingStep, Note, Observer, ignore_events
 from transfer.training.experiment import SMOKE_TEST_BATCHES, EngineOptions, Experiment, Phase
 from transfer.training.preflight import preflight, resolve_phases, settle_recipe
 from transfer.training.selection import FEW_EXAMPLES, LAST
@@ -102,7 +102,14 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     task.prepare(splits["train"].targets)
     model.scale_outputs(task.output_scaling())
     loaders = {
-        name: make_loader(config, split, backbone, training=name == "train", repeated=name != "test")
+        name: make_loader(
+            config,
+            split,
+            backbone,
+            training=name == "train",
+            repeated=name != "test",
+            progress=encoding_progress(name, observe),
+        )
         for name, split in splits.items()
     }
     phases = checked.phases
@@ -244,8 +251,19 @@ def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
         return data, complete(data, validation=options.validation, limit=options.limit, limits_test=config.quick_try)
 
 
+def encoding_progress(split: str, observe: Observer) -> Callable[[int, int], None]:
+    """Return a function that reports the progress of encoding a split to an observer."""
+    return lambda step, steps: observe(EncodingStep(split, step, steps))
+
+
 def make_loader(
-    config: RunConfig, split: Split, backbone: Backbone, *, training: bool = False, repeated: bool = False
+    config: RunConfig,
+    split: Split,
+    backbone: Backbone,
+    *,
+    training: bool = False,
+    repeated: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Loader:
     """Return the loader of a split, for training and for every later evaluation of a run.
 
@@ -255,6 +273,8 @@ def make_loader(
         backbone: Backbone whose preprocessing is applied.
         training: Whether examples are shuffled and augmented.
         repeated: Whether the split is loaded several times, so that decoded examples are kept in memory.
+        progress: Function that is called with the number of encoded values and that of all values. None reports no
+            progress.
     """
     train = config.train
     batch_size = _examples_per_step(train, training=training)
@@ -271,6 +291,7 @@ def make_loader(
         workers=train.workers,
         repeated=repeated,
         sampler=config.sampler.make() if config.sampler is not None and training else None,
+        progress=progress,
     )
 
 

@@ -39,6 +39,21 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class EncodingStep:
+    """Progress of encoding the values of a split, such as its texts.
+
+    Args:
+        split: Name of the split.
+        step: Number of encoded values.
+        steps: Number of values of the split.
+    """
+
+    split: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class CachingStep:
     """A batch of the features that are computed for the feature cache.
 
@@ -141,6 +156,7 @@ class RunEnded:
 
 Event = (
     Note
+    | EncodingStep
     | RunStarted
     | CachingStep
     | EpochStarted
