@@ -1,23 +1,30 @@
-"""Text backbones from the encoders of Hugging Face transformers, as a plugin for transfer."""
+"""Text backbones from the encoders of Hugging Face transformers. They need the extra ``transformers``."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transfer import Backbone, FeatureSpec, WeightsError, find_chain
-from transfer_text.interfaces import PAIR_SEPARATOR, EncodedTexts, TokenPreprocessing, render_tokens
-from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-Readout = Literal["first", "mean", "pooler", "sequence"]
+from transfer import Backbone, FeatureSpec, PluginError, WeightsError
+from transfer_text.interfaces import PAIR_SEPARATOR, EncodedTexts, TokenPreprocessing, render_tokens
+from transfer_text.models.encoder_stages import States, encoder_stages, is_chain
+
+Readout = Literal["first", "mean", "max", "pooler", "sequence"]
+MAX_DEVIATION = 1e-4
+"""Maximum difference between the stages and the model of the library, as a fraction of the largest state."""
 BLOCK_TEXTS = 1024
 """Number of texts that are tokenized at a time."""
 
@@ -33,17 +40,19 @@ class PiecePreprocessing(TokenPreprocessing):
     """
 
     def __init__(self, tokenizer: str, padding: int) -> None:
-        self.tokenizer, self.padding = Tokenizer.from_str(tokenizer), padding
+        self.tokenizer: Any = Tokenizer.from_str(tokenizer)
+        self.padding = padding
 
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of one text, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False).tokens
+        tokens: list[str] = self.tokenizer.encode(text, add_special_tokens=False).tokens
+        return tokens
 
     def encode(self, values: Sequence[str]) -> EncodedTexts:
         """Return the token ids of each text, int32 (number of tokens,), as a sequence over one flat array."""
         return EncodedTexts.of(self._blocks(values))
 
-    def _blocks(self, values: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _blocks(self, values: Sequence[str]) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
         # In blocks: the library's result for a text takes a hundred times the memory of its token ids.
         encode = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)  # tokenizers >= 0.20
         for start in range(0, len(values), BLOCK_TEXTS):
@@ -54,11 +63,11 @@ class PiecePreprocessing(TokenPreprocessing):
             flat = np.fromiter(chain.from_iterable(ids), dtype=np.int32)
             yield flat, np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
 
-    def lengths(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
+    def lengths(self, encoded: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:
         """Return the number of tokens of each text, int64 (N,)."""
         return encoded.lengths if isinstance(encoded, EncodedTexts) else super().lengths(encoded)
 
-    def collate(self, encoded: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    def collate(self, encoded: Sequence[npt.NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
         """Return the token ids, int64 (B, T), and the mask, bool (B, T), False at padding."""
         lengths = np.array([len(tokens) for tokens in encoded])
         tokens = np.full((len(encoded), lengths.max()), self.padding, dtype=np.int64)
@@ -111,15 +120,17 @@ def _as_arguments(text: str | tuple[str, str]) -> tuple[str, ...]:
 
 
 class Transformers(Backbone):
-    """Any encoder of Hugging Face's transformers (https://huggingface.co/docs/transformers), with its tokenizer.
+    """Any encoder of Hugging Face transformers (https://huggingface.co/docs/transformers), with its tokenizer.
 
-    Stages are ``embeddings``, ``layer.0``, ``layer.1`` ... and ``readout``. A model whose layers do not form a chain has
-    the stages ``encoder`` and ``readout``.
+    Stages are ``embeddings``, ``layer.0``, ``layer.1`` ... and ``readout``. If the layers do not form a chain, they are
+    ``encoder`` and ``readout``.
 
     Args:
         model: Name of a model on the Hugging Face Hub, or a folder written by ``save_pretrained``.
-        readout: ``first``: the state of the first token. ``mean``: the mean over all tokens. ``pooler``: the output of
-            the model's pooler (BERT). ``sequence``: the states of all tokens, for a head that accepts a sequence.
+        readout: ``first``: the state of the first token. ``mean``, ``max``: the mean or the maximum over all tokens.
+            ``pooler``: the output of the model's pooler (BERT). ``sequence``: the states of all tokens, for a head that
+            accepts a sequence. null: as the files of sentence-transformers with the model specify, otherwise ``mean``.
+        normalize: Whether vectors are scaled to length 1; null: as the files of sentence-transformers specify.
         max_length: Maximum number of tokens of a text, longer texts are truncated; null: the maximum of the model.
         pretrained: Whether to load the weights. Otherwise only the architecture and the tokenizer are used.
     """
@@ -131,32 +142,36 @@ class Transformers(Backbone):
         saved: Mapping[str, str] | None = None,
         *,
         model: str,
-        readout: Readout = "first",
+        readout: Readout | None = None,
+        normalize: bool | None = None,
         max_length: Annotated[int, Field(ge=3)] | None = None,
         pretrained: bool = True,
     ) -> None:
+        from transformers import AutoConfig, AutoModel
+
         self._saved = _read(model, max_length) if saved is None else saved
-        self._model, self._pretrained, self._readout = model, pretrained, readout
+        # Runs of version 0.1 have no such file; their default was the first token.
+        own = json.loads(self._saved.get("readout.json", '{"readout": "first", "normalize": false}'))
+        self._readout: Readout = readout or own["readout"]
+        is_vector = self._readout != "sequence"
+        self._normalize = is_vector and bool(own["normalize"] if normalize is None else normalize)
+        self._model, self._pretrained = model, pretrained
         self._config = AutoConfig.for_model(**json.loads(self._saved["config.json"]))
         self._preprocessing = PiecePreprocessing(self._saved["tokenizer.json"], self._config.pad_token_id or 0)
         network = AutoModel.from_config(self._config)
-        if readout == "pooler" and getattr(network, "pooler", None) is None:
+        if self._readout == "pooler" and getattr(network, "pooler", None) is None:
             raise WeightsError(f"{model} has no pooler", fix="choose another readout: first or mean")
         with torch.device("meta"):
             self._chain = is_chain(AutoModel.from_config(self._config))
         super().__init__(self._split(network))
 
     def _split(self, network: nn.Module) -> dict[str, nn.Module]:
-        pooler = getattr(network, "pooler", None)
+        pooler: nn.Module | None = getattr(network, "pooler", None)
         if pooler is not None:
-            network.pooler = None
-        stages: dict[str, nn.Module] = {"encoder": _Encoder(network)}
-        if self._chain:
-            layers = _layers(network)
-            assert layers is not None
-            stages = {"embeddings": _Embeddings(network.embeddings)}
-            stages |= {f"layer.{number}": _Layer(layer) for number, layer in enumerate(layers)}
-        return stages | {"readout": _ReadOut(self._readout, pooler if self._readout == "pooler" else None)}
+            network.pooler = None  # type: ignore[assignment]  # a module without a pooler
+        stages = encoder_stages(network) if self._chain else {"encoder": _Encoder(network)}
+        used = pooler if self._readout == "pooler" else None
+        return {**stages, "readout": _ReadOut(self._readout, used, normalize=self._normalize)}
 
     @property
     def features(self) -> FeatureSpec:
@@ -174,18 +189,20 @@ class Transformers(Backbone):
         return cls(assets, **options)
 
     def assets(self) -> Mapping[str, str]:
-        """Return the configuration and the tokenizer as JSON."""
+        """Return the configuration, the tokenizer and the default of ``readout`` as JSON."""
         return dict(self._saved)
 
     def load_pretrained(self) -> Mapping[str, Any]:
         """Load the weights. Weights that do not cover all stages are an error.
 
         Returns:
-            ``weights`` (the name), ``tensors`` (the number of loaded tensors) and ``left_out`` (the names of tensors that
-            the encoder does not have, such as those of a head for pretraining).
+            ``weights`` (the name), ``tensors`` (the number of loaded tensors) and ``left_out`` (the names of tensors
+            that the encoder does not have, such as those of a head for pretraining).
         """
         if not self._pretrained:
             return {}
+        from transformers import AutoModel
+
         try:
             network, report = AutoModel.from_pretrained(self._model, output_loading_info=True, dtype=torch.float32)
         except (OSError, ValueError, RuntimeError) as error:
@@ -203,7 +220,29 @@ class Transformers(Backbone):
         for name, stage in self._split(network).items():
             split.add_module(name.replace(".", "/"), stage)
         self.stages.load_state_dict(split.state_dict())
+        self._require_same_states(network)
         return {"weights": self._model, "tensors": len(split.state_dict()), "left_out": unexpected}
+
+    def _require_same_states(self, network: nn.Module) -> None:
+        """Require that the stages compute what the library computes, which may change its layers between versions."""
+        tokens = torch.arange(12).reshape(2, 6) % self._config.vocab_size
+        mask = torch.arange(6) < torch.tensor([[6], [4]])
+        encoder = self.stages[:-1].eval()
+        with torch.no_grad():
+            states, _ = encoder((tokens, mask))
+            expected = network.eval()(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        deviation = float((states - expected)[mask].abs().max() / expected.abs().max())
+        if not deviation <= MAX_DEVIATION:
+            raise PluginError(
+                f"the stages of {self._model} differ from the model of transformers {version('transformers')} by "
+                f"{deviation:.1e} of its largest state: expected at most {MAX_DEVIATION:.0e}",
+                fix="report it with the name of the model; another version of transformers may work",
+            )
+
+    @classmethod
+    def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the option that leaves the random weights."""
+        return {"pretrained": False}
 
 
 _PARTS = ("embeddings.", "encoder.", "layer.", "layers.", "transformer.")
@@ -212,82 +251,91 @@ _FIX = "use a name on the Hugging Face Hub, or a folder written by save_pretrain
 
 
 def _read(model: str, max_length: int | None) -> dict[str, str]:
-    """Return the configuration and the tokenizer of a model as JSON, with truncation enabled."""
+    """Return the configuration, the tokenizer (with truncation) and the readout of a model as JSON."""
+    from transformers import AutoConfig, AutoTokenizer
+
     try:
         config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise WeightsError(f"there is no model {model!r}: {str(error).splitlines()[0]}", fix=_FIX) from error
-    limits = (max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    own_length = (_json_file(model, "sentence_bert_config.json") or {}).get("max_seq_length")
+    limits = (max_length or own_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.enable_truncation(int(min(limit for limit in limits if limit)))
-    return {"config.json": json.dumps(config.to_dict()), "tokenizer.json": backend.to_str()}
+    return {
+        "config.json": json.dumps(config.to_dict()),
+        "tokenizer.json": backend.to_str(),
+        "readout.json": json.dumps(_own_readout(model)),
+    }
 
 
-def _layers(network: nn.Module) -> nn.ModuleList | None:
-    count = getattr(network.config, "num_hidden_layers", 0)
-    return next((m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+def _own_readout(model: str) -> dict[str, Any]:
+    """Return the options ``readout`` and ``normalize`` that the files of sentence-transformers specify."""
+    modules = _json_file(model, "modules.json") or []
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    readout: Readout = "mean"
+    if "Pooling" in kinds:
+        path = str(modules[kinds.index("Pooling")].get("path"))
+        pooling = _json_file(model, f"{path}/config.json") if re.fullmatch(r"\w+", path) else None
+        modes = {key for key, value in (pooling or {}).items() if key.startswith("pooling_mode_") and value is True}
+        if (pooling or {}).get("pooling_mode") or len(modes) > 1:
+            modes.add(f"pooling_mode_{(pooling or {}).get('pooling_mode')}")
+        by_mode: dict[str, Readout] = {"cls": "first", "cls_token": "first", "mean_tokens": "mean", "mean": "mean"}
+        by_mode |= {"max_tokens": "max", "max": "max"}
+        names = {mode.removeprefix("pooling_mode_") for mode in modes}
+        if len(names) != 1 or not names <= by_mode.keys():
+            raise WeightsError(
+                f"the pooling of {model} is not supported: {', '.join(sorted(names)) or 'none'}",
+                fix="choose a readout: first, mean or max",
+            )
+        readout = by_mode[names.pop()]
+    return {"readout": readout, "normalize": "Normalize" in kinds}
 
 
-def is_chain(network: nn.Module) -> bool:
-    """Return whether the layers form a chain.
+def _json_file(model: str, name: str) -> Any:
+    """Return the content of a JSON file of a model, or None if it has no such file."""
+    from transformers.utils import cached_file
 
-    In a chain, each layer receives the tensor that the previous one returned and, apart from a mask, nothing else.
-    """
-    layers, embeddings = _layers(network), getattr(network, "embeddings", None)
-    if layers is None or embeddings is None:
-        return False
-    tokens = torch.ones(1, 4, dtype=torch.long)
-    links = {"embeddings": embeddings, **{str(number): layer for number, layer in enumerate(layers)}}
-    names = find_chain(links, lambda: network.eval()(input_ids=tokens).last_hidden_state)
-    return names is not None and len(names) == len(links)
+    try:
+        path = cached_file(model, name)
+    except OSError:
+        return None
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 class _Encoder(nn.Module):
+    """A complete encoder whose layers do not form a chain."""
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: States) -> States:
         tokens, mask = batch
         # transformers tests whether the mask is all ones, which is impossible on the meta device.
         attention_mask = None if mask.is_meta else mask.long()
         return self.network(input_ids=tokens, attention_mask=attention_mask).last_hidden_state, mask
 
 
-class _Embeddings(nn.Module):
-    def __init__(self, embeddings: nn.Module) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        tokens, mask = batch
-        return self.embeddings(input_ids=tokens), mask
-
-
-class _Layer(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        states, mask = batch
-        # Additive attention mask (B, 1, 1, T): 0 for tokens, the most negative value for padding.
-        bias = torch.zeros(mask.shape, dtype=states.dtype, device=states.device)
-        bias = bias.masked_fill(~mask, torch.finfo(states.dtype).min)[:, None, None, :]
-        output = self.layer(states, attention_mask=bias)
-        return output[0] if isinstance(output, tuple) else output, mask
-
-
 class _ReadOut(nn.Module):
-    def __init__(self, kind: Readout, pooler: nn.Module | None) -> None:
+    def __init__(self, kind: Readout, pooler: nn.Module | None, *, normalize: bool) -> None:
         super().__init__()
-        self.kind, self.pooler = kind, pooler
+        self.kind, self.pooler, self.normalize = kind, pooler, normalize
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Any:
+    def forward(self, batch: States) -> Any:
         states, mask = batch
+        if self.kind == "sequence":
+            return states, mask
+        pooled = self._pooled(states, mask)
+        return nn.functional.normalize(pooled, dim=1) if self.normalize else pooled
+
+    def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
         if self.pooler is not None:
-            return self.pooler(states)
+            vector: Tensor = self.pooler(states)
+            return vector
         if self.kind == "mean":
             return (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-        return states[:, 0] if self.kind == "first" else (states, mask)
+        if self.kind == "max":
+            return states.masked_fill(~mask[:, :, None], torch.finfo(states.dtype).min).amax(1)
+        return states[:, 0]
