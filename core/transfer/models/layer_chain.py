@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def find_chain(
-    layers: Mapping[str, nn.Module], run: Callable[[], Any], given: Tensor | None = None
+    layers: Mapping[str, nn.Module], run: Callable[[], Any], given: Tensor | None = None, *, side_inputs: bool = False
 ) -> tuple[str, ...] | None:
     """Return the names of the layers that a network calls, in order, if they are sequential; None otherwise.
 
@@ -23,13 +23,14 @@ def find_chain(
         layers: Candidate layers by name. Layers that are never called are left out.
         run: Function that runs the network and returns the output of the last layer.
         given: Required input of the first layer. None allows any input.
+        side_inputs: Whether layers may have other arguments after the first one, such as positions.
     """
     calls: list[tuple[str, Any, Any]] = []
 
     def record(name: str, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
         values = [value for value in (*inputs, *options.values()) if value is not None and value is not False]
         returned = output[0] if isinstance(output, tuple | list) else output
-        calls.append((name, values[0] if len(values) == 1 else None, returned))
+        calls.append((name, values[0] if len(values) == 1 or (values and side_inputs) else None, returned))
 
     handles = [layer.register_forward_hook(partial(record, name), with_kwargs=True) for name, layer in layers.items()]
     try:

@@ -1,50 +1,56 @@
-"""Any model of timm as a backbone, as a plugin for transfer."""
+"""Any model of timm as a backbone. It needs the extra ``timm``."""
 
 from __future__ import annotations
 
-import copy
 import json
-import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import timm
 import torch
 from pydantic import Field
 from timm.data import resolve_data_config
-from timm.models import VisionTransformer, group_parameters, load_state_dict
-from torch import Tensor, nn
+from timm.models import load_state_dict
+from torch import nn
+
 from transfer import (
     Backbone,
     ConfigError,
     FeatureSpec,
     ForeignModel,
     WeightsError,
-    find_chain,
     load_saved_backbone,
     saved_backbone,
 )
-from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing, Interpolation
+from transfer_vision.images.decoding import Interpolation
+from transfer_vision.models.timm_stages import chain, split
+from transfer_vision.models.weights import find_local
+from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing
 
+Pooling = Literal["cls", "mean", "max"]
 MAX_NAMES = 6
+"""Maximum number of tensor names that an error lists."""
 
 
 class Timm(Backbone):
     """Any model of timm (https://huggingface.co/docs/timm), by its name there.
 
-    The stages are timm's layer groups, ``stem``, ``stage1``, ``stage2`` ..., and ``pool``. A model that is no chain of
-    its layer groups has one stage, ``network``. Parameters are named STAGE.NAME with timm's name:
+    The stages are ``stem``, the blocks, and ``pool``. Blocks are ``stage1``, ``stage2`` ...; if timm groups them, as in
+    ConvNeXt, they are ``stage1.0``, ``stage1.1`` ..., and ``stage1`` means all of the group. A model whose blocks do
+    not form a chain has one stage, ``network``. Parameters are named STAGE.NAME with timm's name:
     ``stem.bn1.weight``, ``stage1.layer1.0.conv1.weight``.
 
     Args:
         model: Name of the model in timm, optionally with the tag of its weights: ``resnet50.a1_in1k``.
-        weights: ``pretrained`` for the weights of the name, from the Hugging Face Hub; a file with timm's names, with
-            or without a classifier; an earlier run of the same model (``runs/NAME``); or null for random
-            initialization.
+        weights: ``pretrained`` for the weights of the name, from the local cache or the Hugging Face Hub; a file with
+            timm's names, with or without a classifier, in the working folder or the data folder; an earlier run of the
+            same model (``runs/NAME``); or null for random initialization.
         image_size: Height and width of the model's input, in pixels; null: from timm's configuration of the model.
+        pooling: Vector of an image: the class token (``cls``), or the ``mean`` or ``max`` over all positions; null: as
+            in timm.
         augmentation: Random augmentation of training images: ``default`` (a random resized crop and a horizontal
             flip), ``strong`` (with TrivialAugment and random erasing), ``none``, or a list of torchvision.transforms.v2
             classes with options.
@@ -61,11 +67,12 @@ class Timm(Backbone):
         model: str,
         weights: str | None = "pretrained",
         image_size: Annotated[int, Field(ge=1)] | None = None,
+        pooling: Pooling | None = None,
         augmentation: Augmentation = "default",
         cache_images: CacheImages = "auto",
     ) -> None:
         require_model(model)
-        self._name, self._weights, self._size = model, weights, image_size
+        self._name, self._weights, self._size, self._pooling = model, weights, image_size, pooling
         with size_errors(model, image_size):
             network = self._create()
         if settings is None and weights is not None and is_run(weights):
@@ -77,13 +84,17 @@ class Timm(Backbone):
         with size_errors(model, size), torch.device("meta"):
             on_meta = self._create()
             require_whole_patches(on_meta, size)
-            self._chain = chain(on_meta, torch.empty(2, 3, size, size))
-        super().__init__(split(network, self._chain))
-        self._features = int(getattr(network, "head_hidden_size", None) or network.num_features)
+            self._images = torch.empty(2, 3, size, size)
+            self._chain = chain(on_meta, self._images)
+        super().__init__(split(network, self._chain, self._images))
+        width: Any = getattr(network, "head_hidden_size", None) or network.num_features
+        self._features = int(width)
         self._loading: dict[str, Any] = {"augmentation": augmentation, "cache_images": cache_images}
 
     def _create(self, **options: Any) -> nn.Module:
         network: nn.Module = timm.create_model(self._name, num_classes=0, **self._sized(), **options)
+        if self._pooling is not None:
+            set_pooling(network, self._name, self._pooling)
         return network
 
     def _sized(self) -> dict[str, int]:
@@ -114,8 +125,8 @@ class Timm(Backbone):
         """Load the weights through timm, which downloads them and renames old tensors.
 
         Returns:
-            ``weights`` (the option), ``timm`` (its version), ``tensors`` (the number of loaded tensors) and ``left_out``
-            (the names of tensors that were not loaded, because the head replaces the classifier).
+            ``weights`` (the option), ``timm`` (its version), ``tensors`` (the number of loaded tensors) and
+            ``left_out`` (the names of tensors that were not loaded, because the head replaces the classifier).
 
         Raises:
             WeightsError: The weights cannot be read, or are not exactly those of this model without its classifier.
@@ -125,26 +136,29 @@ class Timm(Backbone):
         if is_run(self._weights):
             loaded = load_saved_backbone(self, saved_backbone(self._weights))
             return {"weights": self._weights, "timm": timm.__version__, **loaded}
-        file = None if self._weights == "pretrained" else self._weights
-        if file is not None and not Path(file).is_file():
-            raise WeightsError(f"there are no weights {file!r}", fix="give a file with timm's names, or pretrained")
+        file = None if self._weights == "pretrained" else str(find_local(self._weights))
         try:
             with recorded_loads() as loads:
                 network = self._create(pretrained=True, pretrained_cfg_overlay={"file": file} if file else None)
         except Exception as error:  # any exception of the Hub and the file formats
-            fix = "give a file with timm's names, or weights: null"
+            offline = "" if file else "connect to the Hugging Face Hub once, "
+            fix = f"{offline}give a file with timm's names, or weights: null"
             raise WeightsError(f"timm cannot read weights of {self._name}: {error}", where=file, fix=fix) from error
         load = next((load for load in reversed(loads) if load.module is network), None)
         if load is None:
             raise WeightsError(f"timm loaded no weights into {self._name}", where=file, fix="give another file")
         left_out = classifier_names(network, load, file)
         require_complete(self._name, load, left_out, file)
-        self.stages.load_state_dict(nn.ModuleDict(split(network, self._chain)).state_dict())
+        # Names of submodules must not contain dots; the stages of a backbone replace them in the same way.
+        stages = {name.replace(".", "/"): stage for name, stage in split(network, self._chain, self._images).items()}
+        self.stages.load_state_dict(nn.ModuleDict(stages).state_dict())
         facts = {"weights": self._weights, "timm": timm.__version__, "tensors": load.tensors}
         return {**facts, "left_out": sorted(left_out)}
 
     def foreign_models(self, out_features: int) -> Mapping[str, ForeignModel]:
         """Return timm's model under ``timm``, if its classifier is one linear layer over the features."""
+        if self._pooling is not None:
+            return {}
         options: dict[str, Any] = {"model_name": self._name, "num_classes": out_features, **self._sized()}
         with torch.device("meta"):
             network = timm.create_model(**options)
@@ -161,6 +175,25 @@ class Timm(Backbone):
         return (
             {"timm": ForeignModel("timm:create_model", options, names, output)} if others == set(names.values()) else {}
         )
+
+
+def pretrained_cfg(network: Any) -> Any:
+    """Return timm's description of the weights of a model, a dictionary."""
+    return network.pretrained_cfg
+
+
+def set_pooling(network: Any, model: str, pooling: Pooling) -> None:
+    """Change the pooling of a model, whose layers and weights stay the same.
+
+    Raises:
+        ConfigError: The model does not support it.
+    """
+    try:
+        network.reset_classifier(0, global_pool={"cls": "token", "mean": "avg", "max": "max"}[pooling])
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{model} does not support pooling: {pooling}", fix="choose another pooling, or null"
+        ) from error
 
 
 def is_run(weights: str) -> bool:
@@ -245,7 +278,7 @@ def recorded_loads() -> Iterator[list[Load]]:
         loads.append(Load(module, tensors, tuple(result.missing_keys), tuple(result.unexpected_keys)))
         return result
 
-    nn.Module.load_state_dict = recording  # type: ignore[method-assign]
+    nn.Module.load_state_dict = recording  # type: ignore[method-assign, assignment]
     try:
         yield loads
     finally:
@@ -254,7 +287,7 @@ def recorded_loads() -> Iterator[list[Load]]:
 
 def classifier_names(network: nn.Module, load: Load, file: str | None) -> set[str]:
     """Return the names of the classifier's tensors in the weights, which timm removes or reports as unexpected."""
-    config = network.pretrained_cfg
+    config = pretrained_cfg(network)
     classifiers = config.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
     # timm removes the classifier of published weights before it loads them; a file may lack one.
@@ -286,7 +319,7 @@ def _abbreviated(names: Sequence[str]) -> str:
 
 def preprocessing_of(network: nn.Module, image_size: int | None) -> dict[str, Any]:
     """Return the arguments of ImagePreprocessing that agree with timm's data configuration of a model."""
-    config = resolve_data_config(pretrained_cfg=network.pretrained_cfg)
+    config = resolve_data_config(pretrained_cfg=pretrained_cfg(network))
     _, height, width = config["input_size"]
     if image_size is None and height != width:
         raise ConfigError(
@@ -304,132 +337,3 @@ def preprocessing_of(network: nn.Module, image_size: int | None) -> dict[str, An
         "crop_mode": config.get("crop_mode") or "center",
         **{name: config[name] for name in ("interpolation", "mean", "std")},
     }
-
-
-_STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
-"""The children of a vision transformer before its blocks; positions are added between them."""
-Chain = Mapping[str, Sequence[str]]
-"""Paths of the layers of each stage, in order."""
-
-
-def chain(network: nn.Module, images: Tensor) -> Chain | None:
-    """Return the stages before the pooling, or None if the layers do not pass one tensor from each to the next."""
-    groups = group_parameters(network, network.group_matcher(coarse=True), reverse=True)
-    groups = {name: number for name, number in groups.items() if isinstance(number, int | float)}
-    embeds = isinstance(network, VisionTransformer)
-    layers = {path: network.get_submodule(path) for path in _layers(network, groups) if not embeds or path not in _STEM}
-    first = {"norm_pre": network.norm_pre} if embeds else {}  # its input are patches with positions added
-    run = network.eval().forward_features
-    links = find_chain(first | layers, lambda: run(images), None if embeds else images)
-    if links is None:
-        return None
-    stages: dict[str, list[str]] = {"stem": list(_STEM) if embeds else []}
-    number = 0.0
-    for path in links[len(first) :]:
-        group = max((n for name, n in groups.items() if name.startswith(f"{path}.")), default=number)
-        if group > number:
-            number = group
-            stages[f"stage{len(stages)}"] = []
-        list(stages.values())[-1].append(path)
-    return stages if stages["stem"] else None
-
-
-def _layers(network: nn.Module, groups: Mapping[str, float]) -> list[str]:
-    """Return the paths of a network's children, or of their children if these belong to several groups."""
-    paths: list[str] = []
-    for name, child in network.named_children():
-        numbers = {number for parameter, number in groups.items() if parameter.startswith(f"{name}.")}
-        inside = [f"{name}.{key}" for key, _ in child.named_children()]
-        paths += inside if len(numbers) > 1 and isinstance(child, nn.Sequential | nn.ModuleList) else [name]
-    return paths
-
-
-def split(network: nn.Module, stages: Chain | None) -> dict[str, nn.Module]:
-    """Split a network into stages, whose tensors keep timm's names; without a chain it is a single stage."""
-    if stages is None:
-        children = [name for name, _ in network.named_children()]
-        return {"network": _reduced(network, children, _complete)}
-    embeds = isinstance(network, VisionTransformer)
-    parts: dict[str, nn.Module] = {name: _Layers(network, paths) for name, paths in stages.items()}
-    used = {path.split(".")[0] for paths in stages.values() for path in paths}
-    left = [name for name, _ in network.named_children() if name not in used]
-    stem = {"stem": _reduced(network, _STEM, _embed)} if embeds else {}
-    return {**parts, **stem, "pool": _reduced(network, left, _pool, tensors=not embeds)}
-
-
-class _Layers(nn.Module):
-    """Layers of a network, run in order, under their paths in the network (``blocks.3``).
-
-    Args:
-        network: Complete network.
-        paths: Paths of the layers.
-    """
-
-    def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
-        super().__init__()
-        self.paths = tuple(paths)
-        for path in paths:
-            *parents, name = path.split(".")
-            holder: nn.Module = self
-            for parent in parents:
-                if parent not in holder._modules:
-                    holder.add_module(parent, nn.Module())
-                holder = holder._modules[parent]
-            holder.add_module(name, network.get_submodule(path))
-        # Runs of older versions numbered the layers of a stage.
-        numbered = {f"{number}.": f"{path}." for number, path in enumerate(paths)}
-        self._register_load_state_dict_pre_hook(_Renamed(numbered))
-
-    def forward(self, values: Any) -> Any:
-        for path in self.paths:
-            values = self.get_submodule(path)(values)
-        return values
-
-
-class _Renamed:
-    """Hook that renames tensors of runs of older versions before they are loaded.
-
-    Args:
-        prefixes: New prefix by old prefix, inside the stage.
-    """
-
-    def __init__(self, prefixes: Mapping[str, str]) -> None:
-        self.prefixes = prefixes
-
-    def __call__(self, state_dict: dict[str, Tensor], stage: str, *_: Any) -> None:
-        for name in list(state_dict):
-            inside = name.removeprefix(stage)
-            old = next((old for old in self.prefixes if name.startswith(stage) and inside.startswith(old)), None)
-            if old is not None:
-                state_dict[stage + self.prefixes[old] + inside.removeprefix(old)] = state_dict.pop(name)
-
-
-def _reduced(network: nn.Module, children: Collection[str], function: Any, *, tensors: bool = True) -> nn.Module:
-    """Return a shallow copy of a network that contains only some of its children and computes only a function.
-
-    Args:
-        network: Complete network.
-        children: Names of the children that the function needs.
-        function: Function of the reduced network and its input.
-        tensors: Whether the copy contains the parameters and buffers of the network itself, such as ``cls_token``.
-    """
-    reduced = copy.copy(network)
-    reduced._modules = {name: network.get_submodule(name) for name in children}
-    if not tensors:
-        reduced._parameters, reduced._buffers = {}, {}
-    reduced.forward = types.MethodType(function, reduced)  # torch calls the attribute of the object, if there is one
-    reduced._load_state_dict_pre_hooks = copy.copy(network._load_state_dict_pre_hooks)
-    reduced._register_load_state_dict_pre_hook(_Renamed({"network.": ""}))  # as in runs of older versions
-    return reduced
-
-
-def _complete(network: Any, images: Tensor) -> Any:
-    return _pool(network, network.forward_features(images))
-
-
-def _embed(network: Any, images: Tensor) -> Any:
-    return network.norm_pre(network.patch_drop(network._pos_embed(network.patch_embed(images))))
-
-
-def _pool(network: Any, features: Tensor) -> Any:
-    return network.forward_head(features, pre_logits=True)
