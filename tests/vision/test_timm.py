@@ -1,5 +1,6 @@
-"""Every contract on a convolutional network, a vision transformer and one that is no chain; weights from a file."""
+"""Contracts and stages of the models of timm; weights from a file."""
 
+import copy
 import json
 import re
 import shutil
@@ -9,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transfer
 from PIL import Image
 from safetensors.torch import save_file
+
+import transfer
 from transfer.testing import contracts
 from transfer_vision.preprocessing import ImagePreprocessing
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
-from transfer_timm import Timm, preprocessing_of  # it imports timm
+from transfer_vision.models.timm_model import Timm, preprocessing_of  # noqa: E402 - it imports timm
 
-ROOT = Path(__file__).parents[1]
 SMALL = {"weights": None}
 MODELS = [
     {"model": "test_resnet", "image_size": 32, **SMALL},
@@ -26,11 +27,9 @@ MODELS = [
     {"model": "eva02_tiny_patch14_224", "image_size": 28, **SMALL},
 ]
 WEIGHTS = Path(tempfile.mkdtemp()) / "test_resnet.safetensors"
-CONTRACTS = contracts(
-    "transfer-timm",
-    {"timm": [*MODELS, {"model": "test_resnet", "image_size": 32, "weights": str(WEIGHTS)}]},
-    configs=[ROOT / "shapes.yaml"],
-)
+BACKBONES = {"timm": [*MODELS, {"model": "test_resnet", "image_size": 32, "weights": str(WEIGHTS)}]}
+# The contracts of the other plugins of this distribution have their own tests.
+CONTRACTS = [contract for contract in contracts("transferkit", BACKBONES) if "timm" in str(contract)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,20 +44,87 @@ def test_contract(contract):
     contract.check()
 
 
+BLOCKS = [f"stage{number}" for number in range(1, 13)]
+
+
 @pytest.mark.parametrize(
-    ("model", "stages"),
+    ("model", "blocks"),
     [
-        ("resnet18", ["stem", "stage1", "stage2", "stage3", "stage4", "pool"]),
-        ("convnext_atto", ["stem", "stage1", "stage2", "stage3", "stage4", "pool"]),
-        ("vit_tiny_patch16_224", ["stem", *(f"stage{number}" for number in range(1, 13)), "pool"]),
-        ("mobilenetv3_small_050", ["stem", *(f"stage{number}" for number in range(1, 7)), "pool"]),
-        ("swin_tiny_patch4_window7_224", ["stem", *(f"stage{number}" for number in range(1, 6)), "pool"]),
-        ("eva02_tiny_patch14_224", ["network"]),
+        ("resnet18", [f"stage{group}.{index}" for group in (1, 2, 3, 4) for index in (0, 1)]),
+        ("convnext_atto", [f"stage{g}.{i}" for g, size in enumerate((2, 2, 6, 2), 1) for i in range(size)]),
+        ("swin_tiny_patch4_window7_224", [f"stage{g}.{i}" for g, n in enumerate((2, 2, 6, 2), 1) for i in range(n)]),
+        ("vit_tiny_patch16_224", BLOCKS),
+        ("vit_small_patch14_reg4_dinov2", BLOCKS),
+        ("vit_small_patch16_dinov3", BLOCKS),
+        ("eva02_tiny_patch14_224", BLOCKS),
+        ("beitv2_base_patch16_224", BLOCKS),
+        ("vit_base_patch16_siglip_224", BLOCKS),
     ],
 )
-def test_stages_are_timms_groups(model, stages):
+def test_blocks_are_stages(model, blocks):
     with torch.device("meta"):
-        assert list(Timm(model=model, weights=None).stage_names) == stages
+        assert list(Timm(model=model, weights=None).stage_names) == ["stem", *blocks, "pool"]
+
+
+@pytest.mark.parametrize("model", ["hiera_tiny_224", "caformer_s18"])
+def test_model_without_chain_has_one_stage(model):
+    with torch.device("meta"):
+        assert Timm(model=model, weights=None).stage_names == ("network",)
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        ("test_resnet", 32),
+        ("test_efficientnet", 32),
+        ("test_convnext", 32),
+        ("test_vit", 48),
+        ("test_vit4", 64),
+        ("vit_small_patch16_dinov3", 32),
+        ("eva02_tiny_patch14_224", 28),
+        ("vit_small_patch16_rope_mixed_224", 32),
+    ],
+)
+def test_stages_return_the_features_of_timm(model, size):
+    torch.manual_seed(0)
+    backbone = Timm(model=model, weights=None, image_size=size).eval()
+    fixed = timm.get_pretrained_cfg(model).fixed_input_size
+    network = timm.create_model(model, num_classes=0, **({"img_size": size} if fixed else {})).eval()
+    named = {name: tensor for stage in backbone.stages for name, tensor in stage.state_dict().items()}
+    network.load_state_dict(named, strict=True)
+    images = torch.randn(2, 3, size, size)
+    # A copy, such as the average of the weights, must not refer to modules of the original.
+    copied = copy.deepcopy(backbone)
+    for parameter in backbone.parameters():
+        parameter.data.zero_()
+    with torch.no_grad():
+        expected = network.forward_head(network.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(copied(images), expected)
+
+
+def test_frozen_stem_freezes_the_rotary_tables_of_all_blocks():
+    backbone = Timm(model="vit_small_patch16_rope_mixed_224", weights=None, image_size=32)
+    names = [name for name, _ in backbone.named_parameters() if "rope" in name]
+    assert names == ["stages.stem.rope.freqs"]
+    backbone.stages.stem.requires_grad_(False)
+    backbone(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert backbone.get_parameter(names[0]).grad is None
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
+def test_pooling_is_that_of_timm(pooling):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        backbone = Timm(model="test_vit", weights=None, image_size=32, pooling=pooling).eval()
+        images = torch.randn(2, 3, 32, 32)
+        tokens = backbone.stages[:-1](images)
+        expected = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1), "max": tokens[:, 1:].amax(1)}[pooling]
+        assert torch.equal(backbone(images), backbone.stages.pool.fc_norm(expected))
+
+
+def test_unsupported_pooling_is_refused():
+    with pytest.raises(transfer.ConfigError, match="test_resnet does not support pooling: cls"):
+        Timm(model="test_resnet", weights=None, image_size=32, pooling="cls")
 
 
 def test_parameters_have_the_names_of_timm():
@@ -226,8 +292,18 @@ def test_a_saved_model_keeps_its_preprocessing():
     assert again.preprocessing.describe()["mean"] == [0.1, 0.2, 0.3]
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_pretrained_weights_offline_without_cache_are_refused(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(transfer.WeightsError, match="timm cannot read weights of test_vit") as caught:
+        Timm(model="test_vit", image_size=32).load_pretrained()
+    assert "connect to the Hugging Face Hub once" in str(caught.value)
+
+
+def test_missing_model_and_missing_file_are_refused(tmp_path):
     with pytest.raises(transfer.ConfigError, match="timm has no model called 'resnet19'"):
         Timm(model="resnet19")
-    with pytest.raises(transfer.WeightsError, match="there are no weights"):
+    with pytest.raises(transfer.WeightsError, match="there is no file of weights"):
         Timm(model="test_resnet", weights=str(tmp_path / "absent.pth")).load_pretrained()

@@ -27,6 +27,7 @@ from transfer import (
 )
 from transfer_vision.images.decoding import Interpolation
 from transfer_vision.models.timm_stages import chain, split
+from transfer_vision.models.weights import find_local
 from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing
 
 Pooling = Literal["cls", "mean", "max"]
@@ -38,18 +39,18 @@ class Timm(Backbone):
     """Any model of timm (https://huggingface.co/docs/timm), by its name there.
 
     The stages are ``stem``, the blocks, and ``pool``. Blocks are ``stage1``, ``stage2`` ...; if timm groups them, as in
-    ConvNeXt, they are ``stage1.0``, ``stage1.1`` ..., and ``stage1`` means the group. A model whose blocks do not form
-    a chain has one stage, ``network``. Parameters are named STAGE.NAME with timm's name:
+    ConvNeXt, they are ``stage1.0``, ``stage1.1`` ..., and ``stage1`` means all of the group. A model whose blocks do
+    not form a chain has one stage, ``network``. Parameters are named STAGE.NAME with timm's name:
     ``stem.bn1.weight``, ``stage1.layer1.0.conv1.weight``.
 
     Args:
         model: Name of the model in timm, optionally with the tag of its weights: ``resnet50.a1_in1k``.
-        weights: ``pretrained`` for the weights of the name, from the Hugging Face Hub; a file with timm's names, with
-            or without a classifier; an earlier run of the same model (``runs/NAME``); or null for random
-            initialization.
+        weights: ``pretrained`` for the weights of the name, from the local cache or the Hugging Face Hub; a file with
+            timm's names, with or without a classifier, in the working folder or the data folder; an earlier run of the
+            same model (``runs/NAME``); or null for random initialization.
         image_size: Height and width of the model's input, in pixels; null: from timm's configuration of the model.
-        pooling: Vector of an image: the class token (``cls``), or the ``mean`` or ``max`` over all positions; null:
-            from timm's configuration of the model.
+        pooling: Vector of an image: the class token (``cls``), or the ``mean`` or ``max`` over all positions; null: as
+            in timm.
         augmentation: Random augmentation of training images: ``default`` (a random resized crop and a horizontal
             flip), ``strong`` (with TrivialAugment and random erasing), ``none``, or a list of torchvision.transforms.v2
             classes with options.
@@ -136,14 +137,13 @@ class Timm(Backbone):
         if is_run(self._weights):
             loaded = load_saved_backbone(self, saved_backbone(self._weights))
             return {"weights": self._weights, "timm": timm.__version__, **loaded}
-        file = None if self._weights == "pretrained" else self._weights
-        if file is not None and not Path(file).is_file():
-            raise WeightsError(f"there are no weights {file!r}", fix="give a file with timm's names, or pretrained")
+        file = None if self._weights == "pretrained" else str(find_local(self._weights))
         try:
             with recorded_loads() as loads:
                 network = self._create(pretrained=True, pretrained_cfg_overlay={"file": file} if file else None)
         except Exception as error:  # any exception of the Hub and the file formats
-            fix = "give a file with timm's names, or weights: null"
+            offline = "" if file else "connect to the Hugging Face Hub once, "
+            fix = f"{offline}give a file with timm's names, or weights: null"
             raise WeightsError(f"timm cannot read weights of {self._name}: {error}", where=file, fix=fix) from error
         load = next((load for load in reversed(loads) if load.module is network), None)
         if load is None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from transfer import find_chain
 
 STEM = ("patch_embed", "pos_drop", "patch_drop", "rope", "norm_pre")
 """The children of a vision transformer before its blocks; positions are added between them."""
-BLOCKS = "blocks."
-"""Prefix of the paths of a vision transformer's blocks."""
 Chain = Mapping[str, Sequence[str]]
 """Paths of the layers of each stage before the pooling, in order, by the name of the stage."""
 
@@ -29,13 +29,11 @@ def chain(network: Any, images: Tensor) -> Chain | None:
         network: Model on the meta device.
         images: Images on the meta device, (B, C, H, W).
     """
-    if not hasattr(network, "group_matcher"):
-        return None
     coarse = _groups(network, coarse=True)
     for groups in (_groups(network, coarse=False), coarse):
-        links = _links(network, groups, images)
+        links = _links(network, groups, images) if groups else ()
         stages = _name_stages(links, groups, coarse, stem=list(STEM[:1]) if embeds_patches(network) else [])
-        if links and stages["stem"]:
+        if stages.get("stem") and _has_same_output(network, stages, images):
             return stages
     return None
 
@@ -52,8 +50,8 @@ def split(network: Any, stages: Chain | None, images: Tensor) -> dict[str, nn.Mo
         children = [name for name, _ in network.named_children()]
         return {"network": _reduced(network, children, _complete)}
     embeds = embeds_patches(network)
-    side = _side_inputs(network, images)
-    parts: dict[str, nn.Module] = {name: Layers(network, paths, side) for name, paths in stages.items()}
+    rotary = _rotary(network, images)
+    parts: dict[str, nn.Module] = {name: Layers(network, paths, rotary) for name, paths in stages.items()}
     if embeds:
         parts["stem"] = _reduced(network, [name for name, _ in network.named_children() if name in STEM], _embed)
     used = {path.split(".")[0] for paths in stages.values() for path in paths}
@@ -63,9 +61,24 @@ def split(network: Any, stages: Chain | None, images: Tensor) -> dict[str, nn.Mo
 
 def embeds_patches(network: Any) -> bool:
     """Return whether a model is a vision transformer that adds positions and tokens to patches before its blocks."""
-    from timm.models import Eva, VisionTransformer
+    from timm.models import Beit, Eva, VisionTransformer
 
-    return isinstance(network, Eva | VisionTransformer)
+    return isinstance(network, Beit | Eva | VisionTransformer)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding of all blocks of a model.
+
+    Args:
+        table: Constant table (positions, D) that all blocks share. None: each block has its own, which is trained.
+        module: Module of the model that computes the tables. It belongs to the first stage.
+        grid: Height and width of the input in patches.
+    """
+
+    table: Tensor | None
+    module: nn.Module
+    grid: tuple[int, int]
 
 
 class Layers(nn.Module):
@@ -74,10 +87,12 @@ class Layers(nn.Module):
     Args:
         network: Complete network.
         paths: Paths of the layers.
-        side_inputs: Constant tensors that every block takes in addition, by name. The stage has a copy of them.
+        rotary: Position embedding that the blocks take in addition to the values; None if they take none.
     """
 
-    def __init__(self, network: Any, paths: Sequence[str], side_inputs: Mapping[str, Tensor]) -> None:
+    rotary_table: Tensor | None
+
+    def __init__(self, network: Any, paths: Sequence[str], rotary: Rotary | None) -> None:
         super().__init__()
         self.paths = tuple(paths)
         for path in paths:
@@ -88,25 +103,38 @@ class Layers(nn.Module):
                     holder.add_module(parent, nn.Module())
                 holder = holder.get_submodule(parent)
             holder.add_module(name, network.get_submodule(path))
-        self.side_inputs = tuple(side_inputs)
-        for name, tensor in side_inputs.items():
-            self.register_buffer(name, tensor.clone(), persistent=False)
+        # Every stage has a copy of a constant table: stages then pass one tensor, and any prefix of them is cacheable.
+        table = None if rotary is None or rotary.table is None else rotary.table.clone()
+        self.register_buffer("rotary_table", table, persistent=False)
+        # A trained table is computed with parameters of the first stage. In a tuple, torch does not register the module
+        # a second time, so the parameters have one name, and freezing the first stage freezes them.
+        self.rotary: tuple[Any, ...] = (
+            () if rotary is None or rotary.table is not None else (rotary.module, rotary.grid)
+        )
         # Runs of older versions numbered the layers of a stage.
         _rename_on_load(self, {f"{number}.": f"{path}." for number, path in enumerate(paths)})
 
     def forward(self, values: Any) -> Any:
         """Run the layers."""
-        side = {name: getattr(self, name) for name in self.side_inputs}
         for path in self.paths:
-            # Only blocks take them, not a normalization in the same stage.
-            values = self.get_submodule(path)(values, **(side if path.startswith(BLOCKS) else {}))
+            values = self.get_submodule(path)(values, **self._side_inputs(path))
         return values
+
+    def _side_inputs(self, path: str) -> dict[str, Tensor]:
+        if not path.startswith("blocks."):
+            return {}
+        if self.rotary:
+            module, grid = self.rotary
+            return {"rope": module.get_embed(grid)[int(path.split(".")[1])]}
+        return {} if self.rotary_table is None else {"rope": self.rotary_table}
 
 
 def _groups(network: Any, *, coarse: bool) -> dict[str, float]:
     """Return the number of the group of each parameter. Numbers rise from the input to the output."""
     from timm.models import group_parameters
 
+    if not hasattr(network, "group_matcher"):
+        return {}
     groups = group_parameters(network, network.group_matcher(coarse=coarse), reverse=True)
     return {name: number for name, number in groups.items() if isinstance(number, int | float)}
 
@@ -116,13 +144,30 @@ def _links(network: Any, groups: Mapping[str, float], images: Tensor) -> Sequenc
     embeds = embeds_patches(network)
     paths = [path for path in _layers(network, groups) if not embeds or path.split(".")[0] not in STEM]
     layers = {path: network.get_submodule(path) for path in paths}
-    # The input of norm_pre are patches with positions added. Blocks may receive rotary tables, but no other parameters.
-    first = {"norm_pre": network.norm_pre} if embeds else {}
-    if embeds and any(True for _ in (getattr(network, "rope", None) or nn.Identity()).parameters()):
-        return ()
+    # The input of norm_pre are patches with positions added.
+    first = {"norm_pre": network.norm_pre} if embeds and hasattr(network, "norm_pre") else {}
     run = network.eval().forward_features
-    found = find_chain(first | layers, lambda: run(images), None if embeds else images, side_inputs=embeds)
-    return (found or ())[len(first) :]
+    given = None if embeds else images
+    side_inputs = embeds and getattr(network, "rope", None) is not None
+    return (find_chain(first | layers, lambda: run(images), given, side_inputs=side_inputs) or ())[len(first) :]
+
+
+def _has_same_output(network: Any, stages: Chain, images: Tensor) -> bool:
+    """Return whether the stages run and return features of the same shape as the model, on the meta device.
+
+    Layers of some models return dictionaries or tuples, which the model itself takes apart before the next layer.
+    """
+    values: Any = images
+    with torch.no_grad():
+        expected = _complete(network, images)
+        try:
+            for stage in split(network, stages, images).values():
+                values = stage(values)
+                if not isinstance(values, Tensor):
+                    return False
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False
+    return bool(values.shape == expected.shape)
 
 
 def _layers(network: nn.Module, groups: Mapping[str, float], prefix: str = "") -> list[str]:
@@ -160,13 +205,15 @@ def _number(groups: Mapping[str, float], path: str, otherwise: float) -> float:
     return max((number for name, number in groups.items() if name.startswith(f"{path}.")), default=otherwise)
 
 
-def _side_inputs(network: Any, images: Tensor) -> dict[str, Tensor]:
-    """Return the constant tensors that all blocks of a model take: the rotary table, (tokens, D)."""
-    rope = getattr(network, "rope", None)
-    if rope is None or not embeds_patches(network):
-        return {}
-    table: Tensor = rope.get_embed(shape=network.patch_embed.dynamic_feat_size(tuple(images.shape[2:])))
-    return {"rope": table.detach()}
+def _rotary(network: Any, images: Tensor) -> Rotary | None:
+    """Return the rotary position embedding of a model for images of this size; None if it has none."""
+    module = getattr(network, "rope", None)
+    if module is None or not embeds_patches(network):
+        return None
+    height, width = network.patch_embed.dynamic_feat_size(tuple(images.shape[2:]))
+    is_trained = any(True for _ in module.parameters())
+    table = None if is_trained else module.get_embed(shape=(height, width)).detach()
+    return Rotary(table, module, (height, width))
 
 
 def _rename_on_load(module: nn.Module, prefixes: Mapping[str, str]) -> None:
@@ -206,11 +253,15 @@ def _reduced(
 
 
 def _complete(network: Any, images: Tensor) -> Any:
-    return type(network).forward(network, images)
+    return _pool(network, network.forward_features(images))
 
 
 def _embed(network: Any, images: Tensor) -> Any:
-    values = network._pos_embed(network.patch_embed(images))
+    values = network.patch_embed(images)
+    if not hasattr(network, "_pos_embed"):  # BEiT, which may have relative positions in its blocks only
+        values = torch.cat([network.cls_token.expand(len(values), -1, -1), values], dim=1)
+        return network.pos_drop(values if network.pos_embed is None else values + network.pos_embed)
+    values = network._pos_embed(values)
     if isinstance(values, tuple):  # a model with rotary tables returns them too
         return network.norm_pre(values[0])
     return network.norm_pre(network.patch_drop(values))

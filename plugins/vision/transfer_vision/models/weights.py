@@ -111,7 +111,7 @@ def find_weights(weights: str, architecture: str) -> Path:
     """
     member = published(weights, architecture)
     if member is None:
-        return _find_local(weights)
+        return find_local(weights)
     name = member.url.rsplit("/", 1)[1]
     prefix = _sha256_prefix(member)
     hub = Path(torch.hub.get_dir()) / "checkpoints" / name
@@ -137,7 +137,12 @@ def _sha256_prefix(member: WeightsEnum) -> str:
     return str(Path(member.url).stem.rsplit("-", 1)[1])
 
 
-def _find_local(weights: str) -> Path:
+def find_local(weights: str) -> Path:
+    """Return the file of weights in the working folder or the data folder.
+
+    Raises:
+        transfer.WeightsError: There is no such file.
+    """
     path = Path(weights).expanduser()
     file = path if path.is_file() else find_file(weights)
     if file is None or not file.is_file():
