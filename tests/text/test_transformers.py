@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import transfer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transfer.testing import contracts
-from transfer.testing.cases import TEXTS
+from transfer_transformers import Transformers
 from transformers import AlbertConfig, AutoModel, BertConfig, DistilBertConfig, PreTrainedTokenizerFast
 
-from transfer_transformers import Transformers
+import transfer
+from transfer.testing import contracts
+from transfer.testing.cases import TEXTS
 
 FOLDERS = ("bert", "distilbert", "albert")
 OPTIONS = [

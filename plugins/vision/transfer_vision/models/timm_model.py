@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-import timm
 import torch
 from pydantic import Field
-from timm.data import resolve_data_config
-from timm.models import load_state_dict
 from torch import nn
 
 from transfer import (
@@ -92,6 +89,7 @@ class Timm(Backbone):
         self._loading: dict[str, Any] = {"augmentation": augmentation, "cache_images": cache_images}
 
     def _create(self, **options: Any) -> nn.Module:
+        import timm
 
         network: nn.Module = timm.create_model(self._name, num_classes=0, **self._sized(), **options)
         if self._pooling is not None:
@@ -100,6 +98,8 @@ class Timm(Backbone):
 
     def _sized(self) -> dict[str, int]:
         """Return the argument of timm's constructor that sets the image size; empty if the model takes any size."""
+        import timm
+
         fixed = getattr(timm.get_pretrained_cfg(self._name), "fixed_input_size", False)
         return {"img_size": self._size} if self._size and fixed else {}
 
@@ -132,6 +132,8 @@ class Timm(Backbone):
         Raises:
             WeightsError: The weights cannot be read, or are not exactly those of this model without its classifier.
         """
+        import timm
+
         if self._weights is None:
             return {}
         if is_run(self._weights):
@@ -160,6 +162,8 @@ class Timm(Backbone):
         """Return timm's model under ``timm``, if its classifier is one linear layer over the features."""
         if self._pooling is not None:
             return {}
+        import timm
+
         options: dict[str, Any] = {"model_name": self._name, "num_classes": out_features, **self._sized()}
         with torch.device("meta"):
             network = timm.create_model(**options)
@@ -209,6 +213,8 @@ def require_model(model: str) -> None:
     Raises:
         ConfigError: The name or the tag is unknown; the error lists similar ones.
     """
+    import timm
+
     name, _, tag = model.partition(".")
     if not timm.is_model(name):
         close = timm.list_models(f"*{name}*")[:10] or timm.list_models(f"{name[:4]}*")[:10]
@@ -288,6 +294,8 @@ def recorded_loads() -> Iterator[list[Load]]:
 
 def classifier_names(network: nn.Module, load: Load, file: str | None) -> set[str]:
     """Return the names of the classifier's tensors in the weights, which timm removes or reports as unexpected."""
+    from timm.models import load_state_dict
+
     config = pretrained_cfg(network)
     classifiers = config.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
@@ -320,6 +328,8 @@ def _abbreviated(names: Sequence[str]) -> str:
 
 def preprocessing_of(network: nn.Module, image_size: int | None) -> dict[str, Any]:
     """Return the arguments of ImagePreprocessing that agree with timm's data configuration of a model."""
+    from timm.data import resolve_data_config
+
     config = resolve_data_config(pretrained_cfg=pretrained_cfg(network))
     _, height, width = config["input_size"]
     if image_size is None and height != width:

@@ -253,7 +253,7 @@ def _reduced(
 
 
 def _complete(network: Any, images: Tensor) -> Any:
-    return _pool(network, network.forward_features(images))
+    return type(network).forward(network, images)
 
 
 def _embed(network: Any, images: Tensor) -> Any:
