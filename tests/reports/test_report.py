@@ -32,11 +32,10 @@ from transfer.reports.metrics import (
     Bin,
     calibration,
     confusion_matrix,
-    metrics_per_class,
-    metrics_per_label,
     most_confused,
     residuals,
 )
+from transfer.runs.class_metrics import metrics_per_class, metrics_per_label
 from transfer.system.atomic_files import write_json
 from transfer.training.events import Note
 
@@ -349,7 +348,7 @@ def test_report_of_predictions_without_losses(config: dict[str, Any], tmp_path: 
     directory = transfer.storage.run_directory.RunDirectory(run.folder)
     scored = directory.predictions()
     assert scored is not None
-    directory.write_predictions(dataclasses.replace(scored, losses=None, confidences=None))
+    directory.write_predictions(dataclasses.replace(scored, losses=None, confidences=None, scores=None, names=()))
     transfer.report(run.folder)
     assert "did not store the losses" in page(run)
     assert "Calibration" not in words(page(run))

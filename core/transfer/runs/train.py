@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transfer.errors import ConfigError, StoppedByObserver
 from transfer.models.recorded_plugins import changes as plugin_changes, recorded_plugins, run_config
 from transfer.models.saved_model import LoadedModel, write_model
 from transfer.runs.artifacts import CompletedRun, write_artifacts
+from transfer.runs.class_metrics import class_metrics
 from transfer.runs.facts import length_quantiles, run_environment, run_facts
 from transfer.runs.tracking import Tracking
 from transfer.storage.environment import environment_diff
@@ -223,6 +224,9 @@ def _train(
             # An interruption between the model and the summary would leave a complete run that looks incomplete.
             with signals.deferred():
                 if processes.is_main:
+                    scored = directory.predictions()
+                    if scored and (metrics := class_metrics(built.data, built.experiment.task, scored)):
+                        summary |= {"per_class": {name: asdict(one) for name, one in metrics.items()}}
                     write_model(
                         directory.model,
                         config,

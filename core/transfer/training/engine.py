@@ -444,6 +444,6 @@ class Trainer:
             collector = evaluation.PredictionCollector() if collects else None
             test = self._evaluate(self.model, source, "test", collector=collector)
             if collector is not None:
-                self.checkpoints.run.write_predictions(scored := collector.in_split_order())
+                self.checkpoints.run.write_predictions(scored := collector.in_order_of(experiment.test.split))
                 predictions = scored.predictions
         return summarize(experiment, progress, best, test, predictions, caches=caches, seconds=self.checkpoints.seconds)
