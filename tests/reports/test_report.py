@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Dense, PointPreprocessing, Points
+from safetensors.torch import load_file, save_file
 from torchmetrics.classification import MulticlassPrecision, MulticlassRecall, MultilabelF1Score
 from torchmetrics.functional.classification import (
     binary_calibration_error,
@@ -330,6 +331,10 @@ DAMAGE = {
     "an epoch that is a word": replaced("metrics.jsonl", '"epoch": 1', '"epoch": "first"'),
     "another primary metric": replaced("summary.json", '"primary_metric": "accuracy"', '"primary_metric": "x"'),
     "no sizes": replaced("summary.json", '"examples":', '"samples":'),
+    "other names of examples": lambda run: save_file(
+        load_file(run / "predictions.safetensors") | {"names": torch.tensor([91, 49, 93], dtype=torch.uint8)},
+        run / "predictions.safetensors",
+    ),
     "predictions cut": lambda run: (run / "predictions.safetensors").write_bytes(b"\x08"),
 }
 

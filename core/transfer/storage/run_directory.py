@@ -394,7 +394,9 @@ class RunDirectory:
         try:
             tensors = load(read_bytes(path))
             names = _names(tensors.pop(NAMES, None))
-            predictions = Predictions(**tensors, names=names)
+            # Later versions may add tensors.
+            fields = {name: tensor for name, tensor in tensors.items() if name in Predictions.__dataclass_fields__}
+            predictions = Predictions(**fields, names=names)
             lengths = {len(tensor) for tensor in predictions.tensors().values()} | ({len(names)} if names else set())
             if len(lengths) != 1:
                 raise ValueError("the tensors differ in length")
