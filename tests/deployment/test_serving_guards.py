@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -25,10 +28,12 @@ from serving_cases import Running, loaded_model, running
 
 from transfer import UserError
 from transfer.cli import deployment_commands
+from transfer.deployment.serving import decoders as decoders_module
 from transfer.deployment.serving.app import make_app, replace_models
-from transfer.deployment.serving.batching import Batcher, Batching
+from transfer.deployment.serving.batching import Batcher, Batching, BusyError
+from transfer.deployment.serving.decoders import Decoders
 from transfer.deployment.serving.guards import RateLimit, Tokens
-from transfer.deployment.serving.models import ServedModel
+from transfer.deployment.serving.models import RefusedError, ServedModel
 from transfer.deployment.serving.reading import Intake, Limits
 from transfer.deployment.serving.server import Publication, allowed_hosts, listen_on_path, read_tokens
 
@@ -45,6 +50,11 @@ def files(points: ServedModel, monkeypatch: pytest.MonkeyPatch) -> ServedModel:
     """A model of files."""
     monkeypatch.setattr(PointPreprocessing, "media_type", "application/x-point")
     return ServedModel("points", points.loaded)
+
+
+def _crash(pickled_encoder: bytes, request: dict[str, bytes]) -> bytes:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return b""
 
 
 def ask_app(
@@ -175,6 +185,41 @@ def test_slow_file_stalls_no_other_request(files: ServedModel, monkeypatch: pyte
         finally:
             proceed.set()
         assert large.result()[0] == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are copied only on Linux")
+def test_processes_decode_like_the_model(points: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PointPreprocessing, "media_type", "application/x-point")
+    files = ServedModel("points", points.loaded)
+    decoders = Decoders(processes=True)
+
+    async def decode() -> tuple[Any, Any]:
+        right, wrong = {"point": b"1,2,3,4"}, {"point": b"1,2"}
+        decoded, refused = await asyncio.gather(decoders.encode(files, right), decoders.encode(files, wrong))
+        return decoded, refused
+
+    try:
+        decoded, refused = asyncio.run(decode())
+    finally:
+        decoders.close()
+    assert list(decoded) == [1, 2, 3, 4]
+    assert isinstance(refused, RefusedError)
+    assert "a point has 4 numbers" in str(refused)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are copied only on Linux")
+def test_crashed_decoder_is_replaced(files: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(decoders_module, "_encode", _crash)
+    decoders = Decoders(processes=True)
+    monkeypatch.setattr(decoders_module, "_start_processes", started.append)
+    try:
+        with pytest.raises(BusyError):
+            asyncio.run(decoders.encode(files, {"point": b"1,2,3,4"}))
+        assert list(asyncio.run(decoders.encode(files, {"point": b"1,2,3,4"}))) == [1, 2, 3, 4]
+    finally:
+        decoders.close()
+    assert started == ["spawn"]
 
 
 # ------------------------------------------------------------------------------------------------- the app's own guards
