@@ -68,7 +68,7 @@ check: .venv/ready  ## check style, types, import direction, spelling and terms
 
 audit: .venv/ready  ## ask the advisory database about the pinned versions; needs a network beyond the package index
 	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 schema: .venv/ready  ## write the JSON Schema of configs for editors, with the options of all installed plugins
 	$(BIN)/transfer schema --output configs/schema.json

@@ -20,6 +20,7 @@ from transfer.errors import TrainingError, TransferError
 from transfer.feature_cache.prefix import BATCH_SIZE, FORMAT, FrozenPrefix
 from transfer.system.atomic_files import read_json, write_json
 from transfer.system.directory_cache import DirectoryCache
+from transfer.system.file_schema import FileSchema, checked
 from transfer.system.user_folders import cache_folder
 
 VERIFY_TOLERANCE: Mapping[Precision, float] = {"fp32": 5e-3, "fp16": 1e-2, "bf16": 5e-2}
@@ -91,6 +92,15 @@ def _mask(lengths: Tensor, longest: int | None = None) -> Tensor:
     return torch.arange(int(lengths.max()) if longest is None else longest) < lengths[:, None]
 
 
+class _What(FileSchema):
+    """Block ``what`` of ``entry.json``."""
+
+    stages: list[str]
+    examples: int
+    view: int | None = None
+    fields: list[str] = []
+
+
 class FeatureCache:
     """The cache of features on disk.
 
@@ -155,12 +165,10 @@ class FeatureCache:
         listed = []
         for cached in self._folders.entries():
             try:
-                what = read_json(cached.path / "entry.json", "the entry is incomplete")["what"]
-                if not isinstance(what["examples"], int) or not all(isinstance(name, str) for name in what["stages"]):
-                    raise TypeError("the entry is damaged")
-                row = {"key": cached.key, "bytes": cached.bytes, "used": cached.used, "view": what["view"]}
-                listed.append({**what, **row})
-            except (TransferError, OSError, KeyError, TypeError):  # damaged, or just dropped by another process
+                what = read_json(cached.path / "entry.json", "the entry is incomplete").get("what", {})
+                view = checked(what, _What, str(cached.path)).view
+                listed.append({**what, "key": cached.key, "bytes": cached.bytes, "used": cached.used, "view": view})
+            except (TransferError, OSError):  # damaged, or just dropped by another process
                 self._folders.drop(cached.key)
         return listed
 

@@ -421,7 +421,8 @@ def _restore_metric(metric: Metric, path: str, tensors: Mapping[str, Tensor], sa
         value = tensors[f"{path}/{name}"]
         # A state that starts as a single number may take the shape of the first batch's outputs.
         same_shape = value.shape == default.shape or default.numel() == 1
-        if not same_shape or value.is_floating_point() != default.is_floating_point():
+        same_type = value.dtype == default.dtype or (value.is_floating_point() and default.is_floating_point())
+        if not same_shape or not same_type:
             raise ValueError(f"the metric {path}/{name} has the dtype {value.dtype} and the shape {list(value.shape)}")
         setattr(metric, name, value.clone().to(metric.device))
     metric._update_count = saved.updates
