@@ -331,13 +331,25 @@ def test_the_table_holds_each_word_of_the_batch_once() -> None:
     assert torch.equal(table[rows], torch.cat([embedded.static, embedded.tuned], 1)[indices])
 
 
-def test_the_whole_table_gives_the_same_features(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = build(source)
-    features = backbone(inputs(backbone, TEXTS))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_features_and_gradients_of_a_gpu_are_those_of_the_cpu(
+    source: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {} if variant == "rand" else {"vectors_vocabulary": True}
+    backbone = build(source, variant, kernel_sizes=(3, 5), **options)
+    ids = inputs(backbone, [*TEXTS, "film slow", "slow"])  # two texts shorter than a kernel
+    features = backbone(ids)
+    gradients = torch.autograd.grad(features.sum(), list(backbone.parameters()))
     for module in (embedding, textcnn):
         monkeypatch.setattr(module, "use_batch_vocabulary", lambda rows: False)
-    assert len(backbone.stages[0](inputs(backbone, TEXTS))[0]) == len(backbone.vocabulary)
-    torch.testing.assert_close(backbone(inputs(backbone, TEXTS)), features)
+    vectors, rows = backbone.stages[0](ids)
+    assert vectors.shape == (*ids.shape, backbone.stages[0].out_dimensions)
+    assert rows is ids
+    torch.testing.assert_close(backbone(ids), features)
+    for one, other in zip(
+        torch.autograd.grad(backbone(ids).sum(), list(backbone.parameters())), gradients, strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_padding_gets_no_gradient(source: str) -> None:
