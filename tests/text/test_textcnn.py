@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfer import ConfigError, FeatureSpec, WeightsError
 from transfer_text.models import embedding, textcnn
@@ -350,6 +351,28 @@ def test_features_and_gradients_of_a_gpu_are_those_of_the_cpu(
         torch.autograd.grad(backbone(ids).sum(), list(backbone.parameters())), gradients, strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_gpu_looks_words_and_masks_up_once_for_all_kernels(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (embedding, textcnn):
+        monkeypatch.setattr(module, "use_batch_vocabulary", lambda rows: False)
+    names: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    backbone = build(source, "multichannel", kernel_sizes=(1, 2, 3), filters=2)
+    ids = inputs(backbone, TEXTS)
+    with Recorder():
+        backbone(ids).sum().backward()
+    assert [names.count(name) for name in ("embedding", "embedding_dense_backward", "eq", "convolution")] == [
+        2,
+        1,
+        1,
+        3,
+    ]
 
 
 def test_padding_gets_no_gradient(source: str) -> None:
