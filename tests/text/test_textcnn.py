@@ -395,3 +395,14 @@ def test_the_saved_format_is_one_convolution_per_kernel_size(source: str) -> Non
         "stages.convolution.convolutions.1.weight": (5, 12, 1, 3),
         "stages.convolution.convolutions.1.bias": (5,),
     }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gpu_gives_the_same_features(source: str, variant: str) -> None:
+    backbone = build(source, variant)
+    encoded = backbone.preprocessing.encode(TEXTS)
+    expected = backbone(backbone.preprocessing.model_inputs(encoded))
+    ids = backbone.preprocessing.model_inputs(encoded, torch.device("cuda"))
+    assert ids.shape == (3, 16)  # a bucket: the longest text has 9 words
+    torch.testing.assert_close(backbone.cuda()(ids).cpu(), expected, rtol=1e-3, atol=1e-4)
