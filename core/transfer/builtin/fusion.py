@@ -258,6 +258,11 @@ class _FusionPreprocessing(Preprocessing):
         """Return the length of the longest part."""
         return max(part.length(value) for part, value in zip(self.parts.values(), encoded, strict=True))
 
+    @property
+    def varies_in_length(self) -> bool:
+        """Whether the values of a part vary in length."""
+        return any(part.varies_in_length for part in self.parts.values())
+
     def read(self, source: str) -> tuple[Any, ...]:
         """Read a JSON object with one source per part: ``{"image": "a.jpg", "text": "a dog"}``.
 

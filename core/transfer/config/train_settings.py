@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from transfer.config.option_schema import Block
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Compile = bool | Literal["reduce-overhead"]
 
 OPTIMIZER = "adam"
 """Optimizer of a config that names none."""
@@ -270,6 +271,8 @@ class TrainConfig(Block):
         deterministic: Whether a GPU uses only kernels that give the same result in every run, without TF32. This is
             slower, and has no effect on the CPU, whose results are always reproducible.
         compile: Whether the model is compiled with torch.compile, which starts slowly and speeds up many models.
+            reduce-overhead also records CUDA graphs on a GPU, for small models and batches whose shapes repeat; it
+            needs accumulate 1.
         ema: Decay per step of an exponential moving average of the weights, which is then evaluated and saved instead
             of the weights; null disables it.
         mix: Batch augmentation by mixup and CutMix; null disables it.
@@ -309,7 +312,7 @@ class TrainConfig(Block):
     ] = "auto"
     precision: Precision | Literal["auto"] = "auto"
     deterministic: bool = False
-    compile: bool = False
+    compile: Annotated[Compile, one_of("true, false or reduce-overhead")] = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     mix: MixupCutmix | None = None
     cache: Literal["auto", "off", "verify"] = "auto"
@@ -336,6 +339,13 @@ class TrainConfig(Block):
             raise ValueError("set batch_size or max_tokens")
         # batch_size has a default, so it is set even if the config contains only max_tokens.
         return self if self.max_tokens is None else self.model_copy(update={"batch_size": None})
+
+    @model_validator(mode="after")
+    def _graphs_without_accumulation(self) -> TrainConfig:
+        # The gradients of a batch would be in memory that the graphs of the next batch overwrite.
+        if self.compile == "reduce-overhead" and self.accumulate > 1:
+            raise ValueError("compile: reduce-overhead needs accumulate: 1; set compile: true, or a larger batch_size")
+        return self
 
     @model_validator(mode="after")
     def _phases_or_recipe(self) -> TrainConfig:

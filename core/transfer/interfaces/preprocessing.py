@@ -140,6 +140,11 @@ class Preprocessing(ABC):
         """
         return np.fromiter(map(self.length, encoded), dtype=np.int64, count=len(encoded))
 
+    @property
+    def varies_in_length(self) -> bool:
+        """Whether encoded values vary in length; by default, whether a subclass defines :meth:`length`."""
+        return type(self).length is not Preprocessing.length
+
     def warning(self, values: Sequence[Any]) -> str | None:
         """Return a warning about raw values that can be encoded but mean little to the model; None by default.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from typing import Any, cast, final
 
@@ -19,7 +19,7 @@ from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
 from transfer.models.forward import explain_out_of_memory, forward_batches
 from transfer.models.model import Model
-from transfer.models.precision import autocast, place
+from transfer.models.precision import autocast, compiled, place
 from transfer.storage.checkpoint import digest
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.signals import Interrupted, Signals
@@ -119,7 +119,9 @@ class Trainer:
         self.scored_model = self.model if average is None else cast("Model", average.module)
         # Only training uses the compiled model: evaluation runs the stages one by one, as the feature cache does, so
         # that cached and uncached features are the same.
-        self.forward: Callable[..., Tensor] = torch.compile(self.model) if self.options.compile else self.model
+        self.forward = compiled(
+            self.model, self.options.compile, varied=experiment.train.preprocessing.varies_in_length
+        )
         # Only fp16 gradients underflow; a disabled scaler passes losses and steps through.
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.precision == "fp16")
         metrics = evaluation.device_metrics(experiment.task, self.device)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from transfer.config.torch_classes import TorchClass
-from transfer.config.train_settings import Checkpoint, MixupCutmix, Precision, Solver, TrainConfig
+from transfer.config.train_settings import Checkpoint, Compile, MixupCutmix, Precision, Solver, TrainConfig
 from transfer.data.loader import Loader
 from transfer.feature_cache.loader import StageInputs, select_stage_inputs
 from transfer.feature_cache.prefix import FrozenPrefix
@@ -57,7 +57,7 @@ class EngineOptions:
         device: Device to train on.
         precision: Precision of the forward and the backward pass.
         deterministic: Whether a GPU uses only kernels that give the same result in every run.
-        compile: Whether the model is compiled (``torch.compile``).
+        compile: Whether the model is compiled (``torch.compile``), and CUDA graphs are recorded.
         accumulate: Number of batches per optimizer step.
         clip_norm: Maximum norm of the gradient. None disables clipping.
         warmup_epochs: Length of the linear warm-up of each phase, in epochs.
@@ -73,7 +73,7 @@ class EngineOptions:
     device: torch.device
     precision: Precision
     deterministic: bool
-    compile: bool
+    compile: Compile
     accumulate: int
     clip_norm: float | None
     warmup_epochs: float
