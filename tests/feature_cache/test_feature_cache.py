@@ -26,7 +26,7 @@ from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Preprocessi
 from transfer.builtin.heads import MLP, Linear
 from transfer.data.loader import Loader
 from transfer.feature_cache import store
-from transfer.feature_cache.loader import CachedLoader, select_stage_inputs
+from transfer.feature_cache.loader import AUTO_VIEWS, CachedLoader, select_stage_inputs
 from transfer.feature_cache.prefix import SAMPLE_EXAMPLES, FrozenPrefix
 from transfer.feature_cache.store import Entry, FeatureCache
 from transfer.interfaces import SPLITS
@@ -625,6 +625,19 @@ def test_short_phase_caches_no_more_views_than_epochs(
     run = transfer.run(config, overrides, output=tmp_path)
     assert len(prefix_runs) == 3  # one view, validation, test
     assert run.summary["cache"][0]["views"] == 1
+
+
+def test_auto_views_are_cached_for_a_frozen_backbone(
+    config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]
+) -> None:
+    overrides = ["backbone={name: noisy}", "train.phases=[{epochs: 5, freeze: backbone}]"]
+    notes: list[str] = []
+    run = transfer.run(
+        config, overrides, output=tmp_path, observe=lambda event: notes.append(getattr(event, "text", ""))
+    )
+    assert run.summary["cache"][0]["views"] == AUTO_VIEWS == 4
+    assert len(prefix_runs) == 6  # four views, validation, test
+    assert any("4 views each" in note for note in notes)
 
 
 def test_progress_of_computing_features_is_reported(config: dict[str, Any], tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_fp16_needs_a_gpu(config: dict[str, Any], tmp_path: Path) -> None:
         transfer.run(config, ["train.precision=fp16"], output=tmp_path)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a GPU")
+@pytest.mark.gpu
 def test_fp16_trains_over_phases_with_clipping(config: dict[str, Any], tmp_path: Path) -> None:
     phases = "train.phases=[{epochs: 1, freeze: backbone}, {epochs: 2}]"
     exact, rounded = (

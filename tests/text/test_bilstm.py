@@ -234,7 +234,7 @@ def test_a_few_steps_learn_the_order_of_two_words(readout: str) -> None:
     assert loss.item() < 0.05
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("readout", READOUTS)
 def test_a_gpu_gives_the_same_features(readout: str) -> None:
     backbone = build(readout=readout)

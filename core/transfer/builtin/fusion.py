@@ -302,6 +302,11 @@ class _FusionPreprocessing(Preprocessing):
         examples = tuple(part.example() for part in self.parts.values())
         return None if any(example is None for example in examples) else examples
 
+    def restore(self, described: Mapping[str, Any]) -> None:
+        """Restore the settings of each part."""
+        for name, part in self.parts.items():
+            part.restore(described[name])
+
     def describe(self) -> Mapping[str, Any]:
         """Return the settings of each part."""
         return {name: dict(part.describe()) for name, part in self.parts.items()}

@@ -277,8 +277,9 @@ class TrainConfig(Block):
             of the weights; null disables it.
         mix: Batch augmentation by mixup and CutMix; null disables it.
         cache: Cache for the features of the frozen prefix: auto, off, or verify (recompute a sample and compare).
-        views: Number of augmented views of each training example in the feature cache. null does not cache the
-            training split if it is augmented at random.
+        views: Number of augmented views of each training example in the feature cache. auto: 4 if a phase freezes the
+            complete backbone for more than 4 epochs of gradient steps, otherwise none. null does not cache the training
+            split if it is augmented at random.
         cache_limit_gib: Maximum size of the feature cache on disk in GiB; the least recently used entries are removed.
         select: Epoch whose weights are kept: loss (lowest validation loss), the name of a metric, or last; null uses
             the task's primary metric. Differences within one standard error of a metric are decided by the loss.
@@ -316,7 +317,7 @@ class TrainConfig(Block):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     mix: MixupCutmix | None = None
     cache: Literal["auto", "off", "verify"] = "auto"
-    views: Count | None = None
+    views: Annotated[Count | Literal["auto"] | None, one_of("an integer of 1 or more, auto, or null")] = "auto"
     cache_limit_gib: Positive = 20.0
     select: str | None = None
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)

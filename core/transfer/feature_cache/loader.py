@@ -22,6 +22,9 @@ from transfer.data.loader import Loader
 from transfer.feature_cache.prefix import FrozenPrefix
 from transfer.feature_cache.store import Entry, FeatureCache, pad
 
+AUTO_VIEWS = 4
+"""Number of augmented views that ``train.views: auto`` caches, as accurate as a new view per epoch (docs/log.md)."""
+
 
 class CachedLoader:
     """The batches of a loader, with cached features as inputs.
@@ -88,7 +91,9 @@ class StageInputs:
     def __str__(self) -> str:
         if not self.report["cached"]:
             return f"not cached: {self.report['why']}"
-        return f"cached after {self.report['stages'][-1]} ({self.report['bytes'] / 2**20:.1f} MiB)"
+        views = self.report["views"]
+        text = f", {views} view{'s' * (views > 1)} each" if views else ""
+        return f"cached after {self.report['stages'][-1]}{text} ({self.report['bytes'] / 2**20:.1f} MiB)"
 
 
 def select_stage_inputs(
@@ -149,5 +154,8 @@ def reason_not_cached(
     if mixed:
         return "train.mix mixes examples at the input"
     if augments and views is None:
-        return "random augmentation differs in each epoch (train.views: K caches K augmented views of each example)"
+        return (
+            "random augmentation differs in each epoch (train.views: K caches K augmented views of each example; auto "
+            f"caches {AUTO_VIEWS} if the backbone is frozen for more than {AUTO_VIEWS} epochs)"
+        )
     return None

@@ -265,6 +265,15 @@ class Preprocessing(ABC):
         """
         return None
 
+    def restore(self, described: Mapping[str, Any]) -> None:  # noqa: B027  # most have no such settings
+        """Adopt settings that a saved model was trained with and that depend on the machine; by default there are none.
+
+        If this machine cannot do so, warn and use the nearest setting.
+
+        Args:
+            described: Result of :meth:`describe` in training.
+        """
+
     def describe(self) -> Mapping[str, Any]:
         """Return the settings that determine the model's input, for tables and the saved model; JSON values."""
         return {}

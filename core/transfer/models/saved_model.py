@@ -106,6 +106,7 @@ def read_model(folder: Path, *, merged: bool = False) -> LoadedModel:
         with error_location(str(file)):
             backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
             the_task, model = assemble(backbone, head, task, spec, adapter)
+            backbone.preprocessing.restore(described["preprocessing"])
         the_task.load_state(described["task_state"])
         model.scale_outputs(the_task.output_scaling())
     _load_weights(model, folder / WEIGHTS)

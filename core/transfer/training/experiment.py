@@ -11,7 +11,7 @@ import torch
 from transfer.config.torch_classes import TorchClass
 from transfer.config.train_settings import Checkpoint, Compile, MixupCutmix, Precision, Solver, TrainConfig
 from transfer.data.loader import Loader
-from transfer.feature_cache.loader import StageInputs, select_stage_inputs
+from transfer.feature_cache.loader import AUTO_VIEWS, StageInputs, select_stage_inputs
 from transfer.feature_cache.prefix import FrozenPrefix
 from transfer.feature_cache.store import FeatureCache
 from transfer.interfaces import SPLITS, Task
@@ -65,7 +65,8 @@ class EngineOptions:
         mix: Options of mixup and CutMix. None disables both.
         checkpoint: Options for when checkpoints are written and how many are kept.
         cache: Mode of the feature cache.
-        views: Number of augmented views per training example in the cache. None does not cache augmented examples.
+        views: Number of augmented views per training example in the cache, or ``auto`` (:func:`views_of_phase`). None
+            does not cache augmented examples.
         cache_limit_gib: Maximum size of the feature cache on disk, in GiB.
         select: Metric that selects the best epoch, ``loss`` or ``last``. None selects the task's primary metric.
     """
@@ -81,7 +82,7 @@ class EngineOptions:
     mix: MixupCutmix | None
     checkpoint: Checkpoint
     cache: Literal["auto", "off", "verify"]
-    views: int | None
+    views: int | Literal["auto"] | None
     cache_limit_gib: float
     select: str | None = None
 
@@ -112,8 +113,20 @@ class EngineOptions:
         )
 
 
-def views_of_phase(views: int | None, epochs: int | None) -> int | None:
-    """Return the number of augmented views to cache for a phase: computing more than it has epochs would be wasted."""
+def views_of_phase(
+    views: int | Literal["auto"] | None, epochs: int | None, *, frozen_backbone: bool = False
+) -> int | None:
+    """Return the number of augmented views to cache for a phase. None caches no augmented examples.
+
+    Args:
+        views: The option ``train.views``. ``auto`` caches views only if that saves most of the computation: of the
+            complete backbone, in more epochs than there are views.
+        epochs: Number of epochs that draw the views; computing more views would be wasted. None for a solved head,
+            which uses all views at once, and for which ``auto`` caches none.
+        frozen_backbone: Whether the frozen prefix contains all stages of the backbone.
+    """
+    if views == "auto":
+        return AUTO_VIEWS if frozen_backbone and epochs is not None and epochs > AUTO_VIEWS else None
     return views if views is None or epochs is None else min(views, epochs)
 
 
@@ -191,7 +204,8 @@ class Experiment:
                 progress=lambda step, steps: observe(CachingStep(name, step, steps)),
             )
         mixed = training and options.mix is not None
-        return select_stage_inputs(cache, prefix, loader, views=views_of_phase(options.views, epochs), mixed=mixed)
+        views = views_of_phase(options.views, epochs, frozen_backbone=stages == len(self.model) - 1)
+        return select_stage_inputs(cache, prefix, loader, views=views, mixed=mixed)
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters: ``total``, and ``trainable`` in some phase."""

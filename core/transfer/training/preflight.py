@@ -322,7 +322,7 @@ def _refuse_dead_settings(
             where=config.document.location(("train", "max_tokens")),
             fix="set train.batch_size instead",
         )
-    if train.views is None:
+    if train.views is None or train.views == "auto":
         return
     augments = backbone.preprocessing.augments and train.augment
     reasons = [
