@@ -24,7 +24,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from transfer.errors import TrainingError, TransferError
 from transfer.models.model import BATCH_NORM
-from transfer.system.ranks import Rank, cpu_is_requested, rank_from_environment, refuse_sharding
+from transfer.system.ranks import (
+    Rank,
+    cpu_is_requested,
+    rank_from_environment,
+    refuse_sharding,
+    set_rendezvous_address,
+)
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 """Time within which all processes must join."""
@@ -271,7 +277,9 @@ def _join(rank: Rank) -> ProcessGroup:
     use_gpus = torch.cuda.is_available() and not cpu_is_requested()
     # Before the group is made: NCCL would otherwise put every process of a machine on its first GPU.
     if use_gpus:
-        torch.cuda.set_device(rank.local_rank)
+        # Slurm may show each process only its own GPU, which then has index 0.
+        torch.cuda.set_device(rank.local_rank % torch.cuda.device_count())
+    set_rendezvous_address()
     try:
         store, index, world_size = next(rendezvous("env://", rank.index, rank.world_size, timeout=RENDEZVOUS_TIMEOUT))
         store.set_timeout(RENDEZVOUS_TIMEOUT)
