@@ -150,13 +150,11 @@ class Checkpoints:
         """Restore the newest intact checkpoint. Without one, training starts from the beginning."""
         folder = self.run.checkpoints / "last"
         # Only rank 0 needs access to the run directory.
-        loaded = self._processes.broadcast_object(
-            lambda: checkpoint.load(folder) if checkpoint.exists(folder) else None
-        )
-        if loaded is None:
+        if not self._processes.broadcast_object(lambda: checkpoint.exists(folder)):
             self._observe(Note("no checkpoint was written yet: training starts from the beginning"))
         else:
-            recovered = self._state.restore(*loaded, folder)
+            tensors, state = self._processes.broadcast_contents(lambda: checkpoint.load(folder))
+            recovered = self._state.restore(tensors, state, folder)
             if recovered is not None:
                 self._observe(Note(f"the checkpoint before is used, because the newest is damaged: {recovered}"))
             progress = self._state.progress
@@ -172,7 +170,7 @@ class Checkpoints:
         self.wait()
         best = self._state.progress.best
         folder = self.run.checkpoints / "best"
-        tensors, loaded = self._processes.broadcast_object(lambda: checkpoint.load(folder))
+        tensors, loaded = self._processes.broadcast_contents(lambda: checkpoint.load(folder))
         checked(loaded, BestCheckpointState, str(folder))
         if best is None or loaded["epoch"] != best["epoch"]:
             text = f"the weights of the best epoch are damaged: those of epoch {loaded['epoch']} are taken"

@@ -6,6 +6,8 @@ write a checkpoint, and a run can resume from it with another number of processe
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import time
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count, pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +45,7 @@ MIN_SHARD_EXAMPLES = 2
 """Batch norm cannot train on one example."""
 
 _T = TypeVar("_T")
+_TensorsByFile = Mapping[str, Mapping[str, Tensor]]
 _rendezvous_count = count()
 
 
@@ -53,10 +56,18 @@ class ProcessGroup:
         rank: Rank of this process. None for a single process.
         barrier_group: Process group with the timeout of :meth:`barrier`.
         store: Key-value store that the processes share.
+        device: Device whose backend sends large tensors. None is the CPU.
     """
 
-    def __init__(self, rank: Rank | None = None, barrier_group: Any = None, store: Any = None) -> None:
+    def __init__(
+        self,
+        rank: Rank | None = None,
+        barrier_group: Any = None,
+        store: Any = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.rank = rank or Rank()
+        self.device = device or torch.device("cpu")
         # A separate group, because the timeout of a collective belongs to its group: barriers wait for days, gradients
         # for minutes.
         self._barrier_group = barrier_group
@@ -171,18 +182,50 @@ class ProcessGroup:
         return int(maximum.item())
 
     def broadcast_object(self, make: Callable[[], _T]) -> _T:
-        """Return the object that rank 0 makes, on every rank.
+        """Return plain data that rank 0 makes, on every rank.
 
         Args:
-            make: Function that makes the object; it is called on rank 0 only.
+            make: Function that makes the data, which JSON can represent; it is called on rank 0 only.
+        """
+        return make() if not self.is_distributed else self.broadcast_contents(lambda: ({}, make()))[1]
+
+    def broadcast_contents(self, make: Callable[[], tuple[_TensorsByFile, _T]]) -> tuple[_TensorsByFile, _T]:
+        """Return tensors and plain data that rank 0 makes, on every rank.
+
+        Tensors are sent one by one, as bytes, and everything else as JSON: a message cannot run code.
+
+        Args:
+            make: Function that makes tensors on the CPU, by file and name, and data that JSON can represent; it is
+                called on rank 0 only.
         """
         if not self.is_distributed:
             return make()
-        objects = [make() if self.is_main else None]
-        self.barrier()  # making the object may take longer than the timeout of a collective
+        tensors, content = make() if self.is_main else ({}, None)
+        self.barrier()  # making them may take longer than the timeout of a collective
+        layout = {
+            file: {
+                name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in named.items()
+            }
+            for file, named in tensors.items()
+        }
+        text = torch.frombuffer(bytearray(json.dumps([layout, content]).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(text)])
         with _raise_if_process_lost():
-            dist.broadcast_object_list(objects, src=0, group=self._barrier_group)
-        return cast("_T", objects[0])
+            dist.broadcast(size, src=0)
+            text = text if self.is_main else torch.empty(int(size.item()), dtype=torch.uint8)
+            dist.broadcast(text, src=0)
+            layout, content = json.loads(text.numpy().tobytes())
+            received: dict[str, dict[str, Tensor]] = {}
+            for file, named in layout.items():
+                received[file] = {}
+                for name, (dtype, shape) in named.items():
+                    tensor = tensors[file][name] if self.is_main else torch.empty(shape, dtype=getattr(torch, dtype))
+                    # As bytes, because no backend sends every dtype; NCCL only sends tensors on the GPU.
+                    sent = tensor.contiguous().to(self.device)
+                    if sent.numel():
+                        dist.broadcast(sent.reshape(-1).view(torch.uint8), src=0)
+                    received[file][name] = tensor if self.is_main else sent.to(tensor.device)
+        return received, content
 
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
@@ -214,12 +257,16 @@ class ProcessGroup:
         """
         if not self.is_distributed:
             return
-        # Compared on every rank, so that all of them raise: one that continued would wait for the others.
-        facts_by_rank: list[Any] = [None] * self.rank.world_size
+        # Compared on every rank, so that all of them raise: one that continued would wait for the others. A digest is
+        # as long on every rank; the names of the facts are the same.
+        digests = [hashlib.sha256(fact.encode()).digest() for fact in facts.values()]
+        sent = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1)
+        received = [torch.empty_like(sent) for _ in range(self.rank.world_size)]
         with _raise_if_process_lost():
-            dist.all_gather_object(facts_by_rank, dict(facts), group=self._barrier_group)
-        for rank, facts_of_rank in enumerate(facts_by_rank):
-            different = [name for name, value in facts_by_rank[0].items() if facts_of_rank.get(name) != value]
+            dist.all_gather(received, sent, group=self._barrier_group)
+        for rank, digests_of_rank in enumerate(received):
+            equal = (digests_of_rank == received[0]).all(1).tolist()
+            different = [name for name, is_equal in zip(facts, equal, strict=True) if not is_equal]
             if different:
                 raise TrainingError(
                     f"process {rank} was given other {' and other '.join(different)} than process 0",
@@ -303,7 +350,8 @@ def _join(rank: Rank) -> ProcessGroup:
             f"{_first_line(error)}",
             fix="start as many processes as were announced, and make that address reachable from every machine",
         ) from error
-    return ProcessGroup(rank, barrier_group, store)
+    device = torch.device("cuda", torch.cuda.current_device()) if use_gpus else torch.device("cpu")
+    return ProcessGroup(rank, barrier_group, store, device)
 
 
 @contextmanager
