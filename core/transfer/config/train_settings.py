@@ -270,6 +270,8 @@ class TrainConfig(Block):
         deterministic: Whether a GPU uses only kernels that give the same result in every run, without TF32. This is
             slower, and has no effect on the CPU, whose results are always reproducible.
         compile: Whether the model is compiled with torch.compile, which starts slowly and speeds up many models.
+        sync_batch_norm: Whether trained batch-norm layers use the statistics of the batches of all processes in
+            distributed training, instead of those of each process; GPUs only. Has no effect in one process.
         ema: Decay per step of an exponential moving average of the weights, which is then evaluated and saved instead
             of the weights; null disables it.
         mix: Batch augmentation by mixup and CutMix; null disables it.
@@ -310,6 +312,7 @@ class TrainConfig(Block):
     precision: Precision | Literal["auto"] = "auto"
     deterministic: bool = False
     compile: bool = False
+    sync_batch_norm: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     mix: MixupCutmix | None = None
     cache: Literal["auto", "off", "verify"] = "auto"

@@ -260,7 +260,7 @@ def _train(
     observe(RunStarted(directory.path, run_facts(config, built, device), epochs, primary_metric))
     if (warning := busy_cores_warning(built.experiment.options.device)) is not None:
         observe(Note(f"warning: {warning}"))
-    with Signals(processes.all_reduce_max if processes.is_distributed else None) as signals:
+    with Signals(distributed=processes.is_distributed) as signals:
         try:
             fitted = fit(built.experiment, directory, observe, signals, resume=resume, processes=processes)
             summary = {"status": "complete", "quick": quick, **fitted}
