@@ -273,6 +273,8 @@ class TrainConfig(Block):
         compile: Whether the model is compiled with torch.compile, which starts slowly and speeds up many models.
             reduce-overhead also records CUDA graphs on a GPU, for small models and batches whose shapes repeat; it
             needs accumulate 1.
+        sync_batch_norm: Whether trained batch-norm layers use the statistics of the batches of all processes in
+            distributed training, instead of those of each process; GPUs only. Has no effect in one process.
         ema: Decay per step of an exponential moving average of the weights, which is then evaluated and saved instead
             of the weights; null disables it.
         mix: Batch augmentation by mixup and CutMix; null disables it.
@@ -314,6 +316,7 @@ class TrainConfig(Block):
     precision: Precision | Literal["auto"] = "auto"
     deterministic: bool = False
     compile: Annotated[Compile, one_of("true, false or reduce-overhead")] = False
+    sync_batch_norm: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     mix: MixupCutmix | None = None
     cache: Literal["auto", "off", "verify"] = "auto"

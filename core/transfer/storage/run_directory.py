@@ -156,6 +156,36 @@ class RunDirectory:
         raise RunError(f"cannot find a free name for a run in {output}", fix="choose another --output")
 
     @classmethod
+    def create_at(cls, path: Path) -> RunDirectory:
+        """Create the folder at a path, or take one that is empty or that a crash has left before its run was recorded.
+
+        Raises:
+            RunError: The folder cannot be created, or contains something else.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            others = [p.name for p in path.iterdir() if p.name not in (ENVIRONMENT, LOCK) and p.suffix != ".tmp"]
+        except OSError as error:
+            raise RunError(
+                f"cannot create the run folder {path}: {error.strerror}", fix="choose another path"
+            ) from error
+        if others:
+            fix = "choose a new or an empty folder"
+            raise RunError(f"{path} is no run directory, and is not empty", available=sorted(others)[:8], fix=fix)
+        return cls(path)
+
+    def refuse_existing_run(self) -> None:
+        """Raise an error if the folder contains a run: another process has started one in it.
+
+        Raises:
+            RunError: The folder contains a config.
+        """
+        if (self.path / "config.yaml").exists():
+            raise RunError(
+                f"another process has started a run in {self.path}", fix="start the same command again to continue it"
+            )
+
+    @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
         """Return the run directory at an existing path.
 

@@ -23,6 +23,7 @@ from transfer.storage.run_directory import Predictions
 from transfer.system.signals import Signals
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup
 from transfer.training.events import EvaluationStarted, EvaluationStep, Observer
+from transfer.training.parallel import MetricMessages
 from transfer.training.selection import MetricSample, Selection
 from transfer.training.state import named_metrics
 
@@ -92,36 +93,46 @@ def evaluate(
     """
     device = next(model.parameters()).device
     metrics = device_metrics(task, device)
-    shard = processes.shard if processes.is_distributed else None
+    messages = MetricMessages(processes, signals) if processes.is_distributed else None
     # The sum of millions of float32 losses would lose digits; MPS has no float64.
     loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     examples = 0
-    observe(EvaluationStarted(split, min(len(source.loader), max_batches or sys.maxsize)))
-    batches = source.loader.epoch(limit=max_batches, shard=shard)
+
+    def record(indices: npt.NDArray[np.int64], losses: Tensor, targets: Tensor, scores: Tensor, *rest: Tensor) -> None:
+        nonlocal loss_sum, examples
+        loss_sum += losses.sum()
+        examples += len(indices)
+        inputs = dict(zip(names, rest, strict=True))
+        predictions = inputs[PREDICTIONS]
+        for name, metric in metrics.items():
+            metric.update(inputs.get(name, predictions), targets)
+        if sample is not None:
+            sample.append(inputs.get(sample.name, predictions), targets)
+        if collector is not None:
+            collector.append(indices, predictions, targets, losses, scores)
+
+    names: tuple[str, ...] = ()
+    steps = min(len(source.loader), max_batches or sys.maxsize)
+    observe(EvaluationStarted(split, steps))
+    batches = source.loader.epoch(limit=max_batches, shard=None if messages is None else processes.shard)
     forward = forward_batches(model, batches, device=device, precision=precision, first_stage=source.first_stage)
     for step, (batch, outputs) in enumerate(forward, 1):
         with torch.inference_mode():
             outputs = outputs.float()
             losses, inputs = task.loss(outputs, batch.targets), inputs_of_metrics(task, outputs)
-            targets, indices = batch.targets, batch.indices
-            # Only rank 0 collects, but a collective needs the same tensors on every rank.
-            needs_scores = collector is not None or batch.global_indices is not None
-            scores = task.scores(outputs) if needs_scores else outputs
-            if batch.global_indices is not None:
-                indices = batch.global_indices
-                losses, targets, scores, *gathered = processes.all_gather(
-                    len(indices), losses, targets, scores, *inputs.values()
-                )
-                inputs = dict(zip(inputs, gathered, strict=True))
-            loss_sum += losses.sum()
-            predictions = inputs[PREDICTIONS]
-            for name, metric in metrics.items():
-                metric.update(inputs.get(name, predictions), targets)
-            if sample is not None:
-                sample.append(inputs.get(sample.name, predictions), targets)
-            if collector is not None:
-                collector.append(indices, predictions, targets, losses, scores)
-        examples += len(indices)
+            names = tuple(inputs)
+            # Only rank 0 collects, but a message needs the same tensors on every rank.
+            needs_scores = collector is not None or messages is not None
+            scores = task.scores(outputs) if needs_scores else losses
+            tensors = [losses, batch.targets, scores, *inputs.values()]
+            if messages is None:
+                record(batch.indices, *tensors)
+            else:
+                assert batch.global_indices is not None
+                messages.append(batch.global_indices, tensors)
+                if messages.is_due or step == steps:
+                    for indices, _, gathered in messages.exchange():
+                        record(indices, *gathered)
         observe(EvaluationStep(step))
         if signals is not None:
             signals.raise_if_any_rank_interrupted()

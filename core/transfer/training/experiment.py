@@ -69,6 +69,7 @@ class EngineOptions:
             does not cache augmented examples.
         cache_limit_gib: Maximum size of the feature cache on disk, in GiB.
         select: Metric that selects the best epoch, ``loss`` or ``last``. None selects the task's primary metric.
+        sync_batch_norm: Whether trained batch norm uses the statistics of all ranks.
     """
 
     device: torch.device
@@ -85,6 +86,7 @@ class EngineOptions:
     views: int | Literal["auto"] | None
     cache_limit_gib: float
     select: str | None = None
+    sync_batch_norm: bool = False
 
     @classmethod
     def from_config(cls, train: TrainConfig, device: torch.device, *, quick: bool) -> EngineOptions:
@@ -110,6 +112,7 @@ class EngineOptions:
             train.views,
             train.cache_limit_gib,
             train.select,
+            train.sync_batch_norm,
         )
 
 

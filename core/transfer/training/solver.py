@@ -220,7 +220,13 @@ def solve_epoch(
         observe: Function that is called with a note about the solution.
     """
     started = time.perf_counter()
-    solution = processes.broadcast_object(lambda: solve(experiment, sources))
+
+    def make() -> tuple[Mapping[str, Mapping[str, Tensor]], float]:
+        solved = vars(solve(experiment, sources))
+        return {"solution": {name: value for name, value in solved.items() if name != "strength"}}, solved["strength"]
+
+    tensors, strength = processes.broadcast_contents(make)
+    solution = Solution(strength=strength, **tensors["solution"])
     device = experiment.options.device
     outputs, targets = solution.outputs.to(device), solution.targets.to(device)
     with torch.no_grad():

@@ -220,7 +220,7 @@ class TrainingState:
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
     # A restored checkpoint whose optimizer and schedule wait for the start of their phase.
-    _restored: tuple[dict[str, dict[str, Tensor]], _CheckpointState, Path] | None = None
+    _restored: tuple[Mapping[str, Tensors], _CheckpointState, Path] | None = None
 
     def start_phase(self, optimizer: Optimizer, schedule: Schedule) -> None:
         """Set the optimizer and the schedule of a phase; load their state if a checkpoint was restored."""
@@ -264,7 +264,7 @@ class TrainingState:
         scored = self.model if self.average is None else self.average.module
         return {"model": self.changed_weights(scored)}, {"origin": self.origin, **(self.progress.best or {})}
 
-    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], folder: Path) -> str | None:
+    def restore(self, tensors: Mapping[str, Tensors], state: dict[str, Any], folder: Path) -> str | None:
         """Restore a checkpoint; return why it is not the newest one, or None if it is.
 
         The optimizer and the schedule are restored at the start of their phase.
@@ -283,7 +283,7 @@ class TrainingState:
         recovered: str | None = state.get("recovered")
         return recovered
 
-    def _restore(self, tensors: dict[str, dict[str, Tensor]], state: _CheckpointState, folder: Path) -> None:
+    def _restore(self, tensors: Mapping[str, Tensors], state: _CheckpointState, folder: Path) -> None:
         different = [name for name, value in self.origin.items() if state.origin.get(name) != value]
         if different:
             raise RunError(
