@@ -22,7 +22,22 @@ if TYPE_CHECKING:
 def evaluate(
     run: RunFolder,
     overrides: DataOverrides = None,
-    split: Annotated[str, typer.Option(help="Split to evaluate: train, validation or test.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split to evaluate: train, validation or test. Default: test, or all examples of data without splits.",
+            show_default=False,
+        ),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            metavar="DATA",
+            show_default=False,
+            help="Other labeled data: a table, a folder, or a block such as 'data: {name: text_csv, train: new.csv}'.",
+        ),
+    ] = None,
     device: Device = None,
     images: Annotated[
         bool,
@@ -31,22 +46,25 @@ def evaluate(
     old_images: Annotated[bool, typer.Option("--pictures", hidden=True)] = False,  # codespell:ignore
     as_json: AsJSON = False,
 ) -> None:
-    """Print the metrics of a run's model on a split."""
+    """Print the metrics of a run's model on a split of its data, or on other labeled data."""
     from transfer.cli.progress import RunConsole
     from transfer.cli.tables import facts_table
     from transfer.runs.evaluate import evaluate as evaluate_run
     from transfer.system.terminal import Console
 
+    if on is not None and (images or old_images):
+        raise UserError("--on and --images exclude each other: predictions are drawn for the data of the run")
     with RunConsole(Console(stderr=as_json)) as observe:
-        metrics = evaluate_run(run, split, overrides or [], device=device, observe=observe)
+        metrics = evaluate_run(run, split, overrides or [], on=on, device=device, observe=observe)
+    scored = {"split": split or "test"} if on is None else {"data": on}
     if as_json:
-        print(json.dumps({split: metrics}))  # noqa: T201
+        print(json.dumps({next(iter(scored.values())): metrics}))  # noqa: T201
     else:
-        Console().print(facts_table({"split": split, **{name: repr(value) for name, value in metrics.items()}}))
+        Console().print(facts_table({**scored, **{name: repr(value) for name, value in metrics.items()}}))
     if images or old_images:
         from transfer.reports.preview import preview_predictions
 
-        path = preview_predictions(run, split, device=device or "auto").path
+        path = preview_predictions(run, split or "test", device=device or "auto").path
         Console(stderr=as_json).print(f"predictions: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
