@@ -7,7 +7,7 @@ import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from transfer.experiments.intervals import (
 from transfer.experiments.seeds import Runs, open_runs
 from transfer.interfaces import Task
 from transfer.models.saved_model import read_task
+from transfer.runs.evaluations import read_evaluation
 from transfer.storage.run_directory import Predictions
 from transfer.system.atomic_files import write_atomically
 from transfer.system.templates import environment
@@ -134,7 +135,9 @@ class Comparison:
                     raise RunError(f"the table cannot be written: {error.strerror}", where=str(path)) from error
 
 
-def compare(paths: Sequence[str | Path], *, metric: str | None = None, different_data: bool = False) -> Comparison:
+def compare(
+    paths: Sequence[str | Path], *, metric: str | None = None, different_data: bool = False, on: str | None = None
+) -> Comparison:
     """Compare runs and folders of seeds to the first one.
 
     A difference has two kinds of noise: another seed would train another model, and another test split would give it
@@ -146,6 +149,7 @@ def compare(paths: Sequence[str | Path], *, metric: str | None = None, different
         paths: Run directories and folders of seeds.
         metric: Name of a metric of the test split. None selects the task's primary metric.
         different_data: Whether to compare runs that were scored on different examples.
+        on: Name of other data that the runs were evaluated on (``transfer evaluate --on``); None uses the test split.
 
     Raises:
         RunError: A folder is not a run or not complete, the runs were scored on different examples, or the metric is
@@ -154,14 +158,18 @@ def compare(paths: Sequence[str | Path], *, metric: str | None = None, different
     if not paths:
         raise RunError("there is nothing to compare: expected one run or more", fix="give the folders of runs")
     sides = [open_runs(path) for path in paths]
-    split = "test" if all(summary["test"] for runs in sides for summary in runs.summaries) else "validation"
+    if on is not None:
+        sides = [_scored_on(runs, on) for runs in sides]
+        split = on
+    else:
+        split = "test" if all(summary["test"] for runs in sides for summary in runs.summaries) else "validation"
     metric = metric or str(sides[0].summaries[0]["primary_metric"])
     _refuse(sides, metric, split, different_data)
     task = read_task(sides[0].directories[0].model)
     higher, bounds = higher_is_better(task, metric), metric_bounds(task, metric)
     # Only scores on the same test examples can be resampled in pairs.
-    same = split == "test" and len({_digest(summary, split) for runs in sides for summary in runs.summaries}) == 1
-    resampled = [_resampled(task, metric, runs) if same else None for runs in sides]
+    same = split in ("test", on) and len({_digest(summary, split) for runs in sides for summary in runs.summaries}) == 1
+    resampled = [_resampled(task, metric, runs, on) if same else None for runs in sides]
     values = [[float(summary[split][metric]) for summary in runs.summaries] for runs in sides]
     rows = [Row(str(sides[0].folder), spread(values[0], bounds), None, "reference")]
     for runs, scores, resampled_means in list(zip(sides, values, resampled, strict=True))[1:]:
@@ -224,10 +232,22 @@ def _digest(summary: Mapping[str, Any], split: str) -> str | None:
     return digest
 
 
-def _resampled(task: Task, metric: str, runs: Runs) -> list[float] | None:
-    """Return the mean of a metric over runs on each resample of the test split; None if predictions are missing."""
+def _scored_on(runs: Runs, on: str) -> Runs:
+    """Return runs whose summaries contain their results on other data, like those of a split."""
+    summaries = []
+    for directory, summary in zip(runs.directories, runs.summaries, strict=True):
+        evaluation, _ = read_evaluation(directory, on)
+        digests = {**summary.get("digests", {}), on: evaluation.digest}
+        summaries.append({**summary, on: evaluation.metrics, "digests": digests})
+    return replace(runs, summaries=tuple(summaries))
+
+
+def _resampled(task: Task, metric: str, runs: Runs, on: str | None) -> list[float] | None:
+    """Return the mean of a metric over runs on each resample of the examples; None if predictions are missing."""
     measure = task.metrics().get(metric)
-    predictions = [directory.predictions() for directory in runs.directories]
+    predictions = [
+        directory.predictions() if on is None else read_evaluation(directory, on)[1] for directory in runs.directories
+    ]
     stored = [scored for scored in predictions if scored is not None]
     if len(stored) < len(predictions):
         return None

@@ -31,7 +31,8 @@ from transfer.reports.metrics import (
 )
 from transfer.reports.top_losses import Example, Image
 from transfer.runs.class_metrics import ClassMetrics, class_metrics, predicts_classes, threshold
-from transfer.storage.run_directory import Predictions
+from transfer.runs.evaluations import read_evaluations
+from transfer.storage.run_directory import Predictions, RunDirectory
 from transfer.system.formatting import format_count, format_duration, format_value
 from transfer.system.templates import environment
 from transfer.training.experiment import Phase
@@ -125,6 +126,7 @@ def render(material: Material) -> tuple[str, dict[str, str]]:
     sections = {
         "Training": _training(material),
         "Test": _test(material),
+        "Other data": _other_data(material),
         "Calibration": _calibration(material),
         "Top losses": _top_losses(material),
         "Setup": _setup(material),
@@ -291,6 +293,20 @@ def _test(material: Material) -> dict[str, Any]:
     if data.target == "number":
         return section | {"numbers": _numbers(material, predictions)}
     return section
+
+
+def _other_data(material: Material) -> Table | None:
+    """Return the metrics of each evaluation on other data, beside those of the test split; None without evaluations."""
+    evaluations = read_evaluations(RunDirectory(material.folder))
+    if not evaluations:
+        return None
+    test = material.summary.get("test") or {}
+    metrics = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
+    rows = [[e.name, f"{e.examples:,}", *(_decimal(e.metrics.get(name)) for name in metrics)] for e in evaluations]
+    if test:
+        rows.insert(0, ["test", f"{material.summary['examples']['test']:,}", *(_decimal(test.get(n)) for n in metrics)])
+    missing = [f"{e.name} has no example of {', '.join(e.missing[:5])}" for e in evaluations if e.missing]
+    return Table(["data", "examples", *metrics], rows, note="; ".join(missing))
 
 
 def _predicts_classes(material: Material) -> bool:

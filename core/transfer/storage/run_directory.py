@@ -407,12 +407,7 @@ class RunDirectory:
 
     def write_predictions(self, scored: Predictions) -> None:
         """Write the predictions for the test split."""
-        tensors = {name: tensor.contiguous() for name, tensor in scored.tensors().items()}
-        if scored.names:
-            # As a tensor, because the metadata of a safetensors file is limited to 100 MB.
-            content = json.dumps([str(name) for name in scored.names], ensure_ascii=False).encode(errors="replace")
-            tensors[NAMES] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        write_atomically(self.path / PREDICTIONS, save(tensors))
+        write_predictions(self.path / PREDICTIONS, scored)
 
     def predictions(self) -> Predictions | None:
         """Return the predictions for the test split; None if it was not evaluated.
@@ -420,25 +415,45 @@ class RunDirectory:
         Raises:
             RunError: The file is damaged.
         """
-        path = self.path / PREDICTIONS
-        try:
-            tensors = load(read_bytes(path))
-            names = _names(tensors.pop(NAMES, None))
-            # Later versions may add tensors.
-            fields = {name: tensor for name, tensor in tensors.items() if name in Predictions.__dataclass_fields__}
-            predictions = Predictions(**fields, names=names)
-            lengths = {len(tensor) for tensor in predictions.tensors().values()} | ({len(names)} if names else set())
-            if len(lengths) != 1:
-                raise ValueError("the tensors differ in length")
-            return predictions
-        except FileNotFoundError:
-            return None
-        except (OSError, TypeError, ValueError, RecursionError, SafetensorError) as error:
-            raise RunError(f"the predictions cannot be read: {error}", where=str(path)) from error
+        return read_predictions(self.path / PREDICTIONS)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         write_json(self.path / "summary.json", summary)
+
+
+def write_predictions(path: Path, scored: Predictions) -> None:
+    """Write predictions to a safetensors file."""
+    tensors = {name: tensor.contiguous() for name, tensor in scored.tensors().items()}
+    if scored.names:
+        # As a tensor, because the metadata of a safetensors file is limited to 100 MB.
+        content = json.dumps([str(name) for name in scored.names], ensure_ascii=False).encode(errors="replace")
+        tensors[NAMES] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    write_atomically(path, save(tensors))
+
+
+def read_predictions(path: Path) -> Predictions | None:
+    """Return the predictions that :func:`write_predictions` wrote; None if there is no file.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    try:
+        tensors = load(read_bytes(path))
+        names = _names(tensors.pop(NAMES, None))
+        # Later versions may add tensors.
+        fields: dict[str, Any] = {
+            name: tensor for name, tensor in tensors.items() if name in Predictions.__dataclass_fields__
+        }
+        predictions = Predictions(**fields, names=names)
+        lengths = {len(tensor) for tensor in predictions.tensors().values()} | ({len(names)} if names else set())
+        if len(lengths) != 1:
+            raise ValueError("the tensors differ in length")
+        return predictions
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        raise RunError(f"the predictions cannot be read: {error}", where=str(path)) from error
 
 
 def _names(stored: Tensor | None) -> tuple[str, ...]:
