@@ -135,24 +135,24 @@ def take(entries: Sequence[Entry], views: npt.NDArray[np.int64], indices: npt.ND
         indices: Index of each example in the split, int64 (B,).
     """
     first = entries[0]
-    lengths, spans = np.zeros(0, dtype=np.int64), []
-    if first.offsets is not None:
-        for view, index in zip(views, indices, strict=True):
-            offsets: Any = entries[view].offsets
-            row = entries[view].rows[index]
-            spans.append((view, offsets[row], offsets[row + 1]))
-        lengths = np.array([end - start for _, start, end in spans])
-    # Features are stored in the order of computation (longest texts first); `rows` maps indices to that order.
     # One read per view is faster than one per example. `order` puts the rows back into the order of the batch.
     drawn = np.unique(views) if len(entries) > 1 else views[:1]
     members = [np.flatnonzero(views == view) for view in drawn]
-    device = first.tensors[0].device
-    reads = [
-        (view, torch.from_numpy(entries[view].rows[indices[member]]).to(device, non_blocking=True))
-        for view, member in zip(drawn, members, strict=True)
-    ]
     order = torch.from_numpy(np.argsort(np.concatenate(members))) if len(drawn) > 1 else None
+    # Features are stored in the order of computation (longest texts first); `rows` maps indices to that order.
+    rows = [entries[view].rows[indices[member]] for view, member in zip(drawn, members, strict=True)]
+    starts, ends = np.zeros((2, len(indices)), dtype=np.int64)
+    if first.offsets is None:
+        device = first.tensors[0].device  # a GPU, if the features fit into its memory
+        reads = [torch.from_numpy(row).to(device, non_blocking=True) for row in rows]
+    else:
+        reads = [torch.from_numpy(row) for row in rows]
+        for view, member, row in zip(drawn, members, rows, strict=True):
+            offsets: Any = entries[view].offsets
+            starts[member], ends[member] = offsets[row], offsets[row + 1]
+    lengths = ends - starts
     longest = int(lengths.max(initial=0))
+    spans = list(zip(views.tolist(), starts.tolist(), ends.tolist(), strict=True))
     outputs = []
     for number, layout in enumerate(first.layouts):
         if layout.is_mask:
@@ -166,7 +166,7 @@ def take(entries: Sequence[Entry], views: npt.NDArray[np.int64], indices: npt.ND
             padded = torch.nn.utils.rnn.pad_sequence(steps, batch_first=True, padding_value=layout.fill)
             outputs.append(padded.movedim(1, axis))
         else:
-            parts = [entries[view].tensors[number][rows] for view, rows in reads]
+            parts = [entries[view].tensors[number][read] for view, read in zip(drawn, reads, strict=True)]
             outputs.append(parts[0] if order is None else torch.cat(parts)[order])
     return tuple(outputs) if first.is_tuple else outputs[0]
 
