@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: schema reference demo test slow torchtext soak fuzz plugins check audit format clean
+.PHONY: schema reference demo test slow gpu torchtext soak fuzz plugins check audit format clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
@@ -27,6 +27,11 @@ test: .venv/ready  ## fast tests; tests on real data run if TRANSFER_DATA is set
 
 slow: .venv/ready  ## slow tests, which take minutes
 	$(BIN)/python -m pytest -m slow
+
+gpu: .venv/ready  ## all fast tests on a machine with a GPU; those that measure its memory run one at a time
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a GPU (CUDA)")'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m gpu
 
 # The last release of torchtext works only with torch 2.3, so it gets a separate environment.
 .venv-torchtext/ready: pyproject.toml constraints-torchtext.txt
@@ -68,7 +73,7 @@ check: .venv/ready  ## check style, types, import direction, spelling and terms
 
 audit: .venv/ready  ## ask the advisory database about the pinned versions; needs a network beyond the package index
 	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 schema: .venv/ready  ## write the JSON Schema of configs for editors, with the options of all installed plugins
 	$(BIN)/transfer schema --output configs/schema.json

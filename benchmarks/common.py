@@ -197,6 +197,10 @@ class SyntheticTensors(Dataset):
         return Data(self.spec, splits)
 
 
+LENGTH_SIGMA = 0.6
+"""Standard deviation of the logarithm of the lengths of IMDb's reviews."""
+
+
 @register("dataset", "synthetic_texts")
 class SyntheticTexts(Dataset):
     """Texts of random words, between half of the maximum length and the maximum length.
@@ -206,10 +210,12 @@ class SyntheticTexts(Dataset):
         length: Maximum number of words per text.
         words: Number of distinct words.
         held_out: Number of examples in the validation split and in the test split.
+        mean: Mean number of words of log-normal lengths, as movie reviews have them, before longer texts are cut.
     """
 
-    def __init__(self, *, examples: int, length: int, words: int, held_out: int = 16) -> None:
+    def __init__(self, *, examples: int, length: int, words: int, held_out: int = 16, mean: int | None = None) -> None:
         self._examples, self._length, self._words, self._held_out = examples, length, words, held_out
+        self._mean = mean
 
     @property
     def spec(self) -> DataSpec:
@@ -221,7 +227,11 @@ class SyntheticTexts(Dataset):
         splits = {}
         for seed, (name, count) in enumerate(_sizes(self._examples, self._held_out).items()):
             generator = np.random.default_rng(seed)
-            lengths = generator.integers(self._length // 2, self._length, size=count, endpoint=True)
+            if self._mean is None:
+                lengths = generator.integers(self._length // 2, self._length, size=count, endpoint=True)
+            else:
+                drawn = generator.lognormal(np.log(self._mean) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA, size=count)
+                lengths = drawn.astype(np.int64).clip(10, self._length)
             texts = [" ".join(f"w{word}" for word in generator.integers(self._words, size=n)) for n in lengths]
             splits[name] = Split({"text": texts}, np.arange(count) % 2)
         return Data(self.spec, splits)
@@ -319,7 +329,16 @@ def vision_config(backbone: str, *, batch: int, steps: int, epochs: int, image_s
     }
 
 
-def text_config(*, batch: int, steps: int, epochs: int, length: int = 400, words: int = 20_000, **train: Any) -> Config:
+def text_config(
+    *,
+    batch: int,
+    steps: int,
+    epochs: int,
+    length: int = 400,
+    words: int = 20_000,
+    mean: int | None = None,
+    **train: Any,
+) -> Config:
     """Return the config of a TextCNN of the default size on random texts."""
     return {
         "seed": 0,
@@ -329,6 +348,7 @@ def text_config(*, batch: int, steps: int, epochs: int, length: int = 400, words
             "length": length,
             "words": words,
             "held_out": batch,
+            "mean": mean,
         },
         "backbone": {"name": "textcnn", "tokenizer": "whitespace", "min_frequency": 1, "filters": 100},
         "head": {"name": "linear"},
@@ -383,6 +403,10 @@ class PlainLoop:
         values = loader.preprocessing.encode(list(loader.split.column(*loader.fields)))
         inputs = [v if isinstance(v, Tensor) else torch.from_numpy(v).long() for v in values]
         self.examples: Any = list(zip(inputs, loader.split.targets.tolist(), strict=True))
+        if config["data"].get("mean"):  # usual scripts pad every text to the maximum length
+            longest = config["data"]["length"]
+            inputs = [functional.pad(tensor, (0, longest - len(tensor))) for tensor in inputs]
+            self.examples = list(zip(inputs, loader.split.targets.tolist(), strict=True))
         self.padded = len({tensor.shape for tensor in inputs}) > 1
         self.batch_indices = loader.batch_indices
 

@@ -1,4 +1,4 @@
-"""The engine compared with a plain loop on a CUDA GPU: ResNets, a ViT and TextCNN, on synthetic inputs and JPEG files.
+"""The engine compared with a plain loop on a CUDA GPU: ResNets, a ViT, TextCNN and BiLSTM, on synthetic data and JPEGs.
 
 For each model, fine-tuned and frozen, in fp32, bf16 and compiled, the script prints: examples per second of both loops,
 peak memory, throughput as a fraction of this machine's measured matrix-product rate, and the fraction of time that the
@@ -6,7 +6,9 @@ engine waits for its loader. Runs of both loops alternate, and only one of them 
 of each warms up and is not counted. In fp32 torch allows TF32 in convolutions, so fractions refer to the TF32 rate.
 "cached": the engine trains the head on cached features; the plain loop runs the frozen backbone in every epoch.
 "JPEG": both decode, augment and resize the files of a folder that the script writes, and all cores work for both. With
-"kept" the engine has its defaults, so that it decodes the images in the first epoch only, which is not counted.
+"kept" the engine keeps decoded images, so that it decodes them in the first epoch only, which is not counted. With
+"GPU JPEG" the engine decodes on the GPU.
+"IMDb": texts with the lengths of movie reviews, in small batches; the plain loop pads every text to the maximum length.
 --json also writes all rows, with the rate of each epoch, to a file.
 
 Losses of the engine on the GPU, with TF32 disabled, are compared with those of the plain loop on the CPU.
@@ -36,7 +38,10 @@ class Sizes:
         image_size: Height and width of the images in pixels.
         batch: Images per batch.
         text_batch: Texts per batch.
+        review_batch: Texts per batch of the cases named IMDb.
+        reviews: Number of their training texts.
         length: Maximum number of words per text.
+        max_review: Maximum number of words per text of the cases named IMDb.
         steps: Steps per epoch.
         epochs: Epochs per run, including the warm-up epoch.
         matrix: Rows and columns of the matrices whose product is timed.
@@ -48,7 +53,10 @@ class Sizes:
     image_size: int = 224
     batch: int = 128
     text_batch: int = 512
+    review_batch: int = 64
+    reviews: int = 6400
     length: int = 400
+    max_review: int = 500
     steps: int = 16
     epochs: int = 4
     matrix: int = 8192
@@ -61,7 +69,10 @@ TINY = Sizes(
     image_size=32,
     batch=4,
     text_batch=4,
+    review_batch=4,
+    reviews=8,
     length=24,
+    max_review=50,
     steps=2,
     epochs=2,
     matrix=256,
@@ -123,7 +134,7 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
     print("matrix product, TFLOP/s: " + ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in peak.items()))
     rows, results = [], []
     folder = write_jpegs(Path(os.environ["TRANSFER_CACHE"]) / "jpegs", sizes)
-    for name, precision, compiled, frozen, cached in cases(sizes):
+    for name, precision, compiled, frozen, cached in cases(sizes, on_gpu=device.type == "cuda"):
         if time.monotonic() - started > arguments.seconds:
             print(f"skipped after {arguments.seconds:g} s: {name} {precision} and the remaining cases")
             break
@@ -138,7 +149,7 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
             run_plain(config, device, plain)
         rates = [statistics.median(rate.examples_per_second) for rate in (engine, plain)]
         fraction = None
-        if not cached and not reads_jpegs:
+        if not cached and not reads_jpegs and not name.startswith("IMDb"):
             flops = count_flops(config, device)
             fraction = flops * rates[0] / peak["tf32" if precision == "fp32" and device.type == "cuda" else precision]
         trained = "all" if reads_jpegs or not frozen else "head"
@@ -176,14 +187,23 @@ def benchmark(device: Any, arguments: argparse.Namespace) -> bool:
     return agree
 
 
-def cases(sizes: Sizes) -> Iterator[tuple[str, str, bool, bool, bool]]:
-    """Yield (model, precision, compiled, frozen, cached), the most important cases first."""
+def cases(sizes: Sizes, *, on_gpu: bool) -> Iterator[tuple[str, str, bool, bool, bool]]:
+    """Yield (model, precision, compiled, frozen, cached), the most important cases first.
+
+    ``on_gpu``: whether the device is a GPU, which decodes JPEG files and has LSTMs in bf16.
+    """
     models = ("ResNet-18", "ResNet-50", "TextCNN")
     for name in models:
         yield name, "bf16", False, False, False
     for keep in (False, True):
         yield "ResNet-18 JPEG", "bf16", False, False, keep
+    if on_gpu:
+        yield "ResNet-18 GPU JPEG", "bf16", False, False, False
+    yield "IMDb TextCNN", "bf16", False, False, False
+    yield "IMDb BiLSTM", "bf16" if on_gpu else "fp32", False, False, False
     yield "ResNet-50 JPEG", "bf16", False, False, False
+    if on_gpu:
+        yield "ResNet-50 GPU JPEG", "bf16", False, False, False
     yield "ViT", "bf16", False, False, False
     for name in models:
         yield name, "fp32", False, False, False
@@ -200,6 +220,15 @@ def make_config(name: str, sizes: Sizes, *, precision: str, compiled: bool, froz
     from common import text_config, vision_config
 
     train: dict[str, Any] = {"precision": precision, "compile": compiled, "cache": "auto" if cached else "off"}
+    if name.startswith("IMDb"):
+        steps = sizes.reviews // sizes.review_batch
+        # All other options have their defaults: batches of texts of similar length, for example.
+        config = text_config(
+            batch=sizes.review_batch, steps=steps, epochs=sizes.epochs, length=sizes.max_review, mean=230, **train
+        )
+        if name.endswith("BiLSTM"):
+            config["backbone"] = {"name": "bilstm", "tokenizer": "whitespace", "min_frequency": 1}
+        return config
     if name == "TextCNN":
         return text_config(
             batch=sizes.text_batch, steps=sizes.steps, epochs=sizes.epochs, length=sizes.length, bucket=False, **train
@@ -238,13 +267,14 @@ def jpeg_config(name: str, sizes: Sizes, folder: Path, *, precision: str, keep: 
     """Return the config of a case with JPEG files. ``keep``: whether decoded images are kept between epochs."""
     from common import vision_config
 
-    model = name.removesuffix(" JPEG").replace("-", "").lower()
+    model = name.split()[0].replace("-", "").lower()
     config = vision_config(
         model, batch=sizes.batch, steps=1, epochs=sizes.epochs, image_size=sizes.image_size, precision=precision
     )
     config["data"] = {"name": "image_folder", "root": str(folder), "val": "val", "test_fraction": 0}
     config["backbone"] = {"name": model, "weights": None, "image_size": sizes.image_size}
     config["backbone"]["cache_images"] = "auto" if keep else "off"
+    config["backbone"]["decode"] = "gpu" if "GPU" in name else "cpu"
     return config
 
 

@@ -26,6 +26,14 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
     return argname if isinstance(val, bytes) else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a GPU on a machine without one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU (CUDA)"))
+
+
 # With more threads, two test processes, or a test and the command that it starts, slow each other down.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)

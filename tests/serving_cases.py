@@ -12,6 +12,7 @@ from http.client import HTTPConnection
 from typing import Any
 
 import torch
+from fastapi import FastAPI
 
 from transfer import DataSpec
 from transfer.config.check import load_component
@@ -19,7 +20,7 @@ from transfer.deployment.serving.app import make_app
 from transfer.deployment.serving.batching import BATCHING, Batching
 from transfer.deployment.serving.models import ServedModel
 from transfer.deployment.serving.reading import LIMITS, Limits
-from transfer.deployment.serving.server import make_server
+from transfer.deployment.serving.server import PRIVATE, Publication, make_server
 from transfer.models.assemble import assemble
 from transfer.models.saved_model import LoadedModel
 
@@ -71,11 +72,23 @@ class Running:
 
 @contextmanager
 def running(
-    models: Sequence[ServedModel], *, limits: Limits = LIMITS, batching: Batching = BATCHING
+    models: Sequence[ServedModel],
+    *,
+    limits: Limits = LIMITS,
+    batching: Batching = BATCHING,
+    publication: Publication = PRIVATE,
 ) -> Iterator[Running]:
     """Serve models on a free port of loopback."""
-    app = make_app(models, limits=limits, batching=batching, hosts=["127.0.0.1"])
-    server = make_server(app, limits)
+    access_log = publication.access_log
+    app = make_app(models, limits=limits, batching=batching, hosts=["127.0.0.1"], access_log=access_log)
+    with running_app(app, limits, publication) as server:
+        yield server
+
+
+@contextmanager
+def running_app(app: FastAPI, limits: Limits = LIMITS, publication: Publication = PRIVATE) -> Iterator[Running]:
+    """Serve an application on a free port of loopback."""
+    server = make_server(app, limits, publication)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()

@@ -151,6 +151,10 @@ def test_plan_caches_training_examples_without_augmentation() -> None:
         ([], "no: random augmentation"),
         (["train.augment=false"], "after pool"),
         (["train.views=4"], "after pool, 2 views each"),
+        (["train.phases.0.epochs=4"], "no: random augmentation"),
+        (["train.phases.0.epochs=5"], "after pool, 4 views each (train.views: auto, because 5 epochs use the frozen"),
+        (["train.phases.0.epochs=5", "train.views=null"], "no: random augmentation"),
+        (["train.phases.0.epochs=5", "train.phases.0.freeze={until: stage2}"], "no: random augmentation"),
     ):
         text = shown(*render(*transfer.check(config, [frozen, *overrides])), width=250)
         assert expected in text.partition("feature cache")[2]

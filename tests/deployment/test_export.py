@@ -495,9 +495,15 @@ def test_script_of_an_export_predicts_without_this_package(
             pixels = np.random.default_rng(width).integers(0, 255, (50, width, 3), np.uint8)
             Image.fromarray(pixels).save(path)
     command = [sys.executable, "-c", WITHOUT_TRANSFER, str(tmp_path / "out"), *values]
+    if name == "images":
+        command.insert(-1, "missing.png")
     # Not subprocess.run, which the fixture replaces.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    answers = [json.loads(line) for line in process.communicate()[0].splitlines()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output, errors = process.communicate()
+    answers = [json.loads(line) for line in output.splitlines()]
+    if name == "images":
+        assert (process.returncode, errors.count("missing.png: cannot be read")) == (2, 1)
+        assert "Traceback" not in errors
     expected = transfer.predict(run, [Path(value) for value in values] if name == "images" else values)
     tolerance = 0.02 if name == "images" else 1e-4  # Pillow resizes, not torch
     for answer, prediction in zip(answers, expected, strict=True):

@@ -8,6 +8,7 @@ import gc
 import io
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -29,13 +30,15 @@ from PIL import Image
 pytest.importorskip("fastapi")
 
 from conftest import Dense, PointPreprocessing
+from fastapi import Request
 from serving_cases import Running, loaded_model, running
+from starlette.types import Message
 
 import transfer
 from transfer import UserError, register
 from transfer.deployment.serving.batching import Batcher, Batching, BusyError
 from transfer.deployment.serving.models import RefusedError, ServedModel
-from transfer.deployment.serving.reading import Limits
+from transfer.deployment.serving.reading import LIMITS, Limits, read_inputs
 from transfer.deployment.serving.server import is_loopback, listen, name_runs
 from transfer_vision.images.decoding import open_upload
 
@@ -233,6 +236,14 @@ def test_server_lists_health_models_and_openapi(server: Running) -> None:
         (b'{"point": "' + b"1," * 600 + b'"}', "application/json", 413, "at most 1,000 bytes"),
         (b"1,2,3,4", "text/csv", 415, "expected application/json"),
         (b"1,2,3,4", "multipart/form-data", 400, "boundary"),
+        (
+            b"--x\r\nContent-Disposition: form-data; name=point\r\n\r\n1",
+            "multipart/form-data; boundary=x",
+            400,
+            "its end",
+        ),
+        (b"--x\r\n\r\n1\r\n--x--", "multipart/form-data; boundary=x", 400, "no name"),
+        (b"\r\n--x" * 2_000, "multipart/form-data; boundary=x", 400, "its end"),
         (b"x" * 20_001, "application/json", 413, "at most 20,000 bytes"),
     ],
 )
@@ -243,6 +254,25 @@ def test_server_refuses_malformed_and_large_requests(
         refused, answer = server.ask("POST", "/models/points/predict", body, {"Content-Type": kind})
         assert (refused, server.predict("points", POINT)[0]) == (status, 200)
     assert words in answer["detail"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**18 - 3, 2**18, 2**20 + 1])
+def test_files_are_the_same_in_json_and_forms(size: int) -> None:
+    content = random.Random(0).randbytes(size)
+    delimiter = b"--" + b"x" * 70
+    head = b'\r\nContent-Type: image/png\r\ncontent-disposition: form-data; name="image"; filename="a;b"\r\n\r\n'
+    form = b"preamble\r\n" + delimiter + head + content + b"\r\n" + delimiter + b"--\r\n"
+    sent = json.dumps({"image": base64.b64encode(content).decode()}).encode()
+
+    async def read(body: bytes, kind: str) -> dict[str, bytes]:
+        async def receive() -> Message:
+            return {"type": "http.request", "body": body}
+
+        scope = {"type": "http", "headers": [(b"content-type", kind.encode())]}
+        return await read_inputs(Request(scope, receive), {"image": "image/*"}, LIMITS)
+
+    kind = "multipart/form-data; boundary=" + "x" * 70
+    assert asyncio.run(read(form, kind)) == asyncio.run(read(sent, "application/json")) == {"image": content}
 
 
 def test_server_opens_no_path_of_a_request(server: Running, tmp_path: Path) -> None:

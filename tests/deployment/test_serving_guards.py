@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,20 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
 from conftest import PointPreprocessing
 from fastapi import FastAPI, HTTPException
-from serving_cases import Running, loaded_model, running
+from serving_cases import Running, loaded_model, running, running_app
 
 from transfer import UserError
 from transfer.cli import deployment_commands
+from transfer.deployment.serving import decoders as decoders_module
 from transfer.deployment.serving.app import make_app, replace_models
-from transfer.deployment.serving.batching import Batcher, Batching
+from transfer.deployment.serving.batching import Batcher, Batching, BusyError
+from transfer.deployment.serving.decoders import Decoders
 from transfer.deployment.serving.guards import RateLimit, Tokens
-from transfer.deployment.serving.models import ServedModel
+from transfer.deployment.serving.models import RefusedError, ServedModel
 from transfer.deployment.serving.reading import Intake, Limits
 from transfer.deployment.serving.server import Publication, allowed_hosts, listen_on_path, read_tokens
 
@@ -45,6 +51,11 @@ def files(points: ServedModel, monkeypatch: pytest.MonkeyPatch) -> ServedModel:
     """A model of files."""
     monkeypatch.setattr(PointPreprocessing, "media_type", "application/x-point")
     return ServedModel("points", points.loaded)
+
+
+def _crash(pickled_encoder: bytes, request: dict[str, bytes]) -> bytes:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return b""
 
 
 def ask_app(
@@ -177,6 +188,41 @@ def test_slow_file_stalls_no_other_request(files: ServedModel, monkeypatch: pyte
         assert large.result()[0] == 200
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are copied only on Linux")
+def test_processes_decode_like_the_model(points: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PointPreprocessing, "media_type", "application/x-point")
+    files = ServedModel("points", points.loaded)
+    decoders = Decoders(processes=True)
+
+    async def decode() -> tuple[Any, Any]:
+        right, wrong = {"point": b"1,2,3,4"}, {"point": b"1,2"}
+        decoded, refused = await asyncio.gather(decoders.encode(files, right), decoders.encode(files, wrong))
+        return decoded, refused
+
+    try:
+        decoded, refused = asyncio.run(decode())
+    finally:
+        decoders.close()
+    assert list(decoded) == [1, 2, 3, 4]
+    assert isinstance(refused, RefusedError)
+    assert "a point has 4 numbers" in str(refused)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are copied only on Linux")
+def test_crashed_decoder_is_replaced(files: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(decoders_module, "_encode", _crash)
+    decoders = Decoders(processes=True)
+    monkeypatch.setattr(decoders_module, "_start_processes", started.append)
+    try:
+        with pytest.raises(BusyError):
+            asyncio.run(decoders.encode(files, {"point": b"1,2,3,4"}))
+        assert list(asyncio.run(decoders.encode(files, {"point": b"1,2,3,4"}))) == [1, 2, 3, 4]
+    finally:
+        decoders.close()
+    assert started == ["spawn"]
+
+
 # ------------------------------------------------------------------------------------------------- the app's own guards
 
 
@@ -250,6 +296,53 @@ def test_response_names_the_version_of_its_model(points: ServedModel) -> None:
         connection.request("POST", "/models/points/predict", json.dumps(POINT), sent)
         assert connection.getresponse().headers["X-Model-Version"] == "one"
         connection.close()
+
+
+def test_reload_under_load_loses_no_request(points: ServedModel) -> None:
+    newer = ServedModel("points", loaded_model({"name": "dense"}, "point", ("near", "far")), version="two")
+    with torch.no_grad():
+        for parameter in newer.loaded.model.parameters():
+            parameter.neg_()
+    expected = [json.dumps(model.predict([{"point": b"1,2,3,4"}])[0]) for model in (points, newer)]
+    assert expected[0] != expected[1]
+    replaced = threading.Event()
+
+    def ask(server: Running) -> list[str]:
+        answers = []
+        while not replaced.is_set() or len(answers) < 20:
+            status, answer = server.predict("points", POINT)
+            assert status == 200
+            answers.append(json.dumps(answer))
+        return [*answers, json.dumps(server.predict("points", POINT)[1])]
+
+    app = make_app([points], hosts=["127.0.0.1"])
+    with running_app(app) as server, ThreadPoolExecutor(4) as threads:
+        clients = [threads.submit(ask, server) for _ in range(4)]
+        time.sleep(0.1)
+        replace_models(app, [newer])
+        replaced.set()
+        for client in clients:
+            answers = client.result()
+            # A batch has the size of the moment, which may change the last digits.
+            kinds = [min((0, 1), key=lambda kind: _distance(answer, expected[kind])) for answer in answers]
+            assert (kinds, kinds[0], kinds[-1]) == (sorted(kinds), 0, 1)
+
+
+def _distance(answer: str, other: str) -> float:
+    probabilities = [json.loads(one)["probabilities"]["near"] for one in (answer, other)]
+    return abs(float(probabilities[0] - probabilities[1]))
+
+
+@pytest.mark.parametrize(("trusted", "peer"), [((), "127.0.0.1"), (("127.0.0.0/8",), "203.0.113.7")])
+def test_forwarded_address_counts_only_from_a_trusted_proxy(
+    points: ServedModel, caplog: pytest.LogCaptureFixture, trusted: tuple[str, ...], peer: str
+) -> None:
+    caplog.set_level(logging.INFO, "transfer.access")
+    with running([points], publication=Publication(trusted_proxies=trusted, access_log="json")) as server:
+        # The first address was sent by the client itself.
+        server.ask("GET", "/models", headers={"X-Forwarded-For": "198.51.100.1, 203.0.113.7"})
+    (line,) = [json.loads(record.getMessage()) for record in caplog.records if record.name == "transfer.access"]
+    assert line["peer"] == peer
 
 
 # --------------------------------------------------------------------------------------------------------------- limits

@@ -173,6 +173,7 @@ def own_files(folder: Path) -> None:
     for name, numbers in (("reviews.csv", range(40)), ("held_out.csv", range(40, 52))):
         rows = [f"a {word} film {number},{word}" for number, word in zip(numbers, cycle(("good", "bad")))]
         (folder / name).write_text("\n".join(["review,sentiment", *rows]) + "\n", encoding="utf-8")
+    (folder / "new.csv").write_text("text,label\na good film,positive\na bad film,negative\n", encoding="utf-8")
     (folder / "space.yaml").write_text(
         "sweep: {trials: 2}\ntrain.optimizer.lr: {log: [1.0e-5, 0.1]}\n", encoding="utf-8"
     )

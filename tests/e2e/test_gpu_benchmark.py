@@ -27,7 +27,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_cases_of_gpu_benchmark_have_valid_configs(benchmark: Any, tmp_path: Path) -> None:
     sizes = benchmark.TINY
     folder = benchmark.write_jpegs(tmp_path / "jpegs", sizes)
-    cases = {case[0]: case for case in benchmark.cases(sizes)}  # one of each model
+    cases = {case[0]: case for case in benchmark.cases(sizes, on_gpu=True)}  # one of each model
     for name, precision, compiled, frozen, cached in cases.values():
         if name.endswith("JPEG"):
             load_config(benchmark.jpeg_config(name, sizes, folder, precision=precision, keep=cached))

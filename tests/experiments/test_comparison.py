@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import Points
 
 import transfer
-from transfer import RunError, compare, run_seeds
+from transfer import Data, RunError, compare, run_seeds
+from transfer.registry import entry_points as registry
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json, write_json
 
@@ -80,16 +84,70 @@ def test_the_noise_of_examples_is_that_of_pairs(config: dict[str, Any], tmp_path
     assert row.verdict == "within noise"
 
 
-def test_stored_predictions_give_the_figure_of_the_summary(config: dict[str, Any], tmp_path: Path) -> None:
+def test_stored_predictions_give_the_metrics_of_the_summary(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, [EPOCHS], output=tmp_path)
     stored = RunDirectory(run.folder).predictions()
     assert stored is not None
-    predictions, targets, losses, confidences = vars(stored).values()
-    assert losses.mean().item() == pytest.approx(run.summary["test"]["loss"], rel=1e-5)
-    assert ((confidences > 0.5) & (confidences <= 1)).all()
-    assert (predictions == targets).float().mean().item() == pytest.approx(run.summary["test"]["accuracy"])
+    assert stored.losses is not None
+    assert stored.scores is not None
+    assert stored.losses.mean().item() == pytest.approx(run.summary["test"]["loss"], rel=1e-5)
+    hits = stored.predictions == stored.targets
+    assert hits.float().mean().item() == pytest.approx(run.summary["test"]["accuracy"])
+    torch.testing.assert_close(stored.scores.sum(1), torch.ones(40))
+    assert stored.scores.argmax(1).tolist() == stored.predictions.tolist()
+    assert stored.confidences is not None
+    assert stored.scores.amax(1).equal(stored.confidences)
     # In the split's own order, which alternates the classes.
-    assert targets.tolist() == [0, 1] * 20
+    assert stored.targets.tolist() == [0, 1] * 20
+    per_class = run.summary["per_class"]
+    assert list(per_class) == ["near", "far"]
+    assert per_class["near"]["recall"] == pytest.approx(hits[::2].float().mean().item())
+    assert sum(one["predicted"] for one in per_class.values()) == 40
+
+
+def test_stored_predictions_contain_names_but_no_score_twice(config: dict[str, Any], tmp_path: Path) -> None:
+    class Named(Points):
+        def load(self) -> Data:
+            data = super().load()
+            named = {
+                name: replace(split, names=[f"{name}: {index}" for index in range(len(split))])
+                for name, split in data.splits.items()
+            }
+            return replace(data, splits=named)
+
+    registry.register("dataset", "named")(Named)
+    config |= {"data": {"name": "named", "target": "number"}, "task": {"name": "regression"}}
+    run = transfer.run(config, [EPOCHS], output=tmp_path)
+    stored = RunDirectory(run.folder).predictions()
+    assert stored is not None
+    assert stored.names[:2] == ("test: 0", "test: 1")
+    assert len(stored.names) == len(stored.targets) == 40
+    assert stored.scores is None
+    assert "per_class" not in run.summary
+
+
+def test_noise_of_examples_includes_metrics_of_probabilities(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transfer.experiments.comparison.RESAMPLED_TEST_SPLITS", 8)
+    config["task"] |= {"metrics": ["auroc", "mcc"]}
+    config["train"] |= {"report": False}
+    runs = [transfer.run(config, [EPOCHS, EASY, *more], output=tmp_path).folder for more in ([], [BLIND])]
+    for metric in ("auroc", "mcc"):
+        table = compare([*runs, runs[0]], metric=metric)
+        first, again = (row.difference for row in table.rows[1:])
+        assert first is not None
+        assert again is not None
+        assert first.interval is not None
+        assert first.interval[0] < first.mean < first.interval[1]
+        assert again.interval == (0.0, 0.0)
+        assert "test examples" in table.notes[0]
+    directory = RunDirectory(runs[1])
+    scored = directory.predictions()
+    assert scored is not None
+    directory.write_predictions(replace(scored, scores=None))  # as runs of older versions
+    assert compare(runs, metric="auroc").rows[1].verdict == "cannot tell"
+    assert compare(runs, metric="accuracy").rows[1].verdict == "worse"
 
 
 def test_a_quick_try_is_not_compared(config: dict[str, Any], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Preprocessi
 from transfer.builtin.heads import MLP, Linear
 from transfer.data.loader import Loader
 from transfer.feature_cache import store
-from transfer.feature_cache.loader import CachedLoader, select_stage_inputs
+from transfer.feature_cache.loader import AUTO_VIEWS, CachedLoader, select_stage_inputs
 from transfer.feature_cache.prefix import SAMPLE_EXAMPLES, FrozenPrefix
 from transfer.feature_cache.store import Entry, FeatureCache
 from transfer.interfaces import SPLITS
@@ -184,6 +184,38 @@ class Pair(Backbone):
         return PointPreprocessing()
 
 
+class SideInputs(Step):
+    """The first stage, which also passes on an additive mask, a table of positions, ids and a value per example."""
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        states, mask = super().forward(pair)
+        additive = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None, None]
+        positions = torch.arange(mask.shape[1])
+        ids = torch.where(mask, positions, 7)
+        return additive, positions[None, :, None] / 10, states, positions[:, None] - positions, ids, mask, mask.sum(1)
+
+
+class Block(nn.Module):
+    """A stage that needs all side inputs: attention over real steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, side: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        additive, positions, states, relative, ids, mask, count = side
+        scores = states @ states.transpose(1, 2) - relative.abs() / 10 + additive[:, 0]
+        states = scores.softmax(-1) @ (states + positions + ids[..., None] / 10)
+        return self.linear(states * count[:, None, None] / 10), mask
+
+
+class Encoder(Ragged):
+    """Stages that pass on more tensors than values and their mask."""
+
+    def __init__(self) -> None:
+        Backbone.__init__(self, {"embeddings": SideInputs(1, 4), "layer": Block()})
+
+
 class NoisyPoints(PointPreprocessing):
     """Points with noise in training."""
 
@@ -223,6 +255,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: None) ->
     for name, cls in {"ragged": Ragged, "noisy_ragged": NoisyRagged, "varying": Varying, "pair": Pair}.items():
         register("backbone", name)(cls)
     register("backbone", "noisy")(Noisy)
+    register("backbone", "encoder")(Encoder)
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -311,6 +344,12 @@ RUNS: Mapping[str, list[str]] = {
         "backbone={name: ragged}",
         "head={name: mean_of_steps}",
         "train.phases=[{epochs: 3, freeze: {until: lower}}]",
+    ],
+    "sequences with side inputs": [
+        "data={name: lists}",
+        "backbone={name: encoder}",
+        "head={name: mean_of_steps}",
+        "train.phases=[{epochs: 3, freeze: {until: embeddings}}]",
     ],
     "a pair of tensors": ["backbone={name: pair}", "train.phases=[{epochs: 3, freeze: {until: fork}}]"],
     "texts": [
@@ -445,6 +484,63 @@ def test_entry_of_tuple_restores_dtypes() -> None:
     torch.testing.assert_close(values, expected[0])
     assert torch.equal(positions, expected[1])
     assert positions.dtype == torch.int64
+
+
+def test_entry_restores_side_inputs_and_stores_tables_once() -> None:
+    prefix, loader = ragged(Encoder)
+    entry = entry_of(FeatureCache(PLENTY, verify=True), prefix, loader)
+    for indices in (np.array([3, 50, 0, 3]), np.array([11])):
+        restored, expected = entry.take(indices), direct(prefix, loader, indices)
+        mask = expected[5]
+        for number, (one, other) in enumerate(zip(restored, expected, strict=True)):
+            assert one.dtype == other.dtype
+            is_states = number == 2  # the only tensor whose padding is not restored
+            torch.testing.assert_close(one[mask] if is_states else one, other[mask] if is_states else other)
+    shapes = [tensor["shape"] for tensor in json.loads((entry.folder / "entry.json").read_text())["tensors"]]
+    assert shapes == [["B", 1, 1, "T"], [1, "T", 1], ["B", "T", 4], ["T", "T"], ["B", "T"], ["B", "T"], ["B"]]
+    steps, count, longest = sum(map(len, lists().fields["list"])), len(lists()), 9
+    assert {path.name: path.stat().st_size for path in entry.folder.glob("*.bin")} == {
+        "0.bin": 4 * steps,
+        "1.bin": 4 * longest,
+        "2.bin": 4 * 4 * steps,
+        "3.bin": 8 * longest**2,
+        "4.bin": 8 * steps,
+        "6.bin": 8 * count,
+    }
+
+
+def test_table_with_as_many_rows_as_a_batch_is_stored_once() -> None:
+    class WithTable(nn.Module):
+        def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+            return points, torch.arange(64)
+
+    prefix, loader = small(count=1, part=points(128))
+    prefix.model.first = WithTable()
+    entry = entry_of(FeatureCache(PLENTY), prefix, loader)
+    assert torch.equal(entry.take(np.array([5, 100]))[1], torch.arange(64))
+
+
+@pytest.mark.parametrize(
+    ("side", "reason"),
+    [
+        (lambda mask: mask[:, None] & mask[..., None], "differs in shape between batches"),
+        (lambda mask: mask.cumsum(1)[:, None], "has no constant value at padding"),
+        (lambda mask: mask.cumsum(1).max() - torch.arange(mask.shape[1]), "differs in shape between batches"),
+    ],
+    ids=["two axes of steps", "padding", "another table for each length"],
+)
+def test_side_inputs_that_cannot_be_restored_are_not_cached(
+    side: Callable[[Tensor], Tensor], reason: str, cache_folder: Path
+) -> None:
+    class WithSide(Step):
+        def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            values, mask = super().forward(pair)
+            return values, mask, side(mask)
+
+    prefix, loader = ragged()
+    prefix.model.lower = WithSide(1, 4)
+    assert FeatureCache(PLENTY).load_or_compute(prefix, loader) == f"the output of stage lower {reason}"
+    assert list(cache_folder.iterdir()) == []
 
 
 def test_entry_keeps_bf16() -> None:
@@ -625,6 +721,19 @@ def test_short_phase_caches_no_more_views_than_epochs(
     run = transfer.run(config, overrides, output=tmp_path)
     assert len(prefix_runs) == 3  # one view, validation, test
     assert run.summary["cache"][0]["views"] == 1
+
+
+def test_auto_views_are_cached_for_a_frozen_backbone(
+    config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]
+) -> None:
+    overrides = ["backbone={name: noisy}", "train.phases=[{epochs: 5, freeze: backbone}]"]
+    notes: list[str] = []
+    run = transfer.run(
+        config, overrides, output=tmp_path, observe=lambda event: notes.append(getattr(event, "text", ""))
+    )
+    assert run.summary["cache"][0]["views"] == AUTO_VIEWS == 4
+    assert len(prefix_runs) == 6  # four views, validation, test
+    assert any("4 views each" in note for note in notes)
 
 
 def test_progress_of_computing_features_is_reported(config: dict[str, Any], tmp_path: Path) -> None:

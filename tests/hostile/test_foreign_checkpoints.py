@@ -103,6 +103,7 @@ def edit_state(run: Path, change: Edit, name: str = "last") -> None:
         ("average", "head.output.bias", lambda t: t[:1], "head.output.bias has the wrong shape"),
         ("metrics", "/tp", lambda t: t.new_zeros(7), "tp has the dtype torch.int64 and the shape"),
         ("metrics", "/tp", Tensor.float, "tp has the dtype torch.float32"),
+        ("metrics", "/fp", Tensor.bool, "fp has the dtype torch.bool"),
     ],
 )
 def test_restored_tensors_of_another_layout_are_refused(

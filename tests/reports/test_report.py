@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Dense, PointPreprocessing, Points
+from safetensors.torch import load_file, save_file
 from torchmetrics.classification import MulticlassPrecision, MulticlassRecall, MultilabelF1Score
 from torchmetrics.functional.classification import (
     binary_calibration_error,
@@ -32,11 +33,10 @@ from transfer.reports.metrics import (
     Bin,
     calibration,
     confusion_matrix,
-    metrics_per_class,
-    metrics_per_label,
     most_confused,
     residuals,
 )
+from transfer.runs.class_metrics import metrics_per_class, metrics_per_label
 from transfer.system.atomic_files import write_json
 from transfer.training.events import Note
 
@@ -331,6 +331,10 @@ DAMAGE = {
     "an epoch that is a word": replaced("metrics.jsonl", '"epoch": 1', '"epoch": "first"'),
     "another primary metric": replaced("summary.json", '"primary_metric": "accuracy"', '"primary_metric": "x"'),
     "no sizes": replaced("summary.json", '"examples":', '"samples":'),
+    "other names of examples": lambda run: save_file(
+        load_file(run / "predictions.safetensors") | {"names": torch.tensor([91, 49, 93], dtype=torch.uint8)},
+        run / "predictions.safetensors",
+    ),
     "predictions cut": lambda run: (run / "predictions.safetensors").write_bytes(b"\x08"),
 }
 
@@ -349,7 +353,7 @@ def test_report_of_predictions_without_losses(config: dict[str, Any], tmp_path: 
     directory = transfer.storage.run_directory.RunDirectory(run.folder)
     scored = directory.predictions()
     assert scored is not None
-    directory.write_predictions(dataclasses.replace(scored, losses=None, confidences=None))
+    directory.write_predictions(dataclasses.replace(scored, losses=None, confidences=None, scores=None, names=()))
     transfer.report(run.folder)
     assert "did not store the losses" in page(run)
     assert "Calibration" not in words(page(run))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from transfer import DataError, Preprocessing
-from transfer.runs.inputs import Input, argument_inputs, line_inputs, value_inputs
+from transfer.runs.inputs import Input, argument_inputs, frame_inputs, line_inputs, value_inputs
 from transfer_text.encoding.preprocessing import TextPreprocessing
 from transfer_text.encoding.vocabulary import Vocabulary
 from transfer_vision.preprocessing import ImagePreprocessing
@@ -149,9 +149,62 @@ def test_table_without_column_names_the_option_and_the_columns() -> None:
     for preprocessing in (TEXTS, IMAGES):
         message = reason(next(argument_inputs("test.csv", preprocessing)))
         assert message == "this is a table: name the column with the inputs by --column (id, text)"
-    assert reason(next(argument_inputs("test.csv", TEXTS, "txt"))) == (
-        "the table has no column 'txt': expected one of id, text"
-    )
+
+
+@pytest.mark.parametrize(
+    ("content", "column", "keep", "message", "available"),
+    [
+        ("id,text\n1,a\n", "txt", (), "unknown column 'txt' of the table", ("id", "text")),
+        ("id,text\n1,a\n", "text", ("stars",), "unknown column 'stars' of the table", ("id", "text")),
+        ("id,text\n", "text", (), "the table has no rows: expected at least one", ()),
+        ("", "text", (), "the table is empty: expected a header and rows", ()),
+    ],
+)
+def test_table_without_rows_or_column_is_refused(
+    content: str, column: str, keep: tuple[str, ...], message: str, available: tuple[str, ...]
+) -> None:
+    Path("test.csv").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        next(argument_inputs("test.csv", TEXTS, column, keep))
+    (problem,) = caught.value.problems
+    assert (problem.message, problem.where, tuple(problem.available)) == (message, "test.csv", available)
+
+
+class Frame:
+    """A data frame of pandas or polars, reduced to the parts that are read."""
+
+    def __init__(self, columns: dict[str, list[object]]) -> None:
+        self.columns = list(columns)
+        self._values = columns
+
+    def __getitem__(self, name: str) -> list[object]:
+        return self._values[name]
+
+
+COLUMNS: dict[str, list[object]] = {"text": ["a film", None, "***"], "id": [7, 8, 9]}
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [COLUMNS, [dict(zip(COLUMNS, row, strict=True)) for row in zip(*COLUMNS.values(), strict=True)], Frame(COLUMNS)],
+    ids=["dict of columns", "list of rows", "data frame"],
+)
+def test_rows_of_a_table_in_memory_are_values(frame: object) -> None:
+    inputs = list(frame_inputs(frame, "text", TEXTS, ["id"]))
+    assert [(one.name, one.is_blank, dict(one.kept)) for one in inputs] == [
+        ("a film", False, {"id": 7}),
+        ("", True, {"id": 8}),
+        ("***", False, {"id": 9}),
+    ]
+    assert inputs[2].read() == "***"
+    with pytest.raises(DataError, match="unknown column 'review'"):
+        next(frame_inputs(frame, "review", TEXTS))
+
+
+@pytest.mark.parametrize("frame", [5, {"text": ["a"], "id": []}, {"text": {"a"}}])
+def test_object_that_is_no_table_is_refused(frame: object) -> None:
+    with pytest.raises(DataError, match=r"is no table|differ in length|wrong type"):
+        next(frame_inputs(frame, "text", TEXTS))
 
 
 @pytest.mark.parametrize(

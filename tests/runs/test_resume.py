@@ -181,3 +181,41 @@ def test_a_signal_while_the_cache_is_filled_for_the_next_phase(
     found = outcome(folder)
     for part, value in expected.items():
         assert found[part] == value, part
+
+
+def test_run_into_starts_then_resumes_then_reports_complete_run(
+    config: dict[str, Any], tmp_path: Path, killed_at_save: Callable[[int], None]
+) -> None:
+    whole = transfer.run(config, output=tmp_path / "whole").folder
+    into = tmp_path / "runs" / "a"
+    # A crash before the config was written leaves a folder that is not a run yet.
+    into.mkdir(parents=True)
+    (into / "environment.json").write_text("{}")
+    killed_at_save(2)
+    with pytest.raises(Killed):
+        transfer.run(config, into=into)
+    assert transfer.run(config, into=into).folder == into
+    assert outcome(into) == outcome(whole)
+    notes: list[Any] = []
+    before = (into / "summary.json").read_bytes()
+    transfer.run(config, into=into, observe=notes.append)
+    assert [note.text for note in notes] == [f"{into} is already complete"]
+    assert (into / "summary.json").read_bytes() == before
+
+
+def test_run_into_refuses_another_config_and_other_folders(config: dict[str, Any], tmp_path: Path) -> None:
+    into = transfer.run(config, into=tmp_path / "a", quick=True).folder
+    with pytest.raises(transfer.UserError, match=r"contains a run of another config: .*--quick differ"):
+        transfer.run(config, into=into)
+    with pytest.raises(transfer.UserError, match="another config: seed differs"):
+        transfer.run(config, ["seed=7"], into=into, quick=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").touch()
+    with pytest.raises(transfer.UserError, match="is no run directory, and is not empty"):
+        transfer.run(config, into=tmp_path / "b")
+
+
+def test_run_into_accepts_settled_batch_size(config: dict[str, Any], tmp_path: Path) -> None:
+    config["train"]["batch_size"] = "auto"
+    into = transfer.run(config, into=tmp_path / "a", quick=True).folder
+    assert transfer.run(config, into=into, quick=True).folder == into

@@ -255,7 +255,7 @@ def test_artifact_that_cannot_be_imported_is_a_note(
     assert "the report was not written: artifact 'report' cannot be imported" in notes
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_predict_and_evaluate_use_the_requested_device(config: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(config, ["train.device=cpu"], output=tmp_path)
     sources = ["1,2,3,4", "0,0,0,0"]
@@ -268,7 +268,7 @@ def test_predict_and_evaluate_use_the_requested_device(config: dict[str, Any], t
     assert on_gpu == pytest.approx(run.summary["test"], abs=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_predict_moves_the_model_to_the_device(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

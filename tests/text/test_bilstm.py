@@ -90,9 +90,12 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return table.requires_grad_(), rows.masked_fill(torch.arange(12) >= lengths[:, None], 0), lengths
 
 
+@pytest.mark.parametrize("word_by_word", [False, True])  # True: as on a GPU
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_outputs_and_gradients_are_those_of_packed_sequences(layers: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_outputs_and_gradients_are_those_of_packed_sequences(
+    layers: int, dtype: torch.dtype, tolerance: float, word_by_word: bool
+) -> None:
     torch.manual_seed(0)
     plain = nn.LSTM(6, 5, layers, batch_first=True, bidirectional=True).to(dtype)
     ours = BidirectionalLSTM(6, 5, layers, bidirectional=True).to(dtype)
@@ -100,11 +103,12 @@ def test_outputs_and_gradients_are_those_of_packed_sequences(layers: int, dtype:
     table, rows, lengths = batch(dtype)
     packed = pack_padded_sequence(functional.embedding(rows, table), lengths, batch_first=True, enforce_sorted=False)
     expected, _ = pad_packed_sequence(plain(packed)[0], batch_first=True)
-    found, mask = ours((table, rows))
+    words = (functional.embedding(rows, table), rows) if word_by_word else (table, rows)
+    found, mask = ours(words)
     assert torch.equal(mask.sum(1), lengths)
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     with torch.inference_mode():
-        torch.testing.assert_close(ours((table, rows))[0], expected.detach(), rtol=0, atol=tolerance)
+        torch.testing.assert_close(ours(words)[0], expected.detach(), rtol=0, atol=tolerance)
     direction = torch.randn(found.shape, dtype=dtype)
     gradients = torch.autograd.grad(found, [table, *ours.parameters()], direction)
     right = torch.autograd.grad(expected, [table, *plain.parameters()], direction)
@@ -230,7 +234,7 @@ def test_a_few_steps_learn_the_order_of_two_words(readout: str) -> None:
     assert loss.item() < 0.05
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("readout", READOUTS)
 def test_a_gpu_gives_the_same_features(readout: str) -> None:
     backbone = build(readout=readout)

@@ -13,7 +13,7 @@ from transfer import DataError
 from transfer_text import cache
 from transfer_text.encoding import text_blocks as corpus, vocabulary
 from transfer_text.encoding.encoded_texts import Truncation, truncation_loss
-from transfer_text.encoding.preprocessing import TextPreprocessing
+from transfer_text.encoding.preprocessing import TextPreprocessing, bucket_length, padded
 from transfer_text.encoding.token_cache import PieceTable
 from transfer_text.encoding.vocabulary import Vocabulary
 
@@ -197,6 +197,26 @@ def test_a_batch_is_padded_to_its_longest_text(preprocessing: TextPreprocessing)
     batch = preprocessing.model_inputs(preprocessing.encode(["a", "a b", "c"]))
     assert batch.dtype == torch.int64
     assert batch.tolist() == [[2, 0], [2, 3], [4, 0]]
+
+
+def test_token_ids_travel_as_int32(preprocessing: TextPreprocessing) -> None:
+    assert preprocessing.collate(preprocessing.encode(["a", "a b"])).dtype == torch.int32
+
+
+def test_gpu_batches_have_few_lengths() -> None:
+    lengths = [bucket_length(length) for length in range(1, 513)]
+    assert sorted(set(lengths[:64])) == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert len(set(lengths)) == 20
+    assert all(length <= bucket for length, bucket in enumerate(lengths, 1))
+    assert all(bucket < 1.25 * length for length, bucket in enumerate(lengths, 1) if length > 32)
+    # Truncated texts are all of the maximum length, which needs no padding.
+    assert [bucket_length(length, 500) for length in (449, 500, 501)] == [500, 500, 512]
+
+
+def test_padding_to_a_bucket_keeps_the_indices() -> None:
+    result = padded(torch.tensor([[2, 0], [2, 3]], dtype=torch.int32), 4)
+    assert result.dtype == torch.int64
+    assert result.tolist() == [[2, 0, 0, 0], [2, 3, 0, 0]]
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "<br /> <br />"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfer import ConfigError, FeatureSpec, WeightsError
 from transfer_text.models import embedding, textcnn
@@ -331,13 +332,47 @@ def test_the_table_holds_each_word_of_the_batch_once() -> None:
     assert torch.equal(table[rows], torch.cat([embedded.static, embedded.tuned], 1)[indices])
 
 
-def test_the_whole_table_gives_the_same_features(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = build(source)
-    features = backbone(inputs(backbone, TEXTS))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_features_and_gradients_of_a_gpu_are_those_of_the_cpu(
+    source: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {} if variant == "rand" else {"vectors_vocabulary": True}
+    backbone = build(source, variant, kernel_sizes=(3, 5), **options)
+    ids = inputs(backbone, [*TEXTS, "film slow", "slow"])  # two texts shorter than a kernel
+    features = backbone(ids)
+    gradients = torch.autograd.grad(features.sum(), list(backbone.parameters()))
     for module in (embedding, textcnn):
         monkeypatch.setattr(module, "use_batch_vocabulary", lambda rows: False)
-    assert len(backbone.stages[0](inputs(backbone, TEXTS))[0]) == len(backbone.vocabulary)
-    torch.testing.assert_close(backbone(inputs(backbone, TEXTS)), features)
+    vectors, rows = backbone.stages[0](ids)
+    assert vectors.shape == (*ids.shape, backbone.stages[0].out_dimensions)
+    assert rows is ids
+    torch.testing.assert_close(backbone(ids), features)
+    for one, other in zip(
+        torch.autograd.grad(backbone(ids).sum(), list(backbone.parameters())), gradients, strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_gpu_looks_words_and_masks_up_once_for_all_kernels(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (embedding, textcnn):
+        monkeypatch.setattr(module, "use_batch_vocabulary", lambda rows: False)
+    names: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    backbone = build(source, "multichannel", kernel_sizes=(1, 2, 3), filters=2)
+    ids = inputs(backbone, TEXTS)
+    with Recorder():
+        backbone(ids).sum().backward()
+    assert [names.count(name) for name in ("embedding", "embedding_dense_backward", "eq", "convolution")] == [
+        2,
+        1,
+        1,
+        3,
+    ]
 
 
 def test_padding_gets_no_gradient(source: str) -> None:
@@ -360,3 +395,14 @@ def test_the_saved_format_is_one_convolution_per_kernel_size(source: str) -> Non
         "stages.convolution.convolutions.1.weight": (5, 12, 1, 3),
         "stages.convolution.convolutions.1.bias": (5,),
     }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gpu_gives_the_same_features(source: str, variant: str) -> None:
+    backbone = build(source, variant)
+    encoded = backbone.preprocessing.encode(TEXTS)
+    expected = backbone(backbone.preprocessing.model_inputs(encoded))
+    ids = backbone.preprocessing.model_inputs(encoded, torch.device("cuda"))
+    assert ids.shape == (3, 16)  # a bucket: the longest text has 9 words
+    torch.testing.assert_close(backbone.cuda()(ids).cpu(), expected, rtol=1e-3, atol=1e-4)

@@ -17,7 +17,7 @@ from transfer import ConfigError
 from transfer.training.events import Note
 from transfer_text.models import embedding as embedding_module
 from transfer_text.models.bilstm import BiLSTM
-from transfer_text.models.embedding import TextBackbone, WordEmbedding
+from transfer_text.models.embedding import TextBackbone, WordEmbedding, look_up
 from transfer_text.models.textcnn import TextCNN
 
 TEXTS = ["a fine film", "a slow film", "fine", "slow"]
@@ -58,8 +58,7 @@ def inputs(backbone: TextBackbone, texts: list[str]) -> Tensor:
 
 def table(backbone: TextBackbone, word: str) -> Tensor:
     """Return the vectors of a word as they leave the first stage."""
-    vectors, rows = backbone.stages[0](inputs(backbone, [word]))
-    return vectors[rows[0, 0]].detach()
+    return look_up(*backbone.stages[0](inputs(backbone, [word])))[0, 0].detach()
 
 
 def embedding(backbone: TextBackbone) -> WordEmbedding:
@@ -71,12 +70,12 @@ def embedding(backbone: TextBackbone) -> WordEmbedding:
 VARIANTS = [(TextCNN, "static"), (TextCNN, "nonstatic"), (TextCNN, "multichannel"), (BiLSTM, "static")]
 
 
-@pytest.mark.parametrize("whole_table", [False, True])
+@pytest.mark.parametrize("word_by_word", [False, True])
 @pytest.mark.parametrize(("cls", "variant"), VARIANTS)
 def test_every_channel_holds_the_vectors_of_further_words(
-    source: str, cls: type[TextBackbone], variant: str, whole_table: bool, monkeypatch: pytest.MonkeyPatch
+    source: str, cls: type[TextBackbone], variant: str, word_by_word: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if whole_table:  # as on a GPU
+    if word_by_word:  # as on a GPU
         monkeypatch.setattr(embedding_module, "use_batch_vocabulary", lambda indices: False)
     backbone = build(source, cls, variant=variant)
     assert list(backbone.vocabulary.tokens[-2:]) == FURTHER
@@ -84,10 +83,10 @@ def test_every_channel_holds_the_vectors_of_further_words(
     for word in ("superb", "tedious", "fine"):
         torch.testing.assert_close(table(backbone, word), torch.tensor(VECTORS[word] * channels))
     mixed = inputs(backbone, ["superb fine film", "slow"])
-    vectors, rows = backbone.stages[0](mixed)
-    torch.testing.assert_close(vectors[rows[0, 0]], torch.tensor(VECTORS["superb"] * channels))
-    torch.testing.assert_close(vectors[rows[1, 0]].detach(), torch.tensor(VECTORS["slow"] * channels))
-    assert not vectors[rows[1, 1]].any()  # padding
+    vectors = look_up(*backbone.stages[0](mixed)).detach()
+    torch.testing.assert_close(vectors[0, 0], torch.tensor(VECTORS["superb"] * channels))
+    torch.testing.assert_close(vectors[1, 0], torch.tensor(VECTORS["slow"] * channels))
+    assert not vectors[1, 1].any()  # padding
 
 
 def test_without_the_option_the_words_are_unknown(source: str) -> None:

@@ -7,6 +7,8 @@ operations that would synchronize.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +29,8 @@ from transfer.training.build import build
 from transfer.training.engine import Trainer
 from transfer.training.evaluation import PredictionCollector, device_metrics, evaluate
 from transfer.training.events import ignore_events
+from transfer.training.experiment import Experiment
+from transfer_text.models import bilstm, embedding, textcnn
 
 SYNCHRONIZING = {
     "_local_scalar_dense",  # .item(), float(tensor), if tensor:
@@ -67,7 +71,7 @@ def synchronizations() -> Iterator[list[str]]:
         yield mode.names
 
 
-def experiment(config: dict[str, Any], *overrides: str) -> Any:
+def experiment(config: dict[str, Any], *overrides: str) -> Experiment:
     return build(load_config(config, ["backbone.dropout=0.1", *overrides]), ignore_events).experiment
 
 
@@ -102,7 +106,12 @@ def test_train_step_never_waits(config: dict[str, Any], overrides: list[str]) ->
 
 
 def test_evaluation_waits_only_at_its_end(config: dict[str, Any]) -> None:
-    built = experiment(config)
+    assert evaluation_synchronizations(experiment(config)) == []
+
+
+def evaluation_synchronizations(built: Experiment) -> list[str]:
+    """Return the synchronizing operations of an evaluation up to the end of its last batch."""
+    assert built.validation is not None
     batches = list(built.validation.epoch())
     during = list[int]()
 
@@ -123,7 +132,37 @@ def test_evaluation_waits_only_at_its_end(config: dict[str, Any]) -> None:
             "validation",
             collector=PredictionCollector(),
         )
-    assert during[-1] == 0, names
+    return names[: during[-1]]
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"name": "textcnn", "vectors": "mini", "vectors_vocabulary": True, "filters": 4},
+        {"name": "bilstm", "vectors": "mini", "hidden_size": 4, "dropout": 0.1},
+        {"name": "bilstm", "readout": "max", "dimensions": 6, "hidden_size": 4},
+    ],
+    ids=["textcnn", "bilstm", "bilstm-max"],
+)
+def test_text_models_never_wait(backbone: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU: the vectors of all words in order. On the CPU only distinct words are looked up.
+    for module in (embedding, textcnn, bilstm):
+        monkeypatch.setattr(module, "use_batch_vocabulary", lambda indices: False)
+    config = {
+        "data": {"name": "mini_reviews", "limit": 40},
+        "backbone": backbone,
+        "train": {"batch_size": 16, "phases": [{"epochs": 1}]},
+    }
+    built = build(load_config(config), ignore_events).experiment
+    trainer = Trainer(built)
+    trainer.prepare_phase(built.phases[0])
+    batches = list(built.train.epoch(0))
+    assert len({batch.inputs.shape for batch in batches}) > 2
+    with synchronizations() as names:
+        for batch in batches:
+            trainer.train_step([batch], examples=len(batch.indices))
+    assert names == []
+    assert evaluation_synchronizations(built) == []
 
 
 @pytest.mark.parametrize("task_class", [Classification, MultiLabel, Regression], ids=lambda task: task.__name__.lower())
@@ -165,8 +204,12 @@ def test_metric_of_classification_equals_torchmetrics(name: str, reference: Metr
         ours.update(predictions, targets)
         reference.update(predictions, targets)
     assert torch.equal(ours.compute(), reference.compute())
-    for state, value in reference.metric_state.items():
-        assert torch.equal(ours.metric_state[state], value), state
+    assert ours.update_count == reference.update_count
+    for state in ("tp", "fp", "fn"):  # ours leaves true negatives out
+        assert torch.equal(ours.metric_state[state], reference.metric_state[state]), state
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
+    copied.update(torch.tensor([1]), torch.tensor([2]))
+    assert copied.compute() < ours.compute()  # the value from before the update is not kept
     ours.reset()
     assert not any(value.any() for value in ours.metric_state.values())
 

@@ -23,10 +23,11 @@ from transfer.cli.plan import render
 from transfer.config.check import load_config
 from transfer.config.json_schema import config_schema
 from transfer.data.batch import Batch
+from transfer.errors import MemoryRanOut
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.memory import PeakResident
 from transfer.training import auto_batch_size
-from transfer.training.auto_batch_size import find_batch_size, most_demanding_phase
+from transfer.training.auto_batch_size import find_batch_size, most_demanding_phase, search_by_extrapolation
 from transfer.training.build import build
 from transfer.training.events import Event, Note
 from transfer.training.experiment import Experiment, Phase
@@ -129,6 +130,44 @@ def test_size_is_not_tried_on_cpu_if_predicted_not_to_fit(
     assert notes[-1].text == "batch size 16, found by auto: 32 would take about 0.31 GiB"
     assert notes[-1].details is not None
     assert notes[-1].details["memory limit"] == "0.20 GiB"
+
+
+@pytest.mark.parametrize(
+    ("limit", "max_size", "expected", "tried", "reason"),
+    [
+        (1000, 1024, 64, [8, 16, 64], "128 would take about"),
+        (1000, 32, 32, [8, 16, 32], "no more than 32"),
+        (10**9, 1024, 1024, [8, 16, 1024], "no more than 1024"),
+        (250, 1024, 8, [8, 16], "16 takes"),
+        (150, 1024, 4, [8, 4], "8 takes"),
+        (130, 4, 2, [4, 2], "4 takes"),
+        (10, 1024, None, [8, 4, 2], "2 takes"),
+    ],
+)
+def test_two_small_sizes_predict_the_largest_on_a_gpu(
+    limit: int, max_size: int, expected: int | None, tried: list[int], reason: str
+) -> None:
+    sizes: list[int] = []
+
+    def peak_bytes(size: int) -> int:
+        sizes.append(size)
+        return 100 + 10 * size
+
+    costs, text = search_by_extrapolation(peak_bytes, max_size, limit)
+    assert max(costs, default=None) == expected
+    assert sizes == tried
+    assert text.startswith(reason)
+
+
+def test_next_smaller_size_is_tried_on_a_gpu_if_the_prediction_is_too_low() -> None:
+    def peak_bytes(size: int) -> int:
+        if size > 100:
+            raise MemoryRanOut("memory ran out")
+        return 10 * size
+
+    costs, reason = search_by_extrapolation(peak_bytes, 1024, 10_000)
+    assert costs == {8: 80, 16: 160, 64: 640}
+    assert reason == "128 ran out of memory"
 
 
 def test_error_if_no_size_fits(config: dict[str, Any], memory_for: Callable[..., None], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from transfer.experiments import (
     seeds as several,
     sweep as sweeping,
 )
-from transfer.system.ranks import Rank, lacks_a_launcher, rank_from_environment
+from transfer.system.ranks import Rank, lacks_a_launcher, rank_from_environment, set_rendezvous_address
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 
 
@@ -64,8 +66,52 @@ def test_rank_is_read_from_launcher_variables(
     for name, text in environment.items():
         monkeypatch.setenv(name, text)
     assert rank_from_environment() == expected
-    # A cluster job that is not distributed training sets no address for the rendezvous.
     monkeypatch.delenv("MASTER_ADDR")
+    if "PMI_SIZE" in environment or "OMPI_COMM_WORLD_SIZE" in environment:
+        # Several equal processes would otherwise train the same run.
+        with pytest.raises(UserError, match=r"MPI has started \d processes, and MASTER_ADDR is not set") as caught:
+            rank_from_environment()
+        assert caught.value.shown_elsewhere
+    else:  # a cluster job that is not distributed training sets no address for the rendezvous
+        assert rank_from_environment() == Rank()
+
+
+SLURM_STEP = {
+    "SLURM_JOB_ID": "4001",
+    "SLURM_STEP_ID": "2",
+    "SLURM_NTASKS": "7",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),3",
+    "SLURM_STEP_NODELIST": "gpu[003-004,9],login1",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+}
+
+
+def test_rank_is_read_from_slurm_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in SLURM_STEP.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr("os.environ", dict(os.environ))  # the address is set in it
+    os.environ.pop("MASTER_ADDR", None)
+    os.environ.pop("MASTER_PORT", None)
+    assert rank_from_environment() == Rank(5, 7, 1, 3)
+    set_rendezvous_address()
+    assert os.environ["MASTER_ADDR"] == "gpu003"
+    assert 20_000 <= int(os.environ["MASTER_PORT"]) < 30_000
+    assert rank_from_environment() == Rank(5, 7, 1, 3)
+    # torchrun in a step: the variables of Slurm describe the launchers.
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert rank_from_environment() == Rank(1, 2, 1, 2)
+
+
+@pytest.mark.parametrize("step", [None, str(2**32 - 5)], ids=["no step", "batch step"])
+def test_script_of_slurm_job_is_single_process(step: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in SLURM_STEP.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.delenv("SLURM_STEP_ID")
+    if step is not None:
+        monkeypatch.setenv("SLURM_STEP_ID", step)
     assert rank_from_environment() == Rank()
 
 

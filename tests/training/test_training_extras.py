@@ -356,7 +356,8 @@ def test_model_is_compiled_only_if_configured(
 ) -> None:
     asked: list[nn.Module] = []
 
-    def compile_(model: Model) -> Model:
+    def compile_(model: Model, *, dynamic: bool | None) -> Model:
+        assert dynamic is None  # points have one size
         asked.append(model)
         return model
 

@@ -48,6 +48,22 @@ def test_missing_column_of_a_pair_is_named(tmp_path: Path) -> None:
         TextCSV(train=str(tmp_path / "pairs.jsonl"), text=("premise", "hypotesis")).load()
 
 
+def test_incomplete_pairs_are_refused_together_or_left_out(tmp_path: Path) -> None:
+    _write(tmp_path / "pairs.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    rows[3]["hypothesis"], rows[7]["hypothesis"], rows[9]["premise"] = None, "<br />", " "
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = str(tmp_path / "pairs.jsonl")
+    with pytest.raises(transfer.DataError) as e:
+        TextCSV(train=table, text=("premise", "hypothesis")).load()
+    assert [problem.message for problem in e.value.problems] == [
+        "column 'hypothesis' is empty in 2 of 20 rows: lines 4, 8",
+        "column 'premise' is empty in 1 of 20 rows: line 10",
+    ]
+    data = TextCSV(train=table, text=("premise", "hypothesis"), bad_texts="skip").load()
+    assert len(data.splits["train"]) == 17
+
+
 def test_pairs_train_and_predict(tmp_path: Path) -> None:
     _write(tmp_path / "pairs.jsonl")
     config = {

@@ -416,6 +416,7 @@ def test_describe_says_what_the_model_sees() -> None:
         "std": [0.229, 0.224, 0.225],
         "augmentation": "default",
         "crop_mode": "center",
+        "decode": "cpu",
     }
 
 

@@ -258,6 +258,11 @@ class _FusionPreprocessing(Preprocessing):
         """Return the length of the longest part."""
         return max(part.length(value) for part, value in zip(self.parts.values(), encoded, strict=True))
 
+    @property
+    def varies_in_length(self) -> bool:
+        """Whether the values of a part vary in length."""
+        return any(part.varies_in_length for part in self.parts.values())
+
     def read(self, source: str) -> tuple[Any, ...]:
         """Read a JSON object with one source per part: ``{"image": "a.jpg", "text": "a dog"}``.
 
@@ -296,6 +301,11 @@ class _FusionPreprocessing(Preprocessing):
         """Return a tuple with an example of each part; None if a part has none."""
         examples = tuple(part.example() for part in self.parts.values())
         return None if any(example is None for example in examples) else examples
+
+    def restore(self, described: Mapping[str, Any]) -> None:
+        """Restore the settings of each part."""
+        for name, part in self.parts.items():
+            part.restore(described[name])
 
     def describe(self) -> Mapping[str, Any]:
         """Return the settings of each part."""

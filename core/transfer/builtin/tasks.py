@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -47,43 +48,54 @@ class MeanOf(MeanMetric):
         self.weight += values.numel()
 
 
-class _Accuracy(MulticlassAccuracy):
-    """Accuracy over examples, with a few operations per batch: torchmetrics' update takes longer than a small step.
+class _QuickUpdate(Metric):
+    """A metric whose update takes little time beside a small training step.
 
-    The state is that of torchmetrics. It is updated in place, because Module.__setattr__ is slow.
+    The state is that of torchmetrics, without the true negatives, which neither accuracy nor F1 uses. It is changed in
+    place, because Module.__setattr__ is slow.
     """
+
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        """Count the updates. torchmetrics' wrapper takes longer than the update; it is for gradients of metrics."""
+
+        @functools.wraps(update)
+        def counted(*arguments: Tensor) -> None:
+            vars(self)["_computed"] = None
+            vars(self)["_update_count"] += 1
+            update(*arguments)
+
+        return counted
+
+
+class _Accuracy(_QuickUpdate, MulticlassAccuracy):
+    """Accuracy over examples."""
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Add a batch of classes, int64 (B,)."""
-        assert self.num_classes is not None
-        count, hits = len(targets), (predictions == targets).sum()
-        tp, fp, tn, fn = _counts(self)
+        hits = (predictions == targets).sum()
+        misses = len(targets) - hits
+        tp, fp, fn = _counts(self)
         tp.add_(hits)
-        fp.add_(count).sub_(hits)
-        fn.add_(count).sub_(hits)
-        # Of the C classes of a correct prediction, all but one are true negatives; of a wrong one, all but two.
-        tn.add_(count * (self.num_classes - 2)).add_(hits)
+        fp.add_(misses)
+        fn.add_(misses)
 
 
-class _MacroF1(MulticlassF1Score):
+class _MacroF1(_QuickUpdate, MulticlassF1Score):
     """Macro F1 without ``torch.bincount``, whose output size depends on the data: a GPU would wait at every step."""
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Add a batch of classes, int64 (B,)."""
         hits = (predictions == targets).long()
         wrong = 1 - hits
-        tp, fp, tn, fn = _counts(self)
+        tp, fp, fn = _counts(self)
         tp.index_add_(0, targets, hits)
         fp.index_add_(0, predictions, wrong)
         fn.index_add_(0, targets, wrong)
-        # An example is a true negative of every class but its own and the predicted one.
-        tn.add_(len(targets)).index_add_(0, targets, torch.ones_like(hits), alpha=-1)
-        tn.index_add_(0, predictions, wrong, alpha=-1)
 
 
-def _counts(metric: MulticlassStatScores) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the true positives, false positives, true negatives and false negatives of a metric, to be changed."""
-    return cast("tuple[Tensor, Tensor, Tensor, Tensor]", (metric.tp, metric.fp, metric.tn, metric.fn))
+def _counts(metric: MulticlassStatScores) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the true positives, false positives and false negatives of a metric, to be changed."""
+    return cast("tuple[Tensor, Tensor, Tensor]", (metric.tp, metric.fp, metric.fn))
 
 
 class MultilabelMacroF1(MultilabelStatScores):

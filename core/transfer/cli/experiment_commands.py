@@ -41,13 +41,22 @@ def compare(
     different_data: Annotated[
         bool, typer.Option("--different-data", help="Compare runs that were scored on different examples.")
     ] = False,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            metavar="NAME",
+            show_default=False,
+            help="Other data that the runs were evaluated on, by the name that evaluate --on printed.",
+        ),
+    ] = None,
 ) -> None:
     """Compare runs to the first one, and show which differences are within noise."""
     from transfer.cli.tables import comparison_table
     from transfer.experiments.comparison import compare as compare_runs
     from transfer.system.terminal import Console
 
-    comparison = compare_runs(runs, metric=metric, different_data=different_data)
+    comparison = compare_runs(runs, metric=metric, different_data=different_data, on=on)
     Console().print(comparison_table(comparison))
     comparison.write(csv=csv, html=html)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -20,7 +22,22 @@ if TYPE_CHECKING:
 def evaluate(
     run: RunFolder,
     overrides: DataOverrides = None,
-    split: Annotated[str, typer.Option(help="Split to evaluate: train, validation or test.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split to evaluate: train, validation or test. Default: test, or all examples of data without splits.",
+            show_default=False,
+        ),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            metavar="DATA",
+            show_default=False,
+            help="Other labeled data: a table, a folder, or a block such as 'data: {name: text_csv, train: new.csv}'.",
+        ),
+    ] = None,
     device: Device = None,
     images: Annotated[
         bool,
@@ -29,22 +46,25 @@ def evaluate(
     old_images: Annotated[bool, typer.Option("--pictures", hidden=True)] = False,  # codespell:ignore
     as_json: AsJSON = False,
 ) -> None:
-    """Print the metrics of a run's model on a split."""
+    """Print the metrics of a run's model on a split of its data, or on other labeled data."""
     from transfer.cli.progress import RunConsole
     from transfer.cli.tables import facts_table
     from transfer.runs.evaluate import evaluate as evaluate_run
     from transfer.system.terminal import Console
 
+    if on is not None and (images or old_images):
+        raise UserError("--on and --images exclude each other: predictions are drawn for the data of the run")
     with RunConsole(Console(stderr=as_json)) as observe:
-        metrics = evaluate_run(run, split, overrides or [], device=device, observe=observe)
+        metrics = evaluate_run(run, split, overrides or [], on=on, device=device, observe=observe)
+    scored = {"split": split or "test"} if on is None else {"data": on}
     if as_json:
-        print(json.dumps({split: metrics}))  # noqa: T201
+        print(json.dumps({next(iter(scored.values())): metrics}))  # noqa: T201
     else:
-        Console().print(facts_table({"split": split, **{name: repr(value) for name, value in metrics.items()}}))
+        Console().print(facts_table({**scored, **{name: repr(value) for name, value in metrics.items()}}))
     if images or old_images:
         from transfer.reports.preview import preview_predictions
 
-        path = preview_predictions(run, split, device=device or "auto").path
+        path = preview_predictions(run, split or "test", device=device or "auto").path
         Console(stderr=as_json).print(f"predictions: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -64,6 +84,18 @@ def predict(
             "--column", show_default=False, help="Column with the inputs: every file is a table, and each row an input."
         ),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            show_default=False,
+            help="File to write instead of a table: .csv, .jsonl or .parquet, with the probability of every class.",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str],
+        typer.Option("--keep", show_default=False, help="Column of the table to repeat in the answers. Repeatable."),
+    ] = [],  # noqa: B006  # typer copies it
     on_error: Annotated[
         Literal["fail", "skip"],
         typer.Option(
@@ -81,9 +113,16 @@ def predict(
     """Predict inputs with a run's model."""
     from transfer.cli.tables import unanswered_text, unknown_text
     from transfer.runs.inputs import Input, argument_inputs, line_inputs
+    from transfer.runs.prediction_files import check_output, write_predictions
     from transfer.runs.predictor import load
     from transfer.system.terminal import Console
 
+    if keep and column is None:
+        raise UserError("--keep needs a table: name the column with the inputs by --column", where="--keep")
+    if output is not None and as_json:
+        raise UserError("--output and --json exclude each other", fix="write a .jsonl file by --output, without --json")
+    if output is not None:
+        check_output(output)
     predictor = load(run, device=device, observe=_print_note)
 
     def read() -> Iterator[Input]:
@@ -91,7 +130,7 @@ def predict(
             if argument == "-":
                 yield from line_inputs(_standard_input(), predictor.preprocessing)
             else:
-                yield from argument_inputs(argument, predictor.preprocessing, column)
+                yield from argument_inputs(argument, predictor.preprocessing, column, keep)
 
     unanswered: list[dict[str, Any]] = []
     partly_unknown: list[dict[str, Any]] = []
@@ -107,8 +146,17 @@ def predict(
                 partly_unknown.append(answer)
             yield answer
 
-    answers = count(predictor.answers(read(), explain=explain, on_error=on_error))
-    if as_json:
+    answers = count(predictor.answers(read(), explain=explain, on_error=on_error, all_probabilities=output is not None))
+    if output is not None:
+        location = (["file"] if column is not None else []) + (["line"] if column is not None or "-" in inputs else [])
+        columns = predictor.columns(keep, location) + (["explanation"] if explain else [])
+        started = time.perf_counter()
+        write_predictions(output, answers, columns)
+        rate = total / max(time.perf_counter() - started, 1e-9)
+        failed = sum("error" in answer for answer in unanswered)
+        line = f"{output}: {total:,} predictions, {failed:,} failed, {rate:,.0f} per second"
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    elif as_json:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False), flush=True)  # noqa: T201
     elif explain:

@@ -123,23 +123,26 @@ def _cache(config: RunConfig, parts: CheckedParts) -> Table:
     for number, phase in enumerate(parts.phases, 1):
         # A head is solved on several views of each example, or on the examples without augmentation.
         solved = phase.solver == "lbfgs"
-        augments = parts.backbone.preprocessing.augments and train.augment and not (solved and train.views is None)
         count = prefix_length(parts.model, phase.frozen)
+        views = views_of_phase(
+            train.views, None if solved else phase.epochs, frozen_backbone=count == len(parts.model) - 1
+        )
+        augments = parts.backbone.preprocessing.augments and train.augment and not (solved and views is None)
         cells = []
         for training in (True, False):
             reason = reason_not_cached(
                 count,
                 cache=train.cache != "off",
                 augments=augments and training,
-                views=train.views,
+                views=views,
                 mixed=train.mix is not None and training and not solved,
                 batch_norm=parts.model.has_batch_norm,
             )
-            views = (
-                f", {views_of_phase(train.views, None if solved else phase.epochs)} views each"
-                if augments and training
-                else ""
-            )
-            cells.append(Text(f"no: {reason}") if reason else Text(f"after {stages[count - 1]}{views}", style="green"))
+            text = f"after {stages[count - 1]}"
+            if augments and training:
+                text += f", {views} views each"
+                if train.views == "auto":
+                    text += f" (train.views: auto, because {phase.epochs} epochs use the frozen backbone)"
+            cells.append(Text(f"no: {reason}") if reason else Text(text, style="green"))
         table.add_row(str(number), *cells)
     return table

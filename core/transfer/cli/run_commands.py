@@ -20,6 +20,10 @@ def run(
     config: ConfigFile,
     overrides: Overrides = None,
     output: OutputFolder = RUNS,
+    into: Annotated[
+        Path | None,
+        typer.Option(help="Run directory: the same command starts or resumes the run in it.", show_default=False),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Run a few batches of every phase and split only, to test a config.")
     ] = False,
@@ -31,13 +35,19 @@ def run(
     from transfer.runs.train import run as run_config
 
     if seeds is not None:
+        from transfer.errors import UserError
         from transfer.experiments.seeds import run_seeds
+
+        if into is not None:
+            raise UserError("--into names one run, and --seeds trains several", fix="remove one of the two options")
 
         follow_seeds(
             lambda observe: run_seeds(config, overrides or [], seeds=seeds, output=output, quick=quick, observe=observe)
         )
         return
-    follow_run(lambda observe: run_config(config, overrides or [], output=output, quick=quick, observe=observe))
+    follow_run(
+        lambda observe: run_config(config, overrides or [], output=output, into=into, quick=quick, observe=observe)
+    )
 
 
 def resume(run: RunFolder, overrides: DataOverrides = None) -> None:

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from transfer.config.option_schema import Block
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Compile = bool | Literal["reduce-overhead"]
 
 OPTIMIZER = "adam"
 """Optimizer of a config that names none."""
@@ -270,12 +271,17 @@ class TrainConfig(Block):
         deterministic: Whether a GPU uses only kernels that give the same result in every run, without TF32. This is
             slower, and has no effect on the CPU, whose results are always reproducible.
         compile: Whether the model is compiled with torch.compile, which starts slowly and speeds up many models.
+            reduce-overhead also records CUDA graphs on a GPU, for small models and batches whose shapes repeat; it
+            needs accumulate 1.
+        sync_batch_norm: Whether trained batch-norm layers use the statistics of the batches of all processes in
+            distributed training, instead of those of each process; GPUs only. Has no effect in one process.
         ema: Decay per step of an exponential moving average of the weights, which is then evaluated and saved instead
             of the weights; null disables it.
         mix: Batch augmentation by mixup and CutMix; null disables it.
         cache: Cache for the features of the frozen prefix: auto, off, or verify (recompute a sample and compare).
-        views: Number of augmented views of each training example in the feature cache. null does not cache the
-            training split if it is augmented at random.
+        views: Number of augmented views of each training example in the feature cache. auto: 4 if a phase freezes the
+            complete backbone for more than 4 epochs of gradient steps, otherwise none. null does not cache the training
+            split if it is augmented at random.
         cache_limit_gib: Maximum size of the feature cache on disk in GiB; the least recently used entries are removed.
         select: Epoch whose weights are kept: loss (lowest validation loss), the name of a metric, or last; null uses
             the task's primary metric. Differences within one standard error of a metric are decided by the loss.
@@ -309,11 +315,12 @@ class TrainConfig(Block):
     ] = "auto"
     precision: Precision | Literal["auto"] = "auto"
     deterministic: bool = False
-    compile: bool = False
+    compile: Annotated[Compile, one_of("true, false or reduce-overhead")] = False
+    sync_batch_norm: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     mix: MixupCutmix | None = None
     cache: Literal["auto", "off", "verify"] = "auto"
-    views: Count | None = None
+    views: Annotated[Count | Literal["auto"] | None, one_of("an integer of 1 or more, auto, or null")] = "auto"
     cache_limit_gib: Positive = 20.0
     select: str | None = None
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
@@ -336,6 +343,13 @@ class TrainConfig(Block):
             raise ValueError("set batch_size or max_tokens")
         # batch_size has a default, so it is set even if the config contains only max_tokens.
         return self if self.max_tokens is None else self.model_copy(update={"batch_size": None})
+
+    @model_validator(mode="after")
+    def _graphs_without_accumulation(self) -> TrainConfig:
+        # The gradients of a batch would be in memory that the graphs of the next batch overwrite.
+        if self.compile == "reduce-overhead" and self.accumulate > 1:
+            raise ValueError("compile: reduce-overhead needs accumulate: 1; set compile: true, or a larger batch_size")
+        return self
 
     @model_validator(mode="after")
     def _phases_or_recipe(self) -> TrainConfig:

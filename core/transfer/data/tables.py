@@ -379,6 +379,11 @@ class Tables:
         """Return the reason why a row cannot be used: its example or its class is missing. None if there is none."""
         if isinstance(value, str) and self.is_empty(value):
             return f"column {self.column!r} is empty"
+        if self.bad_examples is not None:  # the further fields are texts of the same example
+            for column in self.extra_fields.values():
+                text = as_text(record[column])
+                if text is not None and self.is_empty(text):
+                    return f"column {column!r} is empty"
         if self.target == "class":
             label = record[self.labels[0]]
             if label_text(label) == "":

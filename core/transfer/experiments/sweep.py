@@ -249,9 +249,9 @@ class Worker:
 
     def others(self) -> bool:
         """Return whether other processes are still running trials."""
-        return any(
-            trial.state == self.optuna.trial.TrialState.RUNNING for trial in self.study.get_trials(deepcopy=False)
-        )
+        with study_errors(self.folder):
+            trials = self.study.get_trials(deepcopy=False)
+        return any(trial.state == self.optuna.trial.TrialState.RUNNING for trial in trials)
 
     def _take(self) -> tuple[optuna.Trial, Any] | None:
         """Return an unfinished trial or a new one, with its lock; None if the study has enough trials."""
@@ -312,7 +312,9 @@ class Worker:
         else:
             value = run.summary["validation"][self.metric]
             self._tell(trial, folder=run.folder, values=value)
-            self.observe(Note(f"{name}: validation {self.metric} {value:.4f}, best so far {self.study.best_value:.4f}"))
+            with study_errors(self.folder):
+                best = self.study.best_value
+            self.observe(Note(f"{name}: validation {self.metric} {value:.4f}, best so far {best:.4f}"))
 
     def _tell(
         self, trial: optuna.Trial, *, reason: str | None = None, folder: Path | None = None, **result: Any

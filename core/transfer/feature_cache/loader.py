@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from transfer.data.batch import Batch, Shard
 from transfer.data.loader import Loader
 from transfer.feature_cache.prefix import FrozenPrefix
-from transfer.feature_cache.store import Entry, FeatureCache, pad
+from transfer.feature_cache.store import Entry, FeatureCache, take
+
+AUTO_VIEWS = 4
+"""Number of augmented views that ``train.views: auto`` caches, as accurate as a new view per epoch (docs/log.md)."""
 
 
 class CachedLoader:
@@ -55,20 +56,7 @@ class CachedLoader:
         for whole in self.loader.batch_indices(epoch)[start:][:limit]:
             indices = whole if shard is None else shard(whole)
             targets = torch.as_tensor(self.split.targets[indices])
-            yield Batch(self._take(indices, views[indices]), targets, indices, None if shard is None else whole)
-
-    def _take(self, indices: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> Any:
-        if len(self.views) == 1:
-            return self.views[0].take(indices)
-        if self.views[0].offsets is not None:
-            return pad([self.views[view].steps(index) for view, index in zip(views, indices, strict=True)])
-        # One read per view is faster than one per example. `order` puts the rows back into the order of the batch.
-        drawn = np.unique(views)
-        features = [self.views[view].take(indices[views == view]) for view in drawn]
-        order = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(views == view) for view in drawn])))
-        if isinstance(features[0], Tensor):
-            return torch.cat(features)[order]
-        return tuple(torch.cat(tensors)[order] for tensors in zip(*features, strict=True))
+            yield Batch(take(self.views, views[indices], indices), targets, indices, None if shard is None else whole)
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,9 @@ class StageInputs:
     def __str__(self) -> str:
         if not self.report["cached"]:
             return f"not cached: {self.report['why']}"
-        return f"cached after {self.report['stages'][-1]} ({self.report['bytes'] / 2**20:.1f} MiB)"
+        views = self.report["views"]
+        text = f", {views} view{'s' * (views > 1)} each" if views else ""
+        return f"cached after {self.report['stages'][-1]}{text} ({self.report['bytes'] / 2**20:.1f} MiB)"
 
 
 def select_stage_inputs(
@@ -149,5 +139,8 @@ def reason_not_cached(
     if mixed:
         return "train.mix mixes examples at the input"
     if augments and views is None:
-        return "random augmentation differs in each epoch (train.views: K caches K augmented views of each example)"
+        return (
+            "random augmentation differs in each epoch (train.views: K caches K augmented views of each example; auto "
+            f"caches {AUTO_VIEWS} if the backbone is frozen for more than {AUTO_VIEWS} epochs)"
+        )
     return None

@@ -24,7 +24,7 @@ from transfer.models.forward import forward_batches
 from transfer.models.model import Model
 from transfer.system.directory_cache import KEY_DIGITS
 
-FORMAT = 2
+FORMAT = 3
 BATCH_SIZE = 64
 """Batch size of the forward pass. It is the same in every run, because another batch size rounds differently."""
 SAMPLE_EXAMPLES = 2
@@ -122,6 +122,23 @@ class FrozenPrefix:
         """Return the digest of the augmented inputs of the first examples by index."""
         examples = loader.in_fixed_order(SAMPLE_EXAMPLES, augment=True).examples
         return content_digest(examples.batch(_sample_of(loader, view)).inputs) if len(loader.split) else ""
+
+    def probe(self, loader: Loader, view: int | None, examples: int) -> Any:
+        """Return the features, on the CPU, of copies of the example that comes last in the fixed order (the shortest).
+
+        Args:
+            loader: Batches of the split.
+            view: Index of an augmented view. None does not augment.
+            examples: Number of copies.
+        """
+        fixed = loader.in_fixed_order(BATCH_SIZE, augment=view is not None)
+        index = int(fixed.batch_indices(0)[-1][-1])
+        with preserve_rng_state():
+            batch = fixed.batch([(view or 0, index)] * examples)
+            ((_, features),) = forward_batches(
+                self.model, [batch], device=self.device, precision=self.precision, end_stage=self.count
+            )
+        return move(features, torch.device("cpu"))
 
     def run(
         self, loader: Loader, view: int | None, limit: int | None = None

@@ -58,8 +58,10 @@ class Backbone(nn.Module, ABC):
 
     Args:
         stages: Stages by name, from input to output. Each module takes the output of the one before it, a tensor or a
-            tuple of tensors. The last one returns features as :attr:`features` specifies. No stage is named ``head``. A
-            dot groups stages: in a config, ``image`` refers to both ``image.stem`` and ``image.layer1``.
+            tuple of tensors. In a tuple, a tensor without an axis of examples is a table that all examples have in
+            common, and a bool mask (B, T) marks the real steps of sequences. The last one returns features as
+            :attr:`features` specifies. No stage is named ``head``. A dot groups stages: in a config, ``image`` refers
+            to both ``image.stem`` and ``image.layer1``.
     """
 
     field: ClassVar[str]

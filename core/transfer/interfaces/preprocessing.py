@@ -140,6 +140,11 @@ class Preprocessing(ABC):
         """
         return np.fromiter(map(self.length, encoded), dtype=np.int64, count=len(encoded))
 
+    @property
+    def varies_in_length(self) -> bool:
+        """Whether encoded values vary in length; by default, whether a subclass defines :meth:`length`."""
+        return type(self).length is not Preprocessing.length
+
     def warning(self, values: Sequence[Any]) -> str | None:
         """Return a warning about raw values that can be encoded but mean little to the model; None by default.
 
@@ -259,6 +264,15 @@ class Preprocessing(ABC):
         contains the files of the backbone's assets.
         """
         return None
+
+    def restore(self, described: Mapping[str, Any]) -> None:  # noqa: B027  # most have no such settings
+        """Adopt settings that a saved model was trained with and that depend on the machine; by default there are none.
+
+        If this machine cannot do so, warn and use the nearest setting.
+
+        Args:
+            described: Result of :meth:`describe` in training.
+        """
 
     def describe(self) -> Mapping[str, Any]:
         """Return the settings that determine the model's input, for tables and the saved model; JSON values."""

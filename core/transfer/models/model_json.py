@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +73,11 @@ def read_description(folder: Path, missing: str, fix: str) -> dict[str, Any]:
         if not name or Path(name).name != name or name in (DESCRIPTION, WEIGHTS) or name.startswith("."):
             raise RunError(f"the model folder is incomplete: {name!r} is no file of it", where=str(file), fix=again)
     return described
+
+
+def has_adapter(described: Mapping[str, Any]) -> bool:
+    """Return whether the weights of a described model contain an adapter that is not merged."""
+    return bool(described.get("adapter"))
 
 
 def read_assets(folder: Path, described: dict[str, Any]) -> dict[str, str]:

@@ -1,14 +1,17 @@
-"""Precision, memory format and kernels with which a model computes on a device."""
+"""Precision, memory format, kernels and compiled code with which a model computes on a device."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
-from transfer.config.train_settings import Precision
+from transfer.config.train_settings import Compile, Precision
 from transfer.models.model import Model
 
 
@@ -49,3 +52,43 @@ def place(model: Model, device: torch.device, *, deterministic: bool = False) ->
         # cuBLAS reads the variable when it is first used. Operations without a deterministic kernel only warn.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def compiled(model: Model, option: Compile, *, varied: bool) -> Callable[..., Tensor]:
+    """Return the forward pass of a model (:meth:`Model.forward`), compiled if the option says so.
+
+    Args:
+        model: Model on its device. Its parameters and its mode stay those of the compiled code.
+        option: The option ``train.compile``.
+        varied: Whether examples vary in length. Code for any size is then compiled, instead of new code for each size.
+    """
+    if not option:
+        return model
+    # None: torch compiles for fixed sizes, which is faster for images, until it meets a second size.
+    options: dict[str, Any] = {"dynamic": True if varied else None}
+    if option == "reduce-overhead":
+        options["mode"] = option
+    forward: Callable[..., Tensor]
+    if any(_is_recurrent(stage) for stage in model):
+        # torch.compile would unroll a recurrent layer over its steps, with new code for each length.
+        stages = [stage if _is_recurrent(stage) else torch.compile(stage, **options) for stage in model]
+        forward = partial(_run_stages, stages)
+    else:
+        forward = torch.compile(model, **options)
+    return partial(_replay, forward) if option == "reduce-overhead" else forward
+
+
+def _is_recurrent(stage: nn.Module) -> bool:
+    return any(isinstance(module, nn.RNNBase) for module in stage.modules())
+
+
+def _run_stages(stages: Sequence[Callable[[Any], Any]], inputs: Any, first_stage: int = 0) -> Any:
+    for stage in stages[first_stage:]:
+        inputs = stage(inputs)
+    return inputs
+
+
+def _replay(forward: Callable[..., Tensor], inputs: Any, first_stage: int = 0) -> Tensor:
+    """Run a forward pass whose CUDA graphs overwrite the tensors of the batch before."""
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+    return forward(inputs, first_stage).clone()  # metrics may keep the outputs

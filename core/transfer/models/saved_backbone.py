@@ -15,8 +15,8 @@ from torch import Tensor
 from transfer.config.component import Component, error_location, require_complete
 from transfer.errors import RunError, WeightsError, damaged
 from transfer.interfaces import Backbone
-from transfer.models.model_json import WEIGHTS, read_assets, read_description
-from transfer.models.saved_model import ADAPTER, read_model
+from transfer.models.model_json import WEIGHTS, has_adapter, read_assets, read_description
+from transfer.models.saved_model import read_model
 from transfer.storage.tensor_files import load_tensors
 
 _HEAD = "head."
@@ -96,8 +96,9 @@ def saved_backbone(run: str | Path, name: str | None = None) -> SavedBackbone:
             where=str(folder),
             fix=f"name a run of {name}",
         )
-    is_adapted = bool(described.get(ADAPTER))
-    return SavedBackbone(folder, described["backbone"], described["preprocessing"], assets, is_adapted)
+    return SavedBackbone(
+        folder, described["backbone"], described["preprocessing"], assets, is_adapted=has_adapter(described)
+    )
 
 
 def build_backbone(component: Component, values: Sequence[Any] | None = None) -> Backbone:

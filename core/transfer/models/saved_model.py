@@ -18,7 +18,7 @@ from transfer.interfaces import Backbone, DataSpec, Task
 from transfer.models import recorded_plugins
 from transfer.models.assemble import assemble
 from transfer.models.model import Model
-from transfer.models.model_json import DESCRIPTION, WEIGHTS, read_assets, read_description
+from transfer.models.model_json import DESCRIPTION, WEIGHTS, has_adapter, read_assets, read_description
 from transfer.registry.entry_points import Kind
 from transfer.storage.run_directory import FORMAT, RunDirectory
 from transfer.storage.tensor_files import load_tensors, require_same_layout, write_tensors
@@ -96,7 +96,7 @@ def read_model(folder: Path, *, merged: bool = False) -> LoadedModel:
     described = _read_description(folder)
     file = folder / DESCRIPTION
     backbone_block, head, task = (_component(kind, described, file) for kind in PARTS)
-    adapter = _component(ADAPTER, described, file) if described.get(ADAPTER) else None
+    adapter = _component(ADAPTER, described, file) if has_adapter(described) else None
     data = described["data"]
     spec = DataSpec(tuple(data["fields"]), data["target"], tuple(data["classes"]))
     backbone_class: type[Backbone] = backbone_block.cls
@@ -106,6 +106,7 @@ def read_model(folder: Path, *, merged: bool = False) -> LoadedModel:
         with error_location(str(file)):
             backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
             the_task, model = assemble(backbone, head, task, spec, adapter)
+            backbone.preprocessing.restore(described["preprocessing"])
         the_task.load_state(described["task_state"])
         model.scale_outputs(the_task.output_scaling())
     _load_weights(model, folder / WEIGHTS)

@@ -1,44 +1,16 @@
-"""Metrics of the report's test section: confusion matrix, metrics per class, calibration, residuals."""
+"""Metrics of the report's test section: confusion matrix, calibration, residuals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-    multiclass_precision,
-    multiclass_recall,
-    multilabel_f1_score,
-    multilabel_precision,
-    multilabel_recall,
-)
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchmetrics.functional.regression import mean_absolute_error, mean_squared_error, r2_score
 
 CALIBRATION_BINS = 15
 """Number of bins of the reliability diagram and of the expected calibration error (Guo et al. 2017)."""
-
-
-@dataclass(frozen=True)
-class ClassMetrics:
-    """Metrics of one class or one label.
-
-    Args:
-        precision: Fraction of the predictions of this class that are correct; None if it was never predicted.
-        recall: Fraction of the examples of this class that were predicted as it; None if it has no examples.
-        f1: Harmonic mean of precision and recall; None if the class has neither predictions nor examples.
-        support: Number of examples of the class.
-        predicted: Number of predictions of the class.
-    """
-
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    support: int
-    predicted: int
 
 
 @dataclass(frozen=True)
@@ -110,51 +82,6 @@ def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> 
     # The targets and predictions come from a task, which has validated them.
     matrix: Tensor = multiclass_confusion_matrix(predictions, targets, num_classes, validate_args=False)
     return matrix
-
-
-def metrics_per_class(predictions: Tensor, targets: Tensor, num_classes: int) -> list[ClassMetrics]:
-    """Return the metrics of each class.
-
-    Args:
-        predictions: Predicted classes, int64 (N,).
-        targets: True classes, int64 (N,).
-        num_classes: Number of classes C.
-    """
-    columns = [
-        metric(predictions, targets, num_classes, average="none", validate_args=False)
-        for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
-    ]
-    supports, predicted = (torch.bincount(classes, minlength=num_classes) for classes in (targets, predictions))
-    return _class_metrics(columns, supports, predicted)
-
-
-def metrics_per_label(predictions: Tensor, targets: Tensor) -> list[ClassMetrics]:
-    """Return the metrics of each label.
-
-    Args:
-        predictions: Whether each label was predicted, bool (N, C).
-        targets: Whether each label is true, bool (N, C).
-    """
-    columns = [
-        metric(predictions.int(), targets.int(), predictions.shape[1], average="none", validate_args=False)
-        for metric in (multilabel_precision, multilabel_recall, multilabel_f1_score)
-    ]
-    return _class_metrics(columns, targets.sum(0), predictions.sum(0))
-
-
-def _class_metrics(columns: Iterable[Tensor], supports: Tensor, predicted: Tensor) -> list[ClassMetrics]:
-    """Return the rows of the metrics' columns. torchmetrics gives 0 for a quotient by zero; it is None here."""
-    rows = zip(*(column.reshape(-1).tolist() for column in (*columns, supports, predicted)), strict=True)
-    return [
-        ClassMetrics(
-            precision if predictions else None,
-            recall if support else None,
-            f1 if predictions or support else None,
-            support,
-            predictions,
-        )
-        for precision, recall, f1, support, predictions in rows
-    ]
 
 
 def most_confused(matrix: Tensor, limit: int) -> list[tuple[int, int, int]]:

@@ -19,22 +19,20 @@ from transfer.config.component import Component
 from transfer.config.run_config import RunConfig
 from transfer.config.tracker_variables import mask_trackers
 from transfer.config.yaml_document import dump
-from transfer.data.targets import class_name
 from transfer.models.saved_model import LoadedModel
 from transfer.reports import charts
 from transfer.reports.metrics import (
     CALIBRATION_BINS,
     Calibration,
-    ClassMetrics,
     calibration,
     confusion_matrix,
-    metrics_per_class,
-    metrics_per_label,
     most_confused,
     residuals,
 )
-from transfer.reports.top_losses import Example, Image, threshold
-from transfer.storage.run_directory import Predictions
+from transfer.reports.top_losses import Example, Image
+from transfer.runs.class_metrics import ClassMetrics, class_metrics, predicts_classes, threshold
+from transfer.runs.evaluations import read_evaluations
+from transfer.storage.run_directory import Predictions, RunDirectory
 from transfer.system.formatting import format_count, format_duration, format_value
 from transfer.system.templates import environment
 from transfer.training.experiment import Phase
@@ -128,6 +126,7 @@ def render(material: Material) -> tuple[str, dict[str, str]]:
     sections = {
         "Training": _training(material),
         "Test": _test(material),
+        "Other data": _other_data(material),
         "Calibration": _calibration(material),
         "Top losses": _top_losses(material),
         "Setup": _setup(material),
@@ -289,29 +288,36 @@ def _test(material: Material) -> dict[str, Any]:
     if predictions.predictions.shape != predictions.targets.shape:
         return section
     if data.target == "labels":
-        lowest = threshold(material.trained)
-        metrics = metrics_per_label(predictions.predictions >= lowest, predictions.targets > 0.5)
-        return section | {"labels": _class_table(data.classes, metrics, "label"), "threshold": lowest}
+        metrics = class_metrics(data, material.trained.task, predictions)
+        return section | {"labels": _class_table(metrics, "label"), "threshold": threshold(material.trained.task)}
     if data.target == "number":
         return section | {"numbers": _numbers(material, predictions)}
     return section
 
 
+def _other_data(material: Material) -> Table | None:
+    """Return the metrics of each evaluation on other data, beside those of the test split; None without evaluations."""
+    evaluations = read_evaluations(RunDirectory(material.folder))
+    if not evaluations:
+        return None
+    test = material.summary.get("test") or {}
+    metrics = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
+    rows = [[e.name, f"{e.examples:,}", *(_decimal(e.metrics.get(name)) for name in metrics)] for e in evaluations]
+    if test:
+        rows.insert(0, ["test", f"{material.summary['examples']['test']:,}", *(_decimal(test.get(n)) for n in metrics)])
+    missing = [f"{e.name} has no example of {', '.join(e.missing[:5])}" for e in evaluations if e.missing]
+    return Table(["data", "examples", *metrics], rows, note="; ".join(missing))
+
+
 def _predicts_classes(material: Material) -> bool:
     """Whether each test example has one class, and the predictions are classes too."""
-    predictions = material.predictions
-    if predictions is None or predictions.predictions.is_floating_point() or predictions.predictions.ndim != 1:
-        return False
-    # A negative number is no class: a task may abstain.
-    return material.trained.data.target == "class" and int(predictions.predictions.min()) >= 0
+    return material.predictions is not None and predicts_classes(material.trained.data, material.predictions)
 
 
 def _classes(material: Material, scored: Predictions) -> dict[str, Any]:
     predictions, targets = scored.predictions.long(), scored.targets.long()
-    classes = material.trained.data.classes
-    # A task may have more outputs than the data has classes.
-    count = max(len(classes), int(predictions.max()) + 1)
-    names = [class_name(classes, index) for index in range(count)]
+    metrics = class_metrics(material.trained.data, material.trained.task, scored)
+    names = list(metrics)
     matrix = confusion_matrix(predictions, targets, len(names))
     plot = None
     if len(names) <= MAX_DRAWN_CLASSES:
@@ -324,22 +330,21 @@ def _classes(material: Material, scored: Predictions) -> dict[str, Any]:
             for true, predicted, count in most_confused(matrix, MAX_MISTAKES)
         ]
         mistakes = Table(["true", "predicted", "examples"], rows, text_columns=2)
-    metrics = metrics_per_class(predictions, targets, len(names))
-    return {"matrix": plot, "table": _class_table(names, metrics, "class"), "mistakes": mistakes}
+    return {"matrix": plot, "table": _class_table(metrics, "class"), "mistakes": mistakes}
 
 
-def _class_table(names: Sequence[str], metrics: Sequence[ClassMetrics], heading: str) -> Table:
-    order = list(range(len(names)))
+def _class_table(metrics: Mapping[str, ClassMetrics], heading: str) -> Table:
+    order = list(metrics)
     note = ""
-    if len(names) > MAX_LISTED_CLASSES:
+    if len(metrics) > MAX_LISTED_CLASSES:
         # A class without examples and predictions has no F1; it comes first.
-        order = sorted(order, key=lambda index: -1.0 if (f1 := metrics[index].f1) is None else f1)[:MAX_LISTED_CLASSES]
-        note = f"The {MAX_LISTED_CLASSES} with the lowest F1 of {len(names):,}."
+        order = sorted(order, key=lambda name: -1.0 if (f1 := metrics[name].f1) is None else f1)[:MAX_LISTED_CLASSES]
+        note = f"The {MAX_LISTED_CLASSES} with the lowest F1 of {len(metrics):,}."
     rows = []
-    for index in order:
-        one = metrics[index]
+    for name in order:
+        one = metrics[name]
         decimals = map(_decimal, (one.precision, one.recall, one.f1))
-        rows.append([names[index], *decimals, f"{one.support:,}", f"{one.predicted:,}"])
+        rows.append([name, *decimals, f"{one.support:,}", f"{one.predicted:,}"])
     return Table([heading, "precision", "recall", "F1", "support", "predicted"], rows, note=note)
 
 

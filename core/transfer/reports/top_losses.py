@@ -14,6 +14,7 @@ from torch import Tensor
 from transfer.data.targets import describe
 from transfer.interfaces import Preprocessing, Split
 from transfer.models.saved_model import LoadedModel
+from transfer.runs.class_metrics import threshold
 from transfer.runs.occlusion import explain_output, outputs_of
 from transfer.storage.run_directory import Predictions
 
@@ -165,15 +166,10 @@ def _predicted(trained: LoadedModel, predictions: Predictions, index: int) -> st
         confidence = "" if predictions.confidences is None else f" ({float(predictions.confidences[index]):.3f})"
         return f"{describe(data, prediction)}{confidence}"
     if data.target == "labels" and prediction.ndim:
-        return describe(data, prediction >= threshold(trained))
+        return describe(data, prediction >= threshold(trained.task))
     if data.target == "number" and prediction.ndim:
         return describe(data, prediction)
     return str(prediction.tolist())
-
-
-def threshold(trained: LoadedModel) -> float:
-    """Return the lowest probability at which a label is predicted."""
-    return float(getattr(trained.task, "threshold", 0.5))
 
 
 def _explain(

@@ -12,7 +12,7 @@ import numpy as np
 from transfer.config.run_config import RunConfig
 from transfer.data.splits import digest
 from transfer.errors import DataError
-from transfer.interfaces import DataSpec, Split
+from transfer.interfaces import Data, DataSpec, Split
 from transfer.training.build import read_data
 
 
@@ -28,23 +28,55 @@ def read_splits(config: RunConfig, trained: DataSpec, run: Path) -> dict[str, Sp
         DataError: The data is wrong, or has a class that the model does not have.
     """
     data, splits = read_data(config)
+    return align_classes(data, splits, trained, str(run))
+
+
+def align_classes(data: Data, splits: Mapping[str, Split], trained: DataSpec, where: str) -> dict[str, Split]:
+    """Return splits with targets in the order of the model's classes.
+
+    Args:
+        data: Data with the classes of the targets.
+        splits: Splits of the data.
+        trained: Data specification that the model was trained on.
+        where: Location of the run or of the data, for errors.
+
+    Raises:
+        DataError: The data has another kind of target, or a class that the model does not have.
+    """
+    if data.spec.target != trained.target:
+        raise DataError(
+            f"the targets of the data are wrong: expected a {trained.target}, got a {data.spec.target}", where=where
+        )
     if data.spec.classes == trained.classes:
-        return splits
+        return dict(splits)
     unknown = [name for name in data.spec.classes if name not in trained.classes]
     missing = [name for name in trained.classes if name not in data.spec.classes]
     # A class that no example has any more does not change the meaning of the others. A missing number does.
     if unknown or (missing and trained.target == "number"):
-        parts = [f"the model has no class {', '.join(map(repr, unknown))}"] if unknown else []
+        examples = [_examples_of(data, splits, name) for name in unknown]
+        parts = [f"the model has no class {', '.join(examples)}"] if unknown else []
         parts += [f"the data has no class {', '.join(map(repr, missing))}"] if missing else []
         raise DataError(
             f"the classes of the data are not those of the model: {'; '.join(parts)}",
-            where=str(run),
+            where=where,
             available=trained.classes,
             fix="give the classes the names that they had in training, or train a new model",
         )
     # positions[i]: index of the i-th class of the data among the classes of the model.
     positions = np.array([trained.classes.index(name) for name in data.spec.classes], dtype=np.int64)
     return {name: _with_positions(split, positions, trained) for name, split in splits.items()}
+
+
+def _examples_of(data: Data, splits: Mapping[str, Split], name: str) -> str:
+    """Return the name of a class with its number of examples and the first of them."""
+    index = data.spec.classes.index(name)
+    if data.spec.target == "number":
+        return repr(name)
+    found = []
+    for split in splits.values():
+        is_class = split.targets == index if data.spec.target == "class" else split.targets[:, index] > 0
+        found += [split.name(int(position)) for position in np.flatnonzero(is_class)]
+    return f"{name!r} ({len(found):,} examples, the first is {found[0]})" if found else repr(name)
 
 
 def changed_split(summary: Mapping[str, Any], name: str, split: Split) -> str | None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transfer.runs.inputs import value_inputs
 from transfer.runs.predictor import OnError, load
 from transfer.training.events import Observer, ignore_events
 
 
 def predict(
     run: str | Path,
-    sources: Iterable[Any],
+    sources: Any,
     *,
+    column: str | None = None,
+    keep: Sequence[str] = (),
     explain: bool = False,
     on_error: OnError = "fail",
     device: str | None = None,
@@ -28,7 +29,10 @@ def predict(
         run: Run directory, or model folder (an export in the format ``safetensors``).
         sources: Inputs. A ``pathlib.Path`` is a file, or a folder whose files are read. A string is a text if the
             backbone reads texts, and the path of a file otherwise. Other inputs are raw values: a PIL image, an array
-            of uint8 (H, W, C), bytes of a file.
+            of uint8 (H, W, C), bytes of a file. With ``column``, a table: its path, a data frame of pandas or polars, a
+            dict of columns, or a list of dicts.
+        column: Name of the column of a table with the inputs.
+        keep: Names of the columns of a table that the answers repeat.
         explain: Whether to compute the effect of each piece of an input on its score, by leaving out one piece at a
             time (occlusion, Zeiler and Fergus 2014; erasure, Li et al. 2016).
         on_error: Whether the first input that cannot be read raises its error (``fail``) or gets an answer with an
@@ -49,4 +53,4 @@ def predict(
             its inputs into pieces.
     """
     predictor = load(run, device=device, observe=observe)
-    yield from predictor.answers(value_inputs(sources, predictor.preprocessing), explain=explain, on_error=on_error)
+    yield from predictor.answers(predictor.inputs(sources, column, keep), explain=explain, on_error=on_error)

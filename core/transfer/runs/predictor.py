@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import cached_property
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from transfer.config.train_settings import Precision
 from transfer.data.batch import Batch
 from transfer.data.encoding import encode
-from transfer.errors import DataError, RunError, UserError, unknown_name
+from transfer.errors import DataError, RunError, TransferError, UserError, unknown_name
 from transfer.interfaces import Preprocessing
 from transfer.models.forward import forward_batches
 from transfer.models.model_json import DESCRIPTION
-from transfer.models.precision import place
+from transfer.models.precision import place, resolve_precision
 from transfer.models.recorded_plugins import changes_note
 from transfer.models.saved_model import LoadedModel, find_model, plugin_changes, read_model
 from transfer.runs.inference_device import inference_device
-from transfer.runs.inputs import Input, value_inputs
-from transfer.runs.occlusion import explain_output, outputs_of_encoded, refuse_non_finite
+from transfer.runs.inputs import Input, frame_inputs, path_inputs, value_inputs
+from transfer.runs.occlusion import explain_output, refuse_non_finite
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json
 from transfer.training.events import Note, Observer, ignore_events
@@ -34,7 +38,30 @@ PREDICTION_BATCH = 64
 OnError = Literal["fail", "skip"]
 """``fail``: raise the error of the first input that cannot be read. ``skip``: answer the others."""
 
+NOT_IN_EVERY_ANSWER = ("unknown_fraction", "note", "error")
+"""Keys that only some answers have."""
+
 _T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch of inputs that are read and encoded.
+
+    Args:
+        inputs: Inputs of the batch.
+        answers: Answers to the inputs without a value, by index.
+        values: Raw values of the others, by index.
+        encoded: Encoded values, in the order of ``values``.
+        batch: Batch of the encoded values; None if there are none.
+    """
+
+    inputs: Sequence[Input]
+    answers: dict[int, dict[str, Any]]
+    values: dict[int, Any]
+    encoded: Sequence[Any]
+    batch: Batch | None
 
 
 class Predictor:
@@ -43,11 +70,13 @@ class Predictor:
     Args:
         folder: Model folder.
         loaded: Model that was read from the folder.
+        precision: Precision of the forward pass; explanations are computed in fp32.
     """
 
-    def __init__(self, folder: Path, loaded: LoadedModel) -> None:
+    def __init__(self, folder: Path, loaded: LoadedModel, precision: Precision = "fp32") -> None:
         self.folder = folder
         self.loaded = loaded
+        self.precision = precision
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -65,12 +94,21 @@ class Predictor:
         return tuple(self.loaded.model.stages)
 
     def predict(
-        self, values: Iterable[Any], *, explain: bool = False, on_error: OnError = "fail"
+        self,
+        values: Any,
+        *,
+        column: str | None = None,
+        keep: Sequence[str] = (),
+        explain: bool = False,
+        on_error: OnError = "fail",
     ) -> list[dict[str, Any]]:
-        """Predict a list of values; :func:`transfer.predict` describes them and the answers.
+        """Predict a list of values, or the rows of a table; :func:`transfer.predict` describes them and the answers.
 
         Args:
-            values: Strings, ``pathlib.Path`` objects of files or folders, or raw values (PIL images, arrays).
+            values: Strings, ``pathlib.Path`` objects of files or folders, or raw values (PIL images, arrays). With
+                ``column``, a table: a data frame of pandas or polars, a dict of columns or a list of dicts.
+            column: Name of the column of the table with the values.
+            keep: Names of the columns of the table that the answers repeat.
             explain: Whether to compute the effect of each piece of a value on its score.
             on_error: Whether the first value that cannot be read raises its error (``fail``) or gets an answer with an
                 ``error`` (``skip``).
@@ -78,17 +116,47 @@ class Predictor:
         Raises:
             UserError: A value cannot be read, or the backbone cannot divide its inputs into pieces.
         """
-        return list(self.answers(value_inputs(values, self.preprocessing), explain=explain, on_error=on_error))
+        return list(self.answers(self.inputs(values, column, keep), explain=explain, on_error=on_error))
+
+    def inputs(self, values: Any, column: str | None = None, keep: Sequence[str] = ()) -> Iterator[Input]:
+        """Yield the inputs of a list of values, or of the rows of a table (:meth:`predict`).
+
+        Raises:
+            UserError: The table has no such column, or there are columns to keep and no table.
+        """
+        if column is not None and isinstance(values, str | os.PathLike):
+            yield from path_inputs(Path(values).expanduser(), self.preprocessing, column, keep)
+        elif column is not None:
+            yield from frame_inputs(values, column, self.preprocessing, keep)
+        elif keep:
+            raise UserError(
+                f"there is no column {keep[0]!r} to keep: the values are no table", fix="name the column of the values"
+            )
+        elif type(values).__name__ == "DataFrame":
+            raise UserError(
+                "the values are a table: expected the column to predict", fix="set column to one of its columns"
+            )
+        else:
+            yield from value_inputs(values, self.preprocessing)
 
     def answers(
-        self, inputs: Iterable[Input], *, explain: bool = False, on_error: OnError = "fail"
+        self,
+        inputs: Iterable[Input],
+        *,
+        explain: bool = False,
+        on_error: OnError = "fail",
+        all_probabilities: bool = False,
     ) -> Iterator[dict[str, Any]]:
         """Yield the answer to each input, in batches and in order.
+
+        While the model computes a batch on a GPU, threads read and encode the next ones.
 
         Args:
             inputs: Inputs; they may be read lazily.
             explain: Whether to compute the effect of each piece of an input on its score.
             on_error: Whether the first input that cannot be read raises its error or gets an answer with an ``error``.
+            all_probabilities: Whether the ``probabilities`` of a classification are those of all classes, in the order
+                of the classes; otherwise those of the most probable ones.
 
         Raises:
             UserError: An input cannot be read, or the backbone cannot divide its inputs into pieces.
@@ -97,8 +165,48 @@ class Predictor:
             name = read_json(self.folder / DESCRIPTION, "there is no model here")["backbone"]["name"]
             fix = "predict without an explanation"
             raise RunError(f"backbone {name!r} cannot divide an input into pieces", where=str(self.folder), fix=fix)
-        for batch in _batched(inputs):
-            yield from self._answer_batch(batch, explain, on_error)
+        device = next(self.loaded.model.parameters()).device
+        prepare = partial(self._prepare, on_error=on_error)
+        waiting: deque[_Prepared] = deque()
+        failures = list[Exception]()
+
+        def batches() -> Iterator[Batch]:
+            """Yield the batches with a value. Those without one only wait for their turn."""
+            try:
+                for prepared in map_ahead(prepare, _batched(inputs), self._reading_threads(device, explain)):
+                    waiting.append(prepared)
+                    if prepared.batch is not None:
+                        yield prepared.batch
+            except TransferError as error:  # raised after the answers before it
+                failures.append(error)
+
+        # The occlusions of an explanation are computed in float32.
+        precision = "fp32" if explain else self.precision
+        computing: list[tuple[_Prepared, Tensor, torch.cuda.Event | None]] = []
+        for _, outputs in forward_batches(self.loaded.model, batches(), device=device, precision=precision):
+            while waiting[0].batch is None:
+                computing.append((waiting.popleft(), outputs[:0].float().cpu(), None))
+            computing.append((waiting.popleft(), *_copy_to_cpu(outputs)))
+            # The answers of the last batch are made while the device computes this one. A CPU gains nothing by it.
+            remaining = 1 if device.type == "cuda" else 0
+            while len(computing) > remaining:
+                yield from self._answer_batch(*computing.pop(0), explain, all_probabilities)
+        for item in computing:
+            yield from self._answer_batch(*item, explain, all_probabilities)
+        for prepared in waiting:
+            yield from self._answer_batch(prepared, torch.empty(0), None, explain, all_probabilities)
+        if failures:
+            raise failures[0]
+
+    def _reading_threads(self, device: torch.device, explain: bool) -> int:
+        """Return the number of batches that threads read and encode ahead; 0 reads them in this thread.
+
+        Decoders of images use all cores within a batch, so two threads keep them busy while one waits for the disk.
+        Preprocessing of texts may not be used by several threads, nor may one that explains while the next is read.
+        """
+        if device.type != "cuda" or explain:
+            return 0
+        return 1 if self.preprocessing.media_type.startswith("text/") else 2
 
     def features(self, values: Iterable[Any], stage: str | None = None) -> Any:
         """Return the output of a stage for a list of values, on the CPU.
@@ -143,51 +251,100 @@ class Predictor:
         ((_, outputs),) = forward_batches(model, [batch], device=device, end_stage=end_stage)
         return _to_cpu(outputs) if isinstance(outputs, Tensor) else tuple(map(_to_cpu, outputs))
 
-    def _answer_batch(self, inputs: Sequence[Input], explain: bool, on_error: OnError) -> Iterator[dict[str, Any]]:
-        results: dict[int, dict[str, Any]] = {}
+    def _prepare(self, inputs: Sequence[Input], on_error: OnError) -> _Prepared:
+        """Read and encode a batch of inputs. Those without a value get their answers."""
+        answers: dict[int, dict[str, Any]] = {}
         values: dict[int, Any] = {}
         for index, one in enumerate(inputs):
             if one.is_blank:
-                results[index] = self._no_answer | {"note": "the input is blank"}
+                answers[index] = self._no_answer | {"note": "the input is blank"}
                 continue
             try:
                 values[index] = _read(one)
             except DataError as error:
                 if on_error == "fail":
                     raise
-                results[index] = self._failed(error, one)
-        results |= dict(self._answer_values(values, inputs, explain, on_error))
-        for index, one in enumerate(inputs):
-            yield {"input": one.name, **one.location, **results[index]}
-
-    def _answer_values(
-        self, values: dict[int, Any], inputs: Sequence[Input], explain: bool, on_error: OnError
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the index and the answer of each value."""
-        if not values:
-            return
+                answers[index] = self._failed(error, one)
+        encoded: Sequence[Any]
         try:
             encoded = self._encode(list(values.values()), [inputs[index].where for index in values])
-        except DataError as error:
+        except DataError:
             if on_error == "fail":
                 raise
-            if len(values) == 1:
-                yield from ((index, self._failed(error, inputs[index])) for index in values)
-                return
+            encoded = []
             # The other values of the batch can be encoded: one at a time.
-            for index, value in values.items():
-                yield from self._answer_values({index: value}, inputs, explain, on_error)
+            for index in list(values):
+                try:
+                    encoded += self._encode([values[index]], [inputs[index].where])
+                except DataError as error:
+                    answers[index] = self._failed(error, inputs[index])
+                    del values[index]
+        batch = Batch.without_targets(self.preprocessing, encoded) if values else None
+        return _Prepared(inputs, answers, values, encoded, batch)
+
+    def _answer_batch(
+        self,
+        prepared: _Prepared,
+        outputs: Tensor,
+        copied: torch.cuda.Event | None,
+        explain: bool,
+        all_probabilities: bool,
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the answers to a batch of inputs.
+
+        Args:
+            prepared: The batch.
+            outputs: Outputs for its values (N, C), on the CPU.
+            copied: Event after which the outputs are there; None if they are there already.
+            explain: Whether to explain the outputs.
+            all_probabilities: Whether the answers contain the probabilities of all classes.
+        """
+        inputs, values, results = prepared.inputs, prepared.values, prepared.answers
+        if values:
+            if copied is not None:
+                copied.synchronize()
+            refuse_non_finite(outputs, lambda i: inputs[list(values)[i]].where)
+            meanings = answers_of(self.loaded, prepared.encoded, outputs)
+            if all_probabilities:
+                self._complete(meanings, outputs)
+            for (index, value), output, meaning in zip(values.items(), outputs, meanings, strict=True):
+                if explain and "note" not in meaning:
+                    meaning["explanation"] = explain_output(self.loaded, value, output)
+                results[index] = meaning
+        for index, one in enumerate(inputs):
+            # A column may have the name of a part of the answer: `label` is the prediction, `input_label` the column.
+            kept = {f"input_{name}" if name in self._reserved else name: value for name, value in one.kept.items()}
+            yield {"input": one.name, **one.location, **kept, **results[index]}
+
+    def _complete(self, meanings: Sequence[dict[str, Any]], outputs: Tensor) -> None:
+        """Replace the probabilities of the most probable classes by those of all classes, in place."""
+        scores, classes = self.loaded.task.scores(outputs), self.classes
+        if scores.ndim != 2 or scores.shape[1] != len(classes):
             return
-        outputs = outputs_of_encoded(self.loaded, encoded)
-        refuse_non_finite(outputs, lambda i: inputs[list(values)[i]].where)
-        meanings = answers_of(self.loaded, encoded, outputs)
-        for (index, value), output, meaning in zip(values.items(), outputs, meanings, strict=True):
-            if explain and "note" not in meaning:
-                meaning["explanation"] = explain_output(self.loaded, value, output)
-            yield index, meaning
+        for meaning, row in zip(meanings, scores.tolist(), strict=True):
+            if isinstance(meaning.get("probabilities"), dict):
+                meaning["probabilities"] = dict(zip(classes, row, strict=True))
 
     def _encode(self, values: Sequence[Any], names: Sequence[str]) -> Sequence[Any]:
         return encode(self.preprocessing, values, range(len(values)), names.__getitem__)
+
+    @cached_property
+    def _reserved(self) -> frozenset[str]:
+        """The keys of an answer that a column of a table cannot have."""
+        return frozenset({"input", "file", "line", "row", "explanation", *NOT_IN_EVERY_ANSWER, *self._no_answer})
+
+    def columns(self, keep: Sequence[str] = (), location: Sequence[str] = ()) -> list[str]:
+        """Return the keys of all answers, with one for the probability of each class, in order.
+
+        Args:
+            keep: Names of the columns of a table that the answers repeat.
+            location: Keys of the location of an input: ``line``; ``file`` and ``line``; or none.
+        """
+        kept = [f"input_{name}" if name in self._reserved else name for name in keep]
+        empty = {**self._no_answer}
+        if "probabilities" in empty:
+            empty["probabilities"] = dict.fromkeys(self.classes)
+        return ["input", *location, *kept, *flat(empty), *NOT_IN_EVERY_ANSWER]
 
     @cached_property
     def _no_answer(self) -> dict[str, Any]:
@@ -217,8 +374,10 @@ def load(run: str | Path, *, device: str | None = None, observe: Observer = igno
     loaded = read_model(folder)
     if changed := plugin_changes(folder):
         observe(Note(changes_note(changed)))
-    place(loaded.model, inference_device(device, _device_of_run(Path(run), folder), observe))
-    return Predictor(folder, loaded)
+    trained_on, precision = _settings_of_run(Path(run), folder)
+    torch_device = inference_device(device, trained_on, observe)
+    place(loaded.model, torch_device)
+    return Predictor(folder, loaded, resolve_precision(precision, torch_device))
 
 
 def answers_of(loaded: LoadedModel, encoded: Sequence[Any], outputs: Tensor) -> list[dict[str, Any]]:
@@ -236,12 +395,13 @@ def answers_of(loaded: LoadedModel, encoded: Sequence[Any], outputs: Tensor) -> 
     return answers
 
 
-def _device_of_run(run: Path, folder: Path) -> str:
-    """Return the ``train.device`` of a run; ``auto`` for a model folder without its run."""
+def _settings_of_run(run: Path, folder: Path) -> tuple[str, Precision | Literal["auto"]]:
+    """Return ``train.device`` and ``train.precision`` of a run; auto and fp32 for a model folder without its run."""
     # `find_model` returns the path itself if it is a model folder.
     if folder == run:
-        return "auto"
-    return str(RunDirectory.open(run).config().get("train", {}).get("device", "auto"))
+        return "auto", "fp32"
+    train = RunDirectory.open(run).config().get("train", {})
+    return str(train.get("device", "auto")), train.get("precision", "fp32")
 
 
 def _read(one: Input) -> Any:
@@ -252,6 +412,51 @@ def _read(one: Input) -> Any:
     except (ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"the input cannot be read: {reason}", where=one.where) from error
+
+
+def map_ahead(function: Callable[[_T], _R], items: Iterable[_T], threads: int) -> Iterator[_R]:
+    """Yield the results of a function for each item, in order, computed in threads up to one item each ahead.
+
+    Args:
+        function: Function of an item.
+        items: Items; they are read in this thread, when they are needed.
+        threads: Number of threads; 0 computes in this thread.
+    """
+    if not threads:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads)
+    try:
+        futures: deque[Future[_R]] = deque()
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > threads:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def flat(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer with one column for each probability, named ``probability_CLASS``."""
+    columns: dict[str, Any] = {}
+    for name, value in answer.items():
+        if name == "probabilities" and isinstance(value, Mapping):
+            columns |= {f"probability_{label}": number for label, number in value.items()}
+        elif name != "probabilities":
+            columns[name] = value
+    return columns
+
+
+def _copy_to_cpu(outputs: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Return outputs on the CPU, float32, and the event after which the copy is there (None: now)."""
+    if not outputs.is_cuda:
+        return outputs.float().cpu(), None
+    copy = outputs.float().to("cpu", non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return copy, event
 
 
 def _batched(inputs: Iterable[_T]) -> Iterator[list[_T]]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transfer.config.check import config_of_moved_run, load_config
 from transfer.config.run_config import Config, RunConfig
-from transfer.config.tracker_variables import read_tracker_variables, stored_config
+from transfer.config.tracker_variables import mask_trackers, read_tracker_variables, stored_config
 from transfer.data.splits import digest
-from transfer.errors import ConfigError, StoppedByObserver
+from transfer.errors import ConfigError, RunError, StoppedByObserver
 from transfer.models.recorded_plugins import changes as plugin_changes, recorded_plugins, run_config
 from transfer.models.saved_model import LoadedModel, write_model
 from transfer.runs.artifacts import CompletedRun, write_artifacts
+from transfer.runs.class_metrics import class_metrics
 from transfer.runs.facts import length_quantiles, run_environment, run_facts
 from transfer.runs.tracking import Tracking
 from transfer.storage.environment import environment_diff
@@ -27,6 +28,10 @@ from transfer.training.build import BuiltExperiment, build
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from transfer.training.engine import fit
 from transfer.training.events import Note, Observer, RunEnded, RunStarted, ignore_events
+
+_SETTLED = frozenset({("train", "batch_size"), ("train", "recipe", "solver"), ("train", "recipe", "batch_norm")})
+"""Options that a run replaces by values that depend on the machine, the model and the data."""
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def run(
     overrides: Sequence[str] = (),
     *,
     output: str | Path = "runs",
+    into: str | Path | None = None,
     quick: bool = False,
     observe: Observer = ignore_events,
 ) -> Run:
@@ -59,18 +65,25 @@ def run(
         config: Path of a YAML file, or the config as a mapping.
         overrides: Changes to the config, each ``path.to.key=value``.
         output: Folder in which the run directory is created.
+        into: Path of the run directory, so that the same call starts or resumes the run, for launchers and schedulers
+            that start a command again. A complete run is left as it is. None creates a new directory in ``output``.
         quick: Whether to run one epoch per phase over a few batches of each split only, as a test of the config.
         observe: Function that is called with every event of the run (:mod:`transfer.training.events`).
 
     Raises:
-        UserError: The config, the data or the weights are wrong; no files are written.
+        UserError: The config, the data or the weights are wrong, or ``into`` contains another run. No files are
+            written.
         TrainingError: Training failed; the run directory contains the last checkpoint.
     """
     with process_group() as processes:
         checked = load_config(config, overrides)
+        if into is not None and processes.broadcast_object(lambda: _has_run(Path(into), checked, quick=quick)):
+            return _resume(into, (), observe, processes)
 
         def make() -> RunDirectory:
-            return RunDirectory.create(Path(output), checked.name)
+            return (
+                RunDirectory.create(Path(output), checked.name) if into is None else RunDirectory.create_at(Path(into))
+            )
 
         return run_in(make, checked, quick=quick, observe=observe, processes=processes)
 
@@ -98,13 +111,51 @@ def run_in(
     built, observe = _build(config, observe, processes, quick=quick)
     config = built.config
     # Rank 0 creates the directory, whose name contains the time; the other ranks receive its path.
-    directory = RunDirectory(processes.broadcast_object(lambda: make_directory().path))
+    directory = RunDirectory(Path(processes.broadcast_object(lambda: str(make_directory().path))))
     with directory.locked() if processes.is_main else nullcontext():
         if processes.is_main:
+            directory.refuse_existing_run()  # with a fixed path, another process may have been faster
             # The config is written last: a folder without it is not a run.
             directory.write_environment(run_environment(config, processes), quick=quick)
             directory.write_config(stored_config(config.resolved))
         return _train(config, built, directory, observe, processes, quick=quick, resume=False)
+
+
+def _has_run(path: Path, config: RunConfig, *, quick: bool) -> bool:
+    """Return whether a folder contains a run of this config.
+
+    Raises:
+        RunError: It contains a run of another config.
+    """
+    if not (path / "config.yaml").is_file():
+        return False
+    directory = RunDirectory.open(path)
+    wanted = _values(mask_trackers((config.quick() if quick else config).resolved))
+    stored = _values(directory.config(trackers=True))
+    names = [
+        ".".join(map(str, key))
+        for key in {**stored, **wanted}
+        # Options that a run settles by itself are stored with the value that it has found.
+        if stored.get(key, _MISSING) != wanted.get(key, _MISSING)
+        and not (key in _SETTLED and wanted.get(key) in (None, "auto"))
+    ]
+    names += ["--quick"] if bool(directory.environment().get("quick")) != quick else []
+    if names:
+        raise RunError(
+            f"{path} contains a run of another config: {', '.join(names[:8])} differ{'s' * (len(names) == 1)}",
+            where=str(path / "config.yaml"),
+            fix="choose another folder, or continue that run with: " + directory.resume_command,
+        )
+    return True
+
+
+def _values(plain: Any, key: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], Any]:
+    """Return the values of nested dicts and lists by their keys."""
+    if isinstance(plain, list | tuple):
+        plain = dict(enumerate(plain))
+    if not isinstance(plain, Mapping) or not plain:
+        return {key: plain}
+    return {name: value for child, inner in plain.items() for name, value in _values(inner, (*key, child)).items()}
 
 
 def _build(
@@ -141,17 +192,22 @@ def resume(run: str | Path, overrides: Sequence[str] = (), *, observe: Observer 
             changed, or all checkpoints are damaged.
         TrainingError: Training failed.
     """
-    with process_group() as processes, ExitStack() as stack:
+    with process_group() as processes:
+        return _resume(run, overrides, observe, processes)
 
-        def find() -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+
+def _resume(run: str | Path, overrides: Sequence[str], observe: Observer, processes: ProcessGroup) -> Run:
+    with ExitStack() as stack:
+
+        def find() -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]:
             directory = RunDirectory.open(run)
             stack.enter_context(directory.locked())
             if directory.complete:
-                return directory.path, {}, {}, directory.summary()
-            return directory.path, run_config(directory, trackers=True), directory.environment(), None
+                return str(directory.path), {}, {}, directory.summary()
+            return str(directory.path), run_config(directory, trackers=True), directory.environment(), None
 
-        path, plain, before, summary = processes.broadcast_object(find)
-        directory = RunDirectory(path)
+        path_text, plain, before, summary = processes.broadcast_object(find)
+        directory = RunDirectory(path := Path(path_text))
         if summary is not None:
             if processes.is_main:
                 observe(Note(f"{path} is already complete"))
@@ -205,7 +261,7 @@ def _train(
     observe(RunStarted(directory.path, run_facts(config, built, device), epochs, primary_metric))
     if (warning := busy_cores_warning(built.experiment.options.device)) is not None:
         observe(Note(f"warning: {warning}"))
-    with Signals(processes.all_reduce_max if processes.is_distributed else None) as signals:
+    with Signals(distributed=processes.is_distributed) as signals:
         try:
             fitted = fit(built.experiment, directory, observe, signals, resume=resume, processes=processes)
             summary = {"status": "complete", "quick": quick, **fitted}
@@ -223,6 +279,9 @@ def _train(
             # An interruption between the model and the summary would leave a complete run that looks incomplete.
             with signals.deferred():
                 if processes.is_main:
+                    scored = directory.predictions()
+                    if scored and (metrics := class_metrics(built.data, built.experiment.task, scored)):
+                        summary |= {"per_class": {name: asdict(one) for name, one in metrics.items()}}
                     write_model(
                         directory.model,
                         config,

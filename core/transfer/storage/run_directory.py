@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -40,6 +41,8 @@ FORMAT = 1
 """Version of the layout of the folder. Other versions are refused."""
 
 PREDICTIONS = "predictions.safetensors"
+NAMES = "names"
+"""Tensor with the names of the examples: a JSON list in UTF-8, uint8 (bytes,)."""
 TRACKED = "trackers.json"
 ENVIRONMENT = "environment.json"
 LOCK = "lock"
@@ -101,12 +104,22 @@ class Predictions:
         losses: Loss of each example, float (N,). None in runs of older versions.
         confidences: Highest score of each example (a probability if the task has probabilities), float (N,). None in
             runs of older versions.
+        scores: Scores of all outputs, float (N, C), such as the probability of each class. None if they are equal to
+            the predictions, and in runs of older versions.
+        names: Name of each example, such as its file. Empty if the examples have no names, and in runs of older
+            versions.
     """
 
     predictions: Tensor
     targets: Tensor
     losses: Tensor | None = None
     confidences: Tensor | None = None
+    scores: Tensor | None = None
+    names: tuple[str, ...] = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the stored tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 class RunDirectory:
@@ -141,6 +154,36 @@ class RunDirectory:
                 raise RunError(f"cannot create a run folder in {output}: {error.strerror}", fix=fix) from error
             return cls(path)
         raise RunError(f"cannot find a free name for a run in {output}", fix="choose another --output")
+
+    @classmethod
+    def create_at(cls, path: Path) -> RunDirectory:
+        """Create the folder at a path, or take one that is empty or that a crash has left before its run was recorded.
+
+        Raises:
+            RunError: The folder cannot be created, or contains something else.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            others = [p.name for p in path.iterdir() if p.name not in (ENVIRONMENT, LOCK) and p.suffix != ".tmp"]
+        except OSError as error:
+            raise RunError(
+                f"cannot create the run folder {path}: {error.strerror}", fix="choose another path"
+            ) from error
+        if others:
+            fix = "choose a new or an empty folder"
+            raise RunError(f"{path} is no run directory, and is not empty", available=sorted(others)[:8], fix=fix)
+        return cls(path)
+
+    def refuse_existing_run(self) -> None:
+        """Raise an error if the folder contains a run: another process has started one in it.
+
+        Raises:
+            RunError: The folder contains a config.
+        """
+        if (self.path / "config.yaml").exists():
+            raise RunError(
+                f"another process has started a run in {self.path}", fix="start the same command again to continue it"
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -364,8 +407,7 @@ class RunDirectory:
 
     def write_predictions(self, scored: Predictions) -> None:
         """Write the predictions for the test split."""
-        tensors = {name: tensor.contiguous() for name, tensor in vars(scored).items() if tensor is not None}
-        write_atomically(self.path / PREDICTIONS, save(tensors))
+        write_predictions(self.path / PREDICTIONS, scored)
 
     def predictions(self) -> Predictions | None:
         """Return the predictions for the test split; None if it was not evaluated.
@@ -373,20 +415,59 @@ class RunDirectory:
         Raises:
             RunError: The file is damaged.
         """
-        path = self.path / PREDICTIONS
-        try:
-            predictions = Predictions(**load(read_bytes(path)))
-            if len({len(tensor) for tensor in vars(predictions).values() if tensor is not None}) != 1:
-                raise ValueError("the tensors differ in length")
-            return predictions
-        except FileNotFoundError:
-            return None
-        except (OSError, TypeError, ValueError, SafetensorError) as error:
-            raise RunError(f"the predictions cannot be read: {error}", where=str(path)) from error
+        return read_predictions(self.path / PREDICTIONS)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         write_json(self.path / "summary.json", summary)
+
+
+def write_predictions(path: Path, scored: Predictions) -> None:
+    """Write predictions to a safetensors file."""
+    tensors = {name: tensor.contiguous() for name, tensor in scored.tensors().items()}
+    if scored.names:
+        # As a tensor, because the metadata of a safetensors file is limited to 100 MB.
+        content = json.dumps([str(name) for name in scored.names], ensure_ascii=False).encode(errors="replace")
+        tensors[NAMES] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    write_atomically(path, save(tensors))
+
+
+def read_predictions(path: Path) -> Predictions | None:
+    """Return the predictions that :func:`write_predictions` wrote; None if there is no file.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    try:
+        tensors = load(read_bytes(path))
+        names = _names(tensors.pop(NAMES, None))
+        # Later versions may add tensors.
+        fields: dict[str, Any] = {
+            name: tensor for name, tensor in tensors.items() if name in Predictions.__dataclass_fields__
+        }
+        predictions = Predictions(**fields, names=names)
+        lengths = {len(tensor) for tensor in predictions.tensors().values()} | ({len(names)} if names else set())
+        if len(lengths) != 1:
+            raise ValueError("the tensors differ in length")
+        return predictions
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        raise RunError(f"the predictions cannot be read: {error}", where=str(path)) from error
+
+
+def _names(stored: Tensor | None) -> tuple[str, ...]:
+    """Return names of examples that are stored as a JSON list in UTF-8.
+
+    Raises:
+        ValueError: The content is none.
+    """
+    if stored is None:
+        return ()
+    names = json.loads(stored.numpy().tobytes())
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("the names of the examples are wrong: expected a list of texts")
+    return tuple(names)
 
 
 def _refuse_other_format(environment: Mapping[str, Any], path: Path) -> None:

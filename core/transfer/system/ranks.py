@@ -1,20 +1,36 @@
 """Rank and world size of this process, read from the environment variables that launchers set.
 
-Launchers are torchrun, ``accelerate launch`` and MPI.
+Launchers are torchrun, ``accelerate launch``, MPI and Slurm's ``srun``.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 from transfer.errors import UserError
 
-# torchrun and accelerate, then the MPIs that `accelerate launch --mpirun_hostfile` starts.
-_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-_COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
-_LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+# Rank, world size, local rank and local world size. torchrun and accelerate, then the MPIs that `accelerate launch
+# --mpirun_hostfile` starts, then srun. The first launcher that has set a world size counts: torchrun and mpirun may run
+# in a step of Slurm, whose variables then describe the launchers instead of the processes.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
+)
+_TORCHRUN, _SLURM = _LAUNCHERS[0], _LAUNCHERS[-1]
+_NO_STEP = 2**32 - 16
+"""Step ids from here on are those of Slurm's own steps: the script of a job, the shell of an allocation."""
+MIN_SLURM_PORT, SLURM_PORTS = 20_000, 10_000
+"""Range of the ports that are derived from Slurm's job ids. It is below the ports that Linux gives to clients."""
 _SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -40,11 +56,41 @@ class Rank:
 
 
 def rank_from_environment() -> Rank:
-    """Return the rank of this process: rank 0 of 1 without a launcher, or if MASTER_ADDR is not set."""
-    count, rank = _number(_COUNT, 1), _number(_RANK, 0)
-    if count == 1 or "MASTER_ADDR" not in os.environ:
+    """Return the rank of this process: rank 0 of 1 without a launcher.
+
+    Raises:
+        UserError: An MPI has started several processes, and nothing states the address at which they can meet.
+    """
+    names = _launcher()
+    if names is None:
         return Rank()
-    return Rank(rank, count, _number(_LOCAL_RANK, rank), _number(_LOCAL_COUNT, count))
+    rank, count = _number(names[0], 0), _number(names[1], 1)
+    if count == 1:
+        return Rank()
+    if "MASTER_ADDR" not in os.environ and _slurm_head_node() is None:
+        # A cluster job that is no distributed training may set WORLD_SIZE. An MPI sets its variables only in processes
+        # that it has started, which would all train the same run.
+        if names is _TORCHRUN:
+            return Rank()
+        error = UserError(
+            f"MPI has started {count} processes, and MASTER_ADDR is not set: expected the address of rank 0",
+            where=f"{names[1]} in the environment",
+            fix="pass MASTER_ADDR and MASTER_PORT to all processes, or start them with torchrun",
+        )
+        error.shown_elsewhere = rank > 0
+        raise error
+    local_count = _number(names[3], 0) or (_slurm_local_count() if names is _SLURM else count)
+    return Rank(rank, count, _number(names[2], rank), local_count)
+
+
+def set_rendezvous_address() -> None:
+    """Set MASTER_ADDR and MASTER_PORT for processes that Slurm has started, unless they are set."""
+    head_node = _slurm_head_node()
+    if head_node is not None:
+        os.environ.setdefault("MASTER_ADDR", head_node)
+        # All processes of a step derive the same port, and steps at the same time on one machine different ones.
+        number = 101 * _number("SLURM_JOB_ID", 0) + _number("SLURM_STEP_ID", 0)
+        os.environ.setdefault("MASTER_PORT", str(MIN_SLURM_PORT + number % SLURM_PORTS))
 
 
 def refuse_several(what: str) -> None:
@@ -88,9 +134,37 @@ def cpu_is_requested() -> bool:
 
 def lacks_a_launcher() -> bool:
     """Return whether ``accelerate launch --cpu --num_processes N`` ran without mpirun: it starts 1 process, not N."""
-    asked = cpu_is_requested() and "MASTER_ADDR" in os.environ
-    return asked and not any(name in os.environ for name in _COUNT)
+    return cpu_is_requested() and "MASTER_ADDR" in os.environ and _launcher() is None
 
 
-def _number(names: tuple[str, ...], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
+def _launcher() -> tuple[str, str, str, str] | None:
+    """Return the names of the variables of the launcher that started this process; None without a launcher."""
+    # The script of a job and the shell of an allocation have SLURM_NTASKS too: only srun sets the variables of a step.
+    in_step = _number("SLURM_STEP_ID", _NO_STEP) < _NO_STEP
+    launchers = _LAUNCHERS if in_step else _LAUNCHERS[:-1]
+    return next((names for names in launchers if os.environ.get(names[1], "").isdigit()), None)
+
+
+def _slurm_head_node() -> str | None:
+    """Return the name of the machine of rank 0 in a step or job of Slurm; None outside of Slurm."""
+    # Rank 0 runs on the first machine of the list. SLURM_LAUNCH_NODE_IPADDR is the machine on which srun was called,
+    # which may be a login node.
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    # The names are compressed: gpu[003-006,9],cpu1. A comma inside brackets does not separate machines.
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else None
+
+
+def _slurm_local_count() -> int:
+    """Return the number of processes of a step of Slurm on this machine."""
+    counts: list[int] = []
+    # Compressed: 4(x2),3 are 4, 4 and 3 processes.
+    for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(repeats or 1)
+    node = _number("SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else 1
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else default

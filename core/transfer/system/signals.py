@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
@@ -32,15 +32,15 @@ class Signals:
     because Python handles signals only there. Signals that are ignored (``nohup``) stay ignored.
 
     Args:
-        all_reduce_max: Function that returns the maximum of a number over all ranks. In distributed training, signals
-            are deferred until all ranks call :meth:`raise_if_any_rank_interrupted`, so that all stop at the same step.
-            None in a single process.
+        distributed: Whether several processes train. Signals are then deferred until all ranks call
+            :meth:`raise_if_any_rank_interrupted` after they have exchanged them (:meth:`agree`), so that all stop at
+            the same step.
     """
 
-    def __init__(self, all_reduce_max: Callable[[int], int] | None = None) -> None:
-        self._all_reduce_max = all_reduce_max
+    def __init__(self, *, distributed: bool = False) -> None:
         self._received: int | None = None
-        self._deferring = all_reduce_max is not None
+        self._agreed = 0
+        self._deferring = distributed
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -67,12 +67,19 @@ class Signals:
         if not before and self._received is not None:
             raise Interrupted(self._received)
 
+    @property
+    def received(self) -> int:
+        """Number of the signal that this process has received; 0 without one."""
+        return self._received or 0
+
+    def agree(self, number: int) -> None:
+        """Record the largest number of a signal that any rank has received, 0 without one."""
+        self._agreed = number
+
     def raise_if_any_rank_interrupted(self) -> None:
         """Raise on all ranks if any rank has received a signal. Does nothing in a single process."""
-        if self._all_reduce_max is not None:
-            number = self._all_reduce_max(self._received or 0)
-            if number:
-                raise Interrupted(number)
+        if self._agreed:
+            raise Interrupted(self._agreed)
 
     @contextmanager
     def immediate(self) -> Iterator[None]:

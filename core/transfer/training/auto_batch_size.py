@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -21,6 +21,9 @@ MIN_BATCH_SIZE = 2
 """First batch size that is tried: batch norm cannot train on one example."""
 MAX_BATCH_SIZE_GPU, MAX_BATCH_SIZE_CPU = 1024, 128
 """On a CPU larger batches are hardly faster (docs/log.md), and a step on images takes many seconds."""
+EXTRAPOLATED_SIZES_GPU = (8, 16)
+"""Batch sizes from whose memory that of larger ones is extrapolated on a GPU. Smaller batches take memory mostly for
+weights and workspaces."""
 MIN_STEPS_PER_EPOCH = 8
 """Fewer optimizer steps per epoch train badly, however large the batches are."""
 MAX_FRACTION_GPU = 0.9
@@ -35,7 +38,8 @@ def find_batch_size(experiment: Experiment, observe: Observer, evaluation_batch_
     Each size is tried with a real training step in the phase with the fewest frozen stages, on a copy of the model,
     with the largest examples. An evaluation step follows, by default with twice as many examples, as in validation.
     On the CPU the operating system kills a process that exceeds memory without warning. A size is therefore tried only
-    if extrapolation from the two sizes before predicts that it fits.
+    if extrapolation from the two sizes before predicts that it fits. On a GPU, two small sizes predict the largest one
+    that fits, which is then tried.
 
     Args:
         experiment: Experiment to find the batch size for. It is not changed, and neither is the random state.
@@ -79,33 +83,93 @@ def _try_sizes(
     experiment = replace(experiment, model=copy.deepcopy(experiment.model), options=options)
     trainer = Trainer(experiment)
     trainer.prepare_phase(most_demanding_phase(experiment))
+
+    def make_steps(size: int, steps: int) -> None:
+        trained = experiment.train.largest_batch(size)
+        evaluated = experiment.train.largest_batch(2 * size) if evaluation_batch_size is None else trained
+        for _ in range(steps):
+            trainer.dry_run_step(trained, evaluated)
+
     if on_gpu:
+
+        def peak_bytes(size: int) -> int:
+            # Not of the first step, in which cuDNN tries algorithms and the optimizer allocates its state.
+            make_steps(size, 1)
+            torch.cuda.reset_peak_memory_stats(device)
+            make_steps(size, 1)
+            return torch.cuda.max_memory_allocated(device)
+
         torch.cuda.empty_cache()
         free_bytes, _ = torch.cuda.mem_get_info(device)
         limit = int(MAX_FRACTION_GPU * (free_bytes + torch.cuda.memory_reserved(device)))
-    else:
-        limit = int(MAX_FRACTION_CPU * available_bytes())
+        return *search_by_extrapolation(peak_bytes, max_size, limit), limit
+    limit = int(MAX_FRACTION_CPU * available_bytes())
     costs: dict[int, int] = {}
     resident_before = PeakResident.now()
     for size in _powers_of_two(max_size):
-        if not on_gpu and (predicted := _predict_next(costs)) > limit:
+        if (predicted := _predict_next(costs)) > limit:
             return costs, f"{size} would take about {_gib(predicted)}", limit
-        trained = experiment.train.largest_batch(size)
-        evaluated = experiment.train.largest_batch(2 * size) if evaluation_batch_size is None else trained
         try:
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats(device)
             with PeakResident() as peak:
                 # The first size takes two steps: the optimizer allocates its state at the end of the first.
-                for _ in range(1 if costs else 2):
-                    trainer.dry_run_step(trained, evaluated)
+                make_steps(size, 1 if costs else 2)
         except MemoryRanOut:
             return costs, f"{size} ran out of memory", limit
-        cost = torch.cuda.max_memory_reserved(device) if on_gpu else peak.bytes - resident_before
+        cost = peak.bytes - resident_before
         if cost > limit:
             return costs, f"{size} takes {_gib(cost)}", limit
         costs[size] = cost
     return costs, f"no more than {max_size} is tried here", limit
+
+
+def search_by_extrapolation(peak_bytes: Callable[[int], int], max_size: int, limit: int) -> tuple[dict[int, int], str]:
+    """Measure two small batch sizes, and try the largest one that a line through their memory predicts to fit.
+
+    If that one does not fit after all, the next smaller ones are tried.
+
+    Args:
+        peak_bytes: Function that makes a step with a batch size and returns the memory that it takes, in bytes.
+        max_size: Largest batch size to try.
+        limit: Memory limit in bytes.
+
+    Returns:
+        The memory in bytes that each size takes, and the reason why no larger size is used.
+    """
+    costs: dict[int, int] = {}
+    reason = f"no more than {max_size} is tried here"
+
+    def fits(size: int) -> bool:
+        nonlocal reason
+        try:
+            cost = peak_bytes(size)
+        except MemoryRanOut:
+            reason = f"{size} ran out of memory"
+            return False
+        if cost > limit:
+            reason = f"{size} takes {_gib(cost)}"
+            return False
+        costs[size] = cost
+        return True
+
+    first, second = EXTRAPOLATED_SIZES_GPU
+    sizes = list(_powers_of_two(max_size))
+    if max_size < second:
+        candidates = sizes
+    elif not fits(first):
+        candidates = [size for size in sizes if size < first]
+    elif not fits(second):
+        candidates = []
+    else:
+        slope = max(0, costs[second] - costs[first]) / (second - first)
+        predicted = {size: int(costs[second] + slope * (size - second)) for size in sizes if size > second}
+        candidates = [size for size, size_bytes in predicted.items() if size_bytes <= limit]
+        if len(candidates) < len(predicted):
+            size = second * 2 ** (len(candidates) + 1)
+            reason = f"{size} would take about {_gib(predicted[size])}"
+    for size in reversed(candidates):
+        if fits(size):
+            break
+    return costs, reason
 
 
 def most_demanding_phase(experiment: Experiment) -> Phase:

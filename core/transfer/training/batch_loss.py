@@ -1,17 +1,21 @@
-"""The loss of a training batch, read without making the device wait."""
+"""Losses and metrics of the training batches, recorded without making the device wait."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from transfer.errors import TrainingError
+from transfer.training.evaluation import PREDICTIONS
+from transfer.training.parallel import MetricMessages
 
 MAX_REPORTED_INDICES = 16
 
@@ -72,3 +76,66 @@ class BatchLoss:
         if self.copied is not None:
             self.copied.synchronize()
         return self.total.item()
+
+
+class BatchRecorder:
+    """Recorder of the trained batches: it updates the metrics of the epoch and collects losses.
+
+    Args:
+        metrics: Metrics over the trained examples of the epoch.
+        messages: Messages by which the ranks gather their shards of the batches.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric], messages: MetricMessages) -> None:
+        self._metrics = metrics
+        self._messages = messages
+        self._losses: list[BatchLoss] = []
+
+    @property
+    def waiting(self) -> int:
+        """Number of examples whose losses wait for the next message."""
+        return self._messages.examples
+
+    def add(
+        self,
+        indices: npt.NDArray[np.int64],
+        step: int,
+        rates: Mapping[str, float],
+        losses: Tensor,
+        targets: Tensor,
+        inputs: Mapping[str, Tensor],
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            indices: int64 (B,), indices of the examples of all ranks.
+            step: Number of the batch in its epoch, from 1.
+            rates: Learning rates with which the optimizer uses the batch, by stage.
+            losses: Losses of the shard of this rank.
+            targets: Targets of the shard of this rank.
+            inputs: Inputs of the metrics of the shard of this rank, by the name of the metric.
+        """
+        tensors = [losses, targets, *inputs.values()]
+        if not self._messages.processes.is_distributed:
+            self._record(indices, (step, rates, tuple(inputs)), tensors)
+        else:
+            self._messages.append(indices, tensors, (step, rates, tuple(inputs)))
+
+    def losses(self, *, flush: bool = False) -> list[BatchLoss]:
+        """Return the losses of the batches since the last call; with several ranks, of those whose message is due.
+
+        Args:
+            flush: Whether to send a message even if it is not due.
+        """
+        if flush or self._messages.is_due:
+            for batch in self._messages.exchange():
+                self._record(*batch)
+        losses, self._losses = self._losses, []
+        return losses
+
+    def _record(self, indices: npt.NDArray[np.int64], facts: Any, tensors: list[Tensor]) -> None:
+        (step, rates, names), (losses, targets, *values) = facts, tensors
+        inputs = dict(zip(names, values, strict=True))
+        for name, metric in self._metrics.items():
+            metric.update(inputs.get(name, inputs[PREDICTIONS]), targets)
+        self._losses.append(BatchLoss.copy_from(losses.sum(), indices, step, rates))

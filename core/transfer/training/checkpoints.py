@@ -56,6 +56,7 @@ class Checkpoints:
         self._last_saved = time.monotonic()
         in_background = options.checkpoint.in_background
         self._in_background = options.device.type == "cuda" if in_background == "auto" else in_background
+        self._agreed = False
         self._write: Future[None] | None = None  # the write in progress, or one whose error is not raised yet
 
     def __enter__(self) -> Self:
@@ -87,6 +88,16 @@ class Checkpoints:
         """Seconds since ``last`` was saved, or since the start."""
         return time.monotonic() - self._last_saved
 
+    @property
+    def is_overdue(self) -> bool:
+        """Whether ``last`` is older than ``checkpoint.every_minutes``, by the clock of this process."""
+        minutes = self._options.checkpoint.every_minutes
+        return minutes is not None and self.age >= 60 * minutes
+
+    def agree(self, *, is_overdue: bool) -> None:
+        """Set :attr:`is_overdue` of rank 0, which all ranks use in the next :meth:`is_due`, because clocks differ."""
+        self._agreed = is_overdue
+
     def is_due(self, batches: int) -> bool:
         """Return whether a checkpoint is due within an epoch.
 
@@ -101,7 +112,10 @@ class Checkpoints:
         settings = self._options.checkpoint
         if settings.every_steps is not None and batches // self._options.accumulate % settings.every_steps == 0:
             return True
-        return settings.every_minutes is not None and self.age >= 60 * settings.every_minutes
+        if not self._processes.is_distributed:
+            return self.is_overdue
+        is_overdue, self._agreed = self._agreed, False
+        return is_overdue
 
     def wait(self) -> None:
         """Wait for the write in the background, if one is in progress.
@@ -150,13 +164,11 @@ class Checkpoints:
         """Restore the newest intact checkpoint. Without one, training starts from the beginning."""
         folder = self.run.checkpoints / "last"
         # Only rank 0 needs access to the run directory.
-        loaded = self._processes.broadcast_object(
-            lambda: checkpoint.load(folder) if checkpoint.exists(folder) else None
-        )
-        if loaded is None:
+        if not self._processes.broadcast_object(lambda: checkpoint.exists(folder)):
             self._observe(Note("no checkpoint was written yet: training starts from the beginning"))
         else:
-            recovered = self._state.restore(*loaded, folder)
+            tensors, state = self._processes.broadcast_contents(lambda: checkpoint.load(folder))
+            recovered = self._state.restore(tensors, state, folder)
             if recovered is not None:
                 self._observe(Note(f"the checkpoint before is used, because the newest is damaged: {recovered}"))
             progress = self._state.progress
@@ -172,7 +184,7 @@ class Checkpoints:
         self.wait()
         best = self._state.progress.best
         folder = self.run.checkpoints / "best"
-        tensors, loaded = self._processes.broadcast_object(lambda: checkpoint.load(folder))
+        tensors, loaded = self._processes.broadcast_contents(lambda: checkpoint.load(folder))
         checked(loaded, BestCheckpointState, str(folder))
         if best is None or loaded["epoch"] != best["epoch"]:
             text = f"the weights of the best epoch are damaged: those of epoch {loaded['epoch']} are taken"

@@ -1,4 +1,4 @@
-"""Data-parallel training: every rank computes a shard of each batch.
+"""The process group of data-parallel training: every rank computes a shard of each batch.
 
 Between two optimizer steps all ranks have the same weights, optimizer state, metrics and counts. Any rank can therefore
 write a checkpoint, and a run can resume from it with another number of processes.
@@ -6,6 +6,8 @@ write a checkpoint, and a run can resume from it with another number of processe
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import time
@@ -13,18 +15,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count, pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from transfer.errors import TrainingError, TransferError
-from transfer.models.model import BATCH_NORM
-from transfer.system.ranks import Rank, cpu_is_requested, rank_from_environment, refuse_sharding
+from transfer.system.ranks import (
+    Rank,
+    cpu_is_requested,
+    rank_from_environment,
+    refuse_sharding,
+    set_rendezvous_address,
+)
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 """Time within which all processes must join."""
@@ -37,6 +44,7 @@ MIN_SHARD_EXAMPLES = 2
 """Batch norm cannot train on one example."""
 
 _T = TypeVar("_T")
+_TensorsByFile = Mapping[str, Mapping[str, Tensor]]
 _rendezvous_count = count()
 
 
@@ -47,10 +55,18 @@ class ProcessGroup:
         rank: Rank of this process. None for a single process.
         barrier_group: Process group with the timeout of :meth:`barrier`.
         store: Key-value store that the processes share.
+        device: Device whose backend sends large tensors. None is the CPU.
     """
 
-    def __init__(self, rank: Rank | None = None, barrier_group: Any = None, store: Any = None) -> None:
+    def __init__(
+        self,
+        rank: Rank | None = None,
+        barrier_group: Any = None,
+        store: Any = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.rank = rank or Rank()
+        self.device = device or torch.device("cpu")
         # A separate group, because the timeout of a collective belongs to its group: barriers wait for days, gradients
         # for minutes.
         self._barrier_group = barrier_group
@@ -91,92 +107,114 @@ class ProcessGroup:
         start, end = self.shard_bounds(batch_size)[self.rank.index]
         return end - start
 
-    def all_gather(self, batch_size: int, *shards: Tensor) -> list[Tensor]:
-        """Gather tensors over a batch from the shards of all ranks, on every rank.
+    def all_gather(
+        self, batch_sizes: Sequence[int], shards: Sequence[Sequence[Tensor]], header: Tensor
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        """Gather tensors over several batches from the shards of all ranks, on every rank.
 
         Args:
-            batch_size: Number of examples in the batch.
-            shards: Tensors (B, ...) over this rank's shard. Rows beyond :meth:`shard_size` are left out.
+            batch_sizes: Number of examples in each batch.
+            shards: For each batch, tensors (:meth:`shard_size`, ...) over this rank's shard.
+            header: Facts of this rank, int64 (H,), on the CPU.
 
         Returns:
-            A tensor (batch_size, ...) for each of ``shards``.
+            The headers of all ranks (world size, H) on the CPU, and for each batch its tensors (batch size, ...).
         """
-        # One collective for all tensors, because latency dominates. Every row becomes a row of bytes: tensors of any
-        # dtype, flattened to (B, bytes), are concatenated to (B, total bytes) and padded to the longest shard, since
-        # all_gather needs equal shapes.
-        bounds = self.shard_bounds(batch_size)
-        size = self.shard_size(batch_size)
-        rows = [shard[:size].detach() for shard in shards]
-        rows = [(row if row.dim() > 1 else row[:, None]).flatten(1).contiguous() for row in rows]
-        packed = torch.cat([row.view(torch.uint8) for row in rows], dim=1)
+        # One collective for all tensors, because latency dominates. Every row becomes a row of bytes: the tensors of a
+        # batch, of any dtype, are flattened to (B, bytes) and concatenated to (B, total bytes). The batches follow each
+        # other, padded to the longest message, since all_gather needs equal shapes.
+        packed, widths = [], []
+        for tensors in shards:
+            rows = [(tensor if tensor.dim() > 1 else tensor[:, None]).flatten(1).contiguous() for tensor in tensors]
+            widths.append([row.shape[1] * row.element_size() for row in rows])
+            packed.append(torch.cat([row.view(torch.uint8) for row in rows], dim=1).reshape(-1))
+        device = packed[0].device
         # Every rank knows all bounds, so no collective is needed to agree on the size.
-        sent = packed.new_zeros(max(end - start for start, end in bounds), packed.shape[1])
-        sent[:size] = packed
-        received = [torch.empty_like(sent) for _ in bounds]
-        with _raise_if_process_lost():
-            dist.all_gather(received, sent)
-        gathered = torch.cat([part[: end - start] for part, (start, end) in zip(received, bounds, strict=True)])
-        widths = [row.shape[1] * row.element_size() for row in rows]
-        return [
-            # The clone aligns the bytes in memory: a view of another dtype needs an aligned start.
-            columns.clone(memory_format=torch.contiguous_format).view(shard.dtype).reshape(batch_size, *shard.shape[1:])
-            for columns, shard in zip(torch.split(gathered, widths, dim=1), shards, strict=True)
+        bounds = [self.shard_bounds(size) for size in batch_sizes]
+        counts = [[end - start for start, end in of_batch] for of_batch in bounds]
+        of_rank = [
+            [count * sum(width) for count, width in zip(of_ranks, widths, strict=True)]
+            for of_ranks in zip(*counts, strict=True)
         ]
+        start = header.numel() * header.element_size()
+        sent = torch.zeros(start + max(map(sum, of_rank)), dtype=torch.uint8, device=device)
+        message = torch.cat([header.view(torch.uint8).to(device), *packed])
+        sent[: len(message)] = message
+        received = [torch.empty_like(sent) for _ in of_rank]
+        with raise_if_process_lost():
+            dist.all_gather(received, sent)
+        headers = torch.stack([part[:start] for part in received]).cpu().view(header.dtype)
+        parts = [
+            torch.split(part[start : start + sum(sizes)], sizes) for part, sizes in zip(received, of_rank, strict=True)
+        ]
+        gathered = []
+        for number, (size, tensors) in enumerate(zip(batch_sizes, shards, strict=True)):
+            rows_of_batch = torch.cat([part[number] for part in parts]).view(size, -1)
+            columns = torch.split(rows_of_batch, widths[number], dim=1)
+            gathered.append(
+                [
+                    # The clone aligns the bytes in memory: a view of another dtype needs an aligned start.
+                    column.clone(memory_format=torch.contiguous_format)
+                    .view(tensor.dtype)
+                    .reshape(size, *tensor.shape[1:])
+                    for column, tensor in zip(columns, tensors, strict=True)
+                ]
+            )
+        return headers, gathered
 
-    def all_reduce_gradients(self, model: nn.Module) -> None:
-        """Replace each gradient by its sum over all ranks, and running statistics of batch norm by their mean.
-
-        The losses are divided by the examples of all ranks, so the sum is the gradient of the global batch. The update
-        of running statistics is linear: the mean of the updated statistics equals an update with the mean of the
-        ranks' batch statistics.
-        """
-        # Frozen batch norm is in eval mode: its statistics do not change and are equal on all ranks.
-        norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.training]
-        statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
-        self.all_reduce([parameter for parameter in model.parameters() if parameter.requires_grad], statistics)
-
-    def all_reduce(self, parameters: Sequence[nn.Parameter], statistics: Sequence[Tensor]) -> None:
-        """Replace each gradient by its sum over all ranks, and each statistic by its mean.
-
-        A parameter without a gradient on any rank keeps none, so that the optimizer skips it.
-        """
-        # int32, because not every backend reduces bool.
-        has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-        with _raise_if_process_lost():
-            dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
-        with torch.no_grad():
-            # A rank whose examples did not reach a parameter (a rare word) contributes zeros to the sum.
-            for parameter, on_any_rank in zip(parameters, has_gradient.tolist(), strict=True):
-                if on_any_rank and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            tensors = [*gradients, *statistics]
-            # Sorted: every rank must issue its collectives in the same order.
-            for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-                _all_reduce_sum([tensor for tensor in tensors if tensor.dtype == dtype])
-            for statistic in statistics:
-                statistic.div_(self.rank.world_size)
-
-    def all_reduce_max(self, number: int) -> int:
-        """Return the maximum of a number over all ranks."""
-        maximum = torch.tensor([number])
-        with _raise_if_process_lost():
-            dist.all_reduce(maximum, dist.ReduceOp.MAX)
-        return int(maximum.item())
+    def all_reduce_min(self, number: int) -> int:
+        """Return the minimum of a number over all ranks."""
+        minimum = torch.tensor([number])
+        if self.is_distributed:
+            with raise_if_process_lost():
+                dist.all_reduce(minimum, dist.ReduceOp.MIN, group=self._barrier_group)
+        return int(minimum.item())
 
     def broadcast_object(self, make: Callable[[], _T]) -> _T:
-        """Return the object that rank 0 makes, on every rank.
+        """Return plain data that rank 0 makes, on every rank.
 
         Args:
-            make: Function that makes the object; it is called on rank 0 only.
+            make: Function that makes the data, which JSON can represent; it is called on rank 0 only.
+        """
+        return make() if not self.is_distributed else self.broadcast_contents(lambda: ({}, make()))[1]
+
+    def broadcast_contents(self, make: Callable[[], tuple[_TensorsByFile, _T]]) -> tuple[_TensorsByFile, _T]:
+        """Return tensors and plain data that rank 0 makes, on every rank.
+
+        Tensors are sent one by one, as bytes, and everything else as JSON: a message cannot run code.
+
+        Args:
+            make: Function that makes tensors on the CPU, by file and name, and data that JSON can represent; it is
+                called on rank 0 only.
         """
         if not self.is_distributed:
             return make()
-        objects = [make() if self.is_main else None]
-        self.barrier()  # making the object may take longer than the timeout of a collective
-        with _raise_if_process_lost():
-            dist.broadcast_object_list(objects, src=0, group=self._barrier_group)
-        return cast("_T", objects[0])
+        tensors, content = make() if self.is_main else ({}, None)
+        self.barrier()  # making them may take longer than the timeout of a collective
+        layout = {
+            file: {
+                name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in named.items()
+            }
+            for file, named in tensors.items()
+        }
+        text = torch.frombuffer(bytearray(json.dumps([layout, content]).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(text)])
+        with raise_if_process_lost():
+            dist.broadcast(size, src=0)
+            text = text if self.is_main else torch.empty(int(size.item()), dtype=torch.uint8)
+            dist.broadcast(text, src=0)
+            layout, content = json.loads(text.numpy().tobytes())
+            received: dict[str, dict[str, Tensor]] = {}
+            for file, named in layout.items():
+                received[file] = {}
+                for name, (dtype, shape) in named.items():
+                    tensor = tensors[file][name] if self.is_main else torch.empty(shape, dtype=getattr(torch, dtype))
+                    # As bytes, because no backend sends every dtype; NCCL only sends tensors on the GPU.
+                    sent = tensor.contiguous().to(self.device)
+                    if sent.numel():
+                        dist.broadcast(sent.reshape(-1).view(torch.uint8), src=0)
+                    received[file][name] = tensor if self.is_main else sent.to(tensor.device)
+        return received, content
 
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
@@ -191,7 +229,7 @@ class ProcessGroup:
         """Wait for all ranks, up to ``BARRIER_TIMEOUT``. Signals are handled while waiting."""
         if not self.is_distributed:
             return
-        with _raise_if_process_lost():
+        with raise_if_process_lost():
             work: Any = dist.barrier(self._barrier_group, async_op=True)
             while not work.is_completed():  # a blocking wait would delay Python's signal handlers until its end
                 time.sleep(POLL_SECONDS)
@@ -208,12 +246,16 @@ class ProcessGroup:
         """
         if not self.is_distributed:
             return
-        # Compared on every rank, so that all of them raise: one that continued would wait for the others.
-        facts_by_rank: list[Any] = [None] * self.rank.world_size
-        with _raise_if_process_lost():
-            dist.all_gather_object(facts_by_rank, dict(facts), group=self._barrier_group)
-        for rank, facts_of_rank in enumerate(facts_by_rank):
-            different = [name for name, value in facts_by_rank[0].items() if facts_of_rank.get(name) != value]
+        # Compared on every rank, so that all of them raise: one that continued would wait for the others. A digest is
+        # as long on every rank; the names of the facts are the same.
+        digests = [hashlib.sha256(fact.encode()).digest() for fact in facts.values()]
+        sent = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1)
+        received = [torch.empty_like(sent) for _ in range(self.rank.world_size)]
+        with raise_if_process_lost():
+            dist.all_gather(received, sent, group=self._barrier_group)
+        for rank, digests_of_rank in enumerate(received):
+            equal = (digests_of_rank == received[0]).all(1).tolist()
+            different = [name for name, is_equal in zip(facts, equal, strict=True) if not is_equal]
             if different:
                 raise TrainingError(
                     f"process {rank} was given other {' and other '.join(different)} than process 0",
@@ -271,7 +313,9 @@ def _join(rank: Rank) -> ProcessGroup:
     use_gpus = torch.cuda.is_available() and not cpu_is_requested()
     # Before the group is made: NCCL would otherwise put every process of a machine on its first GPU.
     if use_gpus:
-        torch.cuda.set_device(rank.local_rank)
+        # Slurm may show each process only its own GPU, which then has index 0.
+        torch.cuda.set_device(rank.local_rank % torch.cuda.device_count())
+    set_rendezvous_address()
     try:
         store, index, world_size = next(rendezvous("env://", rank.index, rank.world_size, timeout=RENDEZVOUS_TIMEOUT))
         store.set_timeout(RENDEZVOUS_TIMEOUT)
@@ -295,11 +339,12 @@ def _join(rank: Rank) -> ProcessGroup:
             f"{_first_line(error)}",
             fix="start as many processes as were announced, and make that address reachable from every machine",
         ) from error
-    return ProcessGroup(rank, barrier_group, store)
+    device = torch.device("cuda", torch.cuda.current_device()) if use_gpus else torch.device("cpu")
+    return ProcessGroup(rank, barrier_group, store, device)
 
 
 @contextmanager
-def _raise_if_process_lost() -> Iterator[None]:
+def raise_if_process_lost() -> Iterator[None]:
     """Turn the error of a collective into a :class:`ProcessLostError`; nothing else can fail in the block."""
     try:
         yield
@@ -314,12 +359,3 @@ def _raise_if_process_lost() -> Iterator[None]:
 def _first_line(error: RuntimeError) -> str:
     """Return the first sentence of an error without torch's source location and gloo's advice."""
     return re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0].partition(". ")[0].strip()
-
-
-def _all_reduce_sum(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all ranks, in one collective, because each has its latency."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    with _raise_if_process_lost():
-        dist.all_reduce(flat)
-    for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(summed.view_as(tensor))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import chain, islice
 from typing import Any, cast, final
 
@@ -19,18 +20,19 @@ from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
 from transfer.models.forward import explain_out_of_memory, forward_batches
 from transfer.models.model import Model
-from transfer.models.precision import autocast, place
+from transfer.models.precision import autocast, compiled, place
 from transfer.storage.checkpoint import digest
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.signals import Interrupted, Signals
 from transfer.training import evaluation, freezing, solver
-from transfer.training.batch_loss import BatchLoss
+from transfer.training.batch_loss import BatchLoss, BatchRecorder
 from transfer.training.checkpoints import Checkpoints
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup, ProcessLostError
 from transfer.training.events import EpochEnded, EpochStarted, Note, Observer, StepEnded, ignore_events
 from transfer.training.experiment import Experiment, Phase
 from transfer.training.mixup import mix_batch
 from transfer.training.optimizer import build_optimizer, learning_rates
+from transfer.training.parallel import MetricMessages, Replicas
 from transfer.training.scheduler import Schedule
 from transfer.training.seeding import seed_generators
 from transfer.training.state import EpochSums, TrainingState
@@ -119,7 +121,8 @@ class Trainer:
         self.scored_model = self.model if average is None else cast("Model", average.module)
         # Only training uses the compiled model: evaluation runs the stages one by one, as the feature cache does, so
         # that cached and uncached features are the same.
-        self.forward: Callable[..., Tensor] = torch.compile(self.model) if self.options.compile else self.model
+        varied = experiment.train.preprocessing.varies_in_length
+        forward = compiled(self.model, self.options.compile, varied=varied)
         # Only fp16 gradients underflow; a disabled scaler passes losses and steps through.
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.precision == "fp16")
         metrics = evaluation.device_metrics(experiment.task, self.device)
@@ -130,8 +133,10 @@ class Trainer:
         origin = {**experiment.origin, "base weights": digest(base)}
         if processes.is_distributed:
             processes.require_equal({**origin, "initial weights": digest(weights)})
+        self.replicas = Replicas(processes, self.model, forward, sync_batch_norm=self.options.sync_batch_norm)
         self.state = TrainingState(self.model, unchanged, origin, average, scaler, metrics)
         self.checkpoints = Checkpoints(run, self.state, self.options, processes, observe)
+        self.recorder = BatchRecorder(metrics, MetricMessages(processes, self.signals, self.checkpoints))
         self.selection = experiment.selection
         self._pending: list[BatchLoss] = []  # losses of the last step, which the device may still compute
         self._has_unsaved_steps = False
@@ -215,6 +220,7 @@ class Trainer:
             if is_new:
                 progress.phase, progress.phase_epochs, progress.phase_best = number, 0, None
             self.state.start_phase(optimizer, schedule)
+        self.replicas.start_phase()
 
         # ---- epochs
         total_epochs = sum(phase.epochs for phase in experiment.phases)
@@ -271,7 +277,7 @@ class Trainer:
                     self._save_checkpoint()
             # ---- once in a while: progress for the observers
             # The pending losses are not in the sum yet, so the mean is over the examples before them.
-            recorded = sums.examples - sum(len(loss.indices) for loss in self._pending)
+            recorded = sums.examples - sum(len(loss.indices) for loss in self._pending) - self.recorder.waiting
             if recorded and now - last_progress >= PROGRESS_INTERVAL_SECONDS:
                 last_progress = now
                 value = evaluation.metric_so_far(experiment.task, metrics)
@@ -279,7 +285,7 @@ class Trainer:
                 self.observe(StepEnded(sums.batches, sums.loss_sum / recorded, value, speed))
             # ---- all ranks stop after the same step if one of them received a signal
             self.signals.raise_if_any_rank_interrupted()
-        self._record_pending_loss()
+        self._record_pending_loss(flush=True)
         sums.seconds = seconds_before + time.perf_counter() - started
 
     def train_step(self, batches: Iterable[Batch], *, examples: int, first_stage: int = 0) -> list[BatchLoss]:
@@ -291,7 +297,7 @@ class Trainer:
             first_stage: Index of the stage that takes the inputs of the batches.
 
         Returns:
-            The loss of each batch, not yet read from the device.
+            The loss of each batch, not yet read from the device. With several ranks, those of the last message.
 
         Raises:
             MemoryRanOut: Memory ran out; the error states the batch size.
@@ -299,36 +305,31 @@ class Trainer:
         state, processes, sums = self.state, self.processes, self.state.progress.epoch
         assert state.optimizer is not None
         assert state.schedule is not None
-        rates, step_losses = learning_rates(state.optimizer), list[BatchLoss]()
+        rates, trained = learning_rates(state.optimizer), 0
 
         # ---- forward and backward
         for loaded in batches:
             batch = loaded.to(self.device)
-            # Dropout depends on the seed and the batch number only: a resumed run draws the same numbers.
-            number = state.progress.batches + sums.batches + 1
-            seed_generators(self.device, self.experiment.seed, number, processes.rank.index)
-            with explain_out_of_memory(len(batch.indices)):
+            indices = batch.indices if batch.global_indices is None else batch.global_indices
+            trained += len(indices)
+            trace = partial(self._losses, batch, first_stage)
+            with self.replicas.step(trace, is_last=trained == examples), explain_out_of_memory(len(batch.indices)):
+                # Dropout depends on the seed and the batch number only: a resumed run draws the same numbers.
+                number = state.progress.batches + sums.batches + 1
+                seed_generators(self.device, self.experiment.seed, number, processes.rank.index)
                 losses, outputs = self._losses(batch, first_stage)
-                # Divided by the examples of all batches, accumulated gradients equal those of one large batch.
-                loss = losses.sum() / examples
+                # Divided by the examples of all batches, accumulated gradients equal those of one large batch. The mean
+                # of the gradients over all ranks is then their sum divided by the examples of all ranks.
+                loss = losses.sum() / (examples / processes.rank.world_size)
                 state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
             # ---- metrics, over the examples of all ranks
             # Detached, because metrics keep their inputs: otherwise they would keep the graph of every batch alive.
-            losses, inputs = losses.detach(), evaluation.inputs_of_metrics(self.experiment.task, outputs.detach())
-            targets, indices = batch.targets, batch.indices
-            if batch.global_indices is not None:
-                indices = batch.global_indices
-                losses, targets, *gathered = processes.all_gather(len(indices), losses, targets, *inputs.values())
-                inputs = dict(zip(inputs, gathered, strict=True))
-            for name, metric in state.metrics.items():
-                metric.update(inputs.get(name, inputs[evaluation.PREDICTIONS]), targets)
+            inputs = evaluation.inputs_of_metrics(self.experiment.task, outputs.detach())
             sums.batches, sums.examples = sums.batches + 1, sums.examples + len(indices)
-            step_losses.append(BatchLoss.copy_from(losses.sum(), indices, sums.batches, rates))
+            self.recorder.add(indices, sums.batches, rates, losses.detach(), batch.targets, inputs)
 
         # ---- update
-        if processes.is_distributed:
-            processes.all_reduce_gradients(self.model)
         if self.options.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)  # the norm is that of the true gradients
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
@@ -340,7 +341,7 @@ class Trainer:
         if state.average is not None:
             state.average.update_parameters(self.model)
         self._has_unsaved_steps = True
-        return step_losses
+        return self.recorder.losses()
 
     def dry_run_step(self, trained: Batch, evaluated: Batch) -> None:
         """Make a training step and an evaluation step as :meth:`fit` makes them, for the batch-size search."""
@@ -377,7 +378,7 @@ class Trainer:
 
     def _save_checkpoint(self, *, best: bool = False, last: bool = True) -> None:
         """Write the checkpoint ``last``, ``best``, or both."""
-        self._record_pending_loss()
+        self._record_pending_loss(flush=True)
         self.checkpoints.save(best=best, last=last)
         self._has_unsaved_steps = self._has_unsaved_steps and not last
 
@@ -403,7 +404,7 @@ class Trainer:
             mixed = mix_batch(inputs, self.options.mix)
             inputs = mixed.inputs
         with autocast(self.options.precision, self.device):
-            outputs = self.forward(inputs, first_stage)
+            outputs = self.replicas.forward(inputs, first_stage)
         # Losses are computed in float32: exponentials and sums over classes lose too much in 16 bits.
         outputs = outputs.float()
         losses = task.loss(outputs, batch.targets)
@@ -415,10 +416,10 @@ class Trainer:
             losses = losses[: self.processes.shard_size(len(batch.global_indices))]
         return losses, outputs
 
-    def _record_pending_loss(self) -> None:
+    def _record_pending_loss(self, *, flush: bool = False) -> None:
         """Add the losses of the previous step to the sum of the epoch, or raise TrainingError for one not finite."""
         pending, self._pending, progress = self._pending, [], self.state.progress
-        for loss in pending:
+        for loss in [*pending, *(self.recorder.losses(flush=True) if flush else [])]:
             progress.epoch.loss_sum += loss.finite_item(progress.epochs + 1)
 
     def _evaluate(self, model: Model, source: StageInputs, split: str, **collected: Any) -> dict[str, float]:
@@ -444,6 +445,6 @@ class Trainer:
             collector = evaluation.PredictionCollector() if collects else None
             test = self._evaluate(self.model, source, "test", collector=collector)
             if collector is not None:
-                self.checkpoints.run.write_predictions(scored := collector.in_split_order())
+                self.checkpoints.run.write_predictions(scored := collector.in_order_of(experiment.test.split))
                 predictions = scored.predictions
         return summarize(experiment, progress, best, test, predictions, caches=caches, seconds=self.checkpoints.seconds)

@@ -16,13 +16,14 @@ from transfer.config.torch_metrics import CollectedMetric
 from transfer.config.train_settings import Precision
 from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
-from transfer.interfaces import Task
+from transfer.interfaces import Split, Task
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
 from transfer.storage.run_directory import Predictions
 from transfer.system.signals import Signals
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup
 from transfer.training.events import EvaluationStarted, EvaluationStep, Observer
+from transfer.training.parallel import MetricMessages
 from transfer.training.selection import MetricSample, Selection
 from transfer.training.state import named_metrics
 
@@ -31,24 +32,29 @@ PREDICTIONS = ""
 
 
 class PredictionCollector:
-    """Predictions, targets, losses and confidences of a split, collected batch by batch on the CPU."""
+    """Predictions, targets, losses and scores of a split, collected batch by batch on the CPU."""
 
     def __init__(self) -> None:
         self._indices: list[npt.NDArray[np.int64]] = []
         self._batches: list[tuple[Tensor, ...]] = []
 
     def append(self, indices: npt.NDArray[np.int64], *tensors: Tensor) -> None:
-        """Append a batch: the indices of its examples, and (B, ...) for each field of :class:`Predictions`."""
+        """Append a batch: the indices of its examples, and predictions, targets, losses and scores, (B, ...) each."""
         self._indices.append(indices)
         # From CUDA, copied to pinned memory without waiting for the device.
         self._batches.append(tuple(tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors))
 
-    def in_split_order(self) -> Predictions:
-        """Return all batches in the order of the split; buckets by length permute the examples."""
+    def in_order_of(self, split: Split) -> Predictions:
+        """Return all batches in the order of their split; buckets by length permute the examples."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies may not have ended
         order = torch.from_numpy(np.concatenate(self._indices)).argsort()
-        return Predictions(*(torch.cat(tensors)[order] for tensors in zip(*self._batches, strict=True)))
+        columns = (torch.cat(tensors)[order] for tensors in zip(*self._batches, strict=True))
+        predictions, targets, losses, scores = columns
+        # Probabilities of labels and predicted numbers are their own scores, which are stored once.
+        are_scores = scores.dtype == predictions.dtype and torch.equal(scores, predictions)
+        names = tuple(split.name(index) for index in range(len(split))) if len(split.names) else ()
+        return Predictions(predictions, targets, losses, scores.amax(1), None if are_scores else scores, names)
 
 
 def evaluate(
@@ -87,48 +93,58 @@ def evaluate(
     """
     device = next(model.parameters()).device
     metrics = device_metrics(task, device)
-    shard = processes.shard if processes.is_distributed else None
+    messages = MetricMessages(processes, signals) if processes.is_distributed else None
     # The sum of millions of float32 losses would lose digits; MPS has no float64.
     loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     examples = 0
-    observe(EvaluationStarted(split, min(len(source.loader), max_batches or sys.maxsize)))
-    batches = source.loader.epoch(limit=max_batches, shard=shard)
+
+    def record(indices: npt.NDArray[np.int64], losses: Tensor, targets: Tensor, scores: Tensor, *rest: Tensor) -> None:
+        nonlocal loss_sum, examples
+        loss_sum += losses.sum()
+        examples += len(indices)
+        inputs = dict(zip(names, rest, strict=True))
+        predictions = inputs[PREDICTIONS]
+        for name, metric in metrics.items():
+            metric.update(inputs.get(name, predictions), targets)
+        if sample is not None:
+            sample.append(inputs.get(sample.name, predictions), targets)
+        if collector is not None:
+            collector.append(indices, predictions, targets, losses, scores)
+
+    names: tuple[str, ...] = ()
+    steps = min(len(source.loader), max_batches or sys.maxsize)
+    observe(EvaluationStarted(split, steps))
+    batches = source.loader.epoch(limit=max_batches, shard=None if messages is None else processes.shard)
     forward = forward_batches(model, batches, device=device, precision=precision, first_stage=source.first_stage)
     for step, (batch, outputs) in enumerate(forward, 1):
         with torch.inference_mode():
             outputs = outputs.float()
             losses, inputs = task.loss(outputs, batch.targets), inputs_of_metrics(task, outputs)
-            targets, indices = batch.targets, batch.indices
-            # Only rank 0 collects, but a collective needs the same tensors on every rank.
-            needs_confidences = collector is not None or batch.global_indices is not None
-            confidences = task.scores(outputs).amax(1) if needs_confidences else losses
-            if batch.global_indices is not None:
-                indices = batch.global_indices
-                losses, targets, confidences, *gathered = processes.all_gather(
-                    len(indices), losses, targets, confidences, *inputs.values()
-                )
-                inputs = dict(zip(inputs, gathered, strict=True))
-            loss_sum += losses.sum()
-            predictions = inputs[PREDICTIONS]
-            for name, metric in metrics.items():
-                metric.update(inputs.get(name, predictions), targets)
-            if sample is not None:
-                sample.append(inputs.get(sample.name, predictions), targets)
-            if collector is not None:
-                collector.append(indices, predictions, targets, losses, confidences)
-        examples += len(indices)
+            names = tuple(inputs)
+            # Only rank 0 collects, but a message needs the same tensors on every rank.
+            needs_scores = collector is not None or messages is not None
+            scores = task.scores(outputs) if needs_scores else losses
+            tensors = [losses, batch.targets, scores, *inputs.values()]
+            if messages is None:
+                record(batch.indices, *tensors)
+            else:
+                assert batch.global_indices is not None
+                messages.append(batch.global_indices, tensors)
+                if messages.is_due or step == steps:
+                    for indices, _, gathered in messages.exchange():
+                        record(indices, *gathered)
         observe(EvaluationStep(step))
         if signals is not None:
             signals.raise_if_any_rank_interrupted()
-    scores = {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
-    not_finite = [name for name, value in scores.items() if not math.isfinite(value)]
+    values = {"loss": loss_sum.item() / examples, **{name: float(metric.compute()) for name, metric in metrics.items()}}
+    not_finite = [name for name, value in values.items() if not math.isfinite(value)]
     if not_finite:
         raise TrainingError(
             f"{' and '.join(not_finite)} of the {split} split is not finite",
             fix="check the data for values that are not finite, or lower the learning rate; a metric of task.metrics "
             "may be undefined for constant predictions",
         )
-    return scores
+    return values
 
 
 def inputs_of_metrics(task: Task, outputs: Tensor) -> dict[str, Tensor]:

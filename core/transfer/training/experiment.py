@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from transfer.config.torch_classes import TorchClass
-from transfer.config.train_settings import Checkpoint, MixupCutmix, Precision, Solver, TrainConfig
+from transfer.config.train_settings import Checkpoint, Compile, MixupCutmix, Precision, Solver, TrainConfig
 from transfer.data.loader import Loader
-from transfer.feature_cache.loader import StageInputs, select_stage_inputs
+from transfer.feature_cache.loader import AUTO_VIEWS, StageInputs, select_stage_inputs
 from transfer.feature_cache.prefix import FrozenPrefix
 from transfer.feature_cache.store import FeatureCache
 from transfer.interfaces import SPLITS, Task
@@ -57,7 +57,7 @@ class EngineOptions:
         device: Device to train on.
         precision: Precision of the forward and the backward pass.
         deterministic: Whether a GPU uses only kernels that give the same result in every run.
-        compile: Whether the model is compiled (``torch.compile``).
+        compile: Whether the model is compiled (``torch.compile``), and CUDA graphs are recorded.
         accumulate: Number of batches per optimizer step.
         clip_norm: Maximum norm of the gradient. None disables clipping.
         warmup_epochs: Length of the linear warm-up of each phase, in epochs.
@@ -65,15 +65,17 @@ class EngineOptions:
         mix: Options of mixup and CutMix. None disables both.
         checkpoint: Options for when checkpoints are written and how many are kept.
         cache: Mode of the feature cache.
-        views: Number of augmented views per training example in the cache. None does not cache augmented examples.
+        views: Number of augmented views per training example in the cache, or ``auto`` (:func:`views_of_phase`). None
+            does not cache augmented examples.
         cache_limit_gib: Maximum size of the feature cache on disk, in GiB.
         select: Metric that selects the best epoch, ``loss`` or ``last``. None selects the task's primary metric.
+        sync_batch_norm: Whether trained batch norm uses the statistics of all ranks.
     """
 
     device: torch.device
     precision: Precision
     deterministic: bool
-    compile: bool
+    compile: Compile
     accumulate: int
     clip_norm: float | None
     warmup_epochs: float
@@ -81,9 +83,10 @@ class EngineOptions:
     mix: MixupCutmix | None
     checkpoint: Checkpoint
     cache: Literal["auto", "off", "verify"]
-    views: int | None
+    views: int | Literal["auto"] | None
     cache_limit_gib: float
     select: str | None = None
+    sync_batch_norm: bool = False
 
     @classmethod
     def from_config(cls, train: TrainConfig, device: torch.device, *, quick: bool) -> EngineOptions:
@@ -109,11 +112,24 @@ class EngineOptions:
             train.views,
             train.cache_limit_gib,
             train.select,
+            train.sync_batch_norm,
         )
 
 
-def views_of_phase(views: int | None, epochs: int | None) -> int | None:
-    """Return the number of augmented views to cache for a phase: computing more than it has epochs would be wasted."""
+def views_of_phase(
+    views: int | Literal["auto"] | None, epochs: int | None, *, frozen_backbone: bool = False
+) -> int | None:
+    """Return the number of augmented views to cache for a phase. None caches no augmented examples.
+
+    Args:
+        views: The option ``train.views``. ``auto`` caches views only if that saves most of the computation: of the
+            complete backbone, in more epochs than there are views.
+        epochs: Number of epochs that draw the views; computing more views would be wasted. None for a solved head,
+            which uses all views at once, and for which ``auto`` caches none.
+        frozen_backbone: Whether the frozen prefix contains all stages of the backbone.
+    """
+    if views == "auto":
+        return AUTO_VIEWS if frozen_backbone and epochs is not None and epochs > AUTO_VIEWS else None
     return views if views is None or epochs is None else min(views, epochs)
 
 
@@ -191,7 +207,8 @@ class Experiment:
                 progress=lambda step, steps: observe(CachingStep(name, step, steps)),
             )
         mixed = training and options.mix is not None
-        return select_stage_inputs(cache, prefix, loader, views=views_of_phase(options.views, epochs), mixed=mixed)
+        views = views_of_phase(options.views, epochs, frozen_backbone=stages == len(self.model) - 1)
+        return select_stage_inputs(cache, prefix, loader, views=views, mixed=mixed)
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters: ``total``, and ``trainable`` in some phase."""

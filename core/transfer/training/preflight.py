@@ -304,6 +304,12 @@ def _refuse_dead_settings(
 ) -> None:
     """Refuse settings without an effect, and settings that this machine does not support."""
     train = config.train
+    if train.sync_batch_norm and device.type != "cuda":
+        raise ConfigError(
+            f"train.sync_batch_norm needs a GPU (CUDA), and the device is {device}",
+            where=config.document.location(("train", "sync_batch_norm")),
+            fix="remove it; batch_norm: frozen or eval in train.phases needs no statistics of other processes",
+        )
     if train.precision == "fp16" and device.type != "cuda":
         raise ConfigError(
             f"train.precision: fp16 needs a GPU (CUDA), and the device is {device}",
@@ -322,7 +328,7 @@ def _refuse_dead_settings(
             where=config.document.location(("train", "max_tokens")),
             fix="set train.batch_size instead",
         )
-    if train.views is None:
+    if train.views is None or train.views == "auto":
         return
     augments = backbone.preprocessing.augments and train.augment
     reasons = [

@@ -21,7 +21,7 @@ from transfer.models.model import Model
 from transfer.training.distributed import ProcessGroup
 from transfer.training.evaluation import PREDICTIONS, inputs_of_metrics
 from transfer.training.events import Note, Observer
-from transfer.training.experiment import Experiment
+from transfer.training.experiment import Experiment, views_of_phase
 from transfer.training.state import EpochSums, TrainingState
 
 STRENGTHS = tuple(10 ** (-k / 2) for k in range(13))
@@ -75,7 +75,8 @@ def reason_not_solved(config: RunConfig, backbone: Backbone, model: Model, task:
         return f"the loss of the task {config.task.plugin.name!r} is not convex and smooth"
     if train.ema is not None:
         return "train.ema averages gradient steps"
-    if examples * (train.views or 1) * linear.in_features > MAX_FEATURES:
+    views = views_of_phase(train.views, None)
+    if examples * (views or 1) * linear.in_features > MAX_FEATURES:
         return f"the training split has more than {MAX_FEATURES:,} features"
     if train.sampler is not None:
         return "train.sampler draws the examples of gradient steps"
@@ -85,7 +86,7 @@ def reason_not_solved(config: RunConfig, backbone: Backbone, model: Model, task:
         len(model) - 1,
         cache=True,  # without the cache, one pass computes the features
         augments=backbone.preprocessing.augments and train.augment,
-        views=train.views,
+        views=views,
         mixed=train.mix is not None,
     )
 
@@ -93,7 +94,7 @@ def reason_not_solved(config: RunConfig, backbone: Backbone, model: Model, task:
 def training_examples(experiment: Experiment) -> Loader:
     """Return the training examples for :func:`solve`: augmented only if the feature cache contains several views."""
     train = experiment.train
-    if train.augments and experiment.options.views is None:
+    if train.augments and views_of_phase(experiment.options.views, None) is None:
         return train.in_fixed_order(BATCH_SIZE, augment=False)
     return train
 
@@ -219,7 +220,13 @@ def solve_epoch(
         observe: Function that is called with a note about the solution.
     """
     started = time.perf_counter()
-    solution = processes.broadcast_object(lambda: solve(experiment, sources))
+
+    def make() -> tuple[Mapping[str, Mapping[str, Tensor]], float]:
+        solved = vars(solve(experiment, sources))
+        return {"solution": {name: value for name, value in solved.items() if name != "strength"}}, solved["strength"]
+
+    tensors, strength = processes.broadcast_contents(make)
+    solution = Solution(strength=strength, **tensors["solution"])
     device = experiment.options.device
     outputs, targets = solution.outputs.to(device), solution.targets.to(device)
     with torch.no_grad():

@@ -220,7 +220,7 @@ class TrainingState:
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
     # A restored checkpoint whose optimizer and schedule wait for the start of their phase.
-    _restored: tuple[dict[str, dict[str, Tensor]], _CheckpointState, Path] | None = None
+    _restored: tuple[Mapping[str, Tensors], _CheckpointState, Path] | None = None
 
     def start_phase(self, optimizer: Optimizer, schedule: Schedule) -> None:
         """Set the optimizer and the schedule of a phase; load their state if a checkpoint was restored."""
@@ -264,7 +264,7 @@ class TrainingState:
         scored = self.model if self.average is None else self.average.module
         return {"model": self.changed_weights(scored)}, {"origin": self.origin, **(self.progress.best or {})}
 
-    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], folder: Path) -> str | None:
+    def restore(self, tensors: Mapping[str, Tensors], state: dict[str, Any], folder: Path) -> str | None:
         """Restore a checkpoint; return why it is not the newest one, or None if it is.
 
         The optimizer and the schedule are restored at the start of their phase.
@@ -283,7 +283,7 @@ class TrainingState:
         recovered: str | None = state.get("recovered")
         return recovered
 
-    def _restore(self, tensors: dict[str, dict[str, Tensor]], state: _CheckpointState, folder: Path) -> None:
+    def _restore(self, tensors: Mapping[str, Tensors], state: _CheckpointState, folder: Path) -> None:
         different = [name for name, value in self.origin.items() if state.origin.get(name) != value]
         if different:
             raise RunError(
@@ -421,7 +421,8 @@ def _restore_metric(metric: Metric, path: str, tensors: Mapping[str, Tensor], sa
         value = tensors[f"{path}/{name}"]
         # A state that starts as a single number may take the shape of the first batch's outputs.
         same_shape = value.shape == default.shape or default.numel() == 1
-        if not same_shape or value.is_floating_point() != default.is_floating_point():
+        same_type = value.dtype == default.dtype or (value.is_floating_point() and default.is_floating_point())
+        if not same_shape or not same_type:
             raise ValueError(f"the metric {path}/{name} has the dtype {value.dtype} and the shape {list(value.shape)}")
         setattr(metric, name, value.clone().to(metric.device))
     metric._update_count = saved.updates

@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,8 +25,9 @@ from torchvision.models import WeightsEnum
 from torchvision.transforms import v2
 
 from transfer import ConfigError, DataError, Preprocessing
-from transfer_vision.images import standalone
+from transfer_vision.images import device_decoding, standalone
 from transfer_vision.images.decoding import CropMode, Interpolation, decode, open_image, open_upload, resized_size
+from transfer_vision.images.device_decoding import EncodedJpeg
 from transfer_vision.images.image_grid import draw_grid
 from transfer_vision.images.image_sources import EXTENSIONS
 from transfer_vision.suggestions import unknown_name
@@ -43,6 +45,7 @@ Augmentation = (
     ]
     | list[dict[str, Any]]
 )
+DecodeDevice = Literal["auto", "cpu", "gpu"]
 CacheImages = Literal["auto", "off"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -119,6 +122,12 @@ class ImagePreprocessing(Preprocessing):
             ``auto`` (half of the available memory), ``off``, or a number of GiB.
         crop_mode: Resize before the center crop. ``center``: the shorter side gets ``resize`` pixels. ``squash``: both
             sides do. ``border``: the longer side does, and the rest is filled with the mean color.
+        decode: Where JPEG files are decoded, resized and augmented: ``gpu``, ``cpu``, or ``auto`` (on the GPU if there
+            is one). Pixels differ by rounding. The GPU decodes images of three channels with the augmentation
+            ``default`` or ``none``; anything else is decoded on the CPU.
+
+    Raises:
+        transfer.ConfigError: An option is wrong, or ``decode`` is ``gpu`` without a GPU.
     """
 
     media_type: ClassVar[str] = "image/*"
@@ -135,6 +144,7 @@ class ImagePreprocessing(Preprocessing):
         augmentation: Augmentation = "default",
         cache_images: CacheImages = "auto",
         crop_mode: CropMode = "center",
+        decode: DecodeDevice = "cpu",
     ) -> None:
         self.image_size = image_size
         self.resize = round(image_size * 256 / 224) if resize is None else resize
@@ -150,21 +160,48 @@ class ImagePreprocessing(Preprocessing):
         self.augmentation = _current_name(augmentation)
         self.cache_images = cache_images
         self._augment = _transform(self.augmentation, image_size, self.resize, self.channels)
+        if decode == "gpu" and (reason := self._reason_not_on_gpu()):
+            raise ConfigError(f"decode: gpu is not possible: {reason}", fix="set decode: auto")
+        self.decodes_on: Literal["cpu", "gpu"] = "cpu" if decode == "cpu" or self._reason_not_on_gpu() else "gpu"
+
+    def _reason_not_on_gpu(self) -> str | None:
+        if self.channels != 3:
+            return f"images have {self.channels} channels: expected 3"
+        if self.augmentation not in ("default", "none"):
+            return "the augmentation is neither default nor none"
+        return None if device_decoding.can_decode_on_gpu() else "there is no GPU (CUDA) that decodes JPEG files"
+
+    def restore(self, described: Mapping[str, Any]) -> None:
+        """Decode as in the training of a saved model, unless this machine cannot.
+
+        Args:
+            described: Result of :meth:`describe` in training.
+        """
+        self.decodes_on = described.get("decode", "cpu")
+        if self.decodes_on == "gpu" and (reason := self._reason_not_on_gpu()):
+            self.decodes_on = "cpu"
+            warnings.warn(
+                f"the model was trained on JPEG files decoded by a GPU, and {reason}: pixels may differ by rounding",
+                stacklevel=2,
+            )
 
     @property
     def keep_bytes(self) -> int | None:
         """Memory limit that ``cache_images`` sets, in bytes; None: half of the available memory."""
+        if self.decodes_on == "gpu":
+            return 0  # decoding on the GPU is faster than reading decoded images from memory
         if self.cache_images == "auto":
             return None
         return 0 if self.cache_images == "off" else int(self.cache_images * 2**30)
 
-    def encode(self, values: Sequence[Any]) -> list[Tensor]:
+    def encode(self, values: Sequence[Any]) -> list[Tensor | EncodedJpeg]:
         """Decode PIL images, apply their orientation, convert them to RGB or gray and resize them.
 
         Arrays of uint8, (H, W) or (H, W, C), are only resized.
 
         Returns:
-            A uint8 tensor (C, H, W) for each value; in the crop mode ``center`` min(H, W) is ``resize``.
+            A uint8 tensor (C, H, W) for each value; in the crop mode ``center`` min(H, W) is ``resize``. Or a JPEG file
+            that :meth:`to_device` decodes.
 
         Raises:
             ValueError, OSError: A value is no image, is damaged or has another number of channels.
@@ -176,7 +213,11 @@ class ImagePreprocessing(Preprocessing):
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self._encode, values))
 
-    def _encode(self, value: Any) -> Tensor:
+    def _encode(self, value: Any) -> Tensor | EncodedJpeg:
+        if self.decodes_on == "gpu" and isinstance(value, Image.Image):
+            jpeg = device_decoding.encoded_jpeg(value, self.resize, self.crop_mode)
+            if jpeg is not None:
+                return jpeg
         if isinstance(value, np.ndarray):
             return self._encode_array(value, self.crop_mode)
         if not isinstance(value, Image.Image):
@@ -209,34 +250,56 @@ class ImagePreprocessing(Preprocessing):
         """Whether there is a random augmentation."""
         return self._augment is not None
 
-    def augment(self, encoded: Tensor) -> Tensor:
-        """Apply the random augmentation to a uint8 tensor (C, H, W); the result is uint8 (C, H', W')."""
+    def augment(self, encoded: Tensor | EncodedJpeg) -> Tensor | EncodedJpeg:
+        """Apply the random augmentation to a uint8 tensor (C, H, W); the result is uint8 (C, H', W').
+
+        For a JPEG file it is only drawn, with the same result.
+        """
         if self._augment is None:
             return encoded
+        if isinstance(encoded, EncodedJpeg):
+            return encoded.augmented(*self._augment.transforms)
         augmented: Tensor = v2.functional.to_dtype(self._augment(encoded), torch.uint8, scale=True)
         return augmented
 
-    def collate(self, encoded: Sequence[Tensor]) -> Tensor:
+    def collate(self, encoded: Sequence[Tensor | EncodedJpeg]) -> Tensor | tuple[Tensor, Tensor]:
         """Crop the center and stack. Smaller images are padded with black, or the mean color of a border.
 
         Args:
-            encoded: B uint8 tensors (C, H, W), of any sizes.
+            encoded: B uint8 tensors (C, H, W), of any sizes, or JPEG files.
 
         Returns:
-            A uint8 tensor (B, C, image_size, image_size), channels last in memory.
+            A uint8 tensor (B, C, image_size, image_size), channels last in memory. With JPEG files, their bytes and the
+            transforms of their pixels (:func:`transfer_vision.images.device_decoding.collate`).
         """
+        pixels = [self._center_crop(value) for value in encoded if not isinstance(value, EncodedJpeg)]
+        if len(pixels) < len(encoded):
+            cropped = iter(pixels)
+            return device_decoding.collate(
+                [value if isinstance(value, EncodedJpeg) else next(cropped) for value in encoded]
+            )
         size, channels = self.image_size, self.channels
         batch = torch.empty((len(encoded), size, size, channels), dtype=torch.uint8)
-        for target, pixels in zip(batch, encoded, strict=True):
-            target.copy_(v2.functional.center_crop(self._padded(pixels), [size, size]).permute(1, 2, 0))
+        for target, image in zip(batch, pixels, strict=True):
+            target.copy_(image.permute(1, 2, 0))
         return batch.permute(0, 3, 1, 2)
 
-    def to_device(self, inputs: Tensor, device: torch.device) -> Tensor:
+    def _center_crop(self, pixels: Tensor) -> Tensor:
+        cropped: Tensor = v2.functional.center_crop(self._padded(pixels), [self.image_size, self.image_size])
+        return cropped
+
+    def to_device(self, inputs: Tensor | tuple[Tensor, Tensor], device: torch.device) -> Tensor:
         """Move a uint8 batch (B, C, S, S) to a device and normalize it there; a copy of bytes is four times as fast.
+
+        JPEG files are decoded on the device.
 
         Returns:
             A float32 tensor (B, C, S, S), channels last in memory.
         """
+        if isinstance(inputs, tuple):
+            inputs = device_decoding.decode_batch(
+                inputs, device, self.image_size, self.interpolation, self._center_crop
+            )
         pixels = inputs.to(device, non_blocking=True).permute(0, 2, 3, 1)
         count, height, width, channels = pixels.shape
         # With a complete row of pixels as the last dimension, the CPU uses vector instructions.
@@ -329,6 +392,7 @@ class ImagePreprocessing(Preprocessing):
             "std": list(self.std),
             "augmentation": self.augmentation,
             "crop_mode": self.crop_mode,
+            "decode": self.decodes_on,
         }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import resources
 from typing import Any
@@ -14,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from transfer import __version__
 from transfer.deployment.serving.batching import BATCHING, Batcher, Batching, BusyError
+from transfer.deployment.serving.decoders import Decoders
 from transfer.deployment.serving.guards import LOOPBACK_HOSTS, AccessLog, Gate, HostGuard, Tokens, refuse_other_origins
 from transfer.deployment.serving.metrics import Metrics
 from transfer.deployment.serving.models import Prediction, RefusedError, Request as Inputs, ServedModel
@@ -44,8 +44,6 @@ _REFUSALS = {
     503: "Too many requests are waiting, or the server stops.",
     504: "The request was not answered in time.",
 }
-# A second one decodes while a large image occupies the first. More would need more memory: up to 400 MB each.
-_DECODERS = 2
 
 
 class Endpoint:
@@ -54,11 +52,11 @@ class Endpoint:
     Args:
         model: The model.
         batching: Settings of the batches.
-        decoders: Threads that decode files.
+        decoders: Workers that decode files.
         metrics: Metrics of the application.
     """
 
-    def __init__(self, model: ServedModel, batching: Batching, decoders: Executor, metrics: Metrics) -> None:
+    def __init__(self, model: ServedModel, batching: Batching, decoders: Decoders, metrics: Metrics) -> None:
         self.model = model
         self.batcher: Batcher[tuple[ServedModel, Any], Prediction] = Batcher(self._work, batching)
         self.decoding = 0
@@ -90,7 +88,7 @@ class Endpoint:
                 raise BusyError
             self.decoding += 1
             try:
-                item = await asyncio.get_running_loop().run_in_executor(self._decoders, model.encode, contents)
+                item = await self._decoders.encode(model, contents)
             finally:
                 self.decoding -= 1
             if isinstance(item, Exception):
@@ -120,6 +118,7 @@ def make_app(
     hosts: Sequence[str] = LOOPBACK_HOSTS,
     tokens: Tokens | None = None,
     access_log: AccessLog = "off",
+    decoders: Decoders | None = None,
 ) -> FastAPI:
     """Return the application with all its guards, for uvicorn or any other ASGI server.
 
@@ -131,11 +130,12 @@ def make_app(
             of another site that resolves its own name to this machine (DNS rebinding).
         tokens: Bearer tokens that clients need; None needs none.
         access_log: Format of the lines that the logger ``transfer.access`` gets: off, text or json.
+        decoders: Workers that decode files; the application closes them. None uses threads.
     """
-    decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decoders")
+    workers = decoders or Decoders()
     metrics = Metrics()
     intake = Intake(limits)
-    endpoints = {model.name: Endpoint(model, batching, decoders, metrics) for model in models}
+    endpoints = {model.name: Endpoint(model, batching, workers, metrics) for model in models}
     metrics.watch(endpoints, intake)
 
     @asynccontextmanager
@@ -144,7 +144,7 @@ def make_app(
             for endpoint in endpoints.values():
                 await stack.enter_async_context(endpoint.batcher)
             yield
-        decoders.shutdown(wait=False, cancel_futures=True)
+        workers.close()
 
     app = FastAPI(
         title="transfer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 MAX_BATCH_STEPS = 2**16
 """Number of tokens in a batch, padding included: it keeps a long text from padding a large batch to its length."""
 
+MAX_PICKLED_BYTES = 2**16
+"""Size of an encoder that is sent to another process with each request."""
+
 Request = Mapping[str, bytes]
 """Content of each input by name: of a file, or a text in UTF-8."""
 
@@ -34,6 +38,43 @@ Prediction = dict[str, Any]
 
 class RefusedError(Exception):
     """A request cannot be answered, for a reason that the client can correct."""
+
+
+class Encoder:
+    """Preprocessing of a model for requests.
+
+    Args:
+        name: Name of the model.
+        preprocessing: Preprocessing of the backbone.
+        inputs: Preprocessing of each input, by name.
+    """
+
+    def __init__(self, name: str, preprocessing: Preprocessing, inputs: Mapping[str, Preprocessing]) -> None:
+        self.name, self.preprocessing, self.inputs = name, preprocessing, inputs
+
+    def encode(self, request: Request) -> Any:
+        """Return a request as the preprocessing encodes it, or the exception if it cannot be encoded."""
+        try:
+            return self._encode(request)
+        except RefusedError as error:
+            return _without_traceback(error)
+        except Exception as error:
+            logger.exception("an input of model %s cannot be encoded", self.name)
+            return _without_traceback(error)
+
+    def _encode(self, request: Request) -> Any:
+        values = []
+        for name, reader in self.inputs.items():
+            try:
+                values.append(reader.read_bytes(request[name]))
+            except (ValueError, OSError) as error:
+                raise RefusedError(f"{name} cannot be read: {error}") from error
+            except DataError as error:  # its location is a path of the server, which the client must not see
+                raise RefusedError(f"{name}: " + "; ".join(problem.message for problem in error.problems)) from error
+        try:
+            return self.preprocessing.encode([tuple(values) if self.preprocessing.parts else values[0]])[0]
+        except (ValueError, OSError) as error:
+            raise RefusedError(f"{' and '.join(self.inputs)} cannot be read: {error}") from error
 
 
 class ServedModel:
@@ -55,6 +96,8 @@ class ServedModel:
         self.version = version
         kinds = {reader.media_type.startswith("text/") for reader in self.inputs.values()}
         self.decodes_files = kinds != {True}
+        self._encoder = Encoder(name, self.preprocessing, self.inputs)
+        self.pickled_encoder = _pickled(self._encoder) if kinds == {False} else None
         # Text preprocessing caches words without a lock of its own: models of texts and files encode one by one.
         self._encoding: AbstractContextManager[object] = Lock() if len(kinds) > 1 else nullcontext()
         place(loaded.model, resolve_device(device, where="--device"))
@@ -112,14 +155,8 @@ class ServedModel:
 
     def encode(self, request: Request) -> Any:
         """Return a request as the model's preprocessing encodes it, or the exception if it cannot be encoded."""
-        try:
-            with self._encoding:
-                return self._encode(request)
-        except RefusedError as error:
-            return _without_traceback(error)
-        except Exception as error:
-            logger.exception("an input of model %s cannot be encoded", self.name)
-            return _without_traceback(error)
+        with self._encoding:
+            return self._encoder.encode(request)
 
     def predict_encoded(self, values: Sequence[Any]) -> list[Prediction | Exception]:
         """Return the prediction for each encoded request. An exception is returned as it is."""
@@ -129,20 +166,6 @@ class ServedModel:
         for indices in self._batches(encoded):
             predicted |= zip(indices, self._predict_or_fail([encoded[index] for index in indices]), strict=True)
         return [predicted[index] for index in range(len(values))]
-
-    def _encode(self, request: Request) -> Any:
-        values = []
-        for name, reader in self.inputs.items():
-            try:
-                values.append(reader.read_bytes(request[name]))
-            except (ValueError, OSError) as error:
-                raise RefusedError(f"{name} cannot be read: {error}") from error
-            except DataError as error:  # its location is a path of the server, which the client must not see
-                raise RefusedError(f"{name}: " + "; ".join(problem.message for problem in error.problems)) from error
-        try:
-            return self.preprocessing.encode([tuple(values) if self.preprocessing.parts else values[0]])[0]
-        except (ValueError, OSError) as error:
-            raise RefusedError(f"{' and '.join(self.inputs)} cannot be read: {error}") from error
 
     def _batches(self, encoded: Mapping[int, Any]) -> Iterator[list[int]]:
         """Yield the indices of values of similar length, the shortest first."""
@@ -172,6 +195,15 @@ class ServedModel:
         if not bool(torch.isfinite(outputs).all()):
             raise ValueError("the outputs of the model are not finite")
         return answers_of(self.loaded, encoded, outputs)
+
+
+def _pickled(encoder: Encoder) -> bytes | None:
+    """Return an encoder for another process; None if it must stay in this one, or is too large to send often."""
+    try:
+        pickled = pickle.dumps(encoder)
+    except Exception:  # the preprocessing of a plugin may raise any exception
+        return None
+    return pickled if len(pickled) <= MAX_PICKLED_BYTES else None
 
 
 def _without_traceback(error: Exception) -> Exception:

@@ -26,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from transfer.deployment.serving.app import make_app, replace_models
 from transfer.deployment.serving.batching import BATCHING, Batching
+from transfer.deployment.serving.decoders import Decoders
 from transfer.deployment.serving.guards import LOOPBACK_HOSTS, AccessLog, RateLimit, Tokens, access_logger
 from transfer.deployment.serving.models import ServedModel
 from transfer.deployment.serving.reading import LIMITS, Limits
@@ -108,6 +109,8 @@ def serve(
             return [ServedModel.read(name, run, device) for name, run in named.items()]
 
         models = read()
+        _prepare_process(publication.access_log)
+        decoders = Decoders(processes=any(model.pickled_encoder for model in models))
         with listen_on_path(publication.uds) if publication.uds else listen(host, port) as listening:
             app = make_app(
                 models,
@@ -116,13 +119,13 @@ def serve(
                 hosts=allowed_hosts(host, publication),
                 tokens=tokens,
                 access_log=publication.access_log,
+                decoders=decoders,
             )
 
             def reload() -> None:
                 tokens.replace(read_tokens(publication.token_file))
                 replace_models(app, read(), batching.max_size)
 
-            _prepare_process(publication.access_log)
             # The command line collects garbage rarely, for the speed of its start. A server must free cycles with large
             # inputs soon; frozen objects (modules, models) cost nothing in a collection.
             gc.collect()

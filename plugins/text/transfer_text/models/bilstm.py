@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from transfer import ConfigError, FeatureSpec
 from transfer_text.encoding.encoded_texts import Truncation
 from transfer_text.encoding.vocabulary import MIN_FREQUENCY, PADDING, Vocabulary
-from transfer_text.models.embedding import Count, TextBackbone, Unknown, look_up, use_batch_vocabulary
+from transfer_text.models.embedding import Count, TextBackbone, Unknown, is_recorded, look_up, use_batch_vocabulary
 
 Pooling = Literal["first_last", "last_states", "max", "mean"]
 Readout = Literal["first_last", "last_states", "max", "mean", "sequence"]
@@ -92,59 +92,88 @@ class BiLSTM(TextBackbone):
 class BidirectionalLSTM(nn.LSTM):
     """Torch's LSTM over padded texts; parameters have the same names as in ``nn.LSTM``."""
 
+    def flatten_parameters(self) -> None:
+        """Store the weights of each direction of each layer on a GPU as one piece of memory.
+
+        cuDNN needs the weights of a call like this, and each call computes one direction of one layer. ``nn.LSTM``
+        calls this method in its constructor and after a move to another device.
+        """
+        weights: list[Any] = [*self._flat_weights]
+        cudnn: Any = torch.backends.cudnn
+        if not all(isinstance(w, Tensor) and w.is_cuda and cudnn.is_acceptable(w) for w in weights):
+            return
+        with torch.cuda.device(weights[0].device), torch.no_grad():
+            for group in self.all_weights:
+                sizes = (len(group), group[0].shape[1], cudnn.rnn.get_cudnn_mode(self.mode), self.hidden_size)
+                # No projection, one layer, time first, one direction.
+                torch._cudnn_rnn_flatten_weight([*group], *sizes, 0, 1, False, False)
+
     def forward(self, words: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return the outputs, float (B, T, 2 H), zero at padding, and the mask, bool (B, T).
 
+        Both directions run over padded texts. For the second one each text is reversed within its own length, so that
+        padding is last in both. Packed sequences give the same result, but they run step by step on the CPU, at a sixth
+        of the speed, and on a GPU their lengths must be read from the device, which empties its queue.
+
         Args:
-            words: A table of vectors, float (U, D), and rows of it, int64 (B, T), 0 at padding.
+            words: Table of vectors, float (U, D), or vectors of all words in order, float (B, T, D); and the row of
+                each word in a table, int64 (B, T), 0 at padding.
         """
-        table, rows = words
+        vectors, rows = words
         mask = rows != PADDING
-        if rows.device.type == "cuda":  # cuDNN processes packed sequences directly
-            packed = pack_padded_sequence(
-                look_up(table, rows), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
-            )
-            states, _ = pad_packed_sequence(super().forward(packed)[0], batch_first=True, total_length=rows.shape[1])
-            return states, mask
-        return self._from_both_ends(table, rows, mask), mask
-
-    def _from_both_ends(self, table: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-        """Run both directions over padded sequences: (U, D), (B, T), (B, T) -> (B, T, 2 H).
-
-        For the second direction each text is reversed within its own length, so that padding is last in both. Packed
-        sequences give the same result on the CPU but run step by step, at a sixth of the speed.
-        """
         steps = torch.arange(rows.shape[1], device=rows.device)
         lengths = mask.sum(1)
         reversed_steps = torch.where(mask, lengths[:, None] - 1 - steps, steps)  # this permutation is its own inverse
-        ahead, back = look_up(table, rows.t()), look_up(table, rows.gather(1, reversed_steps).t())  # (T, B, D)
         # Row in (T B, ...) of each step of each text.
         texts = rows.shape[0]  # len() would be a constant in an exported graph
         positions = (reversed_steps * texts + torch.arange(texts, device=rows.device)[:, None]).t()
+        if vectors.dim() == 3:
+            ahead = vectors.transpose(0, 1).contiguous()  # (T, B, D)
+            back = _take(ahead, positions)
+        else:
+            ahead, back = look_up(vectors, rows.t()), look_up(vectors, rows.gather(1, reversed_steps).t())
         for layer in range(self.num_layers):
             if layer:
                 ahead = functional.dropout(ahead, self.dropout, self.training)
                 back = _take(ahead, positions)
-            second = _take(self._run(back, f"l{layer}_reverse"), positions)
-            ahead = torch.cat([self._run(ahead, f"l{layer}"), second], dim=2)
+            zeros = ahead.new_zeros(1, texts, self.hidden_size)
+            second = _take(self._run(back, zeros, f"l{layer}_reverse"), positions)
+            ahead = torch.cat([self._run(ahead, zeros, f"l{layer}"), second], dim=2)
         states = ahead.transpose(0, 1)
         if torch.is_grad_enabled() or not use_batch_vocabulary(rows):
-            return states * mask[:, :, None]
+            return states * mask[:, :, None], mask
         first = int(lengths.min())  # texts of a batch have similar lengths: only the ends contain padding
         states[:, first:] *= mask[:, first:, None]
-        return states
+        return states, mask
 
-    def _run(self, inputs: Tensor, name: str) -> Tensor:
-        """Run one direction of one layer, (T, B, D) -> (T, B, H)."""
+    def _run(self, inputs: Tensor, zeros: Tensor, name: str) -> Tensor:
+        """Run one direction of one layer, (T, B, D) -> (T, B, H), from a state of zeros (1, B, H)."""
         weights = [getattr(self, f"{kind}_{name}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        zeros = inputs.new_zeros(1, inputs.shape[1], self.hidden_size)
         outputs, _, _ = torch.lstm(inputs, (zeros, zeros), weights, True, 1, 0.0, self.training, False, False)
         return outputs
 
 
 def _take(steps: Tensor, positions: Tensor) -> Tensor:
-    """Gather steps (T, B, D) by positions (T, B), row numbers of (T B, D)."""
+    """Gather steps (T, B, D) by positions (T, B), row numbers of (T B, D), a permutation that is its own inverse."""
+    if torch.is_grad_enabled() and not is_recorded():
+        taken: Tensor = _Permutation.apply(steps, positions)
+        return taken
     return functional.embedding(positions, steps.flatten(0, 1))
+
+
+class _Permutation(torch.autograd.Function):
+    """A gather by a permutation that is its own inverse: the backward pass is the same gather, not a sorted sum."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        return functional.embedding(positions, steps.flatten(0, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (positions,) = ctx.saved_tensors
+        return functional.embedding(positions, gradient.flatten(0, 1)), None
 
 
 class ReadOut(nn.Module):

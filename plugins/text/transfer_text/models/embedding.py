@@ -297,21 +297,19 @@ class WordEmbedding(nn.Module):
             self.further.copy_(torch.from_numpy(matrix))
 
     def forward(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a table of vectors, float (U, D or 2 D), and the row of each word in it, int64 (B, T).
+        """Return vectors of words, and the row of each word in them, int64 (B, T), 0 at padding.
 
-        Row 0 is padding and contains zeros. On the CPU the table has one row per distinct word of the batch, so the
-        next stage computes anything that depends on a single word only once per distinct word. On a GPU, and while a
-        graph is recorded that must not depend on the batch, the table is the complete vocabulary.
+        On the CPU the vectors are a table, float (U, D or 2 D), with one row per distinct word of the batch; row 0 is
+        padding and contains zeros. The next stage then computes anything that depends on a single word only once per
+        distinct word. On a GPU, and while a graph is recorded that must not depend on the batch, they are the vectors
+        of all words in order, float (B, T, D or 2 D). :func:`look_up` accepts both.
 
         Args:
             indices: Word indices, int64 (B, T).
         """
-        channels = self._channels()
         if not use_batch_vocabulary(indices):
-            table = torch.cat(channels, dim=1) if len(channels) > 1 else channels[0]
-            if self.further is not None:
-                table = torch.cat([table, self.further.repeat(1, len(channels))])
-            return table, indices
+            return self._vectors(indices), indices
+        channels = self._channels()
         size_trained = len(channels[0])
         size = size_trained if self.further is None else size_trained + len(self.further)
         occurs = torch.zeros(size, dtype=torch.bool)
@@ -326,6 +324,21 @@ class WordEmbedding(nn.Module):
             table = torch.cat([table, self.further[words[len(known) :] - size_trained].repeat(1, len(channels))])
         return table, rows[indices]
 
+    def _vectors(self, indices: Tensor) -> Tensor:
+        """Return the vectors of words (B, T), float (B, T, D or 2 D); nothing of the size of the vocabulary is made."""
+        channels = self._channels()
+        if self.further is None:
+            vectors = [functional.embedding(indices, channel, padding_idx=PADDING) for channel in channels]
+        else:
+            size = len(channels[0])
+            further = functional.embedding((indices - size).clamp(min=0), self.further)
+            is_further, trained = (indices >= size).unsqueeze(-1), indices.clamp(max=size - 1)
+            vectors = [
+                torch.where(is_further, further, functional.embedding(trained, channel, padding_idx=PADDING))
+                for channel in channels
+            ]
+        return torch.cat(vectors, dim=-1) if len(vectors) > 1 else vectors[0]
+
     def _channels(self) -> list[Tensor]:
         return [channel for channel in (self.static, self.tuned) if channel is not None]
 
@@ -335,10 +348,19 @@ def use_batch_vocabulary(indices: Tensor) -> bool:
 
     True on the CPU only: counting them on a GPU would force a synchronization. False while a graph is recorded.
     """
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return indices.device.type == "cpu" and not recorded
+    return indices.device.type == "cpu" and not is_recorded()
 
 
-def look_up(table: Tensor, rows: Tensor) -> Tensor:
-    """Look up rows (B, T) of a table (U, D): float (B, T, D). Padding receives no gradient."""
-    return functional.embedding(rows, table, padding_idx=PADDING)
+def is_recorded() -> bool:
+    """Return whether a graph is recorded (compiled, exported or traced), which must not depend on the batch."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def look_up(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Return the vector of each word, float (B, T, D), from the output of :class:`WordEmbedding`.
+
+    Args:
+        vectors: Table of vectors, float (U, D), or vectors of all words in order, float (B, T, D).
+        rows: Row of each word in a table, int64 (B, T). Padding receives no gradient.
+    """
+    return vectors if vectors.dim() == 3 else functional.embedding(rows, vectors, padding_idx=PADDING)

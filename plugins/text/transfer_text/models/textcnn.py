@@ -13,7 +13,15 @@ from torch.nn import functional
 from transfer import ConfigError, FeatureSpec
 from transfer_text.encoding.encoded_texts import Truncation
 from transfer_text.encoding.vocabulary import MIN_FREQUENCY, PADDING, Vocabulary
-from transfer_text.models.embedding import Count, TextBackbone, Unknown, Variant, look_up, use_batch_vocabulary
+from transfer_text.models.embedding import (
+    Count,
+    TextBackbone,
+    Unknown,
+    Variant,
+    is_recorded,
+    look_up,
+    use_batch_vocabulary,
+)
 
 BLOCK_WORDS = 64
 
@@ -94,51 +102,71 @@ class Convolutions(nn.Module):
         self.kernel_sizes = tuple(kernel_sizes)
 
     def forward(self, words: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the features, float (B, sum of filters), of a table of vectors (U, D) and its rows (B, T).
+        """Return the features, float (B, sum of filters), of the output of the embedding.
 
         A text shorter than a kernel is padded with zeros to the kernel's size and has one window.
+
+        Args:
+            words: Table of vectors, float (U, D), or vectors of all words in order, float (B, T, D); and the row of
+                each word in a table, int64 (B, T), 0 at padding.
         """
-        table, rows = words
-        lengths = (rows != PADDING).sum(1)
+        vectors, rows = words
+        weights, biases = zip(*(layer.parameters() for layer in self.convolutions), strict=True)
         widest = max(self.kernel_sizes)
-        if use_batch_vocabulary(rows):
-            convolve, missing = _convolve_words, max(0, widest - rows.shape[1])
-        else:
-            convolve, missing = _convolve, widest  # a recorded graph must not depend on the length
-        rows = functional.pad(rows, (0, missing), value=PADDING)
+        # A recorded graph must not depend on the length.
+        missing = widest if is_recorded() else max(0, widest - rows.shape[1])
         # The maximum commutes with adding the bias and with ReLU.
+        if not use_batch_vocabulary(rows):
+            best = _convolve(look_up(vectors, rows), rows == PADDING, weights, missing)
+            return functional.relu(torch.cat(best, dim=1) + torch.cat(biases))
+        lengths = (rows != PADDING).sum(1)
+        rows = functional.pad(rows, (0, missing), value=PADDING)
         return functional.relu(
             torch.cat(
                 [
-                    convolve(table, rows, weight, (lengths - weight.shape[3] + 1).clamp(min=1)) + bias
-                    for weight, bias in (tuple(layer.parameters()) for layer in self.convolutions)
+                    _convolve_words(vectors, rows, weight, (lengths - weight.shape[3] + 1).clamp(min=1)) + bias
+                    for weight, bias in zip(weights, biases, strict=True)
                 ],
                 dim=1,
             )
         )
 
 
-def _convolve(table: Tensor, rows: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
-    """Return the maximum over time of each filter, float (B, F), by an ordinary convolution.
+def _convolve(vectors: Tensor, padding: Tensor, weights: Sequence[Tensor], missing: int) -> list[Tensor]:
+    """Return the maximum over time of each filter, float (B, F) per kernel size, by ordinary convolutions.
+
+    Args:
+        vectors: Vectors of all words in order, float (B, T, D).
+        padding: Whether each word is padding, bool (B, T).
+        weights: Weights of the filters of each kernel size, float (F, D, 1, k).
+        missing: Number of words of padding to append.
+    """
+    if missing:
+        vectors = functional.pad(vectors, (0, 0, 0, missing))
+        padding = functional.pad(padding, (0, missing), value=True)
+    image, best = vectors.transpose(1, 2).unsqueeze(2), []  # (B, D, 1, T)
+    for weight in weights:
+        responses = functional.conv2d(image, weight)  # (B, F, 1, T - k + 1)
+        # A window is beyond the end of a text if its last word is padding. The first one always counts: a text may be
+        # shorter than the kernel.
+        beyond = functional.pad(padding[:, weight.shape[3] :], (1, 0), value=False)
+        # Not amax: its gradient takes five passes over the responses, this one two.
+        best.append(responses.masked_fill_(beyond[:, None, None], -torch.inf).max(3).values.squeeze(2))
+    return best
+
+
+def _convolve_words(table: Tensor, rows: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
+    """Return the maximum over time of each filter, float (B, F): the same as :func:`_convolve` with less work.
+
+    A window's response is a sum over its k words of (vector x weights of that tap). The product depends only on the
+    word and the tap, so it is computed once per distinct word of the batch (:func:`_project`), and each window sums k
+    rows of the result.
 
     Args:
         table: Word vectors, float (U, D).
         rows: Row of each word in ``table``, int64 (B, T).
         weight: Weights of the filters, float (F, D, 1, k).
         windows: Number of valid windows of each text, int64 (B,).
-    """
-    image = look_up(table, rows).transpose(1, 2).unsqueeze(2)  # (B, D, 1, T)
-    responses = functional.conv2d(image, weight).squeeze(2)  # (B, F, T - k + 1)
-    beyond = torch.arange(responses.shape[2], device=rows.device) >= windows[:, None]
-    return responses.masked_fill(beyond[:, None], -torch.inf).amax(2)
-
-
-def _convolve_words(table: Tensor, rows: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
-    """Return the same as :func:`_convolve` with less work.
-
-    A window's response is a sum over its k words of (vector x weights of that tap). The product depends only on the
-    word and the tap, so it is computed once per distinct word of the batch (:func:`_project`), and each window sums k
-    rows of the result.
     """
     if torch.is_grad_enabled():
         best: Tensor = _MaximumOverTime.apply(table, rows, weight, windows)

@@ -8,7 +8,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 try:
-    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.io import ImageReadMode as ImageReadMode, decode_jpeg as decode_jpeg
 except ImportError:  # newer torchvision releases have no decoder
     decode_jpeg = None
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 CropMode = Literal["center", "squash", "border"]
 
-_ORIENTATIONS: dict[int, Callable[[Tensor], Tensor]] = {
+ORIENTATIONS: dict[int, Callable[[Tensor], Tensor]] = {
     2: lambda pixels: pixels.flip(2),
     3: lambda pixels: pixels.flip(1, 2),
     4: lambda pixels: pixels.flip(1),
@@ -130,18 +130,18 @@ def decode(
         ValueError, OSError: The image is damaged, truncated, empty, too large or of an unsupported mode.
     """
     with _pillow_errors(getattr(image, "filename", None) or "an image"):
-        content = _jpeg(image)
+        content = jpeg_content(image)
         if content is None:
             image.load()  # before its size is read: decoding a TIFF also rotates it
         size = resized_size(image.size, pixels_per_side, crop_mode)
         pixels = pil_to_tensor(_to_rgb(image)) if content is None else _decode_jpeg(image, content, size)
         if pixels.shape[1:] != (size[1], size[0]):
             pixels = _resize(pixels, (size[1], size[0]), interpolation)
-        orient = _orientation(image)
-        return pixels if orient is None else orient(pixels)
+        orientation = orientation_of(image)
+        return ORIENTATIONS[orientation](pixels) if orientation in ORIENTATIONS else pixels
 
 
-def _jpeg(image: Image.Image) -> bytes | None:
+def jpeg_content(image: Image.Image) -> bytes | None:
     """Return the bytes of a JPEG that has not been decoded, and None for any other image."""
     stream = getattr(image, "fp", None)
     if image.format == "JPEG" and getattr(image, "tile", None) and isinstance(stream, io.BytesIO):
@@ -221,13 +221,15 @@ def _refuse_floats(image: Image.Image) -> None:
         raise ValueError("an image of floating-point numbers has no known range; save it with 8 or 16 bits")
 
 
-def _orientation(image: Image.Image) -> Callable[[Tensor], Tensor] | None:
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image: a key of ``ORIENTATIONS``, or 1 for an upright one."""
     try:
-        return _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(orientation) if orientation in ORIENTATIONS else 1
     # Damaged metadata raises nearly any exception, but the pixels are usable without it.
     except Exception as error:
         logger.warning("%s: unreadable EXIF, taken as upright: %s", getattr(image, "filename", "an image"), error)
-        return None
+        return 1
 
 
 @contextmanager
@@ -281,6 +283,11 @@ class _Warnings(threading.local):
 
 
 _warnings = _Warnings()
+
+
+def unlogged_deprecation() -> AbstractContextManager[None]:
+    """Return a context in which torchvision's decoder does not warn that it is deprecated."""
+    return _warnings.logged_as("a batch of images")
 
 
 @lru_cache(maxsize=4096)

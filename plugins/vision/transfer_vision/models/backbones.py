@@ -21,7 +21,7 @@ from transfer_vision.models.weights import (
     published,
     read_pretrained,
 )
-from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing, Preset
+from transfer_vision.preprocessing import Augmentation, CacheImages, DecodeDevice, ImagePreprocessing, Preset
 from transfer_vision.suggestions import unknown_name
 
 Count = Annotated[int, Field(ge=1)]
@@ -52,6 +52,8 @@ class TorchvisionModel(Backbone):
             classes with options: ``[{name: ColorJitter, brightness: 0.2}]``.
         cache_images: Memory for decoded and resized images, which are kept between epochs if those of a split fit:
             ``auto`` (half of the available memory), ``off``, or a number of GiB.
+        decode: Where JPEG files are decoded, resized and augmented: ``gpu``, ``cpu``, or ``auto`` (on the GPU if there
+            is one and the augmentation is ``default`` or ``none``). Pixels differ by rounding. A saved model keeps it.
     """
 
     field: ClassVar[str] = "image"
@@ -71,6 +73,7 @@ class TorchvisionModel(Backbone):
         in_channels: Count = 3,
         augmentation: Augmentation = "default",
         cache_images: CacheImages = "auto",
+        decode: DecodeDevice = "auto",
     ) -> None:
         self._build(
             self.architecture,
@@ -78,7 +81,7 @@ class TorchvisionModel(Backbone):
             preset,
             weights,
             in_channels,
-            {"augmentation": augmentation, "cache_images": cache_images},
+            {"augmentation": augmentation, "cache_images": cache_images, "decode": decode},
             {"image_size": image_size, "resize": resize, "interpolation": interpolation, "mean": mean, "std": std},
         )
 
@@ -118,7 +121,8 @@ class TorchvisionModel(Backbone):
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
         """Build the backbone with the preprocessing that it was trained with; the weights need not exist any more."""
-        return cls(_stored_preset(assets), **options)
+        # The device of decoding is restored from the saved model: the machine may have no GPU.
+        return cls(_stored_preset(assets), **{**options, "decode": "auto"})
 
     def assets(self) -> Mapping[str, str]:
         """Return the preprocessing: in another torchvision the same name of weights may mean another preprocessing."""
@@ -213,6 +217,7 @@ class Torchvision(TorchvisionModel):
         readout: Readout = "vector",
         augmentation: Augmentation = "default",
         cache_images: CacheImages = "auto",
+        decode: DecodeDevice = "auto",
     ) -> None:
         if model not in model_names():
             message = f"torchvision has no classification model called {model!r}"
@@ -223,6 +228,6 @@ class Torchvision(TorchvisionModel):
             preset,
             weights,
             in_channels,
-            {"augmentation": augmentation, "cache_images": cache_images},
+            {"augmentation": augmentation, "cache_images": cache_images, "decode": decode},
             {"image_size": image_size, "resize": resize, "interpolation": interpolation, "mean": mean, "std": std},
         )
