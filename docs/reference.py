@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -78,9 +79,17 @@ def _plugins() -> Iterator[str]:
             yield from _options(_without_name(describe_fields(TaskOptions)))
         for plugin in registry.plugins(kind):
             if plugin.distribution == CORE_DISTRIBUTION:
-                cls = registry.load(kind, plugin.qualified_name)
+                cls = _load(plugin)
                 yield f"### {kind} `{plugin.name}`\n\n{summary(cls)}\n"
+                if plugin.extras:
+                    yield f"Needs `pip install 'transferkit[{','.join(plugin.extras)}]'`.\n"
                 yield from _options(describe_options(cls))
+
+
+def _load(plugin: registry.Plugin) -> Any:
+    """Return the class of a plugin, also if its extra is not installed: backbones import their library when built."""
+    module, _, name = plugin.target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _torch_parts() -> Iterator[str]:

