@@ -85,6 +85,7 @@ NOT_RUN = {
     "make": ("sets up environments and runs tests; CI runs check and test", has_target),
     "torchrun": ("tests/e2e/test_distributed.py starts several processes", anything),
     "accelerate launch": ("the same", anything),
+    "srun": ("tests/training/test_distributed_refusals.py reads the variables that it sets", anything),
     "pip": ("installs packages; the extras are those of pyproject.toml", has_extras),
     ".venv/bin/python benchmarks/": ("takes minutes; what it gave stands below it", has_script),
     "python reviews/predict.py": ("tests/deployment/test_export.py runs the script of an export", anything),

@@ -121,8 +121,7 @@ class Trainer:
         self.scored_model = self.model if average is None else cast("Model", average.module)
         # Only training uses the compiled model: evaluation runs the stages one by one, as the feature cache does, so
         # that cached and uncached features are the same.
-        varied = experiment.train.preprocessing.varies_in_length
-        forward = compiled(self.model, self.options.compile, varied=varied)
+        forward = compiled(self.model, self.options.compile, varied=experiment.train.preprocessing.varies_in_length)
         # Only fp16 gradients underflow; a disabled scaler passes losses and steps through.
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.precision == "fp16")
         metrics = evaluation.device_metrics(experiment.task, self.device)

@@ -73,7 +73,7 @@ class TorchvisionModel(Backbone):
         in_channels: Count = 3,
         augmentation: Augmentation = "default",
         cache_images: CacheImages = "auto",
-        decode: DecodeDevice = "auto",
+        decode: DecodeDevice = "cpu",
     ) -> None:
         self._build(
             self.architecture,
@@ -217,7 +217,7 @@ class Torchvision(TorchvisionModel):
         readout: Readout = "vector",
         augmentation: Augmentation = "default",
         cache_images: CacheImages = "auto",
-        decode: DecodeDevice = "auto",
+        decode: DecodeDevice = "cpu",
     ) -> None:
         if model not in model_names():
             message = f"torchvision has no classification model called {model!r}"
