@@ -162,6 +162,10 @@ def test_readout_follows_the_files_of_sentence_transformers(mode, tmp_path):
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
     with pytest.raises(transfer.WeightsError, match=r"the pooling of .* is not supported: lasttoken"):
         Transformers(model=str(folder))
+    assert Transformers(model=str(folder), readout="mean").features.layout == "vector"
+    (folder / "modules.json").write_text("[")
+    with pytest.raises(transfer.WeightsError, match="it is no JSON file"):
+        Transformers(model=str(folder))
 
 
 def test_embedding_equals_sentence_transformers():

@@ -149,7 +149,7 @@ class Transformers(Backbone):
     ) -> None:
         from transformers import AutoConfig, AutoModel
 
-        self._saved = _read(model, max_length) if saved is None else saved
+        self._saved = _read(model, readout, max_length) if saved is None else saved
         # Runs of version 0.1 have no such file; their default was the first token.
         own = json.loads(self._saved.get("readout.json", '{"readout": "first", "normalize": false}'))
         self._readout: Readout = readout or own["readout"]
@@ -250,7 +250,7 @@ _PARTS = ("embeddings.", "encoder.", "layer.", "layers.", "transformer.")
 _FIX = "use a name on the Hugging Face Hub, or a folder written by save_pretrained"
 
 
-def _read(model: str, max_length: int | None) -> dict[str, str]:
+def _read(model: str, readout: Readout | None, max_length: int | None) -> dict[str, str]:
     """Return the configuration, the tokenizer (with truncation) and the readout of a model as JSON."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -266,31 +266,48 @@ def _read(model: str, max_length: int | None) -> dict[str, str]:
     return {
         "config.json": json.dumps(config.to_dict()),
         "tokenizer.json": backend.to_str(),
-        "readout.json": json.dumps(_own_readout(model)),
+        "readout.json": json.dumps(_own_readout(model, readout)),
     }
 
 
-def _own_readout(model: str) -> dict[str, Any]:
-    """Return the options ``readout`` and ``normalize`` that the files of sentence-transformers specify."""
-    modules = _json_file(model, "modules.json") or []
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-    readout: Readout = "mean"
-    if "Pooling" in kinds:
-        path = str(modules[kinds.index("Pooling")].get("path"))
-        pooling = _json_file(model, f"{path}/config.json") if re.fullmatch(r"\w+", path) else None
-        modes = {key for key, value in (pooling or {}).items() if key.startswith("pooling_mode_") and value is True}
-        if (pooling or {}).get("pooling_mode") or len(modes) > 1:
-            modes.add(f"pooling_mode_{(pooling or {}).get('pooling_mode')}")
-        by_mode: dict[str, Readout] = {"cls": "first", "cls_token": "first", "mean_tokens": "mean", "mean": "mean"}
-        by_mode |= {"max_tokens": "max", "max": "max"}
-        names = {mode.removeprefix("pooling_mode_") for mode in modes}
-        if len(names) != 1 or not names <= by_mode.keys():
-            raise WeightsError(
-                f"the pooling of {model} is not supported: {', '.join(sorted(names)) or 'none'}",
-                fix="choose a readout: first, mean or max",
-            )
-        readout = by_mode[names.pop()]
-    return {"readout": readout, "normalize": "Normalize" in kinds}
+_READOUTS: Mapping[str, Readout] = {
+    "cls": "first",
+    "cls_token": "first",
+    "mean": "mean",
+    "mean_tokens": "mean",
+    "max": "max",
+    "max_tokens": "max",
+}
+"""The readout for each pooling of sentence-transformers, in its present and its earlier spelling."""
+
+
+def _own_readout(model: str, readout: Readout | None) -> dict[str, Any]:
+    """Return the options ``readout`` and ``normalize`` that the files of sentence-transformers specify.
+
+    Args:
+        model: Name or folder of the model.
+        readout: The option of the config, which takes precedence; null reads the files.
+
+    Raises:
+        WeightsError: The files specify a pooling that is not supported.
+    """
+    listed = _json_file(model, "modules.json") or []
+    modules = {str(module.get("type", "")).rpartition(".")[2]: str(module.get("path")) for module in listed}
+    normalize = "Normalize" in modules
+    if readout is not None or "Pooling" not in modules:
+        return {"readout": readout or "mean", "normalize": normalize}
+    path = modules["Pooling"]
+    pooling = (_json_file(model, f"{path}/config.json") if re.fullmatch(r"\w+", path) else None) or {}
+    prefix = "pooling_mode_"
+    names = sorted(key.removeprefix(prefix) for key, on in pooling.items() if key.startswith(prefix) and on is True)
+    if "pooling_mode" in pooling:
+        names = [str(pooling["pooling_mode"])]
+    if len(names) != 1 or names[0] not in _READOUTS:
+        raise WeightsError(
+            f"the pooling of {model} is not supported: {', '.join(names) or 'none'}",
+            fix="set a readout: first, mean or max",
+        )
+    return {"readout": _READOUTS[names[0]], "normalize": normalize}
 
 
 def _json_file(model: str, name: str) -> Any:
@@ -301,7 +318,10 @@ def _json_file(model: str, name: str) -> Any:
         path = cached_file(model, name)
     except OSError:
         return None
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"it is no JSON file: {error}", where=str(path), fix="repair or remove it") from error
 
 
 class _Encoder(nn.Module):
