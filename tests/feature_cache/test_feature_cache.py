@@ -25,10 +25,11 @@ import transfer
 from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Preprocessing, Split, TrainingError, register
 from transfer.builtin.heads import MLP, Linear
 from transfer.data.loader import Loader
-from transfer.feature_cache import store
+from transfer.feature_cache import entry_writer, store
+from transfer.feature_cache.entry import Entry
 from transfer.feature_cache.loader import AUTO_VIEWS, CachedLoader, select_stage_inputs
 from transfer.feature_cache.prefix import SAMPLE_EXAMPLES, FrozenPrefix
-from transfer.feature_cache.store import Entry, FeatureCache
+from transfer.feature_cache.store import FeatureCache
 from transfer.interfaces import SPLITS
 from transfer.models.model import Model
 from transfer.system.directory_cache import STALE_SECONDS, DirectoryCache
@@ -950,7 +951,7 @@ def test_exception_while_writing_leaves_no_entry(monkeypatch: pytest.MonkeyPatch
 
     prefix, loader = small()
     with monkeypatch.context() as patch:
-        patch.setattr(store.np, "save", crash)
+        patch.setattr(entry_writer.np, "save", crash)
         with pytest.raises(_Crash):
             FeatureCache(PLENTY).load_or_compute(prefix, loader)
     assert list(cache_folder.iterdir()) == []
@@ -961,7 +962,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from test_feature_cache import PLENTY, Entry, FeatureCache, ragged
-from transfer.feature_cache import store
+from transfer.feature_cache import entry_writer, store
 {body}
 entry = FeatureCache(PLENTY, folder=Path(sys.argv[1])).load_or_compute(*ragged())
 assert isinstance(entry, Entry), entry
@@ -983,7 +984,7 @@ def child(folder: Path, body: str = "") -> subprocess.Popen[str]:
 
 def test_killed_writer_leaves_no_entry(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
-    kill = "import os, signal; store.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    kill = "import os, signal; entry_writer.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     process = child(folder, kill)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, errors
@@ -1008,14 +1009,14 @@ def test_two_processes_write_the_same_entry(tmp_path: Path) -> None:
     # Each waits with its renaming until the other has everything written too.
     meet = """
 import time
-def write(folder, *rest, original=store._write_features):
+def write(folder, *rest, original=store.write_entry):
     described = original(folder, *rest)
     (folder.parent / f"ready-{folder.name}").touch()
     deadline = time.time() + 60
     while len(list(folder.parent.glob("ready-*"))) < 2 and time.time() < deadline:
         time.sleep(0.01)
     return described
-store._write_features = write
+store.write_entry = write
 """
     processes = [child(folder, meet) for _ in range(2)]
     answers = [process.communicate(timeout=120) for process in processes]

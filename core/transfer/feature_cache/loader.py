@@ -17,8 +17,9 @@ import torch
 
 from transfer.data.batch import Batch, Shard
 from transfer.data.loader import Loader
+from transfer.feature_cache.entry import Entry, take
 from transfer.feature_cache.prefix import FrozenPrefix
-from transfer.feature_cache.store import Entry, FeatureCache, take
+from transfer.feature_cache.store import FeatureCache
 
 AUTO_VIEWS = 4
 """Number of augmented views that ``train.views: auto`` caches, as accurate as a new view per epoch (docs/log.md)."""
