@@ -12,7 +12,8 @@ from transfer.interfaces import DataSpec, Split
 from transfer.models.recorded_plugins import run_config
 from transfer.models.saved_model import read_model
 from transfer.reports.charts import standalone
-from transfer.reports.page import Material, render
+from transfer.reports.material import Material
+from transfer.reports.page import render
 from transfer.reports.top_losses import Example, top_losses
 from transfer.runs.artifacts import CompletedRun
 from transfer.runs.data import changed_split, read_splits
