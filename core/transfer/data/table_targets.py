@@ -36,8 +36,10 @@ def class_targets(tables: RowsOfSplits, column: str, spec: DataSpec) -> tuple[Da
     """
     train = tables["train"]
     columns = {name: [row[0] for row in table.labels] for name, table in tables.items()}
+    # Over all splits together, so that a class has the same name in each.
     _drop_zero_decimals(columns)
     classes = train.class_names or tuple(sorted(set(columns["train"])))
+    # Lists that are read as names would give about as many classes as there are rows.
     for name in classes:
         if _LIST.match(name):
             raise DataError(
@@ -73,6 +75,7 @@ def label_list_targets(tables: RowsOfSplits, column: str, separator: str, spec: 
         return spec, {
             name: from_multi_hot(table.labels, spec.classes, table.names.__getitem__) for name, table in tables.items()
         }
+    # Otherwise 0 and 1 would become two labels, which almost every row has.
     if is_multi_hot(train.labels):
         raise DataError(
             f"column {column!r} contains rows of zeros and ones, and their labels have no names",
@@ -82,6 +85,7 @@ def label_list_targets(tables: RowsOfSplits, column: str, separator: str, spec: 
     classes = train.class_names or tuple(sorted({name for row in train.labels for name in row}))
     if not classes:
         raise DataError(f"column {column!r} contains no label", where=str(train.path))
+    # With a wrong separator, `a|b` is one label: the run would train on classes that do not exist.
     others = [s for s in "|;," if s != separator and any(s in name for name in classes)]
     if others and all(len(row) <= 1 for row in train.labels):
         message = "%s: no example has several labels, but some labels contain %r: set separator if it divides them"

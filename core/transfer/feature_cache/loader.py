@@ -53,6 +53,7 @@ class CachedLoader:
         # A function of seed, epoch and index, like the augmentation that it replaces.
         views = np.zeros(len(self.split), dtype=np.int64)
         if len(self.views) > 1:
+            # The 1 makes the draw independent of the order of the examples, which comes from (seed, epoch).
             views = np.random.default_rng((self.loader.seed, epoch, 1)).integers(len(self.views), size=len(self.split))
         for whole in self.loader.batch_indices(epoch)[start:][:limit]:
             indices = whole if shard is None else shard(whole)
