@@ -54,6 +54,7 @@ def report(run: str | Path, overrides: Sequence[str] = ()) -> Path:
     config = config_of_moved_run(run_config(directory), overrides)
     config = config.quick() if summary.get("quick") else config
     trained = read_model(directory.model)
+    # A process that resumes the run would rewrite the files that the page is made of.
     with directory.locked():
         test, missing_reason = _test_split(config, directory, trained.data)
         return write_report(
@@ -112,6 +113,7 @@ def write_report(run: CompletedRun, max_seconds: float | None = None) -> Path:
 def _test_split(config: RunConfig, run: RunDirectory, trained: DataSpec) -> tuple[Split | None, str]:
     """Return the test split of a run, or None and the reason why it is not available."""
     try:
+        # A report is written from files; a download would take longer than drawing the page.
         with no_downloads():
             splits = read_splits(config, trained, run.path)
     except UserError as error:
