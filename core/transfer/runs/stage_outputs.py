@@ -50,6 +50,7 @@ def stage_outputs(
         batches.append(output)
     if not batches:
         raise UserError("there are no values: expected at least one")
+    # All batches have the structure of the first: they come from one stage.
     if isinstance(batches[0], Tensor):
         return _join(batches)
     return tuple(map(_join, zip(*batches, strict=True)))
