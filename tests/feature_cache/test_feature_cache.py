@@ -392,9 +392,7 @@ def test_cached_training_equals_uncached_training(config: dict[str, Any], tmp_pa
     assert cached.summary["test"] == pytest.approx(uncached.summary["test"], **tolerance)
 
 
-def test_second_run_computes_the_sample_of_the_key_only(
-    config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]
-) -> None:
+def test_second_run_computes_only_sample_of_key(config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]) -> None:
     transfer.run(config, [FREEZE_FIRST], output=tmp_path)
     assert prefix_runs == ["first"] * 3  # train, validation, test
     del prefix_runs[:]
@@ -437,7 +435,7 @@ def test_entry_contains_the_output_of_the_stages(cache_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("made", [small, ragged])
-def test_prefix_features_are_bit_identical_to_a_plain_loop(made: Callable[..., tuple[FrozenPrefix, Loader]]) -> None:
+def test_prefix_features_equal_plain_loop_bit_for_bit(made: Callable[..., tuple[FrozenPrefix, Loader]]) -> None:
     prefix, loader = made()
     batches = loader.in_fixed_order(64, augment=False).epoch(0)
     prefix.model.eval()
@@ -510,7 +508,7 @@ def test_entry_restores_side_inputs_and_stores_tables_once() -> None:
     }
 
 
-def test_table_with_as_many_rows_as_a_batch_is_stored_once() -> None:
+def test_table_with_batch_size_rows_is_stored_once() -> None:
     class WithTable(nn.Module):
         def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
             return points, torch.arange(64)
@@ -530,7 +528,7 @@ def test_table_with_as_many_rows_as_a_batch_is_stored_once() -> None:
     ],
     ids=["two axes of steps", "padding", "another table for each length"],
 )
-def test_side_inputs_that_cannot_be_restored_are_not_cached(
+def test_unrestorable_side_inputs_are_not_cached(
     side: Callable[[Tensor], Tensor], reason: str, cache_folder: Path
 ) -> None:
     class WithSide(Step):
@@ -770,7 +768,7 @@ def test_mixed_training_examples_are_not_cached(config: dict[str, Any], tmp_path
     assert validation["cached"]
 
 
-def test_reason_mentions_batch_norm_only_if_the_model_has_it(config: dict[str, Any], tmp_path: Path) -> None:
+def test_reason_mentions_batch_norm_only_if_present(config: dict[str, Any], tmp_path: Path) -> None:
     phases = "train.phases=[{epochs: 1}]"
     for overrides, expected in (
         ([], "no leading stage is fully frozen (including batch-norm statistics) and worth caching"),
@@ -816,7 +814,7 @@ def test_unfreezing_phase_moves_the_boundary(config: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize(
     "name", ["points", "sequences of different lengths", "texts by tokens", "images", "two phases"]
 )
-def test_evaluate_returns_the_metrics_of_the_summary_with_and_without_the_cache(
+def test_evaluate_equals_summary_with_and_without_cache(
     config: dict[str, Any], tmp_path: Path, prefix_runs: list[str], name: str
 ) -> None:
     overrides = RUNS.get(name, [TWO_PHASES, "train.batch_size=7"])
