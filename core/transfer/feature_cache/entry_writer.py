@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from transfer.data.loader import Loader
 from transfer.feature_cache.prefix import FORMAT, FrozenPrefix
 from transfer.feature_cache.tensor_layout import TensorLayout, as_tuple, find_layouts, find_mask, mask_of
+from transfer.system.atomic_files import file_sha256
 
 
 class NotCacheableError(Exception):
@@ -89,10 +89,7 @@ def write_entry(
     if is_ragged and not all(file.has_known_padding for file in files):
         raise NotCacheableError(f"{output} has no constant value at padding")
     np.save(folder / "order.npy", np.concatenate(order))
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as binary:
-            digests[path.name] = hashlib.file_digest(binary, "sha256").hexdigest()
+    digests = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
     what = {"stages": prefix.stages, "examples": count, "view": view, "fields": list(loader.fields)}
     described = [replace(file.layout, fill=file.fill or 0).to_json() for file in files]
     layout_of = {"tensors": described, "is_tuple": is_tuple, "longest": longest}
@@ -128,7 +125,7 @@ class _TensorFile:
         if self._file is None:
             return True
         if layout.is_table:
-            if self._table is not None:  # stored once, from the longest batch: a shorter one must be its beginning
+            if self._table is not None:  # stored once, from the longest batch: a shorter one must be equal to its start
                 return torch.equal(layout.cut(self._table, steps), tensor)
             self._table = tensor
         if (axis := layout.step_axis) is not None and mask is not None:

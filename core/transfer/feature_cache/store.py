@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ from transfer.feature_cache.entry import Entry, open_entry
 from transfer.feature_cache.entry_writer import NotCacheableError, write_entry
 from transfer.feature_cache.prefix import BATCH_SIZE, FrozenPrefix
 from transfer.feature_cache.tensor_layout import as_tuple
-from transfer.system.atomic_files import read_json, write_json
+from transfer.system.atomic_files import file_sha256, read_json, write_json
 from transfer.system.directory_cache import DirectoryCache
 from transfer.system.file_schema import FileSchema, checked
 from transfer.system.user_folders import cache_folder
@@ -122,9 +121,8 @@ class FeatureCache:
             described = read_json(path / "entry.json", "the entry is incomplete")
             # All files are read once to check them. This warms the page cache, which training then reads from.
             for name, digest in described["sha256"].items():
-                with (path / Path(name).name).open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                        raise OSError(f"{name} is damaged")
+                if file_sha256(path / Path(name).name) != digest:
+                    raise OSError(f"{name} is damaged")
             entry = open_entry(path, described)
             if len(entry.rows) != count:
                 raise ValueError("the entry has another number of examples")

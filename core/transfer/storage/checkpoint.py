@@ -18,7 +18,7 @@ from torch import Tensor
 
 from transfer.errors import Problem, RunError, TrainingError
 from transfer.storage.tensor_files import Tensors, load_tensors, on_cpu, write_tensors
-from transfer.system.atomic_files import atomic_folder, read_json, write_json
+from transfer.system.atomic_files import atomic_folder, file_sha256, read_json, write_json
 from transfer.system.file_schema import FileSchema, checked
 
 FORMAT = 3
@@ -51,7 +51,7 @@ def save(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any],
             for name, content in tensors.items():
                 file = temporary / f"{name}.safetensors"
                 write_tensors(file, content)
-                digests[file.name] = _digest(file)
+                digests[file.name] = file_sha256(file)
             complete_state = {"format": FORMAT, **state, "sha256": digests}
             write_json(temporary / STATE, complete_state | {"own_sha256": _digest_of(complete_state)})
         # Only now: while the new checkpoint replaced the last one, a spare one had to exist.
@@ -135,7 +135,7 @@ def _load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     tensors = {}
     for name, digest in checked(state, _Files, str(folder / STATE)).sha256.items():
         file = folder / Path(name).name  # a name, never a path: the file may have been edited by hand
-        if not file.is_file() or _digest(file) != digest:
+        if not file.is_file() or file_sha256(file) != digest:
             raise RunError("the file is damaged: its digest is not the one that was written", where=str(file))
         tensors[file.stem] = load_tensors(file)
     return tensors, state
@@ -153,8 +153,3 @@ def digest(tensors: Tensors) -> str:
 def _digest_of(state: Mapping[str, Any]) -> str:
     """Return the SHA-256 of plain data, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http
 import http.client
 import urllib.error
@@ -16,6 +15,7 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from transfer.errors import DataError
+from transfer.system.atomic_files import file_sha256
 from transfer.system.user_folders import data_folder
 
 CHUNK_BYTES = 1 << 20
@@ -113,8 +113,7 @@ class _Partial:
 
     def sha256(self) -> str:
         """Return the SHA-256 of the content so far."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(self.path)
 
     def fetch(self, url: str) -> None:
         """Fetch the missing content.
