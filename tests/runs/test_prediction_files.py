@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 
 import transfer
-from transfer.system.iteration import map_ahead
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -114,23 +112,6 @@ def test_frame_is_predicted_with_kept_columns(run: Path) -> None:
     assert unknown["input"] == "***"
     with pytest.raises(transfer.UserError, match="there is no column 'label' to keep"):
         model.predict(["a"], keep=["label"])
-
-
-@pytest.mark.parametrize("threads", [0, 1, 3])
-def test_results_computed_ahead_are_in_order(threads: int) -> None:
-    names = set()
-
-    def double(value: int) -> int:
-        names.add(threading.current_thread() is threading.main_thread())
-        if value == 8:
-            raise ValueError(value)
-        return 2 * value
-
-    results = map_ahead(double, iter(range(20)), threads)
-    assert [next(results) for _ in range(8)] == [*range(0, 16, 2)]
-    with pytest.raises(ValueError, match="8"):
-        next(results)
-    assert names == {threads == 0}
 
 
 def test_answers_with_reading_threads_are_the_same(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

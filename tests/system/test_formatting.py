@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from transfer.system.formatting import quote_for_shell
+from transfer.system.formatting import format_names, quote_for_shell
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,8 @@ def test_argument_is_quoted_for_a_shell(argument: str, quoted: str) -> None:
     assert quote_for_shell(argument) == quoted
     if "$" not in quoted and not argument.startswith("-"):
         assert shlex.split(quoted) == [argument]
+
+
+def test_format_names_counts_the_others() -> None:
+    assert format_names(["a", "b"], 2) == "a, b"
+    assert format_names(["a", "b", "c", "d"], 2) == "a, b and 2 more"

@@ -61,7 +61,7 @@ def torch_metrics(target: str) -> Mapping[str, type[Metric]]:
 
 def find_torch_metric(name: str, targets: Collection[str]) -> type[Metric] | None:
     """Return torchmetrics' metric of a name for the first of some kinds of target that has one."""
-    return next((found for target in sorted(targets) if (found := torch_metrics(target).get(name))), None)
+    return next((metric for target in sorted(targets) if (metric := torch_metrics(target).get(name))), None)
 
 
 def unknown_metric(name: str, targets: Collection[str], plugins: Iterable[str], where: str | None) -> Problem:

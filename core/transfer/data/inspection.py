@@ -16,6 +16,7 @@ from transfer.data.targets import describe
 from transfer.errors import DataError
 from transfer.interfaces import SPLITS, Data, DataSpec, Split
 from transfer.interfaces.columns import content_keys
+from transfer.system.formatting import format_names
 
 DATA_WARNINGS_TITLE = "possible problems in the data"
 MAX_NAMES_SHOWN = 5
@@ -166,12 +167,14 @@ def _class_warnings(spec: DataSpec, splits: Mapping[str, Split]) -> dict[str, st
         by_meaning.setdefault(_meaning(name), []).append(name)
     similar = [" and ".join(map(repr, names)) for names in by_meaning.values() if len(names) > 1]
     if similar:
-        warnings["similar classes"] = f"{_listed(similar)}: these are different classes"
+        warnings["similar classes"] = f"{format_names(similar, MAX_NAMES_SHOWN)}: these are different classes"
     for split_name, split in splits.items():
         present = np.unique(split.targets) if spec.target == "class" else np.flatnonzero(split.targets.any(axis=0))
         missing = [repr(name) for name in np.delete(np.array(spec.classes, dtype=object), present)]
         if missing:
-            warnings[f"classes without {split_name}"] = f"no {split_name} example of {_listed(missing)}"
+            warnings[f"classes without {split_name}"] = (
+                f"no {split_name} example of {format_names(missing, MAX_NAMES_SHOWN)}"
+            )
     return warnings
 
 
@@ -182,8 +185,3 @@ def _meaning(name: str) -> object:
         return float(name)
     # Single letters keep their case: `a` and `A` are two classes of handwritten letters.
     return re.sub(r"[\s_-]", " ", name.casefold() if len(name) > 1 else name)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMES_SHOWN
-    return ", ".join(names[:MAX_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

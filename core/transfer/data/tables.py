@@ -33,6 +33,7 @@ from transfer.data.targets import (
 from transfer.errors import ConfigError, DataError, Problem, unknown_name
 from transfer.interfaces import Data, DataSpec, Split
 from transfer.system.downloads import find_file
+from transfer.system.formatting import format_names
 
 logger = logging.getLogger(__name__)
 
@@ -347,11 +348,9 @@ class Tables:
         option = f", or set bad_{self.example}s: skip to leave them out" if self.bad_examples else ""
         problems = []
         for reason, positions in bad_rows.items():
-            shown = ", ".join(map(str, positions[:MAX_POSITIONS_SHOWN]))
-            more = len(positions) - MAX_POSITIONS_SHOWN
+            shown = format_names(list(map(str, positions)), MAX_POSITIONS_SHOWN)
             unit = ("line" if table.by_line else "row") + "s" * (len(positions) > 1)
             message = f"{reason} in {len(positions):,} of {count:,} rows: {unit} {shown}"
-            message += f" and {more:,} more" if more > 0 else ""
             where = row_name(table.path, positions[0], by_line=table.by_line)
             problems.append(Problem(message, where, fix=f"fill or remove them{option}"))
         if self.bad_examples != "skip":

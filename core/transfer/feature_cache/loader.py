@@ -55,10 +55,11 @@ class CachedLoader:
         if len(self.views) > 1:
             # The 1 makes the draw independent of the order of the examples, which comes from (seed, epoch).
             views = np.random.default_rng((self.loader.seed, epoch, 1)).integers(len(self.views), size=len(self.split))
-        for whole in self.loader.batch_indices(epoch)[start:][:limit]:
-            indices = whole if shard is None else shard(whole)
+        for global_indices in self.loader.batch_indices(epoch)[start:][:limit]:
+            indices = global_indices if shard is None else shard(global_indices)
             targets = torch.as_tensor(self.split.targets[indices])
-            yield Batch(take(self.views, views[indices], indices), targets, indices, None if shard is None else whole)
+            features = take(self.views, views[indices], indices)
+            yield Batch(features, targets, indices, None if shard is None else global_indices)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,8 @@ from transfer.interfaces import Backbone
 from transfer.models.model_json import WEIGHTS, has_adapter, read_assets, read_description
 from transfer.models.saved_model import read_model
 from transfer.storage.tensor_files import load_tensors
+from transfer.system.atomic_files import file_sha256
+from transfer.system.formatting import format_names
 
 _HEAD = "head."
 _SHAPES = re.compile(r"size mismatch for (\S+): .*?torch.Size\((.*?)\) .*torch.Size\((.*?)\)")
@@ -69,8 +70,7 @@ class SavedBackbone:
 
     def sha256(self) -> str:
         """Return the SHA-256 of the file of tensors, in hexadecimal."""
-        with self.file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(self.file)
 
 
 def saved_backbone(run: str | Path, name: str | None = None) -> SavedBackbone:
@@ -91,10 +91,10 @@ def saved_backbone(run: str | Path, name: str | None = None) -> SavedBackbone:
     except RunError as error:
         raise WeightsError.of(error.problems) from error
     # The config may name the distribution too: `distribution:name`.
-    found = str(described["backbone"]["name"]).rpartition(":")[2]
-    if name is not None and found != name:
+    backbone = str(described["backbone"]["name"]).rpartition(":")[2]
+    if name is not None and backbone != name:
         raise WeightsError(
-            f"wrong backbone in this run: expected {name!r}, got {found!r}",
+            f"wrong backbone in this run: expected {name!r}, got {backbone!r}",
             where=str(folder),
             fix=f"name a run of {name}",
         )
@@ -190,7 +190,7 @@ def load_saved_backbone(
     # Checked here, because training would only report that the loss is not finite.
     differences["not finite"] = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if any(differences.values()):
-        listed = "; ".join(f"{kind}: {_abbreviated(names)}" for kind, names in differences.items() if names)
+        listed = "; ".join(f"{kind}: {format_names(names, _MAX_NAMES)}" for kind, names in differences.items() if names)
         # Options that differ from those of the run are the likely reason.
         other = {key: value for key, value in saved.options.items() if value != (options or saved.options).get(key)}
         other = {key: value for key, value in other.items() if key not in ("name", "weights")}
@@ -199,8 +199,3 @@ def load_saved_backbone(
             f"the weights of this run do not fit: {listed.replace('stages.', '')}", where=str(saved.file), fix=fix
         )
     return {"source": str(saved.file), "sha256": saved.sha256(), "tensors": len(tensors), "left_out": head}
-
-
-def _abbreviated(names: Sequence[str]) -> str:
-    rest = len(names) - _MAX_NAMES
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")

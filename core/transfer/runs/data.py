@@ -72,11 +72,11 @@ def _examples_of(data: Data, splits: Mapping[str, Split], name: str) -> str:
     index = data.spec.classes.index(name)
     if data.spec.target == "number":
         return repr(name)
-    found = []
+    names = []
     for split in splits.values():
         is_class = split.targets == index if data.spec.target == "class" else split.targets[:, index] > 0
-        found += [split.name(int(position)) for position in np.flatnonzero(is_class)]
-    return f"{name!r} ({len(found):,} examples, the first is {found[0]})" if found else repr(name)
+        names += [split.name(int(position)) for position in np.flatnonzero(is_class)]
+    return f"{name!r} ({len(names):,} examples, the first is {names[0]})" if names else repr(name)
 
 
 def changed_split(summary: Mapping[str, Any], name: str, split: Split) -> str | None:

@@ -12,6 +12,7 @@ from transfer.models.recorded_plugins import record
 from transfer.registry.entry_points import IN_PROCESS
 from transfer.storage.environment import environment
 from transfer.system.devices import device_name
+from transfer.system.formatting import format_names
 from transfer.training.build import BuiltExperiment
 from transfer.training.distributed import ProcessGroup
 from transfer.training.preflight import resolve_training_device
@@ -46,8 +47,7 @@ def run_facts(config: RunConfig, built: BuiltExperiment, device: str) -> dict[st
     total = sum(p.numel() for p in model.parameters())
     return {
         "data": f"{config.data.plugin.name}: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()),
-        "classes": ", ".join(_with_counts(built)[:MAX_CLASSES_SHOWN])
-        + (f" and {more} more" if (more := len(built.data.classes) - MAX_CLASSES_SHOWN) > 0 else ""),
+        "classes": format_names(_with_counts(built), MAX_CLASSES_SHOWN),
         "model": f"{config.backbone.plugin.name} ({' > '.join(list(model.stages)[:-1])}) + {config.head.plugin.name}",
         "parameters": f"{total:,}",
         "phases": ", then ".join(

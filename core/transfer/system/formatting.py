@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,12 @@ def format_value(value: Any, *, digits: int = 4) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(format_value(item, digits=digits) for item in value) or "none"
     return str(value)
+
+
+def format_names(names: Sequence[str], limit: int) -> str:
+    """Return the first names of a list, and the number of the others: ``a, b and 3 more``."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def format_count(count: int) -> str:

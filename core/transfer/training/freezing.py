@@ -41,7 +41,9 @@ def resolve(model: Model, policy: Freeze, batch_norm: BatchNorm = "frozen") -> F
     parameters, stages = _select(model, names, policy)
     if model.fixed:  # the weights under an adapter are frozen in every phase
         parameters |= model.fixed
-        stages |= {stage for stage in model.stages if (own := _in_stage(stage, names)) and parameters.issuperset(own)}
+        stages |= {
+            stage for stage in model.stages if (inside := _in_stage(stage, names)) and parameters.issuperset(inside)
+        }
     if parameters.issuperset(names):
         raise ConfigError(
             f"freeze: {_format(policy)} leaves nothing to train",

@@ -70,7 +70,7 @@ def preflight(config: RunConfig) -> CheckedParts:
         component.make()
     dataset: Dataset = config.data.make()
     spec = dataset.spec
-    # Most datasets know their classes only when they are read: placeholders give the head a size.
+    # The classes of most datasets are unknown until they are read: placeholders give the head a size.
     if not spec.classes:
         spec = replace(spec, classes=PLACEHOLDER_CLASSES, placeholders=True)
     with torch.device("meta"):

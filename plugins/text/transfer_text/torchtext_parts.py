@@ -75,16 +75,16 @@ class TorchtextVectors(Vectors):
 
     def __init__(self, argument: str = "") -> None:
         vocab = _torchtext("vocab")
-        known = dict(vocab.pretrained_aliases)
+        aliases = dict(vocab.pretrained_aliases)
         if match := re.fullmatch(r"fasttext\.([a-z_]+)(?:\.300d)?", argument):
-            known[argument] = functools.partial(vocab.FastText, language=match[1])
+            aliases[argument] = functools.partial(vocab.FastText, language=match[1])
         if not argument:
             fix = "write torchtext/glove.6B.100d, or a path after the slash"
-            raise ConfigError("torchtext needs the name of vectors", available=tuple(known), fix=fix)
+            raise ConfigError("torchtext needs the name of vectors", available=tuple(aliases), fix=fix)
         self._argument = argument
         self._vocab = vocab
-        self._class: Any = known[argument].func if argument in known else vocab.Vectors
-        self._options: dict[str, str] = known[argument].keywords if argument in known else {}
+        self._class: Any = aliases[argument].func if argument in aliases else vocab.Vectors
+        self._options: dict[str, str] = aliases[argument].keywords if argument in aliases else {}
 
     @property
     def width(self) -> int:

@@ -1,4 +1,4 @@
-"""Errors about names that do not exist, with the nearest name as the suggestion."""
+"""Names in errors: the nearest one as a suggestion, and long lists of them in short."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Sequence
 
 from transfer import ConfigError
+
+MAX_NAMES = 6
+"""Maximum number of names that an error lists."""
 
 
 def unknown_name(
@@ -24,3 +27,9 @@ def unknown_name(
     return ConfigError(
         message, available=available or close or names, fix=f"did you mean {close[0]!r}?" if close else fix
     )
+
+
+def abbreviated(names: Sequence[str]) -> str:
+    """Return the first names of a list, and the number of the others: ``a, b and 3 more``."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more:,} more" if more > 0 else "")

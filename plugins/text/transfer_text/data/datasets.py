@@ -67,7 +67,7 @@ class IMDb(Dataset):
                 unlabeled += 1
         if unlabeled:
             logger.info("%s: omitted %d unlabeled reviews", path, unlabeled)
-        return Data(self.spec, {split: _split_of(found, split, path) for split, found in reviews.items()})
+        return Data(self.spec, {split: _split_of(of_split, split, path) for split, of_split in reviews.items()})
 
     def _find(self) -> Path:
         if self.root is None:

@@ -101,8 +101,8 @@ class PluginVocabulary(Vocabulary):
                 f"no word occurs {min_frequency} times or more in the {len(texts)} training texts",
                 fix="set min_frequency: 1, or check that the texts are not empty",
             )
-        known = [counted[word] for word in words]
-        counts = np.array([0, counted.total() - sum(known), *known], dtype=np.int64)
+        of_words = [counted[word] for word in words]
+        counts = np.array([0, counted.total() - sum(of_words), *of_words], dtype=np.int64)
         package = requirement("tokenizer", tokenizer)
         return cls(tokenizer, package, made, words, counts, np.array(lengths, dtype=np.int64))
 
@@ -143,21 +143,21 @@ class PluginVocabulary(Vocabulary):
 
     def extended(self, words: Sequence[str]) -> PluginVocabulary:
         """Return this vocabulary with extra words after its own: those that texts can spell."""
-        own = self.tokens[len(SPECIAL) :]
-        known = {*SPECIAL, *own}
-        more = [w for w in dict.fromkeys(words) if w not in known and list(self.tokenize(w)) == [w]]
+        present = self.tokens[len(SPECIAL) :]
+        taken = {*SPECIAL, *present}
+        more = [w for w in dict.fromkeys(words) if w not in taken and list(self.tokenize(w)) == [w]]
         counts = None if self.counts is None else np.pad(self.counts, (0, len(more)))
         source = (self.written, self.requirement, self._plugin)
-        return PluginVocabulary(*source, [*own, *more], counts, self.lengths, self.extra + len(more))
+        return PluginVocabulary(*source, [*present, *more], counts, self.lengths, self.extra + len(more))
 
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of one text."""
         return list(self._plugin.tokenize(text))
 
     def _encode_block(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        found = [[self._words.get(token, UNKNOWN) for token in self._plugin.tokenize(text)] for text in texts]
-        flat = np.array([index for indices in found for index in indices], dtype=np.int32)
-        return flat, np.array([len(indices) for indices in found], dtype=np.int64)
+        ids_of_texts = [[self._words.get(token, UNKNOWN) for token in self._plugin.tokenize(text)] for text in texts]
+        flat = np.array([index for indices in ids_of_texts for index in indices], dtype=np.int32)
+        return flat, np.array([len(indices) for indices in ids_of_texts], dtype=np.int64)
 
     @cached_property
     def _words(self) -> Mapping[str, int]:

@@ -277,15 +277,15 @@ class WordEmbedding(nn.Module):
                 generator; ``zero``; or ``mean``.
         """
         weight = torch.from_numpy(matrix)
-        known = torch.from_numpy(found)
+        has_vector = torch.from_numpy(found)
         if unknown == "mean":
-            weight[~known] = weight[known].mean(0)
+            weight[~has_vector] = weight[has_vector].mean(0)
         elif unknown == "random":
             # The uniform distribution on [-bound, bound] has the standard deviation bound / sqrt(3).
-            bound = weight[known].std(0, unbiased=False) * 3**0.5
-            weight[~known] = (2 * torch.rand_like(weight[~known]) - 1) * bound
+            bound = weight[has_vector].std(0, unbiased=False) * 3**0.5
+            weight[~has_vector] = (2 * torch.rand_like(weight[~has_vector]) - 1) * bound
         else:
-            weight[~known] = 0
+            weight[~has_vector] = 0
         weight[PADDING] = 0
         for channel in self._channels():
             channel.copy_(weight)
@@ -318,10 +318,10 @@ class WordEmbedding(nn.Module):
         words = occurs.nonzero().squeeze(1)
         rows = torch.empty(size, dtype=torch.int64)  # only entries of words that occur are set and read
         rows[words] = torch.arange(len(words))
-        known = words if self.further is None else words[words < size_trained]
-        table = torch.cat([functional.embedding(known, c, padding_idx=PADDING) for c in channels], dim=1)
-        if self.further is not None and len(known) < len(words):
-            table = torch.cat([table, self.further[words[len(known) :] - size_trained].repeat(1, len(channels))])
+        trained = words if self.further is None else words[words < size_trained]
+        table = torch.cat([functional.embedding(trained, c, padding_idx=PADDING) for c in channels], dim=1)
+        if self.further is not None and len(trained) < len(words):
+            table = torch.cat([table, self.further[words[len(trained) :] - size_trained].repeat(1, len(channels))])
         return table, rows[indices]
 
     def _vectors(self, indices: Tensor) -> Tensor:

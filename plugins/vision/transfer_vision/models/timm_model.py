@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,9 @@ from transfer_vision.images.decoding import Interpolation
 from transfer_vision.models.timm_stages import chain, split
 from transfer_vision.models.weights import find_local
 from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing
+from transfer_vision.suggestions import abbreviated
 
 Pooling = Literal["cls", "mean", "max"]
-MAX_NAMES = 6
-"""Maximum number of tensor names that an error lists."""
 
 
 class Timm(Backbone):
@@ -315,15 +314,10 @@ def require_complete(model: str, load: Load, left_out: Collection[str], file: st
     if load.tensors and not load.missing and not left_over:
         return
     problems = {"missing": load.missing, "left over": left_over}
-    names = "; ".join(f"{kind}: {_abbreviated(found)}" for kind, found in problems.items() if found)
+    names = "; ".join(f"{kind}: {abbreviated(of_kind)}" for kind, of_kind in problems.items() if of_kind)
     fix = "give a file with timm's names, without a prefix; to start from a run, name its folder (weights: runs/NAME)"
     total = len(load.module.state_dict())
     raise WeightsError(f"{load.tensors} of {total} tensors of {model} were loaded; {names}", where=file, fix=fix)
-
-
-def _abbreviated(names: Sequence[str]) -> str:
-    rest = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def preprocessing_of(network: nn.Module, image_size: int | None) -> dict[str, Any]:

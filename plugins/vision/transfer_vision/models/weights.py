@@ -6,7 +6,7 @@ import hashlib
 import math
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from transfer import (
     saved_backbone,
 )
 from transfer_vision.models.architectures import AUXILIARY, Layout, adapt_input_weight, build, model_names
-from transfer_vision.suggestions import unknown_name
+from transfer_vision.suggestions import abbreviated, unknown_name
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
 KNOWN_PICKLES = frozenset(
@@ -40,7 +40,6 @@ KNOWN_PICKLES = frozenset(
 """Complete SHA-256 of published files: the eight digits in a file's name can be matched by trial and error."""
 _COUNTER = "num_batches_tracked"
 _POSITIONS = "encoder.pos_embedding"
-_LISTED = 6
 _STATE_DICT = "save only the model's state_dict()"
 _BUFFERS = 10**6
 _CLASSIFIERS = 10**7
@@ -333,7 +332,7 @@ def fit_weights(read: Pretrained, expected: Mapping[str, Tensor], layout: Layout
             fix = f"set in_channels: {first.shape[1]}, the number of channels in the file"
         raise WeightsError(
             f"these weights do not fit {layout.model}: "
-            + "; ".join(f"{kind}: {_abbreviated(names)}" for kind, names in complaints.items() if names),
+            + "; ".join(f"{kind}: {abbreviated(names)}" for kind, names in complaints.items() if names),
             where=str(read.source),
             fix=fix,
         )
@@ -383,12 +382,6 @@ def _fitting_architecture(given: Mapping[str, Tensor]) -> str | None:
         if expected == shapes:
             return name
     return None
-
-
-def _abbreviated(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _common_prefix(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
