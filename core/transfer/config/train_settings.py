@@ -256,6 +256,9 @@ class TrainConfig(Block):
             the backbone chooses (5 for most).
         phases: Phases of training, in order, each with its number of epochs.
         recipe: Named sequence of phases, as an alternative to phases.
+        max_minutes: Duration of the run, in minutes, after which training ends: an epoch is not started if it would end
+            later, judged by the last one. At least one epoch is trained. A resumed run counts the time before it was
+            interrupted. null disables the limit.
         augment: Whether training examples are augmented at random, as the backbone's preprocessing defines it.
         bucket: Whether examples of similar length share a batch, which saves padding in texts. A number sets how many
             random batches are sorted by length together; true means 50, false means plain shuffling.
@@ -301,6 +304,7 @@ class TrainConfig(Block):
     epochs: Count | None = None
     phases: Annotated[tuple[PhaseSettings, ...], Field(min_length=1)] | None = None
     recipe: Recipe | None = None
+    max_minutes: Positive | None = None
     augment: bool = True
     bucket: Annotated[bool | Count, one_of("true, false, or a number of batches of 1 or more")] = True
     sampler: dict[str, Any] | None = None
