@@ -12,6 +12,7 @@ from .data.splits import split_off as split_off
 from .data.tables import Tables as Tables, TableTarget as TableTarget
 from .data.targets import encode_labels as encode_labels, multi_hot as multi_hot
 from .deployment.export import export as export
+from .deployment.push import push as push
 from .errors import (
     ConfigError as ConfigError,
     DataError as DataError,
