@@ -51,7 +51,7 @@ def test_class_weights_by_name_multiply_the_loss() -> None:
     assert torch.allclose(task.loss(LOGITS, TARGETS), Classification(CLASSES).loss(LOGITS, TARGETS) * weights)
 
 
-def test_balanced_weights_have_a_mean_of_one_over_the_examples() -> None:
+def test_balanced_weights_have_mean_one_over_examples() -> None:
     task = Classification(CLASSES, class_weights="balanced")
     targets = np.array([0] * 6 + [1] * 3 + [2])
     task.prepare(targets)

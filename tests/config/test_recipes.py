@@ -53,13 +53,13 @@ def test_gradual_unfreezing_starts_at_output() -> None:
 
 
 @pytest.mark.parametrize("name", ["feature_extraction", "fine_tune", "lp_ft", "gradual", "scratch"])
-def test_learning_rates_by_group_are_used_in_every_phase(name: str) -> None:
+def test_learning_rates_by_group_in_every_phase(name: str) -> None:
     given = {"head": 0.3, "backbone": 0.02}
     assert all(lr == given for _, _, lr in phases(name, 8, given))
 
 
 @pytest.mark.parametrize("name", ["lp_ft", "gradual"])
-def test_one_epoch_is_refused_by_recipes_of_several_phases(name: str) -> None:
+def test_recipes_of_several_phases_refuse_one_epoch(name: str) -> None:
     assert [epochs for epochs, _, _ in phases(name, 2)] == [1, 1]
     with pytest.raises(ConfigError, match=f"recipe '{name}' has 2 phases on this model and 1 epochs"):
         phases(name, 1)

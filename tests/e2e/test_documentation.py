@@ -569,6 +569,6 @@ def test_commands_and_keys_in_the_text_exist(page: str, keys: set[str]) -> None:
         assert not unknown, f"{page}: `{code}`: {words[1]} has no option {unknown[0]}"
 
 
-def test_the_reference_is_what_the_code_says() -> None:
+def test_reference_is_up_to_date() -> None:
     written = runpy.run_path(str(ROOT / "docs/reference.py"))["page"]()
     assert (ROOT / "docs/reference.md").read_text(encoding="utf-8") == written, "run: make reference"

@@ -192,7 +192,7 @@ def test_clipping_keeps_gradient_direction(config: dict[str, Any], tmp_path: Pat
 # ------------------------------------------------------------------------------------------- exponential moving average
 
 
-def test_ema_follows_its_recurrence_and_is_validated_and_saved(
+def test_ema_recurrence_validation_and_checkpoint(
     config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
 ) -> None:
     run = transfer.run(config, [*SMOOTH, "train.ema=0.8", "train.phases=[{epochs: 1}]"], output=tmp_path)

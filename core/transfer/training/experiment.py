@@ -173,6 +173,7 @@ class Experiment:
     @property
     def selection(self) -> Selection:
         """The rule that selects the best epoch."""
+        # Without a validation split, epochs cannot be compared: the last one is kept.
         return Selection.of(self.task, LAST if self.validation is None else self.options.select)
 
     def batches_for(
@@ -196,6 +197,7 @@ class Experiment:
             observe: Function that is called with the progress of computing features.
         """
         options = self.options
+        # Computing the features of every example would take longer than the quick run.
         if self.max_batches is not None:
             return StageInputs(
                 loader, 0, {"cached": False, "why": "a quick try takes a few batches, not every example"}
@@ -211,11 +213,13 @@ class Experiment:
                 progress=lambda step, steps: observe(CachingStep(name, step, steps)),
             )
         mixed = training and options.mix is not None
+        # The head is the last stage: a prefix of all other stages leaves nothing of the backbone to compute.
         views = views_of_phase(options.views, epochs, frozen_backbone=stages == len(self.model) - 1)
         return select_stage_inputs(cache, prefix, loader, views=views, mixed=mixed)
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters: ``total``, and ``trainable`` in some phase."""
+        # A set, because several phases may train the same parameter.
         trained = {name for phase in self.phases for group in phase.groups for name in group.parameters}
         sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         return {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in trained)}
@@ -235,5 +239,6 @@ class Experiment:
 
     def unchanged_stages(self) -> frozenset[str]:
         """Return the stages that no phase changes, including their buffers."""
+        # With `batch_norm: train`, the running statistics of frozen stages follow the data, so these stages change too.
         frozen = [p.frozen.stages if p.frozen.batch_norm != "train" else frozenset() for p in self.phases]
         return frozenset.intersection(*frozen)

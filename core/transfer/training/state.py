@@ -135,6 +135,7 @@ class Progress:
         improved = self.best is None or selection.keeps_last or selection.is_better(self.records, self.best["epoch"])
         if improved:
             self.best = reached
+        # Patience counts within a phase: a new phase may start worse than the one before it ended.
         of_phase = self.records[-self.phase_epochs :]
         if self.phase_best is None or not validation or selection.is_better(of_phase, self.phase_best["epoch"]):
             self.phase_best = reached
@@ -161,6 +162,7 @@ class Progress:
             phase: Number of the phase, from 1.
             reports: Report of the feature cache for each split.
         """
+        # A phase that was interrupted has recorded its caches already: these records are replaced.
         before = [report["cached"] for report in self.caches if report["phase"] == phase]
         self.caches = [report for report in self.caches if report["phase"] < phase]
         self.caches += [{"phase": phase, "split": split, **report} for split, report in reports.items()]
@@ -292,6 +294,7 @@ class TrainingState:
         return recovered
 
     def _restore(self, tensors: Mapping[str, Tensors], state: _CheckpointState, folder: Path) -> None:
+        # Checked first: with other data, the counts of batches below would refer to other examples.
         different = [name for name, value in self.origin.items() if state.origin.get(name) != value]
         if different:
             raise RunError(
@@ -302,6 +305,7 @@ class TrainingState:
         self._require_consistent(state.progress, str(folder))
         load_weights(self.model, tensors["model"], self.changed_weights(self.model), folder)
         if self.average is not None:
+            # n_averaged is the number of updates, a buffer of AveragedModel besides the averaged weights.
             averaged = dict(tensors["average"])
             count = {"n_averaged": averaged.pop("n_averaged")}
             require_same_layout(count, {"n_averaged": self.average.n_averaged}, _MISMATCH, str(folder), _FIX_MISMATCH)
@@ -433,4 +437,5 @@ def _restore_metric(metric: Metric, path: str, tensors: Mapping[str, Tensor], sa
         if not same_shape or not same_type:
             raise ValueError(f"the metric {path}/{name} has the dtype {value.dtype} and the shape {list(value.shape)}")
         setattr(metric, name, value.clone().to(metric.device))
+    # Otherwise compute() would warn that the metric has never been updated.
     metric._update_count = saved.updates
