@@ -18,8 +18,8 @@ from transfer.interfaces import Preprocessing
 from transfer.models.model_json import DESCRIPTION, WEIGHTS
 from transfer.models.precision import place
 from transfer.models.saved_model import LoadedModel, find_model, read_model
+from transfer.runs.answers import answers_of
 from transfer.runs.occlusion import outputs_of_encoded
-from transfer.runs.predictor import answers_of
 from transfer.system.devices import resolve_device
 
 logger = logging.getLogger(__name__)
