@@ -25,9 +25,6 @@ from transfer.config.train_settings import (
 from transfer.config.yaml_document import Document, Key
 from transfer.interfaces import Backbone
 
-Config = str | Path | Mapping[str, Any]
-"""Path of a YAML file, or the config as nested dicts."""
-
 QUICK_EXAMPLES = 64
 """Maximum number of examples per class of each split in a quick run."""
 
@@ -187,3 +184,7 @@ class RunConfig:
     def at(self, *key: str | int) -> AbstractContextManager[None]:
         """Add the location of the value at ``key`` to errors raised in the block that have none."""
         return error_location(self.document.location(key))
+
+
+Config = str | Path | Mapping[str, Any] | RunConfig
+"""Path of a YAML file, the config as nested dicts, or a checked config."""
