@@ -31,6 +31,7 @@ from .experiments.pretraining_gain import (
     pretraining_gain as pretraining_gain,
     resume_pretraining_gain as resume_pretraining_gain,
 )
+from .experiments.probe import Probe as Probe, ProbeRow as ProbeRow, probe as probe
 from .experiments.seeds import resume_seeds as resume_seeds, run_seeds as run_seeds
 from .experiments.sweep import Sweep as Sweep, sweep as sweep
 from .interfaces import (
