@@ -382,6 +382,17 @@ def test_compiled_model_trains_the_same(config: dict[str, Any], tmp_path: Path) 
     assert list(weights(plain)) == list(weights(compiled))
 
 
+def test_recomputed_run_has_identical_weights(config: dict[str, Any], tmp_path: Path) -> None:
+    """The first phase trains on cached features, the second everything; the backbone has batch norm and dropout."""
+    overrides = ["train.phases=[{epochs: 1, freeze: {until: first}}, {epochs: 1}]", "train.accumulate=2"]
+    plain = transfer.run(config, overrides, output=tmp_path)
+    recomputed = transfer.run(config, [*overrides, "train.recompute=true"], output=tmp_path)
+    for name, tensor in last(plain).items():
+        assert torch.equal(last(recomputed)[name], tensor), name
+    with pytest.raises(ConfigError, match="recompute and compile do not combine"):
+        transfer.check(config, ["train.recompute=true", "train.compile=true"])
+
+
 def test_model_is_compiled_only_if_configured(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

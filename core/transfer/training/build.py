@@ -217,6 +217,7 @@ def make_experiment(
     """Return the input of the engine."""
     for loader in loaders.values():
         loader.prepare_for(device)
+    model.recompute = config.train.recompute
     return Experiment(
         model,
         task,
