@@ -255,7 +255,8 @@ class TrainConfig(Block):
         epochs: Number of epochs if neither phases nor a recipe are set: everything is trained; null is the number that
             the backbone chooses (5 for most).
         phases: Phases of training, in order, each with its number of epochs.
-        recipe: Named sequence of phases, as an alternative to phases.
+        recipe: Named sequence of phases, as an alternative to phases. The default is fine_tune if the layers of the
+            backbone are pretrained and optimizer.lr is not set; otherwise one phase trains everything at one rate.
         augment: Whether training examples are augmented at random, as the backbone's preprocessing defines it.
         bucket: Whether examples of similar length share a batch, which saves padding in texts. A number sets how many
             random batches are sorted by length together; true means 50, false means plain shuffling.
