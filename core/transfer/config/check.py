@@ -34,11 +34,13 @@ from transfer.config.train_settings import (
     NamedBlock,
     OptimizerOptions,
     PhaseSettings,
+    Recipe,
     TaskOptions,
     TrainConfig,
 )
 from transfer.config.yaml_document import Document, Key, apply_overrides, make_document, read_document
 from transfer.errors import ConfigError, PluginError, Problem
+from transfer.interfaces import Backbone
 from transfer.registry import entry_points
 from transfer.registry.entry_points import IN_PROCESS, Kind
 
@@ -172,10 +174,7 @@ class _ConfigValidator:
         train = self.block(TrainConfig, raw["train"], ("train",), "train") if isinstance(raw["train"], dict) else None
         # Not for an explicit null, which is part of every config that an earlier version wrote for a run.
         if train is not None and backbone is not None and not {"phases", "recipe"} & train.model_fields_set:
-            settings = {**backbone.cls.default_phase, **({"epochs": train.epochs} if train.epochs else {})}
-            if data_options is not None and not data_options.validation:
-                settings["patience"] = None  # there may be no validation split to stop by
-            train = train.model_copy(update={"phases": (PhaseSettings(**settings),), "epochs": None})
+            train = self._default_phases(train, backbone, data_options, adapted=raw["adapter"] is not None)
         # An explicit null keeps the rates constant, as in the configs of runs of earlier versions.
         tunes = train is not None and train.recipe is not None and train.recipe.name in FINE_TUNING
         if train is not None and tunes and "scheduler" not in train.model_fields_set:
@@ -222,6 +221,26 @@ class _ConfigValidator:
             adapter=adapter,
             sampler=sampler,
         )
+
+    def _default_phases(
+        self, train: TrainConfig, backbone: Component, data: DataOptions | None, *, adapted: bool
+    ) -> TrainConfig:
+        """Return the options of training with the phases or the recipe that a config without them gets."""
+        cls: type[Backbone] = backbone.cls
+        settings = {**cls.default_phase, **({"epochs": train.epochs} if train.epochs else {})}
+        sets_rate = "optimizer" in train.model_fields_set and "lr" in train.optimizer
+        if sets_rate or adapted or not cls.is_pretrained(backbone.options):
+            if data is not None and not data.validation:
+                settings["patience"] = None  # there may be no validation split to stop by
+            return train.model_copy(update={"phases": (PhaseSettings(**settings),), "epochs": None})
+        # The default rate of new layers would destroy pretrained ones.
+        optimizer, rated = train.optimizer, cls.fine_tuning_optimizer
+        if rated and "optimizer" not in train.model_fields_set:
+            optimizer = dict(rated)
+        elif rated.get("name") == optimizer.get("name"):
+            optimizer = {**optimizer, "lr": rated["lr"]}
+        recipe = Recipe(name="fine_tune", epochs=settings["epochs"])
+        return train.model_copy(update={"recipe": recipe, "epochs": None, "optimizer": optimizer})
 
     def block(self, model: type[_Model], value: Any, key: Key, what: str) -> _Model | None:
         """Return a block as an instance of its model, or None after adding its problems."""

@@ -115,6 +115,11 @@ class RunConfig:
         """Whether pretrained weights are read: True, except for recipes that start from random weights."""
         return self.train.recipe is None or self.train.recipe.name not in WITHOUT_PRETRAINED
 
+    @property
+    def is_fine_tuned_by_default(self) -> bool:
+        """Whether the config sets no phases, recipe or learning rate, so that its pretrained layers are fine-tuned."""
+        return self.train.recipe is not None and not self.document.is_set(("train", "recipe"))
+
     def phases(self, stages: Sequence[str]) -> tuple[PhaseSettings, ...]:
         """Return the phases of a model, with the epochs and learning rates that they inherit filled in.
 

@@ -255,7 +255,8 @@ class TrainConfig(Block):
         epochs: Number of epochs if neither phases nor a recipe are set: everything is trained; null is the number that
             the backbone chooses (5 for most).
         phases: Phases of training, in order, each with its number of epochs.
-        recipe: Named sequence of phases, as an alternative to phases.
+        recipe: Named sequence of phases, as an alternative to phases. The default is fine_tune if the layers of the
+            backbone are pretrained and optimizer.lr is not set; otherwise one phase trains everything at one rate.
         max_minutes: Duration of the run, in minutes, after which training ends: an epoch is not started if it would end
             later, judged by the last one. At least one epoch is trained. A resumed run counts the time before it was
             interrupted. null disables the limit.
