@@ -8,10 +8,12 @@ from .data.class_folders import (
     is_hidden as is_hidden,
 )
 from .data.delimited import Quoting as Quoting
+from .data.in_memory import InMemoryTable as InMemoryTable, table as table
 from .data.splits import split_off as split_off
 from .data.tables import Tables as Tables, TableTarget as TableTarget
 from .data.targets import encode_labels as encode_labels, multi_hot as multi_hot
 from .deployment.export import export as export
+from .deployment.push import push as push
 from .errors import (
     ConfigError as ConfigError,
     DataError as DataError,
@@ -29,6 +31,7 @@ from .experiments.pretraining_gain import (
     pretraining_gain as pretraining_gain,
     resume_pretraining_gain as resume_pretraining_gain,
 )
+from .experiments.probe import Probe as Probe, ProbeRow as ProbeRow, probe as probe
 from .experiments.seeds import resume_seeds as resume_seeds, run_seeds as run_seeds
 from .experiments.sweep import Sweep as Sweep, sweep as sweep
 from .interfaces import (

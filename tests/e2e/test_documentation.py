@@ -103,6 +103,7 @@ STAND_INS = {
     r"(transfer pretraining-gain (?!.*--seeds).*)": r"\1 --seeds 2",  # the default is 5
     r"--seeds 5": "--seeds 2",
     r"(transfer export (?!.*--dry-run).*)": r"\1 --dry-run",  # tests/core/test_exporting.py exports every format
+    r"(transfer push (?!.*--dry-run).*)": r"\1 --dry-run",  # tests/deployment/test_push.py uploads to a local server
     r"--processes 2": "",  # each imports torch anew; tests/core/test_sweep.py has several
     r"epochs: \d+": "epochs: 2",
     r"(recipe=.*epochs: )2": r"\g<1>4",  # a part for each phase

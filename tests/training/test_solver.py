@@ -17,7 +17,7 @@ from transfer.runs.train import Run
 from transfer.training.build import build
 from transfer.training.events import Note
 from transfer.training.experiment import Experiment
-from transfer.training.solver import Solution, _features, solve
+from transfer.training.solver import Solution, head_inputs, solve
 
 SOLVED = "train.phases=[{epochs: 1, freeze: backbone, solver: lbfgs}]"
 
@@ -30,7 +30,7 @@ def solution(config: dict[str, Any], *overrides: str) -> tuple[Experiment, Solut
         for name, loader in (("train", experiment.train), ("validation", experiment.validation))
         if loader is not None
     }
-    return experiment, solve(experiment, sources), _features(experiment, sources["train"])[0]
+    return experiment, solve(experiment, sources), head_inputs(experiment, sources["train"])[0]
 
 
 @pytest.mark.parametrize(

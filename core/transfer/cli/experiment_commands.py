@@ -1,4 +1,4 @@
-"""Commands of the package experiments: pretraining-gain, compare, sweep, find-lr."""
+"""Commands of the package experiments: pretraining-gain, compare, probe, sweep, find-lr."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transfer.cli.arguments import RUNS, AsJSON, ConfigFile, OutputFolder, Overrides
+from transfer.cli.arguments import RUNS, AsJSON, ConfigFile, Device, OutputFolder, Overrides
 from transfer.cli.follow import follow_arms
 
 if TYPE_CHECKING:
@@ -59,6 +59,52 @@ def compare(
     comparison = compare_runs(runs, metric=metric, different_data=different_data, on=on)
     Console().print(comparison_table(comparison))
     comparison.write(csv=csv, html=html)
+
+
+def probe(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG... [KEY=VALUE...]", help="Paths of YAML files, and changes to each of these configs."
+        ),
+    ],
+    shots: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N...",
+            show_default=False,
+            help="Numbers of labeled examples of each class, and full for all. Default: 1 4 16 full.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of draws of the labeled examples.")] = 5,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Write a run of the best backbone with a linear head on all examples.")
+    ] = False,
+    output: OutputFolder = RUNS,
+    device: Device = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compare the backbones of configs by simple classifiers on their frozen features, with few and with all labels."""
+    from transfer.cli.progress import RunConsole
+    from transfer.cli.tables import probe_table
+    from transfer.experiments.probe import parse_shots, probe
+    from transfer.system.terminal import Console, printable
+
+    # An option of click takes one value: the numbers after the first one arrive among the arguments.
+    numbers = [text for text in arguments if shots and (text == "full" or text.isdecimal())]
+    overrides = [text for text in arguments if "=" in text and not Path(text).is_file()]
+    configs = [text for text in arguments if text not in numbers and text not in overrides]
+    levels = parse_shots([*shots, *numbers]) if shots else None
+    with RunConsole(Console(stderr=as_json)) as observe:
+        result = probe(
+            configs, overrides, shots=levels, seeds=seeds, keep=keep, output=output, device=device, observe=observe
+        )
+    if as_json:
+        print(result.json())  # noqa: T201
+        return
+    Console().print(probe_table(result))
+    if result.folder is not None:
+        print(printable(str(result.folder)))  # noqa: T201
 
 
 def sweep(

@@ -16,6 +16,7 @@ from transfer.system.terminal import printable
 
 if TYPE_CHECKING:
     from transfer.experiments.comparison import Comparison
+    from transfer.experiments.probe import Probe
 
 
 MAX_PIECES_SHOWN = 5
@@ -117,6 +118,29 @@ def comparison_table(comparison: Comparison) -> Group:
         difference = "" if row.difference is None else str(row.difference)
         table.add_row(Text(row.name), str(len(row.spread.values)), str(row.spread), difference, verdict)
     return Group(table, *(Text(note, style="dim") for note in comparison.notes))
+
+
+def probe_table(probe: Probe) -> Group:
+    """Return a table of backbones and classifiers for each number of labels, with notes and a recommendation."""
+    best = "higher" if probe.higher_is_better else "lower"
+    title = f"{probe.metric} on the test split ({best} is better)"
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    for heading in ("labels", "config", "classifier", "mean", "95 % interval", "difference to the best", "verdict"):
+        table.add_column(heading, overflow="fold")
+    styles = {"reference": "bold green", "within noise": "", "better": "green", "worse": "dim"}
+    labels = None
+    for row in probe.rows:
+        if row.shots != labels and labels is not None:
+            table.add_section()
+        name, labels = ("" if row.shots == labels else row.labels), row.shots
+        low, high = row.spread.interval or (row.spread.mean, row.spread.mean)
+        cells = [name, row.config, row.classifier, f"{row.spread.mean:.4f}", f"{low:.4f} to {high:.4f}"]
+        judged = "best on validation" if row.verdict == "reference" else row.verdict
+        cells += ["" if row.difference is None else f"{row.difference.mean:+.4f}", judged]
+        table.add_row(*map(Text, cells), style=styles.get(row.verdict, "dim"))
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in probe.seconds.items())
+    lines = [Text(line, style="dim") for line in (*probe.notes, seconds)]
+    return Group(table, *lines, *(Text(sentence, style="bold") for sentence in probe.recommendation))
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:

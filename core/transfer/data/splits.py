@@ -79,7 +79,7 @@ def split_off(split: Split, fraction: float) -> tuple[Split, Split]:
         return _split_off_groups(split, split.groups, fraction)
     generator = np.random.default_rng(_SEED)
     taken = np.zeros(len(split), dtype=bool)
-    for members in _strata(split.targets):
+    for members in strata(split.targets):
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         taken[generator.permutation(members)[:count]] = True
     if not taken.any():
@@ -104,7 +104,7 @@ def _split_off_groups(split: Split, groups: npt.NDArray[np.int64], fraction: flo
             fix="add groups, or provide validation and test splits",
         )
     # Number of examples of each group in each class, (groups, classes).
-    counts = np.stack([np.bincount(group[members], minlength=len(names)) for members in _strata(split.targets)], 1)
+    counts = np.stack([np.bincount(group[members], minlength=len(names)) for members in strata(split.targets)], 1)
     wanted = fraction * counts.sum(0)
     order = np.random.default_rng(_SEED).permutation(len(names))
     # Largest first, because small groups can still fill the rest; the sort is stable, so ties stay in random order.
@@ -123,7 +123,7 @@ def _split_off_groups(split: Split, groups: npt.NDArray[np.int64], fraction: flo
     return split.select(np.flatnonzero(~is_taken)), split.select(np.flatnonzero(is_taken))
 
 
-def _strata(targets: npt.NDArray[Any]) -> list[npt.NDArray[np.int64]]:
+def strata(targets: npt.NDArray[Any]) -> list[npt.NDArray[np.int64]]:
     """Return the indices of the examples of each class; those of all examples if targets are labels or numbers."""
     if targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer):
         return [np.flatnonzero(targets == c) for c in np.unique(targets)]
@@ -132,7 +132,7 @@ def _strata(targets: npt.NDArray[Any]) -> list[npt.NDArray[np.int64]]:
 
 def _first(targets: npt.NDArray[Any], limit: int) -> npt.NDArray[np.int64]:
     """Return the indices of the first ``limit`` examples of each class, in order."""
-    return np.sort(np.concatenate([members[:limit] for members in _strata(targets)]))
+    return np.sort(np.concatenate([members[:limit] for members in strata(targets)]))
 
 
 def digest(splits: Mapping[str, Split]) -> str:

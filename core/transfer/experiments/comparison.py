@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from transfer.errors import RunError, unknown_name
 from transfer.experiments.intervals import (
@@ -28,6 +31,7 @@ from transfer.experiments.seeds import Runs, open_runs
 from transfer.interfaces import Task
 from transfer.models.saved_model import read_task
 from transfer.runs.evaluations import read_evaluation
+from transfer.runs.summary_html import html_table
 from transfer.storage.run_directory import Predictions
 from transfer.system.atomic_files import write_atomically
 from transfer.system.templates import environment
@@ -115,6 +119,12 @@ class Comparison:
         page = environment("transfer.experiments").get_template("comparison.html.j2")
         title = f"{self.metric} on the {self.split} split ({best} is better)"
         return page.render(title=title, rows=self.rows, notes=self.notes, x=x, width=DRAWING_WIDTH)
+
+    def _repr_html_(self) -> str:
+        """Return the table, which notebooks show."""
+        rows = [(row.name, row.spread, row.difference or "", row.verdict) for row in self.rows]
+        header = ("run", "mean ± standard deviation", "difference to the first", "verdict")
+        return html_table(f"{self.metric} on the {self.split} split", rows, header)
 
     def write(self, *, csv: Path | None = None, html: Path | None = None) -> None:
         """Write the table to files.
@@ -265,16 +275,30 @@ def _resampled(task: Task, metric: str, runs: Runs, on: str | None) -> list[floa
     if metric in task.metric_inputs(torch.zeros(1, task.out_features)):
         # A function of the task and the split, so that all runs get the same resamples.
         draws = draws[: max(MIN_RESAMPLES, MAX_RESAMPLED_SCORES // (task.out_features * len(inputs[0])))]
+    return resampled_means(measure, inputs, [scored.targets for scored in stored], draws)
+
+
+def resampled_means(
+    measure: Metric, inputs: Sequence[Tensor], targets: Sequence[Tensor], draws: Sequence[npt.NDArray[np.int64]]
+) -> list[float] | None:
+    """Return the mean of a metric over runs on each resample; None if it is not defined on some resample.
+
+    Args:
+        measure: Metric; its state is reset.
+        inputs: Input of the metric in each run, (N, ...) each.
+        targets: Targets in each run, (N, ...) each.
+        draws: Indices of the examples in each resample, (N,) each.
+    """
     means = []
     try:
         with warnings.catch_warnings(action="ignore"):  # a metric may warn that a resample lacks a class
             for indices in map(torch.from_numpy, draws):
                 total = 0.0
-                for scored, values in zip(stored, inputs, strict=True):
+                for values, expected in zip(inputs, targets, strict=True):
                     measure.reset()
-                    measure.update(values[indices], scored.targets[indices])
+                    measure.update(values[indices], expected[indices])
                     total += float(measure.compute())
-                means.append(total / len(stored))
+                means.append(total / len(inputs))
     except (ValueError, RuntimeError):  # the metric is not defined on some resample
         return None
     return means if all(map(math.isfinite, means)) else None

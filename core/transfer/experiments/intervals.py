@@ -45,7 +45,7 @@ class Spread:
         mean: Mean over the runs.
         standard_deviation: Sample standard deviation over the runs (n - 1 in the denominator); None if there is only
             one run.
-        interval: 95 % confidence interval of the mean; None if there is only one run.
+        interval: 95 % confidence interval of the mean; None if its noise cannot be estimated.
         values: Value of the metric in each run.
     """
 
@@ -94,19 +94,26 @@ def metric_bounds(task: Task, metric: str) -> Bounds:
     return getattr(measure, "plot_lower_bound", None), getattr(measure, "plot_upper_bound", None)
 
 
-def spread(values: Sequence[float], bounds: Bounds = UNBOUNDED) -> Spread:
+def spread(
+    values: Sequence[float], bounds: Bounds = UNBOUNDED, standard_error_of_examples: float | None = None
+) -> Spread:
     """Return mean, standard deviation and confidence interval of a metric over several runs.
 
     Args:
         values: Value of the metric in each run.
         bounds: Range of the metric (:func:`metric_bounds`). The interval does not extend beyond it.
+        standard_error_of_examples: Standard error of the mean over test examples (:func:`standard_error`). None omits
+            this source of noise.
     """
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())
-    if len(array) < 2:
+    deviation = float(array.std(ddof=1)) if len(array) > 1 else None
+    if deviation is None and standard_error_of_examples is None:
         return Spread(mean, None, None, tuple(values))
-    interval = _clip(_interval(mean, _deviations(array, 0)), bounds)
-    return Spread(mean, float(array.std(ddof=1)), interval, tuple(values))
+    deviations = np.zeros(RESAMPLES) if deviation is None else _deviations(array, 0)
+    if standard_error_of_examples is not None:
+        deviations = deviations + _normal_errors(standard_error_of_examples)
+    return Spread(mean, deviation, _clip(_interval(mean, deviations), bounds), tuple(values))
 
 
 def difference(
@@ -141,7 +148,7 @@ def difference(
     elif has_several_runs:
         deviations += _deviations(one, 0) - _deviations(other, 1)
     if standard_error_of_examples is not None:
-        deviations += np.random.default_rng((_SEED, 2)).normal(0, standard_error_of_examples, RESAMPLES)
+        deviations += _normal_errors(standard_error_of_examples)
     low, high = bounds
     # Two values between 0 and 1 differ by at most 1 in either direction.
     width = None if low is None or high is None else high - low
@@ -157,6 +164,10 @@ def resamples(count: int, times: int) -> list[npt.NDArray[np.int64]]:
 def standard_error(resampled: Sequence[float]) -> float:
     """Return the bootstrap standard error of a statistic."""
     return float(np.std(np.asarray(resampled, dtype=np.float64), ddof=1))
+
+
+def _normal_errors(standard_error_of_examples: float) -> Floats:
+    return np.random.default_rng((_SEED, 2)).normal(0, standard_error_of_examples, RESAMPLES)
 
 
 def _interval(mean: float, deviations: Floats) -> Interval:

@@ -127,6 +127,10 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     experiment = make_experiment(
         config, model, task, backbone, loaders, phases=phases, device=checked.device, quick=quick
     )
+    if config.is_fine_tuned_by_default:
+        rates = {"head" if group.stage == "head" else "backbone": group.lr for group in phases[0].groups}
+        by_part = " and ".join(f"{rate:.2g} ({part})" for part, rate in rates.items())
+        observe(Note(f"pretrained layers are fine-tuned by default: {config.optimizer.name} at a rate of {by_part}"))
     if (warning := _high_rate_warning(config, phases, loaded)) is not None:
         observe(Note(f"warning: {warning}"))
         experiment = replace(experiment, warnings=(warning,))
@@ -217,6 +221,7 @@ def make_experiment(
     """Return the input of the engine."""
     for loader in loaders.values():
         loader.prepare_for(device)
+    model.recompute = config.train.recompute
     return Experiment(
         model,
         task,

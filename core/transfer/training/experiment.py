@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -70,6 +71,7 @@ class EngineOptions:
         cache_limit_gib: Maximum size of the feature cache on disk, in GiB.
         select: Metric that selects the best epoch, ``loss`` or ``last``. None selects the task's primary metric.
         sync_batch_norm: Whether trained batch norm uses the statistics of all ranks.
+        max_minutes: Time after which no epoch is started, in minutes. None disables the limit.
     """
 
     device: torch.device
@@ -87,6 +89,7 @@ class EngineOptions:
     cache_limit_gib: float
     select: str | None = None
     sync_batch_norm: bool = False
+    max_minutes: float | None = None
 
     @classmethod
     def from_config(cls, train: TrainConfig, device: torch.device, *, quick: bool) -> EngineOptions:
@@ -113,6 +116,7 @@ class EngineOptions:
             train.cache_limit_gib,
             train.select,
             train.sync_batch_norm,
+            train.max_minutes,
         )
 
 
@@ -219,6 +223,15 @@ class Experiment:
         trained = {name for phase in self.phases for group in phase.groups for name in group.parameters}
         sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         return {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in trained)}
+
+    def batches_per_epoch(self, first: int, epochs: int) -> list[int]:
+        """Return the number of training batches of each epoch; with ``max_tokens`` or a sampler they may differ.
+
+        Args:
+            first: Number of epochs before the first.
+            epochs: Number of epochs.
+        """
+        return [min(self.train.count(first + i), self.max_batches or sys.maxsize) for i in range(epochs)]
 
     def frozen_prefix_length(self) -> int:
         """Return the number of stages, from the input on, that are frozen in all phases: the test split's prefix."""

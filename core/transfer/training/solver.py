@@ -100,11 +100,7 @@ def training_examples(experiment: Experiment) -> Loader:
 
 
 def solve(experiment: Experiment, sources: Mapping[str, StageInputs]) -> Solution:
-    """Minimize the mean training loss plus an L2 penalty, whose strength is chosen by the validation loss.
-
-    Features are centered and divided by the root mean square of their norms. This changes neither the family of
-    solutions nor the meaning of the bias, which is not penalized, but the problem is better conditioned, and one grid
-    of strengths fits any backbone.
+    """Solve the head of an experiment on the features of its splits (:func:`solve_on_features`).
 
     Args:
         experiment: Experiment, with the model on its device.
@@ -113,7 +109,42 @@ def solve(experiment: Experiment, sources: Mapping[str, StageInputs]) -> Solutio
     Raises:
         TrainingError: The features are not finite.
     """
-    features, targets, indices = _features(experiment, sources["train"])
+    features, targets, indices = head_inputs(experiment, sources["train"])
+    validation = None
+    if "validation" in sources:
+        held_out, held_out_targets, _ = head_inputs(experiment, sources["validation"])
+        validation = held_out, held_out_targets
+    scaling = experiment.model.output_scaling
+    return solve_on_features(experiment.task, scaling, (features, targets), validation, indices=indices)
+
+
+def solve_on_features(
+    task: Task,
+    scaling: tuple[Tensor, Tensor] | None,
+    train: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor] | None,
+    *,
+    indices: Tensor | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Solution:
+    """Minimize the mean training loss plus an L2 penalty, whose strength is chosen by the validation loss.
+
+    Features are centered and divided by the root mean square of their norms. This changes neither the family of
+    solutions nor the meaning of the bias, which is not penalized, but the problem is better conditioned, and one grid
+    of strengths fits any backbone.
+
+    Args:
+        task: Task: the loss.
+        scaling: Offset and scale of the outputs, (C,) each; None leaves outputs as they are.
+        train: Features, float64 (N, D), which are changed in place, and targets (N, ...) of the training examples.
+        validation: Features and targets that choose the strength. None holds out a part of the training examples.
+        indices: Index of each training example, (N,): rows of one example are held out together.
+        strengths: Candidate strengths, from strong to weak.
+
+    Raises:
+        TrainingError: The features are not finite.
+    """
+    features, targets = train
     mean = features.mean(0)
     scale = (features - mean).square().sum(1).mean().sqrt().clamp_min(torch.finfo(features.dtype).tiny)
     if not bool(torch.isfinite(scale)):
@@ -121,20 +152,18 @@ def solve(experiment: Experiment, sources: Mapping[str, StageInputs]) -> Solutio
             "the features of the training split are not finite", fix="use train.precision: fp32, or other weights"
         )
     features.sub_(mean).div_(scale)
-    if "validation" in sources:
-        train = features, targets
-        held_out, held_out_targets, _ = _features(experiment, sources["validation"])
-        validation = held_out.sub_(mean).div_(scale), held_out_targets
-    else:
+    fitted, has_validation = (features, targets), validation is not None
+    if validation is None:
+        assert indices is not None
         fold = indices.to(features.device) % FOLDS == 0  # all views of an example are in the same part
-        train, validation = (features[~fold], targets[~fold]), (features[fold], targets[fold])
+        fitted, validation = (features[~fold], targets[~fold]), (features[fold], targets[fold])
+    else:
+        validation = (validation[0] - mean).div_(scale), validation[1]
     losses: list[float] = []
     best = None
-    for strength, head in _path(experiment, train, STRENGTHS):
+    for strength, head in _path(task, scaling, fitted, strengths):
         with torch.no_grad():
-            losses.append(
-                float(experiment.task.loss(_outputs(experiment.model, head, validation[0]), validation[1]).mean())
-            )
+            losses.append(float(task.loss(_outputs(scaling, head, validation[0]), validation[1]).mean()))
         if not math.isfinite(losses[-1]):
             raise TrainingError("the loss of a solved head is not finite", fix="set train.recipe.solver: gradient")
         if losses[-1] == min(losses):
@@ -143,15 +172,15 @@ def solve(experiment: Experiment, sources: Mapping[str, StageInputs]) -> Solutio
             break
     assert best is not None
     strength, head = best
-    if "validation" not in sources:  # the chosen strength is solved again on all examples
-        ((_, head),) = _path(experiment, (features, targets), (strength,))
+    if not has_validation:  # the chosen strength is solved again on all examples
+        ((_, head),) = _path(task, scaling, (features, targets), (strength,))
     weight, bias = (tensor.detach() for tensor in head)
-    outputs = _outputs(experiment.model, [weight, bias], features)
+    outputs = _outputs(scaling, [weight, bias], features)
     weight = weight / scale
     return Solution(weight.cpu(), (bias - weight @ mean).cpu(), strength, outputs.float().cpu(), targets.cpu())
 
 
-def _features(experiment: Experiment, source: StageInputs) -> tuple[Tensor, Tensor, Tensor]:
+def head_inputs(experiment: Experiment, source: StageInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Return the inputs of the head, float64 (N, D), and targets (N, ...) on the device; indices (N,) on the CPU."""
     loaders = [source.loader]
     if isinstance(source.loader, CachedLoader):  # an epoch draws one view of each example: take every view
@@ -175,18 +204,20 @@ def _features(experiment: Experiment, source: StageInputs) -> tuple[Tensor, Tens
     return torch.cat(features), torch.cat(targets), torch.cat(indices)
 
 
-def _outputs(model: Model, head: Sequence[Tensor], features: Tensor) -> Tensor:
+def _outputs(scaling: tuple[Tensor, Tensor] | None, head: Sequence[Tensor], features: Tensor) -> Tensor:
     outputs = nn.functional.linear(features, *head)
-    scaling = model.output_scaling
     return outputs if scaling is None else scaling[0] + scaling[1] * outputs
 
 
 def _path(
-    experiment: Experiment, examples: tuple[Tensor, Tensor], strengths: Sequence[float]
+    task: Task,
+    scaling: tuple[Tensor, Tensor] | None,
+    examples: tuple[Tensor, Tensor],
+    strengths: Sequence[float],
 ) -> Iterator[tuple[float, list[Tensor]]]:
     """Yield each strength with the solution [weight (C, D), bias (C,)], which the next one starts from."""
     features, targets = examples
-    head = [features.new_zeros(experiment.task.out_features, *shape) for shape in (features.shape[1:], ())]
+    head = [features.new_zeros(task.out_features, *shape) for shape in (features.shape[1:], ())]
     for tensor in head:
         tensor.requires_grad_()
     for strength in strengths:
@@ -194,7 +225,7 @@ def _path(
 
         def objective(strength: float = strength, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
             optimizer.zero_grad()
-            loss = experiment.task.loss(_outputs(experiment.model, head, features), targets).mean()
+            loss = task.loss(_outputs(scaling, head, features), targets).mean()
             loss = loss + strength / 2 * head[0].square().sum()
             loss.backward()  # type: ignore[no-untyped-call]
             return loss

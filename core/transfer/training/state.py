@@ -141,11 +141,19 @@ class Progress:
             self.phase_best = reached
         return record, improved
 
-    def is_out_of_patience(self, patience: int | None) -> bool:
-        """Return whether the phase had no better epoch for ``patience`` epochs; None disables early stopping."""
-        return (
-            patience is not None and self.phase_best is not None and self.epochs - self.phase_best["epoch"] >= patience
-        )
+    def reason_to_stop(self, patience: int | None, seconds_left: float) -> str | None:
+        """Return the reason for which the phase ends before its last epoch, or None.
+
+        Args:
+            patience: Number of epochs without a better one after which the phase ends. None disables early stopping.
+            seconds_left: Time that is left for training, in seconds. Another epoch is expected to last as long as the
+                last one. The first epoch of a run is always trained.
+        """
+        if patience is not None and self.phase_best is not None and self.epochs - self.phase_best["epoch"] >= patience:
+            return f"no better for {patience} epochs"
+        if self.records and seconds_left < self.records[-1]["seconds"]:
+            return "another epoch would end after train.max_minutes"
+        return None
 
     def record_caches(self, phase: int, reports: Mapping[str, Mapping[str, Any]]) -> bool:
         """Record the cache reports of a phase; return whether the phase was interrupted with other splits cached.
