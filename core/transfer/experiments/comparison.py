@@ -32,7 +32,7 @@ from transfer.interfaces import Task
 from transfer.models.saved_model import read_task
 from transfer.runs.evaluations import read_evaluation
 from transfer.runs.summary_html import html_table
-from transfer.storage.run_directory import Predictions
+from transfer.storage.predictions import Predictions
 from transfer.system.atomic_files import write_atomically
 from transfer.system.templates import environment
 

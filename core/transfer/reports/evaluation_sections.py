@@ -20,7 +20,8 @@ from transfer.reports.metrics import (
 )
 from transfer.runs.class_metrics import ClassMetrics, class_metrics, predicts_classes, threshold
 from transfer.runs.evaluations import read_evaluations
-from transfer.storage.run_directory import Predictions, RunDirectory
+from transfer.storage.predictions import Predictions
+from transfer.storage.run_directory import RunDirectory
 
 MAX_DRAWN_CLASSES = 40
 """Number of classes up to which the confusion matrix is drawn; of more, only the most frequent mistakes are listed."""

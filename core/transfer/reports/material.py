@@ -12,7 +12,7 @@ from markupsafe import Markup
 from transfer.config.run_config import RunConfig
 from transfer.models.saved_model import LoadedModel
 from transfer.reports.top_losses import Example
-from transfer.storage.run_directory import Predictions
+from transfer.storage.predictions import Predictions
 from transfer.training.experiment import Phase
 
 MAX_LISTED_CLASSES = 60

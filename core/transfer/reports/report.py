@@ -17,7 +17,8 @@ from transfer.reports.page import render
 from transfer.reports.top_losses import Example, top_losses
 from transfer.runs.artifacts import CompletedRun
 from transfer.runs.data import changed_split, read_splits
-from transfer.storage.run_directory import Predictions, RunDirectory
+from transfer.storage.predictions import Predictions
+from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import write_atomically
 from transfer.system.downloads import no_downloads
 from transfer.training.preflight import resolve_phases

@@ -16,7 +16,7 @@ from transfer.interfaces import Preprocessing, Split
 from transfer.models.saved_model import LoadedModel
 from transfer.runs.class_metrics import threshold
 from transfer.runs.occlusion import explain_output, outputs_of
-from transfer.storage.run_directory import Predictions
+from transfer.storage.predictions import Predictions
 
 MAX_EXAMPLES = 12
 MAX_CHARACTERS = 1200

@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import (
 
 from transfer.data.targets import class_name
 from transfer.interfaces import DataSpec, Task
-from transfer.storage.run_directory import Predictions
+from transfer.storage.predictions import Predictions
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from transfer.config.run_config import RunConfig
 from transfer.config.yaml_document import make_document
 from transfer.errors import ConfigError, RunError, UserError, unknown_name
 from transfer.interfaces import SPLITS, Data, Split
-from transfer.storage.run_directory import Predictions, RunDirectory, read_predictions, write_predictions
+from transfer.storage.predictions import Predictions, read_predictions, write_predictions
+from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json, write_json
 from transfer.system.file_schema import FileSchema, checked
 

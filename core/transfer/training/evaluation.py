@@ -19,7 +19,7 @@ from transfer.feature_cache.loader import StageInputs
 from transfer.interfaces import Split, Task
 from transfer.models.forward import forward_batches
 from transfer.models.model import Model
-from transfer.storage.run_directory import Predictions
+from transfer.storage.predictions import Predictions
 from transfer.system.signals import Signals
 from transfer.training.distributed import SINGLE_PROCESS, ProcessGroup
 from transfer.training.events import EvaluationStarted, EvaluationStep, Observer
