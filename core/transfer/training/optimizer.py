@@ -69,7 +69,6 @@ def parameter_groups(
     if model.fixed and isinstance(lr, Mapping) and "adapter" in lr:
         # The adapter contains all trained parameters of the backbone.
         lr = {"backbone": lr["adapter"], **{key: rate for key, rate in lr.items() if key != "adapter"}}
-    # Stages without parameters, such as pooling, are no layers for layer_decay.
     rates = _rates([stage for stage, names in stages.items() if names or stage == "head"], list(stages), lr)
     groups = []
     for stage, names in stages.items():

@@ -255,7 +255,6 @@ def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
     """
     phases, problems = [], []
     backbone_stages = list(model.stages.items())[:-1]
-    # Weights under an adapter are fixed: a stage that has no other parameters cannot be trained.
     trainable = [name for name, _ in model.named_parameters() if name not in model.fixed]
     stages = [stage for stage, _ in backbone_stages if any(name.startswith(f"{stage}.") for name in trainable)]
     for index, settings in enumerate(config.phases(stages)):
