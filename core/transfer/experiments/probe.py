@@ -84,7 +84,7 @@ class ProbeRow:
         config: Name of the config.
         classifier: Name of the classifier.
         shots: Number of labeled examples of each class, or ``full``.
-        labels: The same in words, such as ``16 labels per class``.
+        labels: Number of labels in words, such as ``16 labels per class``.
         examples: Number of training examples and of validation examples.
         spread: Mean, standard deviation and interval of the metric on the test split over the draws of examples.
         validation: Mean of the metric on the validation examples.
