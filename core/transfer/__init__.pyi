@@ -26,6 +26,7 @@ from .errors import (
     WeightsError as WeightsError,
 )
 from .experiments.comparison import Comparison as Comparison, compare as compare
+from .experiments.folds import resume_folds as resume_folds, run_folds as run_folds
 from .experiments.lr_finder import RangeTest as RangeTest, find_learning_rate as find_learning_rate
 from .experiments.pretraining_gain import (
     pretraining_gain as pretraining_gain,

@@ -49,6 +49,13 @@ def follow_seeds(start: Callable[[Observer], Run]) -> None:
     _follow(start, seeds_table)
 
 
+def follow_folds(start: Callable[[Observer], Run]) -> None:
+    """Train the folds of a cross-validation with progress on the console, and print the metrics over the folds."""
+    from transfer.cli.tables import folds_table
+
+    _follow(start, folds_table)
+
+
 def follow_arms(start: Callable[[Observer], Run]) -> None:
     """Train the arms of a comparison with progress on the console, and print the gain of pretraining."""
     from transfer.cli.tables import pretraining_gain_table

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from transfer.cli.arguments import RUNS, ConfigFile, DataOverrides, OutputFolder, Overrides, RunFolder
-from transfer.cli.follow import follow_arms, follow_run, follow_seeds
+from transfer.cli.follow import follow_arms, follow_folds, follow_run, follow_seeds
 
 # Names of the files by which `resume` recognizes folders of `transfer.experiments`. They are repeated here because that
 # package may be deleted: it is imported only if a folder contains its file.
 SEEDS_MANIFEST = "seeds.json"
+FOLDS_MANIFEST = "folds.json"
 PRETRAINING_GAIN_MANIFEST = "value.json"
 
 
@@ -30,16 +31,35 @@ def run(
     seeds: Annotated[
         int | None, typer.Option(help="Number of seeds to train with, in one folder of runs.", show_default=False)
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Number of folds of a cross-validation, in one folder of runs.", show_default=False),
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Number of repetitions of the cross-validation, each with other folds.")
+    ] = 1,
 ) -> None:
     """Train CONFIG. The last line of the output is the run directory."""
+    from transfer.errors import UserError
     from transfer.runs.train import run as run_config
 
-    if seeds is not None:
-        from transfer.errors import UserError
-        from transfer.experiments.seeds import run_seeds
+    several = {"--seeds": seeds, "--folds": folds, "--into": into}
+    given = [option for option, value in several.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other", fix="remove all of these options but one")
+    if repeats > 1 and folds is None:
+        raise UserError("--repeats has no effect without --folds", fix="add --folds 5, for example")
+    if folds is not None:
+        from transfer.experiments.folds import run_folds
 
-        if into is not None:
-            raise UserError("--into names one run, and --seeds trains several", fix="remove one of the two options")
+        follow_folds(
+            lambda observe: run_folds(
+                config, overrides or [], folds=folds, repeats=repeats, output=output, quick=quick, observe=observe
+            )
+        )
+        return
+    if seeds is not None:
+        from transfer.experiments.seeds import run_seeds
 
         follow_seeds(
             lambda observe: run_seeds(config, overrides or [], seeds=seeds, output=output, quick=quick, observe=observe)
@@ -56,6 +76,10 @@ def resume(run: RunFolder, overrides: DataOverrides = None) -> None:
         from transfer.experiments.seeds import resume_seeds
 
         follow_seeds(lambda observe: resume_seeds(run, overrides or [], observe=observe))
+    elif (Path(run) / FOLDS_MANIFEST).is_file():
+        from transfer.experiments.folds import resume_folds
+
+        follow_folds(lambda observe: resume_folds(run, overrides or [], observe=observe))
     elif (Path(run) / PRETRAINING_GAIN_MANIFEST).is_file():
         from transfer.experiments.pretraining_gain import resume_pretraining_gain
 

@@ -74,10 +74,20 @@ def facts_table(facts: Mapping[str, Any], *, digits: int = 4) -> Table:
 def seeds_table(summary: Mapping[str, Any]) -> Table:
     """Return a table with mean, standard deviation, interval and values of every metric of a folder of seeds."""
     split = "test" if summary["test"] else "validation"
-    table = Table(box=None, padding=(0, 2, 0, 0), title=f"{split}, {len(summary['seeds'])} seeds", title_justify="left")
+    return _spreads_table(f"{split}, {len(summary['seeds'])} seeds", summary[split])
+
+
+def folds_table(summary: Mapping[str, Any]) -> Table:
+    """Return a table with mean, standard deviation, interval and values of every metric of a cross-validation."""
+    repeats = f", {summary['repeats']} times" if summary["repeats"] > 1 else ""
+    return _spreads_table(f"cross-validation with {summary['folds']} folds{repeats}", summary["test"])
+
+
+def _spreads_table(title: str, spreads: Mapping[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
     for heading in ("metric", "mean ± standard deviation", "95 % interval of the mean", "values"):
         table.add_column(heading)
-    for metric, spread in summary[split].items():
+    for metric, spread in spreads.items():
         low, high = spread["interval"]
         mean = f"{spread['mean']:.4f} ± {spread['standard_deviation']:.4f}"
         table.add_row(metric, mean, f"{low:.4f} to {high:.4f}", " ".join(f"{value:.4f}" for value in spread["values"]))

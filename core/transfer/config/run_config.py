@@ -17,6 +17,7 @@ from transfer.config.recipes import WITHOUT_PRETRAINED, expand
 from transfer.config.torch_classes import TorchClass
 from transfer.config.train_settings import (
     DataOptions,
+    Fold,
     OptimizerOptions,
     PhaseSettings,
     TrainConfig,
@@ -158,6 +159,12 @@ class RunConfig:
     def with_seed(self, seed: int) -> RunConfig:
         """Return the same config with another seed; the splits stay the same."""
         return replace(self, seed=seed, resolved=self.resolved | {"seed": seed})
+
+    def with_fold(self, fold: Fold) -> RunConfig:
+        """Return the same config for a fold of a cross-validation."""
+        data = replace(self.data, resolved={**self.data.resolved, "fold": fold.model_dump()})
+        options = self.data_options.model_copy(update={"fold": fold})
+        return replace(self, data=data, data_options=options, resolved=self.resolved | {"data": dict(data.resolved)})
 
     def with_batch_size(self, size: int) -> RunConfig:
         """Return the same config with the batch size that ``auto`` found."""

@@ -100,6 +100,26 @@ class BackboneOptions(NamedBlock):
     weights: str | None = None
 
 
+class Fold(Block):
+    """Fold of a cross-validation.
+
+    Args:
+        number: Number of the fold that is the test split, from 1.
+        of: Number of folds.
+        repeat: Number of the repetition, from 1. Each divides the examples in another way.
+    """
+
+    number: Count
+    of: Annotated[int, Field(ge=2)]
+    repeat: Count = 1
+
+    @model_validator(mode="after")
+    def _number_exists(self) -> Fold:
+        if self.number > self.of:
+            raise ValueError(f"fold {self.number} does not exist: expected a number from 1 to {self.of}")
+        return self
+
+
 class DataOptions(NamedBlock):
     """Options of every dataset, in addition to its own.
 
@@ -108,10 +128,13 @@ class DataOptions(NamedBlock):
             trains on all examples and keeps the last epoch.
         limit: Maximum number of examples per class in the training and validation splits; null uses all examples. The
             test split is never limited.
+        fold: Fold of a cross-validation (number, of, repeat): a part of the training split becomes the test split, and
+            the test split of the dataset is not used. `transfer run --folds` sets it. null uses the splits as they are.
     """
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     limit: Count | None = None
+    fold: Fold | None = None
 
 
 class TaskOptions(NamedBlock):

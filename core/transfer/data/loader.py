@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import functools
 import signal
 import warnings
 import weakref
@@ -186,6 +187,22 @@ class Loader:
         other.examples.augments = augment
         other.examples.caches_in_memory = augment  # augmented views encode the same values repeatedly
         return other
+
+    @functools.cached_property
+    def pool(self) -> tuple[Loader, npt.NDArray[np.int64]] | None:
+        """A loader of the pool of the split, and the index of each example in the pool; None without a pool."""
+        if self.split.pool is None:
+            return None
+        split, rows = self.split.pool
+        other = copy.copy(self)
+        other.split, other._running = split, None
+        augments = self.examples.augments
+        other.examples = _BatchDataset(
+            split, self.fields, self.preprocessing, seed=self.seed, augments=augments, caches_in_memory=False
+        )
+        if self.lengths is not None and other.examples.encoded is not None:
+            other.lengths = encoded_lengths(self.preprocessing, other.examples.encoded)
+        return other, rows
 
     def epoch(
         self, epoch: int = 0, *, start: int = 0, limit: int | None = None, shard: Shard | None = None

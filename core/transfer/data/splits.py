@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from transfer.interfaces import SPLITS, Data, DataSpec, Split
 _SEED = 20_140_825
 
 
-def complete(data: Data, *, validation: float, limit: int | None, limits_test: bool = False) -> dict[str, Split]:
+def complete(
+    data: Data,
+    *,
+    validation: float,
+    limit: int | None,
+    limits_test: bool = False,
+    fold: tuple[int, int, int] | None = None,
+) -> dict[str, Split]:
     """Return the splits ``train``, ``validation`` and, if the dataset has a second split, ``test``.
 
     ``validation`` selects the best epoch, so results on it are optimistic, and it must not be the reported split. If a
@@ -29,6 +37,8 @@ def complete(data: Data, *, validation: float, limit: int | None, limits_test: b
         limit: Maximum number of examples per class in the training and validation splits; None uses all.
         limits_test: Whether ``limit`` also applies to the test split (in quick runs). Otherwise, metrics with and
             without a limit are of the same examples.
+        fold: Fold of a cross-validation that replaces the test split: its number, the number of folds, and the number
+            of the repetition, from 1. None uses the test split of the dataset.
 
     Raises:
         DataError: A split is empty or has an unknown name, or the training split is too small or has one class.
@@ -44,6 +54,13 @@ def complete(data: Data, *, validation: float, limit: int | None, limits_test: b
     # The second of two splits is the reported one, whatever the dataset calls it.
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
+    if fold is not None:
+        number, count, repeat = fold
+        pool = splits["train"]
+        is_tested = fold_numbers(pool, count, repeat) == number
+        pool = replace(pool, pool=(pool, np.arange(len(pool))))
+        splits["test"] = pool.select(np.flatnonzero(is_tested))
+        splits["train"] = pool.select(np.flatnonzero(~is_tested))
     if "validation" not in splits and validation:
         splits["train"], splits["validation"] = split_off(splits["train"], validation)
     for name, split in splits.items():
@@ -121,6 +138,50 @@ def _split_off_groups(split: Split, groups: npt.NDArray[np.int64], fraction: flo
         taken[order[-1]] = False  # at least one group must remain
     is_taken = taken[group]
     return split.select(np.flatnonzero(~is_taken)), split.select(np.flatnonzero(is_taken))
+
+
+def fold_numbers(split: Split, count: int, repeat: int = 1) -> npt.NDArray[np.int64]:
+    """Divide a split into folds of similar size: stratified by class, and without dividing a group.
+
+    Args:
+        split: Split to divide.
+        count: Number of folds, 2 or more.
+        repeat: Number of the repetition, from 1; each gives other folds.
+
+    Returns:
+        The number of the fold of each example, from 1, int64 (N,). The result is deterministic.
+
+    Raises:
+        DataError: There are fewer examples or groups than folds.
+    """
+    generator = np.random.default_rng((_SEED, repeat))
+    classes = strata(split.targets)
+    if split.groups is None:
+        _require_parts(len(split), count, "examples")
+        folds = np.zeros(len(split), dtype=np.int64)
+        # Dealt out class by class, without starting at the first fold again: folds differ by at most one example.
+        order = np.concatenate([generator.permutation(members) for members in classes])
+        folds[order] = np.arange(len(split)) % count
+        return folds + 1
+    names, group = np.unique(split.groups, return_inverse=True)
+    _require_parts(len(names), count, "groups")
+    # Number of examples of each group in each class, (groups, classes), as a fraction of the class.
+    sizes = np.stack([np.bincount(group[members], minlength=len(names)) / len(members) for members in classes], 1)
+    order = generator.permutation(len(names))
+    # Largest first, because small groups can still fill the rest; the sort is stable, so ties stay in random order.
+    order = order[np.argsort(-sizes.sum(1)[order], kind="stable")]
+    filled, fold_of_group = np.zeros((count, len(classes))), np.zeros(len(names), dtype=np.int64)
+    for number in order:
+        # The fold in which the group adds least to the sum of squares, which is smallest for equal folds.
+        fold = int(np.argmin((filled * sizes[number]).sum(1)))
+        fold_of_group[number] = fold
+        filled[fold] += sizes[number]
+    return fold_of_group[group] + 1
+
+
+def _require_parts(available: int, count: int, what: str) -> None:
+    if available < count:
+        raise DataError(f"{available} {what} are too few for {count} folds", fix=f"use at most {available} folds")
 
 
 def strata(targets: npt.NDArray[Any]) -> list[npt.NDArray[np.int64]]:

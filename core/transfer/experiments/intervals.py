@@ -116,6 +116,24 @@ def spread(
     return Spread(mean, deviation, _clip(_interval(mean, deviations), bounds), tuple(values))
 
 
+def spread_of_folds(values: Sequence[float], folds: int, bounds: Bounds = UNBOUNDED) -> Spread:
+    """Return mean, standard deviation and confidence interval of a metric over the folds of a cross-validation.
+
+    The training splits of the folds overlap, so their metrics are not independent, and the usual interval is too
+    narrow. The variance of the mean is corrected by the ratio of test to training examples (Nadeau and Bengio 2003).
+
+    Args:
+        values: Value of the metric in each fold of each repetition.
+        folds: Number of folds of a repetition.
+        bounds: Range of the metric (:func:`metric_bounds`). The interval does not extend beyond it.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    mean, deviation = float(array.mean()), float(array.std(ddof=1))
+    error = deviation * math.sqrt(1 / len(array) + 1 / (folds - 1))
+    half = student_quantile(len(array) - 1) * error
+    return Spread(mean, deviation, _clip((mean - half, mean + half), bounds), tuple(values))
+
+
 def difference(
     ours: Sequence[float],
     theirs: Sequence[float],

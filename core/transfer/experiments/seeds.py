@@ -174,7 +174,7 @@ def train_seeds(
         write_json(path / MANIFEST, {**manifest, "config": stored_config(config.resolved)})
         for number, seed in enumerate(seeds, 1):
             observe(Note(f"seed {seed}, run {number} of {len(seeds)}"))
-            _train_one(config.with_seed(seed), path / f"seed-{seed}", overrides, quick=quick, observe=observe)
+            train_one(config.with_seed(seed), path / f"seed-{seed}", overrides, quick=quick, observe=observe)
         runs = _open_seeds(path)
         summary = _sum_up(runs, quick)
         folder.write_summary(summary)
@@ -213,24 +213,30 @@ def open_runs(path: str | Path) -> Runs:
     if (path / MANIFEST).is_file():
         return _open_seeds(path)
     directory = RunDirectory.open(path)
-    summary = _summary(directory, path)
+    summary = complete_summary(directory, path)
     return Runs(path, (directory,), (load_run_config(directory).seed,), (summary,))
 
 
 def _open_seeds(path: Path) -> Runs:
     seeds = tuple(_read_manifest(path).seeds)
     directories = tuple(RunDirectory(path / f"seed-{seed}") for seed in seeds)
-    return Runs(path, directories, seeds, tuple(_summary(directory, path) for directory in directories))
+    return Runs(path, directories, seeds, tuple(complete_summary(directory, path) for directory in directories))
 
 
-def _summary(run: RunDirectory, folder: Path) -> Mapping[str, Any]:
+def complete_summary(run: RunDirectory, folder: Path) -> Mapping[str, Any]:
+    """Return the summary of a run in a folder of several runs.
+
+    Raises:
+        RunError: The run is not complete.
+    """
     if not run.complete:
         fix = f"transfer resume {quote_for_shell(folder)}"
         raise RunError(f"{run.path} is not complete", where=str(run.path), fix=fix)
     return run.summary()
 
 
-def _train_one(config: RunConfig, path: Path, overrides: Sequence[str], *, quick: bool, observe: Observer) -> Run:
+def train_one(config: RunConfig, path: Path, overrides: Sequence[str], *, quick: bool, observe: Observer) -> Run:
+    """Train a config in a folder of several runs: start the run, resume it, or leave it as it is if it is complete."""
     directory = RunDirectory(path)
     if directory.complete:
         return Run(path, directory.summary())

@@ -79,6 +79,10 @@ class FeatureCache:
         Raises:
             TrainingError: The entry differs from the output of the prefix (only with ``verify``).
         """
+        if loader.pool is not None:
+            pool, rows = loader.pool
+            pooled = self.load_or_compute(prefix, pool, view=view, views=views)
+            return pooled if isinstance(pooled, str) else replace(pooled, rows=pooled.rows[rows])
         try:
             key = prefix.key(loader, view)
         except RecursionError:

@@ -56,6 +56,8 @@ class Split:
             and float types, and lists, are converted.
         names: Name of each example in messages, such as its path. Empty: examples are named by their index.
         groups: Group of each example, int64 (N,), if some examples must stay together (images of one patient).
+        pool: Larger split that contains these examples, and their indices in it, int64 (N,), if several splits are
+            parts of it (folds). The feature cache then stores the features of the pool once for all of them.
 
     Raises:
         ValueError: The columns differ in length, or the targets are not class indices, labels or numbers.
@@ -65,6 +67,7 @@ class Split:
     targets: npt.NDArray[Any]
     names: Sequence[str] = ()
     groups: npt.NDArray[np.int64] | None = None
+    pool: tuple[Split, npt.NDArray[np.int64]] | None = None
 
     def __post_init__(self) -> None:
         """Convert columns to sequences that are read by position, and check lengths and targets."""
@@ -161,6 +164,7 @@ class Split:
             self.targets[indices],
             Selection(self.names, indices) if len(self.names) else (),
             None if self.groups is None else self.groups[indices],
+            None if self.pool is None else (self.pool[0], self.pool[1][indices]),
         )
 
 

@@ -258,7 +258,13 @@ def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
     with error_location(config.data.where):
         data = dataset.load()
         options = config.data_options
-        return data, complete(data, validation=options.validation, limit=options.limit, limits_test=config.quick_try)
+        return data, complete(
+            data,
+            validation=options.validation,
+            limit=options.limit,
+            limits_test=config.quick_try,
+            fold=None if options.fold is None else (options.fold.number, options.fold.of, options.fold.repeat),
+        )
 
 
 def encoding_progress(split: str, observe: Observer) -> Callable[[int, int], None]:
