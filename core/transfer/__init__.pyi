@@ -68,6 +68,7 @@ from .reports.report import report as report
 from .runs.check import check as check
 from .runs.clean import clean as clean
 from .runs.evaluate import evaluate as evaluate
+from .runs.neighbors import neighbors as neighbors
 from .runs.predict import predict as predict
 from .runs.predictor import Predictor as Predictor, load as load
 from .runs.train import Run as Run, resume as resume, run as run
