@@ -69,8 +69,10 @@ from .registry.requirements import install_hint as install_hint
 from .reports.preview import preview_batch as preview_batch, preview_predictions as preview_predictions
 from .reports.report import report as report
 from .runs.check import check as check
+from .runs.classifier import Classifier as Classifier
 from .runs.clean import clean as clean
 from .runs.evaluate import evaluate as evaluate
+from .runs.neighbors import neighbors as neighbors
 from .runs.predict import predict as predict
 from .runs.predictor import Predictor as Predictor, load as load
 from .runs.train import Run as Run, resume as resume, run as run

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from transfer.cli import cache_commands, inspect_commands, plugin_commands, run_commands
+from transfer.cli import cache_commands, feature_commands, inspect_commands, plugin_commands, run_commands
 from transfer.cli.plugin_subcommands import WithPlugins
 from transfer.errors import TransferError, UserError
 
@@ -41,6 +41,8 @@ app.command()(run_commands.resume)
 app.command()(run_commands.check)
 app.command()(inspect_commands.evaluate)
 app.command()(inspect_commands.predict)
+app.command()(feature_commands.embed)
+app.command()(feature_commands.neighbors)
 app.command()(inspect_commands.clean)
 app.command()(plugin_commands.plugins)
 app.command()(plugin_commands.show)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator
-from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from transfer.cli.arguments import AsJSON, DataOverrides, Device, RunFolder
+from transfer.cli.input_arguments import (
+    Column,
+    Inputs,
+    Keep,
+    OnErrorOption,
+    location_columns,
+    print_note,
+    read_inputs,
+    refuse_keep_without_column,
+)
 from transfer.errors import Problem, UserError
-
-if TYPE_CHECKING:
-    from transfer.training.events import Event
 
 
 def evaluate(
@@ -70,20 +75,8 @@ def evaluate(
 
 def predict(
     run: RunFolder,
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT",
-            help="Path of a file or folder, pattern of paths, text, or - for lines on standard input: each is a text, "
-            "or the path of an image.",
-        ),
-    ],
-    column: Annotated[
-        str | None,
-        typer.Option(
-            "--column", show_default=False, help="Column with the inputs: every file is a table, and each row an input."
-        ),
-    ] = None,
+    inputs: Inputs,
+    column: Column = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -92,18 +85,8 @@ def predict(
             help="File to write instead of a table: .csv, .jsonl or .parquet, with the probability of every class.",
         ),
     ] = None,
-    keep: Annotated[
-        list[str],
-        typer.Option("--keep", show_default=False, help="Column of the table to repeat in the answers. Repeatable."),
-    ] = [],  # noqa: B006  # typer copies it
-    on_error: Annotated[
-        Literal["fail", "skip"],
-        typer.Option(
-            "--on-error",
-            help="Whether to stop at the first input that cannot be read (fail), or to predict the others and list "
-            "it (skip). The exit status is 2 in both cases.",
-        ),
-    ] = "skip",
+    keep: Keep = [],  # noqa: B006  # typer copies it
+    on_error: OnErrorOption = "skip",
     device: Device = None,
     as_json: AsJSON = False,
     explain: Annotated[
@@ -112,26 +95,17 @@ def predict(
 ) -> None:
     """Predict inputs with a run's model."""
     from transfer.cli.tables import unanswered_text, unknown_text
-    from transfer.runs.inputs import Input, argument_inputs, line_inputs
     from transfer.runs.prediction_files import check_output, write_predictions
     from transfer.runs.predictor import load
     from transfer.system.terminal import Console
 
-    if keep and column is None:
-        raise UserError("--keep needs a table: name the column with the inputs by --column", where="--keep")
+    refuse_keep_without_column(keep, column)
     if output is not None and as_json:
         raise UserError("--output and --json exclude each other", fix="write a .jsonl file by --output, without --json")
     if output is not None:
         check_output(output)
-    predictor = load(run, device=device, observe=_print_note)
-
-    def read() -> Iterator[Input]:
-        for argument in inputs:
-            if argument == "-":
-                yield from line_inputs(_standard_input(), predictor.preprocessing)
-            else:
-                yield from argument_inputs(argument, predictor.preprocessing, column, keep)
-
+    predictor = load(run, device=device, observe=print_note)
+    read = read_inputs(inputs, predictor.preprocessing, column, keep)
     unanswered: list[dict[str, Any]] = []
     partly_unknown: list[dict[str, Any]] = []
     total = 0
@@ -146,10 +120,9 @@ def predict(
                 partly_unknown.append(answer)
             yield answer
 
-    answers = count(predictor.answers(read(), explain=explain, on_error=on_error, all_probabilities=output is not None))
+    answers = count(predictor.answers(read, explain=explain, on_error=on_error, all_probabilities=output is not None))
     if output is not None:
-        location = (["file"] if column is not None else []) + (["line"] if column is not None or "-" in inputs else [])
-        columns = predictor.columns(keep, location) + (["explanation"] if explain else [])
+        columns = predictor.columns(keep, location_columns(inputs, column)) + (["explanation"] if explain else [])
         started = time.perf_counter()
         write_predictions(output, answers, columns)
         rate = total / max(time.perf_counter() - started, 1e-9)
@@ -193,22 +166,6 @@ def _print_table(answers: Iterator[dict[str, Any]]) -> None:
         # With --on-error fail, the predictions before the error are printed too.
         if any("error" not in answer for answer in complete):
             Console().print(predictions_table(complete))
-
-
-def _print_note(event: Event) -> None:
-    """Print a note on standard error, because standard output contains the predictions."""
-    from transfer.system.terminal import Console
-    from transfer.training.events import Note
-
-    if isinstance(event, Note):
-        Console(stderr=True).print(event.text, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
-def _standard_input() -> Iterable[str]:
-    """Return the lines of standard input, decoded as UTF-8 like command-line arguments, whatever the locale is."""
-    if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    return sys.stdin
 
 
 def clean(

@@ -23,6 +23,8 @@ MAX_PIECES_SHOWN = 5
 """Maximum number of pieces that are listed below an explained input."""
 MAX_STEPS_SHOWN = 12
 """Maximum number of steps in the table of a range test."""
+MAX_SHOWN_CHARACTERS = 80
+"""Length of the part of a text that a table of neighbors shows."""
 MAX_UNANSWERED_SHOWN = 20
 """Maximum number of inputs without an answer that are listed."""
 DIGITS = 6
@@ -179,6 +181,23 @@ def predictions_table(answers: Sequence[Mapping[str, Any]]) -> Table:
     for answer in answers:
         table.add_row(*(Text(prediction_cell(name, answer.get(name))) for name in names))
     return table
+
+
+def neighbors_table(answer: Mapping[str, Any]) -> Table:
+    """Return the nearest training examples of an input (:func:`transfer.runs.neighbors.neighbors`)."""
+    table = Table(box=None, padding=(0, 2, 0, 0), title=Text(_shortened(answer["input"])), title_justify="left")
+    names = ["distance", "label", "name", *(["text"] if any("text" in one for one in answer["neighbors"]) else [])]
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for one in answer["neighbors"]:
+        cells = one | {"distance": f"{one['distance']:.4f}", "text": _shortened(one.get("text", ""))}
+        table.add_row(*(Text(str(cells[name])) for name in names))
+    return table
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_SHOWN_CHARACTERS else line[: MAX_SHOWN_CHARACTERS - 1] + "…"
 
 
 def prediction_cell(name: str, value: Any) -> str:

@@ -153,6 +153,8 @@ def argument_inputs(
     elif matches := _matches(path):
         for match in matches:
             yield from path_inputs(match, preprocessing, column, keep)
+    elif column is not None:
+        yield _failed_input(argument, DataError("there is no such table"))
     else:
         # The preprocessing refuses a string that can only be a path.
         yield Input(argument, lambda: preprocessing.read(argument))

@@ -95,13 +95,19 @@ def _write_parquet(path: Path, answers: Iterable[Mapping[str, Any]], columns: Se
         row = flat(answer)
         for name in columns:
             values[name].append(row.get(name))
+    parquet.write_table(arrow.table(arrow_columns(values)), path)
+
+
+def arrow_columns(values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return columns of plain values as arrays of pyarrow; columns of several types become text."""
+    arrow = importlib.import_module("pyarrow")
     table = {}
     for name, column in values.items():
         try:
             table[name] = arrow.array(column, arrow.string() if all(value is None for value in column) else None)
         except (ValueError, TypeError):  # values of several types, or dicts
             table[name] = arrow.array([None if value is None else str(_cell(value)) for value in column])
-    parquet.write_table(arrow.table(table), path)
+    return table
 
 
 def _pyarrow(path: Path) -> Any:

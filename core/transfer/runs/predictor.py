@@ -10,6 +10,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from transfer.runs.answers import NOT_IN_EVERY_ANSWER, answers_of, complete_prob
 from transfer.runs.inference_device import inference_device
 from transfer.runs.inputs import Input, frame_inputs, path_inputs, read_input, value_inputs
 from transfer.runs.occlusion import explain_output, refuse_non_finite
-from transfer.runs.stage_outputs import stage_outputs
+from transfer.runs.stage_outputs import pooled, stage_output, stage_outputs
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json
 from transfer.system.iteration import batched, map_ahead
@@ -220,15 +222,69 @@ class Predictor:
             UserError: A value cannot be read, there is no value or no such stage, or the stage passes on something else
                 (several inputs of a fusion, for example).
         """
-        stages = self.stages
-        stage = stages[-2] if stage is None else stage
-        if stage not in stages:
-            raise UserError.of([unknown_name("stage", stage, stages, where=str(self.folder))])
+        stage = self._stage(stage)
         encoded = (
             self._encode([read_input(one) for one in batch], [one.where for one in batch])
             for batch in batched(value_inputs(values, self.preprocessing), PREDICTION_BATCH)
         )
         return stage_outputs(self.loaded.model, self.preprocessing, encoded, stage, where=str(self.folder))
+
+    def embed(self, values: Any, *, column: str | None = None, stage: str | None = None) -> npt.NDArray[np.float32]:
+        """Return a vector for each value: the features that the head takes as input.
+
+        Args:
+            values: Strings, ``pathlib.Path`` objects of files or folders, or raw values (PIL images, arrays). With
+                ``column``, a table.
+            column: Name of the column of the table with the values.
+            stage: Name of another stage whose output to return (:attr:`stages`).
+
+        Returns:
+            float32 (N, D); of sequences, the mean over their steps. The outputs (N, ...) of a stage that returns images
+            are not averaged.
+
+        Raises:
+            UserError: A value cannot be read, or there is no value or no such stage.
+        """
+        embeddings = [vector for _, vector in self.embeddings(self.inputs(values, column), stage)]
+        if any(vector is None for vector in embeddings):
+            raise UserError("a value is blank: expected a value in every row")
+        if not embeddings:
+            raise UserError("there are no values: expected at least one")
+        return torch.stack(embeddings).numpy()  # type: ignore[arg-type]  # no vector is None
+
+    def embeddings(
+        self, inputs: Iterable[Input], stage: str | None = None, on_error: OnError = "fail"
+    ) -> Iterator[tuple[dict[str, Any], Tensor | None]]:
+        """Yield the row and the vector of each input (:meth:`embed`), in batches and in order.
+
+        Args:
+            inputs: Inputs; they may be read lazily.
+            stage: Name of a stage. None uses the last stage of the backbone.
+            on_error: Whether the first input that cannot be read raises its error or gets a row with an ``error``.
+
+        Yields:
+            ``input``, its location and the columns that are kept, and the vector (D,) on the CPU. The vector is None
+            for an input that is blank or cannot be read; the row then contains a ``note`` or an ``error``.
+        """
+        stage, model = self._stage(stage), self.loaded.model
+        prepare = partial(self._prepare, on_error=on_error)
+        threads = self._reading_threads(next(model.parameters()).device, explain=False)
+        for prepared in map_ahead(prepare, batched(inputs, PREDICTION_BATCH), threads):
+            vectors = dict[int, Tensor]()
+            if prepared.batch is not None:
+                where, precision = str(self.folder), self.precision
+                output = pooled(stage_output(model, prepared.batch, stage, where=where, precision=precision))
+                vectors = dict(zip(prepared.values, output, strict=True))
+            for index, one in enumerate(prepared.inputs):
+                answer = prepared.answers.get(index, {})
+                reason: dict[str, Any] = {name: answer[name] for name in ("note", "error") if name in answer}
+                yield {"input": one.name, **one.location, **self._kept(one), **reason}, vectors.get(index)
+
+    def _stage(self, stage: str | None) -> str:
+        """Return the name of a stage, by default the last one of the backbone."""
+        if stage is not None and stage not in self.stages:
+            raise UserError.of([unknown_name("stage", stage, self.stages, where=str(self.folder))])
+        return self.stages[-2] if stage is None else stage
 
     def _prepare(self, inputs: Sequence[Input], on_error: OnError) -> _Prepared:
         """Read and encode a batch of inputs. Those without a value get their answers."""
@@ -291,9 +347,11 @@ class Predictor:
                     meaning["explanation"] = explain_output(self.loaded, value, output)
                 results[index] = meaning
         for index, one in enumerate(inputs):
-            # A column may have the name of a part of the answer: `label` is the prediction, `input_label` the column.
-            kept = {f"input_{name}" if name in self._reserved else name: value for name, value in one.kept.items()}
-            yield {"input": one.name, **one.location, **kept, **results[index]}
+            yield {"input": one.name, **one.location, **self._kept(one), **results[index]}
+
+    def _kept(self, one: Input) -> dict[str, Any]:
+        # A column may have the name of a part of the answer: `label` is the prediction, `input_label` the column.
+        return {f"input_{name}" if name in self._reserved else name: value for name, value in one.kept.items()}
 
     def _encode(self, values: Sequence[Any], names: Sequence[str]) -> Sequence[Any]:
         return encode(self.preprocessing, values, range(len(values)), names.__getitem__)
@@ -302,6 +360,11 @@ class Predictor:
     def _reserved(self) -> frozenset[str]:
         """The keys of an answer that a column of a table cannot have."""
         return frozenset({"input", "file", "line", "row", "explanation", *NOT_IN_EVERY_ANSWER, *self._no_answer})
+
+    def embedding_columns(self, keep: Sequence[str] = (), location: Sequence[str] = ()) -> list[str]:
+        """Return the keys of all rows of :meth:`embeddings`, in order; the arguments are those of :meth:`columns`."""
+        kept = [f"input_{name}" if name in self._reserved else name for name in keep]
+        return ["input", *location, *kept, "note", "error"]
 
     def columns(self, keep: Sequence[str] = (), location: Sequence[str] = ()) -> list[str]:
         """Return the keys of all answers, with one for the probability of each class, in order.

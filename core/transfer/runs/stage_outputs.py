@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfer.config.train_settings import Precision
 from transfer.data.batch import Batch
 from transfer.errors import UserError
 from transfer.interfaces import Preprocessing
@@ -33,27 +34,62 @@ def stage_outputs(
     Raises:
         UserError: There is no value, or the stage passes on something else.
     """
-    stages = tuple(model.stages)
-    device = next(model.parameters()).device
-    batches: list[Any] = []
-    for encoded in encoded_batches:
-        batch = Batch.without_targets(preprocessing, encoded)
-        ((_, output),) = forward_batches(model, [batch], device=device, end_stage=stages.index(stage) + 1)
-        output = _to_cpu(output) if isinstance(output, Tensor) else tuple(map(_to_cpu, output))
-        if not _has_row_per_value(output, len(encoded)):
-            raise UserError(
-                f"the output of stage {stage!r} is not one tensor with a row for each value",
-                where=where,
-                available=stages,
-                fix=f"use a later stage, such as {stages[-2]}",
-            )
-        batches.append(output)
+    batches = [
+        stage_output(model, Batch.without_targets(preprocessing, encoded), stage, where=where)
+        for encoded in encoded_batches
+    ]
     if not batches:
         raise UserError("there are no values: expected at least one")
     # All batches have the structure of the first: they come from one stage.
     if isinstance(batches[0], Tensor):
         return _join(batches)
     return tuple(map(_join, zip(*batches, strict=True)))
+
+
+def stage_output(
+    model: Model, batch: Batch, stage: str, *, where: str, precision: Precision = "fp32", first_stage: int = 0
+) -> Any:
+    """Return the output of a stage for a batch, on the CPU.
+
+    Args:
+        model: Model.
+        batch: Batch with the inputs of the first stage to run.
+        stage: Name of a stage of the model.
+        where: Model folder in errors.
+        precision: Precision of the forward pass.
+        first_stage: Index of the first stage to run; larger than 0 for cached features.
+
+    Returns:
+        Tensor (B, ...), or a pair of sequences (B, T, D) and their mask (B, T).
+
+    Raises:
+        UserError: The stage passes on something else.
+    """
+    stages = tuple(model.stages)
+    device, end_stage = next(model.parameters()).device, stages.index(stage) + 1
+    ((_, output),) = forward_batches(
+        model, [batch], device=device, precision=precision, first_stage=first_stage, end_stage=end_stage
+    )
+    output = _to_cpu(output) if isinstance(output, Tensor) else tuple(map(_to_cpu, output))
+    if not _has_row_per_value(output, len(batch.indices)):
+        raise UserError(
+            f"the output of stage {stage!r} is not one tensor with a row for each value",
+            where=where,
+            available=stages,
+            fix=f"use a later stage, such as {stages[-2]}",
+        )
+    return output
+
+
+def pooled(output: Any) -> Tensor:
+    """Return an output of :func:`stage_output` as one tensor (B, ...): the mean over the steps of each sequence."""
+    if isinstance(output, Tensor):
+        return output
+    features, mask = output
+    weights = mask.unsqueeze(-1).to(features.dtype)
+    # An empty sequence has no steps: its mean is zero.
+    mean: Tensor = (features * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return mean
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:
