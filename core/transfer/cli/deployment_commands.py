@@ -138,7 +138,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            "--format", help="Format: safetensors, torch_export, onnx, or a format of the backbone such as torchvision."
+            "--format",
+            help="Format: safetensors, torch_export, onnx, or one of the backbone: torchvision, transformers.",
         ),
     ],
     output: Annotated[
@@ -161,6 +162,8 @@ def export(
     exported = export_run(run, format, output, quantize=quantize, force=force, dry_run=dry_run)
     facts: dict[str, object] = {"would write" if dry_run else "written": str(exported.path)}
     facts["files"] = list(exported.files)
+    if not exported.has_head:
+        facts["head"] = "not contained: the library has no equal model with this readout and head"
     if not dry_run:
         facts["compared"] = f"{exported.outputs:,} outputs for {exported.examples}, in a fresh process"
         facts["largest deviation"] = exported.deviation

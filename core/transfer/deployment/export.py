@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +64,7 @@ class Export:
         outputs: Number of outputs that were compared.
         modules: Names of the modules that the fresh process had imported.
         quantization_loss: Loss of accuracy by quantization; None without quantization.
+        has_head: Whether the export contains the head. Otherwise the features were compared.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class Export:
     outputs: int = 0
     modules: frozenset[str] = field(default=frozenset(), repr=False)
     quantization_loss: QuantizationLoss | None = None
+    has_head: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def export(
     Args:
         run: Run directory.
         format: Name of the format: ``safetensors``, ``torch_export``, ``onnx``, or one that the backbone adds
-            (``torchvision``).
+            (``torchvision``, ``transformers``).
         output: Path of a folder, or of a file if its suffix is one of the format's. The default is
             ``RUN/export/FORMAT``.
         quantize: Smaller numbers in an ONNX graph: ``int8`` or ``fp16``. None keeps float32. The loss of accuracy is
@@ -133,18 +135,20 @@ def export(
     _refuse_unfindable(chosen, described)
     path = directory.path / "export" / format if output is None else Path(output).expanduser()
     single_file = _is_file(chosen, format, path)
-    _refuse_existing(path, force, single_file=single_file)
+    folders = {Path(name).parts[0] for name in chosen.files() if len(Path(name).parts) > 1}
+    _refuse_existing(path, force, folders=folders, single_file=single_file)
     scripts = {} if single_file else _scripts(chosen)
-    files = [path.name] if single_file else [chosen.file, DESCRIPTION, *described["assets"], *scripts, CARD]
+    files = [path.name] if single_file else [*chosen.files(), DESCRIPTION, *described["assets"], *scripts, CARD]
+    files = list(dict.fromkeys(files))  # some assets are files of the format, too
     if dry_run:
-        return Export(path, format, files)
+        return Export(path, format, files, has_head=chosen.has_head)
     examples = _examples(directory, loaded)
     with _temporary_folder(path) as temporary:
         weights = temporary / files[0]
-        chosen.write(weights, examples.batches[0])
-        loss = None if quantize is None else _quantized(weights, quantize, directory, loaded)
         for name in [] if single_file else described["assets"]:
             shutil.copyfile(directory.model / name, temporary / name)
+        chosen.write(weights, examples.batches[0])  # it may replace an asset by its own file of that name
+        loss = None if quantize is None else _quantized(weights, quantize, directory, loaded)
         if not single_file:
             write_json(temporary / DESCRIPTION, described)
         for name, text in scripts.items():
@@ -168,7 +172,7 @@ def export(
             write_atomically(temporary / CARD, card)
         _move(weights if single_file else temporary, path)
     compared_on = f"{examples.description} ({examples.reason})" if examples.reason else examples.description
-    return Export(path, format, files, compared_on, deviation, outputs, modules, loss)
+    return Export(path, format, files, compared_on, deviation, outputs, modules, loss, chosen.has_head)
 
 
 def _refuse_unfindable(chosen: Format, described: dict[str, Any]) -> None:
@@ -207,7 +211,7 @@ def _is_file(chosen: Format, format: str, path: Path) -> bool:
     return False
 
 
-def _refuse_existing(path: Path, force: bool, *, single_file: bool) -> None:
+def _refuse_existing(path: Path, force: bool, *, folders: Collection[str], single_file: bool) -> None:
     if not os.path.lexists(path):  # a link to a missing file is in the way, too
         return
     if not force:
@@ -220,7 +224,9 @@ def _refuse_existing(path: Path, force: bool, *, single_file: bool) -> None:
     if path.is_dir() and any(path.iterdir()):
         # A wrong --output with --force must not delete somebody's folder: only exports have these two files.
         names = {file.name for file in path.iterdir()}
-        if not {CARD, DESCRIPTION} <= names or any(file.is_dir() for file in path.iterdir()):
+        if not {CARD, DESCRIPTION} <= names or any(
+            file.is_dir() and file.name not in folders for file in path.iterdir()
+        ):
             raise ExportError(
                 "the folder is not an earlier export, so it is not replaced", where=str(path), fix="remove it"
             )
@@ -328,10 +334,11 @@ def _compare(
         ExportError: The process cannot load or run the export, or its outputs deviate.
     """
     with torch.no_grad():
-        expected = [loaded.model(batch) for batch in examples.batches]
+        expected = [_outputs(chosen, loaded, batch) for batch in examples.batches]
     actual, modules = _in_fresh_process(chosen, path, examples.batches)
     # The tolerance is relative to the outputs of the head: an offset must not hide a difference between predictions.
-    offset, unit = loaded.model.output_scaling or (torch.zeros(()), torch.ones(()))
+    scaling = loaded.model.output_scaling if chosen.has_head else None
+    offset, unit = scaling or (torch.zeros(()), torch.ones(()))
     largest, relative, scale, rounding = 0.0, 0.0, 1.0, 0.0
     for ours, theirs in zip(expected, actual, strict=True):
         if ours.shape != theirs.shape:
@@ -353,6 +360,15 @@ def _compare(
             fix="choose another format, and report this model",
         )
     return largest, sum(outputs.numel() for outputs in expected), modules
+
+
+def _outputs(chosen: Format, loaded: LoadedModel, batch: Any) -> Tensor:
+    """Return the outputs that an export reproduces: those of the model, or features if it does not contain the head."""
+    outputs = loaded.model(batch) if chosen.has_head else loaded.backbone(batch)
+    if isinstance(outputs, tuple):
+        states, mask = outputs
+        return states * mask[:, :, None]  # type: ignore[no-any-return]
+    return outputs  # type: ignore[no-any-return]
 
 
 def _in_fresh_process(chosen: Format, path: Path, batches: Sequence[Any]) -> tuple[list[Tensor], frozenset[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from transfer.errors import ExportError, unknown_name
-from transfer.interfaces import ForeignModel, Preprocessing, Task
+from transfer.interfaces import ForeignFolder, ForeignModel, Preprocessing, Task
 from transfer.models.saved_model import LoadedModel
 from transfer.storage.tensor_files import write_tensors
 
@@ -42,6 +42,8 @@ class Format(ABC):
     """Library that loads the export, by the name that Hugging Face's hub has for it."""
     loader: ClassVar[str]
     """Function in :mod:`transfer.deployment.verify_export` that loads the export."""
+    has_head: bool = True
+    """Whether the export contains the head."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -57,6 +59,10 @@ class Format(ABC):
         Raises:
             ExportError: The format cannot contain this model.
         """
+
+    def files(self) -> Sequence[str]:
+        """Return the names of the files that :meth:`write` writes into a folder; the first one is :attr:`file`."""
+        return (self.file,)
 
     def job(self) -> dict[str, Any]:
         """Return the JSON values that the loader needs."""
@@ -150,6 +156,40 @@ class Foreign(Format):
                 "model.eval()",
             ]
         )
+
+
+class Folder(Format):
+    """A folder that another library loads.
+
+    Args:
+        loaded: The trained model.
+        folder: The folder, as the backbone describes it.
+    """
+
+    loader = "code"
+
+    def __init__(self, loaded: LoadedModel, folder: ForeignFolder) -> None:
+        super().__init__(loaded)
+        self.folder = folder
+        self.library = folder.library
+        self.has_head = folder.has_head
+        self.file = folder.files[0]  # type: ignore[misc]
+
+    def files(self) -> Sequence[str]:
+        """Return the names of the files."""
+        return self.folder.files
+
+    def write(self, path: Path, inputs: Any) -> None:
+        """Write the files into the folder of the path."""
+        self.folder.write(path.parent)
+
+    def job(self) -> dict[str, Any]:
+        """Return the name of the loader, and the code that loads the folder."""
+        return super().job() | {"code": self.folder.code}
+
+    def usage(self, file: str) -> str:
+        """Return code that loads the folder."""
+        return self.folder.usage
 
 
 class TorchExport(Format):
@@ -298,8 +338,11 @@ def find_format(name: str, loaded: LoadedModel) -> Format:
     networks = loaded.backbone.foreign_models(loaded.task.out_features)
     if name in networks:
         return Foreign(loaded, networks[name])
+    folders = loaded.backbone.foreign_folders(loaded.model.head_as_linear(), loaded.data.classes)
+    if name in folders:
+        return Folder(loaded, folders[name])
     backbone = f"backbone {type(loaded.backbone).__name__}"
-    raise ExportError.of([unknown_name("export format", name, [*FORMATS, *networks], where=backbone)])
+    raise ExportError.of([unknown_name("export format", name, [*FORMATS, *networks, *folders], where=backbone)])
 
 
 OUTPUTS: Mapping[str | None, str] = {

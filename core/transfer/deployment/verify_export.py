@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,10 +61,20 @@ def onnx(job: Mapping[str, Any]) -> Loaded:
     return run
 
 
+def code(job: Mapping[str, Any]) -> Loaded:
+    """Run the code that loads a folder of another library."""
+    names: dict[str, Any] = {}
+    os.chdir(Path(job["path"]).parent)
+    exec(job["code"], names)  # noqa: S102  # the backbone's own code, which the model card shows
+    return lambda inputs: torch.from_numpy(names["run"](tuple(tensor.numpy() for tensor in inputs)))
+
+
 def main(folder: Path) -> None:
     """Load the export that the job names, and write its outputs for each batch."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    loaded = {"own": own, "foreign": foreign, "torch_export": torch_export, "onnx": onnx}[job["loader"]](job)
+    loaded = {"own": own, "foreign": foreign, "torch_export": torch_export, "onnx": onnx, "code": code}[job["loader"]](
+        job
+    )
     tensors = load_file(folder / "inputs.safetensors")
     outputs = {}
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Contracts between the framework and its plugins."""
 
 from transfer.interfaces.adapter import Adapter
-from transfer.interfaces.backbone import Backbone, FeatureSpec, ForeignModel, Layout
+from transfer.interfaces.backbone import Backbone, FeatureSpec, ForeignFolder, ForeignModel, Layout
 from transfer.interfaces.columns import Columns
 from transfer.interfaces.data import SPLITS, Data, Dataset, DataSpec, Split, TargetKind
 from transfer.interfaces.head import Head
@@ -19,6 +19,7 @@ __all__ = [
     "DataSpec",
     "Dataset",
     "FeatureSpec",
+    "ForeignFolder",
     "ForeignModel",
     "Head",
     "Layout",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
@@ -44,6 +45,29 @@ class ForeignModel:
     options: Mapping[str, Any]
     names: Mapping[str, str]
     output: str
+
+
+@dataclass(frozen=True)
+class ForeignFolder:
+    """A folder with the same weights that another library loads.
+
+    Args:
+        library: Name of the library on the Hugging Face Hub (``transformers``).
+        files: Names of the files; the first one contains the weights.
+        write: Function that writes the files into a folder.
+        code: Python code that loads the current folder and defines ``run(inputs)``, from a tuple of NumPy arrays to an
+            array of the outputs. An export runs it in a fresh process.
+        usage: Python code that loads the folder, for the model card.
+        has_head: Whether the folder contains the head. Otherwise ``run`` returns the features, multiplied by the mask
+            if they are a sequence.
+    """
+
+    library: str
+    files: Sequence[str]
+    write: Callable[[Path], None]
+    code: str
+    usage: str
+    has_head: bool
 
 
 class Backbone(nn.Module, ABC):
@@ -193,5 +217,14 @@ class Backbone(nn.Module, ABC):
 
         Args:
             out_features: Number of outputs of the network's last layer.
+        """
+        return {}
+
+    def foreign_folders(self, head: nn.Linear | None, classes: Sequence[str]) -> Mapping[str, ForeignFolder]:
+        """Return the folders of other libraries that this backbone can be exported to, by format (``transformers``).
+
+        Args:
+            head: Head of the model if it is one linear layer, otherwise None.
+            classes: Names of the classes; empty if there are none.
         """
         return {}

@@ -18,9 +18,10 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from transfer import Backbone, FeatureSpec, PluginError, WeightsError
+from transfer import Backbone, FeatureSpec, ForeignFolder, PluginError, WeightsError
 from transfer_text.interfaces import PAIR_SEPARATOR, EncodedTexts, TokenPreprocessing, render_tokens
 from transfer_text.models.encoder_stages import States, encoder_stages, is_chain
+from transfer_text.models.transformers_folder import pretrained_folder
 
 Readout = Literal["first", "mean", "max", "pooler", "sequence"]
 MAX_DEVIATION = 1e-4
@@ -250,6 +251,29 @@ class Transformers(Backbone):
     def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the option that leaves the random weights."""
         return {"pretrained": False}
+
+    def foreign_folders(self, head: nn.Linear | None, classes: Sequence[str]) -> Mapping[str, ForeignFolder]:
+        """Return the folder that ``save_pretrained`` writes, with the pooling for sentence-transformers."""
+        folder = pretrained_folder(
+            self._config,
+            self._preprocessing.tokenizer,
+            self._preprocessing.padding,
+            readout=self._readout,
+            normalize=self._normalize,
+            fill=self._fill,
+            head=head,
+            classes=classes,
+        )
+        return {"transformers": folder}
+
+    def _fill(self, network: nn.Module) -> None:
+        """Copy the weights of the stages into a model of the library."""
+        pooler = getattr(network, "pooler", None)
+        split = self._split(network)
+        for stage, trained in zip(split.values(), self.stages, strict=True):
+            stage.load_state_dict(trained.state_dict())
+        if self._readout == "pooler":
+            network.pooler = pooler  # type: ignore[assignment]
 
 
 _PARTS = ("embeddings.", "encoder.", "layer.", "layers.", "transformer.")
