@@ -8,10 +8,12 @@ from .data.class_folders import (
     is_hidden as is_hidden,
 )
 from .data.delimited import Quoting as Quoting
+from .data.in_memory import InMemoryTable as InMemoryTable, table as table
 from .data.splits import split_off as split_off
 from .data.tables import Tables as Tables, TableTarget as TableTarget
 from .data.targets import encode_labels as encode_labels, multi_hot as multi_hot
 from .deployment.export import export as export
+from .deployment.push import push as push
 from .errors import (
     ConfigError as ConfigError,
     DataError as DataError,

@@ -73,7 +73,7 @@ def test_stages_go_by_the_name_of_their_part(fused):
 
 
 @pytest.mark.parametrize("join", ["concatenate", "gate"])
-def test_a_fusion_beats_either_field_alone(fused, tmp_path, join):
+def test_fusion_beats_each_single_field(fused, tmp_path, join):
     fused["backbone"]["join"] = join
     both = transfer.run(fused, output=tmp_path).summary["test"]["accuracy"]
     alone = [
@@ -83,7 +83,7 @@ def test_a_fusion_beats_either_field_alone(fused, tmp_path, join):
     assert both > 0.9 > 0.65 > max(alone)
 
 
-def test_a_part_can_be_frozen_as_a_whole(fused, tmp_path):
+def test_freeze_by_part_name(fused, tmp_path):
     fused["train"]["phases"] = [{"epochs": 1, "freeze": ["left", "right.first"]}]
     _, parts = transfer.check(fused)
     (phase,) = parts.phases
@@ -94,7 +94,7 @@ def test_a_part_can_be_frozen_as_a_whole(fused, tmp_path):
     assert transfer.run(fused, output=tmp_path).summary["test"] == pytest.approx(cached["test"], rel=1e-5)
 
 
-def test_a_part_has_a_learning_rate_of_its_own(fused):
+def test_learning_rate_by_part_name(fused):
     fused["train"]["optimizer"]["lr"] = {"head": 0.01, "backbone": 0.002, "left": 0.005, "left.third": 0.007}
     _, parts = transfer.check(fused)
     rates = {group.stage: group.lr for group in parts.phases[0].groups}

@@ -24,7 +24,7 @@ def test_a_linear_head_is_a_linear_layer() -> None:
     assert torch.equal(head(inputs), inputs @ head.output.weight.T + head.output.bias)
 
 
-def test_an_mlp_has_the_widths_that_were_asked_for() -> None:
+def test_mlp_has_the_configured_widths() -> None:
     head = MLP(FEATURES, 3, hidden=(5, 4))
     widths = [(m.in_features, m.out_features) for m in head.modules() if isinstance(m, nn.Linear)]
     assert sorted(widths) == [(4, 3), (5, 4), (6, 5)]
@@ -34,7 +34,7 @@ def test_an_mlp_has_the_widths_that_were_asked_for() -> None:
 
 
 @pytest.mark.parametrize("kind", [Linear, MLP])
-def test_dropout_is_in_training_alone(kind: type[Linear | MLP]) -> None:
+def test_dropout_acts_only_in_training(kind: type[Linear | MLP]) -> None:
     head = kind(FEATURES, 3, dropout=0.5)
     inputs = torch.randn(50, 6)
     assert not torch.equal(head(inputs), head(inputs))
@@ -54,7 +54,7 @@ def sequence() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 5, 6), torch.arange(5) < torch.tensor([[5], [2], [1]])
 
 
-def test_attention_weighs_real_steps_alone_and_sums_to_one() -> None:
+def test_attention_weights_are_zero_at_padding_and_sum_to_one() -> None:
     steps, mask = sequence()
     weights = Attention(SEQUENCE, 2, hidden=4).weights((steps, mask))
     assert not weights[~mask].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transfer import ConfigError, DataSpec, MeanOf, Task
-from transfer.builtin.tasks import Classification, MultiLabel, Regression
+from transfer.builtin.samplers import Balanced
+from transfer.builtin.tasks import Classification, Focal, MultiLabel, Regression
 
 CLASSES = DataSpec(("x",), "class", ("cat", "dog", "owl"))
 LABELS = DataSpec(("x",), "labels", ("red", "big"))
@@ -49,7 +51,7 @@ def test_class_weights_by_name_multiply_the_loss() -> None:
     assert torch.allclose(task.loss(LOGITS, TARGETS), Classification(CLASSES).loss(LOGITS, TARGETS) * weights)
 
 
-def test_balanced_weights_have_a_mean_of_one_over_the_examples() -> None:
+def test_balanced_weights_have_mean_one_over_examples() -> None:
     task = Classification(CLASSES, class_weights="balanced")
     targets = np.array([0] * 6 + [1] * 3 + [2])
     task.prepare(targets)
@@ -166,3 +168,67 @@ def test_the_mean_of_a_function_is_a_metric() -> None:
     metric.update(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [0.0]]))
     metric.update(torch.tensor([[6.0]]), torch.tensor([[0.0]]))
     assert metric.compute() == 3.0
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_loss_of_classes_is_the_formula_of_the_paper(gamma: float) -> None:
+    logits = LOGITS.clone().requires_grad_()
+    loss = Classification(CLASSES, loss=Focal(name="focal", gamma=gamma)).loss(logits, TARGETS)
+    p = LOGITS.softmax(1)[torch.arange(4), TARGETS]
+    assert torch.allclose(loss, -((1 - p) ** gamma) * p.log())
+    loss.sum().backward()
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())
+
+
+def test_focal_loss_with_gamma_zero_is_cross_entropy_and_convex() -> None:
+    task = Classification(CLASSES, loss=Focal(name="focal", gamma=0.0), label_smoothing=0.1)
+    assert torch.equal(task.loss(LOGITS, TARGETS), Classification(CLASSES, label_smoothing=0.1).loss(LOGITS, TARGETS))
+    assert task.has_convex_loss
+    assert not Classification(CLASSES, loss="focal").has_convex_loss
+
+
+def test_focal_loss_of_certain_predictions_has_a_finite_gradient() -> None:
+    logits = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    Classification(CLASSES, loss=Focal(name="focal", gamma=0.5)).loss(logits, torch.tensor([0])).sum().backward()
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())
+
+
+def test_focal_loss_of_labels_equals_torchvision_without_alpha() -> None:
+    ops = pytest.importorskip("torchvision.ops")
+    logits, targets = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.eye(2)[[0, 1, 1, 0, 1]]
+    expected = ops.sigmoid_focal_loss(logits, targets, alpha=-1, gamma=2).mean(1)
+    assert torch.allclose(MultiLabel(LABELS, loss="focal").loss(logits, targets), expected, atol=1e-6)
+
+
+def test_positive_weights_of_labels_are_those_of_torch() -> None:
+    logits, targets = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.eye(2)[[0, 1, 1, 0, 1]]
+    task = MultiLabel(LABELS, pos_weight={"big": 0.5, "red": 4.0})
+    weights = torch.tensor([4.0, 0.5])
+    expected = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none").mean(1)
+    assert torch.allclose(task.loss(logits, targets), expected)
+
+
+def test_balanced_positive_weights_are_the_ratio_of_absent_to_present_and_are_saved() -> None:
+    data = DataSpec(("x",), "labels", ("rare", "absent", "constant"))
+    task = MultiLabel(data, pos_weight="balanced")
+    task.prepare(np.array([[1, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]], dtype=np.float32))
+    assert task.weights is not None
+    assert task.weights.tolist() == [3.0, 1.0, 1.0]
+    restored = MultiLabel(data, pos_weight="balanced")
+    restored.load_state(json.loads(json.dumps(task.state())))
+    assert torch.equal(cast("Tensor", restored.weights), task.weights)
+
+
+def test_positive_weights_are_given_for_every_label() -> None:
+    with pytest.raises(ConfigError, match="pos_weight names other classes"):
+        MultiLabel(LABELS, pos_weight={"red": 2.0})
+
+
+@pytest.mark.parametrize(("power", "fraction"), [(1.0, 1 / 2), (0.5, 1 / 4), (0.0, 1 / 10)])
+def test_balanced_sampler_draws_classes_by_the_power_of_their_frequency(power: float, fraction: float) -> None:
+    targets = np.array([0] * 900 + [1] * 100).repeat(20)
+    drawn = targets[Balanced(power=power).order(targets, seed=0, epoch=1)]
+    assert (drawn == 1).mean() == pytest.approx(fraction, abs=0.02)
+    assert np.array_equal(Balanced(power=power).order(targets, 0, 1), Balanced(power=power).order(targets, 0, 1))

@@ -44,7 +44,7 @@ print(json.dumps(results))
 
 COMMANDS = {
     "reports": [["report", "RUN"], ["preview", str(CONFIG)], ["evaluate", "RUN", "--images"]],
-    "deployment": [["export", "RUN", "--format", "safetensors"], ["serve", "RUN"]],
+    "deployment": [["export", "RUN", "--format", "safetensors"], ["push", "RUN", "owner/name"], ["serve", "RUN"]],
     "experiments": [
         ["compare", "RUN"],
         ["sweep", str(CONFIG), "space.yaml"],

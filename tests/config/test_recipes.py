@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conftest import Dense
@@ -12,6 +13,7 @@ import transfer
 from transfer import ConfigError, register
 from transfer.config.recipes import expand
 from transfer.config.train_settings import LearningRate, PhaseSettings, Recipe, Until
+from transfer.training.events import Note
 
 STAGES = ("stem", "body", "top")
 
@@ -53,13 +55,13 @@ def test_gradual_unfreezing_starts_at_output() -> None:
 
 
 @pytest.mark.parametrize("name", ["feature_extraction", "fine_tune", "lp_ft", "gradual", "scratch"])
-def test_learning_rates_by_group_are_used_in_every_phase(name: str) -> None:
+def test_learning_rates_by_group_in_every_phase(name: str) -> None:
     given = {"head": 0.3, "backbone": 0.02}
     assert all(lr == given for _, _, lr in phases(name, 8, given))
 
 
 @pytest.mark.parametrize("name", ["lp_ft", "gradual"])
-def test_one_epoch_is_refused_by_recipes_of_several_phases(name: str) -> None:
+def test_recipes_of_several_phases_refuse_one_epoch(name: str) -> None:
     assert [epochs for epochs, _, _ in phases(name, 2)] == [1, 1]
     with pytest.raises(ConfigError, match=f"recipe '{name}' has 2 phases on this model and 1 epochs"):
         phases(name, 1)
@@ -110,6 +112,13 @@ def test_phases_and_recipe_are_refused_together(config: dict[str, Any]) -> None:
 class Pretrained(Dense):
     """Dense stages with pretrained weights of ones."""
 
+    fine_tuning_optimizer: ClassVar[dict[str, Any]] = {"name": "adamw", "lr": {"head": 0.01, "backbone": 0.002}}
+
+    @classmethod
+    def is_pretrained(cls, options: Mapping[str, Any]) -> bool:
+        """Return True: the weights are always loaded."""
+        return True
+
     def load_pretrained(self) -> dict[str, Any]:
         """Set the first weights to one."""
         self.stages[0][0].weight.data.fill_(1.0)
@@ -123,6 +132,42 @@ def test_scratch_loads_no_pretrained_weights(config: dict[str, Any], tmp_path: P
     overrides = ["backbone.name=pretrained", f"train.recipe={{name: {name}, epochs: 1}}"]
     run = transfer.run(config, overrides, output=tmp_path)
     assert run.summary["pretrained"] == ({"weights": "ones"} if read else {})
+
+
+@pytest.mark.parametrize(
+    ("train", "rates"),
+    [
+        ({}, (0.002, 0.01)),
+        ({"optimizer": {"name": "adamw"}}, (0.002, 0.01)),
+        ({"optimizer": {"name": "sgd"}}, (0.0001, 0.001)),
+        ({"optimizer": {"lr": 0.005}}, (0.005, 0.005)),
+        ({"recipe": None}, (0.001, 0.001)),
+    ],
+    ids=["nothing", "optimizer", "other_optimizer", "rate", "null_of_earlier_run"],
+)
+def test_default_rates_of_pretrained_layers(
+    config: dict[str, Any], train: dict[str, Any], rates: tuple[float, float]
+) -> None:
+    register("backbone", "pretrained")(Pretrained)
+    checked, parts = transfer.check({**config, "train": {"epochs": 2, **train}}, ["backbone.name=pretrained"])
+    (phase,) = parts.phases
+    assert phase.epochs == 2
+    assert (phase.groups[0].lr, phase.groups[-1].lr) == pytest.approx(rates)
+    assert checked.is_fine_tuned_by_default is (rates[0] != rates[1])
+    assert transfer.check(checked.resolved)[0].resolved == checked.resolved
+
+
+def test_default_fine_tuning_is_noted(config: dict[str, Any], tmp_path: Path) -> None:
+    register("backbone", "pretrained")(Pretrained)
+    notes: list[str] = []
+    transfer.run(
+        {**config, "train": {"device": "cpu"}},
+        ["backbone.name=pretrained"],
+        output=tmp_path,
+        quick=True,
+        observe=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    assert "pretrained layers are fine-tuned by default: adamw at a rate of 0.002 (backbone) and 0.01 (head)" in notes
 
 
 @pytest.mark.parametrize(("name", "count"), [("lp_ft", 2), ("gradual", 4)])

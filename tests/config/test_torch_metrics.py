@@ -70,7 +70,7 @@ def test_auroc_leaves_out_classes_without_examples() -> None:
         assert found == pytest.approx(sum(expected) / 2, abs=2e-3)
 
 
-def test_metrics_of_labels_use_the_threshold_of_the_task() -> None:
+def test_label_metrics_use_threshold_of_task() -> None:
     data, outputs = DataSpec(("x",), "labels", ("a", "b")), random(50, 2)
     targets = torch.stack([outputs[:, 0] > 0.9, torch.zeros(50)], 1).float()
     task = make("multilabel", data, "auroc", "precision", threshold=0.7)
@@ -91,7 +91,7 @@ def test_metrics_of_numbers_are_means_over_the_numbers(count: int) -> None:
 
 
 @pytest.mark.parametrize("target", ["class", "labels", "number"])
-def test_every_metric_has_a_direction_and_is_one_number(target: Any) -> None:
+def test_every_metric_is_a_number_with_direction(target: Any) -> None:
     name, cls = {
         "class": ("classification", Classification),
         "labels": ("multilabel", MultiLabel),
@@ -165,7 +165,7 @@ def test_state_of_collected_batches_is_restored() -> None:
         assert one[name].compute() == other[name].compute()
 
 
-def test_run_is_selected_resumed_and_evaluated_by_the_metric(config: dict[str, Any], tmp_path: Path) -> None:
+def test_metric_in_selection_resume_and_evaluation(config: dict[str, Any], tmp_path: Path) -> None:
     config["task"] |= {"metrics": ["auroc", "mcc"], "select_by": "auroc"}
     config["train"] |= {"report": False, "phases": [{"epochs": 2}], "scheduler": {"name": "plateau"}}
     complete = transfer.run(config, output=tmp_path / "a")

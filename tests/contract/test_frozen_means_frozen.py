@@ -35,7 +35,7 @@ def test_every_boundary(case: Case) -> None:
 
 
 @every
-def test_a_list_freezes_its_stages_alone(case: Case) -> None:
+def test_list_freezes_only_its_stages(case: Case) -> None:
     model = built(case)[0]
     with_parameters = [name for name, stage in model.stages.items() if any(True for _ in stage.parameters())][:-1]
     chosen = tuple(with_parameters[-1:])
@@ -46,7 +46,7 @@ def test_a_list_freezes_its_stages_alone(case: Case) -> None:
 
 
 @every
-def test_a_pattern_freezes_what_it_matches_alone(case: Case) -> None:
+def test_pattern_freezes_only_matching_parameters(case: Case) -> None:
     model = built(case)[0]
     parameters = dict(model.named_parameters())
     run = train(case, Parameters(parameters=("bias",)))
@@ -56,7 +56,7 @@ def test_a_pattern_freezes_what_it_matches_alone(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", WITH_BATCH_NORM)
-def test_batch_norm_train_moves_running_statistics_and_nothing_else_that_is_frozen(case: Case) -> None:
+def test_batch_norm_train_changes_only_running_statistics(case: Case) -> None:
     model = built(case)[0]
     stages = list(model.stages)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, BATCH_NORM)}

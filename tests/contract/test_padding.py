@@ -13,7 +13,7 @@ from transfer.testing.backbones import Subject, outputs, tensors
 @pytest.mark.parametrize(
     "case", [case for case in BACKBONES if getattr(case.component().cls, "field", None) == "text"], ids=str
 )
-def test_a_text_has_the_same_features_alone_and_beside_a_longer_one(case: Case) -> None:
+def test_features_do_not_depend_on_padding(case: Case) -> None:
     made = Subject(case)
     for name, parameter in made.backbone.named_parameters():
         if "bias" in name:  # a large one shows padding that counts

@@ -26,7 +26,7 @@ def argument_entries(file: Path) -> Iterator[tuple[int, str, str]]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_argument_description_stands_by_itself(file: Path) -> None:
+def test_argument_description_is_self_contained(file: Path) -> None:
     dangling = [
         f"{file}:{line}: {name}: {text}" for line, name, text in argument_entries(file) if text.startswith(DANGLING)
     ]

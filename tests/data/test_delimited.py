@@ -85,13 +85,13 @@ def test_fields_over_several_lines_stay(tmp_path: Path) -> None:
     assert list(zip(texts(data), labels(data), strict=True)) == rows
 
 
-def test_field_whose_lines_have_the_delimiters_of_rows_by_chance_stays(tmp_path: Path) -> None:
+def test_multiline_field_with_delimiters_is_kept(tmp_path: Path) -> None:
     data = read(tmp_path / "table.csv", "text,label\n" + delimited([*ROWS[:9], ('"Hello, world\nfine"', "pos")], ","))
     assert texts(data)[-1] == "Hello, world\nfine"
 
 
 @pytest.mark.parametrize("header", [True, False])
-def test_delimiters_in_quotes_may_be_as_many_in_every_row(tmp_path: Path, header: bool) -> None:
+def test_quoted_delimiters_in_equal_number_per_row(tmp_path: Path, header: bool) -> None:
     rows = [*([("text", "label")] if header else []), *((f'"Bears, {text}"', f'"{label}"') for text, label in ROWS)]
     columns = {} if header else {"header": False, "column": 0, "label": 1}
     assert texts(read(tmp_path / "ag.csv", delimited(rows, ","), **columns))[:2] == [
@@ -121,7 +121,7 @@ def test_backslashes_escape_quotes(tmp_path: Path, text: str) -> None:
     assert texts(data) == [text, 'plain "text"']
 
 
-def test_backslash_at_the_end_of_a_csv_field_stays(tmp_path: Path) -> None:
+def test_trailing_backslash_of_csv_field_is_kept(tmp_path: Path) -> None:
     data = read(tmp_path / "table.csv", 'text,label\n"in C:\\",x\n"one, two",y\n')
     assert texts(data) == ["in C:\\", "one, two"]
 
@@ -171,7 +171,7 @@ def test_used_columns_have_one_name(tmp_path: Path) -> None:
         read(tmp_path / "a.csv", "a,a,label\n1,2,x\n", column=None)
 
 
-def test_empty_fields_at_the_end_of_a_row_are_ignored(tmp_path: Path) -> None:
+def test_trailing_empty_fields_are_ignored(tmp_path: Path) -> None:
     assert texts(read(tmp_path / "a.csv", "text,label\none,x,,\ntwo,y\n")) == ["one", "two"]
 
 
@@ -191,7 +191,7 @@ def test_header_of_equal_or_no_names_is_refused(header: tuple[str, ...]) -> None
 
 
 @pytest.mark.parametrize("header", [False, ("label", "text")])
-def test_last_column_after_blanks_is_the_rest_of_the_line(tmp_path: Path, header: Any) -> None:
+def test_last_blank_separated_column_is_rest_of_line(tmp_path: Path, header: Any) -> None:
     content = 'DESC:manner How did "serfdom develop ?\nNUM:count How many , in all ?\n'
     columns = {"column": 1, "label": 0} if header is False else {}
     data = read(tmp_path / "TREC.txt", content, header=header, delimiter=" ", **columns)

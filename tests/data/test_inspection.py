@@ -88,7 +88,7 @@ def test_split_contained_in_another_is_refused(inner: str, outer: str) -> None:
     assert "set val to other data" in (caught.value.problems[0].fix or "")
 
 
-def test_contained_split_is_a_warning_if_it_is_small_or_contents_repeat() -> None:
+def test_contained_split_warns_if_small_or_repeated() -> None:
     train, other = texts(*(f"{i}" for i in range(40))), texts("x", "y")
     assert list(inspect(train=train, validation=other, test=texts("6", "7"))) == ["test in train"]
     repeated = texts(*(f"{i % 15}" for i in range(40)))
@@ -141,7 +141,7 @@ def test_contradictory_labels_are_named() -> None:
     )
 
 
-def test_contradictory_label_sets_are_found_and_numbers_are_not() -> None:
+def test_contradictory_label_sets_but_not_numbers() -> None:
     train = Split({"x": ["a", "a"]}, np.array([[0, 1], [1, 1]], dtype=np.float32))
     for target, count in (("labels", 1), ("number", 0)):
         data = Data(DataSpec(("x",), target, CLASSES), {"train": train})  # type: ignore[arg-type]
@@ -166,5 +166,5 @@ def test_similar_class_names(classes: tuple[str, str], similar: bool) -> None:
     assert list(warnings) == ["similar classes"] * similar
 
 
-def test_validation_split_that_becomes_the_test_split_is_named() -> None:
+def test_warning_names_validation_split_used_as_test() -> None:
     assert list(inspect(train=texts("a", "b", "c", "d"), validation=texts("e", "f"))) == ["test split"]

@@ -450,7 +450,7 @@ def test_memory_cache_encodes_once_and_keeps_batches() -> None:
     assert sum(plain.preprocessing.encoded) == 4 * 40
 
 
-def test_memory_cache_of_split_that_does_not_fit_is_empty() -> None:
+def test_memory_cache_of_too_large_split_is_empty() -> None:
     loader = cached_loader(40 * 16 - 1)
     sums(loader, 0), sums(loader, 1)
     assert not loader.examples.memory_cache.values
@@ -498,7 +498,7 @@ def test_loader_processes_fill_shared_memory_cache() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_loader_processes_wait_for_memory_cache_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loader_processes_wait_for_unshared_memory_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_cache.multiprocessing, "get_start_method", lambda: "spawn")
     loader, plain = cached_loader(None, workers=2), cached_loader(0)
     for epoch in (0, 1):
@@ -515,7 +515,7 @@ def test_example_twice_in_batch_is_augmented_once_each(limit: int | None) -> Non
     assert torch.equal(first, examples.batch([(0, 3)]).inputs[0])
 
 
-def test_shared_memory_cache_stops_at_limit_and_keeps_strides() -> None:
+def test_shared_memory_cache_limit_and_strides() -> None:
     cache = memory_cache.MemoryCache(3, 3 * 64)
     images = [torch.arange(size, dtype=torch.uint8).view(2, 3, -1).permute(2, 0, 1) for size in (60, 54, 84)]
     cache.measure({0: images[0][:, :1]}, shared=True)  # smaller than the others, and not dense
@@ -557,7 +557,7 @@ def test_loader_processes_live_through_several_epochs() -> None:
     assert [worker.pid for worker in running._iterator._workers] == processes
 
 
-def test_process_ends_while_a_loader_is_still_referred_to() -> None:
+def test_process_exit_with_referenced_loader() -> None:
     # The processes of the loader ignore SIGTERM, with which Python would end them.
     script = f"""
 import sys

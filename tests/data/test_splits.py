@@ -71,7 +71,7 @@ def test_split_off_is_random() -> None:
 
 
 @pytest.mark.parametrize(("count", "fraction", "taken"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.99, 9), (10, 0.25, 2)])
-def test_split_off_takes_and_leaves_one_of_each_class(count: int, fraction: float, taken: int) -> None:
+def test_split_off_keeps_every_class_in_both_parts(count: int, fraction: float, taken: int) -> None:
     left, off = split_off(split([0] * count), fraction)
     assert (len(left), len(off)) == (count - taken, taken)
 

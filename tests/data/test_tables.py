@@ -62,7 +62,7 @@ def test_integers_with_decimals_are_classes_without(
         assert read(tmp_path / "a.csv", content).spec.classes == classes
 
 
-def test_decimals_in_one_of_two_tables_are_no_other_class(tmp_path: Path) -> None:
+def test_zero_decimals_in_one_table_name_the_same_class(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("text,label\na,1.0\nb,0.0\n")
     data = read(tmp_path / "a.csv", "text,label\na,1\nb,0\n", test=str(tmp_path / "test.csv"))
     assert data.splits["test"].targets.tolist() == [1, 0]
@@ -129,7 +129,7 @@ def test_value_that_is_no_label_list_is_refused(value: object) -> None:
         parse_label_list(value, "|")
 
 
-def test_wrong_label_list_is_named_by_file_and_line(tmp_path: Path) -> None:
+def test_wrong_label_list_error_has_file_and_line(tmp_path: Path) -> None:
     for value in (None, ["a", None]):
         with pytest.raises(DataError, match="column 'label' is wrong") as caught:
             read(tmp_path / "a.jsonl", lines(["a"], ["b"], value), target="label_list")

@@ -68,7 +68,11 @@ def batched(items: Sequence[int], **options: Any) -> tuple[list[Any], list[list[
     async def submit() -> list[Any]:
         settings = {"max_size": 4, "wait_seconds": 0.0, "max_waiting": 100} | options
         async with Batcher(work, Batching(**settings)) as batcher:
-            return await asyncio.gather(*map(batcher.submit, items), return_exceptions=True)
+
+            async def result(item: int) -> int:
+                return await batcher.submit(item)
+
+            return await asyncio.gather(*map(result, items), return_exceptions=True)
 
     return asyncio.run(submit()), batches
 

@@ -103,10 +103,9 @@ def test_batcher_drops_items_of_cancelled_callers() -> None:
 
     async def submit() -> None:
         async with Batcher(work, Batching(max_size=1, wait_seconds=0.0, max_waiting=2)) as batcher:
-            first = asyncio.create_task(batcher.submit(0))
+            first = batcher.submit(0)
             await asyncio.sleep(0.02)
-            waiting = [asyncio.create_task(batcher.submit(item)) for item in (1, 2)]
-            await asyncio.sleep(0)
+            waiting = [batcher.submit(item) for item in (1, 2)]
             waiting[0].cancel()
             await asyncio.sleep(0)
             assert batcher.waiting == 1  # its place is free again
@@ -379,7 +378,7 @@ def test_large_json_of_many_values_is_refused_before_it_is_parsed(
 def test_open_connections_do_not_silence_health(
     points: ServedModel, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
-    monkeypatch.setattr("transfer.deployment.serving.server.max_connections", lambda: 8)
+    monkeypatch.setattr("transfer.deployment.serving.protocol.max_connections", lambda: 8)
     with running([points]) as server:
         opened = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(30)]
         for connection in opened:
@@ -387,6 +386,75 @@ def test_open_connections_do_not_silence_health(
         assert server.ask("GET", "/health")[0] == 200
         for connection in opened:
             connection.close()
+
+
+def _exchange(server: Running, sent: bytes) -> bytes:
+    """Send bytes, and return everything that the server sends until it closes the connection."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(sent)
+        while some := connection.recv(65_536):
+            received += some
+    return received
+
+
+_START = b"POST /models/points/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+_BODY = json.dumps(POINT).encode()
+_LENGTH = b"Content-Length: %d\r\n" % len(_BODY)
+_CHUNKS = b"%x\r\n%s\r\n0\r\n" % (len(_BODY), _BODY)
+_CLOSE = b"Connection: close\r\n"
+
+
+def test_server_refuses_requests_that_proxies_may_read_differently(points: ServedModel) -> None:
+    hidden = b"GET /models HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    chunked = b"Transfer-Encoding: chunked\r\n"
+    heads = {
+        "length and chunks": _LENGTH + chunked,
+        "two lengths": _LENGTH + b"Content-Length: 0\r\n",
+        "list of lengths": b"Content-Length: 0, 5\r\n",
+        "signed length": b"Content-Length: +5\r\n",
+        "other encoding": b"Transfer-Encoding: xchunked\r\n",
+        "blank before the colon": b"Transfer-Encoding : chunked\r\n",
+        "folded header": b"Transfer-Encoding:\r\n chunked\r\n",
+        "bare return": b"X: a\rContent-Length: 5\r\n",
+        "null": b"X: a\0b\r\n",
+    }
+    requests = {name: _START + head + b"\r\n" + _CHUNKS + b"\r\n" + hidden for name, head in heads.items()}
+    body = _START + chunked + b"\r\n"
+    requests["size with prefix"] = body + b"0x5\r\nabcde\r\n0\r\n\r\n" + hidden
+    requests["signed size"] = body + b"+5\r\nabcde\r\n0\r\n\r\n" + hidden
+    requests["longer chunk"] = body + b"1\r\nabcde\r\n0\r\n\r\n" + hidden
+    with running([points]) as server:
+        for name, sent in requests.items():
+            received = _exchange(server, sent)
+            assert received.startswith(b"HTTP/1.1 400"), (name, received)
+            assert received.count(b"HTTP/1.1") == 1, (name, received)
+
+
+def test_server_limits_heads_and_pipelined_requests(points: ServedModel) -> None:
+    with running([points]) as server:
+        endless = _exchange(server, b"GET /health HTTP/1.1\r\nX: " + b"a" * 100_000)
+        pipelined = _exchange(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+        few = _exchange(
+            server, (_START + _LENGTH + b"\r\n" + _BODY) * 3 + b"GET /health HTTP/1.1\r\nHost: x\r\n" + _CLOSE + b"\r\n"
+        )
+    assert b"head of the request is too large" in endless
+    assert b"400" in pipelined
+    assert pipelined.count(b"HTTP/1.1") < 12
+    assert few.count(b"HTTP/1.1 200") == 4
+
+
+def test_trailers_are_no_headers_and_upgrades_are_ignored(points: ServedModel) -> None:
+    app = make_app([points], hosts=["127.0.0.1"], tokens=Tokens(["secret"]))
+    chunked = _START + b"Transfer-Encoding: chunked\r\n" + _CLOSE
+    token = b"Authorization: Bearer secret\r\n"
+    with running_app(app) as server:
+        assert _exchange(server, chunked + b"\r\n" + _CHUNKS + token + b"\r\n").startswith(b"HTTP/1.1 401")
+        assert _exchange(server, chunked + token + b"\r\n" + _CHUNKS + b"\r\n").startswith(b"HTTP/1.1 200")
+        upgrade = (
+            _START + token + _LENGTH + b"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\n\r\n" + _BODY
+        )
+        assert _exchange(server, upgrade).startswith(b"HTTP/1.1 200")
 
 
 def test_rate_limit_counts_suppressed_records(monkeypatch: pytest.MonkeyPatch) -> None:

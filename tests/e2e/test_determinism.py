@@ -21,9 +21,7 @@ def test_the_cache_of_encoded_texts_changes_nothing(tmp_path: Path, monkeypatch:
     assert outcome(first.folder) == outcome(second.folder)
 
 
-def test_loader_processes_and_decoded_pictures_in_memory_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loader_processes_and_memory_cache_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transfer_vision.preprocessing import ImagePreprocessing
 
     config = CONFIGS["vision, two loader processes"]

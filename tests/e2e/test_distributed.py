@@ -196,7 +196,7 @@ def test_two_processes_give_what_one_gives(
 
 
 @pytest.mark.parametrize("batch_size", [100, 3])
-def test_the_gradient_is_that_of_the_whole_batch(
+def test_gradient_equals_that_of_global_batch(
     batch_size: int, launcher: Launcher, tmp_path: Path, reviews: Config
 ) -> None:
     """A step of plain descent at rate 1 is the gradient; of a batch of 3 the second process has no share."""
@@ -220,9 +220,7 @@ def test_the_gradient_is_that_of_the_whole_batch(
         torch.testing.assert_close(before[name] - after[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_statistics_of_batch_norm_are_means_over_the_processes(
-    launcher: Launcher, tmp_path: Path, pictures: Config
-) -> None:
+def test_batch_norm_statistics_are_means_over_ranks(launcher: Launcher, tmp_path: Path, pictures: Config) -> None:
     """With shares of one size the mean of the first layer's inputs is that of the whole batch; its spread is not."""
     pictures["data"]["per_class"] = 4
     pictures["backbone"]["augmentation"] = "none"
@@ -236,7 +234,7 @@ def test_statistics_of_batch_norm_are_means_over_the_processes(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_is_killed_the_other_says_so_and_ends(
+def test_killed_rank_ends_the_other_with_error(
     victim: int, launcher: Launcher, tmp_path: Path, reviews: Config
 ) -> None:
     reviews["train"]["phases"] = [{"epochs": 1000}]
@@ -254,7 +252,7 @@ def test_when_one_is_killed_the_other_says_so_and_ends(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_one_stops_both_at_one_step_and_either_number_goes_on(
+def test_signal_stops_all_ranks_and_any_number_resumes(
     number: signal.Signals, status: int, launcher: Launcher, tmp_path: Path, reviews: Config
 ) -> None:
     reviews["train"]["phases"] = [{"epochs": 2}, {"epochs": 6, "freeze": ["embedding"]}]
@@ -277,7 +275,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_either_number_goes_on(
         assert_equal_to_rounding(run, whole)
 
 
-def test_a_run_of_one_goes_on_in_two(launcher: Launcher, tmp_path: Path, reviews: Config) -> None:
+def test_single_process_run_resumes_in_two(launcher: Launcher, tmp_path: Path, reviews: Config) -> None:
     reviews["train"]["phases"] = [{"epochs": 6}]
     config = write(tmp_path / "run", reviews)
     whole = transfer.run(config, output=tmp_path / "whole").folder
@@ -301,7 +299,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_once(mistake: str, launcher: Launcher, tmp_path: Path, reviews: Config) -> None:
+def test_user_error_is_printed_once(mistake: str, launcher: Launcher, tmp_path: Path, reviews: Config) -> None:
     override, environment, expected, text = MISTAKES[mistake]
     write(tmp_path, reviews)
     found = statuses(launcher.start(tmp_path, "run", "config.yaml", override, environment=environment))
@@ -325,7 +323,7 @@ def test_processes_with_different_data_are_refused(launcher: Launcher, tmp_path:
     assert log.count("process 1 was given other data") == 1
 
 
-def test_a_loss_that_is_not_finite_is_told_once(launcher: Launcher, tmp_path: Path, reviews: Config) -> None:
+def test_non_finite_loss_is_printed_once(launcher: Launcher, tmp_path: Path, reviews: Config) -> None:
     reviews["train"] |= {"optimizer": {"name": "sgd", "lr": 1e30}, "clip_norm": None, "scheduler": None}
     write(tmp_path, reviews)
     assert statuses(launcher.start(tmp_path, "run", "config.yaml")) == [1, 1]

@@ -104,6 +104,7 @@ STAND_INS = {
     r"(transfer pretraining-gain (?!.*--seeds).*)": r"\1 --seeds 2",  # the default is 5
     r"--seeds 5": "--seeds 2",
     r"(transfer export (?!.*--dry-run).*)": r"\1 --dry-run",  # tests/core/test_exporting.py exports every format
+    r"(transfer push (?!.*--dry-run).*)": r"\1 --dry-run",  # tests/deployment/test_push.py uploads to a local server
     r"--processes 2": "",  # each imports torch anew; tests/core/test_sweep.py has several
     r"epochs: \d+": "epochs: 2",
     r"(recipe=.*epochs: )2": r"\g<1>4",  # a part for each phase
@@ -569,6 +570,6 @@ def test_commands_and_keys_in_the_text_exist(page: str, keys: set[str]) -> None:
         assert not unknown, f"{page}: `{code}`: {words[1]} has no option {unknown[0]}"
 
 
-def test_the_reference_is_what_the_code_says() -> None:
+def test_reference_is_up_to_date() -> None:
     written = runpy.run_path(str(ROOT / "docs/reference.py"))["page"]()
     assert (ROOT / "docs/reference.md").read_text(encoding="utf-8") == written, "run: make reference"

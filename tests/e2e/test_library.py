@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples/custom_task.py"
 
 
-def test_a_custom_task_is_a_script_of_under_40_lines():
+def test_custom_task_script_under_40_lines():
     assert len(SCRIPT.read_text().splitlines()) < 40
 
 
@@ -74,7 +74,7 @@ def test_the_guide_lists_every_public_name():
     assert all(f"examples/custom_{kind}.py" in guide for kind in registry.KINDS)
 
 
-def test_the_guide_names_what_plugins_over_texts_and_pictures_derive_from():
+def test_guide_lists_public_names_of_text_and_vision():
     guide = (ROOT / "docs/library.md").read_text()
     rows = re.findall(r"^\| `(transfer_\w+\.\w+)`: ([^|]+) \|", guide, re.MULTILINE)
     assert [module for module, _ in rows] == ["transfer_text.interfaces", "transfer_vision.preprocessing"]

@@ -75,7 +75,7 @@ def test_a_table_of_texts(reviews, tmp_path):
     assert [answer["label"] for answer in answers] == ["pos", "neg"]
 
 
-def test_an_unreadable_picture_is_named(pictures, tmp_path):
+def test_unreadable_image_is_named(pictures, tmp_path):
     broken = pictures / "train" / "dark" / "3.png"
     broken.write_text("not a picture")
     with pytest.raises(transfer.DataError) as caught:

@@ -29,7 +29,7 @@ def text_run(tmp_path_factory):
     return folder, folder / answer.stdout.splitlines()[-1]
 
 
-def test_the_last_line_is_a_run_directory_with_exactly_these_files(text_run):
+def test_last_line_is_run_directory_with_expected_files(text_run):
     _, run = text_run
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert files >= {"config.yaml", "environment.json", "metrics.jsonl", "summary.json"}
@@ -78,7 +78,7 @@ def test_predict_refuses_an_empty_text_in_one_panel(text_run, call):
     assert "Traceback" not in err
 
 
-def test_quick_run_of_the_vision_config_can_be_evaluated(tmp_path, call):
+def test_evaluate_quick_run_of_vision_config(tmp_path, call):
     status, out, err = call("run", ROOT / "configs/quickstart_vision.yaml", "--quick", "--output", tmp_path)
     assert status == 0, err
     run = Path(out.splitlines()[-1])
@@ -113,7 +113,7 @@ def test_quick_run_of_the_vision_config_can_be_evaluated(tmp_path, call):
         (["show", "backbone", "textcn"], "did you mean 'textcnn'"),
     ],
 )
-def test_a_users_mistake_is_one_panel_and_status_2(arguments, said, tmp_path, monkeypatch, capsys):
+def test_user_error_is_one_panel_with_status_2(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRANSFER_DATA", str(tmp_path / "empty"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network, whatever the machine has

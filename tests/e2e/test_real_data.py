@@ -49,7 +49,7 @@ def test_pretrained_features_tell_ants_from_bees(tmp_path):
 @pytest.mark.parametrize(
     "model", ["shufflenet_v2_x0_5", "mobilenet_v3_small", pytest.param("swin_t", marks=pytest.mark.slow)]
 )
-def test_backbones_of_three_families_take_a_step_on_ants_and_bees(tmp_path, model):
+def test_three_backbone_families_train_on_hymenoptera(tmp_path, model):
     need("hymenoptera_data.zip")
     backbone = f"backbone={{name: torchvision, model: {model}, weights: null, image_size: 32}}"
     overrides = [backbone, "data.limit=8", "train.batch_size=12", "train.phases.0.epochs=1"]

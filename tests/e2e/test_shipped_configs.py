@@ -49,7 +49,7 @@ def test_hotdog_is_the_books_recipe():
     assert (config.optimizer.name, phase.epochs, config.optimizer.options["weight_decay"]) == ("sgd", 5, 0.001)
 
 
-def test_bilstm_is_of_the_books_size_over_frozen_vectors():
+def test_bilstm_config_has_published_size_and_frozen_vectors():
     _, parts = transfer.check(ROOT / "configs/imdb_bilstm.yaml")
     stages = parts.model.stages
     assert (stages["lstm"].num_layers, stages["lstm"].hidden_size, stages["lstm"].bidirectional) == (2, 100, True)

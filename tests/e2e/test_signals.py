@@ -43,7 +43,7 @@ def begin(zygote: Zygote, cwd: Path, name: str, **train: object) -> tuple[Attemp
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("name", ["text", VISION])
-def test_the_run_is_saved_and_goes_on_to_the_same_end(
+def test_interrupted_run_resumes_to_the_same_result(
     zygote: Zygote, tmp_path: Path, number: signal.Signals, status: int, name: str
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -63,7 +63,7 @@ def test_the_run_is_saved_and_goes_on_to_the_same_end(
     assert kill_harness.outcome(run) == kill_harness.outcome(expected)
 
 
-def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint_whole(zygote: Zygote, tmp_path: Path) -> None:
+def test_second_ctrl_c_stops_at_once_with_complete_checkpoint(zygote: Zygote, tmp_path: Path) -> None:
     attempt, run = begin(zygote, tmp_path, "text", phases=[{"epochs": 1000}])
     for _ in range(2):
         os.kill(attempt.pid, signal.SIGINT)

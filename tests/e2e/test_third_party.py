@@ -33,7 +33,7 @@ def run(python, tmp_path):
     return lambda environment, *arguments: python("-m", "transfer", *arguments, cwd=tmp_path, environment=environment)
 
 
-def test_nothing_of_ours_knows_it():
+def test_sources_do_not_mention_third_party_plugin():
     sources = [p.read_text() for folder in ("core", "plugins") for p in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 20
     assert not any("transfer_hashing" in source for source in sources)
@@ -88,7 +88,7 @@ def test_a_config_trains_it_and_the_run_predicts(installed, run, tmp_path):
     assert json.loads(said.stdout)["label"] in ("positive", "negative")
 
 
-def test_where_it_is_not_installed_the_run_says_what_to_install(installed, run, tmp_path):
+def test_error_without_plugin_states_what_to_install(installed, run, tmp_path):
     answer = run(installed, "run", str(PACKAGE / "reviews.yaml"), "--quick")
     folder = tmp_path / answer.stdout.splitlines()[-1]
     said = run(os.environ | {"COLUMNS": "160"}, "predict", str(folder), "some text")

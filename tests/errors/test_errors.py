@@ -57,7 +57,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
     assert problem == Problem("unknown head 'linaer'", "a.yaml:3", ("linear", "mlp"), "did you mean 'linear'?")
 
 
-def test_unknown_name_without_a_similar_one_shows_the_fix() -> None:
+def test_unknown_name_without_similar_one_shows_fix() -> None:
     assert unknown_name("head", "resnet", ["linear"], fix="install it").fix == "install it"
     assert unknown_name("head", "resnet", ["linear"]).fix is None
 

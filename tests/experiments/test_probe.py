@@ -138,6 +138,7 @@ def test_kept_run_has_the_metric_of_the_probe(configs: list[dict[str, Any]], tmp
     assert summary["test"]["accuracy"] == pytest.approx(result.rows[0].spread.mean)
     assert {cache["split"]: cache["cached"] for cache in summary["cache"]}["train"]
     assert transfer.evaluate(result.folder) == summary["test"]
+    assert (result.folder / "report.html").is_file()
     assert load_config(result.folder / "config.yaml").backbone.plugin.name == "informative"
 
 

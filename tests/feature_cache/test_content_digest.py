@@ -358,7 +358,7 @@ def square(values: Tensor) -> Tensor:
     return values * values
 
 
-def test_key_contains_an_option_that_is_kept_as_a_function() -> None:
+def test_key_contains_option_stored_as_function() -> None:
     keys = {
         key(Activation(act)) for act in (torch.relu, square, lambda x: x * 3, functools.partial(torch.clamp, min=0))
     }
@@ -392,7 +392,7 @@ class Stage(Base):
 """
 
 
-def test_key_contains_the_code_of_a_class_that_a_notebook_redefines() -> None:
+def test_key_contains_code_of_redefined_notebook_class() -> None:
     def made(act: str = "x", base: str = "act(self.linear(points))") -> str:
         return key(execute(STAGE.format(act=act, base=base))["Stage"]())
 
@@ -433,7 +433,7 @@ class UnlistedNoise(PointPreprocessing):
         return encoded + MODE.get() * torch.rand(POINT_SIZE)
 
 
-def test_key_of_a_view_contains_a_sample_of_the_augmented_inputs() -> None:
+def test_key_of_view_contains_augmented_sample() -> None:
     before, plain = key(preprocessing=UnlistedNoise(), view=0), key(preprocessing=UnlistedNoise())
     token = MODE.set(2.0)
     assert key(preprocessing=UnlistedNoise(), view=0) != before
@@ -515,7 +515,7 @@ def key_in_a_new_process(folder: Path, seed: int) -> str:
     return process.stdout.strip()
 
 
-def test_keys_are_equal_across_processes_until_a_helper_is_edited(tmp_path: Path, python: Any) -> None:
+def test_keys_across_processes_change_with_edited_helper(tmp_path: Path, python: Any) -> None:
     def write(name: str, content: str) -> None:
         (tmp_path / f"{name}.py").write_text(content, encoding="utf-8")
 

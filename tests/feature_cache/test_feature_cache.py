@@ -25,10 +25,11 @@ import transfer
 from transfer import Backbone, Data, Dataset, DataSpec, FeatureSpec, Preprocessing, Split, TrainingError, register
 from transfer.builtin.heads import MLP, Linear
 from transfer.data.loader import Loader
-from transfer.feature_cache import store
+from transfer.feature_cache import entry_writer, store
+from transfer.feature_cache.entry import Entry
 from transfer.feature_cache.loader import AUTO_VIEWS, CachedLoader, select_stage_inputs
 from transfer.feature_cache.prefix import SAMPLE_EXAMPLES, FrozenPrefix
-from transfer.feature_cache.store import Entry, FeatureCache
+from transfer.feature_cache.store import FeatureCache
 from transfer.interfaces import SPLITS
 from transfer.models.model import Model
 from transfer.system.directory_cache import STALE_SECONDS, DirectoryCache
@@ -391,9 +392,7 @@ def test_cached_training_equals_uncached_training(config: dict[str, Any], tmp_pa
     assert cached.summary["test"] == pytest.approx(uncached.summary["test"], **tolerance)
 
 
-def test_second_run_computes_the_sample_of_the_key_only(
-    config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]
-) -> None:
+def test_second_run_computes_only_sample_of_key(config: dict[str, Any], tmp_path: Path, prefix_runs: list[str]) -> None:
     transfer.run(config, [FREEZE_FIRST], output=tmp_path)
     assert prefix_runs == ["first"] * 3  # train, validation, test
     del prefix_runs[:]
@@ -436,7 +435,7 @@ def test_entry_contains_the_output_of_the_stages(cache_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("made", [small, ragged])
-def test_prefix_features_are_bit_identical_to_a_plain_loop(made: Callable[..., tuple[FrozenPrefix, Loader]]) -> None:
+def test_prefix_features_equal_plain_loop_bit_for_bit(made: Callable[..., tuple[FrozenPrefix, Loader]]) -> None:
     prefix, loader = made()
     batches = loader.in_fixed_order(64, augment=False).epoch(0)
     prefix.model.eval()
@@ -509,7 +508,7 @@ def test_entry_restores_side_inputs_and_stores_tables_once() -> None:
     }
 
 
-def test_table_with_as_many_rows_as_a_batch_is_stored_once() -> None:
+def test_table_with_batch_size_rows_is_stored_once() -> None:
     class WithTable(nn.Module):
         def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
             return points, torch.arange(64)
@@ -529,7 +528,7 @@ def test_table_with_as_many_rows_as_a_batch_is_stored_once() -> None:
     ],
     ids=["two axes of steps", "padding", "another table for each length"],
 )
-def test_side_inputs_that_cannot_be_restored_are_not_cached(
+def test_unrestorable_side_inputs_are_not_cached(
     side: Callable[[Tensor], Tensor], reason: str, cache_folder: Path
 ) -> None:
     class WithSide(Step):
@@ -769,7 +768,7 @@ def test_mixed_training_examples_are_not_cached(config: dict[str, Any], tmp_path
     assert validation["cached"]
 
 
-def test_reason_mentions_batch_norm_only_if_the_model_has_it(config: dict[str, Any], tmp_path: Path) -> None:
+def test_reason_mentions_batch_norm_only_if_present(config: dict[str, Any], tmp_path: Path) -> None:
     phases = "train.phases=[{epochs: 1}]"
     for overrides, expected in (
         ([], "no leading stage is fully frozen (including batch-norm statistics) and worth caching"),
@@ -815,7 +814,7 @@ def test_unfreezing_phase_moves_the_boundary(config: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize(
     "name", ["points", "sequences of different lengths", "texts by tokens", "images", "two phases"]
 )
-def test_evaluate_returns_the_metrics_of_the_summary_with_and_without_the_cache(
+def test_evaluate_equals_summary_with_and_without_cache(
     config: dict[str, Any], tmp_path: Path, prefix_runs: list[str], name: str
 ) -> None:
     overrides = RUNS.get(name, [TWO_PHASES, "train.batch_size=7"])
@@ -950,7 +949,7 @@ def test_exception_while_writing_leaves_no_entry(monkeypatch: pytest.MonkeyPatch
 
     prefix, loader = small()
     with monkeypatch.context() as patch:
-        patch.setattr(store.np, "save", crash)
+        patch.setattr(entry_writer.np, "save", crash)
         with pytest.raises(_Crash):
             FeatureCache(PLENTY).load_or_compute(prefix, loader)
     assert list(cache_folder.iterdir()) == []
@@ -961,7 +960,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from test_feature_cache import PLENTY, Entry, FeatureCache, ragged
-from transfer.feature_cache import store
+from transfer.feature_cache import entry_writer, store
 {body}
 entry = FeatureCache(PLENTY, folder=Path(sys.argv[1])).load_or_compute(*ragged())
 assert isinstance(entry, Entry), entry
@@ -983,7 +982,7 @@ def child(folder: Path, body: str = "") -> subprocess.Popen[str]:
 
 def test_killed_writer_leaves_no_entry(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
-    kill = "import os, signal; store.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    kill = "import os, signal; entry_writer.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     process = child(folder, kill)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, errors
@@ -1008,14 +1007,14 @@ def test_two_processes_write_the_same_entry(tmp_path: Path) -> None:
     # Each waits with its renaming until the other has everything written too.
     meet = """
 import time
-def write(folder, *rest, original=store._write_features):
+def write(folder, *rest, original=store.write_entry):
     described = original(folder, *rest)
     (folder.parent / f"ready-{folder.name}").touch()
     deadline = time.time() + 60
     while len(list(folder.parent.glob("ready-*"))) < 2 and time.time() < deadline:
         time.sleep(0.01)
     return described
-store._write_features = write
+store.write_entry = write
 """
     processes = [child(folder, meet) for _ in range(2)]
     answers = [process.communicate(timeout=120) for process in processes]

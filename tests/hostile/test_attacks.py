@@ -82,12 +82,12 @@ def test_a_message_cannot_command_the_terminal() -> None:
     assert written.getvalue().count(r"\x1b]0;owned\x07") == 4
 
 
-def test_what_is_no_command_is_shown_as_it_is() -> None:
+def test_printable_text_is_shown_unchanged() -> None:
     text = "naïve\tÇa va\n日本語 שלום 👩‍👩‍👧"
     assert printable(text) == text
 
 
-def test_an_input_and_a_class_cannot_command_the_terminal(
+def test_input_and_class_names_escape_terminal_codes(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(run / "model" / "model.json", lambda content: content["data"].update(classes=[ESCAPE, f"{ESCAPE}b"]))
@@ -104,9 +104,7 @@ TAGS = ["!!python/object/apply:os.system [touch executed]", "!!python/name:os.sy
 
 
 @pytest.mark.parametrize("text", TAGS)
-def test_tags_are_refused_in_a_config_and_in_that_of_a_run(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_yaml_tags_are_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(f"seed: {text}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="is not allowed"):
@@ -127,13 +125,13 @@ def test_tags_are_refused_in_a_config_and_in_that_of_a_run(
     ],
     ids=["aliases of aliases", "a value in itself", "depth", "values that are none"],
 )
-def test_a_small_config_that_would_be_a_huge_one_is_refused(text: str, tmp_path: Path) -> None:
+def test_alias_bomb_in_config_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(RunError):
         load_config(RunDirectory.open(tmp_path).config())
 
 
-def test_the_config_of_a_run_reads_no_environment_variable(tmp_path: Path) -> None:
+def test_run_config_reads_no_environment_variable(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("data: ${HOME}\n", encoding="utf-8")
     assert RunDirectory.open(tmp_path).config() == {"data": "${HOME}"}
 
@@ -171,14 +169,14 @@ def test_no_command_writes_through_a_linked_folder(
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_what_was_half_written_is_swept_but_not_what_a_link_leads_to(run: Path, outside: Path) -> None:
+def test_temporary_files_are_swept_but_not_link_targets(run: Path, outside: Path) -> None:
     (run / ".x.tmp").symlink_to(outside.parent)
     RunDirectory.open(run).remove_temporary_files()
     assert not (run / ".x.tmp").is_symlink()
     assert outside.exists()
 
 
-def test_a_folder_that_looks_like_a_checkpoint_is_left_alone(run: Path) -> None:
+def test_folder_resembling_a_checkpoint_is_kept(run: Path) -> None:
     (run / "checkpoints" / "last.previous-x").mkdir()
     assert checkpoint.load(run / "checkpoints" / "last")[1]["epoch"] == 1
 
@@ -187,7 +185,7 @@ def test_a_folder_that_looks_like_a_checkpoint_is_left_alone(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../outside.txt", "/etc/hostname", "..", "", "model.json", ".hidden", "a/b"])
-def test_an_asset_is_a_file_of_the_model_folder(run: Path, name: str) -> None:
+def test_asset_outside_of_model_folder_is_refused(run: Path, name: str) -> None:
     edit(run / "model" / "model.json", lambda content: content.update(assets=[name]))
     for read in (read_model, lambda folder: export(folder.parent, "safetensors", dry_run=True)):
         with pytest.raises(RunError, match="is no file of it"):
@@ -266,7 +264,7 @@ def test_preprocessing_of_another_type_is_refused(change: dict[str, Any]) -> Non
         load("backbone", "torchvision").from_assets(assets, model="shufflenet_v2_x0_5", weights=None)
 
 
-def test_files_of_a_run_have_the_mode_of_the_umask(config: dict[str, Any], tmp_path: Path) -> None:
+def test_run_files_have_mode_of_umask(config: dict[str, Any], tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         run = transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path / "runs").folder
@@ -304,13 +302,13 @@ def test_a_file_without_an_end_is_not_read(run: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["/dev/zero", "a\0b.png", "~nobody-is-called-so/a.png", "\udc80.png"])
-def test_a_picture_that_is_none_is_refused(source: str) -> None:
+def test_upload_that_is_no_image_is_refused(source: str) -> None:
     preprocessing = load("backbone", "resnet18")(weights=None).preprocessing
     with pytest.raises(DataError, match="image"):
         preprocessing.read(source)
 
 
-def test_numbers_of_another_type_are_not_taken_for_weights(run: Path) -> None:
+def test_weights_of_wrong_dtype_are_refused(run: Path) -> None:
     file = run / "model" / "weights.safetensors"
     save_file({name: tensor.to(torch.int32) for name, tensor in load_file(file).items()}, file)
     with pytest.raises(RunError, match=r"wrong dtype: expected torch\.float32, got torch\.int32"):
@@ -365,7 +363,7 @@ def test_a_tar_archive_writes_nothing_outside(name: str, tmp_path: Path) -> None
     assert [p.name for p in tmp_path.rglob("*")] == [path.name]
 
 
-def test_a_tar_archive_that_is_a_bomb_is_refused(tmp_path: Path) -> None:
+def test_tar_bomb_is_refused(tmp_path: Path) -> None:
     review = tarfile.TarInfo("aclImdb/train/pos/0_9.txt")
     path = imdb_archive(tmp_path / "aclImdb_v1.tar.gz", [(review, bytes(1 << 21))])
     with pytest.raises(DataError, match="would unpack to"):
@@ -399,7 +397,7 @@ def csv_table(path: Path) -> Tables:
     )  # fmt: skip
 
 
-def test_a_packed_table_that_is_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_table_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "MAX_TABLE_BYTES", 1 << 20)
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"text,label\n" + b" " * (1 << 20)))
     with pytest.raises(DataError, match="would unpack to"):
@@ -407,7 +405,7 @@ def test_a_packed_table_that_is_a_bomb_is_refused(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "1" * 5000 + "}", '{"text": "\\ud800", "label": "a"}'])
-def test_a_line_of_json_that_no_reader_can_take_is_named(tmp_path: Path, line: str) -> None:
+def test_unreadable_json_line_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "t.jsonl").write_text(line + "\n", encoding="utf-8")
     with pytest.raises(DataError):
         csv_table(tmp_path / "t.jsonl").read("text")
@@ -437,7 +435,7 @@ def test_vectors_that_would_fill_the_memory_are_refused(
 
 
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a b", "x;touch evil", "$(touch evil)", ESCAPE, "", "é"])
-def test_a_plugin_s_name_is_no_path_and_no_code(name: str, tmp_path: Path) -> None:
+def test_plugin_name_is_neither_path_nor_code(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no valid package name"):
         new_plugin(name, tmp_path / "here", version="0.1.0")
     assert not list(tmp_path.iterdir())

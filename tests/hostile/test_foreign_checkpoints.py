@@ -162,7 +162,7 @@ def test_restored_plain_data_of_another_type_is_refused(
         transfer.resume(run)
 
 
-def test_state_of_a_parameter_that_is_not_trained_is_refused(stopped: Callable[..., Path]) -> None:
+def test_optimizer_state_of_untrained_parameter_is_refused(stopped: Callable[..., Path]) -> None:
     run = stopped(*ADAM)
     path = run / "checkpoints" / "last" / "optimizer.safetensors"
     save_file({n.replace("first.0.bias", "other"): t for n, t in load_file(path).items()}, path)
@@ -171,7 +171,7 @@ def test_state_of_a_parameter_that_is_not_trained_is_refused(stopped: Callable[.
         transfer.resume(run)
 
 
-def test_weights_of_the_best_epoch_of_another_layout_are_refused(stopped: Callable[..., Path]) -> None:
+def test_best_weights_of_other_layout_are_refused(stopped: Callable[..., Path]) -> None:
     run = stopped(*ADAM)
     perfect = {"loss": 0.0, "accuracy": 1.0, "f1_macro": 1.0}
     # No later epoch is better, so that the checkpoint is read at the end and not replaced.

@@ -133,7 +133,7 @@ def test_edited_study_is_refused_or_taken(folder: Path, statement: str) -> None:
         again(folder)
 
 
-def test_trial_is_run_again_after_the_disk_was_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_runs_again_after_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **options: Any) -> None:
         error = TrainingError("the checkpoint cannot be written: No space left on device")
         raise error from OSError(28, "No space left on device")

@@ -33,7 +33,7 @@ def batches(*sizes: int) -> Iterator[Batch]:
         yield Batch(inputs, torch.zeros(size, dtype=torch.int64), np.arange(size))
 
 
-def test_outputs_are_those_of_the_model_in_eval_mode(model: Model) -> None:
+def test_outputs_equal_model_in_eval_mode(model: Model) -> None:
     pairs = list(forward_batches(model, batches(5, 3), device=CPU))
     model.eval()
     for (batch, outputs), expected in zip(pairs, batches(5, 3), strict=True):
@@ -96,7 +96,7 @@ class Exhausting(nn.Module):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 12 bytes")
 
 
-def test_out_of_memory_states_the_batch_size_and_a_fix(model: Model) -> None:
+def test_out_of_memory_error_has_batch_size_and_fix(model: Model) -> None:
     model.second = Exhausting()
     with pytest.raises(TrainingError, match="memory ran out on a batch of 7 examples") as caught:
         list(forward_batches(model, batches(7), device=CPU))

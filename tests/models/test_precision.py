@@ -80,7 +80,7 @@ def test_fp16_trains_over_phases_with_clipping(config: dict[str, Any], tmp_path:
         ("bf16", "cpu", (0, 0), "bf16"),
     ],
 )
-def test_precision_auto_is_bf16_only_on_gpus_that_compute_in_it(
+def test_precision_auto_by_device(
     precision: Any, device: str, capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -115,7 +115,7 @@ class Compilations:
 
 @pytest.mark.filterwarnings("ignore")  # every torch release has other warnings
 @pytest.mark.parametrize(("backbone_class", "graphs"), [(TextCNN, 2), (BiLSTM, 3)], ids=["textcnn", "bilstm"])
-def test_compiled_text_model_does_not_recompile_for_every_length(
+def test_compiled_text_model_does_not_recompile_per_length(
     backbone_class: type[TextBackbone], graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compilations = Compilations(monkeypatch)
@@ -156,7 +156,7 @@ def test_cuda_graphs_with_accumulated_gradients_are_refused(config: dict[str, An
         transfer.check(config, ["train.compile=fast"])
 
 
-def test_lengths_of_texts_vary_and_sizes_of_images_do_not() -> None:
+def test_varies_in_length_for_texts_but_not_images() -> None:
     text, image = TextCNN().preprocessing, ResNet18().preprocessing
     assert text.varies_in_length
     assert not image.varies_in_length

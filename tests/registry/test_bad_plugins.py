@@ -121,7 +121,7 @@ def test_one_for_this_interface_version_loads(install: Install) -> None:
     assert listed("today") is None
 
 
-def test_plugin_that_requires_the_other_project_called_transfer_is_refused(install: Install) -> None:
+def test_plugin_requiring_other_transfer_project_is_refused(install: Install) -> None:
     entries = {"transfer.heads": ["older = older_plugin:Good"]}
     install("older", "4.0", entries, requires=[f"transfer>={VERSION},<99"], older_plugin=HEAD)
     message = f"it requires transfer>={VERSION},<99, and the distribution of this framework is called transferkit"
@@ -218,7 +218,7 @@ def test_help_lists_them_without_importing_any(call: Any) -> None:
 
 
 @pytest.mark.usefixtures("commands")
-def test_a_broken_subcommand_hurts_itself_alone(call: Any) -> None:
+def test_broken_subcommand_does_not_affect_others(call: Any) -> None:
     status, _, err = call("gone")
     assert status == 2
     assert "command 'gone' cannot be imported: ModuleNotFoundError: No module named 'nowhere_plugin'" in err

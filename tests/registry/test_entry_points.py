@@ -54,7 +54,7 @@ def test_plugins_are_listed_by_kind_and_name(tiny: None) -> None:
     assert ("dense", "(registered)") in {(p.name, p.distribution) for p in plugins("backbone")}
 
 
-def test_loading_a_plugin_imports_that_one_alone(install: Install) -> None:
+def test_load_imports_only_one_plugin(install: Install) -> None:
     entries = {"transfer.heads": ["alpha = alpha_plugin:Good", "beta = beta_plugin:Good"]}
     install("two-heads", "1.2", entries, alpha_plugin=GOOD, beta_plugin=GOOD)
     assert {"alpha", "beta"} <= {p.name for p in plugins("head")}
@@ -63,7 +63,7 @@ def test_loading_a_plugin_imports_that_one_alone(install: Install) -> None:
     assert "beta_plugin" not in sys.modules
 
 
-def test_two_distributions_with_one_name_need_the_qualified_name(install: Install) -> None:
+def test_name_claimed_twice_needs_qualified_name(install: Install) -> None:
     install("first-package", "1.0", {"transfer.heads": ["mine = first_plugin:Good"]}, first_plugin=GOOD)
     install("second-package", "2.0", {"transfer.heads": ["mine = second_plugin:Good"]}, second_plugin=GOOD)
     with pytest.raises(PluginError, match=r"first-package 1\.0 and second-package 2\.0") as caught:
@@ -86,7 +86,7 @@ def test_a_distribution_found_twice_is_one(install: Install, tmp_path: Path, mon
     assert registry.find("head", "mine").distribution == "some-package"
 
 
-def test_an_unknown_name_lists_what_exists_and_the_nearest() -> None:
+def test_unknown_name_lists_available_and_nearest() -> None:
     with pytest.raises(PluginError, match="unknown head 'Linaer'") as caught:
         registry.find("head", "Linaer")
     (problem,) = caught.value.problems
@@ -97,7 +97,7 @@ def test_an_unknown_name_lists_what_exists_and_the_nearest() -> None:
     assert "install the package" in str(far.value.problems[0].fix)
 
 
-def test_a_plugin_that_fails_to_import_is_named_and_breaks_nobody_else(install: Install) -> None:
+def test_failing_import_does_not_affect_other_plugins(install: Install) -> None:
     entries = {"transfer.heads": ["broken = broken_plugin:Good", "whole = whole_plugin:Good"]}
     install("half-broken", "0.3", entries, broken_plugin="raise RuntimeError('no such device')", whole_plugin=GOOD)
     with pytest.raises(PluginError, match="RuntimeError: no such device") as caught:
@@ -110,7 +110,7 @@ def test_a_plugin_that_fails_to_import_is_named_and_breaks_nobody_else(install: 
 
 
 @pytest.mark.parametrize("target", ["nowhere_plugin:Good", "empty_plugin:Missing", "bad_syntax_plugin:Good"])
-def test_an_entry_point_that_leads_nowhere_is_an_error_of_the_plugin(install: Install, target: str) -> None:
+def test_entry_point_without_target_is_plugin_error(install: Install, target: str) -> None:
     install("lost", "1", {"transfer.heads": [f"lost = {target}"]}, empty_plugin="", bad_syntax_plugin="def")
     with pytest.raises(PluginError, match="head 'lost' cannot be imported"):
         registry.load("head", "lost")
@@ -146,7 +146,7 @@ def test_registering_the_same_class_again_replaces_it() -> None:
     assert registry.load("dataset", "mine") is again
 
 
-def test_registering_another_class_under_a_taken_name_is_refused() -> None:
+def test_register_refuses_taken_name() -> None:
     class First(Points):
         pass
 
@@ -158,7 +158,7 @@ def test_registering_another_class_under_a_taken_name_is_refused() -> None:
         register("dataset", "mine")(Second)
 
 
-def test_what_is_registered_in_this_process_wins_over_a_package() -> None:
+def test_registered_class_takes_precedence_over_package() -> None:
     class Mine(Linear):
         pass
 
@@ -187,7 +187,7 @@ class Loud(Speller):
 """
 
 
-def test_a_plugin_may_bring_a_kind_of_its_own(install: Install) -> None:
+def test_kind_declared_by_plugin(install: Install) -> None:
     install("speller", "1", {"transfer.kinds": ["speller = speller_base:Speller"]}, speller_base=NET)
     loud = {"transfer.spellers": ["loud = speller_base:Loud"], "transfer.heads": ["not_loud = speller_base:Loud"]}
     install("loud-speller", "2", loud)
@@ -199,12 +199,12 @@ def test_a_plugin_may_bring_a_kind_of_its_own(install: Install) -> None:
         register("speller", "points")(Points)
 
 
-def test_a_kind_that_ends_in_s_is_its_own_plural() -> None:
+def test_plural_of_kind_ending_in_s() -> None:
     assert registry._group("vectors") == "transfer.vectors"
     assert registry._group("tokenizer") == "transfer.tokenizers"
 
 
-def test_a_kind_that_two_distributions_bring_is_refused_when_it_is_used(install: Install) -> None:
+def test_kind_declared_twice_is_refused_on_use(install: Install) -> None:
     install("first-speller", "1", {"transfer.kinds": ["accent = accent_base:Speller"]}, accent_base=NET)
     install("second-speller", "2", {"transfer.kinds": ["accent = other_accent_base:Speller"]}, other_accent_base=NET)
     assert registry.kinds().count("accent") == 1
@@ -221,7 +221,7 @@ def unavailable(name: str) -> tuple[str, str | None]:
     return problem.message, problem.fix
 
 
-def test_an_extra_that_is_not_installed_makes_what_needs_it_unavailable(install: Install) -> None:
+def test_missing_extra_makes_plugin_unavailable(install: Install) -> None:
     requires = ["nowhere-to-be-found>=2; extra == 'night'", "transferkit"]
     entries = {"transfer.heads": ["owl = owl_plugin:Good [night]", "lark = owl_plugin:Good"]}
     install("birds", "1.0", entries, requires=requires, owl_plugin=GOOD)
@@ -238,7 +238,7 @@ def test_an_extra_that_is_not_installed_makes_what_needs_it_unavailable(install:
     assert registry.load("head", "lark").__module__ == "owl_plugin"
 
 
-def test_an_extra_that_wants_another_version_is_told_to_live_elsewhere(install: Install) -> None:
+def test_extra_with_other_version_suggests_separate_environment(install: Install) -> None:
     requires = [
         "numpy<1.0; extra == 'old'",
         "rich>1; extra == 'old'",
@@ -254,7 +254,7 @@ def test_an_extra_that_wants_another_version_is_told_to_live_elsewhere(install: 
     assert fix == "pip install 'relics[old]' in a separate environment"
 
 
-def test_a_package_without_what_it_always_needs_is_unavailable(install: Install) -> None:
+def test_missing_requirement_makes_plugin_unavailable(install: Install) -> None:
     entries = {"transfer.heads": ["bare = bare_plugin:Good"]}
     install("bare-package", "1", entries, requires=["surely-not-installed", "numpy<1.0"], bare_plugin=GOOD)
     message, fix = unavailable("bare")

@@ -76,7 +76,7 @@ def test_the_description_is_read_from_the_source(target: str, line: str) -> None
     ],
 )
 @pytest.mark.usefixtures("package")
-def test_what_cannot_be_loaded_is_told_without_importing(target: str, message: str) -> None:
+def test_problems_are_listed_without_import(target: str, message: str) -> None:
     found = problem(plugin(target))
     assert found is not None
     assert found.message.endswith(message)
@@ -98,7 +98,7 @@ def test_what_may_be_there_is_no_problem(target: str) -> None:
     assert problem(plugin(target)) is None
 
 
-def test_every_built_in_plugin_has_a_description_and_no_problem() -> None:
+def test_built_in_plugins_have_description_and_no_problem() -> None:
     installed = [plugin for plugin in registry.plugins() if plugin.distribution == "transferkit"]
     assert [plugin.name for plugin in installed if not description(plugin)] == []
 

@@ -76,13 +76,13 @@ def test_preview_batch_is_limited_to_64_examples(rendering: dict[str, Any]) -> N
     assert list(seen["groups"]) == ["run: the first training batch, 100 examples (the first 64)"]
 
 
-def test_preview_batch_refuses_a_field_that_cannot_be_rendered(config: dict[str, Any]) -> None:
+def test_preview_batch_refuses_unrenderable_field(config: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="backbone Dense cannot render point") as caught:
         transfer.preview_batch(config)
     assert caught.value.problems[0].fix == "define render_batch() in PointPreprocessing"
 
 
-def test_text_preview_is_written_only_to_a_given_path(rendering: dict[str, Any], tmp_path: Path) -> None:
+def test_text_preview_is_written_only_to_given_path(rendering: dict[str, Any], tmp_path: Path) -> None:
     assert transfer.preview_batch(rendering).path is None
     seen = transfer.preview_batch(rendering, output=tmp_path / "deep" / "batch.txt")
     assert (tmp_path / "deep" / "batch.txt").read_text(encoding="utf-8") == seen.content

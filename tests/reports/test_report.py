@@ -62,7 +62,7 @@ def test_metrics_per_class_equal_torchmetrics() -> None:
     assert [one.support for one in metrics] == torch.bincount(targets, minlength=5).tolist()
 
 
-def test_metrics_per_class_are_none_without_examples_or_predictions() -> None:
+def test_class_metrics_without_examples_or_predictions() -> None:
     absent, never_predicted = metrics_per_class(torch.tensor([2, 2]), torch.tensor([1, 2]), 3)[:2]
     assert (absent.precision, absent.recall, absent.f1, absent.support) == (None, None, None, 0)
     assert (never_predicted.precision, never_predicted.recall) == (None, 0.0)
@@ -289,7 +289,7 @@ def test_report_is_not_written_if_disabled_or_quick(
     assert ("its metrics are meaningless" in page(run)) == quick
 
 
-def test_failing_report_is_noted_and_the_run_is_complete(
+def test_failing_report_leaves_run_complete(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import transfer
-from transfer.runs.predictor import map_ahead
+from transfer.system.iteration import map_ahead
 
 Call = Callable[..., tuple[int, str, str]]
 

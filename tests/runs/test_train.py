@@ -13,7 +13,8 @@ from conftest import Points
 
 import transfer
 from transfer import ConfigError, DataError, PluginError, RunError, TransferError, register
-from transfer.models.saved_model import LoadedModel, read_model
+from transfer.models.model import Model
+from transfer.models.saved_model import read_model
 from transfer.registry.entry_points import Plugin
 from transfer.runs.train import Run
 from transfer.training.events import EpochEnded, Event, Note, RunStarted
@@ -274,13 +275,13 @@ def test_predict_moves_the_model_to_the_device(
 ) -> None:
     from transfer.runs import predictor
 
-    outputs_of, devices = predictor.outputs_of_encoded, []
+    forward, devices = predictor.forward_batches, []
 
-    def recorded(loaded: LoadedModel, *arguments: Any) -> Any:
-        devices.append({parameter.device.type for parameter in loaded.model.parameters()})
-        return outputs_of(loaded, *arguments)
+    def recorded(model: Model, *arguments: Any, **options: Any) -> Any:
+        devices.append({parameter.device.type for parameter in model.parameters()})
+        return forward(model, *arguments, **options)
 
-    monkeypatch.setattr(predictor, "outputs_of_encoded", recorded)
+    monkeypatch.setattr(predictor, "forward_batches", recorded)
     run = transfer.run(config, output=tmp_path)
     list(transfer.predict(run.folder, ["1,2,3,4"]))
     list(transfer.predict(run.folder, ["1,2,3,4"], device="cpu"))

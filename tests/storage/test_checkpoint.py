@@ -39,13 +39,13 @@ def test_a_checkpoint_comes_back(last: Path) -> None:
     assert "recovered" not in state
 
 
-def test_nothing_else_is_left(last: Path) -> None:
+def test_save_leaves_no_temporary_files(last: Path) -> None:
     assert sorted(p.name for p in last.parent.iterdir()) == ["last", "last.previous"]
     assert sorted(p.name for p in last.iterdir()) == ["model.safetensors", "state.json"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "state", "folder"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(last: Path, damage: str) -> None:
+def test_damaged_checkpoint_falls_back_to_previous(last: Path, damage: str) -> None:
     file = last / "model.safetensors"
     content = bytearray(file.read_bytes())
     if damage == "flip":
@@ -77,7 +77,7 @@ def test_no_checkpoint_at_all_is_an_error(tmp_path: Path) -> None:
         load(tmp_path / "last")
 
 
-def test_a_digest_that_names_a_path_does_not_lead_out_of_the_folder(last: Path) -> None:
+def test_digest_with_path_stays_in_folder(last: Path) -> None:
     state = json.loads((last / "state.json").read_text(encoding="utf-8"))
     state["sha256"] = {"../last.previous/model.safetensors": state["sha256"]["model.safetensors"]}
     del state["own_sha256"]
@@ -87,7 +87,7 @@ def test_a_digest_that_names_a_path_does_not_lead_out_of_the_folder(last: Path) 
     assert tensors["model"]["a"][0, 0] == 2.0
 
 
-def test_a_state_that_was_edited_falls_back_to_the_checkpoint_before(last: Path) -> None:
+def test_edited_state_falls_back_to_previous(last: Path) -> None:
     state = json.loads((last / "state.json").read_text(encoding="utf-8"))
     (last / "state.json").write_text(json.dumps(state | {"epoch": 7}), encoding="utf-8")
     _, state = load(last)
@@ -95,7 +95,7 @@ def test_a_state_that_was_edited_falls_back_to_the_checkpoint_before(last: Path)
     assert "edited" in state["recovered"]
 
 
-def test_tensors_that_share_memory_or_are_views_are_saved(tmp_path: Path) -> None:
+def test_save_views_and_shared_tensors(tmp_path: Path) -> None:
     whole = torch.arange(6.0).reshape(2, 3)
     save(tmp_path / "last", {"model": {"t": whole.T, "row": whole[1]}}, {})
     tensors, _ = load(tmp_path / "last")
@@ -109,7 +109,7 @@ def test_no_pickle_is_read(tmp_path: Path) -> None:
         load_tensors(tmp_path / "weights.safetensors")
 
 
-def test_an_optimizer_s_state_is_named_after_its_parameters() -> None:
+def test_optimizer_state_is_keyed_by_parameter_names() -> None:
     backbone = Dense()
     model = Model(backbone, Linear(backbone.features, 2))
     optimizer = torch.optim.Adam(model.parameters())

@@ -14,7 +14,7 @@ from transfer.storage.environment import environment, environment_diff
 from transfer.storage.run_directory import RunDirectory
 
 
-def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+def test_runs_of_the_same_second_get_separate_folders(tmp_path: Path) -> None:
     paths = {RunDirectory.create(tmp_path / "runs", "name").path for _ in range(5)}
     assert len(paths) == 5
     assert all(path.is_dir() and path.name.startswith("name-") for path in paths)
@@ -35,7 +35,7 @@ def test_the_config_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words"])
-def test_a_config_that_was_edited_badly_is_an_error(tmp_path: Path, text: str) -> None:
+def test_wrongly_edited_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(RunError) as caught:
         RunDirectory.open(tmp_path).config()
@@ -54,7 +54,7 @@ def test_another_folder_names_the_runs_inside_it(tmp_path: Path) -> None:
     assert missing.value.problems[0].available == ("first", "second")
 
 
-def test_a_run_that_did_not_end_has_no_summary(tmp_path: Path) -> None:
+def test_incomplete_run_has_no_summary(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="it did not end"):
         RunDirectory(tmp_path).summary()
 
@@ -110,7 +110,7 @@ def test_metrics_are_made_to_agree_with_the_checkpoint(tmp_path: Path) -> None:
         assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
-def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(tmp_path: Path) -> None:
+def test_lock_refuses_second_process_and_ends_with_first(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     ready, go_on = os.pipe(), os.pipe()
     child = os.fork()

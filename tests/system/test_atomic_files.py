@@ -12,7 +12,7 @@ from transfer.system.atomic_files import atomic_folder, is_disk_full, read_json,
 from transfer.system.file_schema import FileSchema, checked
 
 
-def test_file_is_replaced_and_no_temporary_file_is_left(tmp_path: Path) -> None:
+def test_write_replaces_file_without_leftovers(tmp_path: Path) -> None:
     for content in ("first", "second"):
         write_atomically(tmp_path / "file", content)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "second")]
@@ -87,7 +87,7 @@ def test_content_of_another_type_is_refused(content: dict[str, object]) -> None:
         checked(content, Shape, "shape.json")
 
 
-def test_content_with_a_path_that_is_not_utf8_is_accepted() -> None:
+def test_content_with_non_utf8_path() -> None:
     assert checked({"size": 1, "folder": "\udc80"}, Shape, "shape.json").size == 1
 
 

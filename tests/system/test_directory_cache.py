@@ -63,7 +63,7 @@ def test_least_recently_used_entries_are_evicted(tmp_path: Path) -> None:
     assert {entry.key for entry in cache.entries()} == {KEYS[0], KEYS[2]}
 
 
-def test_new_entry_stays_even_if_it_exceeds_the_limit(tmp_path: Path) -> None:
+def test_new_entry_beyond_limit_is_kept(tmp_path: Path) -> None:
     cache = DirectoryCache(tmp_path, 100)
     cache.add(KEYS[0], content(40))
     cache.add(KEYS[1], content(400))
@@ -97,7 +97,7 @@ def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
         DirectoryCache(tmp_path / "file" / "cache", PLENTY).add(KEYS[0], content())
 
 
-def test_stale_temporary_folders_are_swept_and_fresh_ones_are_not(tmp_path: Path) -> None:
+def test_sweep_removes_only_stale_temporary_folders(tmp_path: Path) -> None:
     cache = DirectoryCache(tmp_path, PLENTY)
     stale, fresh, foreign = (tmp_path / name for name in (f".{KEYS[2]}.{'1' * 32}", f".{KEYS[0]}.{'2' * 32}", ".git"))
     for folder in (stale, fresh, foreign):

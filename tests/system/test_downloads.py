@@ -70,7 +70,7 @@ def test_the_data_folder_is_the_environment_s(monkeypatch: pytest.MonkeyPatch, t
     assert data_folder() == tmp_path / "here"
 
 
-def test_the_data_folder_is_in_the_user_s_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_data_folder_is_in_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TRANSFER_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert data_folder() == tmp_path / "cache" / "transfer"
@@ -97,7 +97,7 @@ def test_a_download_ends_under_its_name(folder: Path, answer: Callable[..., list
     assert asked == [URL]
 
 
-def test_a_length_that_is_not_told_is_no_error(answer: Callable[..., list[str]]) -> None:
+def test_download_without_content_length(answer: Callable[..., list[str]]) -> None:
     answer(CONTENT)
     assert download(URL, "words.zip").read_bytes() == CONTENT
 
@@ -139,7 +139,7 @@ def test_a_broken_download_leaves_nothing(
 @pytest.mark.parametrize(
     "error", [urllib.error.URLError("no route to host"), OSError("no route to host"), TimeoutError("no route to host")]
 )
-def test_without_a_network_the_message_says_which_file_to_put_where(
+def test_error_without_network_names_file_and_path(
     folder: Path, answer: Callable[..., list[str]], error: Exception
 ) -> None:
     answer(error)
@@ -167,7 +167,7 @@ def test_only_https_is_fetched(answer: Callable[..., list[str]], url: str) -> No
     assert asked == []
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(folder: Path, answer: Callable[..., list[str]]) -> None:
+def test_unwritable_folder_is_an_error(folder: Path, answer: Callable[..., list[str]]) -> None:
     answer(CONTENT)
     folder.parent.mkdir(exist_ok=True)
     folder.write_text("a file, no folder")
@@ -255,7 +255,7 @@ def broken_off(server: Server, after: int = 4000) -> str:
     return str(caught.value.problems[0].fix)
 
 
-def test_a_download_goes_on_where_it_broke_off(folder: Path, server: Server) -> None:
+def test_interrupted_download_is_resumed(folder: Path, server: Server) -> None:
     assert broken_off(server).startswith("run it again to resume the download, or download https://")
     assert not (folder / "words.zip").exists()
     path = download(URL, "words.zip", sha256=hashlib.sha256(CONTENT).hexdigest()[:8])
@@ -274,32 +274,32 @@ def test_it_may_break_off_more_than_once(server: Server) -> None:
     assert [wanted for wanted, _ in server.asked] == [None, "bytes=4000-", "bytes=5000-"]
 
 
-def test_a_file_that_changed_in_between_is_fetched_anew(server: Server) -> None:
+def test_changed_file_is_downloaded_again(server: Server) -> None:
     broken_off(server)
     server.content, server.version = b"other words" * 900, '"two"'
     assert download(URL, "words.zip").read_bytes() == server.content
 
 
-def test_a_server_that_cannot_begin_in_the_middle_sends_it_all(server: Server) -> None:
+def test_server_without_ranges_restarts_download(server: Server) -> None:
     broken_off(server)
     server.ranges = False
     assert download(URL, "words.zip").read_bytes() == CONTENT
 
 
-def test_a_part_that_is_longer_than_the_file_is_dropped(folder: Path, server: Server) -> None:
+def test_too_long_partial_file_is_dropped(folder: Path, server: Server) -> None:
     broken_off(server)
     (folder / "words.zip.part").write_bytes(b"x" * 20_000)
     assert download(URL, "words.zip").read_bytes() == CONTENT
     assert [wanted for wanted, _ in server.asked] == [None, "bytes=20000-", None]
 
 
-def test_without_a_version_nothing_is_left_to_go_on_from(folder: Path, server: Server) -> None:
+def test_file_without_version_is_not_resumed(folder: Path, server: Server) -> None:
     server.version = ""
     assert broken_off(server).startswith("download https://")
     assert list(folder.iterdir()) == []
 
 
-def test_a_part_of_something_else_is_found_out_by_the_digest(folder: Path, server: Server) -> None:
+def test_digest_detects_foreign_partial_file(folder: Path, server: Server) -> None:
     broken_off(server)
     (folder / "words.zip.part").write_bytes(b"x" * 4000)
     with pytest.raises(DataError, match="wrong SHA-256"):

@@ -226,7 +226,7 @@ def test_equal_values_are_refused() -> None:
     assert "the raw values 0 and 1, 0 and 2, 0 and 3, 1 and 2, 1 and 3, 2 and 3 are the same input" in message
 
 
-def test_values_that_the_kit_cannot_make_are_asked_for() -> None:
+def test_contracts_ask_for_values_of_unknown_fields() -> None:
     class Record(PointPreprocessing):
         def example(self) -> Any:
             return {"first": 1, "second": "a"}
@@ -249,7 +249,7 @@ def test_values_that_the_kit_cannot_make_are_asked_for() -> None:
     ],
     ids=lambda example: type(example).__name__,
 )
-def test_variants_of_an_example_differ_and_keep_its_type(example: Any) -> None:
+def test_variants_differ_and_keep_type(example: Any) -> None:
     made = variants(example)
     assert made is not None
     assert len(made) == 4
@@ -258,7 +258,7 @@ def test_variants_of_an_example_differ_and_keep_its_type(example: Any) -> None:
 
 
 @pytest.mark.parametrize("example", ["a path", [1, 2], {"a": 1.0}, ([1], [0.5]), None])
-def test_no_variants_are_made_of_values_without_a_range(example: Any) -> None:
+def test_no_variants_of_values_without_range(example: Any) -> None:
     assert variants(example) is None
 
 
@@ -384,7 +384,7 @@ def test_a_broken_head_is_found(cls: type, contract: str, found: str) -> None:
     assert found in broken("head", cls)[contract]
 
 
-def test_dataset_that_needs_one_of_several_options_is_not_broken() -> None:
+def test_dataset_with_alternative_options_passes() -> None:
     (plugin,) = [plugin for plugin in plugins("dataset") if plugin.name == "huggingface"]
     passed, found = quick_check(plugin)
     assert passed == 3
@@ -613,7 +613,7 @@ def test_data_that_is_not_here_is_skipped(tmp_path: Path) -> None:
         next(c for c in contracts_of(case) if c.cost == "data").check()
 
 
-def test_a_name_that_is_no_plugin_of_the_distribution_is_refused() -> None:
+def test_contracts_refuse_unknown_plugin_name() -> None:
     with pytest.raises(PluginError, match="unknown plugin of transferkit 'textcn'") as caught:
         contracts("transferkit", {"textcn": {}})
     assert caught.value.problems[0].fix == "did you mean 'textcnn'?"

@@ -51,7 +51,7 @@ def vector(features: Any) -> Tensor:
         ("sequence", "sequence", 10),
     ],
 )
-def test_features_are_what_the_readout_says(readout: str, layout: Any, size: int) -> None:
+def test_features_by_readout(readout: str, layout: Any, size: int) -> None:
     backbone = build(readout=readout)
     assert backbone.features == FeatureSpec(layout, size)
     stages = [name for name, _ in backbone.stages.named_children()]
@@ -66,7 +66,7 @@ def test_features_are_what_the_readout_says(readout: str, layout: Any, size: int
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("readout", READOUTS)
-def test_a_text_has_the_same_features_alone_and_in_a_longer_batch(source: str, variant: str, readout: str) -> None:
+def test_features_do_not_depend_on_batch(source: str, variant: str, readout: str) -> None:
     backbone = build(source, variant, readout=readout)
     for parameter in backbone.stages[1].parameters():
         nn.init.uniform_(parameter, -1, 1)  # large biases show padding that counts
@@ -127,7 +127,7 @@ def test_the_last_states_are_those_that_torch_returns() -> None:
     torch.testing.assert_close(ReadOut("last_states")(ours((table, rows))), torch.cat([last[-2], last[-1]], dim=1))
 
 
-def test_first_last_is_the_books_encoding_of_a_text_without_padding() -> None:
+def test_first_last_equals_published_encoding_without_padding() -> None:
     backbone = build(readout="first_last")
     book = nn.LSTM(100, 5, num_layers=2, bidirectional=True)  # d2l.ai, 16.2: Sentiment Analysis: Using RNNs
     book.load_state_dict(backbone.stages[1].state_dict())
@@ -148,7 +148,7 @@ def test_outputs_at_padding_are_zero() -> None:
     assert states[mask].any(1).all()
 
 
-def test_maximum_and_mean_are_over_the_words_alone() -> None:
+def test_max_and_mean_ignore_padding() -> None:
     states, mask = torch.tensor([[[-1.0, -4.0], [-3.0, -2.0], [0.0, 0.0]]]), torch.tensor([[True, True, False]])
     assert ReadOut("max")((states, mask)).tolist() == [[-1.0, -2.0]]
     assert ReadOut("mean")((states, mask)).tolist() == [[-2.0, -3.0]]
@@ -157,7 +157,7 @@ def test_maximum_and_mean_are_over_the_words_alone() -> None:
 # -------------------------------------------------------------------------------------------------------------- options
 
 
-def test_dropout_is_between_layers_and_in_training_alone() -> None:
+def test_dropout_only_between_layers_in_training() -> None:
     backbone = build(dropout=0.5)
     ids = inputs(backbone, TEXTS)
     assert not torch.equal(backbone.train()(ids), backbone(ids))
@@ -176,7 +176,7 @@ def test_only_tuned_vectors_are_trained(source: str) -> None:
             assert not backbone.stages[0].tuned.grad[0].any()  # padding
 
 
-def test_vectors_are_frozen_when_the_variant_is_left_out(source: str) -> None:
+def test_vectors_are_frozen_by_default(source: str) -> None:
     assert BiLSTM(vectors=source).stages[0].tuned is None
     assert BiLSTM().stages[0].static is None
 
@@ -209,7 +209,7 @@ def test_a_saved_model_comes_back_without_the_vectors(source: str, variant: str)
 
 
 @pytest.mark.parametrize("readout", READOUTS)
-def test_a_config_can_be_checked_on_the_meta_device(readout: str) -> None:
+def test_config_check_on_meta_device(readout: str) -> None:
     with torch.device("meta"):
         backbone = BiLSTM(vectors="glove.6B.100d", readout=readout)  # type: ignore[arg-type]
         features = vector(backbone(torch.ones(2, 7, dtype=torch.int64)))
@@ -218,7 +218,7 @@ def test_a_config_can_be_checked_on_the_meta_device(readout: str) -> None:
 
 
 @pytest.mark.parametrize("readout", READOUTS)
-def test_a_few_steps_learn_the_order_of_two_words(readout: str) -> None:
+def test_training_learns_word_order(readout: str) -> None:
     torch.manual_seed(0)
     texts = [f"the film was {words} , they said" for words in ("not good but bad", "not bad but good")] * 4
     backbone = BiLSTM.from_data(texts, dimensions=8, hidden_size=8, layers=1, readout=readout)

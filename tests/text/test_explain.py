@@ -60,13 +60,13 @@ def test_the_pieces_in_a_row_are_the_text(tokenizer: TokenizerName, text: str) -
     assert "".join(found.piece for found in apart(text, tokenizer)) == text
 
 
-def test_pieces_are_words_and_marks_as_the_text_has_them() -> None:
+def test_pieces_are_words_and_punctuation() -> None:
     found = [piece.piece.strip() for piece in apart("Don't miss O'Brien's co-star,<br />&quot;he 's\u201d GREAT!!")]
     assert found[:7] == ["Don't", "miss", "O'Brien's", "co-star", ",", "<br />", "&quot;"]
     assert found[7:] == ["he", "'s", "\u201d", "GREAT", "!!"]
 
 
-def test_what_is_left_lacks_the_piece_alone() -> None:
+def test_rest_lacks_only_the_piece() -> None:
     words = preprocessing()
     tokens = words.vocabulary.tokenize("not a good film,but warm")
     for place, found in enumerate(words.occlusions("not a good film,but warm")):
@@ -93,14 +93,14 @@ def test_the_word_that_decides_changes_the_score_most(run: Path) -> None:
     json.dumps(answer)
 
 
-def test_a_change_is_what_the_score_loses_without_the_piece(run: Path) -> None:
+def test_change_is_loss_of_score_without_piece(run: Path) -> None:
     (whole,) = explained(run, f"a {GOOD} film")
     (without,) = transfer.predict(run, ["a film"])
     change = whole["explanation"]["pieces"][1]["change"]
     assert whole["probability"] - without["probabilities"]["good"] == pytest.approx(change, abs=1e-6)
 
 
-def test_a_word_against_the_prediction_changes_it_the_other_way(run: Path) -> None:
+def test_opposing_word_has_opposite_change(run: Path) -> None:
     (answer,) = explained(run, f"{GOOD} {GOOD} story of two men, long {BAD}")
     of = {piece["piece"].strip(): piece["change"] for piece in answer["explanation"]["pieces"]}
     other = BAD if answer["label"] == "good" else GOOD
@@ -153,7 +153,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     assert not ended.value.code
 
 
-def test_the_console_shows_the_text_and_its_strongest_words(
+def test_console_shows_text_and_strongest_words(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command(monkeypatch, "predict", str(run), f"A long, {GOOD} film!", "--explain")
@@ -196,7 +196,7 @@ def test_a_backbone_that_cannot_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["reviews.txt", "/no/such/file", "./review", "~/review", "../x.txt"])
-def test_a_path_where_nothing_is_is_not_taken_for_a_text(path: str) -> None:
+def test_missing_path_is_not_predicted_as_text(path: str) -> None:
     with pytest.raises(DataError, match="text file does not exist") as caught:
         preprocessing().read(path)
     assert caught.value.problems[0].where == path

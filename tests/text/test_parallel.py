@@ -76,7 +76,7 @@ def test_a_helper_that_fails_is_done_without(
     assert [process.returncode for process in started] == [1, 1]
 
 
-def test_a_helper_that_cannot_be_started_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_without_startable_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = alone(monkeypatch, "glove")
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     assert Vocabulary.build(TEXTS, "glove", min_frequency=2).to_json() == expected.to_json()
@@ -104,7 +104,7 @@ def test_a_helper_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(("written", "most"), [("1", 1), ("2", 2), ("4,2", 4), ("", 4)])
-def test_omp_num_threads_says_how_many(written: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_omp_num_threads_limits_processes(written: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("OMP_NUM_THREADS", written)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)

@@ -59,7 +59,7 @@ def unpack(folder: Path, reviews: dict[str, str]) -> Path:
     return folder / "aclImdb"
 
 
-def test_the_archive_and_the_folder_give_the_same_reviews_in_order(folder: Path) -> None:
+def test_imdb_archive_and_folder_give_same_reviews(folder: Path) -> None:
     (folder / "packed").mkdir()
     (folder / "open").mkdir()
     shuffled = dict(reversed(REVIEWS.items())) | {
@@ -81,7 +81,7 @@ def test_the_archive_and_the_folder_give_the_same_reviews_in_order(folder: Path)
         assert data.spec.classes == ("negative", "positive")
 
 
-def test_the_data_folder_is_looked_in_before_anything_is_downloaded(folder: Path) -> None:
+def test_imdb_in_data_folder_is_not_downloaded(folder: Path) -> None:
     pack(folder, REVIEWS)
     assert len(IMDb().load().splits["test"]) == 6
 
@@ -110,7 +110,7 @@ def test_what_is_not_there_is_downloaded(folder: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("file", ["reviews.bin", "reviews.json"])
-def test_an_archive_is_unpacked_once_and_again_where_that_was_damaged(
+def test_imdb_archive_is_read_again_if_cache_is_damaged(
     folder: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     monkeypatch.setenv("TRANSFER_CACHE", str(folder / "cache"))
@@ -140,7 +140,7 @@ def test_a_damaged_archive_is_refused(folder: Path) -> None:
         IMDb().load()
 
 
-def test_a_root_without_the_data_says_what_it_holds(folder: Path) -> None:
+def test_root_without_data_lists_its_content(folder: Path) -> None:
     (folder / "somewhere").mkdir()
     (folder / "somewhere" / "else.txt").touch()
     with pytest.raises(DataError) as caught:
@@ -226,7 +226,7 @@ def test_quoting_is_that_of_python(tmp_path: Path) -> None:
     assert csv.field_size_limit() == 131_072  # what is global is put back
 
 
-def test_a_reader_that_is_left_half_way_lowers_no_limit(tmp_path: Path) -> None:
+def test_abandoned_csv_reader_keeps_field_limit(tmp_path: Path) -> None:
     records = read_delimited(["text,label\n", "a,b\n", "c,d\n"], tmp_path / "short.csv", Dialect(","))
     next(records)
     assert csv.field_size_limit() >= 131_072
@@ -256,7 +256,7 @@ def test_every_format_gives_the_same_rows(
     assert data.spec.classes == ("x", "y")
 
 
-def test_labels_of_json_lines_may_be_numbers_and_booleans(tmp_path: Path) -> None:
+def test_json_lines_labels_are_numbers_and_booleans(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"text": "a", "label": label}) for label in (1, 0, True, "x"))
     assert TextCSV(train=write(tmp_path, lines, "a.jsonl")).load().spec.classes == ("0", "1", "true", "x")
 
@@ -272,7 +272,7 @@ def test_several_columns_are_labels_or_numbers(tmp_path: Path) -> None:
     assert numbers.splits["train"].targets.dtype == np.float32
 
 
-def test_one_column_may_name_all_labels_of_a_text(tmp_path: Path) -> None:
+def test_label_list_in_one_column(tmp_path: Path) -> None:
     train = write(tmp_path, "text,genres\none,drama| comedy\ntwo,\nthree,war\n")
     test = write(tmp_path, '{"text": "a", "genres": ["war", "drama"]}\n{"text": "b", "genres": []}\n', "test.jsonl")
     data = TextCSV(train=train, test=test, label="genres", target="label_list", separator="|").load()
@@ -297,7 +297,7 @@ def test_a_validation_table_is_a_split(tmp_path: Path) -> None:
     }
 
 
-def test_names_of_rows_survive_a_loader_process_and_slicing(tmp_path: Path) -> None:
+def test_row_names_survive_pickling_and_slicing(tmp_path: Path) -> None:
     path = write(tmp_path, TABLE)
     names = pickle.loads(pickle.dumps(TextCSV(train=path).load().splits["train"].names))
     assert list(names[1:]) == [f"{path}:3"]
@@ -307,7 +307,7 @@ def test_utf_16_is_recognised(tmp_path: Path) -> None:
     assert "set encoding: utf-16" in problem(tmp_path, TABLE.encode("utf-16"))
 
 
-def test_a_table_that_is_not_utf_16_is_named(tmp_path: Path) -> None:
+def test_table_that_is_not_utf_16_is_named(tmp_path: Path) -> None:
     test = write(tmp_path, TABLE, "test.csv")
     (tmp_path / "train.csv").write_bytes(TABLE.encode("utf-16"))
     with pytest.raises(DataError, match="no byte order mark of UTF-16") as caught:
@@ -323,19 +323,19 @@ def test_half_a_character_is_named(tmp_path: Path) -> None:
     assert caught.value.problems[0].where == f"{path}:2"
 
 
-def test_an_object_without_a_label_is_no_matter_of_the_delimiter(tmp_path: Path) -> None:
+def test_missing_json_label_does_not_suggest_delimiter(tmp_path: Path) -> None:
     path = write(tmp_path, '{"text": "one"}\n', "train.jsonl")
     with pytest.raises(DataError, match="unknown column 'label'") as caught:
         TextCSV(train=path).load()
     assert "delimiter" not in str(caught.value.problems[0].fix)
 
 
-def test_the_options_alone_say_what_they_can(tmp_path: Path) -> None:
+def test_spec_from_options_without_data(tmp_path: Path) -> None:
     assert TextCSV(train="nowhere.csv").spec.classes == ()
     assert TextCSV(train="nowhere.csv", label=("a", "b"), target="labels").spec.classes == ("a", "b")
 
 
-def test_a_table_in_the_data_folder_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_name_in_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFER_DATA", str(tmp_path))
     write(tmp_path, TABLE, "in_the_folder.csv")
     assert len(TextCSV(train="in_the_folder.csv").load().splits["train"]) == 2
@@ -347,7 +347,7 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
     assert caught.value.problems[0].where == str(tmp_path / "none.csv")
 
 
-def test_a_missing_column_lists_the_columns_and_the_nearest(tmp_path: Path) -> None:
+def test_missing_column_lists_available_and_nearest(tmp_path: Path) -> None:
     message = problem(tmp_path, TABLE, text="texts")
     assert "train.csv:2: unknown column 'texts'" in message
     assert "available: label, text" in message
@@ -374,7 +374,7 @@ def test_a_table_with_an_unusual_delimiter_is_explained(tmp_path: Path) -> None:
         ("", "train.csv: the table contains no rows"),
     ],
 )
-def test_a_wrong_table_is_named_by_file_and_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+def test_wrong_table_error_has_file_and_line(tmp_path: Path, content: str | bytes, message: str) -> None:
     assert message in problem(tmp_path, content)
 
 
@@ -445,7 +445,7 @@ def sizes(root: str, **options: Any) -> dict[str, int]:
     return {name: len(split) for name, split in TextFolder(root=root, **options).load().splits.items()}
 
 
-def test_a_folder_for_each_class_is_read_in_order(tmp_path: Path) -> None:
+def test_class_folders_are_read_in_order(tmp_path: Path) -> None:
     root = plant(tmp_path, "train/b/1.txt", "train/a/2.txt", "train/a/deep/1.txt", "test/a/x.TXT", "test/b/y.txt")
     data = TextFolder(root=root).load()
     train = data.splits["train"]
@@ -472,7 +472,7 @@ def test_folders_of_splits_go_by_their_usual_names(
     assert sizes(root) == splits
 
 
-def test_without_folders_of_splits_a_part_of_each_class_is_the_test_split(tmp_path: Path) -> None:
+def test_test_split_from_class_folders_without_splits(tmp_path: Path) -> None:
     root = plant(tmp_path, *(f"{label}/{number}.txt" for label in "ab" for number in range(10)))
     data = TextFolder(root=root, test_fraction=0.3).load()
     assert {name: split.targets.tolist() for name, split in data.splits.items()} == {
@@ -522,9 +522,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     assert TextFolder(root=root, encoding="latin-1").load().splits["train"].fields["text"][1] == "caf\xe9"
 
 
-def test_empty_texts_of_a_folder_are_named_together_or_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_empty_texts_of_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = plant(tmp_path, *(f"train/{label}/{number}.txt" for label in "ab" for number in range(3)))
     for name, content in {"a/1": " ", "b/0": "<br />", "b/2": "&nbsp;\u200b"}.items():
         (tmp_path / f"train/{name}.txt").write_text(content)
@@ -574,9 +572,7 @@ def test_empty_text(text: str, expected: bool) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_empty_texts_of_a_table_are_named_together_or_left_out(
-    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_empty_texts_of_table(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
     rows = [("one", "a"), (" ", "b"), ("two", "b"), ("<br />", "a"), ("three", "a")]
     path = tmp_path / f"train.{suffix}"
     if suffix == "csv":
@@ -599,7 +595,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"val": "train"}, {"encoding": "utf-9"}])
-def test_options_of_a_folder_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+def test_text_folder_refuses_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         TextFolder(root="texts", **options)
 
@@ -607,7 +603,7 @@ def test_options_of_a_folder_that_make_no_sense_are_refused(options: dict[str, A
 # --------------------------------------------------------------------------------------------------------- huggingface
 
 
-def test_without_the_library_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huggingface_without_library_states_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
@@ -620,7 +616,7 @@ def test_without_the_library_the_message_says_how_to_get_it(monkeypatch: pytest.
 @pytest.mark.parametrize(
     "options", [{}, {"train": "a.pickle"}, {"dataset": "x", "label": "text"}, {"dataset": "x", "label": ("a", "b")}]
 )
-def test_options_of_huggingface_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+def test_huggingface_refuses_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         HuggingFace(**options)
 
@@ -720,7 +716,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rows]:
     return splits
 
 
-def test_dataset_of_the_hub_is_read_by_the_rules_of_tables(hub: dict[str, Rows]) -> None:
+def test_hub_dataset_follows_rules_of_tables(hub: dict[str, Rows]) -> None:
     hub["train"] = Rows({"text": f"text {i}", "label": i % 2, "image": b""} for i in range(2500))
     hub["train"].features = {"label": SimpleNamespace(names=["neg", "pos"])}
     hub["test"] = hub["train"]
@@ -741,7 +737,7 @@ def test_dataset_of_the_hub_is_read_by_the_rules_of_tables(hub: dict[str, Rows])
     assert HuggingFace(dataset="a/b", bad_texts="skip").load().splits["train"].name(1) == "train[2]"
 
 
-def test_unlabeled_test_split_of_the_hub_is_not_used(hub: dict[str, Rows], caplog: pytest.LogCaptureFixture) -> None:
+def test_unlabeled_hub_test_split_is_not_used(hub: dict[str, Rows], caplog: pytest.LogCaptureFixture) -> None:
     for name, labels in {"train": [0, 1], "validation": [1, 0], "test": [-1, -1]}.items():
         hub[name] = Rows({"text": f"{name} {index}", "label": label} for index, label in enumerate(labels))
         hub[name].features = {"label": SimpleNamespace(names=["no", "yes"])}

@@ -72,7 +72,7 @@ def _registered() -> None:
 # ---------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def test_a_tokenizer_of_a_package_learns_a_vocabulary_as_ours_do() -> None:
+def test_plugin_tokenizer_builds_vocabulary() -> None:
     vocabulary = PluginVocabulary.build(TEXTS, "characters/4")
     assert vocabulary.tokens[:6] == ("< padding >", "< unknown >", " fil", "film", "a fi", " fin")
     assert vocabulary.counts is not None
@@ -100,7 +100,7 @@ def test_a_tokenizer_may_bring_its_vocabulary() -> None:
     assert vocabulary.counts.tolist() == [0, 3, 0, 3, 1]
 
 
-def test_a_vocabulary_with_a_word_twice_is_a_broken_contract() -> None:
+def test_duplicate_word_of_plugin_is_refused() -> None:
     class Twice(Fixed):
         def vocabulary(self, texts: Any, **options: Any) -> list[str]:
             return ["film", "film"]
@@ -110,7 +110,7 @@ def test_a_vocabulary_with_a_word_twice_is_a_broken_contract() -> None:
         PluginVocabulary.build(TEXTS, "twice")
 
 
-def test_a_text_that_spells_a_special_token_does_not_mean_it() -> None:
+def test_special_token_in_text_is_not_padding() -> None:
     transfer.register("tokenizer", "lines")(type("Lines", (Fixed,), {"tokenize": lambda self, text: [text]}))
     assert PluginVocabulary.build(TEXTS, "lines").encode(["< padding >"])[0].tolist() != [PADDING]
 
@@ -125,7 +125,7 @@ def test_json_and_pickle_bring_back_the_same_vocabulary() -> None:
     assert type(read_vocabulary(Vocabulary.build(TEXTS).to_json())) is Vocabulary
 
 
-def test_words_of_vectors_are_appended_where_a_text_can_spell_them() -> None:
+def test_spellable_vector_words_are_appended() -> None:
     vocabulary = PluginVocabulary.build(TEXTS, "fixed").extended(["film", "superb", "two words"])
     assert vocabulary.tokens[2:] == ("zebra", "film", "fine", "superb")
     assert vocabulary.counts is not None
@@ -157,7 +157,7 @@ def test_a_class_of_another_kind_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------------------- vectors
 
 
-def test_vectors_of_a_package_are_looked_up_in_every_spelling() -> None:
+def test_plugin_vectors_are_looked_up_by_spelling() -> None:
     assert width_of("hashed") == 4
     vectors = read_vectors("hashed/6", ["film", "Film", "(film)", "12"])
     assert vectors.matrix.shape == (4, 6)
@@ -170,7 +170,7 @@ def test_vectors_of_a_package_are_looked_up_in_every_spelling() -> None:
         words_of("hashed")
 
 
-def test_vectors_of_the_wrong_shape_are_a_broken_contract() -> None:
+def test_plugin_vectors_of_wrong_shape_are_refused() -> None:
     class Wide(Hashed):
         @property
         def width(self) -> int:
@@ -200,7 +200,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def test_a_config_reaches_both_and_the_model_folder_says_all(tmp_path: Path) -> None:
+def test_run_with_plugin_tokenizer_and_vectors(tmp_path: Path) -> None:
     run = transfer.run(CONFIG, output=tmp_path)
     assert run.summary["pretrained"]["vectors"] == "hashed/8"
     assert run.summary["pretrained"]["found"] > 500
@@ -225,7 +225,7 @@ class Halves(Tokenizer):
 """
 
 
-def test_where_the_package_is_not_installed_the_error_says_what_to_install(install: Install) -> None:
+def test_error_without_package_states_what_to_install(install: Install) -> None:
     entry = {"transfer.tokenizers": ["halves = halves_plugin:Halves [deep]"]}
     install("half-words", "1.5", entry, requires=["numpy>1; extra == 'deep'"], halves_plugin=PACKAGE)
     backbone = TextCNN.from_data(TEXTS, tokenizer="halves", filters=2, dimensions=4)

@@ -39,7 +39,7 @@ def test_encoding_cuts_to_the_longest_length(preprocessing: TextPreprocessing) -
     ("truncation", "kept"),
     [("head", [[2, 3, 4], [2, 3]]), ("tail", [[4, 5, 6], [2, 3]]), ("both", [[2, 3, 6], [2, 3]])],
 )
-def test_truncation_says_which_words_stay(truncation: Truncation, kept: list[list[int]]) -> None:
+def test_truncation_by_side(truncation: Truncation, kept: list[list[int]]) -> None:
     words = Vocabulary.build(["a b c d e"])
     assert lists(TextPreprocessing(words, 3, truncation).encode(["a b c d e", "a b"])) == kept
     whole = TextPreprocessing(words, None, truncation).encode(["a b c d e"])
@@ -47,7 +47,7 @@ def test_truncation_says_which_words_stay(truncation: Truncation, kept: list[lis
     assert TextPreprocessing(words, 3, truncation).describe()["truncation"] == truncation
 
 
-def test_encoded_texts_are_a_sequence_over_one_flat_array(preprocessing: TextPreprocessing) -> None:
+def test_encoded_texts_are_slices_of_one_array(preprocessing: TextPreprocessing) -> None:
     encoded = preprocessing.encode(TEXTS)
     assert len(encoded) == 4
     assert lists(encoded[1:3]) == lists(encoded)[1:3]
@@ -61,7 +61,7 @@ def test_encoded_texts_are_a_sequence_over_one_flat_array(preprocessing: TextPre
     assert list(preprocessing.encode([])) == []
 
 
-def test_the_loss_by_truncation_is_told() -> None:
+def test_truncation_loss_is_reported() -> None:
     lengths = np.array([2, 4, 10])
     assert truncation_loss(lengths, 4) == {"max_length": 4, "texts_cut": 0.3333, "tokens_cut": 0.375}
     assert truncation_loss(lengths, None) == {"max_length": None, "texts_cut": 0.0, "tokens_cut": 0.0}
@@ -118,7 +118,7 @@ def test_other_texts_or_settings_are_other_entries(folder: Path, texts: list[str
     assert set(folder.iterdir()) - before
 
 
-def test_which_words_can_be_spelled_is_found_out_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spellable_words_are_computed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "MIN_CACHED_WORDS", 1)
     words = Vocabulary.build(TEXTS)
     longer = words.extended(["new", "two words", "other"])
@@ -143,7 +143,7 @@ def test_a_damaged_entry_is_made_again(folder: Path, file: str) -> None:
     assert lists(again.encode(TEXTS)) == encoded
 
 
-def test_without_a_cache_everything_goes_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_encode_without_writable_cache(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder.parent.write_text("a file where the folder should be")
     assert lists(Vocabulary.build(TEXTS).encode(TEXTS))[3] == [2]
     assert "nothing is cached" in caplog.text
@@ -177,7 +177,7 @@ def test_nothing_half_written_stays(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_an_entry_that_another_run_made_first_is_taken(folder: Path) -> None:
+def test_entry_of_concurrent_run_is_used(folder: Path) -> None:
     def write(path: Path) -> None:
         path.joinpath("x").write_bytes(b"ours")
         other = folder / f"encoded-{cache.digest(1)}"
@@ -225,7 +225,7 @@ def test_a_text_without_a_word_is_refused(preprocessing: TextPreprocessing, text
         preprocessing.encode(["a", text])
 
 
-def test_read_takes_a_text_or_the_path_of_one(preprocessing: TextPreprocessing, tmp_path: Path) -> None:
+def test_read_accepts_text_or_path(preprocessing: TextPreprocessing, tmp_path: Path) -> None:
     (tmp_path / "review.txt").write_text("\ufeffA fine film.", encoding="utf-8")
     assert preprocessing.read(str(tmp_path / "review.txt")) == "A fine film."
     assert preprocessing.read("A fine film.") == "A fine film."
@@ -239,7 +239,7 @@ def test_read_names_a_file_that_is_no_text(preprocessing: TextPreprocessing, tmp
     assert caught.value.problems[0].where == str(tmp_path / "picture.jpg")
 
 
-def test_the_description_tells_vocabularies_apart(preprocessing: TextPreprocessing) -> None:
+def test_description_differs_between_vocabularies(preprocessing: TextPreprocessing) -> None:
     other = TextPreprocessing(Vocabulary.build(["a b c e"]), max_length=3)
     assert preprocessing.describe()["vocabulary_size"] == other.describe()["vocabulary_size"] == 6
     assert preprocessing.describe() != other.describe()

@@ -17,7 +17,7 @@ def shown(text: str, max_length: int | None = None, truncation: Truncation = "he
     return preprocessing.render_batch(inputs, [text, "a"], ["true: x\nsaid: y", "z"], {"heading": [0, 1]}).splitlines()
 
 
-def test_unknown_words_are_marked_and_padding_is_not_shown() -> None:
+def test_unknown_words_are_marked_without_padding() -> None:
     lines = shown("a zebra b")
     assert lines[:6] == ["heading", "", "true: x | said: y", "    a <unk> b", "", "z"]
     assert lines[6] == "    a"

@@ -83,7 +83,7 @@ def test_features_are_the_definition_of_the_paper(source: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_text_has_the_same_features_alone_and_in_a_longer_batch(source: str, variant: str) -> None:
+def test_features_do_not_depend_on_batch(source: str, variant: str) -> None:
     backbone = build(source, variant)
     for parameter in backbone.stages[1].parameters():
         torch.nn.init.uniform_(parameter, -1, 1)  # a bias that is large shows padding that counts
@@ -132,7 +132,7 @@ def test_the_channels_of_each_variant(source: str) -> None:
     }
 
 
-def test_unknown_words_are_zero_the_mean_or_random_with_the_same_spread(source: str) -> None:
+def test_vectors_of_unknown_words_by_option(source: str) -> None:
     known = torch.stack([vector(source, word) for word in ("a", "fine", "film", "slow")])
     rows = {}
     for unknown in ("zero", "mean", "random"):
@@ -187,7 +187,7 @@ def test_the_vocabulary_follows_its_options() -> None:
 
 
 @pytest.mark.parametrize("vectors", [None, "mini", "glove.840B.300d"])
-def test_a_config_can_be_checked_on_the_meta_device(vectors: str | None) -> None:
+def test_config_check_on_meta_device(vectors: str | None) -> None:
     with torch.device("meta"):
         backbone = TextCNN(vectors=vectors)
         assert backbone(torch.ones(2, 7, dtype=torch.int64)).shape == (2, backbone.features.size)
@@ -223,7 +223,7 @@ def test_a_saved_width_counts_for_dimensions_too() -> None:
         TextCNN.from_assets(assets, dimensions=9)
 
 
-def test_a_few_steps_learn_to_tell_two_words_apart() -> None:
+def test_training_learns_to_distinguish_words() -> None:
     torch.manual_seed(0)
     texts = [f"the film was {word}" for word in ("fine", "slow")] * 8
     backbone = TextCNN.from_data(texts, dimensions=8, **SMALL)
@@ -322,7 +322,7 @@ def test_lower_precision_is_near() -> None:
     assert all(parameter.grad is not None for parameter in layers.parameters())
 
 
-def test_the_table_holds_each_word_of_the_batch_once() -> None:
+def test_table_contains_distinct_words_of_batch() -> None:
     embedded = WordEmbedding(50, 6, frozen=True, tuned=True)
     indices = torch.tensor([[7, 3, 7, 49], [3, 3, 0, 0]])
     table, rows = embedded(indices)
@@ -333,7 +333,7 @@ def test_the_table_holds_each_word_of_the_batch_once() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_features_and_gradients_of_a_gpu_are_those_of_the_cpu(
+def test_features_and_gradients_agree_on_gpu_and_cpu(
     source: str, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {} if variant == "rand" else {"vectors_vocabulary": True}
@@ -353,7 +353,7 @@ def test_features_and_gradients_of_a_gpu_are_those_of_the_cpu(
         torch.testing.assert_close(one, other)
 
 
-def test_gpu_looks_words_and_masks_up_once_for_all_kernels(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_looks_up_words_once_for_all_kernels(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (embedding, textcnn):
         monkeypatch.setattr(module, "use_batch_vocabulary", lambda rows: False)
     names: list[str] = []
@@ -384,7 +384,7 @@ def test_padding_gets_no_gradient(source: str) -> None:
     assert gradient[index(backbone, "film")].any()
 
 
-def test_the_saved_format_is_one_convolution_per_kernel_size(source: str) -> None:
+def test_state_dict_has_one_convolution_per_kernel_size(source: str) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in build(source).state_dict().items()}
     size = len(build(source).vocabulary)
     assert shapes == {

@@ -118,7 +118,7 @@ def test_a_tokenizer_that_torchtext_lacks_is_named(capsys: pytest.CaptureFixture
 # ------------------------------------------------------------------------------------------------------------- vectors
 
 
-def test_glove_by_its_name_is_read_as_ours_and_not_downloaded(data_folder: Path) -> None:
+def test_glove_by_name_equals_ours_without_download(data_folder: Path) -> None:
     lines = [line + " 0" * 97 for line in LINES]
     (data_folder / "vectors" / "glove.6B.100d.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     ours, theirs = read_vectors("glove.6B.100d", WORDS), read_vectors("torchtext/glove.6B.100d", WORDS)
@@ -146,7 +146,7 @@ def test_any_file_of_vectors_is_read_as_ours(data_folder: Path, tmp_path: Path) 
     assert read_vectors("torchtext/mini", ["film", "zzyzx"]).found.tolist() == [True, False]
 
 
-def test_fasttext_of_any_language_is_read_under_its_usual_name(data_folder: Path) -> None:
+def test_fasttext_by_usual_name(data_folder: Path) -> None:
     lines = ["2 300", f"film{' 0.5' * 300}", f"kino{' -0.5' * 300}"]
     (data_folder / "wiki.de.vec").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for name in ("torchtext/fasttext.de", "torchtext/fasttext.de.300d"):
@@ -260,9 +260,7 @@ def test_the_same_config_has_the_same_losses(backbone: dict[str, Any], tmp_path:
 
 
 @pytest.mark.data
-def test_the_same_config_has_the_same_losses_with_gloves_own_vectors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_equal_with_torchtext_glove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (head,) = real("vectors/glove.6B.100d.head.txt")
     (tmp_path / "vectors").mkdir()
     (tmp_path / "vectors" / "glove.6B.100d.txt").symlink_to(head)  # where ours and torchtext's look for it
@@ -271,7 +269,7 @@ def test_the_same_config_has_the_same_losses_with_gloves_own_vectors(
 
 
 @pytest.mark.data
-def test_the_same_config_has_the_same_losses_on_real_reviews(tmp_path: Path) -> None:
+def test_losses_equal_on_real_reviews(tmp_path: Path) -> None:
     real("aclImdb_v1.tar.gz", "vectors/imdb.w2v.100d.txt.gz")
     config = config_of({"name": "imdb", "limit": 300}, BACKBONES[0] | {"min_frequency": 2, "filters": 20})
     assert_same_training(config, "imdb.w2v.100d.txt.gz", tmp_path)

@@ -179,7 +179,7 @@ def test_embedding_equals_sentence_transformers():
     torch.testing.assert_close(vectors, torch.from_numpy(library.encode(texts)), atol=1e-5, rtol=0)
 
 
-def test_run_without_a_stored_readout_reads_the_first_token():
+def test_run_without_stored_readout_reads_first_token():
     backbone = Transformers(model="bert")
     saved = {name: text for name, text in backbone.assets().items() if name != "readout.json"}
     again = Transformers.from_assets(saved, model="bert").eval()

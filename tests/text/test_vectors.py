@@ -31,7 +31,7 @@ def plain(folder: Path, content: str = LINES) -> str:
     return str(folder / "own.txt")
 
 
-def test_rows_follow_the_words_and_missing_ones_are_zero(folder: Path) -> None:
+def test_rows_follow_words_with_zeros_for_missing(folder: Path) -> None:
     read = read_vectors(plain(folder), ["film", "nowhere", "the"])
     assert read.found.tolist() == [True, False, True]
     np.testing.assert_allclose(read.matrix, [[1, -2, 0.3], [0, 0, 0], [0.1, 0.2, 0.3]], rtol=1e-6)
@@ -42,14 +42,14 @@ def test_a_word_may_hold_spaces(folder: Path) -> None:
     assert read_vectors(plain(folder), [". . ."]).matrix.tolist() == [[7, 8, 9]]
 
 
-def test_other_spellings_are_tried_and_the_exact_one_wins(folder: Path) -> None:
+def test_exact_spelling_takes_precedence(folder: Path) -> None:
     source = plain(folder, "mr 1 1\nThe 2 2\nthe 3 3\n. 4 4\nTHE 5 5\n")
     read = read_vectors(source, ["mr.", "the", "THE", "The", "...", "tHe", "!"])
     assert read.matrix[:, 0].tolist() == [1, 3, 5, 2, 4, 3, 0]
     assert read.found.tolist() == [True] * 6 + [False]
 
 
-def test_of_two_lines_for_a_word_the_first_counts(folder: Path) -> None:
+def test_first_of_duplicate_lines_is_used(folder: Path) -> None:
     assert read_vectors(plain(folder, "a 1 1\na 2 2\n"), ["a"]).matrix.tolist() == [[1, 1]]
 
 
@@ -86,7 +86,7 @@ def test_an_archive_of_several_files_asks_which(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["glove.6B.50d.txt", "vectors/glove.6B.50d.txt", "vectors/glove.6B.50d.txt.gz"])
-def test_a_known_name_is_found_in_the_data_folder(folder: Path, place: str) -> None:
+def test_known_name_in_data_folder(folder: Path, place: str) -> None:
     line = "film" + " 0.5" * 50 + "\n"
     with (gzip.open if place.endswith(".gz") else open)(folder / place, "wt", encoding="utf-8") as file:
         file.write(line)
@@ -100,16 +100,16 @@ def test_a_known_name_is_found_inside_the_archive(folder: Path, place: str) -> N
     assert read_vectors("glove.6B.50d", ["film"]).matrix.tolist() == [[0.5] * 50]
 
 
-def test_a_file_in_the_data_folder_goes_by_its_name(folder: Path) -> None:
+def test_file_name_in_data_folder(folder: Path) -> None:
     (folder / "vectors" / "own.3d.txt").write_text(LINES)
     assert width_of("own.3d") == width_of("own.3d.txt") == width_of("vectors/own.3d.txt") == 3
 
 
-def test_a_known_name_needs_no_file_for_its_width() -> None:
+def test_width_of_known_name_needs_no_file() -> None:
     assert [width_of(name) for name in ("glove.6B.200d", "glove.42B.300d", "glove.840B.300d")] == [200, 300, 300]
 
 
-def test_a_known_name_that_is_not_there_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_known_name_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def download(url: str, name: str) -> Path:
@@ -123,7 +123,7 @@ def test_a_known_name_that_is_not_there_is_downloaded(folder: Path, monkeypatch:
     assert asked == [("https://nlp.stanford.edu/data/glove.6B.zip", "vectors/glove.6B.zip")]
 
 
-def test_a_failed_download_says_which_file_to_put_where(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_names_file_and_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(url: str, name: str) -> Path:
         raise DataError("no network")
 
@@ -151,7 +151,7 @@ def test_an_unknown_source_lists_what_there_is(folder: Path) -> None:
         ("film 1  3", "not a finite number"),
     ],
 )
-def test_a_wrong_line_is_named_by_file_and_number(folder: Path, line: str, message: str) -> None:
+def test_wrong_line_error_has_file_and_number(folder: Path, line: str, message: str) -> None:
     source = plain(folder, f"the 0.1 0.2 0.3\n{line}\n")
     with pytest.raises(WeightsError, match=message) as caught:
         read_vectors(source, ["film"])
@@ -251,7 +251,7 @@ def test_a_wrong_binary_file_is_explained(folder: Path, content: bytes, message:
     assert caught.value.problems[0].fix
 
 
-def test_fasttexts_format_says_when_it_was_cut_short(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_fasttext_file_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "wiki.vec").write_text("1000 2\nthe 1 2 \n, 3 4 \n")
     assert read_vectors(str(folder / "wiki.vec"), [","]).matrix.tolist() == [[3, 4]]
     assert "contains 2 vectors, expected 1000" in caplog.text
@@ -302,7 +302,7 @@ def test_what_is_damaged_is_made_again(folder: Path) -> None:
         assert read_vectors(source, ["film"]).found.all()
 
 
-def test_without_a_cache_the_file_is_parsed_every_time(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_file_is_parsed_again_without_cache(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "cache").write_text("a file where the folder should be")
     assert read_vectors(plain(folder), ["film"]).found.all()
     assert "nothing is cached" in caplog.text

@@ -96,21 +96,21 @@ def test_without_the_option_the_words_are_unknown(source: str) -> None:
     assert inputs(build(source), ["superb"]).tolist() == [[6]]
 
 
-def test_words_of_the_training_texts_are_as_without_the_option(source: str) -> None:
+def test_training_words_are_unchanged_by_option(source: str) -> None:
     backbone, plain = build(source), build(source, vectors_vocabulary=False)
     assert torch.equal(inputs(backbone, TEXTS), inputs(plain, TEXTS))
     assert torch.equal(backbone.stages[0].tuned, plain.stages[0].tuned)
     assert torch.equal(backbone.stages[0].static, plain.stages[0].static)
 
 
-def test_a_second_backbone_reads_the_same_from_the_cache(source: str) -> None:
+def test_second_backbone_reads_from_cache(source: str) -> None:
     first, second = build(source), build(source)
     assert first.vocabulary.tokens == second.vocabulary.tokens
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
-def test_words_that_are_too_rare_for_the_vocabulary_keep_their_vectors_too(source: str) -> None:
+def test_words_below_min_frequency_keep_vectors(source: str) -> None:
     texts = ["film film film", "fine film"]
     backbone = TextCNN.from_data(texts, vectors=source, vectors_vocabulary=True, min_frequency=2, **SMALL)
     backbone.load_pretrained()
@@ -119,7 +119,7 @@ def test_words_that_are_too_rare_for_the_vocabulary_keep_their_vectors_too(sourc
     torch.testing.assert_close(table(backbone, "fine"), torch.tensor(VECTORS["fine"] * 2))
 
 
-def test_training_does_not_move_words_that_it_never_saw(source: str) -> None:
+def test_training_keeps_vectors_of_unseen_words(source: str) -> None:
     backbone = build(source, variant="nonstatic")
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.1, weight_decay=0.5)
     before = table(backbone, "fine").clone()
@@ -155,7 +155,7 @@ def test_coverage_is_that_of_the_training_texts(source: str) -> None:
     assert backbone.preprocessing.describe()["further_words"] == 2
 
 
-def test_the_share_lost_to_truncation_is_told_without_vectors_too() -> None:
+def test_truncation_loss_without_vectors() -> None:
     backbone = TextCNN.from_data(TEXTS, max_length=2, **SMALL)
     assert backbone.learned() == {"words": 4, "max_length": 2, "texts_cut": 0.5, "tokens_cut": 0.25}
 
@@ -180,7 +180,7 @@ def test_what_cannot_have_further_words_is_refused(
     assert caught.value.problems[0].fix
 
 
-def test_a_run_uses_a_word_that_it_never_saw(source: str, tmp_path: Path) -> None:
+def test_run_uses_unseen_word_of_vectors(source: str, tmp_path: Path) -> None:
     rows = [f"{text},{label}" for text, label in (("a fine film", "good"), ("a slow film", "bad")) for _ in range(20)]
     (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
     config = {
@@ -201,7 +201,7 @@ def test_a_run_uses_a_word_that_it_never_saw(source: str, tmp_path: Path) -> Non
     json.dumps(learned)
 
 
-def test_check_says_what_will_be_learned(source: str) -> None:
+def test_check_describes_placeholder_vocabulary(source: str) -> None:
     backbone = TextCNN(vectors=source, vectors_vocabulary=True, **SMALL)
     assert "plus the words of" in backbone.preprocessing.describe()["vocabulary"]
     assert np.isfinite(backbone(torch.ones(2, 5, dtype=torch.int64)).detach().numpy()).all()

@@ -70,7 +70,7 @@ def test_basic_english_follows_torchtexts_rules() -> None:
     assert tokenize(text, "basic_english") == expected.split()
 
 
-def test_whitespace_splits_at_blanks_alone() -> None:
+def test_whitespace_tokenizer_splits_only_at_blanks() -> None:
     assert tokenize(" A  b's\tC.\n<br /> ", "whitespace") == ["A", "b's", "C.", "<br", "/>"]
 
 
@@ -99,7 +99,7 @@ def test_json_brings_back_the_same_vocabulary() -> None:
         np.testing.assert_array_equal(again.encode(TEXTS)[1], vocabulary.encode(TEXTS)[1])
 
 
-def test_the_same_texts_give_the_same_json_byte_for_byte() -> None:
+def test_json_is_deterministic() -> None:
     assert Vocabulary.build(TEXTS * 100).to_json() == Vocabulary.build(TEXTS * 100).to_json()
 
 
@@ -115,7 +115,7 @@ def test_no_text_can_spell_the_special_tokens() -> None:
             assert PADDING not in vocabulary.encode([special])[0]
 
 
-def test_encode_keeps_order_across_chunks_and_cuts_to_length() -> None:
+def test_encode_keeps_order_and_truncates() -> None:
     vocabulary = Vocabulary.build([" ".join(map(str, range(10)))], "whitespace")
     texts = [f"{i % 10} {i % 7} 1" for i in range(3000)]
     encoded = vocabulary.encode(texts).truncated(2)
@@ -193,7 +193,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_piece_by_piece_gives_what_the_tokenizers_library_gives(name: TokenizerName) -> None:
+def test_piece_table_equals_tokenizers_library(name: TokenizerName) -> None:
     generator = np.random.default_rng(0)
     texts = ["".join(generator.choice(ODD, size=12)) for _ in range(3000)]
     vocabulary = Vocabulary.build(texts[:1500], name)
@@ -208,7 +208,7 @@ def test_piece_by_piece_gives_what_the_tokenizers_library_gives(name: TokenizerN
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_words_counts_and_indices_are_those_of_plain_python(
+def test_words_counts_and_indices_equal_plain_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: TokenizerName, kept: bool
 ) -> None:
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path))
@@ -232,7 +232,7 @@ def test_words_counts_and_indices_are_those_of_plain_python(
     assert len(list(tmp_path.glob("text/encoded-*"))) == 2 * kept
 
 
-def test_pieces_of_any_length_and_byte_are_told_apart() -> None:
+def test_pieces_of_any_length_and_byte_differ() -> None:
     words = [character * length for length in range(1, 40) for character in ("a", "\x00", "\x01", "\u00e9", "~")]
     words += [word + end for word in words for end in ("\x00", "b")]
     table = pieces.PieceTable(
@@ -244,14 +244,14 @@ def test_pieces_of_any_length_and_byte_are_told_apart() -> None:
         assert [words[i] for i in indices] == [*words[::-1], words[7]]
 
 
-def test_pieces_that_fall_on_one_slot_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_with_equal_slot_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "SLOT_BITS", 2)
     texts = [f"w{i} w{i + 1} w{i // 2}" for i in range(60)] * 3
     vocabulary = Vocabulary.build(texts)
     assert [[vocabulary.tokens[i] for i in ids] for ids in vocabulary.encode(texts)] == [t.split() for t in texts]
 
 
-def test_counts_and_lengths_are_those_of_the_training_texts() -> None:
+def test_counts_and_lengths_of_training_texts() -> None:
     texts = TEXTS * 3 + ["film", "new\u00a0film <br /> x"]
     vocabulary = Vocabulary.build(texts, min_frequency=2)
     encoded = vocabulary.encode(texts)
@@ -270,14 +270,14 @@ def test_more_pieces_than_the_table_holds_change_nothing(monkeypatch: pytest.Mon
     np.testing.assert_array_equal(parts.encode(texts).indices, whole.encode(texts).indices)
 
 
-def test_half_a_surrogate_pair_is_refused_and_nothing_breaks() -> None:
+def test_lone_surrogate_is_refused() -> None:
     vocabulary = Vocabulary.build(TEXTS)
     with pytest.raises(ValueError, match="surrogates"):
         vocabulary.encode(["a new film", "a \ud800 b"])
     assert vocabulary.encode(["a new film"])[0].tolist() == [2, UNKNOWN, 4]
 
 
-def test_words_of_the_vectors_are_appended_where_a_text_can_spell_them() -> None:
+def test_spellable_vector_words_extend_vocabulary() -> None:
     vocabulary = Vocabulary.build(TEXTS)
     longer = vocabulary.extended(["film", "superb", "Superb", "two words", "don't", "superb", "< padding >", ""])
     assert longer.tokens == (*vocabulary.tokens, "superb")
@@ -317,7 +317,7 @@ def test_a_tokenizer_file_brings_its_vocabulary(tokenizer_file: str) -> None:
     assert len(Vocabulary.nominal(tokenizer_file)) == 8
 
 
-def test_the_vocabulary_of_a_tokenizer_file_cannot_be_cut(tokenizer_file: str) -> None:
+def test_tokenizer_file_refuses_vocabulary_limits(tokenizer_file: str) -> None:
     with pytest.raises(ConfigError, match="vocabulary"):
         Vocabulary.build(TEXTS, tokenizer_file, max_size=2)
 
@@ -349,7 +349,7 @@ def test_forking_after_encoding_prints_no_warning() -> None:
 
 
 @pytest.mark.data
-def test_gloves_own_tokens_come_through_whole() -> None:
+def test_words_of_glove_are_single_tokens() -> None:
     path = data_folder() / "vectors" / "glove.6B.100d.head.txt"
     if not path.is_file():
         pytest.skip(f"needs {path.name}")

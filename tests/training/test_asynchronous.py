@@ -214,7 +214,7 @@ def test_metric_of_classification_equals_torchmetrics(name: str, reference: Metr
     assert not any(value.any() for value in ours.metric_state.values())
 
 
-def test_mean_of_equals_mean_of_all_elements_and_keeps_nan() -> None:
+def test_mean_of_equals_torch_mean_with_nan() -> None:
     metric = MeanOf(lambda predictions, targets: (predictions - targets).abs())
     for predictions in (torch.tensor([1.0, 2.0]), torch.tensor([6.0])):
         metric.update(predictions, torch.zeros_like(predictions))

@@ -99,9 +99,7 @@ def test_epoch_has_minimum_number_of_steps(config: dict[str, Any], experiment: E
     assert find_batch_size(few, ignore_events) == 2
 
 
-def test_size_is_not_tried_on_cpu_if_predicted_not_to_fit(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_size_predicted_not_to_fit_is_not_tried(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operating system kills a process that exceeds memory, so memory is extrapolated from smaller sizes."""
     tried: list[int] = []
     mebibyte = 2**20
@@ -144,7 +142,7 @@ def test_size_is_not_tried_on_cpu_if_predicted_not_to_fit(
         (10, 1024, None, [8, 4, 2], "2 takes"),
     ],
 )
-def test_two_small_sizes_predict_the_largest_on_a_gpu(
+def test_gpu_size_is_extrapolated_from_two_sizes(
     limit: int, max_size: int, expected: int | None, tried: list[int], reason: str
 ) -> None:
     sizes: list[int] = []
@@ -159,7 +157,7 @@ def test_two_small_sizes_predict_the_largest_on_a_gpu(
     assert text.startswith(reason)
 
 
-def test_next_smaller_size_is_tried_on_a_gpu_if_the_prediction_is_too_low() -> None:
+def test_smaller_size_is_tried_after_wrong_prediction() -> None:
     def peak_bytes(size: int) -> int:
         if size > 100:
             raise MemoryRanOut("memory ran out")
@@ -260,7 +258,7 @@ def test_all_seeds_use_one_batch_size(config: dict[str, Any], tmp_path: Path, mo
     assert [each["train"]["batch_size"] for each in plain] == [16, 16]
 
 
-def test_lr_finder_and_quick_run_find_a_batch_size(config: dict[str, Any], tmp_path: Path) -> None:
+def test_batch_size_of_lr_finder_and_quick_run(config: dict[str, Any], tmp_path: Path) -> None:
     find_learning_rate(config, [AUTO], steps=10, output=tmp_path / "curve.svg")
     run = transfer.run(config, [AUTO, "train.precision=bf16", "train.ema=0.9"], output=tmp_path, quick=True)
     assert RunDirectory(run.folder).config()["train"]["batch_size"] == 8

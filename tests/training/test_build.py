@@ -28,7 +28,7 @@ def test_cutmix_of_non_image_is_refused(config: dict[str, Any]) -> None:
         transfer.check(config, ["train.mix={cutmix: 1.0}"])
 
 
-def test_batch_size_one_is_refused_with_trained_batch_norm(config: dict[str, Any]) -> None:
+def test_trained_batch_norm_refuses_batch_size_one(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="batches of one"):
         transfer.check(config, ["train.batch_size=1"])
     transfer.check(config, ["train.batch_size=1", "train.phases=[{epochs: 1, freeze: backbone}]"])

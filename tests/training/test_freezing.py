@@ -227,7 +227,7 @@ def test_prefix_ends_before_updated_statistics(model: Model, config: dict[str, A
 
 
 @pytest.mark.parametrize("text", ["none", "[second]", "{parameters: ['^first.0', 'bias$']}"])
-def test_batch_norm_train_without_frozen_batch_norm_is_refused(model: Model, config: dict[str, Any], text: str) -> None:
+def test_batch_norm_train_needs_frozen_batch_norm(model: Model, config: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match="none is frozen"):
         batch_norm(model, config, text)
 
@@ -248,7 +248,7 @@ def test_batch_norm_eval_trains_weights_with_fixed_statistics(model: Model, conf
     assert model.train().get_submodule("third.1").training
 
 
-def test_batch_norm_eval_without_trained_batch_norm_is_refused(model: Model, config: dict[str, Any]) -> None:
+def test_batch_norm_eval_needs_trained_batch_norm(model: Model, config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="the backbone has none"):
         resolve(model, policy(config, "backbone"), "eval")
 

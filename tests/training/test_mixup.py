@@ -46,7 +46,7 @@ def test_lam_follows_the_beta_distribution() -> None:
     assert lams.var() == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.08)
 
 
-def test_cutmix_pastes_one_rectangle_of_area_one_minus_lam() -> None:
+def test_cutmix_rectangle_has_area_one_minus_lam() -> None:
     torch.manual_seed(0)
     areas = []
     for _ in range(50):
@@ -106,7 +106,7 @@ def test_mixing_uses_the_global_generator() -> None:
     [torch.zeros(4, 7, dtype=torch.int64), (torch.zeros(4, 7), torch.ones(4, 7, dtype=torch.bool))],
     ids=["word indices", "a pair"],
 )
-def test_input_that_is_not_a_float_tensor_is_refused(inputs: Any) -> None:
+def test_mixup_refuses_non_float_input(inputs: Any) -> None:
     with pytest.raises(ConfigError, match="expected a float tensor"):
         mix_batch(inputs, MixupCutmix(mixup=1.0))
 

@@ -139,7 +139,7 @@ def test_fused_kernel_is_used_unless_config_decides(
     torch.testing.assert_close(dict(model.state_dict()), dict(same.state_dict()))
 
 
-def test_complex_and_sparse_gradients_do_not_use_fused_kernel(model: Model) -> None:
+def test_no_fused_kernel_for_complex_or_sparse_gradients(model: Model) -> None:
     complex_ = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     for weight, table in ((complex_, None), (None, nn.Embedding(2, 3, sparse=True))):
         net = copy.deepcopy(model)
@@ -172,7 +172,7 @@ def test_options_refused_by_torch_raise_config_error(model: Model) -> None:
         optimizer(model, "adam", betas=(0.9, 2.0))
 
 
-def test_optimizer_state_is_kept_for_parameters_of_both_phases(model: Model) -> None:
+def test_state_of_shared_parameters_is_kept(model: Model) -> None:
     part = TorchClass("adam", OPTIMIZERS["adam"], {})
     head_alone = freeze(model, "first", "second", "third")
     first = build_optimizer(model, parameter_groups(model, head_alone, 0.1), part, None)
@@ -376,7 +376,7 @@ UNEVEN = [3, 5, 4]
 """Number of optimizer steps per epoch."""
 
 
-def test_one_cycle_ends_with_last_step_of_uneven_epochs(model: Model) -> None:
+def test_one_cycle_over_uneven_epochs(model: Model) -> None:
     made = optimizer(model, momentum=0.9)
     part = TorchClass("one_cycle", SCHEDULERS["one_cycle"], {})
     seen = over(made, Schedule(part, made, epochs=3, steps_per_epoch=UNEVEN, higher_is_better=True), UNEVEN)
@@ -430,7 +430,7 @@ def test_frozen_parameters_are_in_no_group(model: Model) -> None:
     ]
 
 
-def test_norms_and_biases_of_other_layers_have_no_weight_decay() -> None:
+def test_no_weight_decay_for_norms_and_biases() -> None:
     backbone = Dense()
     backbone.stages.add_module("attention", nn.MultiheadAttention(8, 2))
     backbone.stages.add_module("norms", nn.ModuleList([nn.LayerNorm(8), nn.GroupNorm(2, 8)]))

@@ -106,7 +106,7 @@ def test_parameter_without_gradient_in_later_step_is_named(processes: ProcessGro
         make_step(replicas)
 
 
-def test_model_that_is_not_wrapped_anew_misses_gradients_of_next_phase(processes: ProcessGroup) -> None:
+def test_replicas_are_wrapped_again_for_next_phase(processes: ProcessGroup) -> None:
     """The reason why a phase wraps the model: gradients of parameters that were frozen before are not exchanged."""
     model = Chain()
     model.first.requires_grad_(False)

@@ -85,7 +85,7 @@ def sample(metric: Any, predictions: Tensor, targets: Tensor) -> MetricSample:
     return collected
 
 
-def test_standard_error_is_that_of_the_mean_over_examples() -> None:
+def test_standard_error_equals_that_of_mean() -> None:
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(2, (500,), generator=generator)
     predictions = torch.where(torch.rand(500, generator=generator) < 0.8, targets, 1 - targets)
@@ -96,14 +96,14 @@ def test_standard_error_is_that_of_the_mean_over_examples() -> None:
     assert error == pytest.approx(float(numbers.abs().std()) / 500**0.5, rel=0.3)
 
 
-def test_standard_error_of_a_large_split_is_estimated_from_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_error_of_large_split_uses_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     targets, predictions = torch.zeros(4000, dtype=torch.long), (torch.arange(4000) * 7919 % 10 < 2).long()
     complete = sample(MulticlassAccuracy(2, average="micro"), predictions, targets).standard_error()
     monkeypatch.setattr("transfer.training.selection.MAX_EXAMPLES", 1500)
     assert sample(MulticlassAccuracy(2, average="micro"), predictions, targets).standard_error() < 3 * complete + 0.01
 
 
-def test_one_example_and_failing_metric_have_no_standard_error() -> None:
+def test_no_standard_error_for_single_example_or_failing_metric() -> None:
     one = torch.zeros(1, dtype=torch.long)
     assert sample(MulticlassAccuracy(2), one, one).standard_error() == 0.0
 

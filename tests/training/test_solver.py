@@ -108,7 +108,7 @@ def test_other_heads_are_trained_by_gradient_steps(config: dict[str, Any], overr
     )
 
 
-def test_solved_phase_with_settings_of_gradient_steps_is_refused(config: dict[str, Any]) -> None:
+def test_solved_phase_refuses_gradient_settings(config: dict[str, Any]) -> None:
     for text in ("{epochs: 2, freeze: backbone, solver: lbfgs}", "{epochs: 1, solver: lbfgs}"):
         with pytest.raises(ConfigError, match="needs epochs: 1 and freeze: backbone"):
             transfer.check(config, [f"train.phases=[{text}]"])

@@ -121,7 +121,7 @@ class PointsOfUnknownClasses(Points):
         return Data(DataSpec(("point",), "class", ("near", "far", "farther")), super().load().splits)
 
 
-def test_phases_are_resolved_again_if_data_changes_the_parameters(config: dict[str, Any]) -> None:
+def test_phases_are_resolved_again_for_new_parameters(config: dict[str, Any]) -> None:
     """Preflight assumes two classes, so that its phases do not name the parameters of the third."""
     register("head", "per_class")(HeadPerClass)
     register("dataset", "unknown_classes")(PointsOfUnknownClasses)

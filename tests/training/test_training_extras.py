@@ -22,6 +22,7 @@ from transfer.storage import checkpoint
 from transfer.training import engine as engine_module, evaluation
 from transfer.training.events import Event, Note
 from transfer.training.mixup import MixedBatch
+from transfer.training.state import Progress
 
 
 class Smooth(Backbone):
@@ -191,7 +192,7 @@ def test_clipping_keeps_gradient_direction(config: dict[str, Any], tmp_path: Pat
 # ------------------------------------------------------------------------------------------- exponential moving average
 
 
-def test_ema_follows_its_recurrence_and_is_validated_and_saved(
+def test_ema_recurrence_validation_and_checkpoint(
     config: dict[str, Any], tmp_path: Path, steps: list[dict[str, Any]]
 ) -> None:
     run = transfer.run(config, [*SMOOTH, "train.ema=0.8", "train.phases=[{epochs: 1}]"], output=tmp_path)
@@ -277,6 +278,36 @@ def test_equal_metric_counts_against_patience(
     assert len(lines(run)) == 2
 
 
+# --------------------------------------------------------------------------------------------------------- time limit
+
+
+def test_max_minutes_ends_training_before_an_epoch_that_would_exceed_it(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The limit is set so that it is exceeded after three epochs, whatever the speed of the machine.
+    left, reason = iter([60.0] * 3 + [0.0] * 9), Progress.reason_to_stop
+    monkeypatch.setattr(Progress, "reason_to_stop", lambda self, patience, _: reason(self, patience, next(left)))
+    notes: list[str] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+
+    phases = "train.phases=[{epochs: 9, freeze: backbone}, {epochs: 5}]"
+    run = transfer.run(config, [phases, "train.max_minutes=1"], output=tmp_path, observe=observe)
+    assert [line["phase"] for line in lines(run)] == [1, 1]
+    assert [note for note in notes if "max_minutes" in note] == [
+        "phase 1 ends after epoch 2: another epoch would end after train.max_minutes",
+        "phase 2 is not trained: another epoch would end after train.max_minutes",
+    ]
+    assert run.summary["test"]["accuracy"] >= 0
+
+
+def test_max_minutes_trains_at_least_one_epoch(config: dict[str, Any], tmp_path: Path) -> None:
+    run = transfer.run(config, ["train.max_minutes=1.0e-6", "train.phases=[{epochs: 3}]"], output=tmp_path)
+    assert len(lines(run)) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------ warm-up
 
 
@@ -349,6 +380,17 @@ def test_compiled_model_trains_the_same(config: dict[str, Any], tmp_path: Path) 
         for part in ("train", "validation"):
             assert one[part] == pytest.approx(other[part], rel=1e-4)
     assert list(weights(plain)) == list(weights(compiled))
+
+
+def test_recomputed_run_has_identical_weights(config: dict[str, Any], tmp_path: Path) -> None:
+    """The first phase trains on cached features, the second everything; the backbone has batch norm and dropout."""
+    overrides = ["train.phases=[{epochs: 1, freeze: {until: first}}, {epochs: 1}]", "train.accumulate=2"]
+    plain = transfer.run(config, overrides, output=tmp_path)
+    recomputed = transfer.run(config, [*overrides, "train.recompute=true"], output=tmp_path)
+    for name, tensor in last(plain).items():
+        assert torch.equal(last(recomputed)[name], tensor), name
+    with pytest.raises(ConfigError, match="recompute and compile do not combine"):
+        transfer.check(config, ["train.recompute=true", "train.compile=true"])
 
 
 def test_model_is_compiled_only_if_configured(

@@ -42,7 +42,7 @@ def test_no_warning_if_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> N
             assert busy_cores_warning(CPU) is None
 
 
-def test_no_warning_on_free_cores_gpus_and_single_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_warning_for_gpu_single_thread_or_free_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert busy_cores_warning(torch.device("cuda")) is None
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 1)

@@ -35,9 +35,7 @@ def unknown(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"data": {"name": "unknown_points"}}
 
 
-def test_class_weights_by_name_are_applied_to_classes_that_the_data_defines(
-    unknown: dict[str, Any], tmp_path: Path
-) -> None:
+def test_class_weights_by_name(unknown: dict[str, Any], tmp_path: Path) -> None:
     unknown["task"] = {"name": "classification", "class_weights": {"far": 3, "near": 1}}
     transfer.check(unknown)
     run = transfer.run(unknown, ["train.report=false"], output=tmp_path)
@@ -46,7 +44,7 @@ def test_class_weights_by_name_are_applied_to_classes_that_the_data_defines(
     assert task.weights.tolist() == [1, 3]  # type: ignore[attr-defined]
 
 
-def test_class_weights_of_other_names_are_refused_with_the_names_of_the_data(unknown: dict[str, Any]) -> None:
+def test_class_weights_of_unknown_names_are_refused(unknown: dict[str, Any]) -> None:
     unknown["task"] = {"name": "classification", "class_weights": {"far": 3, "nera": 1}}
     transfer.check(unknown)  # the names are not known yet
     with pytest.raises(ConfigError, match="class_weights names other classes") as caught:
@@ -54,7 +52,7 @@ def test_class_weights_of_other_names_are_refused_with_the_names_of_the_data(unk
     assert caught.value.problems[0].available == ("near", "far")
 
 
-def test_number_of_class_weights_determines_outputs_until_data_is_read(unknown: dict[str, Any]) -> None:
+def test_class_weights_determine_outputs_before_data(unknown: dict[str, Any]) -> None:
     unknown["task"] = {"name": "classification", "class_weights": {"a": 1, "b": 2, "c": 1}}
     _, parts = transfer.check(unknown)
     assert parts.task.out_features == 3

@@ -76,7 +76,7 @@ def test_pairs_train_and_predict(tmp_path: Path) -> None:
     assert prediction["label"] in ("no", "yes")
 
 
-def test_fusion_of_parts_with_the_same_field_is_refused(tmp_path: Path) -> None:
+def test_fusion_refuses_parts_with_same_field(tmp_path: Path) -> None:
     config = {
         "data": {"name": "text_csv", "train": "pairs.jsonl", "text": "premise"},
         "backbone": {"name": "fusion", "parts": {"premise": {"name": "textcnn"}, "hypothesis": {"name": "bilstm"}}},

@@ -101,7 +101,7 @@ def test_each_kind_is_used_by_a_run(kinds: dict[str, Any], tmp_path: Any) -> Non
     }
 
 
-def test_resumed_run_continues_with_the_scheduler_and_the_sampler(kinds: dict[str, Any], tmp_path: Any) -> None:
+def test_resume_continues_plugin_scheduler_and_sampler(kinds: dict[str, Any], tmp_path: Any) -> None:
     kinds["train"] |= {"scheduler": {"name": "triangle"}, "sampler": {"name": "balanced"}, "phases": [{"epochs": 4}]}
     complete = transfer.run(kinds, output=tmp_path / "a")
 

@@ -78,7 +78,7 @@ def images(image_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("argument", ["imgs", "imgs/*"])
-def test_bad_file_is_listed_and_the_others_are_predicted(call: Any, images: Path, argument: str) -> None:
+def test_bad_file_gets_error_and_others_answers(call: Any, images: Path, argument: str) -> None:
     status, out, err = call("predict", images, argument, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert status == 2
@@ -91,7 +91,7 @@ def test_bad_file_is_listed_and_the_others_are_predicted(call: Any, images: Path
     assert "imgs/b.png: this image cannot be read" in err
 
 
-def test_on_error_fail_stops_at_the_first_bad_file(call: Any, images: Path) -> None:
+def test_on_error_fail_stops_at_first_bad_file(call: Any, images: Path) -> None:
     status, out, err = call("predict", images, "imgs", "--on-error", "fail")
     assert (status, out) == (2, "")
     assert "imgs/b.png" in err
@@ -111,7 +111,7 @@ def test_value_that_cannot_be_encoded_leaves_the_others(images: Path) -> None:
     assert "expected an array of uint8 (H, W, 3)" in bad["error"]
 
 
-def test_image_array_bytes_and_path_get_the_same_answer(images: Path) -> None:
+def test_image_array_bytes_and_path_agree(images: Path) -> None:
     path = Path("imgs/a.png")
     image = Image.open(path)
     sources = [path, str(path), image, np.asarray(image), path.read_bytes()]
@@ -208,7 +208,7 @@ def test_prediction_cell(name: str, value: object, text: str) -> None:
     assert prediction_cell(name, value) == text
 
 
-def test_unknown_token_of_a_tokenizer_file_counts_as_unknown(tmp_path: Path) -> None:
+def test_unknown_token_of_tokenizer_file_is_counted(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "good": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))

@@ -70,7 +70,7 @@ def test_every_command_names_a_missing_plugin_alike(
     assert re.search(r"─╮ error unknown head 'fancy' available [a-z_, ]+ fix pip install first==1.5 ╰─", text), text
 
 
-def test_run_keeps_its_distribution_if_another_claims_the_name(run: Path, install: Install) -> None:
+def test_run_keeps_distribution_despite_second_claim(run: Path, install: Install) -> None:
     before = transfer.evaluate(run)
     install("second", "2.0", {"transfer.heads": ["fancy = second_plugin:Fancy"]}, second_plugin="raise RuntimeError")
     with pytest.raises(PluginError, match=r"claimed by first 1\.5 and second 2\.0"):

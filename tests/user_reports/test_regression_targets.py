@@ -56,7 +56,7 @@ def mean_error(config: dict[str, Any]) -> float:
     return float(np.abs(splits["test"].targets - splits["train"].targets.mean()).mean())
 
 
-def test_prices_are_learned_and_metrics_are_in_their_units(prices: dict[str, Any], tmp_path: Path) -> None:
+def test_metrics_are_in_units_of_targets(prices: dict[str, Any], tmp_path: Path) -> None:
     run = transfer.run(prices, output=tmp_path)
     assert run.summary["test"]["mean_absolute_error"] < 0.7 * mean_error(prices)
     assert run.summary["test"]["loss"] < 1
@@ -72,7 +72,7 @@ def test_raw_targets_can_be_kept(prices: dict[str, Any], tmp_path: Path) -> None
     assert json.loads((run.folder / "model" / "model.json").read_text())["task_state"] == {}
 
 
-def test_run_of_an_older_version_keeps_its_raw_targets(prices: dict[str, Any], tmp_path: Path) -> None:
+def test_older_run_keeps_raw_targets(prices: dict[str, Any], tmp_path: Path) -> None:
     prices["task"]["standardize"] = False
     run = transfer.run(prices, ["train.optimizer.lr=1e-9"], output=tmp_path)
     # Older versions had neither the option nor the state of the task.
@@ -87,7 +87,7 @@ def test_run_of_an_older_version_keeps_its_raw_targets(prices: dict[str, Any], t
     assert transfer.resume(run.folder).summary["test"] == run.summary["test"]
 
 
-def test_seeds_of_an_older_version_keep_their_raw_targets(prices: dict[str, Any], tmp_path: Path) -> None:
+def test_older_seeds_keep_raw_targets(prices: dict[str, Any], tmp_path: Path) -> None:
     prices["train"] |= {"report": False, "phases": [{"epochs": 1}], "optimizer": {"name": "sgd", "lr": 1e-9}}
     prices["task"]["standardize"] = False
     run = transfer.run_seeds(prices, seeds=2, output=tmp_path)
@@ -138,7 +138,7 @@ def test_constant_number_is_not_scaled() -> None:
     assert restored.state() == task.state()
 
 
-def test_loss_with_balanced_weights_is_the_same_in_a_later_evaluation(config: dict[str, Any], tmp_path: Path) -> None:
+def test_balanced_loss_is_equal_in_later_evaluation(config: dict[str, Any], tmp_path: Path) -> None:
     config["task"] = {"name": "classification", "class_weights": "balanced"}
     # An uneven split: with equal counts, all weights are 1.
     config["train"]["report"] = False

@@ -73,9 +73,7 @@ def test_check_with_data_prints_one_table_of_warnings(tmp_path: Path) -> None:
     assert "True 1, true 1" in printed
 
 
-def test_relabeled_image_in_two_splits_is_named_without_reading_it_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relabeled_image_in_two_splits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFER_CACHE", str(tmp_path / "cache"))
     root = images(tmp_path / "images", train_a=(1, 2, 3), train_b=(4, 5, 6), test_a=(7,), test_b=(8,))
     shutil.copy(root / "train/a/train_a1.png", root / "test/b/other name.png")

@@ -110,7 +110,7 @@ def test_baseline_is_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert simple["tfidf_logistic_regression"]["accuracy"] == 1.0
 
 
-def test_baseline_without_validation_split_is_scored_on_test_split(tmp_path: Path) -> None:
+def test_baseline_without_validation_uses_test_split(tmp_path: Path) -> None:
     rows = [f"a film {word} number {index},{word},0" for index in range(20) for word in ("good", "bad")]
     built = _built(tmp_path, rows, test_fraction=0.25, validation=0)
     assert sorted(built.loaders) == ["test", "train"]

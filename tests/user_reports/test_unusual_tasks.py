@@ -107,7 +107,7 @@ def run(config: dict[str, Any], output: Path, name: str, task: type[Task], **dat
     return transfer.run(config | {"task": {"name": name}}, output=output)
 
 
-def test_report_shows_thumbnails_with_explanations_and_speaks_of_pieces(config: dict[str, Any], tmp_path: Path) -> None:
+def test_report_of_thumbnails_with_explanations(config: dict[str, Any], tmp_path: Path) -> None:
     registry.register("backbone", "drawn")(Drawn)
     done = transfer.run(config | {"backbone": {"name": "drawn"}}, ["train.report=false"], output=tmp_path)
     page = transfer.report(done.folder).read_text(encoding="utf-8")
@@ -117,13 +117,13 @@ def test_report_shows_thumbnails_with_explanations_and_speaks_of_pieces(config: 
     assert "[0, 1]" in page  # a piece in the list of the largest changes
 
 
-def test_report_of_a_task_with_more_outputs_than_classes(config: dict[str, Any], tmp_path: Path) -> None:
+def test_report_with_more_outputs_than_classes(config: dict[str, Any], tmp_path: Path) -> None:
     done = run(config, tmp_path, "open_set", OpenSet)
     page = (done.folder / "report.html").read_text(encoding="utf-8")
     assert "output 2" in page
 
 
-def test_report_of_a_task_with_several_outputs_per_number(config: dict[str, Any], tmp_path: Path) -> None:
+def test_report_with_several_outputs_per_number(config: dict[str, Any], tmp_path: Path) -> None:
     done = run(config, tmp_path, "interval", Interval, target="number")
     assert (done.folder / "report.html").exists()
 
@@ -146,7 +146,7 @@ def test_description_of_targets_of_another_shape() -> None:
     assert describe(numbers, torch.tensor([1.0])) == "price 1"
 
 
-def test_macro_f1_leaves_out_labels_without_examples_and_predictions() -> None:
+def test_macro_f1_ignores_labels_without_examples_and_predictions() -> None:
     # The last label is absent and never predicted; the third is absent, and predicted once.
     outputs = torch.tensor([[5.0, -5, -5, -5], [5.0, 5, 5, -5], [-5.0, 5, -5, -5]])
     targets = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]])

@@ -26,7 +26,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("backbone", [TEXTCNN, BILSTM], ids=lambda block: str(block["name"]))
-def test_text_backbone_starts_from_a_run_and_its_vocabulary(backbone: dict[str, Any], tmp_path: Path) -> None:
+def test_text_backbone_starts_from_run_with_vocabulary(backbone: dict[str, Any], tmp_path: Path) -> None:
     first = transfer.run({**TEXT, "backbone": backbone}, output=tmp_path).folder
     config = {**TEXT, "backbone": {**backbone, "weights": str(first)}, "seed": 5}
     config["data"] = {"name": "mini_reviews", "limit": 4}  # other texts, with another vocabulary
@@ -38,7 +38,7 @@ def test_text_backbone_starts_from_a_run_and_its_vocabulary(backbone: dict[str, 
     assert all(torch.equal(before[name], after[name]) for name in before)  # frozen in both runs
 
 
-def test_run_that_started_from_a_run_does_not_need_it(config: dict[str, Any], tmp_path: Path) -> None:
+def test_run_does_not_need_its_source_run(config: dict[str, Any], tmp_path: Path) -> None:
     first = transfer.run(config, output=tmp_path / "a").folder
     config["backbone"]["weights"] = str(first)
     second = transfer.run(config, output=tmp_path / "b").folder
@@ -65,9 +65,7 @@ def test_random_features_do_not_read_the_run(config: dict[str, Any], tmp_path: P
         ("prefix", r"missing: first\.0\.weight, .*; left over: model\.first"),
     ],
 )
-def test_weights_of_a_run_that_do_not_fit_are_named(
-    change: str, message: str, config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_weights_of_run_that_do_not_fit(change: str, message: str, config: dict[str, Any], tmp_path: Path) -> None:
     first = transfer.run(config, output=tmp_path).folder
     file = first / "model/weights.safetensors"
     content = load_file(file)
@@ -90,7 +88,7 @@ def test_weights_of_a_run_that_do_not_fit_are_named(
     assert re.search(message, problem.message), problem.message
 
 
-def test_other_options_than_those_of_the_run_are_named(config: dict[str, Any], tmp_path: Path) -> None:
+def test_options_that_differ_from_run_are_named(config: dict[str, Any], tmp_path: Path) -> None:
     first = transfer.run(config, output=tmp_path).folder
     config["backbone"] |= {"weights": str(first), "width": 5}
     with pytest.raises(WeightsError, match=r"first.0.weight \[8, 4\] for \[5, 4\]") as caught:

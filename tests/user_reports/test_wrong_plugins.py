@@ -169,7 +169,7 @@ def test_mistake_in_a_class_is_named(kind: str, cls: type, message: str, config:
 @pytest.mark.parametrize(
     ("kind", "attribute", "base"), [("head", "layouts", MeanOfSteps), ("task", "targets", Classification)]
 )
-def test_declaration_of_a_wrong_type_is_refused_on_loading(kind: str, attribute: str, base: type) -> None:
+def test_load_refuses_declaration_of_wrong_type(kind: str, attribute: str, base: type) -> None:
     cls = type("Wrong", (base,), {attribute: "vector"})
     with pytest.raises(
         PluginError, match=f"class attribute {attribute} of {kind} 'wrong' is 'vector': expected a froz"

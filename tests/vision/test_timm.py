@@ -102,7 +102,7 @@ def test_stages_return_the_features_of_timm(model, size):
         torch.testing.assert_close(copied(images), expected)
 
 
-def test_frozen_stem_freezes_the_rotary_tables_of_all_blocks():
+def test_frozen_stem_freezes_rotary_tables():
     backbone = Timm(model="vit_small_patch16_rope_mixed_224", weights=None, image_size=32)
     names = [name for name, _ in backbone.named_parameters() if "rope" in name]
     assert names == ["stages.stem.rope.freqs"]
@@ -153,7 +153,7 @@ def old_names(backbone):
 
 
 @pytest.mark.parametrize(("model", "size"), [("test_resnet", 32), ("test_vit", 32), ("eva02_tiny_patch14_224", 28)])
-def test_weights_with_the_names_of_old_runs_are_loaded(model, size):
+def test_weights_with_old_names_are_loaded(model, size):
     one, other = (Timm(model=model, weights=None, image_size=size) for _ in range(2))
     names = old_names(one)
     assert names.keys() != one.state_dict().keys()

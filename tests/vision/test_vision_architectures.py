@@ -91,13 +91,13 @@ def chained(built: Architecture, images: Tensor) -> Tensor:
     return value
 
 
-def test_torchvision_has_as_many_models_as_are_held_to_the_contract() -> None:
+def test_contract_families_are_torchvision_models() -> None:
     assert len(model_names()) >= 80
     assert set(FAMILIES) <= set(model_names())
 
 
 @pytest.mark.parametrize("name", with_slow_cases(model_names(), set(FAMILIES)))
-def test_every_model_is_a_chain_of_its_own_layers_without_its_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_model_is_a_chain_without_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"), torch.no_grad():
         built, theirs = both(name, monkeypatch)
         images = torch.empty(2, 3, size(name), size(name))
@@ -175,7 +175,7 @@ def test_transformers_give_their_tokens_as_a_sequence(name: str, tokens: int) ->
     assert backbone.foreign_models(2) == {}
 
 
-def test_a_network_without_tokens_says_so() -> None:
+def test_sequence_readout_of_network_without_tokens() -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match="resnet18 has no tokens") as caught:
         Torchvision(model="resnet18", readout="sequence")
     assert "swin_t" in str(caught.value)
@@ -230,7 +230,7 @@ def test_wishes_go_before_what_comes_with_the_weights() -> None:
 # ------------------------------------------------------------------------------------------------------ input channels
 
 
-def test_grey_images_are_seen_as_if_they_were_colored() -> None:
+def test_gray_images_give_features_of_colored_ones() -> None:
     weight = torch.randn(4, 3, 3, 3)
     gray = torch.randn(2, 1, 8, 8)
     colored = torch.conv2d(gray.expand(-1, 3, -1, -1), weight)
@@ -238,7 +238,7 @@ def test_grey_images_are_seen_as_if_they_were_colored() -> None:
 
 
 @pytest.mark.parametrize("channels", [2, 4, 6, 7])
-def test_more_channels_repeat_the_three_and_keep_the_scale(channels: int) -> None:
+def test_additional_channels_repeat_with_equal_scale(channels: int) -> None:
     weight = torch.randn(4, 3, 3, 3)
     adapted = adapt_input_weight(weight, channels)
     assert adapted.shape == (4, channels, 3, 3)

@@ -61,7 +61,7 @@ def load(root: Path, **options: object) -> Split:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_named_with_what_is_wrong(root: Path, name: str) -> None:
+def test_bad_file_is_named_with_reason(root: Path, name: str) -> None:
     content, message = BAD[name]
     (root / "a" / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -125,7 +125,7 @@ def test_a_pipe_without_an_end(root: Path) -> None:
         load(root)
 
 
-def test_a_link_to_a_folder_above_is_not_followed(root: Path) -> None:
+def test_link_to_parent_folder_is_not_followed(root: Path) -> None:
     (root / "a" / "again").symlink_to(root, target_is_directory=True)
     assert len(load(root)) == 8
 
@@ -137,7 +137,7 @@ def test_a_class_without_a_good_image_is_refused(root: Path) -> None:
         load(root, bad_files="skip")
 
 
-def test_images_are_decoded_once_and_again_when_they_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_images_are_decoded_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
     check = scan.check_image
     monkeypatch.setattr(scan, "check_image", lambda content, name: (decoded.append(name), check(content, name)))
@@ -150,7 +150,7 @@ def test_images_are_decoded_once_and_again_when_they_change(root: Path, monkeypa
     assert len(load(root)) == 8
 
 
-def test_a_damaged_record_and_a_folder_that_cannot_be_written(
+def test_damaged_record_and_unwritable_folder(
     root: Path,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
@@ -228,7 +228,7 @@ def test_a_member_that_would_fill_memory_is_refused(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_member_that_is_larger_than_it_says_is_bad(tmp_path: Path) -> None:
+def test_member_larger_than_declared_is_bad(tmp_path: Path) -> None:
     path = archive(tmp_path / "bomb.zip", ("p/a/bomb.jpg", b"\0" * 5_000_000))
     size = (5_000_000).to_bytes(4, "little")
     path.write_bytes(path.read_bytes().replace(size, (10).to_bytes(4, "little")))

@@ -82,15 +82,13 @@ def test_folders_of_splits_may_have_any_names(tmp_path: Path) -> None:
     }
 
 
-def test_every_extension_of_a_image_in_any_case_and_at_any_depth(tmp_path: Path) -> None:
+def test_image_extensions_in_any_case_and_depth(tmp_path: Path) -> None:
     put(tmp_path, "a/1.JPG", "a/deep/er/2.jpeg", "a/3.webp", "b/4.bmp", "b/5.PNG")
     data = ImageFolder(root=str(tmp_path), test_fraction=0).load()
     assert classes_of(data, "train") == {"a": ["1.JPG", "3.webp", "2.jpeg"], "b": ["4.bmp", "5.PNG"]}
 
 
-def test_other_files_are_skipped_and_counted_and_hidden_ones_ignored(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_files_are_counted_and_hidden_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "a/1.png", "b/1.png", "a/notes.txt", "b/old.heic", "b/older.heic", "README.md")
     put(tmp_path, "a/.DS_Store", ".ipynb_checkpoints/1.png", "__MACOSX/a/._1.png")
     data = ImageFolder(root=str(tmp_path), test_fraction=0).load()
@@ -104,9 +102,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert ImageFolder(root=str(tmp_path), test_fraction=0).load().spec.classes == ("bus", "car", "train")
 
 
-def test_a_test_folder_without_classes_is_left_out_with_a_word(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_test_folder_without_classes_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png", "test/1.png")
     data = ImageFolder(root=str(tmp_path)).load()
     assert data.splits["validation"].name(0).endswith("val/a/1.png")
@@ -215,7 +211,7 @@ def test_a_root_that_is_none(tmp_path: Path, name: str, message: str) -> None:
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_one_folder_for_two_splits_is_refused_at_once() -> None:
+def test_one_folder_for_two_splits_is_refused() -> None:
     with pytest.raises(ConfigError, match="two splits use the same folder"):
         ImageFolder(root="images", val="held_out", test="held_out")
 
@@ -257,7 +253,7 @@ def test_a_zip_column_works_in_forked_processes(tmp_path: Path) -> None:
     assert first_pixel(pickle.loads(pickle.dumps(column)), 3) == expected[3]
 
 
-def test_a_damaged_member_of_an_archive_is_told(tmp_path: Path) -> None:
+def test_damaged_archive_member_is_named(tmp_path: Path) -> None:
     archive = zipped(put(tmp_path / "images", "a/1.png", "b/1.png"), tmp_path / "images.zip")
     content = archive.read_bytes()
     archive.write_bytes(content.replace(b"IDAT", b"XXXX", 1))

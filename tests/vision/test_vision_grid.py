@@ -25,7 +25,7 @@ def squares(count: int, size: int = 128) -> list[Image.Image]:
     return [Image.new("RGB", (size, size), COLORS[i % 3]) for i in range(count)]
 
 
-def test_rows_of_eight_stand_under_their_headings_with_room_for_the_captions() -> None:
+def test_grid_has_rows_of_eight_with_headings() -> None:
     drawn = opened(draw_grid(squares(11), ["one\ntwo"] * 11, {"first": range(10), "second": [10]}))
     across, down = 128 + GAP_PIXELS, 128 + 2 * LINE_PIXELS + GAP_PIXELS
     assert drawn.shape == (GAP_PIXELS + 2 * HEADING_PIXELS + 3 * down, GAP_PIXELS + 8 * across, 3)
@@ -36,7 +36,7 @@ def test_rows_of_eight_stand_under_their_headings_with_room_for_the_captions() -
     assert drawn[top + 2 * down + HEADING_PIXELS, GAP_PIXELS].tolist() == [0, 255, 0]  # the eleventh
 
 
-def test_small_images_are_enlarged_by_whole_steps() -> None:
+def test_small_images_are_enlarged_by_integer_factors() -> None:
     drawn = opened(draw_grid(squares(1, size=50), [""], {"": [0]}))
     assert drawn.shape[1] == GAP_PIXELS + 100 + GAP_PIXELS
 
@@ -48,7 +48,7 @@ def test_a_caption_stays_within_its_image() -> None:
     assert (caption[:, GAP_PIXELS + 128 :] == 255).all()
 
 
-def test_names_outside_ascii_can_be_told_apart() -> None:
+def test_non_ascii_captions_differ() -> None:
     drawn = [opened(draw_grid(squares(1), [name], {"": [0]})) for name in ("\u732b", "\u72ac")]
     assert (drawn[0] != drawn[1]).any()
 
@@ -57,7 +57,7 @@ def test_a_group_may_be_empty() -> None:
     assert opened(draw_grid(squares(1), ["x"], {"none here": [], "one here": [0]})).ndim == 3
 
 
-def test_a_batch_is_shown_in_its_own_colors_and_the_same_every_time() -> None:
+def test_render_batch_inverts_normalization_deterministically() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     preprocessing = ImagePreprocessing(image_size=128, resize=128)
     image = Image.fromarray(pixels)

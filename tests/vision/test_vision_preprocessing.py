@@ -128,7 +128,7 @@ def test_transparency_is_put_over_white(small: ImagePreprocessing) -> None:
     assert (one(small, half).float() - 127).abs().max() <= 1
 
 
-def test_transparent_color_of_a_palette_is_put_over_white(small: ImagePreprocessing) -> None:
+def test_transparent_palette_color_becomes_white(small: ImagePreprocessing) -> None:
     image = Image.new("P", (64, 64), 0)
     image.putpalette([10, 20, 30, 200, 100, 50])
     opened = open_image(stored(image, "PNG", transparency=b"\x00\xff"), "palette.png")
@@ -166,7 +166,7 @@ def test_exif_orientation_is_undone(small: ImagePreprocessing, orientation: int,
     assert (got - expected).abs().mean() < 3
 
 
-def test_large_jpeg_decoded_at_a_smaller_scale_looks_the_same(small: ImagePreprocessing) -> None:
+def test_scaled_jpeg_decoding_resembles_full_decoding(small: ImagePreprocessing) -> None:
     image = make_image(1200, 800)
     ImageDraw.Draw(image).ellipse((300, 200, 700, 600), fill=(240, 30, 30))
     content = stored(image, "JPEG", quality=90)
@@ -204,7 +204,7 @@ def test_what_is_no_image_is_refused_clearly(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP"])
-def test_damaged_files_raise_nothing_else(small: ImagePreprocessing, kind: str) -> None:
+def test_damaged_files_raise_only_documented_errors(small: ImagePreprocessing, kind: str) -> None:
     content = stored(make_image(), kind, exif=Image.Exif()) if kind != "BMP" else stored(make_image(), kind)
     random = np.random.default_rng(0)
     for _ in range(60):
@@ -237,7 +237,7 @@ def test_warnings_of_pillow_are_logged_with_the_name(
     assert "3000000" in caplog.text
 
 
-def test_threads_change_neither_pixels_nor_order_nor_the_names_in_the_log(
+def test_threads_change_neither_pixels_nor_order(
     small: ImagePreprocessing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15_000)
@@ -283,7 +283,7 @@ def test_damaged_exif_is_logged_and_the_image_kept(small: ImagePreprocessing, ca
     assert "odd.jpg" in caplog.text
 
 
-def test_a_line_of_pixels_is_refused_before_it_fills_memory(small: ImagePreprocessing) -> None:
+def test_extreme_aspect_ratio_is_refused(small: ImagePreprocessing) -> None:
     with pytest.raises(ValueError, match="too long and thin"):
         one(small, Image.new("L", (3_000_000, 1)))
 
@@ -318,7 +318,7 @@ def test_no_augmentation_changes_nothing(small: ImagePreprocessing) -> None:
     assert small.augment(encoded) is encoded
 
 
-def test_collate_crops_the_centre_and_pads_what_is_smaller(small: ImagePreprocessing) -> None:
+def test_collate_crops_center_and_pads(small: ImagePreprocessing) -> None:
     wide, tiny = torch.zeros(3, 32, 64, dtype=torch.uint8), torch.full((3, 16, 16), 255, dtype=torch.uint8)
     wide[:, :, 16:48] = 255
     batch = small.model_inputs([wide, tiny])
@@ -387,7 +387,7 @@ def test_read_opens_a_path(small: ImagePreprocessing, tmp_path) -> None:
     assert small.read(str(path)).size == (90, 60)
 
 
-def test_read_names_the_path_of_what_it_cannot_read(small: ImagePreprocessing, tmp_path) -> None:
+def test_read_error_names_path(small: ImagePreprocessing, tmp_path) -> None:
     text = tmp_path / "notes.jpg"
     text.write_text("no image")
     for path, message in (
@@ -407,7 +407,7 @@ def test_a_copy_in_another_process_does_the_same() -> None:
     assert torch.equal(one(copy, make_image()), one(preprocessing, make_image()))
 
 
-def test_describe_says_what_the_model_sees() -> None:
+def test_describe_returns_resolved_options() -> None:
     assert ImagePreprocessing().describe() == {
         "image_size": 224,
         "resize": 256,
@@ -467,7 +467,7 @@ def test_grey_images_keep_their_grey_in_one_channel() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I"])
-def test_every_mode_becomes_grey_where_the_backbone_wants_grey(mode: str) -> None:
+def test_every_mode_becomes_gray_for_one_channel(mode: str) -> None:
     gray = ImagePreprocessing(image_size=32, mean=(0.5,), std=(0.25,), augmentation="strong")
     image = make_image().convert("L")
     expected = one(gray, image).float()
@@ -499,7 +499,7 @@ def test_arrays_of_many_channels() -> None:
         (Image.new("RGB", (9, 9)), r"expected an array \(H, W, 6\) of uint8"),
     ],
 )
-def test_other_channels_than_those_of_the_backbone_are_refused(value: object, message: str) -> None:
+def test_wrong_number_of_channels_is_refused(value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImagePreprocessing(image_size=32, mean=(0.5,) * 6, std=(0.25,) * 6).encode([value])
 
@@ -514,14 +514,14 @@ def test_other_channels_than_those_of_the_backbone_are_refused(value: object, me
     ],
     ids=["photograph", "long", "transparent", "five channels"],
 )
-def test_a_image_for_a_page_is_a_small_one(value: Any, channels: int, size: tuple[int, int]) -> None:
+def test_thumbnail_is_small(value: Any, channels: int, size: tuple[int, int]) -> None:
     stats = (0.5,) * channels
     preprocessing = ImagePreprocessing(image_size=42, resize=48, mean=stats, std=stats)
     image = Image.open(io.BytesIO(preprocessing.thumbnail(value)))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size)
 
 
-def test_batch_travels_as_bytes_and_is_normalized_on_the_device() -> None:
+def test_batch_is_uint8_and_normalized_on_device() -> None:
     preprocessing = ImagePreprocessing(image_size=16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
     batch = preprocessing.collate(preprocessing.encode([make_image(), make_image()]))
     assert (batch.dtype, batch.shape) == (torch.uint8, (2, 3, 16, 16))

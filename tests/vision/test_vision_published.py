@@ -137,14 +137,14 @@ def test_images_that_are_made_up_when_asked_for(root: Path, monkeypatch: pytest.
 FAKE = torchvision.datasets.FakeData
 
 
-def test_what_is_not_there_is_told_with_where_to_put_it(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_dataset_error_names_folder(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.CRITICAL), pytest.raises(DataError, match="no network here") as caught:
         Torchvision(dataset="cifar10").load()
     assert str(root) in str(caught.value)
     assert "torchvision.datasets.CIFAR10(FOLDER, download=True)" in str(caught.value)
 
 
-def test_every_name_is_a_class_of_torchvisions_that_takes_its_arguments() -> None:
+def test_every_name_is_a_torchvision_class() -> None:
     import inspect
 
     for name in get_args(published.Name):

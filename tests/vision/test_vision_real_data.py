@@ -20,7 +20,7 @@ pytestmark = [
 
 
 @pytest.mark.skipif(not IMAGES.is_file(), reason="hymenoptera_data.zip is not there")
-def test_hymenoptera_is_complete_and_every_image_can_be_encoded() -> None:
+def test_hymenoptera_is_complete_and_readable() -> None:
     data = Hymenoptera().load()
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 244, "test": 153}
     preprocessing = ResNet18(weights=None, image_size=64).preprocessing
@@ -39,7 +39,7 @@ def test_weights_of_another_classifier_width_are_read() -> None:
 
 
 @pytest.mark.skipif(not (IMAGES.is_file() and (FOLDER / WEIGHTS).is_file()), reason="images or weights are not there")
-def test_pretrained_features_tell_ants_from_bees_better_than_random_ones() -> None:
+def test_pretrained_features_beat_random_ones() -> None:
     data = Hymenoptera().load()
     torch.manual_seed(0)
     accuracy = {}

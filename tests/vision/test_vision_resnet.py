@@ -130,7 +130,7 @@ def test_unknown_names_of_weights_are_refused_at_once(name: str, hint: str) -> N
     assert hint in str(caught.value)
 
 
-def test_a_file_that_is_absent_is_no_matter_until_it_is_read(data_folder: Path) -> None:
+def test_missing_weights_fail_only_on_load(data_folder: Path) -> None:
     (data_folder / "other.pth").touch()
     with torch.device("meta"):
         backbone = ResNet18(weights="absent.pth")
@@ -165,7 +165,7 @@ def test_weights_round_trip(model: nn.Module, tmp_path: Path, suffix: str) -> No
     assert json.loads(json.dumps(report)) == report
 
 
-def test_a_backbone_written_under_torchvisions_names_is_read_again(data_folder: Path) -> None:
+def test_weights_under_torchvision_names_round_trip(data_folder: Path) -> None:
     first = ResNet18(weights=None)
     save_file(torchvision_state_dict(first), data_folder / "exported.safetensors")
     second = ResNet18(weights="exported.safetensors")
@@ -297,16 +297,14 @@ def test_published_weights_are_found_under_their_usual_name(
     assert torch.equal(torchvision_state_dict(backbone)["conv1.weight"], model.state_dict()["conv1.weight"])
 
 
-def test_a_file_that_is_not_the_published_one_is_refused(model: nn.Module, data_folder: Path) -> None:
+def test_unpublished_file_is_refused(model: nn.Module, data_folder: Path) -> None:
     path = saved(model, data_folder / "resnet18-f37072fd.pth")
     with pytest.raises(WeightsError, match="starts with f37072fd") as caught:
         ResNet18().load_pretrained()
     assert path in str(caught.value)
 
 
-def test_without_a_network_the_message_says_which_file_to_put_where(
-    data_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_without_network_names_file_and_path(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def offline(url: str, name: str, sha256: str) -> Path:

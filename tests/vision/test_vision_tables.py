@@ -39,7 +39,7 @@ def paths(data: Data, split: str) -> list[str]:
 ROWS = [(f"images/{number}.png", "ab"[number % 2]) for number in range(24)]
 
 
-def test_paths_begin_in_the_folder_of_the_table(folder: Path) -> None:
+def test_paths_are_relative_to_table(folder: Path) -> None:
     data = ImageCSV(train=table(folder, "path,label", ROWS)).load()
     assert data.spec.classes == ("a", "b")
     assert data.spec.fields == ("image",)
@@ -47,7 +47,7 @@ def test_paths_begin_in_the_folder_of_the_table(folder: Path) -> None:
     assert data.splits["train"].name(3) == f"{folder}/table.csv:5"
 
 
-def test_paths_begin_in_root_and_may_be_absolute(folder: Path) -> None:
+def test_paths_are_relative_to_root_or_absolute(folder: Path) -> None:
     rows = [(f"{number}.png", "ab"[number % 2]) for number in range(3)] + [(folder / "images" / "3.png", "a")]
     written = table(folder, "file,kind", rows)
     data = ImageCSV(train=written, root=str(folder / "images"), path="file", label="kind").load()
@@ -73,14 +73,14 @@ def test_json_lines_with_lists_of_labels(folder: Path) -> None:
     assert data.splits["train"].targets.tolist() == [[1, 1], [0, 0]]
 
 
-def test_a_column_says_which_split_a_row_is_of(folder: Path) -> None:
+def test_split_column(folder: Path) -> None:
     rows = [(path, label, ("train", "val", "Test")[number // 8]) for number, (path, label) in enumerate(ROWS)]
     data = ImageCSV(train=table(folder, "path,label,part", rows), split="part").load()
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 8, "validation": 8, "test": 8}
     assert paths(data, "test") == [path for path, _ in ROWS[16:]]
 
 
-def test_a_fraction_becomes_the_test_split_alike_in_every_class(folder: Path) -> None:
+def test_test_fraction_is_stratified(folder: Path) -> None:
     data = ImageCSV(train=table(folder, "path,label", ROWS), test_fraction=0.25).load()
     assert {name: np.bincount(split.targets).tolist() for name, split in data.splits.items()} == {
         "train": [9, 9],
@@ -139,7 +139,7 @@ def test_a_split_without_a_good_image_is_refused(folder: Path) -> None:
         ImageCSV(train=table(folder, "path,label", ROWS), test=test, bad_files="skip").load()
 
 
-def test_a_text_stands_beside_each_image(folder: Path) -> None:
+def test_multimodal_table_has_text_and_image(folder: Path) -> None:
     rows = [(path, f"number {number}", label, number // 2) for number, (path, label) in enumerate(ROWS)]
     rows[5] = ("images/absent.png", "nothing", "b", 2)
     written = table(folder, "image,caption,label,camera", rows)

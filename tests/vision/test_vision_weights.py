@@ -41,7 +41,7 @@ def test_prefix_of_names_is_named_with_the_fix(tmp_path: Path) -> None:
     assert caught.value.problems[0].fix == "remove the prefix 'module.' from their names"
 
 
-def test_file_of_a_saved_model_is_refused_and_its_run_suggested(tmp_path: Path) -> None:
+def test_saved_model_file_suggests_its_run(tmp_path: Path) -> None:
     trained = ResNet18(**SMALL)
     tensors = {name.removeprefix("stages."): tensor for name, tensor in trained.state_dict().items()}
     tensors["head.output.weight"] = torch.zeros(2, 512)
@@ -64,7 +64,7 @@ def test_names_of_old_densenet_files_are_read(tmp_path: Path) -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in by_torchvisions_names(backbone).items())
 
 
-def test_old_names_and_positions_of_another_size_are_read_by_a_vision_transformer(tmp_path: Path) -> None:
+def test_vision_transformer_reads_old_names_and_positions(tmp_path: Path) -> None:
     with torch.device("meta"):
         shapes = torchvision.models.vit_b_32(image_size=96, num_classes=3).state_dict()
     theirs = {name: torch.full(value.shape, float(number)) for number, (name, value) in enumerate(shapes.items())}
@@ -115,7 +115,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return transfer.run(config, output=tmp_path_factory.mktemp("runs")).folder
 
 
-def test_an_earlier_run_gives_its_weights_and_its_preprocessing(run: Path) -> None:
+def test_weights_and_preprocessing_of_earlier_run(run: Path) -> None:
     backbone = Torchvision(model="shufflenet_v2_x0_5", weights=str(run))
     report = backbone.load_pretrained()
     trained, head = transfer.saved_backbone(run).tensors()
@@ -127,7 +127,7 @@ def test_an_earlier_run_gives_its_weights_and_its_preprocessing(run: Path) -> No
     assert (described["image_size"], described["mean"]) == (32, [0.1, 0.2, 0.3])
 
 
-def test_what_began_from_a_run_predicts_where_that_run_is_gone(run: Path, tmp_path: Path) -> None:
+def test_model_predicts_without_its_source_run(run: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(run, base)
     config = {
@@ -151,7 +151,7 @@ def test_a_run_of_another_backbone_is_refused(run: Path) -> None:
         ResNet18(weights=str(run)).load_pretrained()
 
 
-def test_a_run_of_another_backbone_is_refused_before_anything_is_read(run: Path) -> None:
+def test_run_of_other_backbone_is_refused(run: Path) -> None:
     with torch.device("meta"), pytest.raises(WeightsError, match="wrong backbone in this run"):
         ResNet18(weights=str(run))
 
@@ -168,7 +168,7 @@ def test_weights_of_other_channels_say_how_many(tmp_path: Path, channels: int) -
 
 
 @pytest.mark.parametrize("what", ["runs/absent", "folder"])
-def test_a_folder_that_is_no_run_is_refused_at_once(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_is_no_run_is_refused(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     with torch.device("meta"), pytest.raises(WeightsError, match=f"there is no run with a model at {what}"):

@@ -73,6 +73,7 @@ class LoRA(Adapter):
         for name, layer in list(module.named_modules(remove_duplicate=False)):
             if isinstance(layer, BaseTunerLayer):
                 if id(layer) not in merged:
+                    # safe_merge raises for weights that are not finite, before the original is overwritten.
                     layer.merge(safe_merge=True)
                     merged[id(layer)] = layer.get_base_layer()
                 parent, _, child = name.rpartition(".")

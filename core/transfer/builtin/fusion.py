@@ -121,6 +121,11 @@ class Fusion(Backbone):
         return {f"{name}.{key}": text for name, part in self.parts.items() for key, text in part.assets().items()}
 
     @classmethod
+    def is_pretrained(cls, options: Mapping[str, Any]) -> bool:
+        """Return whether all parts start from pretrained weights: the others need the rates of new layers."""
+        return all(block.cls.is_pretrained(block.options) for block in _blocks(options["parts"]).values())
+
+    @classmethod
     def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the options of every part that change for random initialization."""
         blocks = {name: block.without_pretrained() for name, block in _blocks(options["parts"]).items()}

@@ -95,6 +95,7 @@ class Attention(Head):
     def forward(self, features: tuple[Tensor, Tensor]) -> Tensor:
         """Return float outputs (B, out_features) of float steps (B, T, D) and their bool mask (B, T)."""
         steps, _ = features
+        # (B, 1, T) @ (B, T, D) -> (B, 1, D): the mean of the steps of each example.
         mean = (self.weights(features).unsqueeze(1) @ steps).squeeze(1)
         return self.output(self.dropout(mean))  # type: ignore[no-any-return]
 

@@ -21,10 +21,31 @@ from torchmetrics.classification import (
     MultilabelStatScores,
 )
 
+from transfer.config.option_schema import Block
 from transfer.errors import ConfigError
 from transfer.interfaces import DataSpec, PrimaryMetric, TargetKind, Task
 
 MAX_CLASSES_SHOWN = 5
+FOCAL_GAMMA = 2.0
+"""Exponent of the focal loss in its paper, and of a config that sets none."""
+
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Focal(Block):
+    """The focal loss, in which well classified examples count less (Lin et al. 2017, ICCV).
+
+    Args:
+        name: Name of the loss, focal.
+        gamma: Exponent of the factor ``(1 - p) ** gamma`` of an example, where p is the probability of its target. 0 is
+            the cross-entropy.
+    """
+
+    name: Literal["focal"]
+    gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = FOCAL_GAMMA
+
+
+CrossEntropyLoss = Literal["cross_entropy", "focal"] | Focal
 
 
 class MeanOf(MeanMetric):
@@ -130,33 +151,28 @@ class Classification(Task):
         label_smoothing: Fraction of the target that is distributed over all classes (Szegedy et al. 2016).
         class_weights: Weight of each class in the loss: a number by class name, or "balanced" for weights inverse to
             the class's frequency in the training split, with a mean of 1 over its examples.
+        loss: cross_entropy, or focal, in which well classified examples count less: ``{name: focal, gamma: 2}``.
     """
 
     targets: ClassVar[frozenset[TargetKind]] = frozenset({"class"})
     primary_metric = PrimaryMetric("accuracy", higher_is_better=True)
-    has_convex_loss = True
 
     def __init__(
         self,
         data: DataSpec,
         *,
         label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-        class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None,
+        class_weights: Literal["balanced"] | dict[str, Weight] | None = None,
+        loss: CrossEntropyLoss = "cross_entropy",
     ) -> None:
         self.classes = data.classes
         self.label_smoothing = label_smoothing
+        self.gamma = _gamma(loss)
+        self.has_convex_loss = not self.gamma
         self.balanced = class_weights == "balanced"
         self.weights: Tensor | None = None
         if isinstance(class_weights, dict):
-            if data.placeholders:
-                self.classes = tuple(class_weights)  # compared with the names of the data when it is read
-            if set(class_weights) != set(self.classes):
-                raise ConfigError(
-                    f"class_weights names other classes: expected {sorted(self.classes)}, got {sorted(class_weights)}",
-                    available=self.classes,
-                    fix="give a weight for every class",
-                )
-            self.weights = torch.tensor([class_weights[name] for name in self.classes])
+            self.classes, self.weights = _weights_by_name("class_weights", class_weights, data)
         self.out_features = len(self.classes)
 
     def prepare(self, targets: npt.NDArray[Any]) -> None:
@@ -179,6 +195,10 @@ class Classification(Task):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy in nats, float (B,) of logits (B, C) and int64 targets (B,), weighted by class."""
         losses = F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing, reduction="none")
+        if self.gamma:
+            # The factor depends on the probability of the target, which smoothing must not change.
+            surprise = F.cross_entropy(outputs, targets, reduction="none") if self.label_smoothing else losses
+            losses = losses * _focal_factor(surprise, self.gamma)
         # Without non_blocking, the copy of the weights would wait for the device at every step.
         return losses if self.weights is None else losses * self.weights.to(outputs.device, non_blocking=True)[targets]
 
@@ -222,20 +242,59 @@ class MultiLabel(Task):
 
     Args:
         threshold: Minimum probability of a predicted label.
+        pos_weight: Weight of the examples with a label in the loss of that label: a number by label, or "balanced" for
+            the number of training examples without the label divided by the number of those with it.
+        loss: cross_entropy, or focal, in which well classified labels count less: ``{name: focal, gamma: 2}``.
     """
 
     targets: ClassVar[frozenset[TargetKind]] = frozenset({"labels"})
     primary_metric = PrimaryMetric("f1_macro", higher_is_better=True)
-    has_convex_loss = True
 
-    def __init__(self, data: DataSpec, *, threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5) -> None:
+    def __init__(
+        self,
+        data: DataSpec,
+        *,
+        threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5,
+        pos_weight: Literal["balanced"] | dict[str, Weight] | None = None,
+        loss: CrossEntropyLoss = "cross_entropy",
+    ) -> None:
         self.classes = data.classes
-        self.out_features = len(data.classes)
         self.threshold = threshold
+        self.gamma = _gamma(loss)
+        self.has_convex_loss = not self.gamma
+        self.balanced = pos_weight == "balanced"
+        self.weights: Tensor | None = None
+        if isinstance(pos_weight, dict):
+            self.classes, self.weights = _weights_by_name("pos_weight", pos_weight, data)
+        self.out_features = len(self.classes)
+
+    def prepare(self, targets: npt.NDArray[Any]) -> None:
+        """Compute balanced weights from the labels of the training split."""
+        if self.balanced:
+            positive = np.count_nonzero(targets, axis=0)
+            # A label that all examples have, or none, gets no weight: there is nothing to balance.
+            weights = np.where(positive % len(targets), (len(targets) - positive) / np.maximum(positive, 1), 1.0)
+            self.weights = torch.tensor(weights, dtype=torch.float32)
+
+    def state(self) -> dict[str, Any]:
+        """Return the balanced weights."""
+        return {"pos_weight": self.weights.tolist()} if self.balanced and self.weights is not None else {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the balanced weights, so that an evaluation has the loss of the training."""
+        if self.balanced and "pos_weight" in state:
+            self.weights = _numbers(state, "pos_weight", self.out_features)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean binary cross-entropy in nats, float (B,), of logits (B, C) and targets (B, C)."""
-        return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none").mean(dim=1)
+        targets = targets.to(outputs.dtype)
+        losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+        if self.gamma:
+            losses = losses * _focal_factor(losses, self.gamma)
+        if self.weights is not None:
+            # As torch's pos_weight: 1 for absent labels. Without non_blocking, the copy would wait for the device.
+            losses = losses * (1 + (self.weights.to(outputs.device, non_blocking=True) - 1) * targets)
+        return losses.mean(dim=1)
 
     def metrics(self) -> Mapping[str, Metric]:
         """Return mean F1 over the labels with examples or predictions, and mean accuracy over all labels."""
@@ -337,6 +396,36 @@ class Regression(Task):
     def interpret(self, outputs: Tensor) -> list[dict[str, Any]]:
         """Return the predicted numbers by name."""
         return [dict(zip(self.names, row, strict=True)) for row in outputs.float().tolist()]
+
+
+def _gamma(loss: CrossEntropyLoss) -> float:
+    """Return the exponent of the focal loss; 0 for the cross-entropy."""
+    if isinstance(loss, Focal):
+        return loss.gamma
+    return FOCAL_GAMMA if loss == "focal" else 0.0
+
+
+def _focal_factor(surprise: Tensor, gamma: float) -> Tensor:
+    """Return ``(1 - p) ** gamma`` of targets with the negative log-probabilities ``surprise`` (of any shape)."""
+    # Above zero, because the derivative of the power is infinite at zero if gamma is less than 1.
+    return (-torch.expm1(-surprise)).clamp(min=1e-7) ** gamma
+
+
+def _weights_by_name(option: str, weights: Mapping[str, float], data: DataSpec) -> tuple[tuple[str, ...], Tensor]:
+    """Return the classes and their weights, float32 (C,), in the order of the classes.
+
+    Raises:
+        ConfigError: A class has no weight, or a weight has no class.
+    """
+    # Classes that are not known yet are compared with the names of the data when it is read.
+    classes = tuple(weights) if data.placeholders else data.classes
+    if set(weights) != set(classes):
+        raise ConfigError(
+            f"{option} names other classes: expected {sorted(classes)}, got {sorted(weights)}",
+            available=classes,
+            fix="give a weight for every class",
+        )
+    return classes, torch.tensor([weights[name] for name in classes])
 
 
 def _numbers(state: Mapping[str, Any], name: str, count: int) -> Tensor:

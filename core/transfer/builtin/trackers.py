@@ -43,6 +43,7 @@ class TensorBoard(Tracker):
         """Write one scalar per metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, global_step=epoch)
+        # Otherwise a dashboard shows an epoch only when a later one fills the buffer.
         self._writer.flush()
 
     def finish(self, status: str) -> None:
@@ -71,6 +72,7 @@ class MLflow(Tracker):
         """Start an MLflow run with the config as parameters, or resume the known one."""
         import mlflow
 
+        # Only defaults: variables that the user has set take precedence.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _RETRIES)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _TIMEOUT_SECONDS)
         if self.tracking_uri is not None:

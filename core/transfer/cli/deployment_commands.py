@@ -167,3 +167,26 @@ def export(
         if exported.quantization_loss is not None:
             facts["quantized"] = str(exported.quantization_loss)
     Console().print(facts_table(facts))
+
+
+def push(
+    run: RunFolder,
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the Hugging Face Hub.")],
+    format: Annotated[str, typer.Option("--format", help="Format of the export.")] = "safetensors",
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as a private one.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Existing branch. Default: the default branch.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without uploading them.")] = False,
+) -> None:
+    """Upload the export of a run with its model card to the Hugging Face Hub."""
+    from transfer.cli.tables import facts_table
+    from transfer.deployment.push import push as push_run
+    from transfer.system.terminal import Console
+
+    pushed = push_run(run, repository, format=format, private=private, revision=revision, dry_run=dry_run)
+    facts: dict[str, object] = {"would upload to" if dry_run else "uploaded to": pushed.repository}
+    facts["files"] = [f"{name} ({pushed.files[name]:,} bytes)" if pushed.files else name for name in pushed.names]
+    if pushed.url:
+        facts["commit"] = pushed.url
+    Console().print(facts_table(facts))

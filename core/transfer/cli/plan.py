@@ -27,6 +27,7 @@ def render(config: RunConfig, parts: CheckedParts) -> Iterator[RenderableType]:
     """Yield the tables of a checked config: its components, the stages in each phase, and the feature cache."""
     features, data, train = parts.backbone.features, parts.dataset.spec, config.train
     optimizer = ", ".join([config.optimizer.name, *(f"{k} {v}" for k, v in config.optimizer.options.items())])
+    reason = " (default for pretrained weights)" if config.is_fine_tuned_by_default else ""
     yield facts_table(
         {
             "data": f"{config.data.plugin.name}: {', '.join(data.fields)} -> {data.target}",
@@ -35,7 +36,8 @@ def render(config: RunConfig, parts: CheckedParts) -> Iterator[RenderableType]:
             "head": f"{config.head.plugin.name}: {features.size} -> {parts.task.out_features}",
             **_adapter(config, parts),
             "task": f"{config.task.plugin.name}, best epoch by {parts.task.primary_metric.name}",
-            "training": f"{optimizer}, {train.step}" + (f", recipe {train.recipe.name}" if train.recipe else ""),
+            "training": f"{optimizer}, {train.step}"
+            + (f", recipe {train.recipe.name}{reason}" if train.recipe else ""),
             **({"trackers": ", ".join(tracker.plugin.name for tracker in config.trackers)} if config.trackers else {}),
             **{f"preprocessing: {k}": v for k, v in describe_preprocessing(config, parts.backbone).items()},
         }

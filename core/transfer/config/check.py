@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -12,7 +11,7 @@ from pydantic import BaseModel
 from transfer.config.component import Component
 from transfer.config.option_schema import has_option, options_model, validate
 from transfer.config.recipes import FINE_TUNING, RECIPE_WARMUP_EPOCHS, WITHOUT_PRETRAINED
-from transfer.config.run_config import RunConfig, RunConfigSchema
+from transfer.config.run_config import Config, RunConfig, RunConfigSchema
 from transfer.config.torch_classes import (
     OPTIMIZERS,
     RESERVED_OPTIONS,
@@ -35,11 +34,13 @@ from transfer.config.train_settings import (
     NamedBlock,
     OptimizerOptions,
     PhaseSettings,
+    Recipe,
     TaskOptions,
     TrainConfig,
 )
-from transfer.config.yaml_document import Document, Key, make_document, read_document
+from transfer.config.yaml_document import Document, Key, apply_overrides, make_document, read_document
 from transfer.errors import ConfigError, PluginError, Problem
+from transfer.interfaces import Backbone
 from transfer.registry import entry_points
 from transfer.registry.entry_points import IN_PROCESS, Kind
 
@@ -75,19 +76,38 @@ def load_component(kind: Kind, block: Mapping[str, Any], source: str) -> Compone
     return component
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(source: Config, overrides: Sequence[str] = (), *, data: Mapping[str, Any] | None = None) -> RunConfig:
     """Read and check a config. Only the plugins that it names are imported, and no data is read.
 
     Args:
-        source: Path of a YAML file, or the config as nested dicts.
+        source: Path of a YAML file, the config as nested dicts, or a checked config.
         overrides: Assignments ``path.to.key=value``, as on the command line.
+        data: Dataset that replaces that of the config, as a block of its name and options. The config's options for
+            every dataset (``validation``, ``limit``) are kept.
 
     Raises:
         ConfigError: The config has problems; the error contains all of them.
     """
-    if isinstance(source, Mapping):
-        return _ConfigValidator(make_document(source, overrides)).config()
-    return _ConfigValidator(read_document(source, overrides)).config()
+    if isinstance(source, RunConfig):
+        document = make_document(source.resolved, source=source.document.source)
+    else:
+        document = make_document(source) if isinstance(source, Mapping) else read_document(source)
+    if data is not None:
+        replace_data(document, data)
+    apply_overrides(document, overrides)
+    return _ConfigValidator(document).config()
+
+
+def replace_data(document: Document, data: Mapping[str, Any]) -> None:
+    """Replace the dataset of a config, and keep its options for every dataset."""
+    old = document.data.get("data")
+    kept = set(DataOptions.model_fields) - set(data)
+    options = {name: value for name, value in old.items() if name in kept} if isinstance(old, dict) else {}
+    document.data["data"] = options | dict(data)
+    for key in list(document.locations):
+        if key[:1] == ("data",) and key[1:2] not in {(name,) for name in options}:
+            del document.locations[key]
+    document.locations["data",] = "the data that was passed in Python"
 
 
 def block_base(kind: Kind, cls: type, base: type[_NamedModel] = NamedBlock) -> type[_NamedModel]:  # type: ignore[assignment]
@@ -154,10 +174,7 @@ class _ConfigValidator:
         train = self.block(TrainConfig, raw["train"], ("train",), "train") if isinstance(raw["train"], dict) else None
         # Not for an explicit null, which is part of every config that an earlier version wrote for a run.
         if train is not None and backbone is not None and not {"phases", "recipe"} & train.model_fields_set:
-            settings = {**backbone.cls.default_phase, **({"epochs": train.epochs} if train.epochs else {})}
-            if data_options is not None and not data_options.validation:
-                settings["patience"] = None  # there may be no validation split to stop by
-            train = train.model_copy(update={"phases": (PhaseSettings(**settings),), "epochs": None})
+            train = self._default_phases(train, backbone, data_options, adapted=raw["adapter"] is not None)
         # An explicit null keeps the rates constant, as in the configs of runs of earlier versions.
         tunes = train is not None and train.recipe is not None and train.recipe.name in FINE_TUNING
         if train is not None and tunes and "scheduler" not in train.model_fields_set:
@@ -204,6 +221,26 @@ class _ConfigValidator:
             adapter=adapter,
             sampler=sampler,
         )
+
+    def _default_phases(
+        self, train: TrainConfig, backbone: Component, data: DataOptions | None, *, adapted: bool
+    ) -> TrainConfig:
+        """Return the options of training with the phases or the recipe that a config without them gets."""
+        cls: type[Backbone] = backbone.cls
+        settings = {**cls.default_phase, **({"epochs": train.epochs} if train.epochs else {})}
+        sets_rate = "optimizer" in train.model_fields_set and "lr" in train.optimizer
+        if sets_rate or adapted or not cls.is_pretrained(backbone.options):
+            if data is not None and not data.validation:
+                settings["patience"] = None  # there may be no validation split to stop by
+            return train.model_copy(update={"phases": (PhaseSettings(**settings),), "epochs": None})
+        # The default rate of new layers would destroy pretrained ones.
+        optimizer, rated = train.optimizer, cls.fine_tuning_optimizer
+        if rated and "optimizer" not in train.model_fields_set:
+            optimizer = dict(rated)
+        elif rated.get("name") == optimizer.get("name"):
+            optimizer = {**optimizer, "lr": rated["lr"]}
+        recipe = Recipe(name="fine_tune", epochs=settings["epochs"])
+        return train.model_copy(update={"recipe": recipe, "epochs": None, "optimizer": optimizer})
 
     def block(self, model: type[_Model], value: Any, key: Key, what: str) -> _Model | None:
         """Return a block as an instance of its model, or None after adding its problems."""

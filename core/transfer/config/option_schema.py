@@ -321,6 +321,8 @@ def _bare_type_name(annotation: Any) -> str:
         return f"mapping of {_bare_type_name(arguments[0])} to {_bare_type_name(arguments[1])}"
     if isinstance(origin, type) and issubclass(origin, collections.abc.Iterable):
         return f"list of {_bare_type_name(arguments[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"  # a user writes the keys, never the name of the class
     return _TYPE_NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

@@ -25,9 +25,6 @@ from transfer.config.train_settings import (
 from transfer.config.yaml_document import Document, Key
 from transfer.interfaces import Backbone
 
-Config = str | Path | Mapping[str, Any]
-"""Path of a YAML file, or the config as nested dicts."""
-
 QUICK_EXAMPLES = 64
 """Maximum number of examples per class of each split in a quick run."""
 
@@ -118,6 +115,11 @@ class RunConfig:
         """Whether pretrained weights are read: True, except for recipes that start from random weights."""
         return self.train.recipe is None or self.train.recipe.name not in WITHOUT_PRETRAINED
 
+    @property
+    def is_fine_tuned_by_default(self) -> bool:
+        """Whether the config sets no phases, recipe or learning rate, so that its pretrained layers are fine-tuned."""
+        return self.train.recipe is not None and not self.document.is_set(("train", "recipe"))
+
     def phases(self, stages: Sequence[str]) -> tuple[PhaseSettings, ...]:
         """Return the phases of a model, with the epochs and learning rates that they inherit filled in.
 
@@ -187,3 +189,7 @@ class RunConfig:
     def at(self, *key: str | int) -> AbstractContextManager[None]:
         """Add the location of the value at ``key`` to errors raised in the block that have none."""
         return error_location(self.document.location(key))
+
+
+Config = str | Path | Mapping[str, Any] | RunConfig
+"""Path of a YAML file, the config as nested dicts, or a checked config."""

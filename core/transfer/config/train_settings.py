@@ -255,7 +255,11 @@ class TrainConfig(Block):
         epochs: Number of epochs if neither phases nor a recipe are set: everything is trained; null is the number that
             the backbone chooses (5 for most).
         phases: Phases of training, in order, each with its number of epochs.
-        recipe: Named sequence of phases, as an alternative to phases.
+        recipe: Named sequence of phases, as an alternative to phases. The default is fine_tune if the layers of the
+            backbone are pretrained and optimizer.lr is not set; otherwise one phase trains everything at one rate.
+        max_minutes: Duration of the run, in minutes, after which training ends: an epoch is not started if it would end
+            later, judged by the last one. At least one epoch is trained. A resumed run counts the time before it was
+            interrupted. null disables the limit.
         augment: Whether training examples are augmented at random, as the backbone's preprocessing defines it.
         bucket: Whether examples of similar length share a batch, which saves padding in texts. A number sets how many
             random batches are sorted by length together; true means 50, false means plain shuffling.
@@ -273,6 +277,9 @@ class TrainConfig(Block):
         compile: Whether the model is compiled with torch.compile, which starts slowly and speeds up many models.
             reduce-overhead also records CUDA graphs on a GPU, for small models and batches whose shapes repeat; it
             needs accumulate 1.
+        recompute: Whether the backward pass computes the activations of each backbone stage a second time instead of
+            keeping them in memory (activation checkpointing). Results are the same, and a step takes up to a third
+            longer. Not together with compile.
         sync_batch_norm: Whether trained batch-norm layers use the statistics of the batches of all processes in
             distributed training, instead of those of each process; GPUs only. Has no effect in one process.
         ema: Decay per step of an exponential moving average of the weights, which is then evaluated and saved instead
@@ -301,6 +308,7 @@ class TrainConfig(Block):
     epochs: Count | None = None
     phases: Annotated[tuple[PhaseSettings, ...], Field(min_length=1)] | None = None
     recipe: Recipe | None = None
+    max_minutes: Positive | None = None
     augment: bool = True
     bucket: Annotated[bool | Count, one_of("true, false, or a number of batches of 1 or more")] = True
     sampler: dict[str, Any] | None = None
@@ -316,6 +324,7 @@ class TrainConfig(Block):
     precision: Precision | Literal["auto"] = "auto"
     deterministic: bool = False
     compile: Annotated[Compile, one_of("true, false or reduce-overhead")] = False
+    recompute: bool = False
     sync_batch_norm: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     mix: MixupCutmix | None = None
@@ -349,6 +358,12 @@ class TrainConfig(Block):
         # The gradients of a batch would be in memory that the graphs of the next batch overwrite.
         if self.compile == "reduce-overhead" and self.accumulate > 1:
             raise ValueError("compile: reduce-overhead needs accumulate: 1; set compile: true, or a larger batch_size")
+        return self
+
+    @model_validator(mode="after")
+    def _recompute_without_compile(self) -> TrainConfig:
+        if self.recompute and self.compile:
+            raise ValueError("recompute and compile do not combine; set one of them to false")
         return self
 
     @model_validator(mode="after")

@@ -175,7 +175,7 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
             fix="see configs/quickstart_text.yaml",
         )
     document = Document(data, str(path), locations)
-    _apply(document, overrides)
+    apply_overrides(document, overrides)
     return document
 
 
@@ -204,7 +204,7 @@ def make_document(data: Mapping[str, Any], overrides: Sequence[str] = (), source
     document = Document(_copy(data, source, (), problems), source)
     if problems:
         raise ConfigError.of(problems)
-    _apply(document, overrides)
+    apply_overrides(document, overrides)
     return document
 
 
@@ -248,7 +248,12 @@ def dump(data: Mapping[str, Any]) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _apply(document: Document, overrides: Sequence[str]) -> None:
+def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
+    """Set values from assignments ``path.to.key=value``.
+
+    Raises:
+        ConfigError: Assignments are wrong; the error contains all of them.
+    """
     problems: list[Problem] = []
     for assignment in overrides:
         try:

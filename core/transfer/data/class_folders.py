@@ -62,6 +62,7 @@ def folder_levels(root: Path) -> dict[str, Level]:
     levels = {}
     try:
         for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
+            # In place: os.walk visits only the folders that remain, in this order.
             folders[:] = sorted(name for name in folders if not is_hidden(name) and not _is_loop(Path(folder, name)))
             relative = Path(folder).relative_to(root)
             key = "" if relative == Path() else relative.as_posix()
@@ -136,6 +137,7 @@ class ClassFolders:
             for split, folder in (folders or {"train": ""}).items()
         }
         train = splits["train"]
+        # An empty class is usually a mistake, and its output would never be trained.
         if missing := next((label for label, paths in train.items() if not paths), None):
             folder = folders.get("train", "")
             others = _extensions(_walk(levels, _join(folder, missing)))
@@ -247,6 +249,7 @@ class ClassFolders:
         train: _ByClass = {}
         test: _ByClass = {}
         for label, paths in by_class.items():
+            # At least one example for the test, and one that remains for training.
             count = min(len(paths) - 1, max(1, round(len(paths) * self.test_fraction)))
             if count == 0:
                 raise DataError(

@@ -40,6 +40,7 @@ class EncodedBlocks(Sequence[Any]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"value {index} is out of range: there are {len(self)} values")
         index = int(index) % len(self)
+        # The first block that ends after the index contains it.
         block = bisect.bisect_right(self._ends, index)
         return self.blocks[block][index - (self._ends[block - 1] if block else 0)]
 

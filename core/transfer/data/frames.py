@@ -30,6 +30,15 @@ class RowColumn(Sequence[Any]):
             return [self[position] for position in range(len(self))[index]]
         return self._rows[int(index)][self._name]
 
+    def tolist(self) -> list[Any]:
+        """Return all values."""
+        return list(self._rows[:][self._name])
+
+    def encoded(self, index: int) -> Any:
+        """Return a value without decoding it: an image is a dict of the ``bytes`` and the ``path`` of its file."""
+        value = self._rows.with_format("arrow")[index : index + 1][self._name].to_pylist()[0]
+        return value if isinstance(value, Mapping) and {"bytes", "path"} <= set(value) else self[index]
+
 
 def frame_columns(frame: Any) -> dict[str, Sequence[Any]]:
     """Return the columns of a table in memory, read by position.

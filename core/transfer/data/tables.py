@@ -6,16 +6,11 @@ import codecs
 import io
 import json
 import logging
-import math
-import re
-from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from transfer.data.delimited import Quoting, choose_dialect, read_delimited
@@ -23,19 +18,16 @@ from transfer.data.records import (
     UNREADABLE,
     UTF_16,
     Record,
-    RowNames,
     open_rows,
     open_table,
     row_name,
 )
 from transfer.data.splits import split_off
+from transfer.data.table_rows import TableRows, by_split, group_codes
+from transfer.data.table_targets import class_targets, column_targets, label_list_targets
 from transfer.data.targets import (
     as_text,
-    encode_labels,
-    from_multi_hot,
-    is_multi_hot,
     label_text,
-    multi_hot,
     parse_label_list,
 )
 from transfer.errors import ConfigError, DataError, Problem, unknown_name
@@ -49,7 +41,6 @@ TableTarget = Literal["class", "labels", "label_list", "number"]
 contains the names of all labels. ``number``: each column contains a number."""
 MAX_POSITIONS_SHOWN = 30
 """Maximum number of lines in the message about empty examples."""
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
 class Tables:
@@ -200,7 +191,7 @@ class Tables:
         """
         tables = {name: self._read(path) for name, path in self.paths.items()}
         if self.split is not None:
-            tables = _by_split(tables["train"], self.split)
+            tables = by_split(tables["train"], self.split)
         return self._data(field, tables)
 
     def read_records(
@@ -222,9 +213,9 @@ class Tables:
         }
         return self._data(field, tables)
 
-    def _data(self, field: str, tables: Mapping[str, _Table]) -> Data:
-        spec, targets = self._targets(field, tables)
-        codes = _group_codes(tables, self.group)
+    def _data(self, field: str, tables: Mapping[str, TableRows]) -> Data:
+        spec, targets = self._targets(self.spec(field), tables)
+        codes = group_codes(tables, self.group)
         splits = {
             name: Split({field: table.values} | self._extra_columns(table), targets[name], table.names, codes.get(name))
             for name, table in tables.items()
@@ -233,64 +224,22 @@ class Tables:
             splits["train"], splits["test"] = split_off(splits["train"], self.test_fraction)
         return Data(spec, splits)
 
-    def _extra_columns(self, table: _Table) -> dict[str, list[str]]:
+    def _extra_columns(self, table: TableRows) -> dict[str, list[str]]:
         return {name: [extra[column] for extra in table.extra] for name, column in self.extra_fields.items()}
 
-    def _targets(self, field: str, tables: Mapping[str, _Table]) -> tuple[DataSpec, dict[str, npt.NDArray[Any]]]:
-        train = tables["train"]
+    def _targets(self, spec: DataSpec, tables: Mapping[str, TableRows]) -> tuple[DataSpec, dict[str, npt.NDArray[Any]]]:
         if self.target == "class":
-            columns = {name: [row[0] for row in table.labels] for name, table in tables.items()}
-            _drop_zero_decimals(columns)
-            classes = train.class_names or tuple(sorted(set(columns["train"])))
-            for name in classes:
-                if _LIST.match(name):
-                    raise DataError(
-                        f"column {self.labels[0]!r} contains lists of labels: expected one class, got {name}",
-                        where=train.names[columns["train"].index(name)] if name in columns["train"] else None,
-                        fix="set target: label_list",
-                    )
-            if len(classes) < 2:
-                raise DataError(
-                    f"column {self.labels[0]!r} contains only the class {classes[0]!r}",
-                    where=str(train.path),
-                    fix="add examples of another class",
-                )
-            return replace(self.spec(field), classes=classes), {
-                name: encode_labels(columns[name], classes, table.names.__getitem__) for name, table in tables.items()
-            }
+            return class_targets(tables, self.labels[0], spec)
         if self.target == "label_list":
-            if self.label_names:
-                return self.spec(field), {
-                    name: from_multi_hot(table.labels, self.label_names, table.names.__getitem__)
-                    for name, table in tables.items()
-                }
-            if is_multi_hot(train.labels):
-                raise DataError(
-                    f"column {self.labels[0]!r} contains rows of zeros and ones, and their labels have no names",
-                    where=train.names[0],
-                    fix=f"set label_names to a list of {len(train.labels[0])} names, in the order of the values",
-                )
-            classes = train.class_names or tuple(sorted({name for row in train.labels for name in row}))
-            if not classes:
-                raise DataError(f"column {self.labels[0]!r} contains no label", where=str(train.path))
-            others = [s for s in "|;," if s != self.separator and any(s in name for name in classes)]
-            if others and all(len(row) <= 1 for row in train.labels):
-                message = (
-                    "%s: no example has several labels, but some labels contain %r: set separator if it divides them"
-                )
-                logger.warning(message, train.path, others[0])
-            return replace(self.spec(field), classes=classes), {
-                name: multi_hot(table.labels, classes, table.names.__getitem__) for name, table in tables.items()
-            }
-        parse = _zero_or_one if self.target == "labels" else _number
-        return self.spec(field), {name: _floats(table, self.labels, parse) for name, table in tables.items()}
+            return label_list_targets(tables, self.labels[0], self.separator, spec)
+        return spec, column_targets(tables, spec)
 
     def find(self, written: str) -> Path:
         """Return the path of a table: relative to the working folder, or in the data folder if it is not there."""
         path = Path(written).expanduser()
         return path if path.is_file() else find_file(written) or path
 
-    def _read(self, written: str) -> _Table:
+    def _read(self, written: str) -> TableRows:
         path = self.find(written)
         try:
             columns = None if self.column is None else self._columns()
@@ -343,10 +292,10 @@ class Tables:
         by_line: bool = True,
         is_delimited: bool = False,
         class_names: Mapping[str, Sequence[str]] | None = None,
-    ) -> _Table:
+    ) -> TableRows:
         """Read a table row by row, so that memory contains only the values that are kept."""
         single, columns = self._single_columns(), self._columns()
-        table = _Table(path, by_line, tuple((class_names or {}).get(self.labels[0], ())))
+        table = TableRows(path, by_line, tuple((class_names or {}).get(self.labels[0], ())))
         # Equal labels share one tuple: a million rows of two classes need two objects.
         unique: dict[tuple[str, ...], tuple[str, ...]] = {}
         bad_rows: dict[str, list[int]] = {}
@@ -375,7 +324,7 @@ class Tables:
             raise DataError("the table contains no rows", where=str(path))
         return table
 
-    def _row_problem(self, value: Any, record: Record, table: _Table) -> str | None:
+    def _row_problem(self, value: Any, record: Record, table: TableRows) -> str | None:
         """Return the reason why a row cannot be used: its example or its class is missing. None if there is none."""
         if isinstance(value, str) and self.is_empty(value):
             return f"column {self.column!r} is empty"
@@ -392,7 +341,7 @@ class Tables:
                 return f"column {self.labels[0]!r} is -1, no label,"
         return None
 
-    def _report(self, bad_rows: Mapping[str, Sequence[int]], table: _Table) -> None:
+    def _report(self, bad_rows: Mapping[str, Sequence[int]], table: TableRows) -> None:
         """Refuse or log all rows that cannot be used, with one problem per reason."""
         count = len(table.values) + sum(map(len, bad_rows.values()))
         option = f", or set bad_{self.example}s: skip to leave them out" if self.bad_examples else ""
@@ -469,33 +418,6 @@ class Tables:
         return DataError("the table changed while it was read", where=str(path), fix="run the command again")
 
 
-@dataclass
-class _Table:
-    """Rows of a table as columns.
-
-    Args:
-        path: Path of the table.
-        by_line: Whether the positions of the rows are lines.
-        class_names: Names of the classes in the metadata of the file, in the order of their indices; may be empty.
-        positions: First line of each row, or its index.
-        values: Raw value of each row.
-        labels: Labels of each row.
-        extra: Values of the columns for split, group and further fields, by column.
-    """
-
-    path: Path
-    by_line: bool
-    class_names: tuple[str, ...] = ()
-    positions: array[int] = field(default_factory=lambda: array("q"))
-    values: list[Any] = field(default_factory=list)
-    labels: list[tuple[str, ...]] = field(default_factory=list)
-    extra: list[dict[str, str]] = field(default_factory=list)
-
-    @property
-    def names(self) -> RowNames:
-        return RowNames(self.path, self.positions, by_line=self.by_line)
-
-
 def _as_cell(value: object) -> str | list[str]:
     """Return a value as the cell of a row: text, or a list of texts."""
     return list(map(_cell_text, value)) if isinstance(value, list) else _cell_text(value)
@@ -527,86 +449,3 @@ def _single(record: Record, columns: Sequence[str], where: str) -> tuple[str, ..
             raise DataError(f"column {column!r} is empty", where=where, fix="fill it, or remove the row")
         values.append(text)
     return tuple(values)
-
-
-def _by_split(table: _Table, column: str) -> dict[str, _Table]:
-    """Divide a table by the column with the split of each row."""
-    tables: dict[str, _Table] = {}
-    rows = zip(table.positions, table.values, table.labels, table.extra, strict=True)
-    for position, value, labels, extra in rows:
-        name = SPLIT_NAMES.get(extra[column].lower())
-        if name is None:
-            where = row_name(table.path, position, by_line=table.by_line)
-            fix = "write one of the available names"
-            raise DataError.of(
-                [unknown_name("split", extra[column], SPLIT_NAMES, owner=f"column {column!r}", where=where, fix=fix)]
-            )
-        part = tables.setdefault(name, _Table(table.path, table.by_line, table.class_names))
-        part.positions.append(position)
-        part.values.append(value)
-        part.labels.append(labels)
-        part.extra.append(extra)
-    if "train" not in tables:
-        raise DataError(f"column {column!r} assigns no row to the split train", where=str(table.path))
-    return tables
-
-
-def _drop_zero_decimals(columns: Mapping[str, list[str]]) -> None:
-    """Write the labels 0.0 and 1.0 as 0 and 1, in place: tools add the decimals if a value in the column is missing."""
-    if all(_INTEGRAL.fullmatch(label) for labels in columns.values() for label in set(labels)):
-        for labels in columns.values():
-            labels[:] = [label.partition(".")[0] for label in labels]
-
-
-_LIST = re.compile(r"""\[(?=.*[,'"]).*\]$""", re.DOTALL)
-_INTEGRAL = re.compile(r"-?\d+(\.0+)?")
-
-
-def _group_codes(tables: Mapping[str, _Table], column: str | None) -> dict[str, npt.NDArray[np.int64]]:
-    """Return the group of each row as an integer, by split, and refuse a group that is in two splits."""
-    if column is None:
-        return {}
-    numbers: dict[str, int] = {}
-    split_of: dict[str, str] = {}
-    codes = {}
-    for name, table in tables.items():
-        for row, extra in enumerate(table.extra):
-            group = extra[column]
-            if split_of.setdefault(group, name) != name:
-                raise DataError(
-                    f"the group {group!r} is in {split_of[group]} and in {name}",
-                    where=table.names[row],
-                    fix="assign all rows of a group to one split",
-                )
-        codes[name] = np.array([numbers.setdefault(e[column], len(numbers)) for e in table.extra], dtype=np.int64)
-    return codes
-
-
-def _floats(table: _Table, columns: Sequence[str], parse: Callable[[str], float]) -> npt.NDArray[np.float32]:
-    """Return the label columns as numbers, float32 (N, C)."""
-    values = np.empty((len(table.values), len(columns)), dtype=np.float32)
-    for index, labels in enumerate(table.labels):
-        for position, (column, label) in enumerate(zip(columns, labels, strict=True)):
-            try:
-                values[index, position] = parse(label)
-            except ValueError as error:
-                where = table.names[index]
-                raise DataError(f"column {column!r} is wrong: expected {error}, got {label!r}", where=where) from None
-    return values
-
-
-def _zero_or_one(text: str) -> float:
-    try:
-        return {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}[text.lower()]
-    except KeyError:
-        raise ValueError("0 or 1") from None
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError("a finite number")
-    return number

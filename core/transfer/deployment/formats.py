@@ -107,6 +107,7 @@ class Foreign(Format):
         self.network = network
         self.library = network.factory.partition(".")[0]
         self.output = loaded.model.head_as_linear()
+        # Networks of other libraries end in one linear layer, so that the head must be equivalent to one.
         if self.output is None:
             head = type(loaded.model.stages["head"]).__name__
             raise ExportError(
@@ -315,6 +316,7 @@ def activation_of(task: Task) -> str | None:
 
     None if it is another one.
     """
+    # Compared by values: a task of a plugin does not declare its activation.
     outputs = torch.linspace(-2, 2, 3 * task.out_features).view(3, -1)
     candidates = {"identity": outputs, "softmax": outputs.softmax(-1), "sigmoid": outputs.sigmoid()}
     scores = task.scores(outputs)

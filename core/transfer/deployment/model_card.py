@@ -163,6 +163,7 @@ def _other_seeds(
             other_config, other_summary = other.config(), other.summary()
         except UserError:  # an interrupted or damaged run has no metrics
             continue
+        # Runs with other options would show the effect of these options as noise.
         same = {**other_config, "seed": None} == {**config, "seed": None}
         complete = other_summary.get("status") == "complete" and other_summary.get("quick") == summary.get("quick")
         if same and complete and other_config["seed"] != config["seed"]:

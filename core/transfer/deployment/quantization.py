@@ -95,6 +95,7 @@ def quantize(path: Path, kind: str, batches: Sequence[Any]) -> None:
 
     with _quiet():
         graph = onnx.load(path)
+        # Conversions of onnxruntime drop the metadata, which describes labels and preprocessing.
         metadata = [*graph.metadata_props]
         if kind == "fp16":
             onnx.save(convert_float_to_float16(graph, keep_io_types=True), path)

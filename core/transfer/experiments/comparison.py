@@ -31,6 +31,7 @@ from transfer.experiments.seeds import Runs, open_runs
 from transfer.interfaces import Task
 from transfer.models.saved_model import read_task
 from transfer.runs.evaluations import read_evaluation
+from transfer.runs.summary_html import html_table
 from transfer.storage.run_directory import Predictions
 from transfer.system.atomic_files import write_atomically
 from transfer.system.templates import environment
@@ -118,6 +119,12 @@ class Comparison:
         page = environment("transfer.experiments").get_template("comparison.html.j2")
         title = f"{self.metric} on the {self.split} split ({best} is better)"
         return page.render(title=title, rows=self.rows, notes=self.notes, x=x, width=DRAWING_WIDTH)
+
+    def _repr_html_(self) -> str:
+        """Return the table, which notebooks show."""
+        rows = [(row.name, row.spread, row.difference or "", row.verdict) for row in self.rows]
+        header = ("run", "mean ± standard deviation", "difference to the first", "verdict")
+        return html_table(f"{self.metric} on the {self.split} split", rows, header)
 
     def write(self, *, csv: Path | None = None, html: Path | None = None) -> None:
         """Write the table to files.

@@ -224,6 +224,7 @@ def title(arm: str) -> str:
 
 def _arms(config: RunConfig, parts: CheckedParts) -> dict[str, RunConfig]:
     """Return the config of each arm, the cheapest arms first."""
+    # All arms get the same number of epochs, so that none wins by training longer.
     epochs = sum(phase.epochs for phase in parts.phases)
     groups = [group for phase in parts.phases for group in phase.groups]
     # The highest rate of the head, which the config may set per phase.
@@ -290,6 +291,7 @@ def _constant_outputs(targets: np.ndarray[Any, Any], kind: str, count: int) -> T
     if kind == "class":
         frequencies = torch.as_tensor(np.bincount(targets, minlength=count) / len(targets))
         return frequencies.clamp(min=_MIN_FREQUENCY).log().float()
+    # The logit of the frequency is the constant output with the lowest cross-entropy.
     frequencies = torch.as_tensor(targets.mean(axis=0))
     return frequencies.clamp(_MIN_FREQUENCY, 1 - _MIN_FREQUENCY).logit().float()
 
@@ -318,6 +320,7 @@ def _result(
         _tuned_sentence(to_scratch[FINE_TUNED], task),
         _frozen_sentence(frozen, task),
     ]
+    # Compared with the simple models below: a gain over a bad model is worth nothing.
     best = max(to_scratch.values(), key=lambda row: _gain(row.spread.mean, task))
     for name, metrics in simple.items():
         if _gain(best.spread.mean, task) > _gain(metrics[metric], task):

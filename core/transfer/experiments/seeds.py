@@ -97,6 +97,7 @@ def run_seeds(
     """
     refuse_several("training with several seeds")
     checked = load_config(config, overrides)
+    # Wrong configs are refused before a folder is created and a batch size is searched.
     preflight(checked)
     numbers = seeds_of(checked, seeds)
     # With `batch_size: auto`, all seeds use the same size: a search per seed could find different ones.
@@ -169,6 +170,7 @@ def train_seeds(
     folder = RunDirectory(path)
     with folder.locked(), recorded_outcome(folder, observe, folder.write_summary):
         manifest = {"format": FORMAT, "name": config.name, "seeds": list(seeds), "quick": quick}
+        # Written before the first run, so that an interrupted folder can be resumed.
         write_json(path / MANIFEST, {**manifest, "config": stored_config(config.resolved)})
         for number, seed in enumerate(seeds, 1):
             observe(Note(f"seed {seed}, run {number} of {len(seeds)}"))

@@ -34,7 +34,7 @@ from transfer.experiments.search_space import (
     trial_overrides,
 )
 from transfer.experiments.study import STUDY, study_errors, trial_folder
-from transfer.experiments.sweep_report import short, write_sweep_report
+from transfer.experiments.sweep_report import short, sweep_html, write_sweep_report
 from transfer.runs import train
 from transfer.runs.check import check
 from transfer.system.atomic_files import is_disk_full, refuse_special_entries, write_atomically
@@ -56,6 +56,10 @@ class Sweep:
 
     folder: Path
     report: Mapping[str, Any]
+
+    def _repr_html_(self) -> str:
+        """Return a table of the trials, best first, which notebooks show."""
+        return sweep_html(self.report)
 
 
 def sweep(

@@ -13,9 +13,11 @@ from transfer.errors import RunError, TrainingError
 from transfer.experiments.search_space import DECIDED, Space
 from transfer.experiments.study import study_errors, trial_folder
 from transfer.runs.evaluate import evaluate
+from transfer.runs.summary_html import html_table
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json, write_atomically, write_json
 from transfer.system.file_schema import FileSchema, checked
+from transfer.system.formatting import format_value
 from transfer.system.templates import environment
 from transfer.training.events import Note, Observer
 
@@ -146,6 +148,26 @@ def _importance(optuna: Any, study: Any) -> dict[str, float] | None:
         except (ValueError, RuntimeError, ZeroDivisionError):  # too few trials, or equal scores
             return None
     return dict(importance) if importance and all(map(math.isfinite, importance.values())) else None
+
+
+def sweep_html(report: Mapping[str, Any]) -> str:
+    """Return the trials of a sweep as an HTML table: the best one first, the others in order.
+
+    Args:
+        report: Content of ``sweep.json``.
+    """
+    keys = list(report["best"]["values"])
+    # Trials without a score, such as pruned ones, come last.
+    trials = sorted(
+        report["trials"],
+        key=lambda trial: (trial["trial"] != report["best"]["trial"], trial["validation"] is None, trial["trial"]),
+    )
+    rows = [
+        (trial["trial"], trial["state"], trial["validation"], *(short(trial["values"].get(key)) for key in keys))
+        for trial in trials
+    ]
+    title = f"best trial {report['best']['trial']}, test {format_value(report['best']['test'])}"
+    return html_table(title, rows, ("trial", "state", f"validation {report['metric']}", *keys))
 
 
 def _markdown(report: Mapping[str, Any]) -> str:

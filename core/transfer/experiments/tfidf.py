@@ -106,6 +106,7 @@ def _outputs(models: Sequence[Any], matrix: Any, train: Split, count: int) -> Te
     """Return outputs (N, C) that the task interprets as the predictions of the models: logarithms or log odds."""
     if train.targets.ndim == 1:
         (model,) = models
+        # The model knows only classes that occur in the training split.
         outputs = np.full((matrix.shape[0], count), np.log(_MIN_PROBABILITY), dtype=np.float32)
         outputs[:, model.classes_] = np.maximum(model.predict_log_proba(matrix), np.log(_MIN_PROBABILITY))
     else:

@@ -17,8 +17,9 @@ import torch
 
 from transfer.data.batch import Batch, Shard
 from transfer.data.loader import Loader
+from transfer.feature_cache.entry import Entry, take
 from transfer.feature_cache.prefix import FrozenPrefix
-from transfer.feature_cache.store import Entry, FeatureCache, take
+from transfer.feature_cache.store import FeatureCache
 
 AUTO_VIEWS = 4
 """Number of augmented views that ``train.views: auto`` caches, as accurate as a new view per epoch (docs/log.md)."""
@@ -52,6 +53,7 @@ class CachedLoader:
         # A function of seed, epoch and index, like the augmentation that it replaces.
         views = np.zeros(len(self.split), dtype=np.int64)
         if len(self.views) > 1:
+            # The 1 makes the draw independent of the order of the examples, which comes from (seed, epoch).
             views = np.random.default_rng((self.loader.seed, epoch, 1)).integers(len(self.views), size=len(self.split))
         for whole in self.loader.batch_indices(epoch)[start:][:limit]:
             indices = whole if shard is None else shard(whole)

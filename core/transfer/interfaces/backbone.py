@@ -73,6 +73,10 @@ class Backbone(nn.Module, ABC):
     default_phase: ClassVar[Mapping[str, Any]] = {"epochs": 5}
     """Config block of the only phase for a config with neither phases nor a recipe."""
 
+    fine_tuning_optimizer: ClassVar[Mapping[str, Any]] = {}
+    """Config block of the optimizer for pretrained weights in a config without phases, recipe and learning rate. Empty
+    uses the default optimizer at the rates of the recipe ``fine_tune``."""
+
     @property
     def stage_names(self) -> tuple[str, ...]:
         """The names of the stages, from input to output."""
@@ -157,6 +161,17 @@ class Backbone(nn.Module, ABC):
             transfer.WeightsError: The weights are missing or do not fit.
         """
         return {}
+
+    @classmethod
+    def is_pretrained(cls, options: Mapping[str, Any]) -> bool:
+        """Return whether the layers start from pretrained weights. By default: whether the option ``weights`` is set.
+
+        If they do, a config without phases, recipe and learning rate trains them at low rates.
+
+        Args:
+            options: Options of the config block.
+        """
+        return bool(options.get("weights"))
 
     @classmethod
     def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:

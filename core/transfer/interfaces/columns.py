@@ -94,7 +94,7 @@ def fingerprint(column: Sequence[Any]) -> str:
         return str(own_fingerprint())
     else:
         for value in column:
-            content = _content(value)
+            content = content_bytes(value)
             # The length separates the values: otherwise ("ab", "c") and ("a", "bc") would have one digest.
             digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
@@ -117,10 +117,13 @@ def content_keys(column: Sequence[Any]) -> Sequence[Hashable] | None:
     if not isinstance(column, list | tuple | np.ndarray | Tensor):
         return None  # a column of another type may read a file per value
     # Python caches the hash of a text, and a text without surrounding whitespace is not copied.
-    return [value.strip() if isinstance(value, str) else hashlib.sha256(_content(value)).digest() for value in column]
+    return [
+        value.strip() if isinstance(value, str) else hashlib.sha256(content_bytes(value)).digest() for value in column
+    ]
 
 
-def _content(value: Any) -> bytes:
+def content_bytes(value: Any) -> bytes:
+    """Return bytes that differ for values that differ: texts, arrays, images, lists."""
     if isinstance(value, str):
         return value.encode()
     try:

@@ -24,6 +24,7 @@ def assemble(
     the_task: Task = task.make(data)
     base: list[nn.Parameter] = []
     if adapter is not None:
+        # Listed before the injection, because the parameters that the adapter adds are trained.
         base = list(backbone.parameters())
         part: Adapter = adapter.make()
         with error_location(adapter.where), plugin_errors(f"adapter {adapter.plugin.name!r} failed"):

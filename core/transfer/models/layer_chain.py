@@ -28,8 +28,10 @@ def find_chain(
     calls: list[tuple[str, Any, Any]] = []
 
     def record(name: str, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        # None and False are the defaults of optional arguments, such as masks that are not used.
         values = [value for value in (*inputs, *options.values()) if value is not None and value is not False]
         returned = output[0] if isinstance(output, tuple | list) else output
+        # The tensors themselves: their identity shows whose output a layer receives.
         calls.append((name, values[0] if len(values) == 1 or (values and side_inputs) else None, returned))
 
     handles = [layer.register_forward_hook(partial(record, name), with_kwargs=True) for name, layer in layers.items()]
@@ -40,10 +42,12 @@ def find_chain(
         for handle in handles:
             handle.remove()
     names = tuple(name for name, _, _ in calls)
+    # A layer that is called twice shares its weights between two positions, which a chain cannot express.
     if not names or len(set(names)) < len(names):
         return None
     value = calls[0][1] if given is None else given
     for _, received, returned in calls:
+        # The network computes something between two layers, outside of any of them.
         if received is not value:
             return None
         value = returned

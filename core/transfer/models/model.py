@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from transfer.errors import PluginError
 from transfer.interfaces import Backbone, Head
@@ -34,7 +36,13 @@ class Model(nn.Module):
         backbone: Backbone, whose stages become those of the model.
         head: Head, the last stage.
         fixed: Parameters of an adapted backbone that no freeze policy trains.
+
+    Attributes:
+        recompute: Whether the backward pass computes the activations of each backbone stage a second time, so that
+            only the inputs of the stages stay in memory.
     """
+
+    recompute = False
 
     def __init__(self, backbone: Backbone, head: Head, fixed: Iterable[nn.Parameter] = ()) -> None:
         super().__init__()
@@ -68,9 +76,11 @@ class Model(nn.Module):
         Returns:
             Outputs (B, out_features).
         """
-        for stage in list(self)[first_stage:]:
-            inputs = stage(inputs)
-        return inputs
+        *stages, head = list(self)[first_stage:]
+        for stage in stages:
+            inputs = _run_recomputed(stage, inputs) if self.recompute else stage(inputs)
+        # The backward pass starts at the head: its activations are needed at once.
+        return head(inputs)
 
     @property
     def stages(self) -> dict[str, nn.Module]:
@@ -151,3 +161,34 @@ class Model(nn.Module):
                     if isinstance(inner, BATCH_NORM):
                         inner.train(mode)
         return self
+
+
+def _run_recomputed(stage: nn.Module, inputs: Any) -> Any:
+    """Run a stage without storing its activations, which the backward pass computes again.
+
+    The second pass draws the same random numbers. In stages that pass on no gradient nothing is stored anyway.
+    """
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    has_gradient = any(isinstance(t, Tensor) and t.requires_grad for t in (*tensors, *stage.parameters()))
+    if not (has_gradient and torch.is_grad_enabled()):
+        return stage(inputs)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _fixed_statistics(stage)
+
+    return checkpoint(stage, inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _fixed_statistics(stage: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norm in the block: the first pass has already updated them."""
+    norms = [module for module in stage.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        # With momentum 0 the same tensors are stored for the backward pass as in the first one, unlike in eval mode.
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -69,6 +69,7 @@ def read_description(folder: Path, missing: str, fix: str) -> dict[str, Any]:
         )
     again = "copy the folder again from the run that trained it"
     checked(described, _Described, str(file), "the model folder is incomplete", again)
+    # Names and no paths: a folder from somebody else must not make us read files outside of it.
     for name in described["assets"]:
         if not name or Path(name).name != name or name in (DESCRIPTION, WEIGHTS) or name.startswith("."):
             raise RunError(f"the model folder is incomplete: {name!r} is no file of it", where=str(file), fix=again)

@@ -38,6 +38,7 @@ def code_digest(cls: type) -> str | None:
     package = cls.__module__.partition(".")[0]
     digest = hashlib.sha256()
     for base in cls.__mro__:
+        # The version of another package stands for the code of its base classes.
         if base.__module__.partition(".")[0] != package:
             continue
         try:
@@ -46,6 +47,7 @@ def code_digest(cls: type) -> str | None:
             return None
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+                # Replaced instead of removed, because a body may not be empty.
                 node.body[0] = ast.Pass()
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()
@@ -114,6 +116,7 @@ def run_config(directory: RunDirectory, *, trackers: bool = False) -> dict[str, 
 
 def recorded_plugins(directory: RunDirectory) -> dict[str, Any]:
     """Return the records of a run's plugins by kind; empty if there are none."""
+    # environment.json also records the dataset; a copied model folder only has model.json.
     for file in (directory.path / "environment.json", directory.model / DESCRIPTION):
         try:
             recorded = read_json(file, "").get("plugins")
@@ -147,6 +150,7 @@ def changes(recorded: Mapping[str, Any], current: Iterable[Component], *, versio
         code = recorded[component.kind].get("code")
         if was != now:
             lines += [f"{name}: {was} -> {now}"] if versions else []
+        # Code of core changes with its version, which is compared with the environment.
         elif plugin.distribution != CORE_DISTRIBUTION and code and code != code_digest(component.cls):
             lines.append(f"the code of {name} has changed")
     return lines

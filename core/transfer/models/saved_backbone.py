@@ -58,6 +58,7 @@ class SavedBackbone:
             WeightsError: The file is missing or damaged.
         """
         try:
+            # Only the adapter can merge its additions, so its model has to be built; otherwise the file is enough.
             tensors = (
                 read_model(self.folder, merged=True).model.state_dict() if self.is_adapted else load_tensors(self.file)
             )
@@ -89,6 +90,7 @@ def saved_backbone(run: str | Path, name: str | None = None) -> SavedBackbone:
         assets = read_assets(folder, described)
     except RunError as error:
         raise WeightsError.of(error.problems) from error
+    # The config may name the distribution too: `distribution:name`.
     found = str(described["backbone"]["name"]).rpartition(":")[2]
     if name is not None and found != name:
         raise WeightsError(
@@ -185,9 +187,11 @@ def load_saved_backbone(
             "of another shape": [f"{name} {got} for {want}" for name, got, want in _SHAPES.findall(str(error))]
             or [str(error)]
         }
+    # Checked here, because training would only report that the loss is not finite.
     differences["not finite"] = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if any(differences.values()):
         listed = "; ".join(f"{kind}: {_abbreviated(names)}" for kind, names in differences.items() if names)
+        # Options that differ from those of the run are the likely reason.
         other = {key: value for key, value in saved.options.items() if value != (options or saved.options).get(key)}
         other = {key: value for key, value in other.items() if key not in ("name", "weights")}
         fix = f"set the options of the run: {json.dumps(other)[1:-1]}" if other else "name a run of the same backbone"

@@ -107,10 +107,12 @@ def read_model(folder: Path, *, merged: bool = False) -> LoadedModel:
             backbone = backbone_class.from_assets(read_assets(folder, described), **backbone_block.options)
             the_task, model = assemble(backbone, head, task, spec, adapter)
             backbone.preprocessing.restore(described["preprocessing"])
+        # Before output_scaling(), which reads the state.
         the_task.load_state(described["task_state"])
         model.scale_outputs(the_task.output_scaling())
     _load_weights(model, folder / WEIGHTS)
     model.eval()
+    # Both contain the adapted layers, and a merge replaces them in the modules that it is given.
     if adapter is not None and merged:
         adapter.make().merge(nn.ModuleList([backbone, model]))
     return LoadedModel(model, backbone, the_task, spec, is_adapted=adapter is not None and not merged)
@@ -158,6 +160,7 @@ def plugin_changes(folder: Path) -> list[str]:
 
 def _component(kind: Kind, described: dict[str, Any], file: Path) -> Component:
     block, recorded = described[kind], described["plugins"].get(kind)
+    # Another distribution may claim the same name by now: the recorded one is used.
     if isinstance(name := block.get("name"), str):
         block = {**block, "name": recorded_plugins.resolve(kind, name, recorded)}
     try:

@@ -41,6 +41,7 @@ def catalog(reserved: Collection[str] = ()) -> list[Entry]:
         reserved: Command names that plugins cannot use.
     """
     installed = [*plugins(), *plugins("command")]
+    # A class that a script registers may replace a plugin on purpose, so it is no second claim.
     claims = Counter((plugin.kind, plugin.name) for plugin in installed if plugin.distribution != IN_PROCESS)
     entries = []
     for plugin in installed:

@@ -85,6 +85,7 @@ def _requirements(distribution: str, extras: tuple[str, ...]) -> Iterator[tuple[
         except InvalidRequirement:  # an old format; the distribution is installed nevertheless
             continue
         marker = requirement.marker
+        # An extra's requirements have a marker such as `extra == "onnx"`, which is false without that extra.
         always = marker is None or marker.evaluate({"extra": ""})
         if always or (marker is not None and any(marker.evaluate({"extra": extra}) for extra in extras)):
             yield line.partition(";")[0].strip(), requirement, not always

@@ -86,6 +86,7 @@ def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> 
 
 def most_confused(matrix: Tensor, limit: int) -> list[tuple[int, int, int]]:
     """Return true class, predicted class and count of the most frequent mistakes in a confusion matrix (C, C)."""
+    # Correct predictions are on the diagonal.
     mistakes = matrix - torch.diag(matrix.diagonal())
     counts, indices = mistakes.flatten().sort(descending=True, stable=True)
     pairs = zip(counts[:limit].tolist(), indices[:limit].tolist(), strict=True)

@@ -72,6 +72,7 @@ def preview_batch(config: Config, overrides: Sequence[str] = (), *, output: str 
     fields = preflight(checked).backbone.fields
     data, splits = read_data(checked)
     split = splits["train"]
+    # Built from the data, because the vocabulary comes from it; pretrained weights are not needed.
     backbone = build_backbone(checked.backbone, split.column(*fields))
     # The same order and augmentation as the first batch of a training run with this seed.
     batch = next(make_loader(checked, split, backbone, training=True).epoch(limit=1)).to(torch.device("cpu"))

@@ -12,7 +12,8 @@ from transfer.interfaces import DataSpec, Split
 from transfer.models.recorded_plugins import run_config
 from transfer.models.saved_model import read_model
 from transfer.reports.charts import standalone
-from transfer.reports.page import Material, render
+from transfer.reports.material import Material
+from transfer.reports.page import render
 from transfer.reports.top_losses import Example, top_losses
 from transfer.runs.artifacts import CompletedRun
 from transfer.runs.data import changed_split, read_splits
@@ -53,6 +54,7 @@ def report(run: str | Path, overrides: Sequence[str] = ()) -> Path:
     config = config_of_moved_run(run_config(directory), overrides)
     config = config.quick() if summary.get("quick") else config
     trained = read_model(directory.model)
+    # A process that resumes the run would rewrite the files that the page is made of.
     with directory.locked():
         test, missing_reason = _test_split(config, directory, trained.data)
         return write_report(
@@ -111,6 +113,7 @@ def write_report(run: CompletedRun, max_seconds: float | None = None) -> Path:
 def _test_split(config: RunConfig, run: RunDirectory, trained: DataSpec) -> tuple[Split | None, str]:
     """Return the test split of a run, or None and the reason why it is not available."""
     try:
+        # A report is written from files; a download would take longer than drawing the page.
         with no_downloads():
             splits = read_splits(config, trained, run.path)
     except UserError as error:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from transfer.config.run_config import RunConfig
+from transfer.data.in_memory import IN_MEMORY, InMemoryTable, require_table
 from transfer.data.splits import digest
-from transfer.errors import DataError
+from transfer.errors import DataError, RunError
 from transfer.interfaces import Data, DataSpec, Split
+from transfer.storage.run_directory import RunDirectory
 from transfer.training.build import read_data
 
 
@@ -29,6 +31,25 @@ def read_splits(config: RunConfig, trained: DataSpec, run: Path) -> dict[str, Sp
     """
     data, splits = read_data(config)
     return align_classes(data, splits, trained, str(run))
+
+
+def require_same_table(directory: RunDirectory, data: InMemoryTable) -> None:
+    """Require that data in memory is the data that a run was started with.
+
+    Raises:
+        RunError: The run has read its data from files, or was started with other data.
+        ConfigError: The data is no :func:`transfer.table`.
+    """
+    table, block = require_table(data), directory.config()["data"]
+    where = str(directory.path / "config.yaml")
+    if str(block.get("name")).rpartition(":")[2] != IN_MEMORY:
+        raise RunError(f"the run reads its data by itself, from {block.get('name')}", where=where, fix="leave out data")
+    if block.get("digest") != table.digest:
+        raise RunError(
+            f"the data is not that of the run: expected the digest {block.get('digest')}, got {table.digest}",
+            where=where,
+            fix="pass the same data in the same order; to score other data: transfer.evaluate(RUN, on=data)",
+        )
 
 
 def align_classes(data: Data, splits: Mapping[str, Split], trained: DataSpec, where: str) -> dict[str, Split]:

@@ -9,13 +9,14 @@ from typing import Any
 from transfer.config.check import config_of_moved_run
 from transfer.config.component import error_location
 from transfer.config.run_config import RunConfig
+from transfer.data.in_memory import InMemoryTable
 from transfer.data.splits import count_classes, digest
 from transfer.errors import DataError, RunError, unknown_name
 from transfer.interfaces import SPLITS, Dataset, DataSpec, Split
 from transfer.models.precision import place
 from transfer.models.recorded_plugins import changes, changes_note, recorded_plugins, run_config
 from transfer.models.saved_model import LoadedModel, read_model
-from transfer.runs.data import align_classes, changed_split, read_splits
+from transfer.runs.data import align_classes, changed_split, read_splits, require_same_table
 from transfer.runs.evaluations import Evaluation, config_on, evaluation_name, select_split, write_evaluation
 from transfer.runs.inference_device import inference_device
 from transfer.storage.run_directory import RunDirectory
@@ -30,7 +31,8 @@ def evaluate(
     split: str | None = None,
     overrides: Sequence[str] = (),
     *,
-    on: str | Path | Mapping[str, Any] | None = None,
+    on: str | Path | Mapping[str, Any] | InMemoryTable | None = None,
+    data: InMemoryTable | None = None,
     device: str | None = None,
     observe: Observer = ignore_events,
 ) -> dict[str, float]:
@@ -44,8 +46,10 @@ def evaluate(
         split: Name of the split: ``train``, ``validation`` or ``test``. None selects ``test``; other data without a
             test split is scored as a whole.
         overrides: Changes to the data block, each ``data.key=value``, if the data has moved.
-        on: Other labeled data with classes of the model: the path of a table or folder, or the data block of a config.
-            The results are stored in the folder ``evaluations`` of the run. None uses the data of the run.
+        on: Other labeled data with classes of the model: the path of a table or folder, the data block of a config, or
+            data in memory (:func:`transfer.table`). The results are stored in the folder ``evaluations`` of the run.
+            None uses the data of the run.
+        data: Data in memory that the run was started with (:func:`transfer.table`). None reads the data of the config.
         device: Device to compute on: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. None uses the run's
             ``train.device``, or ``auto`` if this machine does not have that device.
         observe: Function that is called with the events of the evaluation.
@@ -55,6 +59,9 @@ def evaluate(
             the device does not exist.
     """
     directory = RunDirectory.open(run)
+    if data is not None:
+        require_same_table(directory, data)
+    on = on.block if isinstance(on, InMemoryTable) else on
     summary = directory.summary()
     plain, loaded = run_config(directory), read_model(directory.model)
     quick = bool(summary.get("quick")) and on is None

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,21 @@ class Input:
     def is_blank(self) -> bool:
         """Whether the input is a blank line or cell. It keeps its position and is not an error."""
         return bool(self.location) and not self.name.strip()
+
+
+def read_input(one: Input) -> Any:
+    """Return the raw value of an input; an error that names no location gets that of the input.
+
+    Raises:
+        DataError: There is no value.
+    """
+    try:
+        return one.read()
+    except DataError as error:
+        raise DataError.of([replace(p, where=p.where or one.where) for p in error.problems]) from error
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the input cannot be read: {reason}", where=one.where) from error
 
 
 def value_inputs(values: Iterable[Any], preprocessing: Preprocessing) -> Iterator[Input]:

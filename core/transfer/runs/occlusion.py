@@ -5,7 +5,6 @@ The change is measured by leaving out one piece at a time (occlusion, Zeiler and
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from transfer.data.encoding import encode
 from transfer.errors import RunError
 from transfer.models.forward import forward_batches
 from transfer.models.saved_model import LoadedModel
+from transfer.system.iteration import batched
 
 OCCLUSION_BATCH = 64
 """Number of occluded values that go through the model together."""
@@ -84,8 +84,7 @@ def explain_output(loaded: LoadedModel, value: Any, output: Tensor) -> dict[str,
     index = loaded.task.explained_output(scores)
     score = float(scores[index])
     pieces: list[dict[str, Any]] = []
-    occlusions = iter(loaded.backbone.preprocessing.occlusions(value))
-    while batch := list(itertools.islice(occlusions, OCCLUSION_BATCH)):
+    for batch in batched(loaded.backbone.preprocessing.occlusions(value), OCCLUSION_BATCH):
         rests = [occlusion.rest for occlusion in batch if occlusion.rest is not None]
         scores_without: Iterator[float] = iter(())
         if rests:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transfer.errors import UserError
-from transfer.runs.predictor import flat
+from transfer.runs.answers import flat
 from transfer.system.formatting import quote_for_shell
 
 PREDICTION_SUFFIXES = (".csv", ".jsonl", ".parquet")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +23,14 @@ from transfer.models.model_json import DESCRIPTION
 from transfer.models.precision import place, resolve_precision
 from transfer.models.recorded_plugins import changes_note
 from transfer.models.saved_model import LoadedModel, find_model, plugin_changes, read_model
+from transfer.runs.answers import NOT_IN_EVERY_ANSWER, answers_of, complete_probabilities, flat
 from transfer.runs.inference_device import inference_device
-from transfer.runs.inputs import Input, frame_inputs, path_inputs, value_inputs
+from transfer.runs.inputs import Input, frame_inputs, path_inputs, read_input, value_inputs
 from transfer.runs.occlusion import explain_output, refuse_non_finite
+from transfer.runs.stage_outputs import stage_outputs
 from transfer.storage.run_directory import RunDirectory
 from transfer.system.atomic_files import read_json
+from transfer.system.iteration import batched, map_ahead
 from transfer.training.events import Note, Observer, ignore_events
 
 PREDICTION_BATCH = 64
@@ -37,12 +38,6 @@ PREDICTION_BATCH = 64
 
 OnError = Literal["fail", "skip"]
 """``fail``: raise the error of the first input that cannot be read. ``skip``: answer the others."""
-
-NOT_IN_EVERY_ANSWER = ("unknown_fraction", "note", "error")
-"""Keys that only some answers have."""
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -173,7 +168,9 @@ class Predictor:
         def batches() -> Iterator[Batch]:
             """Yield the batches with a value. Those without one only wait for their turn."""
             try:
-                for prepared in map_ahead(prepare, _batched(inputs), self._reading_threads(device, explain)):
+                for prepared in map_ahead(
+                    prepare, batched(inputs, PREDICTION_BATCH), self._reading_threads(device, explain)
+                ):
                     waiting.append(prepared)
                     if prepared.batch is not None:
                         yield prepared.batch
@@ -227,29 +224,11 @@ class Predictor:
         stage = stages[-2] if stage is None else stage
         if stage not in stages:
             raise UserError.of([unknown_name("stage", stage, stages, where=str(self.folder))])
-        end, outputs = stages.index(stage) + 1, []
-        for batch in _batched(value_inputs(values, self.preprocessing)):
-            encoded = self._encode([_read(one) for one in batch], [one.where for one in batch])
-            outputs.append(self._outputs(encoded, end))
-            if not _has_row_per_value(outputs[-1], len(batch)):
-                raise UserError(
-                    f"the output of stage {stage!r} is not one tensor with a row for each value",
-                    where=str(self.folder),
-                    available=stages,
-                    fix=f"use a later stage, such as {stages[-2]}",
-                )
-        if not outputs:
-            raise UserError("there are no values: expected at least one")
-        if isinstance(outputs[0], Tensor):
-            return _join(outputs)
-        return tuple(map(_join, zip(*outputs, strict=True)))
-
-    def _outputs(self, encoded: Sequence[Any], end_stage: int) -> Any:
-        model = self.loaded.model
-        device = next(model.parameters()).device
-        batch = Batch.without_targets(self.preprocessing, encoded)
-        ((_, outputs),) = forward_batches(model, [batch], device=device, end_stage=end_stage)
-        return _to_cpu(outputs) if isinstance(outputs, Tensor) else tuple(map(_to_cpu, outputs))
+        encoded = (
+            self._encode([read_input(one) for one in batch], [one.where for one in batch])
+            for batch in batched(value_inputs(values, self.preprocessing), PREDICTION_BATCH)
+        )
+        return stage_outputs(self.loaded.model, self.preprocessing, encoded, stage, where=str(self.folder))
 
     def _prepare(self, inputs: Sequence[Input], on_error: OnError) -> _Prepared:
         """Read and encode a batch of inputs. Those without a value get their answers."""
@@ -260,7 +239,7 @@ class Predictor:
                 answers[index] = self._no_answer | {"note": "the input is blank"}
                 continue
             try:
-                values[index] = _read(one)
+                values[index] = read_input(one)
             except DataError as error:
                 if on_error == "fail":
                     raise
@@ -306,7 +285,7 @@ class Predictor:
             refuse_non_finite(outputs, lambda i: inputs[list(values)[i]].where)
             meanings = answers_of(self.loaded, prepared.encoded, outputs)
             if all_probabilities:
-                self._complete(meanings, outputs)
+                complete_probabilities(meanings, self.loaded, outputs)
             for (index, value), output, meaning in zip(values.items(), outputs, meanings, strict=True):
                 if explain and "note" not in meaning:
                     meaning["explanation"] = explain_output(self.loaded, value, output)
@@ -315,15 +294,6 @@ class Predictor:
             # A column may have the name of a part of the answer: `label` is the prediction, `input_label` the column.
             kept = {f"input_{name}" if name in self._reserved else name: value for name, value in one.kept.items()}
             yield {"input": one.name, **one.location, **kept, **results[index]}
-
-    def _complete(self, meanings: Sequence[dict[str, Any]], outputs: Tensor) -> None:
-        """Replace the probabilities of the most probable classes by those of all classes, in place."""
-        scores, classes = self.loaded.task.scores(outputs), self.classes
-        if scores.ndim != 2 or scores.shape[1] != len(classes):
-            return
-        for meaning, row in zip(meanings, scores.tolist(), strict=True):
-            if isinstance(meaning.get("probabilities"), dict):
-                meaning["probabilities"] = dict(zip(classes, row, strict=True))
 
     def _encode(self, values: Sequence[Any], names: Sequence[str]) -> Sequence[Any]:
         return encode(self.preprocessing, values, range(len(values)), names.__getitem__)
@@ -380,21 +350,6 @@ def load(run: str | Path, *, device: str | None = None, observe: Observer = igno
     return Predictor(folder, loaded, resolve_precision(precision, torch_device))
 
 
-def answers_of(loaded: LoadedModel, encoded: Sequence[Any], outputs: Tensor) -> list[dict[str, Any]]:
-    """Return the task's interpretation of outputs (N, C) for encoded values.
-
-    An answer to a value that is partly unknown contains ``unknown_fraction``. If a value is completely unknown, the
-    outputs do not depend on it: its answer contains None and a ``note``.
-    """
-    answers = []
-    for value, meaning in zip(encoded, loaded.task.interpret(outputs), strict=True):
-        fraction = loaded.backbone.preprocessing.unknown_fraction(value)
-        note = {"note": "no word of it is in the vocabulary of the model"} if fraction == 1 else {}
-        unknown = {"unknown_fraction": fraction} if fraction else {}
-        answers.append((dict.fromkeys(meaning) if note else meaning) | unknown | note)
-    return answers
-
-
 def _settings_of_run(run: Path, folder: Path) -> tuple[str, Precision | Literal["auto"]]:
     """Return ``train.device`` and ``train.precision`` of a run; auto and fp32 for a model folder without its run."""
     # `find_model` returns the path itself if it is a model folder.
@@ -402,51 +357,6 @@ def _settings_of_run(run: Path, folder: Path) -> tuple[str, Precision | Literal[
         return "auto", "fp32"
     train = RunDirectory.open(run).config().get("train", {})
     return str(train.get("device", "auto")), train.get("precision", "fp32")
-
-
-def _read(one: Input) -> Any:
-    try:
-        return one.read()
-    except DataError as error:
-        raise DataError.of([replace(p, where=p.where or one.where) for p in error.problems]) from error
-    except (ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"the input cannot be read: {reason}", where=one.where) from error
-
-
-def map_ahead(function: Callable[[_T], _R], items: Iterable[_T], threads: int) -> Iterator[_R]:
-    """Yield the results of a function for each item, in order, computed in threads up to one item each ahead.
-
-    Args:
-        function: Function of an item.
-        items: Items; they are read in this thread, when they are needed.
-        threads: Number of threads; 0 computes in this thread.
-    """
-    if not threads:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(threads)
-    try:
-        futures: deque[Future[_R]] = deque()
-        for item in items:
-            futures.append(pool.submit(function, item))
-            if len(futures) > threads:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def flat(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an answer with one column for each probability, named ``probability_CLASS``."""
-    columns: dict[str, Any] = {}
-    for name, value in answer.items():
-        if name == "probabilities" and isinstance(value, Mapping):
-            columns |= {f"probability_{label}": number for label, number in value.items()}
-        elif name != "probabilities":
-            columns[name] = value
-    return columns
 
 
 def _copy_to_cpu(outputs: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -457,35 +367,3 @@ def _copy_to_cpu(outputs: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return copy, event
-
-
-def _batched(inputs: Iterable[_T]) -> Iterator[list[_T]]:
-    iterator = iter(inputs)
-    while batch := list(itertools.islice(iterator, PREDICTION_BATCH)):
-        yield batch
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    return (tensor.float() if tensor.is_floating_point() else tensor).cpu()
-
-
-def _has_row_per_value(output: Any, count: int) -> bool:
-    """Return whether an output is a tensor (B, ...), or a pair of sequences (B, T, ...) and their mask (B, T)."""
-    if isinstance(output, Tensor):
-        return len(output) == count
-    # A tuple may contain other things: distinct word vectors with their indices, or the values of several branches.
-    if len(output) != 2 or output[1].dtype != torch.bool:
-        return False
-    return len(output[1]) == count and output[0].shape[:2] == output[1].shape
-
-
-def _join(batches: Sequence[Tensor]) -> Tensor:
-    """Return batches (B, ...) as one tensor (N, ...), padded with zeros to the largest size in each dimension."""
-    shape = [max(sizes) for sizes in zip(*(batch.shape[1:] for batch in batches), strict=True)]
-    joined = batches[0].new_zeros((sum(map(len, batches)), *shape))
-    start = 0
-    for batch in batches:
-        region = (slice(start, start + len(batch)), *map(slice, batch.shape[1:]))
-        joined[region] = batch
-        start += len(batch)
-    return joined

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from transfer.config.check import config_of_moved_run, load_config
 from transfer.config.run_config import Config, RunConfig
 from transfer.config.tracker_variables import mask_trackers, read_tracker_variables, stored_config
+from transfer.data.in_memory import InMemoryTable, require_table
 from transfer.data.splits import digest
 from transfer.errors import ConfigError, RunError, StoppedByObserver
 from transfer.models.recorded_plugins import changes as plugin_changes, recorded_plugins, run_config
 from transfer.models.saved_model import LoadedModel, write_model
 from transfer.runs.artifacts import CompletedRun, write_artifacts
 from transfer.runs.class_metrics import class_metrics
+from transfer.runs.data import require_same_table
 from transfer.runs.facts import length_quantiles, run_environment, run_facts
+from transfer.runs.predictor import Predictor, load
+from transfer.runs.summary_html import run_html
 from transfer.runs.tracking import Tracking
 from transfer.storage.environment import environment_diff
 from transfer.storage.run_directory import RunDirectory
@@ -46,11 +53,35 @@ class Run:
     folder: Path
     summary: Mapping[str, Any]
 
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The trained model with its preprocessing, read from the run directory once."""
+        return load(self.folder)
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model, in eval mode."""
+        return self.predictor.loaded.model
+
+    def predict(self, values: Any, **options: Any) -> list[dict[str, Any]]:
+        """Predict a list of values, or the rows of a table.
+
+        Args:
+            values: Texts, PIL images, arrays, ``pathlib.Path`` objects, or a table.
+            **options: Options of :meth:`transfer.Predictor.predict`.
+        """
+        return self.predictor.predict(values, **options)
+
+    def _repr_html_(self) -> str:
+        """Return a table of the settings and results, which notebooks show."""
+        return run_html(self.folder, self.summary)
+
 
 def run(
     config: Config,
     overrides: Sequence[str] = (),
     *,
+    data: InMemoryTable | None = None,
     output: str | Path = "runs",
     into: str | Path | None = None,
     quick: bool = False,
@@ -62,8 +93,10 @@ def run(
     reports events.
 
     Args:
-        config: Path of a YAML file, or the config as a mapping.
+        config: Path of a YAML file, the config as a mapping, or a checked config.
         overrides: Changes to the config, each ``path.to.key=value``.
+        data: Data in memory (:func:`transfer.table`), in place of the dataset of the config; its options ``validation``
+            and ``limit`` apply. Only a digest is stored: resuming and evaluating the run need the same data again.
         output: Folder in which the run directory is created.
         into: Path of the run directory, so that the same call starts or resumes the run, for launchers and schedulers
             that start a command again. A complete run is left as it is. None creates a new directory in ``output``.
@@ -76,7 +109,7 @@ def run(
         TrainingError: Training failed; the run directory contains the last checkpoint.
     """
     with process_group() as processes:
-        checked = load_config(config, overrides)
+        checked = load_config(config, overrides, data=None if data is None else require_table(data).block)
         if into is not None and processes.broadcast_object(lambda: _has_run(Path(into), checked, quick=quick)):
             return _resume(into, (), observe, processes)
 
@@ -176,7 +209,13 @@ def _build(
         return build(config, observe, quick=quick), observe
 
 
-def resume(run: str | Path, overrides: Sequence[str] = (), *, observe: Observer = ignore_events) -> Run:
+def resume(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    data: InMemoryTable | None = None,
+    observe: Observer = ignore_events,
+) -> Run:
     """Resume an interrupted run. On the CPU, the result is bit-identical to that of an uninterrupted run.
 
     A run without a checkpoint starts again in its directory. A complete run is left as it is.
@@ -185,6 +224,7 @@ def resume(run: str | Path, overrides: Sequence[str] = (), *, observe: Observer 
         run: Run directory.
         overrides: Changes to the data block, each ``data.key=value``, if the data has moved. They are stored in the
             run's config. Other data is refused.
+        data: Data in memory that the run was started with (:func:`transfer.table`). None reads the data of the config.
         observe: Function that is called with every event of the run (:mod:`transfer.training.events`).
 
     Raises:
@@ -192,6 +232,8 @@ def resume(run: str | Path, overrides: Sequence[str] = (), *, observe: Observer 
             changed, or all checkpoints are damaged.
         TrainingError: Training failed.
     """
+    if data is not None:
+        require_same_table(RunDirectory.open(run), data)
     with process_group() as processes:
         return _resume(run, overrides, observe, processes)
 

@@ -43,6 +43,7 @@ def save(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any],
     Raises:
         TrainingError: The checkpoint cannot be written (the disk is full, for example). Previous ones are unchanged.
     """
+    # Two names even if one checkpoint is kept: the last one stays until the new one is complete.
     names = [folder, *_previous(folder, max(2, keep))]
     try:
         with atomic_folder(folder, make_room=lambda: _rotate(names)) as temporary:
@@ -90,6 +91,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         RunError: No checkpoint is complete.
     """
     problems: list[Problem] = []
+    # Newest first, so that the least training is lost.
     for path in (folder, *sorted(filter(_age, folder.parent.glob(f"{folder.name}.previous*")), key=_age)):
         try:
             tensors, state = _load(path)

@@ -164,6 +164,7 @@ class RunDirectory:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
+            # A crash before config.yaml, which makes the folder a run, can only leave these files.
             others = [p.name for p in path.iterdir() if p.name not in (ENVIRONMENT, LOCK) and p.suffix != ".tmp"]
         except OSError as error:
             raise RunError(
@@ -241,6 +242,7 @@ class RunDirectory:
         try:
             yield
         finally:
+            # Removed before the lock is released: afterwards it may be the lock of another process.
             with suppress(OSError):
                 (self.path / LOCK).unlink()
             file.close()
@@ -257,6 +259,7 @@ class RunDirectory:
         path = self.path / LOCK
         while True:
             try:
+                # Not `w`, which would erase the line of the owner before the lock is taken.
                 file = path.open("a+", encoding="utf-8")
             except OSError as error:
                 fix = "make it writable, or copy it to a writable folder and resume the copy"
@@ -360,6 +363,7 @@ class RunDirectory:
         """Make ``metrics.jsonl`` contain exactly these lines; return a note on the lines that were wrong, if any."""
         path = self.path / "metrics.jsonl"
         wanted = [_line(record) for record in records]
+        # As bytes, because a damaged line may not be UTF-8.
         present = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         if present == [line.encode() for line in wanted]:
             return None
@@ -481,6 +485,7 @@ def _refuse_other_format(environment: Mapping[str, Any], path: Path) -> None:
 
 
 def _line(record: Mapping[str, Any]) -> str:
+    # NaN is not JSON: readers in other languages refuse the file.
     return json.dumps(record, allow_nan=False) + "\n"
 
 

@@ -19,6 +19,7 @@ MAX_TEXT_BYTES = 2**30
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file atomically: a reader sees the old content or the new content, even after a crash."""
+    # In the same folder, because a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -154,6 +154,7 @@ class DirectoryCache:
 
     def _evict(self, keep: str) -> None:
         total = 0
+        # The most recently used first, so that the sum exceeds the limit at the least recently used ones.
         for entry in self.entries():
             total += entry.bytes
             if total > self.limit_bytes and entry.key != keep:

@@ -168,6 +168,7 @@ def stages_cover_every_parameter_and_buffer_once(case: Case) -> None:
         staged = {f"stages.{s}.{name}" for s, stage in stages.items() for name, _ in getattr(stage, kind)()}
         outside = {name for name, _ in getattr(backbone, kind)()} - staged
         require(not outside, f"outside of the stages: {', '.join(sorted(outside))}")
+    # A shared parameter could be frozen in one stage and trained in the other.
     owners: dict[int, str] = {}
     for name, stage in stages.items():
         for parameter in stage.parameters():

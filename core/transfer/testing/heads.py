@@ -47,6 +47,7 @@ def _require_outputs(layout: str, value: Any, out_features: int) -> None:
 @promise("interfaces.Head", "quick")
 def outputs_have_the_tasks_size(case: Case) -> None:
     """Outputs are finite float32 (B, out_features) for every layout in ``layouts`` and any ``out_features``."""
+    # 1 as well: a head that squeezes its outputs fails for a single one.
     for out_features in (1, OUT_FEATURES):
         for layout, head, features in _heads(case, out_features):
             value = head(features)
@@ -71,6 +72,7 @@ def padding_and_other_examples_do_not_count(case: Case) -> None:
         value = head(features)
         if layout == "sequence":
             steps, mask = features
+            # Large values, so that even a small weight of the padding shows.
             other = head((steps.masked_fill(~mask.unsqueeze(-1), 9.0), mask))
             require(torch.allclose(value, other, atol=1e-5), "the values at the padding change the outputs")
         first = features[:1] if isinstance(features, Tensor) else tuple(part[:1] for part in features)

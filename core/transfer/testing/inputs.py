@@ -50,6 +50,7 @@ def read_returns_valid_inputs(case: Case) -> None:
         for source in _sources(case, folder):
             inputs = _encoded(preprocessing, preprocessing.read(source))
             require_as_declared(built.backbone, built.backbone.eval()(inputs), batch=1)
+    # Mistakes on the command line: a missing file, and an empty argument.
     for source in ("/nowhere/file.bin", ""):
         try:
             preprocessing.read(source)  # to a preprocessing of texts, it is a text
@@ -70,6 +71,7 @@ def read_bytes_agrees_with_read(case: Case) -> None:
             equal = same(_encoded(preprocessing, one), _encoded(preprocessing, other))
             require(equal, f"read_bytes of the content of {source!r:.60} is another input than read")
     try:
+        # Neither an image nor UTF-8.
         preprocessing.read_bytes(b"\xff\xfe\x00 no content")
     except UNREADABLE:
         pass

@@ -64,6 +64,7 @@ def an_example_has_the_same_loss_in_any_batch(case: Case) -> None:
     """The loss of an example does not depend on the other examples of the batch."""
     for task, outputs, targets in _tasks(case):
         alone = task.loss(outputs[:1], targets[:1])
+        # Kernels may add in another order for another batch size.
         unchanged = torch.allclose(task.loss(outputs, targets)[:1], alone, atol=1e-5)
         require(unchanged, "other examples in the batch change the loss of an example")
 
@@ -74,6 +75,7 @@ def the_state_of_a_task_survives_json(case: Case) -> None:
     component = case.component()
     for kind, (task, outputs, targets) in zip(sorted(component.cls.targets), _tasks(case), strict=True):
         restored: Task = component.make(DataSpec(("text",), kind, CLASSES))
+        # Through JSON, because model.json stores the state.
         restored.load_state(json.loads(json.dumps(task.state())))
         same = torch.equal(restored.loss(outputs, targets), task.loss(outputs, targets))
         require(same, "the losses differ without prepare: return what it computes from state, and set it in load_state")

@@ -38,6 +38,7 @@ def every_pretrained_tensor_is_accounted_for(case: Case) -> None:
     require(facts, "load_pretrained loads weights and returns no description")
     loaded = {name: tensor.clone() for name, tensor in built.backbone.state_dict().items()}
     used = _used_name(tensors, loaded)
+    # Each change must be refused or named: pretrained weights that are ignored only show as bad metrics.
     damaged: dict[str, dict[str, Tensor]] = {
         "all names have another prefix": {f"prefix.{name}": tensor for name, tensor in tensors.items()},
         f"{used!r} is missing": {name: tensor for name, tensor in tensors.items() if name != used},
@@ -46,6 +47,7 @@ def every_pretrained_tensor_is_accounted_for(case: Case) -> None:
     for change, content in damaged.items():
         with tempfile.TemporaryDirectory() as folder:
             changed = _copy(Path(str(case.options[option])), file, content, Path(folder))
+            # Other initial weights, so that a tensor which was not loaded differs.
             other = Subject(replace(case, options={**case.options, option: str(changed)}), seed=1).backbone
             try:
                 facts = other.load_pretrained()

@@ -55,8 +55,10 @@ def find_batch_size(experiment: Experiment, observe: Observer, evaluation_batch_
     max_size = min(
         MAX_BATCH_SIZE_GPU if on_gpu else MAX_BATCH_SIZE_CPU, max(MIN_BATCH_SIZE, examples // MIN_STEPS_PER_EPOCH)
     )
+    # The run must draw the same numbers as one whose config contains the batch size.
     with preserve_rng_state(), torch.random.fork_rng([device.index] if on_gpu else []):
         costs, reason, limit = _try_sizes(experiment, max_size, evaluation_batch_size)
+    # The copied model and its optimizer may be in reference cycles: free them before training allocates memory.
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
@@ -101,6 +103,7 @@ def _try_sizes(
 
         torch.cuda.empty_cache()
         free_bytes, _ = torch.cuda.mem_get_info(device)
+        # Memory that torch's allocator has reserved is available to new tensors, too.
         limit = int(MAX_FRACTION_GPU * (free_bytes + torch.cuda.memory_reserved(device)))
         return *search_by_extrapolation(peak_bytes, max_size, limit), limit
     limit = int(MAX_FRACTION_CPU * available_bytes())
@@ -160,12 +163,15 @@ def search_by_extrapolation(peak_bytes: Callable[[int], int], max_size: int, lim
     elif not fits(second):
         candidates = []
     else:
+        # Allocators round up, so that the larger size may seem to take less: never extrapolate downwards.
         slope = max(0, costs[second] - costs[first]) / (second - first)
         predicted = {size: int(costs[second] + slope * (size - second)) for size in sizes if size > second}
         candidates = [size for size, size_bytes in predicted.items() if size_bytes <= limit]
         if len(candidates) < len(predicted):
+            # The smallest size that is predicted not to fit: sizes are powers of two.
             size = second * 2 ** (len(candidates) + 1)
             reason = f"{size} would take about {_gib(predicted[size])}"
+    # From large to small, because the prediction is usually right for the first.
     for size in reversed(candidates):
         if fits(size):
             break

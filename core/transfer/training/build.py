@@ -84,8 +84,10 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     # The names of the classes may be known only now. Options of the task that do not fit them are refused before the
     # backbone downloads its weights.
     config.task.make(data.spec)
+    # All initial weights are drawn after this line: every rank and a resumed run start from the same ones.
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.backbone, splits["train"].column(*checked.backbone.fields))
+    # Compared after loading: only stages whose weights have changed count as pretrained.
     before = _first_weights(backbone)
     pretrained = load_pretrained(config.backbone, backbone) if config.pretrained else {}
     loaded = {name for name, weight in _first_weights(backbone).items() if not torch.equal(weight, before[name])}
@@ -99,6 +101,7 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
         if (warning := backbone.preprocessing.warning(values)) is not None:
             observe(Note(f"warning about the validation split: {warning}"))
     task, model = assemble(backbone, config.head, config.task, data.spec, config.adapter)
+    # Of the training split only: class weights and scaling must not depend on the targets of other splits.
     task.prepare(splits["train"].targets)
     model.scale_outputs(task.output_scaling())
     loaders = {
@@ -124,10 +127,15 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
     experiment = make_experiment(
         config, model, task, backbone, loaders, phases=phases, device=checked.device, quick=quick
     )
+    if config.is_fine_tuned_by_default:
+        rates = {"head" if group.stage == "head" else "backbone": group.lr for group in phases[0].groups}
+        by_part = " and ".join(f"{rate:.2g} ({part})" for part, rate in rates.items())
+        observe(Note(f"pretrained layers are fine-tuned by default: {config.optimizer.name} at a rate of {by_part}"))
     if (warning := _high_rate_warning(config, phases, loaded)) is not None:
         observe(Note(f"warning: {warning}"))
         experiment = replace(experiment, warnings=(warning,))
     if config.train.batch_size == "auto":
+        # Last of all, because the search makes real steps of the complete experiment.
         config = config.with_batch_size(find_batch_size(experiment, observe, config.train.evaluation_batch_size))
         for name, loader in loaders.items():
             loader.batch_size = _examples_per_step(config.train, training=name == "train")
@@ -213,6 +221,7 @@ def make_experiment(
     """Return the input of the engine."""
     for loader in loaders.values():
         loader.prepare_for(device)
+    model.recompute = config.train.recompute
     return Experiment(
         model,
         task,
@@ -233,6 +242,7 @@ def _origin(backbone: Backbone, loaders: Mapping[str, Loader]) -> dict[str, str]
     """Return digests of the splits and the assets, which a resumed run must have unchanged."""
     assets = hashlib.sha256()
     for name, text in sorted(backbone.assets().items()):
+        # The separators keep the pairs (ab, c) and (a, bc) apart.
         assets.update(f"{name}\0{text}\0".encode())
     data = digest({name: loader.split for name, loader in loaders.items()})
     return {"data": data, "vocabulary or assets": assets.hexdigest()}
@@ -298,4 +308,5 @@ def make_loader(
 def _examples_per_step(train: TrainConfig, *, training: bool) -> int | None:
     """Return the batch size, or None if ``max_tokens`` determines it. Until ``auto`` finds one, use the default."""
     size = BATCH_SIZE if train.batch_size == "auto" else train.batch_size
+    # Evaluation keeps no activations for a backward pass, so that twice as many examples fit.
     return size if training else train.evaluation_batch_size or (size and 2 * size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -82,6 +83,16 @@ class Checkpoints:
     def seconds(self) -> float:
         """Duration of the run in seconds, including the processes before a resume."""
         return self._seconds_before_resume + time.perf_counter() - self._started
+
+    def reason_to_stop(self, patience: int | None = None) -> str | None:
+        """Return the reason for which no further epoch is trained, the same on all ranks, or None.
+
+        Args:
+            patience: Number of epochs without a better one after which the phase ends. None disables early stopping.
+        """
+        limit = self._options.max_minutes
+        left = math.inf if limit is None else self._processes.broadcast_object(lambda: 60 * limit - self.seconds)
+        return self._state.progress.reason_to_stop(patience, left)
 
     @property
     def age(self) -> float:

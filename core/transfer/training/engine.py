@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -161,7 +160,10 @@ class Trainer:
     def _train_phases(self) -> None:
         try:
             for number in range(self.state.progress.phase, len(self.experiment.phases) + 1):
-                self.train_phase(number)
+                if reason := self.checkpoints.reason_to_stop():
+                    self.observe(Note(f"phase {number} is not trained: {reason}"))
+                else:
+                    self.train_phase(number)
             # The last epochs may have been too short for a checkpoint each.
             if self._has_unsaved_steps:
                 with self.signals.deferred():
@@ -203,9 +205,7 @@ class Trainer:
         # ---- optimizer and schedule
         is_new = number > progress.phase  # not resumed within the phase
         first_epoch = progress.epochs - (0 if is_new else progress.phase_epochs)
-        # With max_tokens the number of batches differs between epochs, and the schedule counts optimizer steps.
-        limit = experiment.max_batches or sys.maxsize
-        batches_per_epoch = [min(experiment.train.count(first_epoch + i), limit) for i in range(phase.epochs)]
+        batches_per_epoch = experiment.batches_per_epoch(first_epoch, phase.epochs)
         optimizer = build_optimizer(self.model, phase.groups, experiment.optimizer, previous=self.state.optimizer)
         schedule = Schedule(
             phase.scheduler,
@@ -223,7 +223,7 @@ class Trainer:
 
         # ---- epochs
         total_epochs = sum(phase.epochs for phase in experiment.phases)
-        while progress.phase_epochs < phase.epochs and not progress.is_out_of_patience(phase.patience):
+        while progress.phase_epochs < phase.epochs and not (reason := self.checkpoints.reason_to_stop(phase.patience)):
             batches = batches_per_epoch[progress.phase_epochs]
             self.observe(EpochStarted(progress.epochs + 1, total_epochs, number, len(experiment.phases), batches))
             if steps:
@@ -237,7 +237,6 @@ class Trainer:
             with self.signals.deferred():
                 self.end_epoch(scores, facts, time.perf_counter() - validation_started)
         if progress.phase_epochs < phase.epochs:
-            reason = f"no better for {phase.patience} epochs"
             self.observe(Note(f"phase {number} ends after epoch {progress.epochs}: {reason}"))
 
     def train_epoch(self, train: StageInputs) -> None:

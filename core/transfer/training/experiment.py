@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -70,6 +71,7 @@ class EngineOptions:
         cache_limit_gib: Maximum size of the feature cache on disk, in GiB.
         select: Metric that selects the best epoch, ``loss`` or ``last``. None selects the task's primary metric.
         sync_batch_norm: Whether trained batch norm uses the statistics of all ranks.
+        max_minutes: Time after which no epoch is started, in minutes. None disables the limit.
     """
 
     device: torch.device
@@ -87,6 +89,7 @@ class EngineOptions:
     cache_limit_gib: float
     select: str | None = None
     sync_batch_norm: bool = False
+    max_minutes: float | None = None
 
     @classmethod
     def from_config(cls, train: TrainConfig, device: torch.device, *, quick: bool) -> EngineOptions:
@@ -113,6 +116,7 @@ class EngineOptions:
             train.cache_limit_gib,
             train.select,
             train.sync_batch_norm,
+            train.max_minutes,
         )
 
 
@@ -169,6 +173,7 @@ class Experiment:
     @property
     def selection(self) -> Selection:
         """The rule that selects the best epoch."""
+        # Without a validation split, epochs cannot be compared: the last one is kept.
         return Selection.of(self.task, LAST if self.validation is None else self.options.select)
 
     def batches_for(
@@ -192,6 +197,7 @@ class Experiment:
             observe: Function that is called with the progress of computing features.
         """
         options = self.options
+        # Computing the features of every example would take longer than the quick run.
         if self.max_batches is not None:
             return StageInputs(
                 loader, 0, {"cached": False, "why": "a quick try takes a few batches, not every example"}
@@ -207,14 +213,25 @@ class Experiment:
                 progress=lambda step, steps: observe(CachingStep(name, step, steps)),
             )
         mixed = training and options.mix is not None
+        # The head is the last stage: a prefix of all other stages leaves nothing of the backbone to compute.
         views = views_of_phase(options.views, epochs, frozen_backbone=stages == len(self.model) - 1)
         return select_stage_inputs(cache, prefix, loader, views=views, mixed=mixed)
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters: ``total``, and ``trainable`` in some phase."""
+        # A set, because several phases may train the same parameter.
         trained = {name for phase in self.phases for group in phase.groups for name in group.parameters}
         sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         return {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in trained)}
+
+    def batches_per_epoch(self, first: int, epochs: int) -> list[int]:
+        """Return the number of training batches of each epoch; with ``max_tokens`` or a sampler they may differ.
+
+        Args:
+            first: Number of epochs before the first.
+            epochs: Number of epochs.
+        """
+        return [min(self.train.count(first + i), self.max_batches or sys.maxsize) for i in range(epochs)]
 
     def frozen_prefix_length(self) -> int:
         """Return the number of stages, from the input on, that are frozen in all phases: the test split's prefix."""
@@ -222,5 +239,6 @@ class Experiment:
 
     def unchanged_stages(self) -> frozenset[str]:
         """Return the stages that no phase changes, including their buffers."""
+        # With `batch_norm: train`, the running statistics of frozen stages follow the data, so these stages change too.
         frozen = [p.frozen.stages if p.frozen.batch_norm != "train" else frozenset() for p in self.phases]
         return frozenset.intersection(*frozen)

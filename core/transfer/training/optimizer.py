@@ -69,6 +69,7 @@ def parameter_groups(
     if model.fixed and isinstance(lr, Mapping) and "adapter" in lr:
         # The adapter contains all trained parameters of the backbone.
         lr = {"backbone": lr["adapter"], **{key: rate for key, rate in lr.items() if key != "adapter"}}
+    # Stages without parameters, such as pooling, are no layers for layer_decay.
     rates = _rates([stage for stage, names in stages.items() if names or stage == "head"], list(stages), lr)
     groups = []
     for stage, names in stages.items():
@@ -121,6 +122,7 @@ def _rates(with_parameters: list[str], stages: list[str], lr: float | Mapping[st
     last_rate = lr.get("backbone", lr["head"] * decay if "layer_decay" in lr and "head" in lr else None)
     rates: dict[str, float] = {}
     if last_rate is not None:
+        # The decay counts from the output down: early layers are the most general and should change least.
         from_last = [stage for stage in with_parameters if stage != "head"][::-1]
         rates = {stage: last_rate * decay**depth for depth, stage in enumerate(from_last)}
     # The more specific key comes later and wins.
@@ -156,6 +158,7 @@ def build_optimizer(
         optimizer: Optimizer = torch_class.cls(torch_groups, **options)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{owner_and_name(torch_class)} refuses its options: {error}") from error
+    # Moments of Adam take many steps to estimate: parameters that both phases train keep theirs.
     if previous is not None:
         kept_state: dict[Tensor, Any] = {
             parameter: previous.state[parameter]

@@ -65,10 +65,12 @@ def preflight(config: RunConfig) -> CheckedParts:
             exist. The error contains every problem that was found.
         UserError: The device does not exist on this machine.
     """
+    # Built only so that their constructors refuse wrong options; the run builds them again.
     for component in (*config.trackers, *([config.sampler] if config.sampler else [])):
         component.make()
     dataset: Dataset = config.data.make()
     spec = dataset.spec
+    # Most datasets know their classes only when they are read: placeholders give the head a size.
     if not spec.classes:
         spec = replace(spec, classes=PLACEHOLDER_CLASSES, placeholders=True)
     with torch.device("meta"):
@@ -76,9 +78,11 @@ def preflight(config: RunConfig) -> CheckedParts:
         _check_compatibility(config, spec, backbone)
         task, model = assemble(backbone, config.head, config.task, spec, config.adapter)
     _require_meta(config, model)
+    # Built only for its check: an unknown metric would otherwise fail after the first epoch.
     with config.at("train", "select"):
         Selection.of(task, config.train.select)
     shapes = _run_on_meta(config, backbone, task, model)
+    # Settled again with the number of examples when the data has been read.
     config, _ = settle_recipe(config, backbone, model, task)
     phases = resolve_phases(config, model)
     device = resolve_training_device(config)
@@ -138,6 +142,7 @@ def _run_on_meta(config: RunConfig, backbone: Backbone, task: Task, model: Model
         return {}
     name = f"backbone {config.backbone.plugin.name!r}"
     with error_location(config.backbone.where), plugin_errors(f"{name} cannot encode the example of its preprocessing"):
+        # Two examples: with a batch of one, a stage that drops the batch axis would go unnoticed.
         encoded = backbone.preprocessing.encode([example, example])
         value = backbone.preprocessing.model_inputs(encoded, torch.device("meta"))
     if config.train.mix is not None:
@@ -225,6 +230,7 @@ def settle_recipe(
     asked += [("phases", i) for i, phase in enumerate(config.train.phases or ()) if phase.solver == "lbfgs"]
     may_solve = recipe is not None and recipe.name in PROBING and recipe.solver is None
     reason = reason_not_solved(config, backbone, model, task, examples) if asked or may_solve else None
+    # A solver that the config names must work; as a default it falls back to gradient steps.
     if asked and reason is not None:
         raise ConfigError(
             f"solver: lbfgs cannot solve the head: {reason}",
@@ -235,6 +241,7 @@ def settle_recipe(
         return config, None
     settled: dict[str, Any] = {"solver": "gradient" if reason else "lbfgs"} if may_solve else {}
     if recipe.name in FINE_TUNING and recipe.batch_norm is None:
+        # Few examples estimate running statistics badly: trained batch norm keeps those of pretraining.
         is_small = examples < MIN_EXAMPLES_FOR_STATISTICS
         settled["batch_norm"] = "eval" if is_small and freezing.trains_batch_norm(model, "none") else "frozen"
     return config.with_recipe(settled), reason
@@ -248,6 +255,7 @@ def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
     """
     phases, problems = [], []
     backbone_stages = list(model.stages.items())[:-1]
+    # Weights under an adapter are fixed: a stage that has no other parameters cannot be trained.
     trainable = [name for name, _ in model.named_parameters() if name not in model.fixed]
     stages = [stage for stage, _ in backbone_stages if any(name.startswith(f"{stage}.") for name in trainable)]
     for index, settings in enumerate(config.phases(stages)):
@@ -268,9 +276,11 @@ def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
             _check_optimizer_and_schedule(config, model, phase, key)
             phases.append(phase)
         except UserError as error:
+            # Several phases may have the same problem, such as a wrong key of train.optimizer.lr.
             problems += [p for p in error.problems if p not in problems]
     if problems:
         raise ConfigError.of(problems)
+    # Every trainable parameter of an adapted backbone belongs to the adapter.
     adapted = {name for name in trainable if not name.startswith("head.")}
     if model.fixed and all(adapted <= phase.frozen.parameters for phase in phases):
         raise ConfigError(
@@ -331,6 +341,7 @@ def _refuse_dead_settings(
     if train.views is None or train.views == "auto":
         return
     augments = backbone.preprocessing.augments and train.augment
+    # The option is dead only if it has no effect in every phase.
     reasons = [
         reason_not_cached(
             freezing.prefix_length(model, phase.frozen),
@@ -356,6 +367,7 @@ def _refuse_dead_settings(
 def _check_optimizer_and_schedule(config: RunConfig, model: Model, phase: Phase, key: Key) -> None:
     """Refuse options that torch refuses at the start of the phase, and batch norm on batches of one example."""
     with config.at("train", "optimizer"):
+        # Built for the checks in torch's constructors. The parameters are on the meta device and take no memory.
         optimizer = build_optimizer(model, phase.groups, config.optimizer, previous=None)
     scheduler_key = (*key, "scheduler")
     # The location of the phase's scheduler, otherwise that of the run's: also for a warm-up that is too long.
@@ -374,6 +386,7 @@ def _check_optimizer_and_schedule(config: RunConfig, model: Model, phase: Phase,
         for prefix, module in model.named_modules()
         if isinstance(module, BATCH_NORM) and trained & {f"{prefix}.{name}" for name, _ in module.named_parameters()}
     ]
+    # In the backbone, `eval` normalizes by stored statistics, which works for a single example.
     if phase.frozen.batch_norm == "eval":
         norms = [prefix for prefix in norms if model.stage_of(prefix) == "head"]
     if norms and (config.train.max_tokens or config.train.batch_size == 1):

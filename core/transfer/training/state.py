@@ -135,16 +135,25 @@ class Progress:
         improved = self.best is None or selection.keeps_last or selection.is_better(self.records, self.best["epoch"])
         if improved:
             self.best = reached
+        # Patience counts within a phase: a new phase may start worse than the one before it ended.
         of_phase = self.records[-self.phase_epochs :]
         if self.phase_best is None or not validation or selection.is_better(of_phase, self.phase_best["epoch"]):
             self.phase_best = reached
         return record, improved
 
-    def is_out_of_patience(self, patience: int | None) -> bool:
-        """Return whether the phase had no better epoch for ``patience`` epochs; None disables early stopping."""
-        return (
-            patience is not None and self.phase_best is not None and self.epochs - self.phase_best["epoch"] >= patience
-        )
+    def reason_to_stop(self, patience: int | None, seconds_left: float) -> str | None:
+        """Return the reason for which the phase ends before its last epoch, or None.
+
+        Args:
+            patience: Number of epochs without a better one after which the phase ends. None disables early stopping.
+            seconds_left: Time that is left for training, in seconds. Another epoch is expected to last as long as the
+                last one. The first epoch of a run is always trained.
+        """
+        if patience is not None and self.phase_best is not None and self.epochs - self.phase_best["epoch"] >= patience:
+            return f"no better for {patience} epochs"
+        if self.records and seconds_left < self.records[-1]["seconds"]:
+            return "another epoch would end after train.max_minutes"
+        return None
 
     def record_caches(self, phase: int, reports: Mapping[str, Mapping[str, Any]]) -> bool:
         """Record the cache reports of a phase; return whether the phase was interrupted with other splits cached.
@@ -153,6 +162,7 @@ class Progress:
             phase: Number of the phase, from 1.
             reports: Report of the feature cache for each split.
         """
+        # A phase that was interrupted has recorded its caches already: these records are replaced.
         before = [report["cached"] for report in self.caches if report["phase"] == phase]
         self.caches = [report for report in self.caches if report["phase"] < phase]
         self.caches += [{"phase": phase, "split": split, **report} for split, report in reports.items()]
@@ -284,6 +294,7 @@ class TrainingState:
         return recovered
 
     def _restore(self, tensors: Mapping[str, Tensors], state: _CheckpointState, folder: Path) -> None:
+        # Checked first: with other data, the counts of batches below would refer to other examples.
         different = [name for name, value in self.origin.items() if state.origin.get(name) != value]
         if different:
             raise RunError(
@@ -294,6 +305,7 @@ class TrainingState:
         self._require_consistent(state.progress, str(folder))
         load_weights(self.model, tensors["model"], self.changed_weights(self.model), folder)
         if self.average is not None:
+            # n_averaged is the number of updates, a buffer of AveragedModel besides the averaged weights.
             averaged = dict(tensors["average"])
             count = {"n_averaged": averaged.pop("n_averaged")}
             require_same_layout(count, {"n_averaged": self.average.n_averaged}, _MISMATCH, str(folder), _FIX_MISMATCH)
@@ -425,4 +437,5 @@ def _restore_metric(metric: Metric, path: str, tensors: Mapping[str, Tensor], sa
         if not same_shape or not same_type:
             raise ValueError(f"the metric {path}/{name} has the dtype {value.dtype} and the shape {list(value.shape)}")
         setattr(metric, name, value.clone().to(metric.device))
+    # Otherwise compute() would warn that the metric has never been updated.
     metric._update_count = saved.updates

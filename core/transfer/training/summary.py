@@ -82,6 +82,7 @@ def _constant_prediction(
     """Warn if all examples have the same prediction, which a high accuracy hides if one class is frequent."""
     best = next((record for record in records if record["epoch"] == best_epoch), {})
     prediction, split = best.get("constant_prediction"), "validation"
+    # The test split is checked completely, so it takes precedence over the validation split.
     if predictions is not None and len(predictions) > 1 and bool((predictions == predictions[0]).all()):
         prediction, split = predictions[0].tolist(), "test"
     if prediction is None:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from transfer import __version__
 from transfer.deployment.serving.batching import BATCHING, Batcher, Batching, BusyError
 from transfer.deployment.serving.decoders import Decoders
-from transfer.deployment.serving.guards import LOOPBACK_HOSTS, AccessLog, Gate, HostGuard, Tokens, refuse_other_origins
+from transfer.deployment.serving.guards import (
+    LOOPBACK_HOSTS,
+    AccessLog,
+    Gate,
+    HostGuard,
+    Tokens,
+    path_of,
+    refuse_other_origins,
+)
 from transfer.deployment.serving.metrics import Metrics
 from transfer.deployment.serving.models import Prediction, RefusedError, Request as Inputs, ServedModel
 from transfer.deployment.serving.reading import CLOSE, LIMITS, RETRY, Intake, Limits, is_text, read_inputs
@@ -45,6 +56,9 @@ _REFUSALS = {
     504: "The request was not answered in time.",
 }
 
+_UNWATCHED_SECONDS = 0.05
+"""Time after which the connection of a request that waits for its answer is watched."""
+
 
 class Endpoint:
     """A model under its name; a newer version can replace it between two requests.
@@ -74,28 +88,32 @@ class Endpoint:
         self._metrics.record_version(model.name, model.version, self.model.version)
         self.model = model
 
-    async def answer(self, model: ServedModel, contents: Inputs) -> Prediction:
-        """Return the prediction of a model for the inputs of a request.
+    def answer(self, model: ServedModel, contents: Inputs) -> asyncio.Future[Prediction]:
+        """Return the prediction of a model for the inputs of a request, as a future.
+
+        The future raises RefusedError if the inputs cannot be read.
 
         Raises:
-            RefusedError: The inputs cannot be read.
             BusyError: Too many requests are waiting.
         """
-        item: Any = contents
-        if model.decodes_files:
-            # Images are not decoded in the thread of the model, so a large one does not stall the other requests.
-            if self.waiting >= self.batcher.settings.max_waiting:
-                raise BusyError
-            self.decoding += 1
+        if not model.decodes_files:
+            return self.batcher.submit((model, contents))
+        if self.waiting >= self.batcher.settings.max_waiting:
+            raise BusyError
+        return asyncio.create_task(self._decode_and_answer(model, contents))
+
+    async def _decode_and_answer(self, model: ServedModel, contents: Inputs) -> Prediction:
+        # Images are not decoded in the thread of the model, so a large one does not stall the other requests.
+        self.decoding += 1
+        try:
+            item = await self._decoders.encode(model, contents)
+        finally:
+            self.decoding -= 1
+        if isinstance(item, Exception):
             try:
-                item = await self._decoders.encode(model, contents)
+                raise item
             finally:
-                self.decoding -= 1
-            if isinstance(item, Exception):
-                try:
-                    raise item
-                finally:
-                    del item  # otherwise the error and this frame refer to each other, and keep the inputs in memory
+                del item  # otherwise the error and this frame refer to each other, and keep the inputs in memory
         return await self.batcher.submit((model, item))
 
     def _work(self, items: Sequence[tuple[ServedModel, Any]]) -> list[Prediction | Exception]:
@@ -156,6 +174,8 @@ def make_app(
     )
     app.state.endpoints = endpoints
     app.state.tokens = tokens or Tokens()
+    predict_routes: dict[str, APIRoute] = {}
+    app.add_middleware(Predictions, routes=predict_routes)
     app.add_middleware(HostGuard, allowed_hosts=list(hosts), www_redirect=False)
     app.add_middleware(Gate, tokens=app.state.tokens, access_log=access_log, record=metrics.record_request)
 
@@ -190,6 +210,7 @@ def make_app(
     for endpoint in endpoints.values():
         endpoint.model.warm_up(batching.max_size)
         _add_predict(app, endpoint, intake)
+    predict_routes |= {r.path: r for r in app.routes if isinstance(r, APIRoute) and r.methods == {"POST"}}
     return app
 
 
@@ -216,25 +237,52 @@ def replace_models(app: FastAPI, models: Sequence[ServedModel], batch_size: int 
         endpoints[model.name].replace(model)
 
 
+class Predictions:
+    """Middleware that answers requests for predictions without FastAPI's routing and validation of requests.
+
+    They would take as much processor time as the rest of a request. FastAPI's route with the same path documents it.
+
+    Args:
+        app: The application.
+        routes: FastAPI's routes for predictions, by path.
+    """
+
+    def __init__(self, app: ASGIApp, *, routes: Mapping[str, APIRoute]) -> None:
+        self.app, self.routes = app, routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        route = self.routes.get(path_of(scope)) if is_post else None
+        if route is None:
+            await self.app(scope, receive, send)
+            return
+        scope["route"] = route  # for the metrics
+        response: Response = await route.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
 def _add_predict(app: FastAPI, endpoint: Endpoint, intake: Intake) -> None:
     model = endpoint.model
     inputs: dict[str, str] = model.describe()["inputs"]
     limits = intake.limits
 
-    async def predict(request: Request, response: Response) -> Prediction:
-        refuse_other_origins(request)
+    async def predict(request: Request) -> Response:
         model = endpoint.model
-        response.headers["X-Model-Version"] = model.version
-        with intake.request() as reserve:
-            try:
+        try:
+            refuse_other_origins(request)
+            with intake.request() as reserve:
                 contents = await read_inputs(request, inputs, limits, reserve)
-                return await _within(limits.answer_seconds, request, endpoint.answer(model, contents))
-            except RefusedError as error:
-                raise HTTPException(422, str(error)) from error
-            except BusyError:
-                raise HTTPException(503, "too many requests are waiting; try again in a second", RETRY) from None
-            except asyncio.CancelledError:  # by uvicorn, when the time to stop has passed
-                raise HTTPException(503, "the server stops", CLOSE) from None
+                prediction = await _within(limits.answer_seconds, request, endpoint.answer(model, contents))
+        except HTTPException as error:
+            return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+        except RefusedError as error:
+            return JSONResponse({"detail": str(error)}, 422)
+        except BusyError:
+            return JSONResponse({"detail": "too many requests are waiting; try again in a second"}, 503, RETRY)
+        except asyncio.CancelledError:  # by uvicorn, when the time to stop has passed
+            return JSONResponse({"detail": "the server stops"}, 503, CLOSE)
+        return JSONResponse(prediction, headers={"X-Model-Version": model.version})
 
     def schema(file: dict[str, str]) -> dict[str, Any]:
         properties: dict[str, dict[str, str]]
@@ -253,6 +301,7 @@ def _add_predict(app: FastAPI, endpoint: Endpoint, intake: Intake) -> None:
         f"/models/{model.name}/predict",
         predict,
         methods=["POST"],
+        response_class=JSONResponse,
         operation_id=f"predict_{model.name}",
         summary=f"Predict with {model.name} from {' and '.join(inputs)}",
         openapi_extra={
@@ -268,26 +317,31 @@ def _add_predict(app: FastAPI, endpoint: Endpoint, intake: Intake) -> None:
     )
 
 
-async def _within(seconds: float, request: Request, work: Coroutine[Any, Any, Prediction]) -> Prediction:
-    """Return the result of work, and cancel it if it takes too long or the client disconnects.
+async def _within(seconds: float, request: Request, answer: asyncio.Future[Prediction]) -> Prediction:
+    """Return the result of a future, and cancel it if it takes too long or the client disconnects.
 
     Raises:
         HTTPException: The time has passed (504), or the client has disconnected.
     """
-    answer = asyncio.create_task(work)
-    # The body has been read: the next message is that the client has disconnected.
-    disconnected = asyncio.ensure_future(request.receive())
+    disconnected: asyncio.Future[Any] | None = None
     try:
-        tasks: set[asyncio.Future[Any]] = {answer, disconnected}
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        # Most answers take milliseconds. Only during a longer one, a task watches the connection.
+        unwatched = min(seconds, _UNWATCHED_SECONDS)
+        await asyncio.wait({answer}, timeout=unwatched)
+        if not answer.done():
+            # The body has been read: the next message is that the client has disconnected.
+            disconnected = asyncio.ensure_future(request.receive())
+            tasks: set[asyncio.Future[Any]] = {answer, disconnected}
+            await asyncio.wait(tasks, timeout=seconds - unwatched, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
-        if disconnected.done():
+        if disconnected is not None and disconnected.done():
             raise HTTPException(400, "the client closed the connection")
         raise HTTPException(504, f"the request was not answered within {seconds:g} seconds", RETRY)
     finally:
         answer.cancel()
-        disconnected.cancel()
+        if disconnected is not None:
+            disconnected.cancel()
 
 
 def _file(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:

@@ -82,23 +82,27 @@ class Batcher(Generic[Item, Result]):
             await self._loop
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def submit(self, item: Item) -> Result:
-        """Return the result of an item. If the caller is cancelled, an item that waits is dropped.
+    def submit(self, item: Item) -> asyncio.Future[Result]:
+        """Return the result of an item, or the exception that the work returned for it, as a future.
+
+        If the future is cancelled, an item that still waits is dropped.
 
         Raises:
             BusyError: Too many items are waiting.
-            Exception: The exception that the work returned for this item.
         """
         # A full queue refuses at once: otherwise all clients would wait until they time out.
         if len(self._waiting) >= self.settings.max_waiting:
             raise BusyError
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting[result] = item
-        self._arrived.set()
-        try:
-            return await result
-        finally:
-            self._waiting.pop(result, None)
+        result.add_done_callback(self._drop)
+        # The loop wakes up for the first item and for a full batch, not for every item in between.
+        if len(self._waiting) in (1, self.settings.max_size):
+            self._arrived.set()
+        return result
+
+    def _drop(self, result: asyncio.Future[Result]) -> None:
+        self._waiting.pop(result, None)
 
     async def _work_on_batches(self) -> None:
         while True:
@@ -127,9 +131,9 @@ class Batcher(Generic[Item, Result]):
     async def _collect(self) -> dict[asyncio.Future[Result], Item]:
         while not self._waiting:
             await self._next_arrival()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.settings.wait_seconds):
-                while len(self._waiting) < self.settings.max_size:
+        if len(self._waiting) < self.settings.max_size:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.wait_seconds):
                     await self._next_arrival()
         first = list(itertools.islice(self._waiting, self.settings.max_size))
         return {result: self._waiting.pop(result) for result in first}

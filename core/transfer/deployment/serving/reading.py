@@ -14,7 +14,6 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 from python_multipart.multipart import parse_options_header
-from starlette.requests import ClientDisconnect
 
 MEBIBYTE = 2**20
 MAX_BODIES = 16
@@ -135,24 +134,30 @@ async def read_inputs(
 
 
 async def _read_body(request: Request, limits: Limits, reserve: Reserve) -> bytes:
-    too_large = HTTPException(413, f"the request is too large: expected at most {limits.body_bytes:,} bytes", CLOSE)
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > limits.body_bytes:
-        raise too_large
+        raise _too_large(limits)
     # A client may announce a false length, or none: the chunks are counted as well.
     body = bytearray()
+    arriving = True
     try:
         async with asyncio.timeout(limits.seconds):
-            async for chunk in request.stream():
+            while arriving:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise HTTPException(400, "the client closed the connection")
+                chunk, arriving = message.get("body", b""), message.get("more_body", False)
                 if len(body) + len(chunk) > limits.body_bytes:
-                    raise too_large
+                    raise _too_large(limits)
                 reserve(len(chunk))
                 body += chunk
     except TimeoutError:
         raise HTTPException(408, f"the request did not arrive within {limits.seconds:g} seconds", CLOSE) from None
-    except ClientDisconnect:
-        raise HTTPException(400, "the client closed the connection") from None
     return bytes(body)
+
+
+def _too_large(limits: Limits) -> HTTPException:
+    return HTTPException(413, f"the request is too large: expected at most {limits.body_bytes:,} bytes", CLOSE)
 
 
 async def _from_json(body: bytes, inputs: Mapping[str, str]) -> dict[str, bytes]:

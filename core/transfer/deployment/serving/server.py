@@ -16,27 +16,21 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from transfer.deployment.serving.app import make_app, replace_models
 from transfer.deployment.serving.batching import BATCHING, Batching
 from transfer.deployment.serving.decoders import Decoders
 from transfer.deployment.serving.guards import LOOPBACK_HOSTS, AccessLog, RateLimit, Tokens, access_logger
 from transfer.deployment.serving.models import ServedModel
+from transfer.deployment.serving.protocol import BACKLOG, MAX_CONNECTIONS, RESERVED_FILES, UNIX_PEER, TimelyProtocol
 from transfer.deployment.serving.reading import LIMITS, Limits
 from transfer.errors import UserError
 from transfer.system.signals import Signals
 
-MAX_CONNECTIONS = 1000
-_BACKLOG = 128
-_RESERVED_FILES = 2 * _BACKLOG + 64
-"""Number of files that the process may need besides its connections: accepted sockets, models, temporary files."""
 _LOGGERS = ("uvicorn.error", "asyncio", "transfer.deployment.serving.models", "transfer_vision.images.decoding")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -70,7 +64,6 @@ class Publication:
 PRIVATE = Publication()
 TOKENS_VARIABLE = "TRANSFER_SERVE_TOKENS"
 """Environment variable with the bearer tokens of clients, separated by blanks, if there is no file of tokens."""
-_UNIX_PEER = "unix"
 
 
 def serve(
@@ -175,7 +168,7 @@ def read_tokens(file: Path | None) -> Tokens:
 def _prepare_process(access_log: AccessLog) -> None:
     """Set the limit on open files and the loggers of the process for a server."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + _RESERVED_FILES
+    wanted = MAX_CONNECTIONS + RESERVED_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
@@ -213,9 +206,9 @@ def make_server(
         server_header=False,  # attackers need not learn the version
         # Any client could send these headers: they count only if a trusted proxy sent them.
         proxy_headers=bool(publication.trusted_proxies or publication.uds),
-        forwarded_allow_ips=[_UNIX_PEER, *publication.trusted_proxies],
+        forwarded_allow_ips=[UNIX_PEER, *publication.trusted_proxies],
         # asyncio accepts up to this many connections at once, before the limit on connections is checked.
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         timeout_keep_alive=max(1, round(limits.seconds)),
         timeout_graceful_shutdown=round(publication.drain_seconds),
     )
@@ -245,86 +238,6 @@ class _Server(uvicorn.Server):
             logger.error("the models were not reloaded: %s", error)
         else:
             logger.warning("the models were reloaded")
-
-
-@lru_cache(maxsize=1)
-def max_connections() -> int:
-    """Return the maximum number of open connections: fewer than the process may have open files."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(min(MAX_CONNECTIONS, soft - _RESERVED_FILES), 64)
-
-
-class TimelyProtocol(H11Protocol):
-    """Closes connections that wait too long: for the head of a request, or for the client to read a response.
-
-    The time is uvicorn's keep-alive timeout. The application limits the time for the body of a request. If too many
-    connections are open, the oldest one without a request is closed, so that others and the health stay reachable.
-    """
-
-    _deadline: asyncio.TimerHandle | None = None
-    _reading_deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the timeout of the first request."""
-        super().connection_made(transport)
-        if self.client is None:
-            self.client = (_UNIX_PEER, 0)
-        self.opened = self.loop.time()
-        if len(self.connections) > max_connections():
-            idle = (one for one in self.connections if isinstance(one, TimelyProtocol) and one.is_idle)
-            # This connection is idle too, so there is always one.
-            oldest = min(idle, key=lambda one: one.opened)
-            oldest.transport.abort()
-            self.connections.discard(oldest)
-        self._wait()
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether there is no request in progress."""
-        return self.cycle is None or self.cycle.response_complete
-
-    def pause_writing(self) -> None:
-        """Start the timeout of a client that does not read the response."""
-        super().pause_writing()
-        self._reading_deadline = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Stop the timeout of a client that does not read the response."""
-        super().resume_writing()
-        self._stop_waiting_for_reader()
-
-    def _stop_waiting_for_reader(self) -> None:
-        if self._reading_deadline is not None:
-            self._reading_deadline.cancel()
-            self._reading_deadline = None
-
-    def data_received(self, data: bytes) -> None:
-        """Stop the timeout when the head of the request is complete."""
-        super().data_received(data)
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
-            self._stop_waiting()
-        elif self._deadline is None:
-            self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timeouts."""
-        self._stop_waiting()
-        self._stop_waiting_for_reader()
-        super().connection_lost(exc)
-
-    def _wait(self) -> None:
-        self._deadline = self.loop.call_later(self.timeout_keep_alive, self._too_late)
-
-    def _stop_waiting(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _too_late(self) -> None:
-        if self.is_idle:
-            self.transport.close()
-        else:
-            self._wait()
 
 
 def name_runs(runs: Sequence[str]) -> dict[str, str]:
@@ -367,7 +280,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
         # Connections inherit it. With Nagle's algorithm, the body of a response would wait 40 ms until the client has
         # acknowledged its headers.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -399,7 +312,7 @@ def listen_on_path(path: str) -> Iterator[socket.socket]:
                 listening.bind(path)
             finally:
                 os.umask(umask)
-            listening.listen(_BACKLOG)
+            listening.listen(BACKLOG)
         except OSError as error:
             raise UserError(f"the server cannot listen on this socket: {error}", where=path) from error
         try:

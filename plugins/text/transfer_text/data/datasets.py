@@ -111,6 +111,7 @@ def _stream(path: Path) -> Iterator[tuple[str, bytes]]:
                 if not member.isfile():
                     continue
                 if _split_and_class(member.name) and (file := archive.extractfile(member)) is not None:
+                    # A crafted archive could unpack to more than the memory.
                     if member.size > MAX_REVIEW_BYTES:
                         raise tarfile.ReadError(f"{member.name!r} would unpack to {member.size:,} bytes")
                     yield member.name, file.read()
@@ -174,6 +175,7 @@ def _texts_in(folder: Path) -> list[str]:
 
 
 def _split_of(reviews: list[tuple[int, str, bytes]], split: str, path: Path) -> Split:
+    # Archives and folders list their files in any order; the split must not depend on it.
     reviews.sort()
     targets = np.array([sentiment for sentiment, _, _ in reviews], dtype=np.int64)
     counts = np.bincount(targets, minlength=len(SENTIMENTS))

@@ -108,6 +108,7 @@ class TextFolder(Dataset):
         for split, paths in listing.paths.items():
             texts = [self._read(root / path) for path in paths]
             examples = Split({"text": texts}, listing.targets[split], list(map(name, paths)))
+            # Targets and names must lose the same rows as the texts.
             is_full = np.array([not is_empty(text) for text in texts])
             if not is_full.all():
                 empty += [paths[index] for index in np.flatnonzero(~is_full)]

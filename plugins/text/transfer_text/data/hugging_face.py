@@ -135,6 +135,7 @@ class HuggingFace(Dataset):
     def _read(self, library: Any, dataset: str) -> Mapping[str, Any]:
         folder = Path(dataset).expanduser()
         folder = folder if folder.is_dir() else find_file(dataset) or folder
+        # Files of save_to_disk, which load_dataset does not read.
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             try:
                 loaded = library.load_from_disk(str(folder))

@@ -61,6 +61,7 @@ class TextCSV(Dataset):
         label_names: tuple[str, ...] = (),
         bad_texts: BadTexts = "error",
     ) -> None:
+        # The first column is the text; the others are further fields, which join_texts appends.
         columns = text if isinstance(text, tuple) else (text,)
         if not columns:
             raise ConfigError("text names no column", fix="name the column of the text, or several in a list")

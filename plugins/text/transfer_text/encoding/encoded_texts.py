@@ -61,6 +61,7 @@ class EncodedTexts(Sequence[npt.NDArray[np.int32]]):
         try:
             offsets: npt.NDArray[np.int64] = np.load(folder / OFFSETS, allow_pickle=False)
             file = folder / INDICES
+            # A file of another size would be mapped beyond its end, which kills the process on access.
             if len(offsets) != count + 1 or file.stat().st_size != 4 * offsets[-1]:
                 return None
             if not offsets[-1]:

@@ -79,6 +79,7 @@ def encode_in_parallel(
     Raises:
         ValueError: A text contains a lone surrogate.
     """
+    # The workers run while this process encodes the first chunk, which is therefore the largest.
     own_chunk, *worker_chunks = _chunks(texts)
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_worker(name, chunk)) for chunk in worker_chunks]
@@ -104,6 +105,7 @@ def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
     ends = np.cumsum(np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)))
     total = int(ends[-1]) if len(texts) else 0
     count = max(1, min(max_processes(), total // MIN_CHUNK_CHARACTERS))
+    # Ends of all chunks but the last, in characters: the first one weighs MAIN_PROCESS_WEIGHT, the others 1.
     inner = [total * (MAIN_PROCESS_WEIGHT + i) / (MAIN_PROCESS_WEIGHT + count - 1) for i in range(count - 1)]
     bounds = [0, *np.searchsorted(ends, inner).tolist(), len(texts)]
     return [texts[start:end] for start, end in itertools.pairwise(bounds)]
@@ -112,6 +114,7 @@ def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
 @contextlib.contextmanager
 def _worker(name: TokenizerName, texts: Sequence[str]) -> Iterator[Callable[[], Path | None]]:
     """Start a worker. Yield a function that waits for it and returns its folder, or None if the worker failed."""
+    # -P: a file in the working folder must not shadow a module; PYTHONPATH has the path of this process.
     command = [sys.executable, "-P", "-m", __name__, name]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with contextlib.ExitStack() as stack:
@@ -153,6 +156,7 @@ def _run_worker(name: TokenizerName, folder: Path) -> None:
             ids.tofile(file)
             counts.append(lengths)
     np.concatenate(counts).tofile(folder / _COUNTS)
+    # One token per line: no tokenizer returns a token with a line break.
     (folder / _TOKENS).write_bytes("".join(f"{token}\n" for token in local_ids.tokens).encode())
 
 

@@ -90,6 +90,7 @@ class PluginVocabulary(Vocabulary):
         reading = tokenized()
         words = list(made.vocabulary(reading, min_frequency=min_frequency, max_size=max_size))
         deque(reading, maxlen=0)  # a fixed vocabulary has not read the texts; their tokens are counted here
+        # The tokenizer is code of another package: a duplicate would shift the indices of all words after it.
         if len(set(words)) < len(words) or not set(SPECIAL).isdisjoint(words):
             raise PluginError(
                 f"the vocabulary of tokenizer {tokenizer!r} contains a duplicate word or one of {SPECIAL}",

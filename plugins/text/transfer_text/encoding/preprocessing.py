@@ -64,6 +64,7 @@ class TextPreprocessing(TokenPreprocessing):
         Raises:
             ValueError: A text is empty, blank, or contains only markup.
         """
+        # Truncated on access, so that the cached encoding serves every maximum length.
         encoded = self.vocabulary.encode(values).truncated(self.max_length, self.truncation)
         empty = np.flatnonzero(encoded.lengths == 0)
         if len(empty):
@@ -75,6 +76,7 @@ class TextPreprocessing(TokenPreprocessing):
 
     def collate(self, encoded: Sequence[npt.NDArray[np.int32]]) -> Tensor:
         """Return the word indices of a batch, int32 (B, T), padded with 0."""
+        # int32: indices are copied to the device in half the bytes, and become int64 there.
         batch = np.full((len(encoded), max(map(len, encoded))), PADDING, dtype=np.int32)
         for row, indices in zip(batch, encoded, strict=True):
             row[: len(indices)] = indices
@@ -111,6 +113,7 @@ class TextPreprocessing(TokenPreprocessing):
     def _words(self, indices: Tensor, length: int) -> list[str]:
         unknown = self.vocabulary.unknown
         words = [UNKNOWN_MARK if i == unknown else self.vocabulary.tokens[i] for i in indices.tolist() if i != PADDING]
+        # The mark is at the position where tokens were dropped.
         if cut := length - len(words):
             position = {"head": len(words), "tail": 0, "both": (len(words) + 1) // 2}[self.truncation]
             words.insert(position, f"[{cut} tokens cut]")

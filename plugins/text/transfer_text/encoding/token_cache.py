@@ -114,17 +114,20 @@ class _Pieces:
         ids = self._slot_ids[slots]
         hit = (self._first[slots] == first) & (self._second[slots] == second) & (ends - starts <= 2 * _WORD_BYTES)
         rest = np.flatnonzero(~hit)
+        # FirstSeenIndex assigns the next id to a piece that it has not seen.
         find = self._ids.__getitem__
         ids[rest] = [
             find(content[start:end]) for start, end in zip(starts[rest].tolist(), ends[rest].tolist(), strict=True)
         ]
         rest = rest[(ends - starts)[rest] <= 2 * _WORD_BYTES]
         rest = rest[self._first[slots[rest]] == 0]  # pieces whose slot is free
+        # Two new pieces may share a free slot: only the first one is stored in it.
         _, first_of_slot = np.unique(slots[rest], return_index=True)
         rest = rest[first_of_slot]
         filled = slots[rest]
         self._first[filled], self._second[filled], self._slot_ids[filled] = first[rest], second[rest], ids[rest]
         lengths = np.array([0, *map(len, texts)], dtype=np.int64)
+        # Texts are joined by one blank, so text i starts at the sum of the lengths before it, plus i.
         return ids, np.searchsorted(starts, np.cumsum(lengths) + np.arange(len(lengths)))
 
 

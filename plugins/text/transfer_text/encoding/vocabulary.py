@@ -111,6 +111,7 @@ class Vocabulary:
         """
         name = tokenizer_for(texts) if tokenizer == AUTO else _name(tokenizer)
         if name is None:
+            # Options without an effect are errors, so that nobody trusts them.
             if min_frequency != MIN_FREQUENCY or max_size is not None:
                 raise ConfigError(
                     f"{tokenizer} has a fixed vocabulary: min_frequency and max_size do not apply",
@@ -124,6 +125,7 @@ class Vocabulary:
         if not text_blocks.worth_caching(texts):
             return cls._of(count_words(texts, name, min_frequency, max_size, None), name)
         made: list[Vocabulary] = []
+        # Computed once: it is part of the keys of the vocabulary and of the encoded texts.
         texts_digest = text_blocks.digest_of(texts)
 
         def write(folder: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -136,6 +136,8 @@ class Transformers(Backbone):
     """
 
     field = "text"
+    # Devlin et al. (2019) tune BERT at 2e-5 to 5e-5; small encoders need the upper end.
+    fine_tuning_optimizer: ClassVar[Mapping[str, Any]] = {"name": "adamw", "lr": {"head": 1e-3, "backbone": 5e-5}}
 
     def __init__(
         self,
@@ -238,6 +240,11 @@ class Transformers(Backbone):
                 f"{deviation:.1e} of its largest state: expected at most {MAX_DEVIATION:.0e}",
                 fix="report it with the name of the model; another version of transformers may work",
             )
+
+    @classmethod
+    def is_pretrained(cls, options: Mapping[str, Any]) -> bool:
+        """Return the option ``pretrained``."""
+        return bool(options["pretrained"])
 
     @classmethod
     def without_pretrained(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -62,6 +62,7 @@ class VectorFile:
             try:
                 content: IO[bytes] = stack.enter_context(self.path.open("rb"))
                 if name.endswith(".gz"):
+                    # Readers take single lines: without a buffer, each line would be a call of gzip.
                     content = io.BufferedReader(gzip.GzipFile(fileobj=content), BUFFER_BYTES)
                     name = name.removesuffix(".gz")
                 elif name.endswith(".zip"):
@@ -95,6 +96,7 @@ def locate(source: str, *, fetch: bool = True) -> VectorFile:
     name, _, member = source.partition(".zip:")
     written = Path(f"{name}.zip" if member else source).expanduser()
     folders = (data_folder(), data_folder() / "vectors")
+    # A file that the user has named takes precedence over a known name.
     for path in (written, *(folder / written for folder in folders)):
         if path.is_file():
             return VectorFile(path, member or None)

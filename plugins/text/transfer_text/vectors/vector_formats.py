@@ -73,6 +73,7 @@ def _text(lines: _Lines, where: str) -> tuple[int, Iterator[Block]]:
         raise WeightsError("the first line contains no vector", where=f"{where}:{number}", fix=_NOT_VECTORS)
     _parse(_split_line(first, width, where, number)[1], width, where, number)
 
+    # The first line has been read to find the width, and is a vector too.
     def numbered() -> Iterator[tuple[int, bytes]]:
         yield number, first
         for later, line in enumerate(lines, number + 1):
@@ -110,6 +111,7 @@ def _matrix(rows: list[bytes], width: int, where: str, numbers: list[int]) -> np
             return matrix
     except ValueError:
         pass
+    # Parsed one by one only after a failure: it is slower, and names the line.
     return np.stack([_parse(row, width, where, number) for row, number in zip(rows, numbers, strict=True)])
 
 
@@ -180,6 +182,7 @@ def _binary_blocks(file: IO[bytes], count: int, width: int, where: str) -> Itera
         words, rows = list[bytes](), list[bytes]()
         for number in range(start, min(start + BLOCK_LINES, count)):
             blank = buffer.find(b" ", position)
+            # A word and its vector may continue in the next part of the file.
             while blank < 0 or len(buffer) - blank - 1 < size:
                 more = file.read(max(1 << 20, size))
                 if not more or (blank < 0 and len(buffer) - position > MAX_WORD_BYTES):

@@ -117,6 +117,7 @@ class PublishedImages(Dataset):
         source = FolderSource(path) if path.is_dir() else ArchiveSource(path, self.folder)
         levels = source.levels()
         missing = [folder for folder, _ in self.splits.values() if folder not in levels]
+        # Published archives have known contents: anything else is a damaged or another download.
         fix = f"remove it; {self.url} is then downloaded to {data_folder()} again"
         if missing:
             raise DataError(f"there is no folder {missing[0]!r} in it", where=source.name(""), fix=fix)
@@ -191,6 +192,7 @@ class Shapes(Dataset):
         counts = {"train": self._per_class, "validation": few, "test": few}
         splits = {}
         for number, (split, count) in enumerate(counts.items()):
+            # Seeded by split as well: otherwise the test split would repeat training images.
             images = ShapeImages(count * len(SHAPES), self._image_size, (self._seed, number))
             targets = images.targets()
             names = [f"shapes/{split}/{SHAPES[target]}/{index}" for index, target in enumerate(targets)]
@@ -204,9 +206,11 @@ def _data(source: ImageSource, listing: FileListing, bad_files: BadFiles) -> Dat
     good = decodable_images(source, everything, bad_files)
     splits = {}
     for split, paths in listing.paths.items():
+        # Targets must lose the same rows as the paths.
         decodable = np.array([path in good for path in paths])
         targets = listing.targets[split][decodable]
         remaining = [path for path in paths if path in good]
+        # A class without images would be an output that is never trained or scored.
         lost = set(listing.targets[split].tolist()) - set(targets.tolist())
         if lost:
             name = listing.classes[min(lost)]

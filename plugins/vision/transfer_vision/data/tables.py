@@ -72,6 +72,7 @@ class _ImageTable(Dataset):
         """
         data = self._tables.read("image")
         source = self._source()
+        # One image may be in many rows: it is checked once, and its first row is named in errors.
         row_names: dict[str, str] = {}  # of the first row with each path
         for split in data.splits.values():
             for index, path in enumerate(split.fields["image"]):
@@ -249,6 +250,7 @@ def _with_images(split: Split, source: ImageSource, files: Mapping[str, str], go
     left = np.flatnonzero([path in good for path in paths])
     if not len(left):
         raise DataError(f"the {name} split has no good image", where=source.name(""), fix="repair some")
+    # Selected first, so that targets, groups and other fields lose the same rows.
     remaining = split.select(left)
     images = ImageColumn(source, [paths[index] for index in left])
     return replace(remaining, fields={**remaining.fields, "image": images})

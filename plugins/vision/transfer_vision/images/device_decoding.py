@@ -61,6 +61,7 @@ class EncodedJpeg(NamedTuple):
 
     def augmented(self, crop: v2.RandomResizedCrop, flip: v2.RandomHorizontalFlip) -> EncodedJpeg:
         """Draw crop and flip from the global generator, exactly as these transforms draw them for pixels."""
+        # On the meta device: only the size matters, and the pixels do not exist yet.
         box = crop.make_params([torch.empty((3, *self.oriented_size), device="meta")])
         flipped = int(torch.rand(1) < flip.p)
         return self._replace(
@@ -131,6 +132,7 @@ def decode_batch(
     content, rows = inputs
     parts = content.split_with_sizes(rows[:, 0].tolist())
     values = [EncodedJpeg(part, *row[1:]) for part, row in zip(parts, rows.tolist(), strict=True)]
+    # In one call, because nvJPEG decodes the images of a batch in parallel.
     decoded = iter(_decode([value.content for value in values if value.orientation != _CROPPED], device))
     mode = v2.InterpolationMode("nearest-exact" if interpolation == "nearest" else interpolation)
     size = [image_size, image_size]

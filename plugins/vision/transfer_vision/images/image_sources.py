@@ -106,6 +106,7 @@ class ArchiveSource(ImageSource):
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         if inside is None:
             top = _zip_levels(path)[""]
+            # Most archives contain one folder with everything in it.
             inside = top.folders[0] if len(top.folders) == 1 and not top.files else ""
         self._inside = inside
 
@@ -199,6 +200,7 @@ class ImageColumn(Sequence[Image.Image]):
 
     def fingerprint(self) -> str:
         """Return a digest that changes if a file changes, without reading the files."""
+        # Sizes and times instead of contents: a fingerprint of a million images must not read them.
         identities = [(path, *self._source.identity(path)) for path in self._paths]
         return hashlib.sha256(repr(identities).encode()).hexdigest()
 

@@ -95,6 +95,7 @@ class TorchvisionModel(Backbone):
         loading: Mapping[str, Any],
         overrides: Mapping[str, Any],
     ) -> None:
+        # Options of the config override the preset of the weights, whose channels are fitted first.
         preset = (preset or _preset(weights, model)).for_channels(in_channels).with_overrides(**overrides)
         if preset.image_size < (least := smallest_image(model)):
             raise ConfigError(

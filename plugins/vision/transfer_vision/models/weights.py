@@ -122,6 +122,7 @@ def find_weights(weights: str, architecture: str) -> Path:
         except DataError as error:
             problem = error.problems[0]
             raise WeightsError(problem.message, fix=problem.fix) from error
+    # A file in the data folder may be an interrupted download or other weights of the same name.
     digest = sha256(path)
     if not digest.startswith(prefix):
         raise WeightsError(
