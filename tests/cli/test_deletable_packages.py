@@ -50,6 +50,7 @@ COMMANDS = {
         ["sweep", str(CONFIG), "space.yaml"],
         ["find-lr", str(CONFIG)],
         ["pretraining-gain", str(CONFIG)],
+        ["probe", str(CONFIG)],
         ["run", str(CONFIG), "--seeds", "2"],
         ["resume", "seeds"],
     ],

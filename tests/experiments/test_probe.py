@@ -91,7 +91,7 @@ def test_probe_ranks_backbones_and_numbers_of_labels(configs: list[dict[str, Any
         assert row.verdict == "worse"
     assert sum(row.verdict == "reference" for row in result.rows) == 3
     assert "best on validation with all 120 labels: run 1" in result.recommendation[0]
-    assert result.recommendation[-1].startswith(("enough:", "not enough:"))
+    assert result.recommendation[-1].startswith("fewest labels within noise of all 120 labels:")
     assert json.loads(result.json())["rows"][0]["shots"] == 1
     assert "50 test examples and 2 draws" in result.notes[0]
 
@@ -138,6 +138,7 @@ def test_kept_run_has_the_metric_of_the_probe(configs: list[dict[str, Any]], tmp
     assert summary["test"]["accuracy"] == pytest.approx(result.rows[0].spread.mean)
     assert {cache["split"]: cache["cached"] for cache in summary["cache"]}["train"]
     assert transfer.evaluate(result.folder) == summary["test"]
+    assert (result.folder / "report.html").is_file()
     assert load_config(result.folder / "config.yaml").backbone.plugin.name == "informative"
 
 

@@ -135,24 +135,23 @@ def comparison_table(comparison: Comparison) -> Group:
 def probe_table(probe: Probe) -> Group:
     """Return a table of backbones and classifiers for each number of labels, with notes and a recommendation."""
     best = "higher" if probe.higher_is_better else "lower"
-    title = f"{probe.metric} on the test split ({best} is better)"
-    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
-    for heading in ("labels", "config", "classifier", "mean", "95 % interval", "difference to the best", "verdict"):
-        table.add_column(heading, overflow="fold")
-    styles = {"reference": "bold green", "within noise": "", "better": "green", "worse": "dim"}
-    labels = None
-    for row in probe.rows:
-        if row.shots != labels and labels is not None:
-            table.add_section()
-        name, labels = ("" if row.shots == labels else row.labels), row.shots
+    parts: list[RenderableType] = [Text(f"{probe.metric} on the test split ({best} is better)")]
+    styles = {"reference": "bold green", "better": "green", "worse": "dim"}
+    table = Table()
+    for index, row in enumerate(probe.rows):
+        if index == 0 or row.labels != probe.rows[index - 1].labels:
+            table = Table(box=None, padding=(0, 1, 0, 0), title=row.labels, title_justify="left")
+            table.add_column("config", overflow="fold", min_width=max(len(row.config) for row in probe.rows))
+            for heading in ("classifier", "mean", "95 % interval", "verdict"):
+                table.add_column(heading, no_wrap=True, min_width=19 if heading == "classifier" else None)
+            parts.append(table)
         low, high = row.spread.interval or (row.spread.mean, row.spread.mean)
-        cells = [name, row.config, row.classifier, f"{row.spread.mean:.4f}", f"{low:.4f} to {high:.4f}"]
-        judged = "best on validation" if row.verdict == "reference" else row.verdict
-        cells += ["" if row.difference is None else f"{row.difference.mean:+.4f}", judged]
-        table.add_row(*map(Text, cells), style=styles.get(row.verdict, "dim"))
+        judged = "best" if row.verdict == "reference" else row.verdict
+        cells = (row.config, row.classifier, f"{row.spread.mean:.4f}", f"{low:.3f} to {high:.3f}", judged)
+        table.add_row(*map(Text, cells), style=styles.get(row.verdict, ""))
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in probe.seconds.items())
-    lines = [Text(line, style="dim") for line in (*probe.notes, seconds)]
-    return Group(table, *lines, *(Text(sentence, style="bold") for sentence in probe.recommendation))
+    parts += [Text(line, style="dim") for line in (*probe.notes, seconds)]
+    return Group(*parts, *(Text(sentence, style="bold") for sentence in probe.recommendation))
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:

@@ -36,7 +36,8 @@ def training_section(material: Material) -> dict[str, Any] | None:
         }
         drawn = {split: points for split, points in series.items() if points}
         plots.append(material.plot(metric, charts.lines(metric.replace("_", " "), drawn, marks=marks)))
-    plots.append(material.plot("learning_rate", _learning_rates(records, marks)))
+    if any(record["lr"] for record in records):  # a solved head has no learning rate
+        plots.append(material.plot("learning_rate", _learning_rates(records, marks)))
     plots.append(material.plot("time", charts.stacked_bar("time by activity", _times(material), "s")))
     return {"plots": plots, "epochs": _epochs(records)}
 
