@@ -25,6 +25,7 @@ pytest.importorskip("prometheus_client")
 
 from conftest import PointPreprocessing
 from fastapi import FastAPI, HTTPException
+from safetensors import SafetensorError
 from serving_cases import Running, loaded_model, running, running_app
 
 from transfer import UserError
@@ -32,7 +33,7 @@ from transfer.cli import deployment_commands
 from transfer.deployment.serving import decoders as decoders_module
 from transfer.deployment.serving.app import make_app, replace_models
 from transfer.deployment.serving.batching import Batcher, Batching, BusyError
-from transfer.deployment.serving.decoders import Decoders
+from transfer.deployment.serving.decoders import Decoders, pack, unpack
 from transfer.deployment.serving.guards import RateLimit, Tokens
 from transfer.deployment.serving.models import RefusedError, ServedModel
 from transfer.deployment.serving.reading import Intake, Limits
@@ -209,17 +210,38 @@ def test_processes_decode_like_the_model(points: ServedModel, monkeypatch: pytes
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are copied only on Linux")
 def test_crashed_decoder_is_replaced(files: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[str] = []
     monkeypatch.setattr(decoders_module, "_encode", _crash)
+    monkeypatch.setattr(decoders_module, "_DECODERS", 1)
     decoders = Decoders(processes=True)
-    monkeypatch.setattr(decoders_module, "_start_processes", started.append)
+    started = decoders_module._Process
+    methods: list[str] = []
+
+    def start(method: Any) -> Any:
+        methods.append(method)
+        return started("fork")  # a fresh process would need seconds
+
+    monkeypatch.undo()
+    monkeypatch.setattr(PointPreprocessing, "media_type", "application/x-point")
+    monkeypatch.setattr(decoders_module, "_Process", start)
     try:
         with pytest.raises(BusyError):
             asyncio.run(decoders.encode(files, {"point": b"1,2,3,4"}))
         assert list(asyncio.run(decoders.encode(files, {"point": b"1,2,3,4"}))) == [1, 2, 3, 4]
     finally:
         decoders.close()
-    assert started == ["spawn"]
+    assert methods == ["spawn"]
+
+
+def test_decoders_answer_without_pickles(files: ServedModel) -> None:
+    tensor, other = torch.arange(4, dtype=torch.uint8), torch.zeros(2, 3)
+    assert torch.equal(unpack(pack(tensor)), tensor)
+    assert [part.shape for part in unpack(pack((tensor, other)))] == [(4,), (2, 3)]
+    assert str(unpack(pack(RefusedError("no image")))) == "no image"
+    executed = b"cos\nsystem\n(S'exit 1'\ntR."
+    for answer in (executed, b"T" + executed, b"T" + pack((tensor, other))[1:], b"", b"R\xff"):
+        with pytest.raises((ValueError, SafetensorError)):
+            unpack(answer)
+    assert pack(["other", "objects"]) == b"U"
 
 
 # ------------------------------------------------------------------------------------------------- the app's own guards
