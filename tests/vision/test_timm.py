@@ -14,7 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import transfer
+from transfer.config.check import load_config
 from transfer.testing import contracts
+from transfer.training.preflight import preflight
 from transfer_vision.preprocessing import ImagePreprocessing
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -70,6 +72,19 @@ def test_blocks_are_stages(model, blocks):
 def test_model_without_chain_has_one_stage(model):
     with torch.device("meta"):
         assert Timm(model=model, weights=None).stage_names == ("network",)
+
+
+def test_layers_of_the_only_stage_are_frozen_by_name():
+    train = {
+        "phases": [{"epochs": 1, "freeze": {"until": "network.blocks.9"}, "lr": {"head": 0.1, "layer_decay": 0.5}}]
+    }
+    backbone = {"name": "timm", "model": "hiera_tiny_224", "weights": None}
+    config = {"data": {"name": "shapes"}, "backbone": backbone, "train": train}
+    (phase,) = preflight(load_config(config)).phases
+    rates = {group.stage: group.lr for group in phase.groups}
+    assert rates == {"network.blocks.10": 0.0125, "network.blocks.11": 0.025, "network.head": 0.05, "head": 0.1}
+    gradual = load_config({**config, "train": {"recipe": {"name": "gradual", "epochs": 15}}})
+    assert len(preflight(gradual).phases) == 15
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,10 @@ def _stages(config: RunConfig, parts: CheckedParts) -> Iterator[Table]:
         shown = phases[first : first + MAX_PHASES_PER_TABLE]
         for number, phase in shown:
             table.add_column(f"phase {number}: {phase.epochs} epoch{'s' * (phase.epochs > 1)}")
-        for stage, module in parts.model.stages.items():
-            count = sum(parameter.numel() for parameter in module.parameters())
-            shapes = [parts.shapes[stage]] if parts.shapes else []
+        for stage, names in parts.model.layers.items():
+            count = sum(parts.model.get_parameter(name).numel() for name in names)
+            # Layers of a single stage have no shapes of their own.
+            shapes = [parts.shapes.get(stage, "")] if parts.shapes else []
             treatments = [treatment(config, parts.model, phase, stage) for _, phase in shown]
             cells = [Text(text, style="green" if trained else "dim") for text, trained in treatments]
             # A placeholder was built for a stage whose size depends on the data: its count would be misleading.

@@ -33,7 +33,8 @@ from transfer.interfaces import Data
 from transfer.models.saved_model import read_task
 from transfer.runs.prediction_files import write_predictions
 from transfer.runs.train import Run
-from transfer.storage.run_directory import FORMAT, Predictions, RunDirectory
+from transfer.storage.predictions import Predictions
+from transfer.storage.run_directory import FORMAT, RunDirectory
 from transfer.system.atomic_files import read_json, write_json
 from transfer.system.file_schema import FileSchema, checked
 from transfer.system.ranks import refuse_several

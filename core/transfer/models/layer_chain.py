@@ -1,4 +1,4 @@
-"""Detection of sequential layers in a network of another library, which can then be stages."""
+"""Layers of networks of other libraries: sequential ones, which can be stages, and those of one stage."""
 
 from __future__ import annotations
 
@@ -52,3 +52,38 @@ def find_chain(
             return None
         value = returned
     return names if value is result else None
+
+
+def layers_in(stage: nn.Module) -> dict[str, list[str]]:
+    """Return the layers of a network that is one stage, in order of definition: names of parameters by path.
+
+    Layers are the children of the network, and instead of the child with the longest list of numbered blocks, its own
+    children and these blocks. Parameters of the network itself, such as ``cls_token``, belong to the first layer.
+    """
+    sizes = {path: _count_blocks(module) for path, module in stage.named_modules()}
+    longest = max(sizes, key=lambda path: sizes[path])
+    opened = longest.split(".") if sizes[longest] > 1 else []
+    layers: dict[str, list[str]] = {}
+
+    def visit(module: nn.Module, prefix: str, path: list[str]) -> None:
+        children = dict(module.named_children())
+        for name, child in children.items():
+            if path[:1] == [name] or (not opened and len(children) == 1):
+                visit(child, f"{prefix}{name}.", path[1:])
+            # The blocks of the longest list, and the neighbors of the modules that contain it.
+            elif any(True for _ in child.parameters()):
+                layers[f"{prefix}{name}"] = []
+
+    visit(stage, "", opened)
+    if len(layers) < 2:
+        return {}
+    for name, _ in stage.named_parameters():
+        layers[next((layer for layer in layers if name.startswith(f"{layer}.")), next(iter(layers)))].append(name)
+    return {layer: names for layer, names in layers.items() if names}  # shared parameters belong to their first layer
+
+
+def _count_blocks(module: nn.Module) -> int:
+    """Return the number of blocks with parameters in a list of numbered blocks; 0 for other modules."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return 0
+    return sum(name.isdigit() and any(True for _ in child.parameters()) for name, child in module.named_children())

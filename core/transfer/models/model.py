@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from transfer.errors import PluginError
 from transfer.interfaces import Backbone, Head
+from transfer.models.layer_chain import layers_in
 
 BATCH_NORM = nn.modules.batchnorm._NormBase
 """Layers with running statistics: batch norm of any dimension, synchronized or not, and tracked instance norm."""
@@ -86,6 +87,29 @@ class Model(nn.Module):
     def stages(self) -> dict[str, nn.Module]:
         """Stages by name, from input to output; the last one is ``head``."""
         return {name: self.get_submodule(name) for name in self._stage_names}
+
+    @property
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """Units of freezing and learning rates, from input to output: names of their parameters by name of the unit.
+
+        These are the stages. If only one stage of the backbone has parameters, because the network is no chain, they
+        are the layers of this stage (``network.blocks.3``), by their paths in the model.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        layers = {s: tuple(name for name in names if name.startswith(f"{s}.")) for s in self._stage_names}
+        with_parameters = [stage for stage in self._stage_names[:-1] if layers[stage]]
+        if len(with_parameters) != 1:
+            return layers
+        (only,) = with_parameters
+        parts = {
+            f"{only}.{path}": tuple(f"{only}.{name}" for name in inside)
+            for path, inside in layers_in(self.get_submodule(only)).items()
+        }
+        return {
+            layer: parameters
+            for stage in self._stage_names
+            for layer, parameters in (parts if stage == only and parts else {stage: layers[stage]}).items()
+        }
 
     @property
     def has_batch_norm(self) -> bool:

@@ -163,7 +163,12 @@ def _high_rate_warning(config: RunConfig, phases: Sequence[Phase], pretrained: C
         pretrained: Names of the stages with pretrained weights.
     """
     limit = MAX_ADAPTIVE_LR if "adam" in config.optimizer.name else MAX_LR
-    groups = [group for phase in phases for group in phase.groups if group.stage in pretrained and group.lr > limit]
+    groups = [
+        group
+        for phase in phases
+        for group in phase.groups
+        if group.lr > limit and any(group.parameters[0].startswith(f"{stage}.") for stage in pretrained)
+    ]
     if not groups or config.adapter is not None:  # the pretrained weights under an adapter do not change
         return None
     highest = max(groups, key=lambda group: group.lr)

@@ -47,7 +47,7 @@ def resolve(model: Model, policy: Freeze, batch_norm: BatchNorm = "frozen") -> F
     if parameters.issuperset(names):
         raise ConfigError(
             f"freeze: {_format(policy)} leaves nothing to train",
-            available=list(model.stages),
+            available=list(model.layers),
             fix="freeze fewer stages; the head is a stage too",
         )
     frozen = Frozen(parameters, stages, batch_norm)
@@ -80,10 +80,10 @@ def trains_batch_norm(model: Model, policy: Freeze) -> bool:
     return bool(_trained_batch_norm(model, Frozen(*_select(model, names, policy))))
 
 
-def fixed_statistics(model: Model, frozen: Frozen, stage: str) -> bool:
-    """Return whether a trained stage has batch-norm layers whose statistics are fixed (``batch_norm: eval``)."""
+def fixed_statistics(model: Model, frozen: Frozen, layer: str) -> bool:
+    """Return whether a trained stage or layer has batch norm whose statistics are fixed (``batch_norm: eval``)."""
     layers = {id(layer) for layer in _trained_batch_norm(model, frozen)} if frozen.batch_norm == "eval" else set()
-    return any(id(inner) in layers for inner in model.stages[stage].modules())
+    return any(id(inner) in layers for inner in model.get_submodule(layer).modules())
 
 
 # Layers without parameters whose output depends on nothing else than their input. Dropout is not among them: in train
@@ -139,15 +139,16 @@ def apply(model: Model, frozen: Frozen) -> None:
 
 def _select(model: Model, names: list[str], policy: Freeze) -> tuple[frozenset[str], frozenset[str]]:
     """Return the names of the parameters and of the complete stages that a policy freezes."""
-    all_stages = list(model.stages)
+    layers = list(model.layers)
+    frozen: set[str] = set()
+    selected: list[str] = []
     if isinstance(policy, str):
-        stages = all_stages[:-1] if policy == "backbone" else []
+        selected = layers[:-1] if policy == "backbone" else []
     elif isinstance(policy, tuple):
-        stages = [stage for name in policy for stage in members(name, all_stages)]
+        selected = [layer for name in policy for layer in members(name, layers)]
     elif isinstance(policy, Until):
-        stages = all_stages[: all_stages.index(members(policy.until, all_stages)[-1]) + 1]
+        selected = layers[: layers.index(members(policy.until, layers)[-1]) + 1]
     else:
-        frozen: set[str] = set()
         for pattern in policy.parameters:
             try:
                 matched = [name for name in names if re.search(pattern, name)]
@@ -156,14 +157,14 @@ def _select(model: Model, names: list[str], policy: Freeze) -> tuple[frozenset[s
             if not matched:
                 raise ConfigError(
                     f"the pattern {pattern!r} matches no parameter",
-                    available=all_stages,
+                    available=layers,
                     fix=f"parameter names start with the name of a stage, for example {names[0]}",
                 )
             frozen.update(matched)
-        # A stage without parameters is not complete: no pattern has named it.
-        complete = [s for s in all_stages if (inside := _in_stage(s, names)) and frozen.issuperset(inside)]
-        return frozenset(frozen), frozenset(complete)
-    return frozenset(name for stage in stages for name in _in_stage(stage, names)), frozenset(stages)
+    frozen.update(name for layer in selected for name in model.layers[layer])
+    # A stage without parameters is complete only if the policy names it.
+    complete = [s for s in model.stages if s in selected or ((own := _in_stage(s, names)) and frozen.issuperset(own))]
+    return frozenset(frozen), frozenset(complete)
 
 
 def _in_stage(stage: str, names: list[str]) -> list[str]:
@@ -172,6 +173,8 @@ def _in_stage(stage: str, names: list[str]) -> list[str]:
 
 def members(name: str, stages: Sequence[str]) -> list[str]:
     """Return the stage of that name, or all stages of a group (``image`` of ``image.stem``, ``image.layer1``).
+
+    The same holds for the layers of a single stage (``network.blocks`` of ``network.blocks.0``, ``network.blocks.1``).
 
     Raises:
         ConfigError: There is no such stage or group.

@@ -25,7 +25,8 @@ class ParameterGroup:
     """A parameter group of the optimizer.
 
     Args:
-        stage: Name of the stage that contains the parameters.
+        stage: Name of the stage that contains the parameters. If the network is a single stage whose layers have
+            different rates, the name of the layer.
         lr: Learning rate of the group.
         parameters: Names of the parameters; none is frozen.
         decays: Whether weight decay applies.
@@ -62,41 +63,41 @@ def parameter_groups(
     Raises:
         ConfigError: A key of ``lr`` does not exist in this model, or a trained stage has no learning rate.
     """
-    stages = {
-        stage: tuple(f"{stage}.{name}" for name, _ in module.named_parameters())
-        for stage, module in model.stages.items()
-    }
+    layers = model.layers
     if model.fixed and isinstance(lr, Mapping) and "adapter" in lr:
         # The adapter contains all trained parameters of the backbone.
         lr = {"backbone": lr["adapter"], **{key: rate for key, rate in lr.items() if key != "adapter"}}
-    rates = _rates([stage for stage, names in stages.items() if names or stage == "head"], list(stages), lr)
-    groups = []
-    for stage, names in stages.items():
-        trained = tuple(name for name in names if name not in frozen.parameters)
-        if not trained:
+    rates = _rates([layer for layer, names in layers.items() if names or layer == "head"], list(layers), lr)
+    no_decay = _no_decay_names(model, no_weight_decay)
+    trained = {layer: [n for n in names if n not in frozen.parameters] for layer, names in layers.items()}
+    members: dict[tuple[str, float, bool], list[str]] = {}
+    for layer, names in trained.items():
+        if not names:
             continue
-        if stage not in rates:
+        if layer not in rates:
             raise ConfigError(
-                f"lr has no rate for the stage {stage!r}, which is trained",
-                available=["head", "backbone", *list(stages)[:-1]],
+                f"lr has no rate for the stage {layer!r}, which is trained",
+                available=["head", "backbone", *list(layers)[:-1]],
                 fix="add backbone: ..., or freeze the stage",
             )
-        no_decay = _no_decay_names(model.stages[stage], no_weight_decay)
+        # Layers of a single stage are one group if they have the same rate.
+        stage = model.stage_of(names[0])
+        stage_rates = {rates.get(other) for other, n in trained.items() if n and model.stage_of(n[0]) == stage}
         for decays in (True, False):
-            members = tuple(name for name in trained if (name.removeprefix(f"{stage}.") in no_decay) != decays)
-            if members:
-                groups.append(ParameterGroup(stage, rates[stage], members, decays))
-    return groups
+            if matching := [name for name in names if (name in no_decay) != decays]:
+                key = (stage if len(stage_rates) == 1 else layer, rates[layer], decays)
+                members.setdefault(key, []).extend(matching)
+    return [ParameterGroup(name, rate, tuple(names), decays) for (name, rate, decays), names in members.items()]
 
 
-def _no_decay_names(stage: nn.Module, kinds: Collection[str]) -> set[str]:
-    """Return the names of the parameters of a stage that are excluded from weight decay."""
+def _no_decay_names(model: Model, kinds: Collection[str]) -> set[str]:
+    """Return the names of the parameters that are excluded from weight decay."""
     names = set()
-    for prefix, module in stage.named_modules():
+    for prefix, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
             is_bias = name.startswith(("bias", "in_proj_bias"))  # nn.MultiheadAttention has an in_proj_bias
             if ("norm" in kinds and isinstance(module, NORMS)) or ("bias" in kinds and is_bias):
-                names.add(f"{prefix}.{name}" if prefix else name)
+                names.add(f"{prefix}.{name}")
     return names
 
 
@@ -110,7 +111,10 @@ def _rates(with_parameters: list[str], stages: list[str], lr: float | Mapping[st
     """
     if not isinstance(lr, Mapping):
         return dict.fromkeys(stages, lr)
-    groups = sorted({stage.rpartition(".")[0] for stage in stages if "." in stage})
+    # Every prefix of a name is a group: image of image.stem, network and network.blocks of network.blocks.3.
+    groups = sorted(
+        {prefix for stage in stages for prefix in _groups_of(stage)}, key=lambda name: (name.count("."), name)
+    )
     keys = ["head", "backbone", "layer_decay", *groups, *stages[:-1]]
     for key in lr:
         if key not in keys:
@@ -125,8 +129,16 @@ def _rates(with_parameters: list[str], stages: list[str], lr: float | Mapping[st
         from_last = [stage for stage in with_parameters if stage != "head"][::-1]
         rates = {stage: last_rate * decay**depth for depth, stage in enumerate(from_last)}
     # The more specific key comes later and wins.
-    rates |= {stage: lr[group] for stage in stages if (group := stage.rpartition(".")[0]) in lr}
+    for group in groups:
+        if group in lr:
+            rates |= {stage: lr[group] for stage in stages if group in _groups_of(stage)}
     return rates | {stage: lr[stage] for stage in stages if stage in lr}
+
+
+def _groups_of(stage: str) -> list[str]:
+    """Return the groups of a stage, from the outermost to the innermost: a.b.c belongs to a and a.b."""
+    parts = stage.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def build_optimizer(

@@ -254,9 +254,8 @@ def resolve_phases(config: RunConfig, model: Model) -> tuple[Phase, ...]:
         ConfigError: Phases do not fit the model. The error contains the problems of all phases.
     """
     phases, problems = [], []
-    backbone_stages = list(model.stages.items())[:-1]
-    trainable = [name for name, _ in model.named_parameters() if name not in model.fixed]
-    stages = [stage for stage, _ in backbone_stages if any(name.startswith(f"{stage}.") for name in trainable)]
+    trainable = {name for name, _ in model.named_parameters() if name not in model.fixed}
+    stages = [layer for layer, names in model.layers.items() if layer != "head" and trainable.intersection(names)]
     for index, settings in enumerate(config.phases(stages)):
         key = config.phase_key(index)
         try:
@@ -406,13 +405,13 @@ def treatment(config: RunConfig, model: Model, phase: Phase, stage: str) -> tupl
         config: Checked config.
         model: Model that the phase is resolved for.
         phase: Phase.
-        stage: Name of the stage.
+        stage: Name of the stage, or of a layer of a single stage.
 
     Returns:
         The description, and whether the phase trains the stage.
     """
-    groups = [group for group in phase.groups if group.stage == stage]
-    parameters = len(list(model.stages[stage].parameters()))
+    parameters = set(model.layers[stage])
+    groups = [group for group in phase.groups if parameters.intersection(group.parameters)]
     if not groups:
         return "frozen" if stage in phase.frozen.stages or parameters else "-", False
     if phase.solver == "lbfgs":
@@ -421,7 +420,7 @@ def treatment(config: RunConfig, model: Model, phase: Phase, stage: str) -> tupl
     text = f"lr {groups[0].lr:.3g}"
     if decay:
         text += f", decay {decay:g}{'' if all(group.decays for group in groups) else '*'}"
-    if sum(len(group.parameters) for group in groups) < parameters:
+    if not parameters.isdisjoint(phase.frozen.parameters):
         text += ", partly frozen"
     if freezing.fixed_statistics(model, phase.frozen, stage):
         text += ", batch norm eval"
