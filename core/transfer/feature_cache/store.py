@@ -80,6 +80,7 @@ class FeatureCache:
             TrainingError: The entry differs from the output of the prefix (only with ``verify``).
         """
         try:
+            # The key digests attributes recursively, which plugins may nest deeper than Python's limit.
             key = prefix.key(loader, view)
         except RecursionError:
             return "the attributes of a stage or of the preprocessing are nested too deeply for a cache key"
