@@ -39,6 +39,7 @@ class WithPlugins(TyperGroup):
 def own_commands(context: typer.Context) -> set[str]:
     """Return the names of the commands that ``transfer.cli.app`` registers, which no entry point can take."""
     root = context.find_root()
+    # Of the base class, because WithPlugins adds the commands of plugins.
     return set(TyperGroup.list_commands(root.command, root))  # type: ignore[arg-type]  # the root is a WithPlugins
 
 
@@ -46,6 +47,7 @@ class _NotImported(TyperCommand):
     """Command from an entry point that is imported when it is called."""
 
     def __init__(self, claims: list[Plugin]) -> None:
+        # Read from the source: an import of every plugin would make `transfer --help` slow.
         super().__init__(claims[0].name, help=description(claims[0]) or f"A command of {claims[0].distribution}.")
         self.claims = claims
 

@@ -77,6 +77,7 @@ def group_codes(tables: Mapping[str, TableRows], column: str | None) -> dict[str
     for name, table in tables.items():
         for row, extra in enumerate(table.extra):
             group = extra[column]
+            # Examples of one group resemble each other: a group in two splits would leak into the test.
             if split_of.setdefault(group, name) != name:
                 raise DataError(
                     f"the group {group!r} is in {split_of[group]} and in {name}",

@@ -84,6 +84,7 @@ class FeatureCache:
             pooled = self.load_or_compute(prefix, pool, view=view, views=views)
             return pooled if isinstance(pooled, str) else replace(pooled, rows=pooled.rows[rows])
         try:
+            # The key digests attributes recursively, which plugins may nest deeper than Python's limit.
             key = prefix.key(loader, view)
         except RecursionError:
             return "the attributes of a stage or of the preprocessing are nested too deeply for a cache key"

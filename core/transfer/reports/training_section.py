@@ -72,6 +72,7 @@ def _times(material: Material) -> dict[str, float]:
         training += epoch_seconds * (1 - record["waiting_for_data"])
         waiting += epoch_seconds * record["waiting_for_data"]
         validation += record["seconds"] - epoch_seconds
+    # Rounded durations of epochs may add up to more than that of the run.
     rest = max(0.0, summary["seconds"] - training - waiting - validation)
     return {
         "training steps": training,

@@ -85,6 +85,7 @@ def explain_output(loaded: LoadedModel, value: Any, output: Tensor) -> dict[str,
     score = float(scores[index])
     pieces: list[dict[str, Any]] = []
     for batch in batched(loaded.backbone.preprocessing.occlusions(value), OCCLUSION_BATCH):
+        # Nothing is left of a text without its only word: that piece has no score to compare with.
         rests = [occlusion.rest for occlusion in batch if occlusion.rest is not None]
         scores_without: Iterator[float] = iter(())
         if rests:

@@ -66,6 +66,7 @@ class Tracking:
         config = dict(flat({key: value for key, value in self._config.resolved.items() if key != "trackers"}))
         folder = self._directory.path
         identity = tracker.start(TrackedRun(folder, run_name(self._directory), config, previous.get("run")))
+        # Written before the first epoch: a killed run resumes this record instead of starting a second one.
         self._logged[name] = {"run": identity, "epochs": previous.get("epochs", 0)}
         self._directory.write_tracked(self._logged)
 
@@ -73,6 +74,7 @@ class Tracking:
         logged = self._logged[name]
         # The file does not exist if the run was stopped before the end of its first epoch.
         has_metrics = (self._directory.path / "metrics.jsonl").exists()
+        # From the file instead of the event, so that epochs which a killed process has not logged are included.
         for record in self._directory.metrics() if has_metrics else ():
             if record["epoch"] > logged["epochs"]:
                 tracker.record(scalars(record), record["epoch"])

@@ -68,6 +68,7 @@ def _named_transform(step: Mapping[str, Any]) -> v2.Transform:
     options = dict(step)
     name = options.pop("name", None)
     names = _names()
+    # Only transforms of this module: any other class would be code that a config can call.
     if name not in names:
         message = f"torchvision.transforms.v2 has no augmentation {name!r}"
         message = "an augmentation needs a name" if name is None else message
