@@ -25,6 +25,7 @@ from .errors import (
     UserError as UserError,
     WeightsError as WeightsError,
 )
+from .experiments.audit import Audit as Audit, Finding as Finding, audit as audit
 from .experiments.comparison import Comparison as Comparison, compare as compare
 from .experiments.folds import resume_folds as resume_folds, run_folds as run_folds
 from .experiments.lr_finder import RangeTest as RangeTest, find_learning_rate as find_learning_rate

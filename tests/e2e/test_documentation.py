@@ -89,6 +89,8 @@ NOT_RUN = {
     "pip": ("installs packages; the extras are those of pyproject.toml", has_extras),
     ".venv/bin/python benchmarks/": ("takes minutes; what it gave stands below it", has_script),
     "python reviews/predict.py": ("tests/deployment/test_export.py runs the script of an export", anything),
+    "transfer audit": ("needs timm and cleanlab: tests/experiments/test_audit.py", anything),
+    "transfer run configs/hymenoptera_efficientnet.yaml data.exclude": ("the same", anything),
     "transfer probe configs/hymenoptera_efficientnet.yaml": ("needs timm; the README has another", anything),
     "cd transfer-sonar": ("tests/e2e/test_new_plugin.py installs, tests and trains what new-plugin writes", anything),
     "pytest": ("the same", anything),

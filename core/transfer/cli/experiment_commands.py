@@ -107,6 +107,35 @@ def probe(
         print(printable(str(result.folder)))  # noqa: T201
 
 
+def audit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="CSV file to write. Default: NAME-audit.csv.", show_default=False)
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Number of folds for the out-of-fold probabilities.")] = 5,
+    similarity: Annotated[float, typer.Option(help="Smallest cosine of the features of near duplicates.")] = 0.97,
+    device: Device = None,
+) -> None:
+    """Look for wrong labels, near duplicates and outliers in the data of CONFIG, by the features of its backbone."""
+    from transfer.cli.progress import RunConsole
+    from transfer.cli.tables import audit_table
+    from transfer.experiments.audit import audit as audit_data
+    from transfer.system.formatting import quote_for_shell
+    from transfer.system.terminal import Console
+
+    with RunConsole(Console()) as observe:
+        audited = audit_data(
+            config, overrides or [], folds=folds, similarity=similarity, device=device, observe=observe
+        )
+    path = output or Path(f"{Path(str(config)).stem}-audit.csv")
+    audited.write_csv(path)
+    Console().print(audit_table(audited))
+    command = f"transfer run {quote_for_shell(str(config))} data.exclude={quote_for_shell(str(path))}"
+    next_line = f"next: review {path}; without the rows with exclude = yes: {command}"
+    Console().print(next_line, highlight=False, markup=False, soft_wrap=True)
+
+
 def sweep(
     config: ConfigFile,
     space: Annotated[

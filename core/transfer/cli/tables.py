@@ -15,6 +15,7 @@ from transfer.system.formatting import format_value
 from transfer.system.terminal import printable
 
 if TYPE_CHECKING:
+    from transfer.experiments.audit import Audit
     from transfer.experiments.comparison import Comparison
     from transfer.experiments.probe import Probe
 
@@ -25,6 +26,8 @@ MAX_STEPS_SHOWN = 12
 """Maximum number of steps in the table of a range test."""
 MAX_SHOWN_CHARACTERS = 80
 """Length of the part of a text that a table of neighbors shows."""
+MAX_FINDINGS_SHOWN = 20
+"""Maximum number of suspicious examples that are listed; the file contains all."""
 MAX_UNANSWERED_SHOWN = 20
 """Maximum number of inputs without an answer that are listed."""
 DIGITS = 6
@@ -115,6 +118,27 @@ def pretraining_gain_table(result: Mapping[str, Any]) -> Group:
             cells[2:] = [f"{difference['mean']:+.4f} ({low:+.4f} to {high:+.4f})", difference["verdict"]]
         table.add_row(*cells, f"{arm['seconds']:,.0f}" if "seconds" in arm else "")
     return Group(table, *(Text(note, style="dim") for note in result["notes"]), Text(result["sentence"], style="bold"))
+
+
+def audit_table(audited: Audit) -> Group:
+    """Return a table of the most suspicious examples of an audit, with the number of each issue."""
+    counts, total = audited.counts(), sum(audited.examples.values())
+    title = f"{len(audited.findings):,} of {total:,} examples have an issue"
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    for heading in ("example", "label", "suggested", "probability of the label", "issues"):
+        table.add_column(heading, overflow="fold")
+    for one in audited.findings[:MAX_FINDINGS_SHOWN]:
+        issues = ", ".join(one.issues) + (f" of {one.duplicate_of}" if one.duplicate_of else "")
+        table.add_row(f"{one.split}: {one.name}", one.label, one.suggested, f"{one.probability:.4f}", issues)
+    summary = ", ".join(
+        [
+            f"wrong labels: {counts['label']:,}",
+            f"near duplicates: {counts['duplicate']:,} ({counts['leak']:,} in another split)",
+            f"outliers: {counts['outlier']:,}",
+        ]
+    )
+    accuracy = f"out-of-fold accuracy of a linear head: {audited.accuracy:.4f}"
+    return Group(table, Text(summary, style="bold"), Text(accuracy, style="dim"))
 
 
 def comparison_table(comparison: Comparison) -> Group:

@@ -128,12 +128,15 @@ class DataOptions(NamedBlock):
             trains on all examples and keeps the last epoch.
         limit: Maximum number of examples per class in the training and validation splits; null uses all examples. The
             test split is never limited.
+        exclude: CSV file with the columns name and exclude (yes or no), such as `transfer audit` writes: these examples
+            are left out of the training and the validation split. null uses all examples.
         fold: Fold of a cross-validation (number, of, repeat): a part of the training split becomes the test split, and
             the test split of the dataset is not used. `transfer run --folds` sets it. null uses the splits as they are.
     """
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     limit: Count | None = None
+    exclude: str | None = None
     fold: Fold | None = None
 
 

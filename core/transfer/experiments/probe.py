@@ -175,7 +175,7 @@ def probe(
     if seeds < 1:
         raise UserError(f"the number of seeds is too small: expected 1 or more, got {seeds}", fix="use 5, for example")
     overrides = [*overrides, *([] if device is None else [f"train.device={device}"])]
-    checked = [_probing_config(config, overrides) for config in configs]
+    checked = [probing_config(config, overrides) for config in configs]
     names = _names(checked)
     for config in checked:  # all of them before the first features: an error should not appear after minutes
         _require_linear_model(config)
@@ -194,7 +194,7 @@ def probe(
             notes.append(f"warning: {name} loads no pretrained weights, so its features are those of random weights")
             observe(Note(notes[-1]))
         levels = _levels(built, shots)
-        features = _features(built, observe)
+        features = features_of(built, observe)
         seconds["features"] += time.perf_counter() - started
         started = time.perf_counter()
         for level in levels:
@@ -239,7 +239,7 @@ def parse_shots(texts: Sequence[str]) -> list[Shots]:
 # ----------------------------------------------------------------------------------------------- configs and features
 
 
-def _probing_config(source: Config, overrides: Sequence[str]) -> RunConfig:
+def probing_config(source: Config, overrides: Sequence[str]) -> RunConfig:
     """Return a config whose recipe solves a linear head, with the data and the backbone of a config."""
     plain = load_config(source, overrides).resolved["train"]
     train = {name: plain[name] for name in _FEATURE_OPTIONS if name in plain}
@@ -338,20 +338,21 @@ def _levels(built: BuiltExperiment, shots: Sequence[Shots] | None) -> list[Shots
 
 
 @dataclass(frozen=True)
-class _Examples:
+class Examples:
     """Features, float64 (N, D), and targets (N, ...) of examples."""
 
     features: Tensor
     targets: Tensor
 
-    def select(self, indices: npt.NDArray[np.int64] | None) -> _Examples:
+    def select(self, indices: npt.NDArray[np.int64] | None) -> Examples:
+        """Return some of the examples; None selects all."""
         if indices is None:
             return self
         chosen = torch.from_numpy(indices).to(self.features.device)
-        return _Examples(self.features[chosen], self.targets[chosen])
+        return Examples(self.features[chosen], self.targets[chosen])
 
 
-def _features(built: BuiltExperiment, observe: Observer) -> dict[str, _Examples]:
+def features_of(built: BuiltExperiment, observe: Observer) -> dict[str, Examples]:
     """Return the features of every split, in the order of the split."""
     experiment = built.experiment
     model = experiment.model
@@ -365,7 +366,7 @@ def _features(built: BuiltExperiment, observe: Observer) -> dict[str, _Examples]
                 f"the features of the {name} split are not finite", fix="use train.precision: fp32, or other weights"
             )
         order = indices.argsort().to(features.device)
-        examples[name] = _Examples(features[order], targets.to(features.device)[order])
+        examples[name] = Examples(features[order], targets.to(features.device)[order])
     return examples
 
 
@@ -392,7 +393,7 @@ class _Result:
 
 
 def _results(
-    built: BuiltExperiment, features: Mapping[str, _Examples], level: Shots, seeds: Sequence[int]
+    built: BuiltExperiment, features: Mapping[str, Examples], level: Shots, seeds: Sequence[int]
 ) -> dict[str, _Result]:
     """Return the values of each classifier for one number of labels."""
     results: dict[str, _Result] = {}
@@ -439,7 +440,7 @@ _Predict = Callable[[Tensor, Sequence[float]], list[Tensor]]
 
 
 def _classifiers(
-    built: BuiltExperiment, task: Task, train: _Examples, validation: _Examples, level: Shots
+    built: BuiltExperiment, task: Task, train: Examples, validation: Examples, level: Shots
 ) -> dict[str, tuple[_Predict, Sequence[float]]]:
     """Return the classifiers, fitted to training examples, and the candidates for their parameters."""
     # With few examples the strength matters little, and a third of the candidates is solved in a third of the time.

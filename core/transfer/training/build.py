@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transfer.config.component import error_location
 from transfer.config.run_config import RunConfig
 from transfer.config.train_settings import BATCH_SIZE, TrainConfig
 from transfer.config.yaml_document import Key
+from transfer.data.exclusions import read_exclusions, without
 from transfer.data.inspection import DATA_WARNINGS_TITLE, inspect_data
 from transfer.data.loader import Loader
 from transfer.data.splits import complete, count_classes, digest
@@ -263,13 +265,16 @@ def read_data(config: RunConfig) -> tuple[Data, dict[str, Split]]:
     with error_location(config.data.where):
         data = dataset.load()
         options = config.data_options
-        return data, complete(
+        splits = complete(
             data,
             validation=options.validation,
             limit=options.limit,
             limits_test=config.quick_try,
             fold=None if options.fold is None else (options.fold.number, options.fold.of, options.fold.repeat),
         )
+        if options.exclude is not None:
+            splits = without(splits, read_exclusions(Path(options.exclude)), data, options.exclude)
+        return data, splits
 
 
 def encoding_progress(split: str, observe: Observer) -> Callable[[int, int], None]:
