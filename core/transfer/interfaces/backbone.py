@@ -73,6 +73,16 @@ class Backbone(nn.Module, ABC):
     default_phase: ClassVar[Mapping[str, Any]] = {"epochs": 5}
     """Config block of the only phase for a config with neither phases nor a recipe."""
 
+    @classmethod
+    def model_names(cls) -> Sequence[str]:
+        """Return the valid values of the option ``model``, for ``transfer show --models``; empty if there is no list."""
+        return ()
+
+    @classmethod
+    def describe_model(cls, model: str) -> Mapping[str, Any]:
+        """Return the properties of a model (parameters, input size) by heading, without network access."""
+        return {}
+
     @property
     def stage_names(self) -> tuple[str, ...]:
         """The names of the stages, from input to output."""
