@@ -75,7 +75,7 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     def model_names(cls) -> Sequence[str]:
-        """Return the valid values of the option ``model``, for ``transfer show --models``; empty if there is no list."""
+        """Return the valid values of the option ``model`` for ``transfer show --models``; empty without a list."""
         return ()
 
     @classmethod
