@@ -13,12 +13,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 import transfer
 from transfer.cli.plugin_commands import show
-from transfer.config.check import load_config
+from transfer.config.train_settings import Until
+from transfer.models.model import Model
 from transfer.testing import contracts
-from transfer.training.preflight import preflight
+from transfer.training.freezing import resolve
+from transfer.training.optimizer import parameter_groups
 from transfer_vision.preprocessing import ImagePreprocessing
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -92,16 +95,14 @@ def test_model_that_cannot_be_built_on_the_meta_device_is_built_on_the_cpu(monke
 
 
 def test_layers_of_the_only_stage_are_frozen_by_name():
-    train = {
-        "phases": [{"epochs": 1, "freeze": {"until": "network.blocks.9"}, "lr": {"head": 0.1, "layer_decay": 0.5}}]
-    }
-    backbone = {"name": "timm", "model": "hiera_tiny_224", "weights": None}
-    config = {"data": {"name": "shapes"}, "backbone": backbone, "train": train}
-    (phase,) = preflight(load_config(config)).phases
-    rates = {group.stage: group.lr for group in phase.groups}
-    assert rates == {"network.blocks.10": 0.0125, "network.blocks.11": 0.025, "network.head": 0.05, "head": 0.1}
-    gradual = load_config({**config, "train": {"recipe": {"name": "gradual", "epochs": 15}}})
-    assert len(preflight(gradual).phases) == 15
+    with torch.device("meta"):
+        backbone = Timm(model="hiera_tiny_224", weights=None)
+        model = Model(backbone, nn.Linear(768, 2))
+    frozen = resolve(model, Until(until="network.blocks.9"))
+    groups = parameter_groups(model, frozen, {"head": 0.1, "layer_decay": 0.5})
+    rates = {"network.blocks.10": 0.0125, "network.blocks.11": 0.025, "network.head": 0.05, "head": 0.1}
+    assert {group.stage: group.lr for group in groups} == rates
+    assert len(model.layers) == 15
 
 
 @pytest.mark.parametrize(
