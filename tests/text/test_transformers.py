@@ -133,6 +133,34 @@ def test_causal_model_is_no_chain_of_stages():
         assert not is_chain(AutoModel.from_config(config))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "layers"),
+    [
+        ("SqueezeBert", SIZE | {"embedding_size": 16}, 11),
+        (
+            "Funnel",
+            {"vocab_size": 50, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16, "block_sizes": [1, 2, 1]},
+            6,
+        ),
+    ],
+)
+def test_layers_of_model_that_is_no_chain(name, options, layers, tmp_path):
+    """SqueezeBERT cannot run on the meta device, and Funnel shortens the sequence and restores it."""
+    config = getattr(transformers, f"{name}Config")(**options)
+    getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path)
+    for file in Path("bert").glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    backbone = {"name": "transformers", "model": str(tmp_path), "max_length": 12}
+    phase = {"epochs": 1, "freeze": ["encoder.network.embeddings"], "lr": {"head": 0.1, "layer_decay": 0.5}}
+    config = {"data": {"name": "mini_reviews"}, "backbone": backbone, "train": {"phases": [phase]}}
+    checked = transfer.check(config)[1]
+    assert list(checked.model.stages) == ["encoder", "readout", "head"]
+    groups = {group.stage: group.lr for group in checked.phases[0].groups}
+    assert len(groups) == layers - 1
+    assert list(groups.values()) == sorted(groups.values())
+    assert Transformers(model=str(tmp_path), max_length=12).load_pretrained()["tensors"] > 40
+
+
 def test_changed_library_is_noticed(monkeypatch):
     backbone = Transformers(model="bert")
     monkeypatch.setattr("transfer_text.models.encoder_stages._additive", lambda visible, states: None)

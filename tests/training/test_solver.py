@@ -140,12 +140,13 @@ class Noisy(PointPreprocessing):
     ("name", "views", "solvers"),
     [
         ("feature_extraction", None, ["gradient"]),
+        ("feature_extraction", "auto", ["lbfgs"]),
         ("feature_extraction", 2, ["lbfgs"]),
         ("lp_ft", None, ["lbfgs", "gradient"]),
     ],
 )
 def test_augmented_examples(
-    config: dict[str, Any], tmp_path: Path, name: str, views: int | None, solvers: list[str]
+    config: dict[str, Any], tmp_path: Path, name: str, views: int | str | None, solvers: list[str]
 ) -> None:
     register("backbone", "jitter")(Jitter)
     del config["train"]["phases"]
@@ -156,4 +157,4 @@ def test_augmented_examples(
     run = transfer.run(config, overrides, output=tmp_path)
     report = run.summary["cache"][0]
     assert report["cached"] == (solvers[0] == "lbfgs")
-    assert report.get("views") == views
+    assert report.get("views") == (None if views == "auto" else views)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 import transfer
-from transfer.config.check import load_config
+from transfer.cli.plugin_commands import show
+from transfer.config.train_settings import Until
+from transfer.models.model import Model
 from transfer.testing import contracts
-from transfer.training.preflight import preflight
+from transfer.training.freezing import resolve
+from transfer.training.optimizer import parameter_groups
 from transfer_vision.preprocessing import ImagePreprocessing
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -74,17 +79,30 @@ def test_model_without_chain_has_one_stage(model):
         assert Timm(model=model, weights=None).stage_names == ("network",)
 
 
+def test_model_that_cannot_be_built_on_the_meta_device_is_built_on_the_cpu(monkeypatch):
+    """As NaFlexViT, whose constructor computes with values of tensors."""
+    create = timm.create_model
+
+    def on_the_cpu(*arguments, **options):
+        torch.zeros(1).item()
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(timm, "create_model", on_the_cpu)
+    with torch.device("meta"):
+        backbone = Timm(model="test_vit", weights=None)
+    assert all(parameter.is_meta for parameter in backbone.parameters())
+    assert len(backbone.stage_names) > 2
+
+
 def test_layers_of_the_only_stage_are_frozen_by_name():
-    train = {
-        "phases": [{"epochs": 1, "freeze": {"until": "network.blocks.9"}, "lr": {"head": 0.1, "layer_decay": 0.5}}]
-    }
-    backbone = {"name": "timm", "model": "hiera_tiny_224", "weights": None}
-    config = {"data": {"name": "shapes"}, "backbone": backbone, "train": train}
-    (phase,) = preflight(load_config(config)).phases
-    rates = {group.stage: group.lr for group in phase.groups}
-    assert rates == {"network.blocks.10": 0.0125, "network.blocks.11": 0.025, "network.head": 0.05, "head": 0.1}
-    gradual = load_config({**config, "train": {"recipe": {"name": "gradual", "epochs": 15}}})
-    assert len(preflight(gradual).phases) == 15
+    with torch.device("meta"):
+        backbone = Timm(model="hiera_tiny_224", weights=None)
+        model = Model(backbone, nn.Linear(768, 2))
+    frozen = resolve(model, Until(until="network.blocks.9"))
+    groups = parameter_groups(model, frozen, {"head": 0.1, "layer_decay": 0.5})
+    rates = {"network.blocks.10": 0.0125, "network.blocks.11": 0.025, "network.head": 0.05, "head": 0.1}
+    assert {group.stage: group.lr for group in groups} == rates
+    assert len(model.layers) == 15
 
 
 @pytest.mark.parametrize(
@@ -242,6 +260,46 @@ def test_weights_that_do_not_fit_exactly_are_refused(change, tmp_path):
     with pytest.raises(transfer.WeightsError) as caught:
         Timm(model="test_resnet", weights=str(tmp_path / "w.safetensors"), image_size=32).load_pretrained()
     assert re.search(message, caught.value.problems[0].message), caught.value
+
+
+def test_position_embeddings_are_interpolated_as_in_timm(tmp_path):
+    """DINOv2 has tokens before the patches, and images of 1.5 times the size have more than twice as many patches."""
+    from timm.layers import resample_abs_pos_embed
+
+    options = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    name = "vit_small_patch14_reg4_dinov2"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", partial(timm.create_model, **options))
+        small = Timm(model=name, weights=None, image_size=56)
+        weights = {key: value for stage in small.stages for key, value in stage.state_dict().items()}
+        save_file(weights, tmp_path / "small.safetensors")
+        large = Timm(model=name, weights=str(tmp_path / "small.safetensors"), image_size=84)
+        large.load_pretrained()
+    expected = resample_abs_pos_embed(weights["pos_embed"], [6, 6], num_prefix_tokens=0)
+    torch.testing.assert_close(large.stages[0].pos_embed.data, expected)
+    assert large(torch.randn(1, 3, 84, 84)).shape == (1, 24)
+
+
+def test_models_of_a_pattern_are_listed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    weights = tmp_path / "models--timm--convnext_atto.d2_in1k" / "snapshots" / "1" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    (tmp_path / "models--timm--convnext_atto.d2_in1k" / "refs").mkdir()
+    (tmp_path / "models--timm--convnext_atto.d2_in1k" / "refs" / "main").write_text("1")
+    assert Timm.describe_model("convnext_atto")["weights"] == "in the cache"
+    assert Timm.describe_model("convnext_femto")["weights"] == "to download"
+    show("backbone", "timm", "test_res*")
+    assert capsys.readouterr().out.split() == [
+        *("model", "parameters", "image", "size", "weights"),
+        *("test_resnet", "372,688", "160", "to", "download"),
+        *("1", "of", "1", "models", "that", "match"),
+    ]
+    with pytest.raises(transfer.PluginError, match="no model of timm matches 'convnxt'") as caught:
+        show("backbone", "timm", "convnxt")
+    assert "convnext_tiny" in caught.value.problems[0].available
+    with pytest.raises(transfer.PluginError, match="backbone 'textcnn' has no list of models"):
+        show("backbone", "textcnn", "*")
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 MIN_DESCRIPTION_WIDTH = 30
 """If less remains for the descriptions, the table of plugins has no columns for the version and the distribution."""
+MAX_NEAR_NAMES = 6
+"""Maximum number of similar names to suggest if no model matches a pattern."""
+MIN_MODELS_SHOWN = 10
+"""Number of models that are listed even if the screen has fewer lines."""
 
 
 def plugins(
@@ -112,8 +116,12 @@ def show(
         str, typer.Argument(help="Kind of plugin: dataset, backbone, head, task, or another kind that `plugins` lists.")
     ],
     name: Annotated[str, typer.Argument(help="Name of the plugin, as in a config.")],
+    models: Annotated[
+        str | None,
+        typer.Option(help="List the models of a backbone whose names match this pattern, such as 'convnext*'."),
+    ] = None,
 ) -> None:
-    """Show the options of a plugin with their types, defaults and descriptions."""
+    """Show the options of a plugin with their types, defaults and descriptions, or the models of a backbone."""
     import inspect
 
     from rich.table import Table
@@ -128,6 +136,9 @@ def show(
     if kind not in kinds():
         raise PluginError.of([unknown_name("kind of plugin", kind, kinds())])
     plugin, cls = find(kind, name), load(kind, name)
+    if models is not None:
+        _print_models(kind, plugin.name, cls, models)
+        return
     summary = (inspect.getdoc(cls) or "").partition("Args:")[0].strip()
     console = Console()
     console.print(
@@ -145,6 +156,43 @@ def show(
     for option in (*options, *framework):
         table.add_row(option.name, Text(option.type), Text(option.default), Text(option.description))
     console.print(table)
+
+
+def _print_models(kind: str, name: str, cls: type, pattern: str) -> None:
+    """Print the models of a backbone that match a pattern, as many as fit on the screen, and their number."""
+    import difflib
+    import fnmatch
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from transfer.interfaces import Backbone
+    from transfer.system.formatting import format_value
+    from transfer.system.terminal import Console
+
+    names = cls.model_names() if issubclass(cls, Backbone) else ()
+    if not names:
+        raise PluginError(f"{kind} {name!r} has no list of models", fix=f"see its options: transfer show {kind} {name}")
+    matching = fnmatch.filter(names, pattern)
+    if not matching:
+        near = difflib.get_close_matches(pattern.strip("*?").lower(), names, n=MAX_NEAR_NAMES, cutoff=0.5)
+        raise PluginError(
+            f"no model of {name} matches {pattern!r}",
+            available=near,
+            fix="use * for any characters, as in '*resnet50*'",
+        )
+    console = Console()
+    # Properties of a model take a moment to find out, so only those of the visible rows are.
+    shown = matching[: max(MIN_MODELS_SHOWN, console.height - 4)]
+    rows = [cls.describe_model(model) for model in shown]  # type: ignore[attr-defined]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("model", *dict.fromkeys(heading for row in rows for heading in row)):
+        table.add_column(heading, overflow="fold")
+    for model, row in zip(shown, rows, strict=True):
+        table.add_row(model, *(Text(format_value(value)) for value in row.values()))
+    console.print(table)
+    rest = "" if len(shown) == len(matching) else "; a narrower pattern shows the others"
+    console.print(f"{len(shown)} of {len(matching):,} models that match{rest}", highlight=False)
 
 
 def compatibility(as_json: AsJSON = False) -> None:

@@ -216,7 +216,8 @@ class Recipe(Block):
         batch_norm: Statistics of batch-norm layers in the phases that train the backbone, as in a phase. null is eval
             with fewer than 5,000 training examples, otherwise frozen.
         solver: Solver of a phase that trains only the head, in feature_extraction, random_features and lp_ft. null is
-            lbfgs if the head is linear and training features are cached or not augmented, otherwise gradient.
+            lbfgs if the head is linear, otherwise gradient. It solves on examples without augmentation, or on all views
+            if views is a number; with views null, the first two recipes train by gradient on augmented examples.
     """
 
     name: RecipeName

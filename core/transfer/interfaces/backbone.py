@@ -100,6 +100,15 @@ class Backbone(nn.Module, ABC):
     fine_tuning_optimizer: ClassVar[Mapping[str, Any]] = {}
     """Config block of the optimizer for pretrained weights in a config without phases, recipe and learning rate. Empty
     uses the default optimizer at the rates of the recipe ``fine_tune``."""
+    @classmethod
+    def model_names(cls) -> Sequence[str]:
+        """Return the valid values of the option ``model`` for ``transfer show --models``; empty without a list."""
+        return ()
+
+    @classmethod
+    def describe_model(cls, model: str) -> Mapping[str, Any]:
+        """Return the properties of a model (parameters, input size) by heading, without network access."""
+        return {}
 
     @property
     def stage_names(self) -> tuple[str, ...]:

@@ -85,7 +85,8 @@ def reason_not_solved(config: RunConfig, backbone: Backbone, model: Model, task:
     return reason_not_cached(
         len(model) - 1,
         cache=True,  # without the cache, one pass computes the features
-        augments=backbone.preprocessing.augments and train.augment,
+        # With views: auto, the head is solved on examples as they are: steps on augmented views are no better.
+        augments=backbone.preprocessing.augments and train.augment and train.views != "auto",
         views=views,
         mixed=train.mix is not None,
     )

@@ -150,7 +150,7 @@ class Transformers(Backbone):
         max_length: Annotated[int, Field(ge=3)] | None = None,
         pretrained: bool = True,
     ) -> None:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig
 
         self._saved = _read(model, readout, max_length) if saved is None else saved
         # Runs of version 0.1 have no such file; their default was the first token.
@@ -161,17 +161,17 @@ class Transformers(Backbone):
         self._model, self._pretrained = model, pretrained
         self._config = AutoConfig.for_model(**json.loads(self._saved["config.json"]))
         self._preprocessing = PiecePreprocessing(self._saved["tokenizer.json"], self._config.pad_token_id or 0)
-        network = AutoModel.from_config(self._config)
+        network = _create(self._config)
         if self._readout == "pooler" and getattr(network, "pooler", None) is None:
             raise WeightsError(f"{model} has no pooler", fix="choose another readout: first or mean")
         with torch.device("meta"):
-            self._chain = is_chain(AutoModel.from_config(self._config))
+            self._chain = is_chain(_create(self._config))
         super().__init__(self._split(network))
 
     def _split(self, network: nn.Module) -> dict[str, nn.Module]:
         pooler: nn.Module | None = getattr(network, "pooler", None)
         if pooler is not None:
-            network.pooler = None  # type: ignore[assignment]  # a module without a pooler
+            network.pooler = nn.Identity()  # SqueezeBERT calls it in any case
         stages = encoder_stages(network) if self._chain else {"encoder": _Encoder(network)}
         used = pooler if self._readout == "pooler" else None
         return {**stages, "readout": _ReadOut(self._readout, used, normalize=self._normalize)}
@@ -355,18 +355,37 @@ def _json_file(model: str, name: str) -> Any:
         raise WeightsError(f"it is no JSON file: {error}", where=str(path), fix="repair or remove it") from error
 
 
+def _create(config: Any) -> nn.Module:
+    """Build a model with random weights on the current device.
+
+    Constructors that compute with values of tensors fail on the meta device. They build on the CPU.
+    """
+    from transformers import AutoModel
+
+    try:
+        network: nn.Module = AutoModel.from_config(config)
+    except (NotImplementedError, RuntimeError):
+        if torch.get_default_device().type != "meta":
+            raise
+        with torch.device("cpu"):
+            network = AutoModel.from_config(config)
+        network.to("meta")
+    return network
+
+
 class _Encoder(nn.Module):
     """A complete encoder whose layers do not form a chain."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, batch: States) -> States:
         tokens, mask = batch
-        # transformers tests whether the mask is all ones, which is impossible on the meta device.
-        attention_mask = None if mask.is_meta else mask.long()
-        return self.network(input_ids=tokens, attention_mask=attention_mask).last_hidden_state, mask
+        if mask.is_meta:
+            # Many models test values of the tokens or of the mask, which the meta device does not have.
+            return torch.empty(*tokens.shape, self.network.config.hidden_size, device="meta"), mask
+        return self.network(input_ids=tokens, attention_mask=mask.long()).last_hidden_state, mask
 
 
 class _ReadOut(nn.Module):

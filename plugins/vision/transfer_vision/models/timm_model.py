@@ -88,9 +88,7 @@ class Timm(Backbone):
         self._loading: dict[str, Any] = {"augmentation": augmentation, "cache_images": cache_images}
 
     def _create(self, **options: Any) -> nn.Module:
-        import timm
-
-        network: nn.Module = timm.create_model(self._name, num_classes=0, **self._sized(), **options)
+        network = create_model(self._name, num_classes=0, **self._sized(), **options)
         if self._pooling is not None:
             set_pooling(network, self._name, self._pooling)
         return network
@@ -101,6 +99,29 @@ class Timm(Backbone):
 
         fixed = getattr(timm.get_pretrained_cfg(self._name), "fixed_input_size", False)
         return {"img_size": self._size} if self._size and fixed else {}
+
+    @classmethod
+    def model_names(cls) -> Sequence[str]:
+        """Return timm's models, without the tags of their weights."""
+        import timm
+
+        names: list[str] = timm.list_models()
+        return names
+
+    @classmethod
+    def describe_model(cls, model: str) -> Mapping[str, Any]:
+        """Return the number of parameters, the image size and whether the weights are in the local cache."""
+        import timm
+
+        config = timm.get_pretrained_cfg(model)
+        _, height, width = config.input_size
+        with torch.device("meta"):
+            network = create_model(model, num_classes=0)
+        return {
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "image size": str(height) if height == width else f"{height} x {width}",
+            "weights": weights_location(config),
+        }
 
     @property
     def features(self) -> FeatureSpec:
@@ -179,6 +200,36 @@ class Timm(Backbone):
         return (
             {"timm": ForeignModel("timm:create_model", options, names, output)} if others == set(names.values()) else {}
         )
+
+
+def create_model(name: str, **options: Any) -> nn.Module:
+    """Build a model of timm on the current device.
+
+    Some constructors compute with values of tensors, which do not exist on the meta device. They build on the CPU.
+    """
+    import timm
+
+    try:
+        network: nn.Module = timm.create_model(name, **options)
+    except (NotImplementedError, RuntimeError):
+        if torch.get_default_device().type != "meta":
+            raise
+        with torch.device("cpu"):
+            network = timm.create_model(name, **options)
+        network.to("meta")
+    return network
+
+
+def weights_location(config: Any) -> str:
+    """Return whether the weights of a model are in the local cache of the Hugging Face Hub, or where they are."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not config.has_weights:
+        return "none"
+    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    if config.hf_hub_id and any(isinstance(try_to_load_from_cache(config.hf_hub_id, f), str) for f in files):
+        return "in the cache"
+    return "to download"
 
 
 def pretrained_cfg(network: Any) -> Any:
