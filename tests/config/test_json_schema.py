@@ -59,6 +59,8 @@ def test_shipped_config_is_valid(validator: Any, path: Path) -> None:
 def test_broken_config_is_invalid(validator: Any, path: Path) -> None:
     def changed(change: Callable[[Any], Any]) -> Any:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config["train"].setdefault("optimizer", {"name": "adam"})
+        config["train"].setdefault("phases", [{"epochs": 1}])
         change(config)
         return config
 
