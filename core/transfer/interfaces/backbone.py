@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from transfer.interfaces.preprocessing import Preprocessing
 
@@ -26,6 +26,10 @@ class FeatureSpec:
 
     layout: Layout
     size: int
+
+
+ZERO_SHOT_TEMPLATES = ("a photo of a {}.",)
+"""Default templates of zero-shot prompts."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,19 @@ class Backbone(nn.Module, ABC):
             Changed options; JSON values.
         """
         return {}
+
+    def zero_shot(
+        self, classes: Sequence[str], templates: Sequence[str] = ZERO_SHOT_TEMPLATES
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return weights (C, D) and biases (C,) of a linear head that the names of the classes define.
+
+        None, the default, if there is no pretrained text tower, which embeds names like images.
+
+        Args:
+            classes: Names of the classes.
+            templates: Texts in which ``{}`` is replaced by the name of a class. Their embeddings are averaged.
+        """
+        return None
 
     def foreign_models(self, out_features: int) -> Mapping[str, ForeignModel]:
         """Return the networks of other libraries that this backbone can be exported to, by format (``torchvision``).
