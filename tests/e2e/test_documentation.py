@@ -445,7 +445,8 @@ def reason_not_cached(part: dict[str, Any]) -> str | None:
     if key == "adapter" and find_spec("peft") is None:  # tests/builtin/test_adapters.py trains one
         return None
     name = part[key].get("name") if isinstance(part[key], dict) else None
-    if key == "backbone" and name in ("timm", "transformers"):  # `make plugins` tests them; models may be downloaded
+    if key == "backbone" and name in ("open_clip", "timm", "transformers"):
+        # `make plugins` tests them; models may be downloaded.
         return None
     if key in TrainConfig.model_fields:
         part = {"train": part}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 import transfer
-from transfer import Data, Dataset, DataSpec, UserError, probe, register
+from transfer import ConfigError, Data, Dataset, DataSpec, UserError, probe, register
 from transfer.config.check import load_config
 from transfer.experiments.probe import LINEAR, MEANS, NEIGHBORS, _features, _probing_config, _votes, parse_shots
 from transfer.training.build import build
@@ -31,6 +31,17 @@ class Informative(Dense):
                 stage[0].weight.copy_(torch.eye(*stage[0].weight.shape))
                 stage[0].bias.fill_(1.0)
         return {"weights": "informative"}
+
+
+class Texts(Informative):
+    """A text tower that embeds the names of the two clouds as directions from their middle."""
+
+    def zero_shot(
+        self, classes: Sequence[str], templates: Sequence[str] = ("{}",)
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        directions = torch.stack([torch.full((8,), 1.0 if "far" in name else -1.0) for name in classes])
+        # The sum of the features is 24 in the middle of the near cloud, and 32 in that of the far one.
+        return directions * len(templates), -28 * directions[:, 0]
 
 
 class Constant(Dense):
@@ -151,6 +162,29 @@ def test_numbers_are_probed_by_ridge_regression(configs: list[dict[str, Any]]) -
     best = next(row for row in result.rows if row.shots == "full" and row.verdict == "reference")
     assert best.spread.mean < 0.3
     assert best.spread.interval is not None
+
+
+def test_text_tower_gives_a_row_without_labels(configs: list[dict[str, Any]]) -> None:
+    register("backbone", "texts")(Texts)
+    result = probe([configs[1], configs[0] | {"backbone": {"name": "texts"}}], shots=["full"])
+    first = result.rows[0]
+    assert (first.config, first.labels, first.classifier) == ("run 2", "no labels", "zero shot")
+    assert result.rows[0].examples == (0, 0)
+    assert result.rows[0].spread.mean > 0.8
+    assert len(result.rows) == 1 + 2 * 3
+
+
+def test_zero_shot_head_starts_from_the_names_of_the_classes(configs: list[dict[str, Any]]) -> None:
+    register("backbone", "texts")(Texts)
+    config = configs[0] | {"head": {"name": "zero_shot", "templates": ["a {}", "the {}"]}}
+    built = build(load_config(config, ["backbone={name: texts}"]), lambda _: None)
+    linear = built.experiment.model.stages["head"].as_linear()  # type: ignore[operator]
+    assert linear.weight[:, 0].tolist() == [-2.0, 2.0]
+    assert linear.bias.tolist() == [28.0, -28.0]
+    with pytest.raises(ConfigError, match="needs a backbone with a pretrained text tower"):
+        build(load_config(config), lambda _: None)
+    with pytest.raises(ConfigError, match="templates"):
+        load_config(config, ["head.templates=[a photo]"])
 
 
 def test_untrained_backbone_is_warned_about(configs: list[dict[str, Any]]) -> None:

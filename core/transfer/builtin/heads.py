@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from transfer.interfaces import FeatureSpec, Head, Layout
+from transfer.errors import ConfigError
+from transfer.interfaces import ZERO_SHOT_TEMPLATES, Backbone, FeatureSpec, Head, Layout
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
@@ -32,6 +34,48 @@ class Linear(Head):
     def as_linear(self) -> nn.Linear:
         """Return the layer itself; dropout only acts in training."""
         return self.output
+
+
+class ZeroShot(Linear):
+    """A linear layer that starts as the zero-shot classifier of the backbone's text tower.
+
+    Each class has the embedding of its name in the templates as weights, times the scale of the pretraining. The
+    backbone needs a text tower, such as that of ``open_clip``.
+
+    Args:
+        templates: Texts in which ``{}`` is replaced by the name of a class, with spaces for underscores. The embeddings
+            of all templates are averaged.
+        dropout: Fraction of the features that is zeroed in training.
+    """
+
+    def __init__(
+        self,
+        features: FeatureSpec,
+        out_features: int,
+        *,
+        templates: Annotated[
+            tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)
+        ] = ZERO_SHOT_TEMPLATES,
+        dropout: Dropout = 0.0,
+    ) -> None:
+        super().__init__(features, out_features, dropout=dropout)
+        self.templates = templates
+
+    def initialize(self, backbone: Backbone, classes: Sequence[str]) -> None:
+        """Copy the weights of the zero-shot classifier.
+
+        Raises:
+            ConfigError: The backbone has no pretrained text tower.
+        """
+        classifier = backbone.zero_shot([name.replace("_", " ") for name in classes], self.templates)
+        if classifier is None:
+            raise ConfigError(
+                "the head 'zero_shot' needs a backbone with a pretrained text tower",
+                fix="choose the backbone open_clip with its pretrained weights, or another head",
+            )
+        with torch.no_grad():
+            self.output.weight.copy_(classifier[0])
+            self.output.bias.copy_(classifier[1])
 
 
 class MLP(Head):

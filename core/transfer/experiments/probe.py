@@ -59,6 +59,7 @@ Shots = int | Literal["full"]
 SHOTS: tuple[Shots, ...] = (1, 4, 16, "full")
 """Default numbers of labels."""
 LINEAR, MEANS, NEIGHBORS = "logistic regression", "class means", "nearest neighbors"
+ZERO_SHOT = "zero shot"
 LINEAR_NAMES = {"class": LINEAR, "labels": LINEAR, "number": "ridge regression"}
 """Name of the linear model, by the kind of target."""
 NEIGHBOR_COUNTS = (1, 3, 5, 10, 20, 50)
@@ -197,6 +198,8 @@ def probe(
         features = features_of(built, observe)
         seconds["features"] += time.perf_counter() - started
         started = time.perf_counter()
+        if (zero_shot := _zero_shot(built, features)) is not None:
+            results[0, name, ZERO_SHOT] = zero_shot
         for level in levels:
             for classifier, result in _results(built, features, level, range(config.seed, config.seed + seeds)).items():
                 results[level, name, classifier] = result
@@ -204,6 +207,7 @@ def probe(
     assert first is not None
     started = time.perf_counter()
     task = first.experiment.task
+    levels = [*([0] if any(level == 0 for level, *_ in results) else []), *levels]
     rows = [row for level in levels for row in _rows(level, results, task, first)]
     sign = 1 if task.primary_metric.higher_is_better else -1
     recommendation = _recommendation(rows, results, levels, sign, first)
@@ -427,6 +431,23 @@ def _results(
     return results
 
 
+def _zero_shot(built: BuiltExperiment, features: Mapping[str, _Examples]) -> _Result | None:
+    """Return the values of the zero-shot classifier; None if the backbone has no text tower."""
+    if built.data.target != "class":
+        return None
+    names = [name.replace("_", " ") for name in built.data.classes]
+    if (classifier := built.backbone.zero_shot(names)) is None:
+        return None
+    task, scores = built.experiment.task, {}
+    metric = task.metrics()[task.primary_metric.name]
+    for split in ("validation", "test"):
+        rows = features[split].features.float()
+        outputs = F.linear(rows, *(one.to(rows) for one in classifier))
+        scores[split] = _score(task, metric, outputs, features[split].targets)
+    value, inputs = scores["test"]
+    return _Result((0, 0), [value], [scores["validation"][0]], [0], [inputs])
+
+
 def _draw(targets: npt.NDArray[Any], level: Shots, seed: int) -> npt.NDArray[np.int64] | None:
     """Return the indices of examples, at most ``level`` of each class; None for all. Larger draws contain smaller."""
     if level == "full":
@@ -597,6 +618,8 @@ def _labels(level: Shots, examples: int, target: str) -> str:
     """Return a number of labels in words."""
     if level == "full":
         return f"all {examples:,} labels"
+    if level == 0:
+        return "no labels"
     return f"{level} label{'s' * (level > 1)}" + (" per class" if target == "class" else "")
 
 
@@ -632,6 +655,8 @@ def _recommendation(
     reference = _resampled(task, results[best.shots, best.config, best.classifier], targets)
     for level in levels[:-1]:
         candidates = [row for row in rows if row.shots == level and row.config == best.config]
+        if not candidates:  # only some backbones have a text tower
+            continue
         row = max(candidates, key=lambda one: sign * one.validation)
         resampled = _resampled(task, results[level, row.config, row.classifier], targets)
         if _compared(row, best, resampled, reference, task, bounds).verdict != "worse":

@@ -1,7 +1,14 @@
 """Contracts between the framework and its plugins."""
 
 from transfer.interfaces.adapter import Adapter
-from transfer.interfaces.backbone import Backbone, FeatureSpec, ForeignFolder, ForeignModel, Layout
+from transfer.interfaces.backbone import (
+    ZERO_SHOT_TEMPLATES,
+    Backbone,
+    FeatureSpec,
+    ForeignFolder,
+    ForeignModel,
+    Layout,
+)
 from transfer.interfaces.columns import Columns
 from transfer.interfaces.data import SPLITS, Data, Dataset, DataSpec, Split, TargetKind
 from transfer.interfaces.head import Head
@@ -12,6 +19,7 @@ from transfer.interfaces.tracker import TrackedRun, Tracker
 
 __all__ = [
     "SPLITS",
+    "ZERO_SHOT_TEMPLATES",
     "Adapter",
     "Backbone",
     "Columns",

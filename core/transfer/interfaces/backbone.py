@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from transfer.interfaces.preprocessing import Preprocessing
 
@@ -27,6 +27,10 @@ class FeatureSpec:
 
     layout: Layout
     size: int
+
+
+ZERO_SHOT_TEMPLATES = ("a photo of a {}.",)
+"""Default templates of zero-shot prompts."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Backbone(nn.Module, ABC):
     fine_tuning_optimizer: ClassVar[Mapping[str, Any]] = {}
     """Config block of the optimizer for pretrained weights in a config without phases, recipe and learning rate. Empty
     uses the default optimizer at the rates of the recipe ``fine_tune``."""
+
     @classmethod
     def model_names(cls) -> Sequence[str]:
         """Return the valid values of the option ``model`` for ``transfer show --models``; empty without a list."""
@@ -220,6 +225,19 @@ class Backbone(nn.Module, ABC):
             Changed options; JSON values.
         """
         return {}
+
+    def zero_shot(
+        self, classes: Sequence[str], templates: Sequence[str] = ZERO_SHOT_TEMPLATES
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return weights (C, D) and biases (C,) of a linear head that the names of the classes define.
+
+        None, the default, if there is no pretrained text tower, which embeds names like images.
+
+        Args:
+            classes: Names of the classes.
+            templates: Texts in which ``{}`` is replaced by the name of a class. Their embeddings are averaged.
+        """
+        return None
 
     def foreign_models(self, out_features: int) -> Mapping[str, ForeignModel]:
         """Return the networks of other libraries that this backbone can be exported to, by format (``torchvision``).

@@ -104,6 +104,8 @@ def build(config: RunConfig, observe: Observer, *, quick: bool = False) -> Built
             observe(Note(f"warning about the validation split: {warning}"))
     task, model = assemble(backbone, config.head, config.task, data.spec, config.adapter)
     # Of the training split only: class weights and scaling must not depend on the targets of other splits.
+    with error_location(config.head.where):
+        model.stages["head"].initialize(backbone, data.spec.classes)  # type: ignore[operator]
     task.prepare(splits["train"].targets)
     model.scale_outputs(task.output_scaling())
     loaders = {

@@ -48,15 +48,15 @@ def split(network: Any, stages: Chain | None, images: Tensor) -> dict[str, nn.Mo
     """
     if stages is None:
         children = [name for name, _ in network.named_children()]
-        return {"network": _reduced(network, children, _complete)}
+        return {"network": reduced(network, children, _complete)}
     embeds = embeds_patches(network)
     rotary = _rotary(network, images)
     parts: dict[str, nn.Module] = {name: Layers(network, paths, rotary) for name, paths in stages.items()}
     if embeds:
-        parts["stem"] = _reduced(network, [name for name, _ in network.named_children() if name in STEM], _embed)
+        parts["stem"] = reduced(network, [name for name, _ in network.named_children() if name in STEM], _embed)
     used = {path.split(".")[0] for paths in stages.values() for path in paths}
     left = [name for name, _ in network.named_children() if name not in {*used, *(STEM if embeds else ())}]
-    return {**parts, "pool": _reduced(network, left, _pool, tensors=not embeds)}
+    return {**parts, "pool": reduced(network, left, _pool, tensors=not embeds)}
 
 
 def embeds_patches(network: Any) -> bool:
@@ -230,7 +230,7 @@ def _rename_on_load(module: nn.Module, prefixes: Mapping[str, str]) -> None:
     hooked._register_load_state_dict_pre_hook(rename)
 
 
-def _reduced(
+def reduced(
     network: Any, children: Collection[str], function: Callable[..., Any], *, tensors: bool = True
 ) -> nn.Module:
     """Return a shallow copy of a network that contains only some of its children and computes only a function.
