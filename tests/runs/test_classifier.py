@@ -82,7 +82,11 @@ def test_texts_and_images_are_inputs(kind: str) -> None:
     texts = [f"{'good great' if i % 2 else 'bad awful'} film {i}" for i in range(24)]
     arrays = [np.full((12, 12, 3), 200 * (i % 2), dtype=np.uint8) for i in range(24)]
     images = [array if i % 4 else Image.fromarray(array) for i, array in enumerate(arrays)]
-    backbone: Any = "textcnn" if kind == "texts" else {"name": "torchvision", "model": "squeezenet1_1", "weights": None, "image_size": 32}
+    backbone: Any = (
+        "textcnn"
+        if kind == "texts"
+        else {"name": "torchvision", "model": "squeezenet1_1", "weights": None, "image_size": 32}
+    )
     values: Any = np.array(texts) if kind == "texts" else images
     classifier = Classifier(backbone, train={"epochs": 1}, validation=0).fit(values, LABELS)
     assert set(classifier.predict(values)) <= {9, 10}
