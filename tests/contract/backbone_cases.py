@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import transfer
 from transfer.testing import Case, contracts
 
 IMAGES = {"weights": None, "image_size": 32, "resize": 36}
@@ -50,6 +51,7 @@ OTHER_DEPTHS = {"resnet34", "resnet50", "resnet101", "resnet152"}
 SLOW = OTHER_DEPTHS | {"swin_t"}
 """Large, or of the same build as another one that is trained every time."""
 
+TABLE = transfer.table({"text": [f"a {word} film" for word in ("good", "bad") * 6], "label": ["pos", "neg"] * 6})
 DATASETS: Mapping[str, Mapping[str, Any]] = {
     "image_folder": {"root": "images"},
     "image_csv": {"train": "images.csv", "test_fraction": 0.25},
@@ -57,6 +59,7 @@ DATASETS: Mapping[str, Mapping[str, Any]] = {
     "torchvision_dataset": {"dataset": "cifar10"},
     "text_folder": {"root": "texts"},
     "shapes": {"per_class": 4},
+    "in_memory": {name: value for name, value in TABLE.block.items() if name != "name"},
     "text_csv": {"train": "reviews.csv"},
     "huggingface": {"dataset": "reviews.csv", "text": "text", "label": "label"},
 }

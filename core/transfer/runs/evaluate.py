@@ -61,7 +61,8 @@ def evaluate(
     directory = RunDirectory.open(run)
     if data is not None:
         require_same_table(directory, data)
-    on = on.block if isinstance(on, InMemoryTable) else on
+    # The table must exist until the end: the dataset of its block finds it by the digest.
+    _table, on = on, on.block if isinstance(on, InMemoryTable) else on
     summary = directory.summary()
     plain, loaded = run_config(directory), read_model(directory.model)
     quick = bool(summary.get("quick")) and on is None
