@@ -81,6 +81,7 @@ from .runs.predictor import Predictor as Predictor, load as load
 from .runs.train import Run as Run, resume as resume, run as run
 from .system.directory_cache import DirectoryCache as DirectoryCache
 from .system.downloads import download as download, find_file as find_file
+from .system.file_schema import FileSchema as FileSchema
 from .system.user_folders import cache_folder as cache_folder, data_folder as data_folder
 
 __version__: str

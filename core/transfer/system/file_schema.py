@@ -1,4 +1,4 @@
-"""Schemas of the JSON files of run, model and sweep folders.
+"""Schemas of the JSON files of run, model, sweep and cache folders.
 
 Such a folder may be damaged, edited by hand or come from somebody else: no field is read before it was checked.
 """
@@ -18,7 +18,10 @@ MAX_PROBLEMS = 5
 
 
 class FileSchema(BaseModel):
-    """Base of the schemas of JSON files: a value of another type is an error, and never converted."""
+    """Base of the schemas of JSON files: a value of another type is an error, and never converted.
+
+    A plugin reads its own file with ``model_validate_json(text)``, which raises ValueError if the file is damaged.
+    """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import logging
 import os
 import tarfile
@@ -13,10 +12,12 @@ import zlib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from transfer import Data, DataError, Dataset, DataSpec, Split, download, find_file
+from transfer import Data, DataError, Dataset, DataSpec, FileSchema, Split, download, find_file
 from transfer_text import cache
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ _IMDB_SENTIMENTS = {"neg": 0, "pos": 1}
 _IMDB_FOLDERS = {
     f"{split}/{name}": (split, sentiment) for split in ("train", "test") for name, sentiment in _IMDB_SENTIMENTS.items()
 }
-FORMAT = 1
+FORMAT = 2
 MAX_REVIEW_BYTES = 1 << 20  # the longest review has 14 kB
 READ_BYTES = 1 << 14
 
@@ -123,6 +124,11 @@ def _stream(path: Path) -> Iterator[tuple[str, bytes]]:
         ) from error
 
 
+class _CachedReviews(FileSchema):
+    names: list[str]
+    sizes: list[Annotated[int, Field(ge=0)]]
+
+
 def _write(folder: Path, reviews: Iterator[tuple[str, bytes]]) -> None:
     """Write concatenated reviews, names and sizes. Unpacking the archive would take one to two seconds each time."""
     names, sizes = [], []
@@ -131,20 +137,22 @@ def _write(folder: Path, reviews: Iterator[tuple[str, bytes]]) -> None:
             file.write(content)
             names.append(name)
             sizes.append(len(content))
-    (folder / "reviews.json").write_text(json.dumps([names, sizes]), encoding="utf-8")
+    reviews_json = _CachedReviews(names=names, sizes=sizes).model_dump_json()
+    (folder / "reviews.json").write_text(reviews_json, encoding="utf-8")
 
 
 def _read_cached(folder: Path) -> Iterator[tuple[str, bytes]] | None:
     """Yield the reviews that :func:`_write` wrote; None if the files are damaged."""
     try:
-        names, sizes = json.loads((folder / "reviews.json").read_text(encoding="utf-8"))
+        reviews = _CachedReviews.model_validate_json((folder / "reviews.json").read_bytes())
         content = (folder / "reviews.bin").read_bytes()
     except (OSError, ValueError):
         return None
-    ends = list(itertools.accumulate(sizes, initial=0))
-    if len(names) != len(sizes) or ends[-1] != len(content):
+    ends = list(itertools.accumulate(reviews.sizes, initial=0))
+    if len(reviews.names) != len(reviews.sizes) or ends[-1] != len(content):
         return None
-    return ((name, content[start:end]) for name, (start, end) in zip(names, itertools.pairwise(ends), strict=True))
+    pairs = zip(reviews.names, itertools.pairwise(ends), strict=True)
+    return ((name, content[start:end]) for name, (start, end) in pairs)
 
 
 def _read_folder(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as Library, models
 
-from transfer import DataError, PluginError, install_hint
+from transfer import DataError, FileSchema, PluginError, install_hint
 from transfer_text.encoding.vocabulary import MIN_FREQUENCY, SPECIAL, UNKNOWN, UNKNOWN_TOKEN, Vocabulary
 from transfer_text.interfaces import Tokenizer
 from transfer_text.plugins import is_plugin, make_tokenizer, requirement
@@ -32,6 +32,16 @@ def read_vocabulary(text: str, extra: int = 0) -> Vocabulary:
         transfer.PluginError: The package of the tokenizer is not installed.
     """
     return (PluginVocabulary if re.match(r'\s*\{\s*"plugin"', text) else Vocabulary).from_json(text, extra)
+
+
+class _SavedTokenizer(FileSchema):
+    tokenizer: str
+    requirement: str
+
+
+class _SavedVocabulary(FileSchema):
+    plugin: _SavedTokenizer
+    words: list[str]
 
 
 class PluginVocabulary(Vocabulary):
@@ -124,10 +134,10 @@ class PluginVocabulary(Vocabulary):
         Raises:
             transfer.PluginError: The tokenizer cannot be loaded here; the message says what to install.
         """
-        content = json.loads(text)
-        written, package = content["plugin"]["tokenizer"], content["plugin"]["requirement"]
+        content = _SavedVocabulary.model_validate_json(text)
+        written, package = content.plugin.tokenizer, content.plugin.requirement
         try:
-            return cls(written, package, make_tokenizer(written), content["words"], extra=extra)
+            return cls(written, package, make_tokenizer(written), content.words, extra=extra)
         except PluginError as error:
             fix = install_hint(package, "register it first, as where it was trained")
             raise PluginError.of([replace(problem, fix=fix) for problem in error.problems]) from error

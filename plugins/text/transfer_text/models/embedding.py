@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -13,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from transfer import Backbone, ConfigError, FeatureSpec, WeightsError
+from transfer import Backbone, ConfigError, FeatureSpec, FileSchema, WeightsError
 from transfer_text.encoding.encoded_texts import Truncation, truncation_loss
 from transfer_text.encoding.plugin_vocabulary import read_vocabulary, vocabulary_class
 from transfer_text.encoding.preprocessing import TextPreprocessing
@@ -27,6 +26,13 @@ Count = Annotated[int, Field(gt=0)]
 
 RANDOM_DIMENSIONS = 100
 RANDOM_RANGE = 0.25  # the range of Kim (2014)
+
+
+class _SavedEmbedding(FileSchema):
+    """Content of ``embedding.json`` in a model folder."""
+
+    width: Count
+    further_words: Annotated[int, Field(ge=0)] = 0
 
 
 class TextBackbone(Backbone):
@@ -119,14 +125,14 @@ class TextBackbone(Backbone):
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
         """Build with the vocabulary and the width of a saved model; the vector file is not needed."""
-        embedding = json.loads(assets["embedding.json"])
-        vocabulary = read_vocabulary(assets["vocabulary.json"], embedding.get("further_words", 0))
-        return cls(vocabulary, embedding["width"], **options)
+        embedding = _SavedEmbedding.model_validate_json(assets["embedding.json"])
+        vocabulary = read_vocabulary(assets["vocabulary.json"], embedding.further_words)
+        return cls(vocabulary, embedding.width, **options)
 
     def assets(self) -> Mapping[str, str]:
         """Return the vocabulary with its tokenizer, and the width of the vectors."""
-        embedding = {"width": self.width, "further_words": self.vocabulary.extra}
-        return {"vocabulary.json": self.vocabulary.to_json(), "embedding.json": json.dumps(embedding)}
+        embedding = _SavedEmbedding(width=self.width, further_words=self.vocabulary.extra)
+        return {"vocabulary.json": self.vocabulary.to_json(), "embedding.json": embedding.model_dump_json()}
 
     def learned(self) -> Mapping[str, Any]:
         """Return the number of words, a tokenizer other than the usual one, and the effect of truncation."""

@@ -14,11 +14,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from transfer import Backbone, FeatureSpec, ForeignFolder, PluginError, WeightsError
+from transfer import Backbone, FeatureSpec, FileSchema, ForeignFolder, PluginError, WeightsError
 from transfer_text.interfaces import PAIR_SEPARATOR, EncodedTexts, TokenPreprocessing, render_tokens
 from transfer_text.models.encoder_stages import States, encoder_stages, is_chain
 from transfer_text.models.transformers_folder import pretrained_folder
@@ -28,6 +28,21 @@ MAX_DEVIATION = 1e-4
 """Maximum difference between the stages and the model of the library, as a fraction of the largest state."""
 BLOCK_TEXTS = 1024
 """Number of texts that are tokenized at a time."""
+
+
+class _SavedReadout(FileSchema):
+    """Content of ``readout.json`` in a model folder; version 0.1 wrote no such file, and read out the first token."""
+
+    readout: Readout = "first"
+    normalize: bool = False
+
+
+class _SavedConfig(FileSchema):
+    """Content of ``config.json`` in a model folder; transformers checks the other fields."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
+    model_type: str
 
 
 class PiecePreprocessing(TokenPreprocessing):
@@ -153,13 +168,12 @@ class Transformers(Backbone):
         from transformers import AutoConfig
 
         self._saved = _read(model, readout, max_length) if saved is None else saved
-        # Runs of version 0.1 have no such file; their default was the first token.
-        own = json.loads(self._saved.get("readout.json", '{"readout": "first", "normalize": false}'))
-        self._readout: Readout = readout or own["readout"]
+        own = _SavedReadout.model_validate_json(self._saved.get("readout.json", "{}"))
+        self._readout: Readout = readout or own.readout
         is_vector = self._readout != "sequence"
-        self._normalize = is_vector and bool(own["normalize"] if normalize is None else normalize)
+        self._normalize = is_vector and (own.normalize if normalize is None else normalize)
         self._model, self._pretrained = model, pretrained
-        self._config = AutoConfig.for_model(**json.loads(self._saved["config.json"]))
+        self._config = AutoConfig.for_model(**_SavedConfig.model_validate_json(self._saved["config.json"]).model_dump())
         self._preprocessing = PiecePreprocessing(self._saved["tokenizer.json"], self._config.pad_token_id or 0)
         network = _create(self._config)
         if self._readout == "pooler" and getattr(network, "pooler", None) is None:

@@ -12,12 +12,13 @@ import json
 import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-from transfer import PluginError, WeightsError
+from transfer import FileSchema, PluginError, WeightsError
 from transfer_text import cache
 from transfer_text.interfaces import Vectors, WordVectors
 from transfer_text.plugins import is_plugin, make_vectors
@@ -225,19 +226,35 @@ def _write(folder: Path, file: VectorFile) -> None:
             raise cache.UnwritableError(str(error)) from error
 
 
+_Number = Annotated[int, Field(ge=0)]
+
+
+class _Words(FileSchema):
+    data_offsets: tuple[_Number, _Number]
+
+
+class _Matrix(FileSchema):
+    shape: tuple[_Number, _Number]
+
+
+class _Header(FileSchema):
+    words: _Words
+    matrix: _Matrix
+
+
 def _open_cached(path: Path) -> tuple[int, Iterator[Block]]:
     """Memory-map a file that :func:`_write` wrote; the safetensors library would read the complete matrix."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size != HEADER_BYTES:
             raise ValueError("unexpected header size")
-        header = json.loads(file.read(size))
-        start, end = (8 + size + offset for offset in header["words"]["data_offsets"])
+        header = _Header.model_validate_json(file.read(size))
+        start, end = (8 + size + offset for offset in header.words.data_offsets)
         if path.stat().st_size != end:
             raise ValueError("the file is truncated")
         file.seek(start)
         words = io.BytesIO(file.read())
-    count, width = header["matrix"]["shape"]
+    count, width = header.matrix.shape
     matrix: npt.NDArray[np.float32] = np.asarray(
         np.memmap(path, dtype="<f4", mode="r", offset=8 + size, shape=(count, width))
     )

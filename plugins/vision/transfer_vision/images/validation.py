@@ -14,9 +14,10 @@ from typing import Literal
 
 import PIL
 import torch
+from pydantic import JsonValue
 from rich.progress import track
 
-from transfer import DataError, cache_folder
+from transfer import DataError, FileSchema, cache_folder
 from transfer_vision.images.decoding import check_image
 from transfer_vision.images.image_sources import ImageSource, content_digest
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 BadFiles = Literal["error", "skip"]
 
-FORMAT = 2
+FORMAT = 3
 MAX_SHOWN = 30
 _SHOW_PROGRESS_FROM = 2000
 
@@ -66,7 +67,7 @@ def scan(source: ImageSource, paths: Sequence[str]) -> dict[str, str]:
         try:
             identity = list(source.identity(path))
         except (ValueError, OSError) as error:  # a link to a missing file
-            results[path] = [[], str(error), ""]
+            results[path] = [[], str(error).encode("utf-8", "backslashreplace").decode(), ""]
             continue
         previous = recorded.get(path)
         if previous is not None and previous[0] == identity:
@@ -94,7 +95,8 @@ def _examine(source: ImageSource, path: str) -> tuple[str | None, str]:
         digest = content_digest(content)
         check_image(content, source.name(path))
     except (ValueError, OSError, MemoryError) as error:
-        return str(error) or type(error).__name__, digest
+        problem = str(error) or type(error).__name__
+        return problem.encode("utf-8", "backslashreplace").decode(), digest
     return None, digest
 
 
@@ -115,20 +117,33 @@ def _record(source: ImageSource) -> Path:
     return cache_folder("images") / f"{name}.json"
 
 
+class _Record(FileSchema):
+    """Identity, problem (null if there is none) and digest of the content of each image, by path."""
+
+    images: dict[str, tuple[list[JsonValue], str | None, str]]
+
+
 def _read(record: Path) -> dict[str, list[object]]:
     try:
-        entries = json.loads(record.read_text(encoding="ascii")) if record.is_file() else {}  # a pipe may never end
-    except (OSError, ValueError, RecursionError):  # missing or damaged: the images are decoded again
+        if not record.is_file():  # missing, or a pipe, which may never end
+            return {}
+        entries = _Record.model_validate_json(record.read_bytes())
+    except (OSError, ValueError):  # damaged: the images are decoded again
         return {}
-    pairs = entries.items() if isinstance(entries, dict) else ()
-    return {path: entry for path, entry in pairs if isinstance(entry, list) and len(entry) == 3}
+    return {_recoded(path, "latin-1", "utf-8"): list(entry) for path, entry in entries.images.items()}
+
+
+def _recoded(path: str, encoding: str, other: str) -> str:
+    """Return a path in another encoding. JSON cannot contain the surrogates of a path that is not UTF-8."""
+    return path.encode(encoding, "surrogateescape").decode(other, "surrogateescape")
 
 
 def _write(record: Path, results: dict[str, list[object]]) -> None:
     temporary = record.with_name(f".{record.name}.{uuid.uuid4().hex}")
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(results), encoding="ascii")
+        images = {_recoded(path, "utf-8", "latin-1"): entry for path, entry in results.items()}
+        temporary.write_text(json.dumps({"images": images}), encoding="ascii")
         temporary.replace(record)
     except OSError as error:
         logger.warning("the results of decoding the images cannot be recorded in %s: %s", record.parent, error)

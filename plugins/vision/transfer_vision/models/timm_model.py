@@ -17,18 +17,37 @@ from transfer import (
     Backbone,
     ConfigError,
     FeatureSpec,
+    FileSchema,
     ForeignModel,
     WeightsError,
     load_saved_backbone,
     saved_backbone,
 )
-from transfer_vision.images.decoding import Interpolation
+from transfer_vision.images.decoding import CropMode, Interpolation
 from transfer_vision.models.timm_stages import chain, split
 from transfer_vision.models.weights import find_local
 from transfer_vision.preprocessing import Augmentation, CacheImages, ImagePreprocessing
 from transfer_vision.suggestions import abbreviated
 
 Pooling = Literal["cls", "mean", "max"]
+
+
+_Size = Annotated[int, Field(ge=1, le=2**16)]
+
+
+class _SavedPreprocessing(FileSchema):
+    """Content of ``preprocessing.json`` in a model folder: arguments of ImagePreprocessing."""
+
+    image_size: _Size
+    resize: _Size
+    crop_mode: CropMode = "center"
+    interpolation: Interpolation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _saved_settings(text: str) -> dict[str, Any]:
+    return _SavedPreprocessing.model_validate_json(text).model_dump()
 
 
 class Timm(Backbone):
@@ -72,7 +91,8 @@ class Timm(Backbone):
         with size_errors(model, image_size):
             network = self._create()
         if settings is None and weights is not None and is_run(weights):
-            settings = json.loads(saved_backbone(weights).assets.get("preprocessing.json", "null"))
+            saved = saved_backbone(weights).assets.get("preprocessing.json")
+            settings = None if saved is None else _saved_settings(saved)
             if settings is not None and image_size not in (None, settings["image_size"]):
                 settings = None  # the config asks for another size than that of the run
         self._settings = settings or preprocessing_of(network, image_size)
@@ -136,7 +156,7 @@ class Timm(Backbone):
     @classmethod
     def from_assets(cls, assets: Mapping[str, str], **options: Any) -> Self:
         """Build the backbone with its saved preprocessing: in another timm the name may mean another one."""
-        return cls(json.loads(assets["preprocessing.json"]), **options)
+        return cls(_saved_settings(assets["preprocessing.json"]), **options)
 
     def assets(self) -> Mapping[str, str]:
         """Return the settings of the preprocessing."""
