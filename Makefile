@@ -22,8 +22,11 @@ demo: .venv/ready  ## train on packaged data, then predict
 	echo "  $(BIN)/transfer run configs/quickstart_vision.yaml"; \
 	echo "  $(BIN)/transfer check configs/hymenoptera_finetune.yaml"
 
+# Work stealing: both workers end at the same time, and most tests of a module share its fixtures.
+# Bytecode is written even if the environment forbids it: the tests start hundreds of processes that import the project.
+test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/ready  ## fast tests; tests on real data run if TRANSFER_DATA is set
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: .venv/ready  ## slow tests, which take minutes
 	$(BIN)/python -m pytest -m slow

@@ -236,10 +236,25 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 
 @pytest.fixture(scope="session")
-def python() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """Return a function that runs ``python ARGUMENTS`` in a process of its own, see ``ForkedPython.run``."""
+def forked_python() -> Iterator[ForkedPython]:
+    """Return a process that forks Python processes."""
     with ForkedPython() as forked:
-        yield forked.run
+        yield forked
+
+
+@pytest.fixture(scope="session")
+def python(forked_python: ForkedPython) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs ``python ARGUMENTS`` in a process of its own, see ``ForkedPython.run``."""
+    return forked_python.run
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Any]:
+    """Return a process that has imported this project, too, and forks command lines, see ``kill_harness.Zygote``."""
+    from kill_harness import Zygote  # in tests/e2e, which is on the path of its tests only
+
+    with Zygote() as process:
+        yield process
 
 
 @pytest.fixture

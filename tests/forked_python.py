@@ -17,7 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-LIBRARIES = ("torch", "torchvision", "torchmetrics", "torchmetrics.classification", "torchmetrics.regression")
+LIBRARIES = (
+    *("torch", "torchvision", "torchmetrics", "torchmetrics.classification", "torchmetrics.regression"),
+    *("pydantic.json_schema", "safetensors.torch", "yaml", "typer.rich_utils", "rich.live", "rich.progress"),
+)
 """Modules to import before forking. None belongs to the project: a forked process imports the code that its
 ``PYTHONPATH`` names."""
 
@@ -58,6 +61,8 @@ class ForkedPython:
     ) -> int:
         """Start ``python ARGUMENTS``, and return its process ID, which stays valid until ``wait``.
 
+        Several processes may run at a time.
+
         Args:
             arguments: ``-W error`` or none, ``-m MODULE`` or ``-c CODE``, and the arguments of the program.
             cwd: Working directory.
@@ -68,9 +73,9 @@ class ForkedPython:
         self._write(json.dumps({**order, "streams": [str(path) for path in streams]}))
         return int(self._read())
 
-    def wait(self) -> int:
-        """Wait for the process that was started last, and return its exit status, or minus the signal."""
-        self._write("")
+    def wait(self, pid: int) -> int:
+        """Wait for a process that ``fork`` started, and return its exit status, or minus the signal."""
+        self._write(json.dumps(pid))
         return int(self._read())
 
     def run(
@@ -93,8 +98,7 @@ class ForkedPython:
             files = [Path(name, stream) for stream in ("in", "out", "err")]
             files[0].write_text(stdin, encoding="utf-8")
             variables = os.environ if environment is None else environment
-            self.fork(command, cwd or Path.cwd(), variables, streams=files)
-            status = self.wait()
+            status = self.wait(self.fork(command, cwd or Path.cwd(), variables, streams=files))
             out, err = (path.read_text(encoding="utf-8") for path in files[1:])
         return subprocess.CompletedProcess([sys.executable, *command], status, out, err)
 
@@ -109,20 +113,23 @@ class ForkedPython:
 
 
 def _serve(modules: Sequence[str]) -> list[str]:
-    """Fork for each line of standard input; return the arguments of the interpreter in the forked process."""
+    """Fork or wait for each line of standard input; return the arguments of the interpreter in a forked process."""
     # A process that a shell starts in the background ignores Ctrl-C, and its children would, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for module in modules:
         importlib.import_module(module)
     print("ready", flush=True)
     while line := sys.stdin.readline():
+        order = json.loads(line)
+        if isinstance(order, int):
+            # Until its status is asked for, a process keeps its ID, so that no other process is killed by mistake.
+            _, status = os.waitpid(order, 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
         pid = os.fork()
         if not pid:
-            return _prepare(json.loads(line))
+            return _prepare(order)
         print(pid, flush=True)
-        sys.stdin.readline()  # until the status is asked for, the process keeps its ID, and no other process is killed
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
     os._exit(0)
 
 

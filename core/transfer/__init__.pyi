@@ -1,5 +1,5 @@
 # The public names of `transfer`, listed once: `__init__.py` reads this file, and so do type checkers and editors.
-from .builtin.tasks import MeanOf as MeanOf
+from .builtin.metrics import MeanOf as MeanOf
 from .data.class_folders import (
     ClassFolders as ClassFolders,
     FileListing as FileListing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 import transfer
 from transfer.cli.plugin_subcommands import OLD_SPELLINGS
+from transfer.config.compatibility import Table
 
 
 @pytest.mark.parametrize(("old", "new"), transfer._OLD_NAMES.items())
@@ -37,8 +39,12 @@ def test_old_command_has_the_options_of_the_new_one(call: Any, old: str, new: st
     assert old_help.partition("╭")[2] == new_help.partition("╭")[2]  # all below the usage, which contains the name
 
 
-def test_matrix_is_compatibility(call: Any) -> None:
-    assert call("matrix", "--json") == call("compatibility", "--json")
+def test_matrix_is_compatibility(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [Table("backbones and heads", {"dense": {"linear": "yes"}})]
+    monkeypatch.setattr("transfer.config.compatibility.compatibility_tables", lambda: (tables, []))
+    status, out, _ = call("matrix", "--json")
+    assert (status, json.loads(out)) == (0, {"backbones and heads": {"dense": {"linear": "yes"}}})
+    assert call("compatibility", "--json") == (0, out, "")
 
 
 def test_value_is_pretraining_gain(call: Any, config_file: Path) -> None:

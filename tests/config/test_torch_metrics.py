@@ -16,7 +16,8 @@ import transfer
 from transfer import ConfigError, DataSpec, Task, register
 from transfer.builtin.tasks import Classification, MultiLabel, Regression
 from transfer.config.check import load_component
-from transfer.config.torch_metrics import MAX_PENDING_BATCHES, torch_metrics
+from transfer.config.collected_metrics import MAX_PENDING_BATCHES
+from transfer.config.torch_metrics import torch_metrics
 from transfer.system.file_schema import checked
 from transfer.training.events import EpochEnded
 from transfer.training.state import _metric_states, _MetricUpdates, _restore_metric, named_metrics

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import pickle
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -557,7 +555,7 @@ def test_loader_processes_live_through_several_epochs() -> None:
     assert [worker.pid for worker in running._iterator._workers] == processes
 
 
-def test_process_exit_with_referenced_loader() -> None:
+def test_process_exit_with_referenced_loader(python: Callable[..., Any]) -> None:
     # The processes of the loader ignore SIGTERM, with which Python would end them.
     script = f"""
 import sys
@@ -566,7 +564,8 @@ from test_loader import Lazy, batches, loader
 kept = loader(Lazy(), workers=2)
 batches(kept, 0)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    ended = python("-c", script)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize(

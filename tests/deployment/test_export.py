@@ -481,7 +481,13 @@ runpy.run_path(sys.path[0] + "/predict.py", run_name="__main__")
     ],
 )
 def test_script_of_an_export_predicts_without_this_package(
-    request: pytest.FixtureRequest, tmp_path: Path, loaded_here: None, name: str, format: str, packages: list[str]
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    loaded_here: None,
+    python: Any,
+    name: str,
+    format: str,
+    packages: list[str],
 ) -> None:
     for package in packages:
         pytest.importorskip(package)
@@ -494,16 +500,12 @@ def test_script_of_an_export_predicts_without_this_package(
         for path, width in zip(values, (40, 64), strict=True):
             pixels = np.random.default_rng(width).integers(0, 255, (50, width, 3), np.uint8)
             Image.fromarray(pixels).save(path)
-    command = [sys.executable, "-c", WITHOUT_TRANSFER, str(tmp_path / "out"), *values]
+    inputs = [*values[:-1], "missing.png", values[-1]] if name == "images" else values
+    ended = python("-c", WITHOUT_TRANSFER, tmp_path / "out", *inputs)
+    answers = [json.loads(line) for line in ended.stdout.splitlines()]
     if name == "images":
-        command.insert(-1, "missing.png")
-    # Not subprocess.run, which the fixture replaces.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    output, errors = process.communicate()
-    answers = [json.loads(line) for line in output.splitlines()]
-    if name == "images":
-        assert (process.returncode, errors.count("missing.png: cannot be read")) == (2, 1)
-        assert "Traceback" not in errors
+        assert (ended.returncode, ended.stderr.count("missing.png: cannot be read")) == (2, 1)
+        assert "Traceback" not in ended.stderr
     expected = transfer.predict(run, [Path(value) for value in values] if name == "images" else values)
     tolerance = 0.02 if name == "images" else 1e-4  # Pillow resizes, not torch
     for answer, prediction in zip(answers, expected, strict=True):

@@ -13,8 +13,6 @@ import re
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -31,6 +29,7 @@ pytest.importorskip("fastapi")
 
 from conftest import Dense, PointPreprocessing
 from fastapi import Request
+from forked_python import ForkedPython
 from serving_cases import Running, loaded_model, running
 from starlette.types import Message
 
@@ -46,6 +45,7 @@ POINT = {"point": "1,2,3,4"}
 WITH_POINTS = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.stdout.reconfigure(line_buffering=True)
 from conftest import Dense
 from transfer import register
 from transfer.cli.app import main
@@ -466,29 +466,34 @@ def test_is_loopback() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.org")))
 
 
-def test_serve_finishes_requests_in_progress_on_sigterm(config: dict[str, Any], tmp_path: Path) -> None:
+def test_serve_finishes_requests_in_progress_on_sigterm(
+    config: dict[str, Any], tmp_path: Path, forked_python: ForkedPython
+) -> None:
     run = transfer.run(config, ["train.phases=[{epochs: 1}]"], output=tmp_path)
     arguments = ["serve", f"points={run.folder}", "--port", "0", "--wait-milliseconds", "1000"]
-    command = [sys.executable, "-u", "-c", WITH_POINTS, *arguments]
-    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout
-        try:
-            match = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/models/points/predict\n", process.stdout.readline())
-            assert match
-            server = Running(int(match[1]))
-            with ThreadPoolExecutor(1) as thread:
-                in_progress = thread.submit(server.predict, "points", POINT)
-                time.sleep(0.4)  # the batch waits for one second
-                process.send_signal(signal.SIGTERM)
-                status, answer = in_progress.result()
-            ended = process.wait(60)
-        finally:
-            process.kill()
-        assert process.stderr
-        errors = process.stderr.read()
-    assert (ended, errors) == (143, "")
+    output, errors = tmp_path / "output", tmp_path / "errors"
+    output.touch()
+    environment = os.environ | {"COLUMNS": "200"}
+    process = forked_python.fork(
+        ["-c", WITH_POINTS, *arguments], tmp_path, environment, streams=(os.devnull, output, errors)
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not output.read_text().endswith("\n") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        match = re.match(r"http://127\.0\.0\.1:(\d+)/models/points/predict\n", output.read_text())
+        assert match
+        server = Running(int(match[1]))
+        with ThreadPoolExecutor(1) as thread:
+            in_progress = thread.submit(server.predict, "points", POINT)
+            time.sleep(0.4)  # the batch waits for one second
+            os.kill(process, signal.SIGTERM)
+            status, answer = in_progress.result()
+    except BaseException:
+        os.kill(process, signal.SIGKILL)
+        raise
+    finally:
+        ended = forked_python.wait(process)
+    assert (ended, errors.read_text()) == (143, "")
     assert status == 200
     assert answer["label"] in ("near", "far")

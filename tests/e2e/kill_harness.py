@@ -148,7 +148,7 @@ class Attempt:
     def status(self) -> int:
         """Wait for the end; the exit status, or minus the signal."""
         if isinstance(self.parent, Zygote):
-            return self.parent.wait()
+            return self.parent.wait(self.pid)
         return self.parent.wait(timeout=LONGEST_SECONDS)
 
 

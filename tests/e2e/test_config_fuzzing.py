@@ -15,6 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, seed, settings, strategies as st
 
 from transfer.cli import app as cli
+from transfer_vision.data.datasets import Shapes
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -135,6 +136,8 @@ def test_check_accepts_or_refuses_mutated_config(path, count, tmp_path):
 
 @pytest.mark.parametrize("count", COUNTS, ids=["few", "many"])
 @pytest.mark.parametrize("name", ["quickstart_text", "quickstart_vision"])
-def test_quick_run_accepts_or_refuses_mutated_config(name, count, tmp_path):
+def test_quick_run_accepts_or_refuses_mutated_config(name, count, tmp_path, monkeypatch):
+    # Drawing all images takes longer than training on a few of them. The mutated options stay those of the config.
+    monkeypatch.setitem(Shapes.__init__.__kwdefaults__, "per_class", 20)
     config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
     search(config, tmp_path, count, "run", "--quick", "--output", str(tmp_path / "runs"))

@@ -34,16 +34,21 @@ Config = dict[str, Any]
 
 
 class Launcher:
-    """Starts two processes as torchrun does, which takes ten seconds longer: environment, and the store to meet at."""
+    """Starts two processes as torchrun does, which takes ten seconds longer: environment, and the store to meet at.
+
+    Args:
+        zygote: Forks the first process. The second has a parent of its own, so that their sets differ in order.
+    """
+
+    def __init__(self, zygote: Zygote) -> None:
+        self.zygotes = [zygote, Zygote()]
 
     def __enter__(self) -> Self:
-        with ThreadPoolExecutor() as pool:
-            self.zygotes = list(pool.map(lambda zygote: zygote.__enter__(), [Zygote(), Zygote()]))
+        self.zygotes[1].__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for zygote in self.zygotes:
-            zygote.__exit__()
+        self.zygotes[1].__exit__()
 
     def start(
         self, cwd: Path, *arguments: str, environment: Mapping[str, str] | None = None, **second: str
@@ -61,8 +66,8 @@ class Launcher:
 
 
 @pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    with Launcher() as started:
+def launcher(zygote: Zygote) -> Iterator[Launcher]:
+    with Launcher(zygote) as started:
         yield started
 
 

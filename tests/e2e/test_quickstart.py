@@ -65,9 +65,13 @@ def test_predict_reads_arguments_files_and_standard_input(text_run, tmp_path, ca
     first, second = map(json.loads, out.splitlines())
     assert first["probabilities"] == second["probabilities"]
     assert first["label"] in ("positive", "negative")
-    command = [sys.executable, "-m", "transfer", "predict", str(run), "-", "--json"]
+    # A real process, which shows that a prediction waits for no library that it does not use.
+    command = [sys.executable, "-X", "importtime", "-m", "transfer", "predict", str(run), "-", "--json"]
     piped = subprocess.run(command, input="one line\nanother line\n", capture_output=True, text=True, check=True)
     assert [json.loads(line)["input"] for line in piped.stdout.splitlines()] == ["one line", "another line"]
+    imported = {line.rpartition("|")[2].strip() for line in piped.stderr.splitlines()}
+    assert "torch" in imported
+    assert imported.isdisjoint({"torch._dynamo", "torchmetrics", "torchvision", "scipy", "sklearn"})
 
 
 def test_predict_refuses_an_empty_text_in_one_panel(text_run, call):
@@ -79,7 +83,8 @@ def test_predict_refuses_an_empty_text_in_one_panel(text_run, call):
 
 
 def test_evaluate_quick_run_of_vision_config(tmp_path, call):
-    status, out, err = call("run", ROOT / "configs/quickstart_vision.yaml", "--quick", "--output", tmp_path)
+    config = ROOT / "configs/quickstart_vision.yaml"
+    status, out, err = call("run", config, "data.per_class=20", "--quick", "--output", tmp_path)
     assert status == 0, err
     run = Path(out.splitlines()[-1])
     summary = json.loads((run / "summary.json").read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import kill_harness
@@ -18,12 +17,6 @@ from transfer import RunError
 from transfer.storage import checkpoint
 
 VISION = "vision, two loader processes"
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as process:
-        yield process
 
 
 def start(zygote: Zygote, cwd: Path, *arguments: str) -> Attempt:

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import POINT_SIZE, Dense, PointPreprocessing
+from forked_python import ForkedPython
 from PIL import Image
 from torch import Tensor, nn
 
@@ -968,24 +967,18 @@ print(float(entry.take(__import__("numpy").arange(20))[0].sum()))
 """
 
 
-def child(folder: Path, body: str = "") -> subprocess.Popen[str]:
-    """Start a process that writes an entry."""
+def start_writer(forked_python: ForkedPython, folder: Path, log: Path, body: str = "") -> int:
+    """Start a process that writes an entry, and return its ID. It prints a sum of the entry to ``log``."""
     path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(body=body), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = ["-c", SCRIPT.format(body=body), str(folder)]
+    return forked_python.fork(arguments, HERE, {**os.environ, "PYTHONPATH": path}, streams=(os.devnull, log, log))
 
 
-def test_killed_writer_leaves_no_entry(tmp_path: Path) -> None:
+def test_killed_writer_leaves_no_entry(tmp_path: Path, forked_python: ForkedPython) -> None:
     folder = tmp_path / "shared"
     kill = "import os, signal; entry_writer.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
-    process = child(folder, kill)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, errors
+    log = tmp_path / "log"
+    assert forked_python.wait(start_writer(forked_python, folder, log, kill)) == -signal.SIGKILL, log.read_text()
     (left,) = folder.iterdir()
     assert (left / "0.bin").stat().st_size > 0
     cache = FeatureCache(PLENTY, folder=folder)
@@ -1001,7 +994,7 @@ def test_killed_writer_leaves_no_entry(tmp_path: Path) -> None:
     assert sorted(folder.iterdir()) == sorted([entry.folder, other.folder])
 
 
-def test_two_processes_write_the_same_entry(tmp_path: Path) -> None:
+def test_two_processes_write_the_same_entry(tmp_path: Path, forked_python: ForkedPython) -> None:
     folder = tmp_path / "shared"
     folder.mkdir()
     # Each waits with its renaming until the other has everything written too.
@@ -1016,11 +1009,13 @@ def write(folder, *rest, original=store.write_entry):
     return described
 store.write_entry = write
 """
-    processes = [child(folder, meet) for _ in range(2)]
-    answers = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], answers
+    logs = [tmp_path / "first", tmp_path / "second"]
+    processes = [start_writer(forked_python, folder, log, meet) for log in logs]
+    statuses = [forked_python.wait(process) for process in processes]
+    answers = [log.read_text() for log in logs]
+    assert statuses == [0, 0], answers
     assert len(list(folder.glob("ready-*"))) == 2
-    assert answers[0][0] == answers[1][0]
+    assert answers[0] == answers[1]
     (entry,) = (path for path in folder.iterdir() if path.is_dir())
     assert entry.name == ragged()[0].key(ragged()[1], None)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import unittest
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -639,9 +637,10 @@ def test_a_config_that_is_right_keeps_its_contracts(config_file: Path) -> None:
         contract.check()
 
 
-def test_the_kit_needs_no_pytest() -> None:
+def test_the_kit_needs_no_pytest(python: Any) -> None:
     code = "import sys; sys.modules['pytest'] = None; import transfer.testing"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ended = python("-c", code)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_steps_keep_their_contracts() -> None:

@@ -4,10 +4,9 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -334,7 +333,7 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forking_after_encoding_prints_no_warning() -> None:
+def test_forking_after_encoding_prints_no_warning(python: Any) -> None:
     program = (
         "import os; from transfer_text.encoding.vocabulary import Vocabulary\n"
         "vocabulary = Vocabulary.build(['a b'] * 9); vocabulary.encode(['a', 'b'] * 9); child = os.fork()\n"
@@ -342,9 +341,7 @@ def test_forking_after_encoding_prints_no_warning() -> None:
         "if child: raise SystemExit(os.waitpid(child, 0)[1])\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60, check=False
-    )
+    done = python("-c", program, environment=environment)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -20,7 +20,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from transfer import DataSpec, Task
-from transfer.builtin.tasks import Classification, MeanOf, MultiLabel, Regression
+from transfer.builtin.metrics import MeanOf
+from transfer.builtin.tasks import Classification, MultiLabel, Regression
 from transfer.config.check import load_config
 from transfer.config.torch_metrics import TorchMetric
 from transfer.data.batch import Batch

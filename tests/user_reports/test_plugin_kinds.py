@@ -14,8 +14,8 @@ from torch.optim import SGD, lr_scheduler
 
 import transfer
 from transfer import ConfigError, DataSpec, PluginError, Sampler, register
+from transfer.builtin.metrics import MeanOf
 from transfer.builtin.samplers import Balanced
-from transfer.builtin.tasks import MeanOf
 
 
 class Sign(torch.optim.Optimizer):

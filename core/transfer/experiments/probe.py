@@ -431,7 +431,7 @@ def _results(
     return results
 
 
-def _zero_shot(built: BuiltExperiment, features: Mapping[str, _Examples]) -> _Result | None:
+def _zero_shot(built: BuiltExperiment, features: Mapping[str, Examples]) -> _Result | None:
     """Return the values of the zero-shot classifier; None if the backbone has no text tower."""
     if built.data.target != "class":
         return None

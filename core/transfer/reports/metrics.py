@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
-from torchmetrics.functional.regression import mean_absolute_error, mean_squared_error, r2_score
 
 CALIBRATION_BINS = 15
 """Number of bins of the reliability diagram and of the expected calibration error (Guo et al. 2017)."""
@@ -79,6 +77,8 @@ def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> 
         targets: True classes, int64 (N,).
         num_classes: Number of classes C.
     """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     # The targets and predictions come from a task, which has validated them.
     matrix: Tensor = multiclass_confusion_matrix(predictions, targets, num_classes, validate_args=False)
     return matrix
@@ -125,6 +125,8 @@ def residuals(predictions: Tensor, targets: Tensor) -> list[Residuals]:
         predictions: Predicted values, float (N, C).
         targets: True values, float (N, C).
     """
+    from torchmetrics.functional.regression import mean_absolute_error, mean_squared_error, r2_score
+
     columns = zip(predictions.double().unbind(1), targets.double().unbind(1), strict=True)
     return [
         Residuals(

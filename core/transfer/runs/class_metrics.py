@@ -7,14 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_f1_score,
-    multiclass_precision,
-    multiclass_recall,
-    multilabel_f1_score,
-    multilabel_precision,
-    multilabel_recall,
-)
 
 from transfer.data.targets import class_name
 from transfer.interfaces import DataSpec, Task
@@ -82,6 +74,8 @@ def metrics_per_class(predictions: Tensor, targets: Tensor, num_classes: int) ->
         targets: True classes, int64 (N,).
         num_classes: Number of classes C.
     """
+    from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
+
     columns = [
         metric(predictions, targets, num_classes, average="none", validate_args=False)
         for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
@@ -97,6 +91,8 @@ def metrics_per_label(predictions: Tensor, targets: Tensor) -> list[ClassMetrics
         predictions: Whether each label was predicted, bool (N, C).
         targets: Whether each label is true, bool (N, C).
     """
+    from torchmetrics.functional.classification import multilabel_f1_score, multilabel_precision, multilabel_recall
+
     columns = [
         metric(predictions.int(), targets.int(), predictions.shape[1], average="none", validate_args=False)
         for metric in (multilabel_precision, multilabel_recall, multilabel_f1_score)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from transfer.errors import TrainingError
 from transfer.training.evaluation import PREDICTIONS
 from transfer.training.parallel import MetricMessages
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 MAX_REPORTED_INDICES = 16
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from transfer.config.torch_metrics import CollectedMetric
 from transfer.config.train_settings import Precision
 from transfer.errors import TrainingError
 from transfer.feature_cache.loader import StageInputs
@@ -26,6 +25,9 @@ from transfer.training.events import EvaluationStarted, EvaluationStep, Observer
 from transfer.training.parallel import MetricMessages
 from transfer.training.selection import MetricSample, Selection
 from transfer.training.state import named_metrics
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 PREDICTIONS = ""
 """Key of the predictions among the inputs of the metrics; no metric has this name."""
@@ -165,6 +167,8 @@ def device_metrics(task: Task, device: torch.device) -> dict[str, Metric]:
 
 def metric_so_far(task: Task, metrics: Mapping[str, Metric]) -> tuple[str, float]:
     """Return name and value of a metric during an epoch: the primary one, unless computing it takes long."""
+    from transfer.config.collected_metrics import CollectedMetric
+
     name = task.primary_metric.name
     if isinstance(metrics[name], CollectedMetric):  # sorts all examples so far, for example
         name = next((other for other, metric in metrics.items() if not isinstance(metric, CollectedMetric)), name)

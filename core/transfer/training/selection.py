@@ -6,15 +6,17 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from transfer.config.torch_metrics import metric_direction
 from transfer.errors import ConfigError
 from transfer.interfaces import Task
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 LAST = "last"
 GROUPS = 40

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
-from torchmetrics import Metric
 
 from transfer.errors import RunError, TrainingError, damaged
 from transfer.models.model import Model
@@ -22,6 +21,9 @@ from transfer.system.file_schema import FileSchema, checked
 from transfer.training import optimizer_state
 from transfer.training.scheduler import Schedule
 from transfer.training.selection import Selection
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 _FIX_MISMATCH = "restore the original files, or start a new run with: transfer run"
 _MISMATCH = "the checkpoint does not fit the run"
@@ -398,6 +400,8 @@ def load_weights(
 
 def named_metrics(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, Metric]]:
     """Yield metrics, and the metrics that they contain, with their paths."""
+    from torchmetrics import Metric
+
     for name, metric in metrics.items():
         for path, module in metric.named_modules():
             if isinstance(module, Metric):
