@@ -216,6 +216,10 @@ class Experiment:
         sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         return {"total": sum(sizes.values()), "trainable": sum(sizes[name] for name in trained)}
 
+    def trained_before(self, number: int) -> set[str]:
+        """Return the names of the parameters that the phase before a phase (counted from 1) trains."""
+        return {name for phase in self.phases[: number - 1][-1:] for group in phase.groups for name in group.parameters}
+
     def frozen_prefix_length(self) -> int:
         """Return the number of stages, from the input on, that are frozen in all phases: the test split's prefix."""
         return min(freezing.prefix_length(self.model, phase.frozen) for phase in self.phases)
