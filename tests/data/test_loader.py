@@ -508,9 +508,9 @@ def test_loader_processes_wait_for_unshared_memory_cache(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("limit", [0, None], ids=["no cache", "cache"])
 def test_example_twice_in_batch_is_augmented_once_each(limit: int | None) -> None:
     examples = cached_loader(limit).examples
-    first, second = examples.batch([(0, 3), (0, 3)]).inputs
+    first, second = examples.batch(0, np.array([3, 3])).inputs
     assert torch.equal(first, second)
-    assert torch.equal(first, examples.batch([(0, 3)]).inputs[0])
+    assert torch.equal(first, examples.batch(0, np.array([3])).inputs[0])
 
 
 def test_shared_memory_cache_limit_and_strides() -> None:

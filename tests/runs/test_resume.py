@@ -14,6 +14,8 @@ import transfer
 from transfer.storage import checkpoint
 from transfer.system.signals import Interrupted
 from transfer.training.experiment import Experiment
+from transfer.training.optimizer import build_optimizer
+from transfer.training.optimizer_state import group_options
 
 TIMES = {"seconds", "examples_per_second", "waiting_for_data", "peak_memory_bytes"}
 
@@ -116,6 +118,35 @@ def test_it_ends_the_same_to_the_last_bit(
     found = outcome(folder)
     for part, value in expected.items():
         assert found[part] == value, part
+
+
+def test_checkpoint_with_a_parameter_group_per_stage(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at_save: Callable[[int], None]
+) -> None:
+    """Older versions did not merge groups with the same options."""
+    overrides = ["train.scheduler={name: cosine}", "train.checkpoint.every_steps=1"]
+    expected = outcome(transfer.run(config, overrides, output=tmp_path / "complete").folder)
+    groups: list[list[dict[str, Any]]] = []
+
+    def old_options(optimizer: Any) -> list[dict[str, Any]]:
+        options = group_options(optimizer)
+        groups.append([{"name": group.pop("stages")[0], **group} for group in options])
+        return groups[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transfer.training.engine.build_optimizer", separate_groups)
+        patch.setattr("transfer.training.optimizer_state.group_options", old_options)
+        killed_at_save(2)
+        with pytest.raises(Killed):
+            transfer.run(config, overrides, output=tmp_path / "killed")
+    assert [group["name"] for group in groups[-1]] == ["first", "second", "third", "head"]
+    (folder,) = (tmp_path / "killed").iterdir()
+    transfer.resume(folder)
+    assert outcome(folder) == expected
+
+
+def separate_groups(*arguments: Any, **options: Any) -> Any:
+    return build_optimizer(*arguments, **{**options, "trained_before": None})
 
 
 def test_what_a_killed_process_left_of_the_model_is_no_part_of_it(

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transfer import ConfigError, FeatureSpec
 from transfer.builtin.heads import Attention, Linear
 from transfer.models.model import Model
+from transfer_text.models import bilstm
 from transfer_text.models.bilstm import BidirectionalLSTM, BiLSTM, ReadOut
 
 TEXTS = ["a fine film with a fine cast", "it is n't a film", "so slow , so very slow , I left", "film"]
@@ -241,3 +242,17 @@ def test_a_gpu_gives_the_same_features(readout: str) -> None:
     ids = inputs(backbone, TEXTS)
     expected = vector(backbone(ids))
     torch.testing.assert_close(vector(backbone.cuda()(ids.cuda())).cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_bf16_on_a_cpu_without_bf16_instructions(has_instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if has_instructions and not bilstm._has_bf16_lstm():
+        pytest.skip("oneDNN has no LSTM in bf16 on this CPU")
+    monkeypatch.setattr(bilstm, "_has_bf16_lstm", lambda: has_instructions)
+    backbone = build(layers=2, dropout=0.0)
+    batch = inputs(backbone, TEXTS)
+    expected = vector(backbone(batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        features = vector(backbone(batch))
+    torch.testing.assert_close(features.float(), expected, atol=0.05, rtol=0.05)
+    features.float().sum().backward()

@@ -20,7 +20,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from transfer import DataSpec, Task
-from transfer.builtin.metrics import MeanOf
+from transfer.builtin.metrics import MAX_PENDING_BATCHES, MeanOf
 from transfer.builtin.tasks import Classification, MultiLabel, Regression
 from transfer.config.check import load_config
 from transfer.config.torch_metrics import TorchMetric
@@ -178,6 +178,7 @@ def test_metrics_of_built_in_tasks_need_no_data(task_class: type[Task]) -> None:
     assert losses.shape == (16,)
     for metric in device_metrics(task, torch.device("meta")).values():
         metric.update(predictions, targets)
+        assert metric.metric_state  # counts the batch
 
 
 def test_metrics_of_torchmetrics_never_wait() -> None:
@@ -206,6 +207,9 @@ def test_metric_of_classification_equals_torchmetrics(name: str, reference: Metr
         reference.update(predictions, targets)
     assert torch.equal(ours.compute(), reference.compute())
     assert ours.update_count == reference.update_count
+    for _ in range(2 * MAX_PENDING_BATCHES + 1):  # more batches than are counted together
+        ours.update(predictions, targets)
+        reference.update(predictions, targets)
     for state in ("tp", "fp", "fn"):  # ours leaves true negatives out
         assert torch.equal(ours.metric_state[state], reference.metric_state[state]), state
     copied = pickle.loads(pickle.dumps(copy.deepcopy(ours)))

@@ -20,7 +20,7 @@ from transfer.config.run_config import TorchClass
 from transfer.config.torch_classes import OPTIMIZERS, SCHEDULERS
 from transfer.models.model import Model
 from transfer.training.freezing import Frozen
-from transfer.training.optimizer import build_optimizer, parameter_groups
+from transfer.training.optimizer import build_optimizer, learning_rates, parameter_groups
 from transfer.training.scheduler import Schedule
 
 NOTHING = Frozen(frozenset(), frozenset())
@@ -155,14 +155,42 @@ def test_no_fused_kernel_for_complex_or_sparse_gradients(model: Model) -> None:
         assert changed.count(True) == 1
 
 
-def test_optimizer_has_one_group_per_stage(model: Model) -> None:
-    made = optimizer(model, lr={"head": 0.1, "backbone": 0.01}, momentum=0.9)
-    assert [(g["name"], g["lr"], g["momentum"]) for g in made.param_groups] == [
-        ("first", 0.01, 0.9),
-        ("second", 0.01, 0.9),
-        ("third", 0.01, 0.9),
-        ("head", 0.1, 0.9),
+def test_optimizer_merges_stages_with_the_same_options(model: Model) -> None:
+    lr = {"head": 0.1, "backbone": 0.01}
+    made = optimizer(model, lr=lr, momentum=0.9)
+    assert [(g["stages"], g["lr"], g["momentum"]) for g in made.param_groups] == [
+        (("first", "second", "third"), 0.01, 0.9),
+        (("head",), 0.1, 0.9),
     ]
+    assert learning_rates(made) == {"first": 0.01, "second": 0.01, "third": 0.01, "head": 0.1}
+
+
+def test_merged_groups_make_the_same_step(model: Model) -> None:
+    groups = parameter_groups(model, NOTHING, 0.01, ("norm", "bias"))
+    part, states = TorchClass("adamw", OPTIMIZERS["adamw"], {"weight_decay": 0.3}), []
+    for before in ((), None):
+        net = copy.deepcopy(model)
+        made = build_optimizer(net, groups, part, None, trained_before=before)
+        torch.manual_seed(0)
+        for _ in range(2):
+            step(net, made)
+        states.append((len(made.param_groups), net.state_dict()))
+    (merged, first), (separate, second) = states
+    assert (merged, separate) == (2, 8)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_momentum_of_the_previous_phase_is_kept_in_merged_groups(model: Model) -> None:
+    # The fused kernel of SGD refuses groups in which only some parameters have a momentum.
+    part = TorchClass("sgd", OPTIMIZERS["sgd"], {"momentum": 0.9})
+    partly = Frozen(freeze(model, "first").parameters | {"second.0.weight"}, frozenset({"first"}))
+    groups = parameter_groups(model, partly, 0.1)
+    first = build_optimizer(model, groups, part, None)
+    step(model, first)
+    before = {name for group in groups for name in group.parameters}
+    second = build_optimizer(model, parameter_groups(model, NOTHING, 0.1), part, first, trained_before=before)
+    assert [group["stages"] for group in second.param_groups] == [("first", "second"), ("second", "third", "head")]
+    step(model, second)
 
 
 def test_options_refused_by_torch_raise_config_error(model: Model) -> None:
@@ -246,7 +274,7 @@ def test_one_cycle_steps_after_every_batch(model: Model) -> None:
 def test_one_cycle_keeps_rates_of_groups(model: Model) -> None:
     made = optimizer(model, lr={"head": 0.4, "backbone": 0.1}, momentum=0.9)
     schedule(made, "one_cycle", div_factor=10)
-    assert [group["lr"] for group in made.param_groups] == pytest.approx([0.01, 0.01, 0.01, 0.04])
+    assert [group["lr"] for group in made.param_groups] == pytest.approx([0.01, 0.04])
 
 
 def test_plateau_watches_the_metric(model: Model) -> None:
@@ -309,8 +337,8 @@ def test_warmup_rises_to_rate_of_each_group(model: Model) -> None:
         seen.append([group["lr"] for group in made.param_groups])
         made.step()
         plan.after_step()
-    assert seen[0] == pytest.approx([0.025, 0.025, 0.025, 0.1])
-    assert seen[3] == pytest.approx([0.1, 0.1, 0.1, 0.4])
+    assert seen[0] == pytest.approx([0.025, 0.1])
+    assert seen[3] == pytest.approx([0.1, 0.4])
 
 
 def test_step_scheduler_starts_after_warmup(model: Model) -> None:
@@ -418,7 +446,8 @@ def test_kinds_of_parameters_without_weight_decay(model: Model, kinds: Any, expe
     assert sorted(names) == sorted(dict(model.named_parameters()))
     part = TorchClass("adamw", OPTIMIZERS["adamw"], {"weight_decay": 0.3})
     made = build_optimizer(model, found, part, None)
-    assert [group["weight_decay"] for group in made.param_groups] == [0.3 if g.decays else 0.0 for g in found]
+    decays = {id(p): group["weight_decay"] > 0 for group in made.param_groups for p in group["params"]}
+    assert {name for name, parameter in model.named_parameters() if not decays[id(parameter)]} == expected
     assert all(group["lr"] == 0.1 for group in made.param_groups)
 
 

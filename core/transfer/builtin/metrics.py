@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import Any
 
+import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
     MulticlassStatScores,
     MultilabelStatScores,
 )
+
+MAX_PENDING_BATCHES = 64
+"""Number of batches that a metric of classes counts together."""
 
 
 class MeanOf(MeanMetric):
@@ -37,12 +41,20 @@ class MeanOf(MeanMetric):
         self.weight += values.numel()
 
 
-class _QuickUpdate(Metric):
-    """A metric whose update takes little time beside a small training step.
+class _Counts(MulticlassStatScores):
+    """A metric of classes that counts many batches at once, so that an update takes no time in a training step.
 
-    The state is that of torchmetrics, without the true negatives, which neither accuracy nor F1 uses. It is changed in
-    place, because Module.__setattr__ is slow.
+    The state is that of torchmetrics, without the true negatives, which neither accuracy nor F1 uses. The counts are
+    integers, so that they do not depend on the grouping of the batches.
     """
+
+    tp: Tensor
+    fp: Tensor
+    fn: Tensor
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._pending: list[tuple[Tensor, Tensor]] = []
 
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
         """Count the updates. torchmetrics' wrapper takes longer than the update; it is for gradients of metrics."""
@@ -55,36 +67,58 @@ class _QuickUpdate(Metric):
 
         return counted
 
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add a batch of classes, int64 (B,)."""
+        self._pending.append((predictions, targets))
+        if len(self._pending) == MAX_PENDING_BATCHES:
+            self._count_pending()
 
-class Accuracy(_QuickUpdate, MulticlassAccuracy):
+    def compute(self) -> Tensor:
+        """Return the metric over all batches."""
+        self._count_pending()
+        return super().compute()
+
+    def reset(self) -> None:
+        """Remove all batches."""
+        self._pending.clear()
+        super().reset()
+
+    @property
+    def metric_state(self) -> dict[str, list[Tensor] | Tensor]:
+        """State over all batches, for checkpoints."""
+        self._count_pending()
+        return super().metric_state
+
+    def _count_pending(self) -> None:
+        if self._pending:
+            predictions, targets = map(torch.cat, zip(*self._pending, strict=True))
+            self._pending.clear()
+            self._count(predictions, targets)
+
+    def _count(self, predictions: Tensor, targets: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Accuracy(_Counts, MulticlassAccuracy):
     """Accuracy over examples."""
 
-    def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Add a batch of classes, int64 (B,)."""
+    def _count(self, predictions: Tensor, targets: Tensor) -> None:
         hits = (predictions == targets).sum()
         misses = len(targets) - hits
-        tp, fp, fn = _counts(self)
-        tp.add_(hits)
-        fp.add_(misses)
-        fn.add_(misses)
+        self.tp.add_(hits)
+        self.fp.add_(misses)
+        self.fn.add_(misses)
 
 
-class MacroF1(_QuickUpdate, MulticlassF1Score):
-    """Macro F1 without ``torch.bincount``, whose output size depends on the data: a GPU would wait at every step."""
+class MacroF1(_Counts, MulticlassF1Score):
+    """Macro F1 without ``torch.bincount``, whose output size depends on the data: a GPU would wait."""
 
-    def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Add a batch of classes, int64 (B,)."""
+    def _count(self, predictions: Tensor, targets: Tensor) -> None:
         hits = (predictions == targets).long()
         wrong = 1 - hits
-        tp, fp, fn = _counts(self)
-        tp.index_add_(0, targets, hits)
-        fp.index_add_(0, predictions, wrong)
-        fn.index_add_(0, targets, wrong)
-
-
-def _counts(metric: MulticlassStatScores) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the true positives, false positives and false negatives of a metric, to be changed."""
-    return cast("tuple[Tensor, Tensor, Tensor]", (metric.tp, metric.fp, metric.fn))
+        self.tp.index_add_(0, targets, hits)
+        self.fp.index_add_(0, predictions, wrong)
+        self.fn.index_add_(0, targets, wrong)
 
 
 class MultilabelMacroF1(MultilabelStatScores):

@@ -66,14 +66,15 @@ def _pinned(inputs: Any) -> Any:
 
 
 def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches, on a CUDA device copied there on a stream of their own; on others, as they are.
+    """Return an iterator of batches: on a CUDA device copied there on a stream of their own, on others as they are.
 
     The copy and the normalization of a batch then overlap with the computation of the batch before it, which the device
     still works on when Python asks for the next batch.
     """
-    if device.type != "cuda":
-        yield from batches
-        return
+    return _copied_on_own_stream(batches, device) if device.type == "cuda" else iter(batches)
+
+
+def _copied_on_own_stream(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
     for batch in batches:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import itertools
 import signal
 import warnings
 import weakref
@@ -161,11 +162,11 @@ class Loader:
             lengths = encoded_lengths(self.preprocessing, self.examples.encoded)
         # A stable sort keeps the result independent of NumPy's sorting algorithm.
         order = np.arange(len(self.split)) if lengths is None else np.argsort(-lengths, kind="stable")
-        return self.batch([(0, int(index)) for index in order[:count]])
+        return self.batch(0, order[:count])
 
-    def batch(self, pairs: list[tuple[int, int]]) -> Batch:
-        """Return the batch of some (epoch, example index) pairs, loaded in this process."""
-        return replace(self.examples.batch(pairs), to_device=self.preprocessing.to_device)
+    def batch(self, epoch: int, indices: npt.NDArray[np.int64]) -> Batch:
+        """Return the batch of some examples, augmented as in an epoch, loaded in this process."""
+        return self.examples.batch(epoch, indices, self.preprocessing.to_device)
 
     @property
     def augments(self) -> bool:
@@ -234,14 +235,14 @@ class Loader:
         for number, batch in enumerate(loaded):
             if isinstance(batch, DataError):
                 raise batch
-            # Here, because loader processes would send the preprocessing with every batch.
-            batch = replace(batch, to_device=self.preprocessing.to_device)
+            if batch.to_device is None:  # loader processes would send the preprocessing with every batch
+                batch = replace(batch, to_device=self.preprocessing.to_device)
             yield batch if shard is None else replace(batch, global_indices=global_batches[number])
 
     def _loaded_here(self, epoch: int, batches: Iterable[npt.NDArray[np.int64]]) -> Iterator[Batch]:
         """Yield batches that this process loads. torch's DataLoader would take longer than a small batch."""
         for indices in batches:
-            batch = self.examples.batch([(epoch, index) for index in indices.tolist()])
+            batch = self.batch(epoch, indices)
             yield batch.pin_memory() if self.pin_memory else batch
 
     def _sampled(self, sampler: Sampler, epoch: int) -> npt.NDArray[np.int64]:
@@ -268,7 +269,7 @@ class Loader:
         if free > AMPLE_SHARED_MEMORY_BYTES:
             return workers
         # Of the longest batch, because its texts need the most space.
-        batch = self.examples.batch([(epoch, int(i)) for i in max(batches, key=len)])
+        batch = self.batch(epoch, max(batches, key=len))
         size = max(1, tensor_bytes(batch.inputs) + tensor_bytes(batch.targets))
         fitting = min(workers, int(free // (BATCHES_PER_WORKER * size)))
         if fitting < workers:
@@ -292,7 +293,8 @@ class Loader:
         far, which only grows with k, so the largest k is found by binary search.
         """
         if self.batch_size is not None:
-            return np.split(order, range(self.batch_size, len(order), self.batch_size))
+            # np.split takes longer than this.
+            return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         assert self.lengths is not None, "max_tokens needs values that are encoded once"
         lengths = self.lengths[order]
         batches, start = [], 0
@@ -307,7 +309,7 @@ class Loader:
 
 
 class _EpochPlan:
-    """Batch sampler: the (epoch, example index) pairs of each batch of the current epoch."""
+    """Batch sampler: the epoch and the example indices of each batch of the current epoch."""
 
     def __init__(self) -> None:
         self._epoch, self._batches = 0, list[npt.NDArray[np.int64]]()
@@ -315,10 +317,8 @@ class _EpochPlan:
     def start_epoch(self, epoch: int, batches: list[npt.NDArray[np.int64]]) -> None:
         self._epoch, self._batches = epoch, batches
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # The pairs of one batch at a time: a list of all would take much memory.
-        epoch, batches = self._epoch, self._batches
-        return ([(epoch, int(i)) for i in batch] for batch in batches)
+    def __iter__(self) -> Iterator[Any]:  # torch expects lists of indices; its loader passes any value on
+        return zip(itertools.repeat(self._epoch), self._batches)  # the first one is infinite
 
 
 class _TorchLoader(DataLoader[Any]):
@@ -384,7 +384,7 @@ def _copied(value: Any) -> Any:
 
 
 class _BatchDataset(Dataset[Any]):
-    """Dataset of batches, indexed by lists of (epoch, example index) pairs. Loader processes get a copy.
+    """Dataset of batches, indexed by an epoch and example indices. Loader processes get a copy.
 
     Args:
         split: Raw examples.
@@ -431,25 +431,27 @@ class _BatchDataset(Dataset[Any]):
             values = encode(self.preprocessing, self.column, indices, self.split.name)
             self.memory_cache.measure(dict(zip(indices, values, strict=True)), shared=shared)
 
-    def __getitem__(self, pair: tuple[int, int]) -> Batch:
-        return self.batch([pair])
-
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch | DataError:
+    def __getitems__(self, key: tuple[int, npt.NDArray[np.int64]]) -> Batch | DataError:
         try:
-            return self.batch(pairs)
+            return self.batch(*key)
         except DataError as error:
             # DataLoader rebuilds an exception of a loader process from its text only. As a value it is pickled, with
             # its location and fix; Loader.epoch raises it.
             return error
 
-    def batch(self, pairs: list[tuple[int, int]]) -> Batch:
-        """Return the batch of some (epoch, example index) pairs."""
-        indices = np.array([index for _, index in pairs])
-        encoded = self._encoded(indices.tolist())
+    def batch(
+        self,
+        epoch: int,
+        indices: npt.NDArray[np.int64],
+        to_device: Callable[[Any, torch.device], Any] | None = None,
+    ) -> Batch:
+        """Return the batch of some examples, augmented as in an epoch, with the function that moves it to a device."""
+        numbers: list[int] = indices.tolist()
+        encoded = self._encoded(numbers)
         if self.augments:
-            repeats = len(set(indices.tolist())) < len(pairs)  # a sampler may draw an example twice
+            repeats = len(set(numbers)) < len(numbers)  # a sampler may draw an example twice
             with preserve_rng_state():
-                for position, (epoch, index) in enumerate(pairs):
+                for position, index in enumerate(numbers):
                     # Seeded for each example: the augmentation depends neither on the batch nor on the loader process.
                     seed_all(self.seed, epoch, index)
                     value = encoded[position]
@@ -457,18 +459,20 @@ class _BatchDataset(Dataset[Any]):
                         # An augmentation that works in place must not change the stored value.
                         value = _copied(value)
                     encoded[position] = self.preprocessing.augment(value)
-        return Batch(self.preprocessing.collate(encoded), torch.as_tensor(self.split.targets[indices]), indices)
+        targets = torch.as_tensor(self.split.targets[indices])
+        return Batch(self.preprocessing.collate(encoded), targets, indices, to_device=to_device)
 
     def _encoded(self, indices: list[int]) -> list[Any]:
         """Return the encoded values of some examples, from memory or newly encoded."""
         if self.encoded is not None:
             return [self.encoded[i] for i in indices]
-        # One call for all missing values: the preprocessing may encode them in parallel.
-        cached = {i: self.memory_cache.get(i) for i in indices}
-        missing = [i for i, value in cached.items() if value is None]
-        fresh = dict(zip(missing, encode(self.preprocessing, self.column, missing, self.split.name), strict=True))
-        values = [fresh[i] if i in fresh else cached[i] for i in indices]
-        if self.is_filling_cache:
-            for index, value in fresh.items():
-                self.memory_cache.put(index, value)
+        values = [self.memory_cache.get(i) for i in indices]
+        missing = list(dict.fromkeys(i for i, value in zip(indices, values, strict=True) if value is None))
+        if missing:
+            # One call for all missing values: the preprocessing may encode them in parallel.
+            fresh = dict(zip(missing, encode(self.preprocessing, self.column, missing, self.split.name), strict=True))
+            values = [fresh[i] if value is None else value for i, value in zip(indices, values, strict=True)]
+            if self.is_filling_cache:
+                for index, value in fresh.items():
+                    self.memory_cache.put(index, value)
         return values

@@ -111,7 +111,7 @@ class FrozenPrefix:
         """Return the digest of the inputs and the features of the first examples by index, without augmentation."""
         if not len(loader.split):
             return ""
-        batch = loader.in_fixed_order(SAMPLE_EXAMPLES, augment=False).batch(_sample_of(loader, 0))
+        batch = loader.in_fixed_order(SAMPLE_EXAMPLES, augment=False).batch(0, _sample_of(loader))
         with preserve_rng_state(), _reproducible(self.device):
             ((_, features),) = forward_batches(
                 self.model, [batch], device=self.device, precision=self.precision, end_stage=self.count
@@ -121,7 +121,7 @@ class FrozenPrefix:
     def _augmented_sample(self, loader: Loader, view: int) -> str:
         """Return the digest of the augmented inputs of the first examples by index."""
         examples = loader.in_fixed_order(SAMPLE_EXAMPLES, augment=True).examples
-        return content_digest(examples.batch(_sample_of(loader, view)).inputs) if len(loader.split) else ""
+        return content_digest(examples.batch(view, _sample_of(loader)).inputs) if len(loader.split) else ""
 
     def probe(self, loader: Loader, view: int | None, examples: int) -> Any:
         """Return the features, on the CPU, of copies of the example that comes last in the fixed order (the shortest).
@@ -134,7 +134,7 @@ class FrozenPrefix:
         fixed = loader.in_fixed_order(BATCH_SIZE, augment=view is not None)
         index = int(fixed.batch_indices(0)[-1][-1])
         with preserve_rng_state():
-            batch = fixed.batch([(view or 0, index)] * examples)
+            batch = fixed.batch(view or 0, np.repeat(index, examples))
             ((_, features),) = forward_batches(
                 self.model, [batch], device=self.device, precision=self.precision, end_stage=self.count
             )
@@ -163,8 +163,8 @@ class FrozenPrefix:
             yield batch.indices, move(features, torch.device("cpu"))
 
 
-def _sample_of(loader: Loader, epoch: int) -> list[tuple[int, int]]:
-    return [(epoch, index) for index in range(min(SAMPLE_EXAMPLES, len(loader.split)))]
+def _sample_of(loader: Loader) -> npt.NDArray[np.int64]:
+    return np.arange(min(SAMPLE_EXAMPLES, len(loader.split)))
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class Model(nn.Module):
     def __init__(self, backbone: Backbone, head: Head, fixed: Iterable[nn.Parameter] = ()) -> None:
         super().__init__()
         self._stage_names = (*backbone.stage_names, "head")
+        self._stage_paths = tuple(tuple(name.split(".")) for name in self._stage_names)
         for name, stage in zip(self._stage_names, (*backbone.stages, head), strict=True):
             *groups, stage_name = name.split(".")
             holder: nn.Module = self
@@ -117,7 +118,12 @@ class Model(nn.Module):
         return any(isinstance(module, BATCH_NORM) for module in self.modules())
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self.stages.values())
+        # Looked up at each step: a stage may be replaced. get_submodule does the same, but takes ten times as long.
+        for path in self._stage_paths:
+            stage: Any = self
+            for name in path:
+                stage = stage._modules[name]
+            yield stage
 
     def __len__(self) -> int:
         return len(self._stage_names)

@@ -28,7 +28,7 @@ from transfer.runs.summary_html import run_html
 from transfer.runs.tracking import Tracking
 from transfer.storage.environment import environment_diff
 from transfer.storage.run_directory import RunDirectory
-from transfer.system.devices import busy_cores_warning, device_name
+from transfer.system.devices import busy_cores_warning, device_name, slow_precision_warning
 from transfer.system.ranks import lacks_a_launcher
 from transfer.system.signals import Signals
 from transfer.training.build import BuiltExperiment, build
@@ -301,8 +301,10 @@ def _train(
     if processes.is_main:
         observe = tracking
     observe(RunStarted(directory.path, run_facts(config, built, device), epochs, primary_metric))
-    if (warning := busy_cores_warning(built.experiment.options.device)) is not None:
-        observe(Note(f"warning: {warning}"))
+    options = built.experiment.options
+    for warning in (busy_cores_warning(options.device), slow_precision_warning(options.precision, options.device)):
+        if warning is not None:
+            observe(Note(f"warning: {warning}"))
     with Signals(distributed=processes.is_distributed) as signals:
         try:
             fitted = fit(built.experiment, directory, observe, signals, resume=resume, processes=processes)

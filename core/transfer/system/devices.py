@@ -50,6 +50,18 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def slow_precision_warning(precision: str, device: torch.device) -> str | None:
+    """Return a warning if the CPU has no instructions for bf16 (AVX512-BF16 or AMX), otherwise None."""
+    if precision != "bf16" or device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return (
+        "this CPU has no bf16 instructions: bf16 is slower than fp32 (train.precision), and the LSTM of a bilstm is "
+        "computed in fp32"
+    )
+
+
 def busy_cores_warning(device: torch.device) -> str | None:
     """Return a warning if other programs use the cores that torch's threads need, otherwise None.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -117,11 +117,10 @@ class BatchRecorder:
             targets: Targets of the shard of this rank.
             inputs: Inputs of the metrics of the shard of this rank, by the name of the metric.
         """
-        tensors = [losses, targets, *inputs.values()]
-        if not self._messages.processes.is_distributed:
-            self._record(indices, (step, rates, tuple(inputs)), tensors)
+        if self._messages.processes.is_distributed:
+            self._messages.append(indices, [losses, targets, *inputs.values()], (step, rates, tuple(inputs)))
         else:
-            self._messages.append(indices, tensors, (step, rates, tuple(inputs)))
+            self._record(indices, step, rates, losses, targets, inputs)
 
     def losses(self, *, flush: bool = False) -> list[BatchLoss]:
         """Return the losses of the batches since the last call; with several ranks, of those whose message is due.
@@ -130,14 +129,20 @@ class BatchRecorder:
             flush: Whether to send a message even if it is not due.
         """
         if flush or self._messages.is_due:
-            for batch in self._messages.exchange():
-                self._record(*batch)
+            for indices, (step, rates, names), (batch_losses, targets, *inputs) in self._messages.exchange():
+                self._record(indices, step, rates, batch_losses, targets, dict(zip(names, inputs, strict=True)))
         losses, self._losses = self._losses, []
         return losses
 
-    def _record(self, indices: npt.NDArray[np.int64], facts: Any, tensors: list[Tensor]) -> None:
-        (step, rates, names), (losses, targets, *values) = facts, tensors
-        inputs = dict(zip(names, values, strict=True))
+    def _record(
+        self,
+        indices: npt.NDArray[np.int64],
+        step: int,
+        rates: Mapping[str, float],
+        losses: Tensor,
+        targets: Tensor,
+        inputs: Mapping[str, Tensor],
+    ) -> None:
         for name, metric in self._metrics.items():
             metric.update(inputs.get(name, inputs[PREDICTIONS]), targets)
         self._losses.append(BatchLoss.copy_from(losses.sum(), indices, step, rates))

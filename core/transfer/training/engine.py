@@ -206,7 +206,9 @@ class Trainer:
         is_new = number > progress.phase  # not resumed within the phase
         first_epoch = progress.epochs - (0 if is_new else progress.phase_epochs)
         batches_per_epoch = experiment.batches_per_epoch(first_epoch, phase.epochs)
-        optimizer = build_optimizer(self.model, phase.groups, experiment.optimizer, previous=self.state.optimizer)
+        before = None if self.state.has_group_per_stage else experiment.trained_before(number)
+        previous = self.state.optimizer
+        optimizer = build_optimizer(self.model, phase.groups, experiment.optimizer, previous, trained_before=before)
         schedule = Schedule(
             phase.scheduler,
             optimizer,
@@ -252,8 +254,7 @@ class Trainer:
         seconds_before, waiting_before, examples_before = sums.seconds, sums.waiting_seconds, sums.examples
         started = last_progress = time.perf_counter()
         shard = self.processes.shard if self.processes.is_distributed else None
-        remaining = len(sizes) - sums.batches
-        loaded = train.loader.epoch(progress.epochs, start=sums.batches, limit=remaining, shard=shard)
+        loaded = train.loader.epoch(progress.epochs, start=sums.batches, limit=len(sizes) - sums.batches, shard=shard)
         batches = TimedIterator(copied_ahead(loaded, self.device))
 
         for batch in batches:  # a signal may interrupt the wait for it: no step is in progress
@@ -275,8 +276,8 @@ class Trainer:
                     self._save_checkpoint()
             # ---- once in a while: progress for the observers
             # The pending losses are not in the sum yet, so the mean is over the examples before them.
-            recorded = sums.examples - sum(len(loss.indices) for loss in self._pending) - self.recorder.waiting
-            if recorded and now - last_progress >= PROGRESS_INTERVAL_SECONDS:
+            pending = sum(len(loss.indices) for loss in self._pending) + self.recorder.waiting
+            if now - last_progress >= PROGRESS_INTERVAL_SECONDS and (recorded := sums.examples - pending):
                 last_progress = now
                 value = evaluation.metric_so_far(experiment.task, metrics)
                 speed = (sums.examples - examples_before) / (now - started)
@@ -317,9 +318,10 @@ class Trainer:
                 seed_generators(self.device, self.experiment.seed, number, processes.rank.index)
                 losses, outputs = self._losses(batch, first_stage)
                 # Divided by the examples of all batches, accumulated gradients equal those of one large batch. The mean
-                # of the gradients over all ranks is then their sum divided by the examples of all ranks.
-                loss = losses.sum() / (examples / processes.rank.world_size)
-                state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                # of the gradients over all ranks is then their sum divided by the examples of all ranks. Only the
+                # gradient of that mean is needed, not its value, which would be more operations.
+                gradient = torch.full_like(losses, processes.rank.world_size / examples)
+                torch.autograd.backward(losses, state.scaler.scale(gradient))
 
             # ---- metrics, over the examples of all ranks
             # Detached, because metrics keep their inputs: otherwise they would keep the graph of every batch alive.
@@ -421,11 +423,9 @@ class Trainer:
             progress.epoch.loss_sum += loss.finite_item(progress.epochs + 1)
 
     def _evaluate(self, model: Model, source: StageInputs, split: str, **collected: Any) -> dict[str, float]:
-        precision, limit = self.options.precision, self.experiment.max_batches
+        task, precision, limit = self.experiment.task, self.options.precision, self.experiment.max_batches
         collected |= {"processes": self.processes, "signals": self.signals}
-        return evaluation.evaluate(
-            model, self.experiment.task, source, precision, self.observe, split, limit, **collected
-        )
+        return evaluation.evaluate(model, task, source, precision, self.observe, split, limit, **collected)
 
     # ------------------------------------------------------------------------------------------------------ summary
 

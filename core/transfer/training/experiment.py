@@ -233,6 +233,10 @@ class Experiment:
         """
         return [min(self.train.count(first + i), self.max_batches or sys.maxsize) for i in range(epochs)]
 
+    def trained_before(self, number: int) -> set[str]:
+        """Return the names of the parameters that the phase before a phase (counted from 1) trains."""
+        return {name for phase in self.phases[: number - 1][-1:] for group in phase.groups for name in group.parameters}
+
     def frozen_prefix_length(self) -> int:
         """Return the number of stages, from the input on, that are frozen in all phases: the test split's prefix."""
         return min(freezing.prefix_length(self.model, phase.frozen) for phase in self.phases)

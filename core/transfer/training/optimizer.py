@@ -142,9 +142,16 @@ def _groups_of(stage: str) -> list[str]:
 
 
 def build_optimizer(
-    model: Model, groups: list[ParameterGroup], torch_class: TorchClass, previous: Optimizer | None
+    model: Model,
+    groups: list[ParameterGroup],
+    torch_class: TorchClass,
+    previous: Optimizer | None,
+    *,
+    trained_before: Collection[str] | None = (),
 ) -> Optimizer:
     """Build the optimizer of a phase.
+
+    Groups with the same options become one: torch's kernels update each group of the optimizer separately.
 
     Args:
         model: Model to train.
@@ -152,16 +159,23 @@ def build_optimizer(
         torch_class: Optimizer class with its options.
         previous: Optimizer of the previous phase: parameters that both phases train keep their state. None starts
             without state.
+        trained_before: Names of the parameters that the previous phase trained. They form groups of their own, because
+            the fused kernel of SGD refuses groups in which only some parameters have a momentum. None merges no groups.
 
     Raises:
         ConfigError: torch refuses the options.
     """
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-    torch_groups = [
-        {"params": [parameters[name] for name in group.parameters], "lr": group.lr, "name": group.stage}
-        | ({} if group.decays else {"weight_decay": 0.0})
-        for group in groups
-    ]
+    merged: dict[Any, dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        decay = {} if group.decays else {"weight_decay": 0.0}
+        for name in group.parameters:
+            key = number if trained_before is None else (group.lr, group.decays, name in trained_before)
+            torch_group = merged.setdefault(key, {"params": [], "lr": group.lr, "stages": (), **decay})
+            torch_group["params"].append(parameters[name])
+            if group.stage not in torch_group["stages"]:
+                torch_group["stages"] += (group.stage,)
+    torch_groups = list(merged.values())
     options = dict(torch_class.options)
     if _use_fused_kernel(model, torch_class):
         options["fused"] = True
@@ -203,5 +217,6 @@ def _use_fused_kernel(model: Model, torch_class: TorchClass) -> bool:
 
 
 def learning_rates(optimizer: Optimizer | None) -> dict[str, float]:
-    """Return the current learning rate of each parameter group by stage."""
-    return {} if optimizer is None else {group["name"]: group["lr"] for group in optimizer.param_groups}
+    """Return the current learning rate of each stage with trained parameters."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return {stage: group["lr"] for group in groups for stage in group["stages"]}

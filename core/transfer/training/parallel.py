@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,9 @@ MESSAGE_SECONDS = 0.5
 """Time between two messages with losses and predictions. A signal or a loss that is not finite waits as long."""
 MAX_MESSAGE_BYTES = 2**25
 """Maximum size of a message over all ranks: long outputs are gathered more often."""
+
+
+_NO_CONTEXT = nullcontext()
 
 
 class Replicas:
@@ -78,18 +81,18 @@ class Replicas:
         outputs: Tensor = (self._wrapped or self._replica.run)(inputs, first_stage)
         return outputs
 
-    @contextmanager
-    def step(self, trace: Callable[[], tuple[Tensor, Tensor]], *, is_last: bool) -> Iterator[None]:
-        """Context of the forward and backward pass of a batch.
+    def step(self, trace: Callable[[], tuple[Tensor, Tensor]], *, is_last: bool) -> AbstractContextManager[None]:
+        """Return the context of the forward and backward pass of a batch.
 
         Args:
             trace: Function that returns the losses (B,) and outputs of the batch. It is called for the first batch of a
                 phase, to find out which parameters have a gradient.
             is_last: Whether the batch is the last one of an optimizer step, after which gradients are summed.
         """
-        if not self.processes.is_distributed:
-            yield
-            return
+        return self._step(trace, is_last=is_last) if self.processes.is_distributed else _NO_CONTEXT
+
+    @contextmanager
+    def _step(self, trace: Callable[[], tuple[Tensor, Tensor]], *, is_last: bool) -> Iterator[None]:
         with _explain_lost_process():
             if self._wrapped is None:
                 self._wrapped = self._wrap(trace)

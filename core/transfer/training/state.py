@@ -234,6 +234,11 @@ class TrainingState:
     # A restored checkpoint whose optimizer and schedule wait for the start of their phase.
     _restored: tuple[Mapping[str, Tensors], _CheckpointState, Path] | None = None
 
+    @property
+    def has_group_per_stage(self) -> bool:
+        """Whether a restored checkpoint has a parameter group for each stage, as the first versions wrote them."""
+        return self._restored is not None and not all("stages" in group for group in self._restored[1].groups)
+
     def start_phase(self, optimizer: Optimizer, schedule: Schedule) -> None:
         """Set the optimizer and the schedule of a phase; load their state if a checkpoint was restored."""
         if self._restored is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Literal
 
 import torch
@@ -149,8 +151,22 @@ class BidirectionalLSTM(nn.LSTM):
     def _run(self, inputs: Tensor, zeros: Tensor, name: str) -> Tensor:
         """Run one direction of one layer, (T, B, D) -> (T, B, H), from a state of zeros (1, B, H)."""
         weights = [getattr(self, f"{kind}_{name}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        outputs, _, _ = torch.lstm(inputs, (zeros, zeros), weights, True, 1, 0.0, self.training, False, False)
+        with _supported_precision(inputs.device):
+            outputs, _, _ = torch.lstm(inputs, (zeros, zeros), weights, True, 1, 0.0, self.training, False, False)
         return outputs
+
+
+def _supported_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of an LSTM. Without bf16 instructions of the CPU, oneDNN's LSTM exists in fp32 only."""
+    if device.type != "cpu" or is_recorded() or _has_bf16_lstm():
+        return nullcontext()
+    return torch.autocast("cpu", enabled=False)
+
+
+@functools.cache
+def _has_bf16_lstm() -> bool:
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not has_onednn or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _take(steps: Tensor, positions: Tensor) -> Tensor:
