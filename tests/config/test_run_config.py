@@ -53,6 +53,8 @@ def test_config_fills_in_defaults(tiny: None) -> None:
         "target": "class",
         "validation": 0.1,
         "limit": None,
+        "exclude": None,
+        "fold": None,
     }
     assert resolved["backbone"] == {"name": "dense", "width": 4, "dropout": 0.1}
     assert resolved["head"] == {"name": "linear", "dropout": 0.0}

@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import transfer
 from transfer import ConfigError, Data, Dataset, DataSpec, UserError, probe, register
 from transfer.config.check import load_config
-from transfer.experiments.probe import LINEAR, MEANS, NEIGHBORS, _features, _probing_config, _votes, parse_shots
+from transfer.experiments.probe import LINEAR, MEANS, NEIGHBORS, features_of, probing_config, _votes, parse_shots
 from transfer.training.build import build
 
 
@@ -109,8 +109,8 @@ def test_probe_ranks_backbones_and_numbers_of_labels(configs: list[dict[str, Any
 
 def test_classifiers_agree_with_scikit_learn(configs: list[dict[str, Any]]) -> None:
     (linear, _, neighbors) = probe(configs[:1], shots=["full"]).rows
-    built = build(_probing_config(configs[0], []), lambda _: None)
-    examples = _features(built, lambda _: None)
+    built = build(probing_config(configs[0], []), lambda _: None)
+    examples = features_of(built, lambda _: None)
     features = {name: one.features.numpy() for name, one in examples.items()}
     targets = {name: one.targets.numpy() for name, one in examples.items()}
     # The penalty is that of features with a root mean square norm of 1 and of both rows of weights.

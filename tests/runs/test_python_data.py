@@ -51,7 +51,7 @@ def test_run_of_a_table_is_complete(tmp_path: Path) -> None:
     assert run.folder.name.startswith("mine-")
     assert run.summary["examples"] == {"train": 24, "validation": 6, "test": 10}
     block = yaml.safe_load((run.folder / "config.yaml").read_text())["data"]
-    assert block == {**data.block, "validation": 0.2, "limit": 12}
+    assert block == {**data.block, "validation": 0.2, "limit": 12, "exclude": None, "fold": None}
     assert isinstance(run.model, nn.Module)
     assert not run.model.training
     assert run.predict(POINTS[:2]) == transfer.load(run.folder).predict(POINTS[:2])

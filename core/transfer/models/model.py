@@ -132,8 +132,8 @@ class Model(nn.Module):
         return self.get_submodule(self._stage_names[index])
 
     def stage_of(self, name: str) -> str:
-        """Return the name of the stage that a parameter or buffer belongs to."""
-        return next(stage for stage in self._stage_names if name.startswith(f"{stage}."))
+        """Return the name of the stage that a parameter, a buffer or a module belongs to."""
+        return next(stage for stage in self._stage_names if f"{name}.".startswith(f"{stage}."))
 
     def keep_in_eval(self, frozen: tuple[nn.Module, ...], *, batch_norm: bool = True) -> None:
         """Keep modules in eval mode from now on, independent of the mode of the model.
