@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import transfer
 from transfer import ConfigError, Data, Dataset, DataSpec, UserError, probe, register
 from transfer.config.check import load_config
-from transfer.experiments.probe import LINEAR, MEANS, NEIGHBORS, features_of, probing_config, _votes, parse_shots
+from transfer.experiments.probe import LINEAR, MEANS, NEIGHBORS, _votes, features_of, parse_shots, probing_config
 from transfer.training.build import build
 
 
