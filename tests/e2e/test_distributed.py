@@ -101,8 +101,8 @@ def reviews(tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def pictures() -> Config:
-    """Frozen batch norm: the feature cache, of two views of augmented pictures, then a stage that is fine-tuned."""
+def images() -> Config:
+    """Frozen batch norm: the feature cache, of two views of augmented images, then a stage that is fine-tuned."""
     return {
         "seed": 1,
         "data": {"name": "shapes", "image_size": 32, "per_class": 13},
@@ -179,7 +179,7 @@ def assert_equal_to_rounding(found: Path, expected: Path) -> None:
             torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["reviews", "pictures"])
+@pytest.mark.parametrize("kind", ["reviews", "images"])
 def test_two_processes_give_what_one_gives(
     kind: str, launcher: Launcher, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -194,7 +194,7 @@ def test_two_processes_give_what_one_gives(
     assert log.count("epoch 1/") == log.count(" done ") == log.count("next: transfer predict") == 1
     assert sorted(path.name for path in both.iterdir()) == sorted(path.name for path in alone.iterdir())
     assert summary(both)["cache"] == summary(alone)["cache"]
-    if kind == "pictures":
+    if kind == "images":
         assert all(report["cached"] for report in summary(both)["cache"])
         entries = [path for path in (tmp_path / "both" / "cache").iterdir() if len(path.name) == 40]
         assert len(entries) == 4  # two views of the training split, and the two others
@@ -225,13 +225,13 @@ def test_gradient_equals_that_of_global_batch(
         torch.testing.assert_close(before[name] - after[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_batch_norm_statistics_are_means_over_ranks(launcher: Launcher, tmp_path: Path, pictures: Config) -> None:
+def test_batch_norm_statistics_are_means_over_ranks(launcher: Launcher, tmp_path: Path, images: Config) -> None:
     """With shares of one size the mean of the first layer's inputs is that of the whole batch; its spread is not."""
-    pictures["data"]["per_class"] = 4
-    pictures["backbone"]["augmentation"] = "none"
-    pictures["train"] = {"batch_size": 12, "optimizer": {"name": "sgd", "lr": 0.01}, "phases": [{"epochs": 1}]}
-    alone = transfer.run(pictures, output=tmp_path / "alone").folder
-    both = run_both(launcher, tmp_path / "both", pictures)
+    images["data"]["per_class"] = 4
+    images["backbone"]["augmentation"] = "none"
+    images["train"] = {"batch_size": 12, "optimizer": {"name": "sgd", "lr": 0.01}, "phases": [{"epochs": 1}]}
+    alone = transfer.run(images, output=tmp_path / "alone").folder
+    both = run_both(launcher, tmp_path / "both", images)
     one, other = (load_file(run / "checkpoints" / "last" / "model.safetensors") for run in (alone, both))
     (first,) = [name for name in one if name.startswith("stem.") and name.endswith("running_mean")]
     assert one[first].abs().max() > 1e-3

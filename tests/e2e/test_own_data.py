@@ -1,4 +1,4 @@
-"""The README's two ways to bring data: a folder of pictures, a table of texts; and what is wrong with some."""
+"""The README's two ways to bring data: a folder of images, a table of texts; and what is wrong with some."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def draw(path: Path, shade: int) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     for split, count in (("train", 12), ("val", 4)):
         for offset, name in ((0, "dark"), (150, "light")):
             for number in range(count):
-                draw(tmp_path / "pictures" / split / name / f"{number}.png", offset + number)
-    return tmp_path / "pictures"
+                draw(tmp_path / "images" / split / name / f"{number}.png", offset + number)
+    return tmp_path / "images"
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def reviews(tmp_path):
     return {"train": write("reviews.csv", 60), "test": write("held_out.csv", 20)}
 
 
-def config_of_pictures(root: Path) -> dict[str, object]:
+def config_of_images(root: Path) -> dict[str, object]:
     backbone = {"name": "resnet18", "weights": None, "image_size": 32}
     return {"data": {"name": "image_folder", "root": str(root)}, "backbone": backbone, "train": SMALL}
 
@@ -54,17 +54,17 @@ def config_of_texts(reviews: dict[str, str]) -> dict[str, object]:
     return {"data": data, "backbone": backbone, "train": SMALL | {"phases": [{"epochs": 6}]}}
 
 
-def test_a_folder_of_pictures(pictures, tmp_path):
-    run = transfer.run(config_of_pictures(pictures), output=tmp_path / "runs")
+def test_a_folder_of_images(images, tmp_path):
+    run = transfer.run(config_of_images(images), output=tmp_path / "runs")
     # The val folder is scored once at the end, and what picks the best epoch is cut from train.
     assert run.summary["data"] == {
         "train": {"dark": 11, "light": 11},
         "validation": {"dark": 1, "light": 1},
         "test": {"dark": 4, "light": 4},
     }
-    (answer,) = transfer.predict(run.folder, [str(pictures / "val" / "dark" / "0.png")])
+    (answer,) = transfer.predict(run.folder, [str(images / "val" / "dark" / "0.png")])
     assert answer["label"] in ("dark", "light")
-    assert len(list(transfer.predict(run.folder, [pictures / "val"]))) == 8
+    assert len(list(transfer.predict(run.folder, [images / "val"]))) == 8
 
 
 def test_a_table_of_texts(reviews, tmp_path):
@@ -75,27 +75,27 @@ def test_a_table_of_texts(reviews, tmp_path):
     assert [answer["label"] for answer in answers] == ["pos", "neg"]
 
 
-def test_unreadable_image_is_named(pictures, tmp_path):
-    broken = pictures / "train" / "dark" / "3.png"
+def test_unreadable_image_is_named(images, tmp_path):
+    broken = images / "train" / "dark" / "3.png"
     broken.write_text("not a picture")
     with pytest.raises(transfer.DataError) as caught:
-        transfer.run(config_of_pictures(pictures), output=tmp_path / "runs")
+        transfer.run(config_of_images(images), output=tmp_path / "runs")
     assert "train/dark/3.png  not an image" in str(caught.value)
-    assert caught.value.problems[0].where == str(pictures)
+    assert caught.value.problems[0].where == str(images)
 
 
 def test_one_class_only(tmp_path):
     for number in range(6):
-        draw(tmp_path / "pictures" / "train" / "dark" / f"{number}.png", number)
+        draw(tmp_path / "images" / "train" / "dark" / f"{number}.png", number)
     with pytest.raises(transfer.DataError, match="dark"):
-        transfer.run(config_of_pictures(tmp_path / "pictures"), output=tmp_path / "runs")
+        transfer.run(config_of_images(tmp_path / "images"), output=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
 def test_an_empty_folder(tmp_path):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     with pytest.raises(transfer.DataError) as caught:
-        transfer.run(config_of_pictures(tmp_path / "pictures"), output=tmp_path / "runs")
+        transfer.run(config_of_images(tmp_path / "images"), output=tmp_path / "runs")
     assert caught.value.problems[0].fix
 
 

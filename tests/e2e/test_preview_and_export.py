@@ -1,4 +1,4 @@
-"""The commands preview, evaluate --pictures and export."""
+"""The commands preview, evaluate --images and export."""
 
 from __future__ import annotations
 

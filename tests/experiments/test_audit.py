@@ -14,6 +14,7 @@ from conftest import Dense, Points
 
 import transfer
 from transfer import Data, Split, UserError, register
+from transfer.cli.experiment_commands import audit as audit_command
 
 needs_cleanlab = pytest.mark.skipif(find_spec("cleanlab") is None, reason="cleanlab is not installed")
 
@@ -131,3 +132,31 @@ def test_data_with_numbers_is_refused(config: dict[str, Any]) -> None:
 def test_wrong_similarity_is_refused(flawed: dict[str, Any], similarity: float) -> None:
     with pytest.raises(UserError, match="the similarity is wrong"):
         transfer.audit(flawed, similarity=similarity)
+
+
+@needs_cleanlab
+def test_of_three_near_duplicates_one_remains(flawed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Flawed.load
+
+    def with_triplet(self: Flawed) -> Data:
+        data = load(self)
+        points = list(data.splits["train"].fields["point"])
+        points[30] = points[31] = points[32] = points[33]
+        train = data.splits["train"]
+        return Data(data.spec, {**data.splits, "train": Split({"point": points}, train.targets, train.names)})
+
+    monkeypatch.setattr(Flawed, "load", with_triplet)
+    audited = transfer.audit(flawed, similarity=0.9999)
+    names = {f"train-{number}" for number in range(30, 34)}
+    duplicates = [finding for finding in audited.findings if finding.name in names and "duplicate" in finding.issues]
+    assert len(duplicates) == 4
+    assert sum(not finding.exclude for finding in duplicates if "label" not in finding.issues) <= 1
+
+
+def test_file_of_an_earlier_audit_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    reviewed = tmp_path / "mine-audit.csv"
+    reviewed.write_text("name,exclude\n")
+    with pytest.raises(UserError, match="the file exists"):
+        audit_command("mine.yaml")
+    assert reviewed.read_text() == "name,exclude\n"

@@ -18,7 +18,9 @@ from sklearn.neighbors import KNeighborsClassifier
 import transfer
 from transfer import ConfigError, Data, Dataset, DataSpec, UserError, probe, register
 from transfer.config.check import load_config
-from transfer.experiments.probe import LINEAR, MEANS, NEIGHBORS, _votes, features_of, parse_shots, probing_config
+from transfer.experiments.feature_classifiers import LINEAR, MEANS, NEIGHBORS, votes_of
+from transfer.experiments.frozen_features import features_of, probing_config
+from transfer.experiments.probe import parse_shots
 from transfer.training.build import build
 
 
@@ -135,9 +137,9 @@ def test_votes_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     known, queries = (torch.nn.functional.normalize(torch.randn(n, 3, generator=generator), dim=1) for n in (20, 7))
     targets = torch.eye(2)[torch.arange(20) % 2]
-    complete = _votes(known, targets, queries, [1, 5])
-    monkeypatch.setattr("transfer.experiments.probe.MAX_SIMILARITIES", 40)
-    for votes, expected in zip(_votes(known, targets, queries, [1, 5]), complete, strict=True):
+    complete = votes_of(known, targets, queries, [1, 5])
+    monkeypatch.setattr("transfer.experiments.frozen_features.MAX_SIMILARITIES", 40)
+    for votes, expected in zip(votes_of(known, targets, queries, [1, 5]), complete, strict=True):
         assert torch.allclose(votes, expected)
         assert torch.allclose(votes.sum(1), torch.ones(7))
 

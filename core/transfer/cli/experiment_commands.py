@@ -116,19 +116,23 @@ def audit(
     folds: Annotated[int, typer.Option(min=2, help="Number of folds for the out-of-fold probabilities.")] = 5,
     similarity: Annotated[float, typer.Option(help="Smallest cosine of the features of near duplicates.")] = 0.97,
     device: Device = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of an earlier audit.")] = False,
 ) -> None:
     """Look for wrong labels, near duplicates and outliers in the data of CONFIG, by the features of its backbone."""
     from transfer.cli.progress import RunConsole
     from transfer.cli.tables import audit_table
+    from transfer.errors import UserError
     from transfer.experiments.audit import audit as audit_data
     from transfer.system.formatting import quote_for_shell
     from transfer.system.terminal import Console
 
+    path = output or Path(f"{Path(str(config)).stem}-audit.csv")
+    if path.exists() and not force:  # the user may have reviewed it
+        raise UserError("the file exists", where=str(path), fix="choose another --output, or replace it by --force")
     with RunConsole(Console()) as observe:
         audited = audit_data(
             config, overrides or [], folds=folds, similarity=similarity, device=device, observe=observe
         )
-    path = output or Path(f"{Path(str(config)).stem}-audit.csv")
     audited.write_csv(path)
     Console().print(audit_table(audited))
     command = f"transfer run {quote_for_shell(str(config))} data.exclude={quote_for_shell(str(path))}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from transfer.config.run_config import Config
 from transfer.data.splits import fold_numbers
 from transfer.errors import ConfigError, UserError
-from transfer.experiments.probe import Examples, features_of, probing_config
+from transfer.experiments.frozen_features import Examples, cosines, features_of, probing_config
 from transfer.interfaces import Split, Task
 from transfer.registry.requirements import CORE_DISTRIBUTION, unmet
 from transfer.runs.prediction_files import replaced_file
@@ -35,8 +35,6 @@ OUTLIER_FENCE = 3.0
 """An outlier is this many interquartile ranges above the upper quartile of the distances (Tukey's outer fence)."""
 SIMILARITY = 0.97
 """Default of the smallest cosine of near duplicates, after the mean of all features is subtracted."""
-MAX_SIMILARITIES = 2**25
-"""Maximum number of cosines in memory at a time: 128 MiB."""
 COLUMNS = (
     *("split", "index", "name", "label", "suggested", "probability", "issues"),
     *("duplicate_of", "similarity", "distance", "exclude"),
@@ -159,8 +157,9 @@ def audit(
     numbers = fold_numbers(Split({}, targets, groups=together), folds)
     probabilities = _out_of_fold(built.experiment.task, everything, numbers)
     is_wrong, suggested = _label_issues(targets, probabilities)
-    nearest, cosines, distances = _neighbors(everything.features)
-    findings = _findings(splits, built, probabilities, is_wrong, suggested, (nearest, cosines, distances), similarity)
+    is_test = torch.tensor([name == "test" for name, split in splits.items() for _ in range(len(split))])
+    neighbors = _neighbors(everything.features, is_test.to(everything.features.device), similarity)
+    findings = _findings(splits, built, probabilities, is_wrong, suggested, neighbors, similarity)
     accuracy = float((probabilities.argmax(1) == targets).mean())
     ranked = sorted(findings, key=lambda one: ("label" not in one.issues, one.probability))
     return Audit(tuple(ranked), {name: len(split) for name, split in splits.items()}, accuracy)
@@ -192,21 +191,35 @@ def _label_issues(
     return np.asarray(issues, dtype=bool), probabilities.argmax(1)
 
 
-def _neighbors(features: Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the most similar other example of each, (N,), their cosine, and the mean distance to the nearest ones."""
+@dataclass(frozen=True)
+class _Neighbors:
+    """The most similar other examples of each of N examples.
+
+    Args:
+        nearest: Index of the most similar one, int64 (N,).
+        similarity: Cosine of these two, (N,).
+        distance: Mean cosine distance to the nearest ones, (N,).
+        is_spare: Whether an earlier example or one of the test split is a near duplicate, (N,).
+    """
+
+    nearest: npt.NDArray[np.int64]
+    similarity: npt.NDArray[np.float64]
+    distance: npt.NDArray[np.float64]
+    is_spare: npt.NDArray[np.bool_]
+
+
+def _neighbors(features: Tensor, is_test: Tensor, similarity: float) -> _Neighbors:
+    """Return the neighbors of examples by the cosine of their features (N, D), after their mean is subtracted."""
     directions = F.normalize((features - features.mean(0)).float(), dim=1)
-    count = min(NEIGHBORS, len(directions) - 1)
-    nearest, cosines, distances = [], [], []
-    size = max(1, MAX_SIMILARITIES // len(directions))
-    for start in range(0, len(directions), size):
-        rows = directions[start : start + size] @ directions.T
-        own = torch.arange(len(rows), device=rows.device)
-        rows[own, own + start] = -2.0  # an example is not its own neighbor
-        values, indices = rows.topk(count, dim=1)
-        nearest.append(indices[:, 0].cpu())
-        cosines.append(values[:, 0].double().cpu())
-        distances.append((1 - values).mean(1).double().cpu())
-    return torch.cat(nearest).numpy(), torch.cat(cosines).numpy(), torch.cat(distances).numpy()
+    positions = torch.arange(len(directions), device=directions.device)
+    columns: list[tuple[Tensor, ...]] = []
+    for start, block in cosines(directions, directions):
+        own = positions[start : start + len(block), None]
+        block = block.masked_fill(positions == own, -2.0)  # an example is not its own neighbor
+        values, indices = block.topk(min(NEIGHBORS, len(directions) - 1), dim=1)
+        is_spare = ((block >= similarity) & ((positions < own) | is_test)).any(1)
+        columns.append((indices[:, 0], values[:, 0].double(), (1 - values).mean(1).double(), is_spare))
+    return _Neighbors(*(torch.cat(parts).cpu().numpy() for parts in zip(*columns, strict=True)))
 
 
 def _findings(
@@ -215,23 +228,21 @@ def _findings(
     probabilities: npt.NDArray[np.float64],
     is_wrong: npt.NDArray[np.bool_],
     suggested: npt.NDArray[np.int64],
-    neighbors: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]],
+    neighbors: _Neighbors,
     similarity: float,
 ) -> Iterator[Finding]:
-    nearest, cosines, distances = neighbors
-    low, high = np.quantile(distances, [0.25, 0.75])
-    is_outlier = distances > high + OUTLIER_FENCE * (high - low)
+    low, high = np.quantile(neighbors.distance, [0.25, 0.75])
+    is_outlier = neighbors.distance > high + OUTLIER_FENCE * (high - low)
     where = [(name, index) for name, split in splits.items() for index in range(len(split))]
     for position, (name, index) in enumerate(where):
         issues = ["label"] * bool(is_wrong[position])
-        twin = where[nearest[position]] if cosines[position] >= similarity else None
+        cosine = float(neighbors.similarity[position])
+        twin = where[neighbors.nearest[position]] if cosine >= similarity else None
         if twin is not None:
             issues += ["duplicate", *["leak"] * (twin[0] != name)]
         issues += ["outlier"] * bool(is_outlier[position])
         if not issues:
             continue
-        # Of two duplicates in one split the first remains; the test split is never changed.
-        is_spare = twin is not None and (twin[0] == "test" or (twin[0], twin[1]) < (name, index))
         split, label = splits[name], int(splits[name].targets[index])
         yield Finding(
             split=name,
@@ -242,7 +253,8 @@ def _findings(
             probability=float(probabilities[position, label]),
             issues=tuple(issues),
             duplicate_of="" if twin is None else f"{twin[0]}: {splits[twin[0]].name(twin[1])}",
-            similarity=None if twin is None else float(cosines[position]),
-            distance=float(distances[position]),
-            exclude=name in _CLEAN_SPLITS and ("label" in issues or is_spare),
+            similarity=None if twin is None else cosine,
+            distance=float(neighbors.distance[position]),
+            # Of several duplicates the first remains; the test split is never changed.
+            exclude=name in _CLEAN_SPLITS and ("label" in issues or bool(neighbors.is_spare[position])),
         )

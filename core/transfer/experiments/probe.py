@@ -1,15 +1,14 @@
 """Backbones side by side: simple classifiers on their frozen features, for several numbers of labels.
 
 The features come from the feature cache. Three classifiers are fitted to them: logistic regression, whose solver is
-that of ``recipe: feature_extraction``; the nearest class mean; and k nearest neighbors. The last two compare features
-by their cosine after the mean of the training features is subtracted (SimpleShot, Wang et al. 2019).
+that of ``recipe: feature_extraction``; the nearest class mean; and k nearest neighbors.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-from transfer.config.check import load_config
 from transfer.config.run_config import Config, RunConfig
 from transfer.data.splits import digest, strata
-from transfer.errors import ConfigError, DataError, TrainingError, UserError
+from transfer.errors import ConfigError, DataError, UserError
 from transfer.experiments.comparison import (
     RESAMPLED_TEST_SPLITS,
     Verdict,
@@ -32,6 +30,8 @@ from transfer.experiments.comparison import (
     resampled_means,
     verdict,
 )
+from transfer.experiments.feature_classifiers import LINEAR_NAMES, fitted_classifiers
+from transfer.experiments.frozen_features import Examples, features_of, probing_config
 from transfer.experiments.intervals import (
     Bounds,
     Difference,
@@ -43,7 +43,6 @@ from transfer.experiments.intervals import (
     standard_error,
 )
 from transfer.interfaces import Task
-from transfer.models.precision import place
 from transfer.models.saved_backbone import build_backbone
 from transfer.runs.train import run_in
 from transfer.storage.run_directory import RunDirectory
@@ -52,29 +51,13 @@ from transfer.training.build import BuiltExperiment, build
 from transfer.training.evaluation import PREDICTIONS, inputs_of_metrics
 from transfer.training.events import Note, Observer, ignore_events
 from transfer.training.preflight import preflight
-from transfer.training.solver import STRENGTHS, head_inputs, reason_not_solved, solve_on_features
+from transfer.training.solver import reason_not_solved
 
 Shots = int | Literal["full"]
 """Number of labeled examples of each class, or all of them."""
 SHOTS: tuple[Shots, ...] = (1, 4, 16, "full")
 """Default numbers of labels."""
-LINEAR, MEANS, NEIGHBORS = "logistic regression", "class means", "nearest neighbors"
 ZERO_SHOT = "zero shot"
-LINEAR_NAMES = {"class": LINEAR, "labels": LINEAR, "number": "ridge regression"}
-"""Name of the linear model, by the kind of target."""
-NEIGHBOR_COUNTS = (1, 3, 5, 10, 20, 50)
-"""Candidates for k."""
-TEMPERATURE = 0.07
-"""The vote of a neighbor is exp(cosine / temperature) (Wu et al. 2018, section 3.4)."""
-MAX_SIMILARITIES = 2**25
-"""Maximum number of cosines in memory at a time: 128 MiB."""
-_MIN_PROBABILITY = 1e-6
-"""Probability of a class without votes: the logarithm of zero is not finite."""
-_FEATURE_OPTIONS = (
-    *("batch_size", "max_tokens", "evaluation_batch_size", "bucket", "workers", "device", "precision"),
-    *("deterministic", "cache", "cache_limit_gib"),
-)
-"""Options of the train block that a probe uses: those of the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -243,18 +226,6 @@ def parse_shots(texts: Sequence[str]) -> list[Shots]:
 # ----------------------------------------------------------------------------------------------- configs and features
 
 
-def probing_config(source: Config, overrides: Sequence[str]) -> RunConfig:
-    """Return a config whose recipe solves a linear head, with the data and the backbone of a config."""
-    plain = load_config(source, overrides).resolved["train"]
-    train = {name: plain[name] for name in _FEATURE_OPTIONS if name in plain}
-    if train["batch_size"] == "auto":  # found by training steps, which a probe does not make
-        del train["batch_size"]
-    train |= {"recipe": {"name": "feature_extraction", "epochs": 1}, "augment": False, "views": None}
-    # As overrides, so that errors in data and backbone still have their file and line.
-    blocks = [f"train={json.dumps(train)}", "head={name: linear}", "adapter=null", "trackers=[]"]
-    return load_config(source, [*overrides, *blocks])
-
-
 def _names(configs: Sequence[RunConfig]) -> list[str]:
     """Return a name of each config: that of its file, with a number if it is not unique."""
     names = [config.name for config in configs]
@@ -341,39 +312,6 @@ def _levels(built: BuiltExperiment, shots: Sequence[Shots] | None) -> list[Shots
     return levels
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Features, float64 (N, D), and targets (N, ...) of examples."""
-
-    features: Tensor
-    targets: Tensor
-
-    def select(self, indices: npt.NDArray[np.int64] | None) -> Examples:
-        """Return some of the examples; None selects all."""
-        if indices is None:
-            return self
-        chosen = torch.from_numpy(indices).to(self.features.device)
-        return Examples(self.features[chosen], self.targets[chosen])
-
-
-def features_of(built: BuiltExperiment, observe: Observer) -> dict[str, Examples]:
-    """Return the features of every split, in the order of the split."""
-    experiment = built.experiment
-    model = experiment.model
-    place(model, experiment.options.device, deterministic=experiment.options.deterministic)
-    examples = {}
-    for name, loader in built.loaders.items():
-        source = experiment.batches_for(loader, len(model) - 1, split=name, observe=observe)
-        features, targets, indices = head_inputs(experiment, source)
-        if not bool(torch.isfinite(features).all()):
-            raise TrainingError(
-                f"the features of the {name} split are not finite", fix="use train.precision: fp32, or other weights"
-            )
-        order = indices.argsort().to(features.device)
-        examples[name] = Examples(features[order], targets.to(features.device)[order])
-    return examples
-
-
 # -------------------------------------------------------------------------------------------------------- classifiers
 
 
@@ -410,7 +348,9 @@ def _results(
         )
         task: Task = built.config.task.make(built.data)
         task.prepare(train.targets.cpu().numpy())  # balanced weights, or the scale of numbers, of these examples
-        for classifier, (predict, parameters) in _classifiers(built, task, train, validation, level).items():
+        for classifier, (predict, parameters) in fitted_classifiers(
+            built, task, train, validation, level != "full"
+        ).items():
             scored = [
                 (parameter, *_score(task, metric, outputs, validation.targets), outputs)
                 for parameter, outputs in zip(parameters, predict(validation.features, parameters), strict=True)
@@ -454,88 +394,6 @@ def _draw(targets: npt.NDArray[Any], level: Shots, seed: int) -> npt.NDArray[np.
         return None
     generator = np.random.default_rng((seed, len(targets)))
     return np.sort(np.concatenate([generator.permutation(members)[:level] for members in strata(targets)]))
-
-
-_Predict = Callable[[Tensor, Sequence[float]], list[Tensor]]
-"""Function of features (N, D) and parameters that returns outputs (N, C) for each parameter."""
-
-
-def _classifiers(
-    built: BuiltExperiment, task: Task, train: Examples, validation: Examples, level: Shots
-) -> dict[str, tuple[_Predict, Sequence[float]]]:
-    """Return the classifiers, fitted to training examples, and the candidates for their parameters."""
-    # With few examples the strength matters little, and a third of the candidates is solved in a third of the time.
-    strengths = STRENGTHS if level == "full" else STRENGTHS[::3]
-    pairs = (train.features.clone(), train.targets), (validation.features, validation.targets)
-    scaling = task.output_scaling()
-    solved = solve_on_features(task, scaling, *pairs, strengths=strengths)
-    weight, bias = (tensor.to(train.features) for tensor in (solved.weight, solved.bias))
-
-    def linear(features: Tensor, parameters: Sequence[float]) -> list[Tensor]:
-        outputs = F.linear(features, weight, bias).float()
-        if scaling is not None:
-            outputs = scaling[0].to(outputs.device) + scaling[1].to(outputs.device) * outputs
-        return [outputs for _ in parameters]
-
-    kind = built.data.target
-    mean = train.features.mean(0)
-
-    def directions(features: Tensor) -> Tensor:
-        return F.normalize((features - mean).float(), dim=1)
-
-    known = directions(train.features)
-    targets = train.targets.float()
-    if kind == "class":
-        targets = F.one_hot(train.targets, task.out_features).float()
-
-    def neighbors(features: Tensor, parameters: Sequence[float]) -> list[Tensor]:
-        return [_as_outputs(votes, kind) for votes in _votes(known, targets, directions(features), parameters)]
-
-    counts = [count for count in NEIGHBOR_COUNTS if count <= len(known)]
-    classifiers: dict[str, tuple[_Predict, Sequence[float]]] = {LINEAR_NAMES[kind]: (linear, [solved.strength])}
-    if kind == "class":
-        sums = targets.T @ known
-        means = F.normalize(sums, dim=1)
-
-        def class_means(features: Tensor, parameters: Sequence[float]) -> list[Tensor]:
-            outputs = directions(features) @ means.T / TEMPERATURE
-            # A class without training examples has no mean, and is not predicted.
-            return [outputs.masked_fill(~targets.any(0), -1 / TEMPERATURE) for _ in parameters]
-
-        classifiers[MEANS] = class_means, [0]
-    classifiers[NEIGHBORS] = neighbors, counts
-    return classifiers
-
-
-def _votes(known: Tensor, targets: Tensor, queries: Tensor, counts: Sequence[float]) -> list[Tensor]:
-    """Return the weighted mean of the targets of the nearest neighbors, (N, C), for each number of neighbors.
-
-    Args:
-        known: Normalized features of the training examples, (M, D).
-        targets: Their targets, (M, C): one-hot classes, labels or numbers.
-        queries: Normalized features of the examples to predict, (N, D).
-        counts: Numbers of neighbors.
-    """
-    votes: list[list[Tensor]] = [[] for _ in counts]
-    size = max(1, MAX_SIMILARITIES // len(known))
-    for start in range(0, len(queries), size):
-        rows = queries[start : start + size]
-        cosines, indices = (rows @ known.T).topk(int(max(counts)), dim=1)
-        for index, count in enumerate(map(int, counts)):
-            # The largest exponent is 0, so that the sum is at least 1.
-            weights = ((cosines[:, :count] - cosines[:, :1]) / TEMPERATURE).exp()
-            total = torch.einsum("nk,nkc->nc", weights, targets[indices[:, :count]])
-            votes[index].append(total / weights.sum(1, keepdim=True))
-    return [torch.cat(parts) for parts in votes]
-
-
-def _as_outputs(votes: Tensor, kind: str) -> Tensor:
-    """Return the outputs (N, C) that a task interprets as votes: logarithms, log odds, or the numbers themselves."""
-    if kind == "number":
-        return votes
-    if kind == "class":
-        return votes.clamp(min=_MIN_PROBABILITY).log()
-    return votes.clamp(_MIN_PROBABILITY, 1 - _MIN_PROBABILITY).logit()
 
 
 def _score(task: Task, metric: Metric, outputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:

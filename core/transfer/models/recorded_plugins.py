@@ -38,7 +38,7 @@ def code_digest(cls: type) -> str | None:
     package = cls.__module__.partition(".")[0]
     digest = hashlib.sha256()
     for base in cls.__mro__:
-        # The version of another package stands for the code of its base classes.
+        # The version of another package represents the code of its base classes.
         if base.__module__.partition(".")[0] != package:
             continue
         try:

@@ -175,7 +175,7 @@ def make_app(
     app.state.endpoints = endpoints
     app.state.tokens = tokens or Tokens()
     predict_routes: dict[str, APIRoute] = {}
-    app.add_middleware(Predictions, routes=predict_routes)
+    app.add_middleware(PredictionMiddleware, routes=predict_routes)
     app.add_middleware(HostGuard, allowed_hosts=list(hosts), www_redirect=False)
     app.add_middleware(Gate, tokens=app.state.tokens, access_log=access_log, record=metrics.record_request)
 
@@ -237,7 +237,7 @@ def replace_models(app: FastAPI, models: Sequence[ServedModel], batch_size: int 
         endpoints[model.name].replace(model)
 
 
-class Predictions:
+class PredictionMiddleware:
     """Middleware that answers requests for predictions without FastAPI's routing and validation of requests.
 
     They would take as much processor time as the rest of a request. FastAPI's route with the same path documents it.
